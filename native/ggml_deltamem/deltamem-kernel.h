@@ -1,0 +1,38 @@
+// The CPU kernel of GGML_OP_DELTAMEM on raw pointers: one head of one sequence. Free of ggml's internals, so that
+// tests compile it for every instruction set and compare it with a naive reference.
+#pragma once
+
+#include "ggml-deltamem.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct deltamem_head_args {
+    struct ggml_deltamem_params params;
+
+    int32_t head; // which head of the projections, gates and reads
+
+    const float * proj;        // [n_tokens][n_proj], rows proj_stride floats apart
+    size_t        proj_stride;
+    const float * gate_bias;   // [n_gates]
+    float       * record;      // this head's record in the sequence's slot, updated in place
+    float       * read;        // [n_tokens][H*r], rows read_stride floats apart
+    size_t        read_stride;
+
+    const int32_t * entries;   // [n_entries]{token, bits}, see ggml-deltamem.h
+    int64_t         n_entries;
+};
+
+// Runs the entries in order. Uses less than 64 KiB of stack and allocates nothing.
+void deltamem_head_forward(const struct deltamem_head_args * args);
+
+// "AVX-512", "AVX2", "NEON" or "scalar": what this translation unit was compiled for
+const char * deltamem_simd_name(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,256 @@
+// Vectors of float32 for the δ-mem kernel: one small struct per instruction set, all with the same members, so that the
+// kernel is written once. `deltamem::wide` is the widest of this translation unit, `deltamem::narrow` the one that holds
+// the eight rows of the usual rank, or divides them.
+//
+// For tests: DELTAMEM_SIMD_SCALAR forces the scalar path; DELTAMEM_SIMDE with DELTAMEM_SIMD_AVX512 runs the AVX-512 path
+// on any machine through SIMDe.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(DELTAMEM_SIMD_SCALAR)
+    // nothing to detect
+#elif defined(DELTAMEM_SIMDE)
+    #define DELTAMEM_AVX512
+    #define DELTAMEM_AVX2
+#elif defined(__AVX2__) && (defined(__FMA__) || defined(_MSC_VER))
+    #define DELTAMEM_AVX2
+    #if defined(__AVX512F__)
+        #define DELTAMEM_AVX512
+    #endif
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+    #define DELTAMEM_NEON
+#endif
+
+#if defined(DELTAMEM_SIMDE)
+    #define SIMDE_ENABLE_NATIVE_ALIASES
+    #include <simde/x86/avx512.h>
+    #include <simde/x86/fma.h>
+#elif defined(DELTAMEM_AVX2)
+    #include <immintrin.h>
+#elif defined(DELTAMEM_NEON)
+    #include <arm_neon.h>
+#endif
+
+namespace deltamem {
+
+// Members, for a vector v:
+//     width                     lanes
+//     load, store, splat        unaligned
+//     + - * /, fma(a, b, c)     fma is a*b + c
+//     min, max                  (a, b): b where either is NaN, so a NaN in b survives
+//     round                     to nearest even
+//     scale(x, n)               x 2^n for integral n in [-126, 127]
+//     below(a, b, x, y)         a < b ? x : y
+//     sum                       over lanes (narrow types only)
+
+struct scalar {
+    static constexpr int width = 1;
+    float v;
+
+    static scalar load(const float * p) { return { *p }; }
+    static scalar splat(float x) { return { x }; }
+    void store(float * p) const { *p = v; }
+
+    friend scalar operator+(scalar a, scalar b) { return { a.v + b.v }; }
+    friend scalar operator-(scalar a, scalar b) { return { a.v - b.v }; }
+    friend scalar operator*(scalar a, scalar b) { return { a.v * b.v }; }
+    friend scalar operator/(scalar a, scalar b) { return { a.v / b.v }; }
+
+    static scalar fma(scalar a, scalar b, scalar c) { return { a.v * b.v + c.v }; }
+    static scalar min(scalar a, scalar b) { return { a.v < b.v ? a.v : b.v }; }
+    static scalar max(scalar a, scalar b) { return { a.v > b.v ? a.v : b.v }; }
+    static scalar abs(scalar a) { return { fabsf(a.v) }; }
+    static scalar round(scalar a) { return { nearbyintf(a.v) }; }
+    static scalar below(scalar a, scalar b, scalar x, scalar y) { return a.v < b.v ? x : y; }
+    static scalar copysign(scalar a, scalar s) { return { copysignf(a.v, s.v) }; }
+
+    static scalar scale(scalar x, scalar n) {
+        // a NaN must not reach the conversion to an integer
+        const int32_t bits = n.v == n.v ? ((int32_t) n.v + 127) << 23 : 0x7fc00000;
+        float factor;
+        memcpy(&factor, &bits, sizeof(factor));
+        return { x.v * factor };
+    }
+
+    float sum() const { return v; }
+};
+
+#if defined(DELTAMEM_AVX2)
+struct avx2 {
+    static constexpr int width = 8;
+    __m256 v;
+
+    static avx2 load(const float * p) { return { _mm256_loadu_ps(p) }; }
+    static avx2 splat(float x) { return { _mm256_set1_ps(x) }; }
+    void store(float * p) const { _mm256_storeu_ps(p, v); }
+
+    friend avx2 operator+(avx2 a, avx2 b) { return { _mm256_add_ps(a.v, b.v) }; }
+    friend avx2 operator-(avx2 a, avx2 b) { return { _mm256_sub_ps(a.v, b.v) }; }
+    friend avx2 operator*(avx2 a, avx2 b) { return { _mm256_mul_ps(a.v, b.v) }; }
+    friend avx2 operator/(avx2 a, avx2 b) { return { _mm256_div_ps(a.v, b.v) }; }
+
+    static avx2 fma(avx2 a, avx2 b, avx2 c) { return { _mm256_fmadd_ps(a.v, b.v, c.v) }; }
+    static avx2 min(avx2 a, avx2 b) { return { _mm256_min_ps(a.v, b.v) }; }
+    static avx2 max(avx2 a, avx2 b) { return { _mm256_max_ps(a.v, b.v) }; }
+    static avx2 abs(avx2 a) { return { _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v) }; }
+
+    static avx2 round(avx2 a) { return { _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT) }; }
+
+    static avx2 below(avx2 a, avx2 b, avx2 x, avx2 y) {
+        return { _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) };
+    }
+
+    static avx2 copysign(avx2 a, avx2 s) {
+        const __m256 sign = _mm256_set1_ps(-0.0f);
+        return { _mm256_or_ps(_mm256_andnot_ps(sign, a.v), _mm256_and_ps(sign, s.v)) };
+    }
+
+    static avx2 scale(avx2 x, avx2 n) {
+        const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+        return { _mm256_mul_ps(x.v, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23))) };
+    }
+
+    float sum() const {
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        s = _mm_add_ss(s, _mm_shuffle_ps(s, s, 1));
+        return _mm_cvtss_f32(s);
+    }
+};
+#endif
+
+#if defined(DELTAMEM_AVX512)
+struct avx512 {
+    static constexpr int width = 16;
+    __m512 v;
+
+    static avx512 load(const float * p) { return { _mm512_loadu_ps(p) }; }
+    static avx512 splat(float x) { return { _mm512_set1_ps(x) }; }
+    void store(float * p) const { _mm512_storeu_ps(p, v); }
+
+    friend avx512 operator+(avx512 a, avx512 b) { return { _mm512_add_ps(a.v, b.v) }; }
+    friend avx512 operator-(avx512 a, avx512 b) { return { _mm512_sub_ps(a.v, b.v) }; }
+    friend avx512 operator*(avx512 a, avx512 b) { return { _mm512_mul_ps(a.v, b.v) }; }
+    friend avx512 operator/(avx512 a, avx512 b) { return { _mm512_div_ps(a.v, b.v) }; }
+
+    static avx512 fma(avx512 a, avx512 b, avx512 c) { return { _mm512_fmadd_ps(a.v, b.v, c.v) }; }
+    static avx512 min(avx512 a, avx512 b) { return { _mm512_min_ps(a.v, b.v) }; }
+    static avx512 max(avx512 a, avx512 b) { return { _mm512_max_ps(a.v, b.v) }; }
+    static avx512 abs(avx512 a) { return { _mm512_abs_ps(a.v) }; }
+
+    static avx512 round(avx512 a) { return { _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT) }; }
+
+    static avx512 below(avx512 a, avx512 b, avx512 x, avx512 y) {
+        return { _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v) };
+    }
+
+    static avx512 copysign(avx512 a, avx512 s) {
+        const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+        const __m512i mag  = _mm512_andnot_si512(sign, _mm512_castps_si512(a.v));
+        return { _mm512_castsi512_ps(_mm512_or_si512(mag, _mm512_and_si512(sign, _mm512_castps_si512(s.v)))) };
+    }
+
+    static avx512 scale(avx512 x, avx512 n) { return { _mm512_scalef_ps(x.v, n.v) }; }
+};
+#endif
+
+#if defined(DELTAMEM_NEON)
+struct neon {
+    static constexpr int width = 4;
+    float32x4_t v;
+
+    static neon load(const float * p) { return { vld1q_f32(p) }; }
+    static neon splat(float x) { return { vdupq_n_f32(x) }; }
+    void store(float * p) const { vst1q_f32(p, v); }
+
+    friend neon operator+(neon a, neon b) { return { vaddq_f32(a.v, b.v) }; }
+    friend neon operator-(neon a, neon b) { return { vsubq_f32(a.v, b.v) }; }
+    friend neon operator*(neon a, neon b) { return { vmulq_f32(a.v, b.v) }; }
+    friend neon operator/(neon a, neon b) { return { vdivq_f32(a.v, b.v) }; }
+
+    static neon fma(neon a, neon b, neon c) { return { vfmaq_f32(c.v, a.v, b.v) }; }
+    static neon min(neon a, neon b) { return { vminq_f32(a.v, b.v) }; }
+    static neon max(neon a, neon b) { return { vmaxq_f32(a.v, b.v) }; }
+    static neon abs(neon a) { return { vabsq_f32(a.v) }; }
+    static neon round(neon a) { return { vrndnq_f32(a.v) }; }
+    static neon below(neon a, neon b, neon x, neon y) { return { vbslq_f32(vcltq_f32(a.v, b.v), x.v, y.v) }; }
+    static neon copysign(neon a, neon s) { return { vbslq_f32(vdupq_n_u32(0x80000000u), s.v, a.v) }; }
+
+    static neon scale(neon x, neon n) {
+        const int32x4_t e = vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127));
+        return { vmulq_f32(x.v, vreinterpretq_f32_s32(vshlq_n_s32(e, 23))) };
+    }
+
+    float sum() const { return vaddvq_f32(v); }
+};
+#endif
+
+#if defined(DELTAMEM_AVX512)
+using wide   = avx512;
+using narrow = avx2;
+static constexpr const char * simd_name = "AVX-512";
+#elif defined(DELTAMEM_AVX2)
+using wide   = avx2;
+using narrow = avx2;
+static constexpr const char * simd_name = "AVX2";
+#elif defined(DELTAMEM_NEON)
+using wide   = neon;
+using narrow = neon;
+static constexpr const char * simd_name = "NEON";
+#else
+using wide   = scalar;
+using narrow = scalar;
+static constexpr const char * simd_name = "scalar";
+#endif
+
+//
+// float32 functions, within 2 units in the last place over their range
+//
+
+// e^x for x in [-87, 88]; clamped outside. Cody-Waite reduction and Cephes' polynomial.
+template <typename V> static inline V exp(V x) {
+    x = V::max(V::splat(-87.0f), V::min(V::splat(88.0f), x));
+
+    const V n = V::round(x * V::splat(1.44269504f));
+
+    V r = V::fma(n, V::splat(-0.693359375f), x);
+    r   = V::fma(n, V::splat(2.12194440e-4f), r);
+
+    V p = V::splat(1.9875691500e-4f);
+    p   = V::fma(p, r, V::splat(1.3981999507e-3f));
+    p   = V::fma(p, r, V::splat(8.3334519073e-3f));
+    p   = V::fma(p, r, V::splat(4.1665795894e-2f));
+    p   = V::fma(p, r, V::splat(1.6666665459e-1f));
+    p   = V::fma(p, r, V::splat(5.0000001201e-1f));
+    p   = V::fma(p, r * r, r) + V::splat(1.0f);
+
+    return V::scale(p, n);
+}
+
+template <typename V> static inline V sigmoid(V x) {
+    const V one = V::splat(1.0f);
+    return one / (one + exp(V::splat(0.0f) - x));
+}
+
+// Small arguments have a polynomial of their own: keys are normalised, so their relative error matters.
+template <typename V> static inline V tanh(V x) {
+    const V one = V::splat(1.0f);
+    const V a   = V::abs(x);
+    const V z   = x * x;
+
+    V p = V::splat(-5.70498872745e-3f);
+    p   = V::fma(p, z, V::splat(2.06390887954e-2f));
+    p   = V::fma(p, z, V::splat(-5.37397155531e-2f));
+    p   = V::fma(p, z, V::splat(1.33314422036e-1f));
+    p   = V::fma(p, z, V::splat(-3.33332819422e-1f));
+
+    const V small = V::fma(p * z, x, x);
+    const V large = V::copysign(one - V::splat(2.0f) / (exp(a + a) + one), x);
+
+    return V::below(a, V::splat(0.625f), small, large);
+}
+
+} // namespace deltamem
