@@ -1,0 +1,402 @@
+// Loads a δ-mem adapter GGUF onto the devices of a model's layers.
+
+#include "deltamem-adapter.h"
+
+#include "gguf.h"
+#include "llama-arch.h"
+#include "llama-impl.h"
+#include "llama-mmap.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace {
+
+// The adapter file while it is read. All members throw a sentence that begins with the file's name.
+class reader {
+public:
+    explicit reader(const std::string & path) : path(path) {
+        if (FILE * f = ggml_fopen(path.c_str(), "rb")) {
+            fclose(f);
+        } else {
+            fail(std::string("cannot be opened: ") + strerror(errno));
+        }
+
+        ggml_context * ctx_init = nullptr;
+        gguf.reset(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ &ctx_init }));
+        ctx.reset(ctx_init);
+        if (!gguf) {
+            fail("is not a readable GGUF file; it may be truncated");
+        }
+        file = std::make_unique<llama_file>(path.c_str(), "rb");
+    }
+
+    [[noreturn]] void fail(const std::string & what) const { throw std::runtime_error(path + " " + what); }
+
+    bool has(const std::string & key) const { return gguf_find_key(gguf.get(), key.c_str()) >= 0; }
+
+    uint32_t    u32 (const std::string & key) const { return gguf_get_val_u32 (gguf.get(), find(key, GGUF_TYPE_UINT32)); }
+    float       f32 (const std::string & key) const { return gguf_get_val_f32 (gguf.get(), find(key, GGUF_TYPE_FLOAT32)); }
+    bool        flag(const std::string & key) const { return gguf_get_val_bool(gguf.get(), find(key, GGUF_TYPE_BOOL)); }
+    std::string str (const std::string & key) const { return gguf_get_val_str (gguf.get(), find(key, GGUF_TYPE_STRING)); }
+
+    std::vector<uint32_t> u32s(const std::string & key) const {
+        const int64_t id = find_array(key, GGUF_TYPE_UINT32);
+        const auto * data = (const uint32_t *) gguf_get_arr_data(gguf.get(), id);
+        return { data, data + gguf_get_arr_n(gguf.get(), id) };
+    }
+
+    std::vector<std::string> strs(const std::string & key) const {
+        const int64_t id = find_array(key, GGUF_TYPE_STRING);
+        std::vector<std::string> values;
+        for (size_t i = 0; i < gguf_get_arr_n(gguf.get(), id); ++i) {
+            values.emplace_back(gguf_get_arr_str(gguf.get(), id, i));
+        }
+        return values;
+    }
+
+    // the value's place in `names`
+    template <size_t n> int choice(const std::string & key, const char * const (&names)[n]) const {
+        const std::string value = str(key);
+        for (size_t i = 0; i < n; ++i) {
+            if (value == names[i]) {
+                return (int) i;
+            }
+        }
+        fail("has " + key + " = '" + value + "', which this library does not know");
+    }
+
+    std::map<std::string, std::string> meta() const {
+        std::map<std::string, std::string> values;
+        for (int64_t i = 0; i < gguf_get_n_kv(gguf.get()); ++i) {
+            const std::string key = gguf_get_key(gguf.get(), i);
+            for (const char * prefix : { "general.", "adapter.", "deltamem." }) {
+                if (key.rfind(prefix, 0) == 0) {
+                    values[key] = gguf_kv_to_str(gguf.get(), (int) i);
+                }
+            }
+        }
+        return values;
+    }
+
+    // metadata of a tensor of that shape; throws unless it is there, well-formed and inside the file
+    const ggml_tensor * tensor(const std::string & name, std::vector<int64_t> ne) const {
+        const ggml_tensor * t = ggml_get_tensor(ctx.get(), name.c_str());
+        if (!t) {
+            fail("has no tensor " + name);
+        }
+        ne.resize(GGML_MAX_DIMS, 1);
+        if (!std::equal(ne.begin(), ne.end(), t->ne)) {
+            fail("has tensor " + name + " of shape " + llama_format_tensor_shape(t) + ", this model needs " +
+                 llama_format_tensor_shape(ne));
+        }
+        if (!ggml_get_type_traits(t->type)->to_float && t->type != GGML_TYPE_F32) {
+            fail("has tensor " + name + " of type " + ggml_type_name(t->type) + ", which is not a weight type");
+        }
+        const size_t offset = data_offset(name);
+        if (offset > file->size() || ggml_nbytes(t) > file->size() - offset) {
+            fail("is truncated: tensor " + name + " reaches past its end");
+        }
+        return t;
+    }
+
+    // the bytes of a tensor, all of its values finite
+    std::vector<uint8_t> data(const ggml_tensor * t) const {
+        std::vector<uint8_t> bytes(ggml_nbytes(t));
+        file->seek(data_offset(t->name), SEEK_SET);
+        file->read_raw(bytes.data(), bytes.size());
+
+        std::vector<float> row(t->ne[0]);
+        for (int64_t i = 0; i < ggml_nrows(t); ++i) {
+            const uint8_t * src = bytes.data() + i*ggml_row_size(t->type, t->ne[0]);
+            if (t->type == GGML_TYPE_F32) {
+                memcpy(row.data(), src, row.size()*sizeof(float));
+            } else {
+                ggml_get_type_traits(t->type)->to_float(src, row.data(), t->ne[0]);
+            }
+            if (!std::all_of(row.begin(), row.end(), [](float x) { return std::isfinite(x); })) {
+                fail("has values in tensor " + std::string(t->name) + " that are not finite");
+            }
+        }
+        return bytes;
+    }
+
+    int64_t n_tensors() const { return gguf_get_n_tensors(gguf.get()); }
+
+private:
+    std::string                 path;
+    gguf_context_ptr            gguf;
+    ggml_context_ptr            ctx;
+    std::unique_ptr<llama_file> file;
+
+    int64_t find(const std::string & key, gguf_type type) const {
+        const int64_t id = gguf_find_key(gguf.get(), key.c_str());
+        if (id < 0) {
+            fail("has no key " + key);
+        }
+        if (gguf_get_kv_type(gguf.get(), id) != type) {
+            fail("has key " + key + " of an unexpected type");
+        }
+        return id;
+    }
+
+    int64_t find_array(const std::string & key, gguf_type type) const {
+        const int64_t id = find(key, GGUF_TYPE_ARRAY);
+        if (gguf_get_arr_type(gguf.get(), id) != type) {
+            fail("has key " + key + " of an unexpected type");
+        }
+        return id;
+    }
+
+    size_t data_offset(const std::string & name) const {
+        const int64_t id = gguf_find_tensor(gguf.get(), name.c_str());
+        return gguf_get_data_offset(gguf.get()) + gguf_get_tensor_offset(gguf.get(), id);
+    }
+};
+
+// Where the adapter's weights of a layer go: beside the layer's own, except that repacked weights of the CPU have buffer
+// types that hold nothing else.
+ggml_backend_buffer_type_t select_buft(const ggml_tensor * layer_weight) {
+    ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(layer_weight->buffer);
+
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (!cpu) {
+        throw std::runtime_error("there is no CPU backend");
+    }
+
+    auto get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t)
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts");
+    if (get_extra_bufts) {
+        for (ggml_backend_buffer_type_t * extra = get_extra_bufts(cpu); extra && *extra; ++extra) {
+            if (*extra == buft) {
+                return ggml_backend_dev_buffer_type(cpu);
+            }
+        }
+    }
+    return buft;
+}
+
+// Collects tensors per buffer type, then allocates and fills them.
+class loader {
+public:
+    loader(const reader & file, llama_deltamem_weights & weights, size_t n_tensors_max) :
+        file(file), weights(weights), n_tensors_max(n_tensors_max) {}
+
+    // a tensor of the file as it is
+    ggml_tensor * add(ggml_backend_buffer_type_t buft, const std::string & name, std::vector<int64_t> ne) {
+        const ggml_tensor * meta = file.tensor(name, std::move(ne));
+        ggml_tensor * t = create(buft, meta->type, meta->ne[0], ggml_n_dims(meta) == 1 ? 0 : meta->ne[1], name);
+        fills.push_back({ t, 0, meta });
+        return t;
+    }
+
+    // several tensors of the file below each other, with zero rows where a name is empty
+    ggml_tensor * add_rows(ggml_backend_buffer_type_t buft, const std::string & name, int64_t n_cols,
+                           const std::vector<std::pair<std::string, int64_t>> & parts) {
+        int64_t   n_rows = 0;
+        ggml_type type   = GGML_TYPE_COUNT;
+        for (const auto & [part, rows] : parts) {
+            n_rows += rows;
+            if (!part.empty()) {
+                const ggml_type t = file.tensor(part, { n_cols, rows })->type;
+                if (type != GGML_TYPE_COUNT && type != t) {
+                    file.fail("has corrections of different types in one layer");
+                }
+                type = t;
+            }
+        }
+
+        ggml_tensor * t = create(buft, type, n_cols, n_rows, name);
+        size_t offset = 0;
+        for (const auto & [part, rows] : parts) {
+            fills.push_back({ t, offset, part.empty() ? nullptr : file.tensor(part, { n_cols, rows }) });
+            offset += rows*t->nb[1];
+        }
+        return t;
+    }
+
+    void finish() {
+        for (const auto & [buft, ctx] : ctx_map) {
+            ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft) };
+            if (!buf) {
+                throw std::runtime_error(format("no memory for the adapter in %s", ggml_backend_buft_name(buft)));
+            }
+            ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+            ggml_backend_buffer_clear(buf.get(), 0);
+            LLAMA_LOG_INFO("%s: %10s δ-mem buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf.get()),
+                           ggml_backend_buffer_get_size(buf.get())/1024.0/1024.0);
+            weights.bufs.emplace_back(std::move(buf));
+        }
+        for (const auto & fill : fills) {
+            if (fill.src) {
+                const std::vector<uint8_t> bytes = file.data(fill.src);
+                ggml_backend_tensor_set(fill.dst, bytes.data(), fill.offset, bytes.size());
+            }
+        }
+    }
+
+private:
+    struct fill {
+        ggml_tensor *       dst;
+        size_t              offset;
+        const ggml_tensor * src; // null: stays zero
+    };
+
+    const reader &           file;
+    llama_deltamem_weights & weights;
+    const size_t             n_tensors_max;
+
+    std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
+    std::vector<fill>                                    fills;
+
+    ggml_tensor * create(ggml_backend_buffer_type_t buft, ggml_type type, int64_t ne0, int64_t ne1, const std::string & name) {
+        ggml_context *& ctx = ctx_map[buft];
+        if (!ctx) {
+            ctx = ggml_init({ n_tensors_max*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true });
+            if (!ctx) {
+                throw std::runtime_error("out of memory");
+            }
+            weights.ctxs.emplace_back(ctx);
+        }
+        ggml_tensor * t = ne1 == 0 ? ggml_new_tensor_1d(ctx, type, ne0) : ggml_new_tensor_2d(ctx, type, ne0, ne1);
+        ggml_set_name(t, name.c_str());
+        return t;
+    }
+};
+
+} // namespace
+
+llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const std::string & path) : model(model) {
+    const reader file(path);
+
+    // what it is, and for which model
+    if (!file.has("deltamem.version")) {
+        file.fail("is not a δ-mem adapter: it has no key deltamem.version");
+    }
+    if (const uint32_t version = file.u32("deltamem.version"); version < 1 || version > LLAMA_DELTAMEM_VERSION) {
+        file.fail(format("has adapter version %u, this library reads version %d: update it or convert the checkpoint again",
+                         version, LLAMA_DELTAMEM_VERSION));
+    }
+
+    const std::string arch = file.str("general.architecture");
+    if (arch != llm_arch_name(model.arch)) {
+        file.fail("is an adapter for '" + arch + "', the model is '" + llm_arch_name(model.arch) + "'");
+    }
+
+    const int64_t  n_embd  = model.hparams.n_embd;
+    const uint32_t n_layer = model.hparams.n_layer();
+    if (const uint32_t n = file.u32("deltamem.base.embedding_length"); n != n_embd) {
+        file.fail(format("is an adapter for a model of width %u, this model's is %d", n, (int) n_embd));
+    }
+    if (const uint32_t n = file.u32("deltamem.base.block_count"); n != n_layer) {
+        file.fail(format("is an adapter for a model of %u layers, this model has %u", n, n_layer));
+    }
+
+    // the memory
+    static const char * const modes[]         = { "standard", "lambda_outside", "no_lambda" };
+    static const char * const granularities[] = { "token", "message_mean", "sentence_mean" };
+
+    const int mode = file.choice("deltamem.update_mode", modes);
+    granularity    = (llama_deltamem_granularity) file.choice("deltamem.write_granularity", granularities);
+
+    const uint32_t rank   = file.u32("deltamem.rank");
+    const uint32_t n_head = file.u32("deltamem.head_count");
+    if (rank < 1 || rank > GGML_DELTAMEM_MAX_RANK) {
+        file.fail(format("has rank %u, this library takes 1 to %d", rank, GGML_DELTAMEM_MAX_RANK));
+    }
+    if (n_head < 1 || n_head > 1024) {
+        file.fail(format("has %u state heads, this library takes 1 to 1024", n_head));
+    }
+
+    params.rank   = (int32_t) rank;
+    params.n_head = (int32_t) n_head;
+    params.n_seqs = 1;
+    params.lambda = mode == 2                         ? GGML_DELTAMEM_LAMBDA_NONE
+                  : file.flag("deltamem.couple_lambda") ? GGML_DELTAMEM_LAMBDA_COUPLED
+                  :                                       GGML_DELTAMEM_LAMBDA_SEPARATE;
+    params.flags  = (file.flag("deltamem.normalize_qk")   ? GGML_DELTAMEM_NORMALIZE_QK   : 0) |
+                    (file.flag("deltamem.rankwise_gates") ? GGML_DELTAMEM_RANKWISE_GATES : 0) |
+                    (mode == 1                            ? GGML_DELTAMEM_LAMBDA_OUTSIDE : 0) |
+                    (granularity != LLAMA_DELTAMEM_TOKEN  ? GGML_DELTAMEM_SEGMENTS       : 0);
+
+    bool q = false, k = false, v = false, o = false;
+    for (const std::string & head : file.strs("deltamem.delta_heads")) {
+        bool * flag = head == "q" ? &q : head == "k" ? &k : head == "v" ? &v : head == "o" ? &o : nullptr;
+        if (!flag) {
+            file.fail("corrects '" + head + "', this library knows q, k, v and o");
+        }
+        *flag = true;
+    }
+
+    const bool has_o_norm = o && file.has("deltamem.o_norm_epsilon");
+    if (has_o_norm) {
+        o_norm_eps = file.f32("deltamem.o_norm_epsilon");
+        if (!(o_norm_eps >= 0.0f) || !std::isfinite(o_norm_eps)) {
+            file.fail("has a deltamem.o_norm_epsilon that is not a small positive number");
+        }
+    }
+
+    meta = file.meta();
+
+    // the weights, layer by layer
+    const int64_t n_read = (int64_t) n_head*rank;
+    loader load(file, *this, file.n_tensors() + n_layer);
+
+    for (const uint32_t il : file.u32s("deltamem.layers")) {
+        if (il >= n_layer || (!layers.empty() && (int) il <= layers.back().il)) {
+            file.fail("has a list of layers that is not ascending within the model's");
+        }
+        const llama_layer & layer = model.layers[il];
+        const ggml_tensor * w = layer.wqkv ? layer.wqkv : layer.wq;
+        if (!w || (!layer.wqkv && (!layer.wk || !layer.wv)) || (o && !layer.wo)) {
+            file.fail(format("corrects layer %u, which has no attention projections in this model ('%s')", il, arch.c_str()));
+        }
+
+        const ggml_backend_buffer_type_t buft = select_buft(w);
+        const auto name = [il](const char * what) { return format("blk.%u.deltamem_%s", il, what); };
+
+        llama_deltamem_layer_weights lw;
+        lw.il        = (int) il;
+        lw.in        = load.add(buft, name("in.weight"), { n_embd, ggml_deltamem_n_proj(&params) });
+        lw.gate_bias = load.add(buft, name("gate.bias"), { ggml_deltamem_n_gates(&params) });
+        if (layer.wqkv && (q || k || v)) {
+            const int64_t n_k = model.hparams.n_embd_k_gqa(il);
+            const int64_t n_v = model.hparams.n_embd_v_gqa(il);
+            lw.qkv = load.add_rows(buft, name("qkv.weight"), n_read, {
+                { q ? name("q.weight") : "", layer.wqkv->ne[1] - n_k - n_v },
+                { k ? name("k.weight") : "", n_k },
+                { v ? name("v.weight") : "", n_v },
+            });
+        } else {
+            lw.q = q ? load.add(buft, name("q.weight"), { n_read, layer.wq->ne[1] }) : nullptr;
+            lw.k = k ? load.add(buft, name("k.weight"), { n_read, layer.wk->ne[1] }) : nullptr;
+            lw.v = v ? load.add(buft, name("v.weight"), { n_read, layer.wv->ne[1] }) : nullptr;
+        }
+        lw.o      = o          ? load.add(buft, name("o.weight"), { n_read, layer.wo->ne[1] }) : nullptr;
+        lw.o_norm = has_o_norm ? load.add(buft, name("o_norm.weight"), { n_embd })             : nullptr;
+
+        for (const ggml_tensor * t : { lw.gate_bias, lw.o_norm }) {
+            if (t && t->type != GGML_TYPE_F32) {
+                file.fail(std::string("has tensor ") + t->name + " of type " + ggml_type_name(t->type) + ", it must be f32");
+            }
+        }
+        layers.push_back(lw);
+    }
+    if (layers.empty()) {
+        file.fail("names no layer that carries memory");
+    }
+
+    load.finish();
+}
+
+size_t llama_deltamem_weights::n_bytes() const {
+    size_t n = 0;
+    for (const auto & buf : bufs) {
+        n += ggml_backend_buffer_get_size(buf.get());
+    }
+    return n;
+}

@@ -1,0 +1,51 @@
+// A δ-mem adapter on its devices: the weights of an adapter GGUF (docs/formats.md), checked against a model.
+#pragma once
+
+#include "ggml-cpp.h"
+#include "ggml-deltamem.h"
+#include "llama-deltamem.h"
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+// the weights of one layer that carries memory; a correction that is off is null
+struct llama_deltamem_layer_weights {
+    int il = -1; // the model's layer
+
+    ggml_tensor * in        = nullptr; // [n_embd, n_proj]
+    ggml_tensor * gate_bias = nullptr; // [n_gates]
+    ggml_tensor * q         = nullptr; // [H*r, rows of the projection], likewise below
+    ggml_tensor * k         = nullptr;
+    ggml_tensor * v         = nullptr;
+    ggml_tensor * qkv       = nullptr; // instead of q, k, v where the model's projection is fused; zero rows where off
+    ggml_tensor * o         = nullptr;
+    ggml_tensor * o_norm    = nullptr; // [n_embd], null if Δo is not normalised
+};
+
+struct llama_deltamem_weights {
+    const llama_model & model;
+
+    ggml_deltamem_params       params      = {};
+    llama_deltamem_granularity granularity = LLAMA_DELTAMEM_TOKEN;
+    float                      o_norm_eps  = 0.0f;
+
+    std::vector<llama_deltamem_layer_weights> layers; // ascending il
+    std::map<std::string, std::string>        meta;   // general.*, adapter.*, deltamem.*
+
+    std::vector<ggml_context_ptr>        ctxs;
+    std::vector<ggml_backend_buffer_ptr> bufs;
+
+    // Throws std::runtime_error with a sentence that names the file.
+    llama_deltamem_weights(const llama_model & model, const std::string & path);
+
+    size_t n_bytes() const;
+};
+
+using llama_deltamem_weights_ptr = std::shared_ptr<const llama_deltamem_weights>;
+
+// the C API's handle
+struct llama_deltamem_adapter {
+    llama_deltamem_weights_ptr weights;
+};

@@ -1,0 +1,298 @@
+// The C API: argument checks, and exceptions turned into return values.
+
+#include "deltamem-api.h"
+
+#include "deltamem-context.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+static thread_local std::string last_error;
+
+void llama_deltamem_set_error(const std::string & what) {
+    last_error = what;
+    LLAMA_LOG_ERROR("δ-mem: %s\n", what.c_str());
+}
+
+const char * llama_deltamem_last_error(void) {
+    return last_error.c_str();
+}
+
+// Runs f, which returns an int32_t or throws; -1 if it throws.
+template <typename F> static int32_t guarded(F f) {
+    try {
+        return f();
+    } catch (const std::exception & err) {
+        llama_deltamem_set_error(err.what());
+        return -1;
+    }
+}
+
+static llama_deltamem_context & attached(const llama_context * ctx) {
+    if (!ctx->deltamem) {
+        throw std::runtime_error("no memory adapter is attached to this context");
+    }
+    return *ctx->deltamem;
+}
+
+static llama_deltamem_context & attached(const llama_context * ctx, llama_seq_id seq_id) {
+    llama_deltamem_context & deltamem = attached(ctx);
+    if (seq_id < 0 || (uint32_t) seq_id >= deltamem.n_seqs()) {
+        throw std::runtime_error(format("there is no sequence %d, this context has %u", seq_id, deltamem.n_seqs()));
+    }
+    return deltamem;
+}
+
+// visit(deltamem, seq_id) for one sequence, or for all if seq_id < 0
+template <typename F> static int32_t for_sequences(const llama_context * ctx, llama_seq_id seq_id, F visit) {
+    return guarded([&] {
+        if (seq_id >= 0) {
+            visit(attached(ctx, seq_id), seq_id);
+            return 0;
+        }
+        llama_deltamem_context & deltamem = attached(ctx);
+        for (uint32_t s = 0; s < deltamem.n_seqs(); ++s) {
+            visit(deltamem, (llama_seq_id) s);
+        }
+        return 0;
+    });
+}
+
+//
+// adapters
+//
+
+llama_deltamem_adapter * llama_deltamem_adapter_load(const llama_model * model, const char * path) {
+    try {
+        return new llama_deltamem_adapter { std::make_shared<llama_deltamem_weights>(*model, path) };
+    } catch (const std::exception & err) {
+        llama_deltamem_set_error(err.what());
+        return nullptr;
+    }
+}
+
+void llama_deltamem_adapter_free(llama_deltamem_adapter * adapter) {
+    delete adapter;
+}
+
+int32_t llama_deltamem_n_layer(const llama_deltamem_adapter * adapter) {
+    return (int32_t) adapter->weights->layers.size();
+}
+
+int32_t llama_deltamem_layer(const llama_deltamem_adapter * adapter, int32_t i) {
+    return i >= 0 && i < llama_deltamem_n_layer(adapter) ? adapter->weights->layers[i].il : -1;
+}
+
+int32_t llama_deltamem_n_head(const llama_deltamem_adapter * adapter) {
+    return adapter->weights->params.n_head;
+}
+
+int32_t llama_deltamem_rank(const llama_deltamem_adapter * adapter) {
+    return adapter->weights->params.rank;
+}
+
+enum llama_deltamem_granularity llama_deltamem_write_granularity(const llama_deltamem_adapter * adapter) {
+    return adapter->weights->granularity;
+}
+
+int32_t llama_deltamem_meta_val_str(const llama_deltamem_adapter * adapter, const char * key, char * buf, size_t buf_size) {
+    const auto it = adapter->weights->meta.find(key);
+    if (it == adapter->weights->meta.end()) {
+        if (buf_size > 0) {
+            buf[0] = '\0';
+        }
+        return -1;
+    }
+    return snprintf(buf, buf_size, "%s", it->second.c_str());
+}
+
+size_t llama_deltamem_n_bytes(const llama_deltamem_adapter * adapter) {
+    return adapter->weights->n_bytes();
+}
+
+//
+// contexts
+//
+
+// Throws, naming the first layer that the model's graph does not hand to the hooks.
+static void check_coverage(const llama_deltamem_context & deltamem) {
+    const auto & weights = *deltamem.weights;
+
+    for (size_t i = 0; i < weights.layers.size(); ++i) {
+        const auto & lw   = weights.layers[i];
+        const auto & seen = deltamem.covered[i];
+
+        const std::pair<bool, llama_deltamem_target> needed[] = {
+            { lw.q, LLAMA_DELTAMEM_Q }, { lw.k, LLAMA_DELTAMEM_K }, { lw.v, LLAMA_DELTAMEM_V },
+            { lw.qkv, LLAMA_DELTAMEM_QKV }, { lw.o, LLAMA_DELTAMEM_O },
+        };
+
+        std::string problem = seen.problem;
+        if (problem.empty() && !seen.read) {
+            problem = "its attention does not go through the common q, k, v projections";
+        }
+        for (const auto & [present, target] : needed) {
+            if (problem.empty() && present && !(seen.targets & (1u << target))) {
+                problem = target == LLAMA_DELTAMEM_O ? "its attention does not go through the common output projection"
+                                                     : "its attention does not go through the common q, k, v projections";
+            }
+        }
+        if (!problem.empty()) {
+            throw std::runtime_error(format("architecture '%s' is not supported: the adapter names layer %d, but %s",
+                                            llm_arch_name(weights.model.arch), lw.il, problem.c_str()));
+        }
+    }
+}
+
+void llama_context::set_deltamem(llama_deltamem_context_ptr value) {
+    if (value == deltamem) {
+        return;
+    }
+    synchronize();
+    deltamem = std::move(value);
+    // graphs and their buffers are made for one adapter
+    sched_need_reserve = true;
+}
+
+int32_t llama_deltamem_attach(llama_context * ctx, llama_deltamem_adapter * adapter) {
+    return guarded([&] {
+        if (&adapter->weights->model != &ctx->get_model()) {
+            throw std::runtime_error("the adapter was loaded for another model than this context's");
+        }
+        if (!ctx->get_memory()) {
+            throw std::runtime_error(format("architecture '%s' is not supported: it is no decoder",
+                                            llm_arch_name(ctx->get_model().arch)));
+        }
+
+        const auto before = ctx->deltamem;
+        try {
+            ctx->set_deltamem(std::make_shared<llama_deltamem_context>(adapter->weights, ctx->n_seq_max()));
+            ctx->sched_reserve(); // builds the graphs
+            check_coverage(*ctx->deltamem);
+        } catch (...) {
+            ctx->set_deltamem(before);
+            ctx->sched_reserve();
+            throw;
+        }
+        ctx->deltamem->n_graphs = 0;
+        return 0;
+    });
+}
+
+void llama_deltamem_detach(llama_context * ctx) {
+    ctx->set_deltamem(nullptr);
+}
+
+bool llama_deltamem_is_attached(const llama_context * ctx) {
+    return ctx->deltamem != nullptr;
+}
+
+size_t llama_deltamem_state_n_bytes(const llama_context * ctx) {
+    return ctx->deltamem ? ctx->deltamem->state.n_bytes() : 0;
+}
+
+int64_t llama_deltamem_n_graphs(const llama_context * ctx) {
+    return ctx->deltamem ? ctx->deltamem->n_graphs : 0;
+}
+
+//
+// states
+//
+
+size_t llama_deltamem_state_size(const llama_context * ctx) {
+    return ctx->deltamem ? ctx->deltamem->state.size() : 0;
+}
+
+static void check_size(const llama_deltamem_context & deltamem, size_t n) {
+    if (n != deltamem.state.size()) {
+        throw std::runtime_error(format("a state of this adapter has %zu values, not %zu", deltamem.state.size(), n));
+    }
+}
+
+int32_t llama_deltamem_state_get(llama_context * ctx, llama_seq_id seq_id, float * dst, size_t n) {
+    return guarded([&] {
+        const llama_deltamem_context & deltamem = attached(ctx, seq_id);
+        check_size(deltamem, n);
+        ctx->synchronize();
+        deltamem.state.get(seq_id, dst);
+        return 0;
+    });
+}
+
+int32_t llama_deltamem_state_set(llama_context * ctx, llama_seq_id seq_id, const float * src, size_t n) {
+    return guarded([&] {
+        llama_deltamem_context & deltamem = attached(ctx, seq_id);
+        check_size(deltamem, n);
+        for (size_t i = 0; i < n; ++i) {
+            if (!std::isfinite(src[i])) {
+                throw std::runtime_error(format("the state has a value that is not finite, at position %zu", i));
+            }
+        }
+        ctx->synchronize();
+        deltamem.state.set(seq_id, src);
+        deltamem.abandon_ingest(seq_id);
+        return 0;
+    });
+}
+
+int32_t llama_deltamem_state_reset(llama_context * ctx, llama_seq_id seq_id) {
+    ctx->synchronize();
+    return for_sequences(ctx, seq_id, [](llama_deltamem_context & deltamem, llama_seq_id s) {
+        deltamem.state.reset(s);
+        deltamem.abandon_ingest(s);
+    });
+}
+
+int32_t llama_deltamem_state_copy(llama_context * ctx, llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
+    return guarded([&] {
+        llama_deltamem_context & deltamem = attached(ctx, seq_id_src);
+        attached(ctx, seq_id_dst);
+        if (seq_id_src != seq_id_dst) {
+            ctx->synchronize();
+            deltamem.state.copy(seq_id_src, seq_id_dst);
+            deltamem.abandon_ingest(seq_id_dst);
+        }
+        return 0;
+    });
+}
+
+//
+// writes
+//
+
+int32_t llama_deltamem_set_write(llama_context * ctx, llama_seq_id seq_id, bool write) {
+    return for_sequences(ctx, seq_id, [write](llama_deltamem_context & deltamem, llama_seq_id s) {
+        deltamem.set_write(s, write);
+    });
+}
+
+bool llama_deltamem_get_write(const llama_context * ctx, llama_seq_id seq_id) {
+    bool write = false;
+    guarded([&] {
+        write = attached(ctx, seq_id).get_write(seq_id);
+        return 0;
+    });
+    return write;
+}
+
+int32_t llama_deltamem_set_segments(llama_context * ctx, const int32_t * segments, const int8_t * ends, int32_t n_tokens) {
+    return guarded([&] {
+        llama_deltamem_context & deltamem = attached(ctx);
+        if (!deltamem.has_segments()) {
+            throw std::runtime_error("this adapter writes per token and takes no segments");
+        }
+        if (n_tokens < 0) {
+            throw std::runtime_error(format("segments were given for %d tokens", n_tokens));
+        }
+        deltamem.set_segments(segments, ends, n_tokens);
+        return 0;
+    });
+}
+
+int32_t llama_deltamem_abandon_ingest(llama_context * ctx, llama_seq_id seq_id) {
+    return for_sequences(ctx, seq_id, [](llama_deltamem_context & deltamem, llama_seq_id s) { deltamem.abandon_ingest(s); });
+}

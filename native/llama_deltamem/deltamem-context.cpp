@@ -1,0 +1,146 @@
+// Which token of a batch reads and writes what.
+
+#include "deltamem-context.h"
+
+#include "llama-batch.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+llama_deltamem_context::llama_deltamem_context(llama_deltamem_weights_ptr weights, uint32_t n_seq_max) :
+    weights(weights), state(*weights, n_seq_max), covered(weights->layers.size()), sequences(n_seq_max) {}
+
+int llama_deltamem_context::find_layer(int il) const {
+    const auto & layers = weights->layers;
+    const auto it = std::lower_bound(layers.begin(), layers.end(), il,
+        [](const llama_deltamem_layer_weights & lw, int il) { return lw.il < il; });
+    return it != layers.end() && it->il == il ? (int) (it - layers.begin()) : -1;
+}
+
+void llama_deltamem_context::set_segments(const int32_t * segments, const int8_t * ends, int32_t n_tokens) {
+    next.given = true;
+    next.segments.assign(segments, segments + n_tokens);
+    next.ends.clear();
+    if (ends) {
+        next.ends.assign(ends, ends + n_tokens);
+    }
+}
+
+void llama_deltamem_context::begin_batch(const llama_batch_ext & batch) {
+    // consumed whatever happens: it describes one llama_decode
+    current = {};
+    std::swap(current, next);
+
+    const size_t n_tokens = batch.tokens.size();
+    if (current.given && current.segments.size() != n_tokens) {
+        throw std::runtime_error(format("segments were given for %zu tokens, the batch has %zu",
+                                        current.segments.size(), n_tokens));
+    }
+
+    std::vector<int32_t> last_token(n_seqs(), -1);
+    for (size_t i = 0; i < n_tokens; ++i) {
+        const auto & seq_ids = batch.tokens[i].seq_ids;
+        if (seq_ids.size() != 1) {
+            throw std::runtime_error(format("token %zu of the batch belongs to %zu sequences; with a memory it must be one",
+                                            i, seq_ids.size()));
+        }
+        const llama_seq_id seq_id = *seq_ids.begin();
+        if (seq_id < 0 || (uint32_t) seq_id >= n_seqs()) {
+            throw std::runtime_error(format("token %zu of the batch belongs to sequence %d, this context has %u memories",
+                                            i, seq_id, n_seqs()));
+        }
+        if (!current.given && sequences[seq_id].ingest.open && sequences[seq_id].write) {
+            throw std::runtime_error(format("sequence %d is in the middle of an ingest, this batch gives it no segments; "
+                                            "end or abandon the ingest first", seq_id));
+        }
+        last_token[seq_id] = (int32_t) i;
+    }
+
+    if (!current.given) {
+        return;
+    }
+
+    if (current.ends.empty()) {
+        current.ends.resize(n_tokens, 0);
+        for (const int32_t i : last_token) {
+            if (i >= 0) {
+                current.ends[i] = 1;
+            }
+        }
+    }
+
+    // segments are written in order: an id must not fall within an ingest
+    std::vector<int32_t> segment;
+    for (const sequence & s : sequences) {
+        segment.push_back(s.ingest.open ? s.ingest.segment : -1);
+    }
+    for (size_t i = 0; i < n_tokens; ++i) {
+        const llama_seq_id seq_id = *batch.tokens[i].seq_ids.begin();
+        const int32_t id = current.segments[i];
+        if (id < -1) {
+            throw std::runtime_error(format("token %zu of the batch has segment %d; ids are 0 and up, -1 for none", i, id));
+        }
+        if (id >= 0 && id < segment[seq_id]) {
+            throw std::runtime_error(format("token %zu of the batch goes back to segment %d after %d; segments of an ingest "
+                                            "must not fall", i, id, segment[seq_id]));
+        }
+        segment[seq_id] = current.ends[i] ? -1 : std::max(segment[seq_id], id);
+    }
+}
+
+void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan) {
+    const uint32_t n_seqs = std::max(1u, ubatch.n_seqs_unq);
+
+    plan.assign(ggml_deltamem_n_plan(n_seqs, ubatch.n_tokens), 0);
+    int32_t * seq   = plan.data();
+    int32_t * entry = plan.data() + GGML_DELTAMEM_PLAN_SEQ*n_seqs;
+
+    int32_t first = 0;
+    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+        const llama_seq_id seq_id = ubatch.seq_id_unq[s];
+        sequence & sq = sequences[seq_id];
+
+        int32_t count = 0;
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            if (ubatch.seq_id[i][0] != seq_id) {
+                continue;
+            }
+
+            int32_t bits = 0;
+            if (!current.given) {
+                bits = sq.write ? GGML_DELTAMEM_TOKEN_WRITE : 0;
+            } else {
+                const int32_t at = ubatch.data->batch_idxs[i];
+                const int32_t id = sq.write ? current.segments[at] : -1;
+
+                if (!sq.ingest.open) {
+                    bits |= GGML_DELTAMEM_TOKEN_BEGIN;
+                    sq.ingest = { /*.open =*/ true, /*.segment =*/ -1 };
+                }
+                if (id >= 0) {
+                    if (sq.ingest.segment >= 0 && id != sq.ingest.segment) {
+                        bits |= GGML_DELTAMEM_TOKEN_SEGMENT;
+                    }
+                    bits |= GGML_DELTAMEM_TOKEN_ACCUMULATE;
+                    sq.ingest.segment = id;
+                }
+                if (current.ends[at]) {
+                    bits |= GGML_DELTAMEM_TOKEN_COMMIT;
+                    sq.ingest = {};
+                }
+            }
+
+            entry[0] = (int32_t) i;
+            entry[1] = bits;
+            entry += GGML_DELTAMEM_PLAN_TOKEN;
+            count++;
+        }
+
+        seq[0] = seq_id;
+        seq[1] = first;
+        seq[2] = count;
+        seq   += GGML_DELTAMEM_PLAN_SEQ;
+        first += count;
+    }
+}

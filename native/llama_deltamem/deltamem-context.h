@@ -1,0 +1,70 @@
+// An adapter attached to one llama_context: its states, which sequences write, and the plan of each micro-batch.
+#pragma once
+
+#include "deltamem-adapter.h"
+#include "deltamem-state.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+struct llama_ubatch;
+struct llama_batch_ext;
+
+struct llama_deltamem_context {
+    const llama_deltamem_weights_ptr weights;
+
+    llama_deltamem_state state;
+
+    // what the last graph saw of each memory layer; attaching reads it after a dry run
+    struct coverage {
+        bool        read    = false;
+        uint32_t    targets = 0; // bits of enum llama_deltamem_target that were corrected
+        std::string problem; // why the layer cannot be hooked, "" if it can
+    };
+    std::vector<coverage> covered; // per memory layer
+    int64_t               n_graphs = 0;
+
+    llama_deltamem_context(llama_deltamem_weights_ptr weights, uint32_t n_seq_max);
+
+    // index of the model's layer among those with memory, -1 if it has none
+    int find_layer(int il) const;
+
+    uint32_t n_seqs() const { return (uint32_t) sequences.size(); }
+    bool     has_segments() const { return weights->granularity != LLAMA_DELTAMEM_TOKEN; }
+
+    bool get_write(llama_seq_id seq_id) const { return sequences[seq_id].write; }
+    void set_write(llama_seq_id seq_id, bool write) { sequences[seq_id].write = write; }
+    void abandon_ingest(llama_seq_id seq_id) { sequences[seq_id].ingest = {}; }
+
+    // describes the next batch; see llama_deltamem_set_segments
+    void set_segments(const int32_t * segments, const int8_t * ends, int32_t n_tokens);
+
+    // Takes the description for this batch and checks it. Throws std::runtime_error with the reason to refuse the batch.
+    void begin_batch(const llama_batch_ext & batch);
+
+    // The plan (ggml-deltamem.h) of a micro-batch of the current batch, in the order of computation.
+    void make_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan);
+
+private:
+    // one call of the model over text that reads the state as it was before
+    struct ingest {
+        bool    open    = false;
+        int32_t segment = -1; // the one that the running sum belongs to, -1 if none
+    };
+
+    struct sequence {
+        bool         write = true;
+        struct ingest ingest;
+    };
+
+    struct description {
+        bool                 given = false;
+        std::vector<int32_t> segments;
+        std::vector<int8_t>  ends; // empty: the last token of each sequence
+    };
+
+    std::vector<sequence> sequences;
+    description           next;
+    description           current;
+};

@@ -1,0 +1,183 @@
+// Builds the memory's part of llama.cpp's graphs: per layer one packed projection, one operator, and for each corrected
+// projection one product and one addition.
+
+#include "deltamem-graph.h"
+
+#include "deltamem-api.h"
+#include "deltamem-context.h"
+#include "llama-batch.h"
+#include "llama-graph.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+// the plan of the micro-batch, one tensor for all layers
+class llm_graph_input_deltamem : public llm_graph_input_i {
+public:
+    llm_graph_input_deltamem(llama_deltamem_context & deltamem, ggml_tensor * plan) : deltamem(deltamem), plan(plan) {}
+
+    static int64_t size(const llama_ubatch & ubatch) {
+        return ggml_deltamem_n_plan(std::max(1u, ubatch.n_seqs_unq), ubatch.n_tokens);
+    }
+
+    void set_input(const llama_ubatch * ubatch) override {
+        deltamem.make_plan(*ubatch, values);
+        ggml_backend_tensor_set(plan, values.data(), 0, ggml_nbytes(plan));
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        return params.deltamem == &deltamem && size(params.ubatch) == plan->ne[0];
+    }
+
+private:
+    llama_deltamem_context & deltamem;
+    ggml_tensor *            plan; // I32, see ggml-deltamem.h
+    std::vector<int32_t>     values;
+};
+
+struct llama_deltamem_graph {
+    llama_deltamem_context & deltamem;
+
+    ggml_context *       ctx0;
+    ggml_cgraph *        gf;
+    ggml_backend_sched_t sched;
+    llm_graph_result *   res;
+
+    const llama_ubatch & ubatch;
+
+    ggml_tensor *              plan = nullptr;
+    std::vector<ggml_tensor *> reads; // per memory layer, F32 [H*r, n_tokens]
+
+    llama_deltamem_graph(const llm_graph_params & params) :
+        deltamem(*params.deltamem),
+        ctx0(params.res->get_ctx()),
+        gf(params.res->get_gf()),
+        sched(params.sched),
+        res(params.res),
+        ubatch(params.ubatch),
+        reads(deltamem.weights->layers.size(), nullptr) {
+        deltamem.covered.assign(reads.size(), {});
+        deltamem.n_graphs++;
+    }
+
+    // A layer that cannot be hooked is left alone and remembered: attaching then refuses the model.
+    bool expect(int i, bool ok, const char * problem) {
+        std::string & known = deltamem.covered[i].problem;
+        if (!ok && known.empty()) {
+            known = problem;
+        }
+        return known.empty();
+    }
+
+    ggml_tensor * get_plan() {
+        if (!plan) {
+            plan = ggml_new_tensor_1d(ctx0, GGML_TYPE_I32, llm_graph_input_deltamem::size(ubatch));
+            ggml_set_input(plan);
+            ggml_set_name(plan, "deltamem_plan");
+            res->add_input(std::make_unique<llm_graph_input_deltamem>(deltamem, plan));
+        }
+        return plan;
+    }
+
+    // The state is updated in place, so the operator must not be moved away from it.
+    void pin(ggml_tensor * node, ggml_backend_dev_t device) {
+        for (int b = 0; b < ggml_backend_sched_get_n_backends(sched); ++b) {
+            ggml_backend_t backend = ggml_backend_sched_get_backend(sched, b);
+            if (ggml_backend_get_device(backend) == device) {
+                ggml_backend_sched_set_tensor_backend(sched, node, backend);
+                return;
+            }
+        }
+    }
+
+    void read(ggml_tensor * cur, int i) {
+        const auto & lw = deltamem.weights->layers[i];
+
+        if (!expect(i, !reads[i], "it runs more than once per token") ||
+            !expect(i, cur->ne[0] == lw.in->ne[0] && ggml_nrows(cur) == ubatch.n_tokens && cur->ne[1] == ubatch.n_tokens,
+                    "its attention input is not one vector per token")) {
+            return;
+        }
+
+        ggml_deltamem_params params = deltamem.weights->params;
+        params.n_seqs = std::max(1u, ubatch.n_seqs_unq);
+
+        ggml_tensor * proj = ggml_mul_mat(ctx0, lw.in, cur);
+        ggml_format_name(proj, "deltamem_in-%d", lw.il);
+
+        reads[i] = ggml_deltamem(ctx0, proj, lw.gate_bias, deltamem.state.tensor(i), get_plan(), params);
+        ggml_format_name(reads[i], "deltamem_read-%d", lw.il);
+
+        pin(reads[i], deltamem.state.device(i));
+        // it writes the state even where nothing depends on its read
+        ggml_build_forward_expand(gf, reads[i]);
+
+        deltamem.covered[i].read = true;
+    }
+
+    ggml_tensor * correct(llama_deltamem_target target, ggml_tensor * out, int i) {
+        const auto & lw = deltamem.weights->layers[i];
+
+        ggml_tensor * weight = nullptr;
+        switch (target) {
+            case LLAMA_DELTAMEM_Q:   weight = lw.q;   break;
+            case LLAMA_DELTAMEM_K:   weight = lw.k;   break;
+            case LLAMA_DELTAMEM_V:   weight = lw.v;   break;
+            case LLAMA_DELTAMEM_QKV: weight = lw.qkv; break;
+            case LLAMA_DELTAMEM_O:   weight = lw.o;   break;
+        }
+        if (!weight) {
+            return out;
+        }
+        if (!expect(i, reads[i], "its projections come before its attention input is known") ||
+            !expect(i, out->ne[0] == weight->ne[1] && out->ne[1] == ubatch.n_tokens && ggml_nrows(out) == ubatch.n_tokens,
+                    "a projection's output does not have one row per token")) {
+            return out;
+        }
+
+        ggml_tensor * delta = ggml_mul_mat(ctx0, weight, reads[i]);
+        if (target == LLAMA_DELTAMEM_O && lw.o_norm) {
+            delta = ggml_mul(ctx0, ggml_rms_norm(ctx0, delta, deltamem.weights->o_norm_eps), lw.o_norm);
+        }
+        ggml_format_name(delta, "deltamem_delta-%d", lw.il);
+
+        deltamem.covered[i].targets |= 1u << target;
+        return ggml_add(ctx0, out, delta);
+    }
+};
+
+llama_deltamem_graph_ptr llama_deltamem_graph_init(const llm_graph_params & params) {
+    return params.deltamem ? std::make_shared<llama_deltamem_graph>(params) : nullptr;
+}
+
+void llama_deltamem_read(const llama_deltamem_graph_ptr & graph, ggml_tensor * cur, int il) {
+    const int i = graph ? graph->deltamem.find_layer(il) : -1;
+    if (i >= 0) {
+        graph->read(cur, i);
+    }
+}
+
+ggml_tensor * llama_deltamem_correct(
+        const llama_deltamem_graph_ptr & graph, llama_deltamem_target target, ggml_tensor * out, int il) {
+    const int i = graph ? graph->deltamem.find_layer(il) : -1;
+    return i >= 0 ? graph->correct(target, out, i) : out;
+}
+
+bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, const llama_batch_ext & batch) {
+    if (!deltamem) {
+        return true;
+    }
+    try {
+        deltamem->begin_batch(batch);
+        return true;
+    } catch (const std::exception & err) {
+        llama_deltamem_set_error(err.what());
+        return false;
+    }
+}
+
+uint32_t llama_deltamem_n_nodes(const llama_deltamem_context_ptr & deltamem) {
+    // projection, operator, then product and addition for each of q, k, v, o, and the norm of o
+    return deltamem ? (uint32_t) deltamem->weights->layers.size()*(2 + 4*2 + 2) : 0;
+}
