@@ -1,0 +1,32 @@
+"""`deltamem convert`: a published δ-mem checkpoint to an adapter GGUF."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from .base import Base
+from .checkpoint import Checkpoint
+from .pack import OUTTYPES, layers_of, write_adapter
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="ADAPTER_DIR", help="directory with delta_mem_config.json and its weights")
+    parser.add_argument("--base", metavar="MODEL", required=True, help="the base model as GGUF, of any quantisation")
+    parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the adapter to write")
+    parser.add_argument("--outtype", choices=sorted(OUTTYPES), default="f32", help="type of the weights (default: f32)")
+    parser.add_argument("--name", help="name to record in the file (default: that of the directory)")
+
+
+def run(args: argparse.Namespace) -> int:
+    checkpoint, base = Checkpoint(args.checkpoint), Base(args.base)
+    write_adapter(checkpoint, base, args.outfile, args.outtype, args.name)
+
+    config, n_layer = checkpoint.config, len(layers_of(checkpoint, base))
+    heads = f"{config.num_state_heads} head{'s' if config.num_state_heads > 1 else ''}"
+    print(
+        f"{args.outfile}: {base.architecture}, {n_layer} of {base.n_layer} layers, {heads} of rank {config.rank}, "
+        f"corrects {', '.join(config.delta_heads)}, writes per {config.memory_write_granularity.replace('_', ' ')}, "
+        f"{args.outtype}, {os.path.getsize(args.outfile) / 1e6:.2f} MB"
+    )
+    return 0
