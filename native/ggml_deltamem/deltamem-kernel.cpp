@@ -9,60 +9,22 @@
 
 #include "deltamem-simd.h"
 
-#include <initializer_list>
-
 namespace deltamem {
 
 static constexpr int MAX_RANK = GGML_DELTAMEM_MAX_RANK;
-static constexpr int CHUNK    = 16; // entries: the five arrays below fit a first-level cache at any rank
+static constexpr int CHUNK    = 16; // entries: the arrays below fit a first-level cache at the usual ranks
 static constexpr int PAD      = 16; // floats that a vector may reach past the last row
 
-// What the recurrence needs of a token, activated. Token t, row i at [t*r + i]. Gates are per row here in any case.
+// What the recurrence needs of each token, activated; token t, row i at [t*r + i]. Gates are per row here in any case.
 struct chunk {
     alignas(64) float q    [CHUNK*MAX_RANK + PAD];
     alignas(64) float k    [CHUNK*MAX_RANK + PAD];
     alignas(64) float keep [CHUNK*MAX_RANK + PAD];
     alignas(64) float erase[CHUNK*MAX_RANK + PAD];
     alignas(64) float value[CHUNK*MAX_RANK + PAD]; // write * v
-
-    // gate pre-activations while gathering, gates thereafter
-    alignas(64) float beta  [CHUNK*MAX_RANK + PAD];
-    alignas(64) float lambda[CHUNK*MAX_RANK + PAD];
 };
 
-// what every entry of a head shares
-struct head {
-    int  rank;
-    int  n_head;
-    int  index;
-    int  n_gate;       // floats per gate: r, or 1 if gates are per head
-    bool has_lambda;   // λ has a projection of its own
-    bool keep_all;     // keep = 1
-    bool erase_lambda; // erase = λ β
-    bool normalize;
-
-    const float * bias_beta;
-    const float * bias_lambda;
-};
-
-static head make_head(const deltamem_head_args & args) {
-    const ggml_deltamem_params & p = args.params;
-
-    head h;
-    h.rank         = p.rank;
-    h.n_head       = p.n_head;
-    h.index        = args.head;
-    h.n_gate       = (p.flags & GGML_DELTAMEM_RANKWISE_GATES) ? p.rank : 1;
-    h.has_lambda   = p.lambda == GGML_DELTAMEM_LAMBDA_SEPARATE;
-    h.keep_all     = p.lambda == GGML_DELTAMEM_LAMBDA_NONE;
-    h.erase_lambda = p.flags & GGML_DELTAMEM_LAMBDA_OUTSIDE;
-    h.normalize    = p.flags & GGML_DELTAMEM_NORMALIZE_QK;
-    h.bias_beta    = args.gate_bias + (size_t) h.index*h.n_gate;
-    h.bias_lambda  = h.bias_beta + (size_t) h.n_head*h.n_gate;
-    return h;
-}
-
-// this head's rows in a column of the packed projections
+// one head's rows in a column of the packed projections, or in a running sum
 struct token {
     const float * q;
     const float * k;
@@ -71,16 +33,10 @@ struct token {
     const float * lambda;
 };
 
-static token projected_token(const head & h, const float * column) {
-    const size_t n = (size_t) h.n_head*h.rank;
-
-    token t;
-    t.q      = column + (size_t) h.index*h.rank;
-    t.k      = t.q + n;
-    t.v      = t.k + n;
-    t.beta   = column + 3*n + (size_t) h.index*h.n_gate;
-    t.lambda = t.beta + (size_t) h.n_head*h.n_gate;
-    return t;
+static inline void zero(float * dst, int n) {
+    for (int i = 0; i < n; ++i) {
+        dst[i] = 0.0f;
+    }
 }
 
 static inline void copy(float * dst, const float * src, int n) {
@@ -89,106 +45,13 @@ static inline void copy(float * dst, const float * src, int n) {
     }
 }
 
-static inline void copy_add(float * dst, const float * src, const float * bias, int n) {
+static inline void add(float * dst, const float * src, int n) {
     for (int i = 0; i < n; ++i) {
-        dst[i] = src[i] + bias[i];
+        dst[i] += src[i];
     }
 }
 
-static inline void zero(float * dst, int n) {
-    for (int i = 0; i < n; ++i) {
-        dst[i] = 0.0f;
-    }
-}
-
-// Applies f in full vectors; up to PAD floats past n are overwritten with f of what stood there.
-template <typename F> static inline void map(float * x, int n, F f) {
-    for (int i = 0; i < n; i += wide::width) {
-        f(wide::load(x + i)).store(x + i);
-    }
-}
-
-static void gather(const head & h, const token & src, chunk & c, int t) {
-    const int r = h.rank;
-
-    copy(c.q     + t*r, src.q, r);
-    copy(c.k     + t*r, src.k, r);
-    copy(c.value + t*r, src.v, r);
-
-    copy_add(c.beta + t*h.n_gate, src.beta, h.bias_beta, h.n_gate);
-    if (h.has_lambda) {
-        copy_add(c.lambda + t*h.n_gate, src.lambda, h.bias_lambda, h.n_gate);
-    }
-}
-
-// x <- x / max(|x|, 1e-6) per token
-static void l2_normalize(float * x, int r, int n_tokens) {
-    for (int t = 0; t < n_tokens; ++t) {
-        float * row = x + t*r;
-
-        float sum = 0.0f;
-        int   i   = 0;
-        for (; i + narrow::width <= r; i += narrow::width) {
-            const narrow v = narrow::load(row + i);
-            sum += (v*v).sum();
-        }
-        for (; i < r; ++i) {
-            sum += row[i]*row[i];
-        }
-
-        const float norm  = sqrtf(sum);
-        const float scale = 1.0f/(norm > 1e-6f ? norm : 1e-6f);
-        for (i = 0; i < r; ++i) {
-            row[i] *= scale;
-        }
-    }
-}
-
-static void activate(const head & h, chunk & c, int n_tokens) {
-    const int r = h.rank;
-    const int n = n_tokens*r;
-
-    // vectors reach past the last row: what they find there must be finite
-    for (float * tail : { c.q + n, c.k + n, c.value + n, c.keep + n, c.erase + n }) {
-        zero(tail, PAD);
-    }
-    zero(c.beta   + n_tokens*h.n_gate, PAD);
-    zero(c.lambda + n_tokens*h.n_gate, PAD);
-
-    if (h.normalize) {
-        map(c.q, n, [](wide x) { return tanh(x); });
-        map(c.k, n, [](wide x) { return tanh(x); });
-        l2_normalize(c.q, r, n_tokens);
-        l2_normalize(c.k, r, n_tokens);
-    }
-
-    map(c.beta, n_tokens*h.n_gate, [](wide x) { return sigmoid(x); });
-    if (h.has_lambda) {
-        map(c.lambda, n_tokens*h.n_gate, [](wide x) { return sigmoid(x); });
-    }
-
-    const bool per_row = h.n_gate == r;
-    for (int i = 0; i < n; ++i) {
-        const int   g      = per_row ? i : i/r;
-        const float beta   = c.beta[g];
-        const float lambda = h.keep_all ? 1.0f : h.has_lambda ? c.lambda[g] : 1.0f - beta;
-
-        c.keep[i]   = lambda;
-        c.erase[i]  = h.erase_lambda ? lambda*beta : beta;
-        c.value[i] *= beta;
-    }
-}
-
-// One token in a block of V::width rows, columns of the state in s[0 .. r).
-template <typename V> struct row_block {
-    V keep, erase, value;
-
-    static row_block load(const chunk & c, int at) {
-        return { V::load(c.keep + at), V::load(c.erase + at), V::load(c.value + at) };
-    }
-};
-
-// S x with two chains of additions, to halve their latency
+// S x with two chains of additions, to halve their latency; s(j) is column j of a block of rows
 template <typename V, typename Column> static inline V state_times(Column s, const float * x, int r) {
     V even = s(0)*V::splat(x[0]);
     V odd  = V::splat(0.0f);
@@ -203,218 +66,342 @@ template <typename V, typename Column> static inline V state_times(Column s, con
     return even + odd;
 }
 
-// The recurrence for a rank known at compile time: a block of rows lives in R vectors across the chunk.
-template <typename V, int R>
-static void recur(float * state, const chunk & c, const int32_t * entries, int n, float * read, size_t read_stride) {
-    static_assert(R % V::width == 0, "rows come in full vectors");
+// One head. R is the rank where it is known at compile time, 0 for any.
+template <int R> class head {
+public:
+    explicit head(const deltamem_head_args & args) :
+        args(args),
+        rank(args.params.rank),
+        n_gate((args.params.flags & GGML_DELTAMEM_RANKWISE_GATES) ? rank : 1),
+        has_lambda(args.params.lambda == GGML_DELTAMEM_LAMBDA_SEPARATE),
+        keep_all(args.params.lambda == GGML_DELTAMEM_LAMBDA_NONE),
+        erase_lambda(args.params.flags & GGML_DELTAMEM_LAMBDA_OUTSIDE),
+        normalize(args.params.flags & GGML_DELTAMEM_NORMALIZE_QK),
+        segments(args.params.flags & GGML_DELTAMEM_SEGMENTS),
+        bias_beta(args.gate_bias + (size_t) args.head*n_gate),
+        bias_lambda(bias_beta + (size_t) args.params.n_head*n_gate),
+        state(args.record),
+        pending(state + rank*rank),
+        sum(pending + rank*rank),
+        count(sum + 3*rank + n_gate*(has_lambda ? 2 : 1)) {}
 
-    for (int i0 = 0; i0 < R; i0 += V::width) {
-        V s[R];
-        for (int j = 0; j < R; ++j) {
-            s[j] = V::load(state + j*R + i0);
+    void forward() {
+        for (int64_t at = 0; at < args.n_entries;) {
+            const int32_t * run = args.entries + at*GGML_DELTAMEM_PLAN_TOKEN;
+            const int n = gather_run(run, args.n_entries - at);
+
+            if (segments && (run[1] & GGML_DELTAMEM_TOKEN_BEGIN)) {
+                copy(pending, state, r()*r());
+                clear_sum();
+            }
+
+            activate(n);
+            recur(state, run, n, args.read + (size_t) args.head*r(), args.read_stride);
+
+            if (segments) {
+                write_segments(run, n);
+            }
+            at += n;
         }
-        const auto column = [&s](int j) { return s[j]; };
+    }
 
-        for (int t = 0; t < n; ++t) {
-            const int32_t * entry = entries + t*GGML_DELTAMEM_PLAN_TOKEN;
+private:
+    const deltamem_head_args & args;
 
-            state_times<V>(column, c.q + t*R, R).store(read + entry[0]*read_stride + i0);
+    const int  rank;
+    const int  n_gate;       // floats per gate: r, or 1 if gates are per head
+    const bool has_lambda;   // λ has a projection of its own
+    const bool keep_all;     // keep = 1
+    const bool erase_lambda; // erase = λ β
+    const bool normalize;
+    const bool segments;
 
-            if (entry[1] & GGML_DELTAMEM_TOKEN_WRITE) {
-                const float * k = c.k + t*R;
+    const float * const bias_beta;
+    const float * const bias_lambda;
 
-                const row_block<V> row = row_block<V>::load(c, t*R + i0);
-                const V u = row.value - row.erase*state_times<V>(column, k, R);
-                for (int j = 0; j < R; ++j) {
-                    s[j] = V::fma(u, V::splat(k[j]), row.keep*s[j]);
+    // the record, see ggml-deltamem.h; without segments it ends after the state
+    float * const state;
+    float * const pending;
+    float * const sum; // q, k, v, β, λ
+    float * const count;
+
+    chunk c;
+
+    // gate pre-activations while gathering
+    alignas(64) float beta  [CHUNK*MAX_RANK + PAD];
+    alignas(64) float lambda[CHUNK*MAX_RANK + PAD];
+
+    int r() const { return R ? R : rank; }
+
+    token projected(const int32_t * entry) const {
+        const float * column = args.proj + entry[0]*args.proj_stride;
+        const size_t n = (size_t) args.params.n_head*r();
+
+        token t;
+        t.q      = column + (size_t) args.head*r();
+        t.k      = t.q + n;
+        t.v      = t.k + n;
+        t.beta   = column + 3*n + (size_t) args.head*n_gate;
+        t.lambda = t.beta + (size_t) args.params.n_head*n_gate;
+        return t;
+    }
+
+    //
+    // activations
+    //
+
+    // Gathers a run of entries that read one state, changed by their own token writes alone: a run ends before BEGIN and
+    // after COMMIT. Returns its length.
+    int gather_run(const int32_t * run, int64_t n_max) {
+        int n = 0;
+        while (n < CHUNK && n < n_max) {
+            const int32_t * entry = run + n*GGML_DELTAMEM_PLAN_TOKEN;
+            if (n > 0 && (entry[1] & GGML_DELTAMEM_TOKEN_BEGIN)) {
+                break;
+            }
+            gather(projected(entry), n);
+            n++;
+            if (entry[1] & GGML_DELTAMEM_TOKEN_COMMIT) {
+                break;
+            }
+        }
+        return n;
+    }
+
+    void gather(const token & src, int t) {
+        copy(c.q     + t*r(), src.q, r());
+        copy(c.k     + t*r(), src.k, r());
+        copy(c.value + t*r(), src.v, r());
+        gather_gate(beta + t*r(), src.beta, bias_beta);
+        if (has_lambda) {
+            gather_gate(lambda + t*r(), src.lambda, bias_lambda);
+        }
+    }
+
+    void gather_gate(float * dst, const float * src, const float * bias) {
+        if (n_gate == 1) {
+            const float gate = src[0] + bias[0];
+            for (int i = 0; i < r(); ++i) {
+                dst[i] = gate;
+            }
+        } else {
+            copy(dst, src, r());
+            add(dst, bias, r());
+        }
+    }
+
+    void activate(int n_tokens) {
+        const int n = n_tokens*r();
+
+        // vectors reach past the last row: what they find there must be finite
+        float * const arrays[] = { c.q, c.k, c.keep, c.erase, c.value, beta, lambda };
+        for (float * array : arrays) {
+            zero(array + n, PAD);
+        }
+
+        if (normalize) {
+            for (int i = 0; i < n; i += wide::width) {
+                tanh(wide::load(c.q + i)).store(c.q + i);
+                tanh(wide::load(c.k + i)).store(c.k + i);
+            }
+            l2_normalize(c.q, n_tokens);
+            l2_normalize(c.k, n_tokens);
+        }
+
+        const wide one = wide::splat(1.0f);
+        for (int i = 0; i < n; i += wide::width) {
+            const wide b = sigmoid(wide::load(beta + i));
+            const wide l = keep_all ? one : has_lambda ? sigmoid(wide::load(lambda + i)) : one - b;
+
+            l.store(c.keep + i);
+            (erase_lambda ? l*b : b).store(c.erase + i);
+            (wide::load(c.value + i)*b).store(c.value + i);
+        }
+    }
+
+    // x <- x / max(|x|, 1e-6) per token
+    void l2_normalize(float * x, int n_tokens) {
+        float scale[CHUNK + PAD] = {};
+        for (int t = 0; t < n_tokens; ++t) {
+            const float * row = x + t*r();
+            int i = 0;
+            for (; i + narrow::width <= r(); i += narrow::width) {
+                const narrow v = narrow::load(row + i);
+                scale[t] += (v*v).sum();
+            }
+            for (; i < r(); ++i) {
+                scale[t] += row[i]*row[i];
+            }
+        }
+        for (int t = 0; t < n_tokens; t += wide::width) {
+            const wide norm = wide::max(wide::splat(1e-6f), wide::sqrt(wide::load(scale + t)));
+            (wide::splat(1.0f)/norm).store(scale + t);
+        }
+        for (int t = 0; t < n_tokens; ++t) {
+            for (int i = 0; i < r(); ++i) {
+                x[t*r() + i] *= scale[t];
+            }
+        }
+    }
+
+    //
+    // the recurrence
+    //
+
+    void recur(float * s, const int32_t * entries, int n, float * read, size_t read_stride) {
+        if constexpr (R == 0) {
+            recur_any<narrow>(s, entries, n, read, read_stride);
+        } else if constexpr (R % wide::width == 0) {
+            recur_fixed<wide>(s, entries, n, read, read_stride);
+        } else {
+            recur_fixed<narrow>(s, entries, n, read, read_stride);
+        }
+    }
+
+    // the row-wise factors of token t in the block of rows at i0
+    template <typename V> struct row_block {
+        V keep, erase, value;
+
+        row_block(const chunk & c, int at) : keep(V::load(c.keep + at)), erase(V::load(c.erase + at)), value(V::load(c.value + at)) {}
+    };
+
+    // A block of rows lives in R vectors across the chunk.
+    template <typename V>
+    void recur_fixed(float * state, const int32_t * entries, int n, float * read, size_t read_stride) {
+        static_assert(R % V::width == 0, "rows come in full vectors");
+
+        for (int i0 = 0; i0 < R; i0 += V::width) {
+            V s[R];
+            for (int j = 0; j < R; ++j) {
+                s[j] = V::load(state + j*R + i0);
+            }
+            const auto column = [&s](int j) { return s[j]; };
+
+            for (int t = 0; t < n; ++t) {
+                const int32_t * entry = entries + t*GGML_DELTAMEM_PLAN_TOKEN;
+
+                state_times<V>(column, c.q + t*R, R).store(read + entry[0]*read_stride + i0);
+
+                if (entry[1] & GGML_DELTAMEM_TOKEN_WRITE) {
+                    const float * k = c.k + t*R;
+
+                    const row_block<V> row(c, t*R + i0);
+                    const V u = row.value - row.erase*state_times<V>(column, k, R);
+                    for (int j = 0; j < R; ++j) {
+                        s[j] = V::fma(u, V::splat(k[j]), row.keep*s[j]);
+                    }
+                }
+            }
+
+            for (int j = 0; j < R; ++j) {
+                s[j].store(state + j*R + i0);
+            }
+        }
+    }
+
+    // Any rank: the state in a copy whose columns are padded to full vectors.
+    template <typename V>
+    void recur_any(float * state, const int32_t * entries, int n, float * read, size_t read_stride) {
+        const int rows = (rank + V::width - 1)/V::width*V::width;
+
+        alignas(64) float s[MAX_RANK*MAX_RANK];
+        alignas(64) float out[V::width];
+
+        for (int j = 0; j < rank; ++j) {
+            copy(s + j*rows, state + j*rank, rank);
+            zero(s + j*rows + rank, rows - rank);
+        }
+
+        for (int i0 = 0; i0 < rank; i0 += V::width) {
+            const auto column = [&s, rows, i0](int j) { return V::load(s + j*rows + i0); };
+
+            for (int t = 0; t < n; ++t) {
+                const int32_t * entry = entries + t*GGML_DELTAMEM_PLAN_TOKEN;
+
+                state_times<V>(column, c.q + t*rank, rank).store(out);
+                copy(read + entry[0]*read_stride + i0, out, rank - i0 < V::width ? rank - i0 : V::width);
+
+                if (entry[1] & GGML_DELTAMEM_TOKEN_WRITE) {
+                    const float * k = c.k + t*rank;
+
+                    // rows past the last take what follows in the chunk; they are never copied back
+                    const row_block<V> row(c, t*rank + i0);
+                    const V u = row.value - row.erase*state_times<V>(column, k, rank);
+                    for (int j = 0; j < rank; ++j) {
+                        V::fma(u, V::splat(k[j]), row.keep*column(j)).store(s + j*rows + i0);
+                    }
                 }
             }
         }
 
-        for (int j = 0; j < R; ++j) {
-            s[j].store(state + j*R + i0);
+        for (int j = 0; j < rank; ++j) {
+            copy(state + j*rank, s + j*rows, rank);
         }
     }
-}
 
-// The recurrence for any rank: the state in a copy whose columns are padded to full vectors.
-template <typename V>
-static void recur(float * state, const chunk & c, const int32_t * entries, int n, float * read, size_t read_stride, int r) {
-    const int rows = (r + V::width - 1)/V::width*V::width;
+    //
+    // segment writes
+    //
 
-    alignas(64) float s[MAX_RANK*MAX_RANK];
-    alignas(64) float out[V::width];
-
-    for (int j = 0; j < r; ++j) {
-        copy(s + j*rows, state + j*r, r);
-        zero(s + j*rows + r, rows - r);
-    }
-
-    for (int i0 = 0; i0 < r; i0 += V::width) {
-        const auto column = [&s, rows, i0](int j) { return V::load(s + j*rows + i0); };
-
+    void write_segments(const int32_t * run, int n) {
         for (int t = 0; t < n; ++t) {
-            const int32_t * entry = entries + t*GGML_DELTAMEM_PLAN_TOKEN;
-
-            state_times<V>(column, c.q + t*r, r).store(out);
-            copy(read + entry[0]*read_stride + i0, out, r - i0 < V::width ? r - i0 : V::width);
-
-            if (entry[1] & GGML_DELTAMEM_TOKEN_WRITE) {
-                const float * k = c.k + t*r;
-
-                // rows past r take what follows in the chunk; they are never copied back
-                const row_block<V> row = row_block<V>::load(c, t*r + i0);
-                const V u = row.value - row.erase*state_times<V>(column, k, r);
-                for (int j = 0; j < r; ++j) {
-                    V::fma(u, V::splat(k[j]), row.keep*column(j)).store(s + j*rows + i0);
-                }
+            const int32_t * entry = run + t*GGML_DELTAMEM_PLAN_TOKEN;
+            if (entry[1] & GGML_DELTAMEM_TOKEN_SEGMENT) {
+                flush_sum();
+            }
+            if (entry[1] & GGML_DELTAMEM_TOKEN_ACCUMULATE) {
+                accumulate(projected(entry));
+            }
+            if (entry[1] & GGML_DELTAMEM_TOKEN_COMMIT) {
+                flush_sum();
+                copy(state, pending, r()*r());
             }
         }
     }
 
-    for (int j = 0; j < r; ++j) {
-        copy(state + j*r, s + j*rows, r);
-    }
-}
-
-static void recur(const head & h, float * state, const chunk & c, const int32_t * entries, int n, float * read,
-                  size_t read_stride) {
-    switch (h.rank) {
-        case 8:  recur<narrow, 8>(state, c, entries, n, read, read_stride); break;
-        case 16: recur<wide, 16> (state, c, entries, n, read, read_stride); break;
-        default: recur<narrow>   (state, c, entries, n, read, read_stride, h.rank); break;
-    }
-}
-
-//
-// segment writes: the tail of a record, see ggml-deltamem.h
-//
-
-struct segment {
-    const head & h;
-    float * state;
-    float * pending;
-    float * sum; // q, k, v, β, λ
-    float * count;
-
-    segment(const head & h, float * record) : h(h) {
-        state   = record;
-        pending = state + h.rank*h.rank;
-        sum     = pending + h.rank*h.rank;
-        count   = sum + n_sum();
-    }
-
-    int n_sum() const { return 3*h.rank + h.n_gate*(h.has_lambda ? 2 : 1); }
-
-    void clear() {
-        zero(sum, n_sum());
+    void clear_sum() {
+        zero(sum, (int) (count - sum));
         *count = 0.0f;
     }
 
-    void begin() {
-        copy(pending, state, h.rank*h.rank);
-        clear();
-    }
-
     void accumulate(const token & t) {
-        float * dst = sum;
-        const auto add = [&dst](const float * src, int n) {
-            for (int i = 0; i < n; ++i) {
-                dst[i] += src[i];
-            }
-            dst += n;
-        };
-        add(t.q, h.rank);
-        add(t.k, h.rank);
-        add(t.v, h.rank);
-        add(t.beta, h.n_gate);
-        if (h.has_lambda) {
-            add(t.lambda, h.n_gate);
+        add(sum,         t.q, r());
+        add(sum + r(),   t.k, r());
+        add(sum + 2*r(), t.v, r());
+        add(sum + 3*r(), t.beta, n_gate);
+        if (has_lambda) {
+            add(sum + 3*r() + n_gate, t.lambda, n_gate);
         }
         *count += 1.0f;
     }
 
-    // one write of the mean. W mean(h) = mean(W h): the mean of projections is the projection of the mean.
-    void flush(chunk & c) {
+    // One write of the mean. W mean(h) = mean(W h): the mean of projections is the projection of the mean.
+    void flush_sum() {
         if (*count == 0.0f) {
             return;
         }
-        for (int i = 0; i < n_sum(); ++i) {
-            sum[i] /= *count;
+        for (float * x = sum; x < count; ++x) {
+            *x /= *count;
         }
 
-        const token mean = { sum, sum + h.rank, sum + 2*h.rank, sum + 3*h.rank, sum + 3*h.rank + h.n_gate };
+        const token mean = { sum, sum + r(), sum + 2*r(), sum + 3*r(), sum + 3*r() + n_gate };
         const int32_t entry[GGML_DELTAMEM_PLAN_TOKEN] = { 0, GGML_DELTAMEM_TOKEN_WRITE };
         float unused[MAX_RANK];
 
-        gather(h, mean, c, 0);
-        activate(h, c, 1);
-        recur(h, pending, c, entry, 1, unused, 0);
-        clear();
-    }
-
-    void commit(chunk & c) {
-        flush(c);
-        copy(state, pending, h.rank*h.rank);
+        gather(mean, 0);
+        activate(1);
+        recur(pending, entry, 1, unused, 0);
+        clear_sum();
     }
 };
 
 } // namespace deltamem
 
 void deltamem_head_forward(const struct deltamem_head_args * args) {
-    using namespace deltamem;
-
-    const head h = make_head(*args);
-    const bool segments = args->params.flags & GGML_DELTAMEM_SEGMENTS;
-
-    float * state = args->record;
-    float * read  = args->read + (size_t) h.index*h.rank;
-
-    chunk c;
-
-    const auto column = [args](const int32_t * entry) { return args->proj + entry[0]*args->proj_stride; };
-
-    for (int64_t at = 0; at < args->n_entries;) {
-        const int32_t * run = args->entries + at*GGML_DELTAMEM_PLAN_TOKEN;
-
-        // a run reads one state, changed by its own token writes alone: it ends before BEGIN and after COMMIT
-        int n = 0;
-        while (n < CHUNK && at + n < args->n_entries) {
-            const int32_t * entry = run + n*GGML_DELTAMEM_PLAN_TOKEN;
-            if (n > 0 && (entry[1] & GGML_DELTAMEM_TOKEN_BEGIN)) {
-                break;
-            }
-            gather(h, projected_token(h, column(entry)), c, n);
-            n++;
-            if (entry[1] & GGML_DELTAMEM_TOKEN_COMMIT) {
-                break;
-            }
-        }
-
-        if (segments && (run[1] & GGML_DELTAMEM_TOKEN_BEGIN)) {
-            segment(h, args->record).begin();
-        }
-
-        activate(h, c, n);
-        recur(h, state, c, run, n, read, args->read_stride);
-
-        if (segments) {
-            segment seg(h, args->record);
-            for (int t = 0; t < n; ++t) {
-                const int32_t * entry = run + t*GGML_DELTAMEM_PLAN_TOKEN;
-                if (entry[1] & GGML_DELTAMEM_TOKEN_SEGMENT) {
-                    seg.flush(c);
-                }
-                if (entry[1] & GGML_DELTAMEM_TOKEN_ACCUMULATE) {
-                    seg.accumulate(projected_token(h, column(entry)));
-                }
-                if (entry[1] & GGML_DELTAMEM_TOKEN_COMMIT) {
-                    seg.commit(c);
-                }
-            }
-        }
-
-        at += n;
+    switch (args->params.rank) {
+        case 8:  deltamem::head<8> (*args).forward(); break;
+        case 16: deltamem::head<16>(*args).forward(); break;
+        default: deltamem::head<0> (*args).forward(); break;
     }
 }
 

@@ -43,7 +43,7 @@ namespace deltamem {
 //     min, max                  (a, b): b where either is NaN, so a NaN in b survives
 //     round                     to nearest even
 //     scale(x, n)               x 2^n for integral n in [-126, 127]
-//     below(a, b, x, y)         a < b ? x : y
+//     sqrt
 //     sum                       over lanes (narrow types only)
 
 struct scalar {
@@ -62,10 +62,8 @@ struct scalar {
     static scalar fma(scalar a, scalar b, scalar c) { return { a.v * b.v + c.v }; }
     static scalar min(scalar a, scalar b) { return { a.v < b.v ? a.v : b.v }; }
     static scalar max(scalar a, scalar b) { return { a.v > b.v ? a.v : b.v }; }
-    static scalar abs(scalar a) { return { fabsf(a.v) }; }
+    static scalar sqrt(scalar a) { return { sqrtf(a.v) }; }
     static scalar round(scalar a) { return { nearbyintf(a.v) }; }
-    static scalar below(scalar a, scalar b, scalar x, scalar y) { return a.v < b.v ? x : y; }
-    static scalar copysign(scalar a, scalar s) { return { copysignf(a.v, s.v) }; }
 
     static scalar scale(scalar x, scalar n) {
         // a NaN must not reach the conversion to an integer
@@ -95,18 +93,9 @@ struct avx2 {
     static avx2 fma(avx2 a, avx2 b, avx2 c) { return { _mm256_fmadd_ps(a.v, b.v, c.v) }; }
     static avx2 min(avx2 a, avx2 b) { return { _mm256_min_ps(a.v, b.v) }; }
     static avx2 max(avx2 a, avx2 b) { return { _mm256_max_ps(a.v, b.v) }; }
-    static avx2 abs(avx2 a) { return { _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v) }; }
 
+    static avx2 sqrt(avx2 a) { return { _mm256_sqrt_ps(a.v) }; }
     static avx2 round(avx2 a) { return { _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT) }; }
-
-    static avx2 below(avx2 a, avx2 b, avx2 x, avx2 y) {
-        return { _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) };
-    }
-
-    static avx2 copysign(avx2 a, avx2 s) {
-        const __m256 sign = _mm256_set1_ps(-0.0f);
-        return { _mm256_or_ps(_mm256_andnot_ps(sign, a.v), _mm256_and_ps(sign, s.v)) };
-    }
 
     static avx2 scale(avx2 x, avx2 n) {
         const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
@@ -139,19 +128,9 @@ struct avx512 {
     static avx512 fma(avx512 a, avx512 b, avx512 c) { return { _mm512_fmadd_ps(a.v, b.v, c.v) }; }
     static avx512 min(avx512 a, avx512 b) { return { _mm512_min_ps(a.v, b.v) }; }
     static avx512 max(avx512 a, avx512 b) { return { _mm512_max_ps(a.v, b.v) }; }
-    static avx512 abs(avx512 a) { return { _mm512_abs_ps(a.v) }; }
 
+    static avx512 sqrt(avx512 a) { return { _mm512_sqrt_ps(a.v) }; }
     static avx512 round(avx512 a) { return { _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT) }; }
-
-    static avx512 below(avx512 a, avx512 b, avx512 x, avx512 y) {
-        return { _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v) };
-    }
-
-    static avx512 copysign(avx512 a, avx512 s) {
-        const __m512i sign = _mm512_set1_epi32(INT32_MIN);
-        const __m512i mag  = _mm512_andnot_si512(sign, _mm512_castps_si512(a.v));
-        return { _mm512_castsi512_ps(_mm512_or_si512(mag, _mm512_and_si512(sign, _mm512_castps_si512(s.v)))) };
-    }
 
     static avx512 scale(avx512 x, avx512 n) { return { _mm512_scalef_ps(x.v, n.v) }; }
 };
@@ -174,10 +153,8 @@ struct neon {
     static neon fma(neon a, neon b, neon c) { return { vfmaq_f32(c.v, a.v, b.v) }; }
     static neon min(neon a, neon b) { return { vminq_f32(a.v, b.v) }; }
     static neon max(neon a, neon b) { return { vmaxq_f32(a.v, b.v) }; }
-    static neon abs(neon a) { return { vabsq_f32(a.v) }; }
+    static neon sqrt(neon a) { return { vsqrtq_f32(a.v) }; }
     static neon round(neon a) { return { vrndnq_f32(a.v) }; }
-    static neon below(neon a, neon b, neon x, neon y) { return { vbslq_f32(vcltq_f32(a.v, b.v), x.v, y.v) }; }
-    static neon copysign(neon a, neon s) { return { vbslq_f32(vdupq_n_u32(0x80000000u), s.v, a.v) }; }
 
     static neon scale(neon x, neon n) {
         const int32x4_t e = vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127));
@@ -207,50 +184,43 @@ static constexpr const char * simd_name = "scalar";
 #endif
 
 //
-// float32 functions, within 2 units in the last place over their range
+// float32 functions, within a few units in the last place over their range
 //
 
-// e^x for x in [-87, 88]; clamped outside. Cody-Waite reduction and Cephes' polynomial.
-template <typename V> static inline V exp(V x) {
+// x = n ln 2 + r with integral n and |r| <= ln 2 / 2 (Cody-Waite); x is clamped to [-87, 88]
+template <typename V> static inline void reduce(V x, V & n, V & r) {
     x = V::max(V::splat(-87.0f), V::min(V::splat(88.0f), x));
+    n = V::round(x * V::splat(1.44269504f));
+    r = V::fma(n, V::splat(-0.693359375f), x);
+    r = V::fma(n, V::splat(2.12194440e-4f), r);
+}
 
-    const V n = V::round(x * V::splat(1.44269504f));
-
-    V r = V::fma(n, V::splat(-0.693359375f), x);
-    r   = V::fma(n, V::splat(2.12194440e-4f), r);
-
+// e^r - 1 for |r| <= ln 2 / 2, to full relative accuracy (the polynomial of Cephes' expf)
+template <typename V> static inline V expm1_reduced(V r) {
     V p = V::splat(1.9875691500e-4f);
     p   = V::fma(p, r, V::splat(1.3981999507e-3f));
     p   = V::fma(p, r, V::splat(8.3334519073e-3f));
     p   = V::fma(p, r, V::splat(4.1665795894e-2f));
     p   = V::fma(p, r, V::splat(1.6666665459e-1f));
     p   = V::fma(p, r, V::splat(5.0000001201e-1f));
-    p   = V::fma(p, r * r, r) + V::splat(1.0f);
-
-    return V::scale(p, n);
+    return V::fma(p, r * r, r);
 }
 
+// 1 / (1 + e^-x)
 template <typename V> static inline V sigmoid(V x) {
     const V one = V::splat(1.0f);
-    return one / (one + exp(V::splat(0.0f) - x));
+    V n, r;
+    reduce(V::splat(0.0f) - x, n, r);
+    return one / (one + V::scale(one + expm1_reduced(r), n));
 }
 
-// Small arguments have a polynomial of their own: keys are normalised, so their relative error matters.
+// t / (t + 2) with t = e^2x - 1. No cancellation for small x: keys are normalised, so their relative error matters.
 template <typename V> static inline V tanh(V x) {
     const V one = V::splat(1.0f);
-    const V a   = V::abs(x);
-    const V z   = x * x;
-
-    V p = V::splat(-5.70498872745e-3f);
-    p   = V::fma(p, z, V::splat(2.06390887954e-2f));
-    p   = V::fma(p, z, V::splat(-5.37397155531e-2f));
-    p   = V::fma(p, z, V::splat(1.33314422036e-1f));
-    p   = V::fma(p, z, V::splat(-3.33332819422e-1f));
-
-    const V small = V::fma(p * z, x, x);
-    const V large = V::copysign(one - V::splat(2.0f) / (exp(a + a) + one), x);
-
-    return V::below(a, V::splat(0.625f), small, large);
+    V n, r;
+    reduce(x + x, n, r);
+    const V t = V::scale(expm1_reduced(r), n) + (V::scale(one, n) - one);
+    return t / (t + V::splat(2.0f));
 }
 
 } // namespace deltamem
