@@ -1,12 +1,16 @@
-// CPU forward of GGML_OP_DELTAMEM: spreads (sequence, head) pairs over the threads. Compiled into ggml-cpu, and so once
-// per CPU variant with that variant's flags.
+// CPU forward of GGML_OP_DELTAMEM: spreads the work over the threads. Compiled into ggml-cpu, and so once per CPU variant
+// with that variant's flags.
 
 #include "deltamem-cpu.h"
 
 #include "deltamem-kernel.h"
 #include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
 
-void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+#include <algorithm>
+
+// (sequence, head) pairs over the threads
+static void forward_read(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * proj      = dst->src[0];
     const struct ggml_tensor * gate_bias = dst->src[1];
     const struct ggml_tensor * state     = dst->src[2];
@@ -41,5 +45,80 @@ void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, st
         args.n_entries   = seq[2];
 
         deltamem_head_forward(&args);
+    }
+}
+
+// The outputs in tiles: a tile's weights, as float32, stay in the first-level cache while all tokens pass. A thread has a
+// range of tokens, or of tiles where tokens are few.
+static void forward_correct(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    const struct ggml_tensor * out    = dst->src[0];
+    const struct ggml_tensor * weight = dst->src[1];
+    const struct ggml_tensor * read   = dst->src[2];
+
+    constexpr int64_t TILE = 256; // outputs
+    constexpr int64_t COLS = 16;  // columns of the correction at a time
+
+    const int64_t n_out    = out->ne[0];
+    const int64_t n_tokens = out->ne[1];
+    const int64_t n_tiles  = (n_out + TILE - 1)/TILE;
+
+    const bool by_tokens = n_tokens >= 4*params->nth;
+
+    const auto range = [params](int64_t n) {
+        return std::make_pair(n*params->ith/params->nth, n*(params->ith + 1)/params->nth);
+    };
+    const auto [t0, t1]       = by_tokens ? range(n_tokens) : std::make_pair((int64_t) 0, n_tokens);
+    const auto [tile0, tile1] = by_tokens ? std::make_pair((int64_t) 0, n_tiles) : range(n_tiles);
+
+    float scratch[COLS*TILE];
+
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+        const int64_t i0 = tile*TILE;
+        const int64_t ni = std::min(TILE, n_out - i0);
+
+        for (int64_t j0 = 0; j0 < weight->ne[1]; j0 += COLS) {
+            const int64_t nj = std::min(COLS, weight->ne[1] - j0);
+
+            struct deltamem_correct_args args;
+            args.weight        = scratch;
+            args.weight_stride = TILE;
+            for (int64_t j = 0; j < nj; ++j) {
+                const char * column = (const char *) weight->data + (j0 + j)*weight->nb[1] + i0*weight->nb[0];
+                switch (weight->type) {
+                    case GGML_TYPE_F16:
+                        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) column, scratch + j*TILE, ni);
+                        break;
+                    case GGML_TYPE_BF16:
+                        ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) column, scratch + j*TILE, ni);
+                        break;
+                    default:
+                        if (j == 0) {
+                            args.weight        = (const float *) column;
+                            args.weight_stride = weight->nb[1]/sizeof(float);
+                        }
+                }
+            }
+
+            // the first columns are added to `out`, the others to what is there by then
+            const struct ggml_tensor * base = j0 == 0 ? out : dst;
+            args.out         = (const float *) ((const char *) base->data + t0*base->nb[1]) + i0;
+            args.out_stride  = base->nb[1]/sizeof(float);
+            args.read        = (const float *) ((const char *) read->data + t0*read->nb[1]) + j0;
+            args.read_stride = read->nb[1]/sizeof(float);
+            args.dst         = (float *) ((char *) dst->data + t0*dst->nb[1]) + i0;
+            args.dst_stride  = dst->nb[1]/sizeof(float);
+            args.n_out       = ni;
+            args.n_read      = nj;
+            args.n_tokens    = t1 - t0;
+
+            deltamem_correct_forward(&args);
+        }
+    }
+}
+
+void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    switch (ggml_deltamem_get_kind(dst)) {
+        case GGML_DELTAMEM_READ:    forward_read(params, dst);    break;
+        case GGML_DELTAMEM_CORRECT: forward_correct(params, dst); break;
     }
 }

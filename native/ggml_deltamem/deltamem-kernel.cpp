@@ -1,4 +1,5 @@
-// The CPU kernel of GGML_OP_DELTAMEM: gate activations, normalisation and the delta-rule recurrence of one head.
+// The CPU kernels of GGML_OP_DELTAMEM: a read (gate activations, normalisation and the delta-rule recurrence of one head)
+// and a correction.
 //
 // Entries are taken in short chunks. The activations of a chunk are computed first, over contiguous arrays and so in full
 // vectors whatever the rank. The recurrence then walks the chunk with lanes over the rows of the state: rows evolve
@@ -8,6 +9,8 @@
 #include "deltamem-kernel.h"
 
 #include "deltamem-simd.h"
+
+#include <initializer_list>
 
 namespace deltamem {
 
@@ -40,15 +43,40 @@ static inline void zero(float * dst, int n) {
 }
 
 static inline void copy(float * dst, const float * src, int n) {
-    for (int i = 0; i < n; ++i) {
-        dst[i] = src[i];
+    memcpy(dst, src, n*sizeof(float));
+}
+
+static inline void add(float * dst, const float * a, const float * b, int n) {
+    int i = 0;
+    for (; i + narrow::width <= n; i += narrow::width) {
+        (narrow::load(a + i) + narrow::load(b + i)).store(dst + i);
+    }
+    for (; i < n; ++i) {
+        dst[i] = a[i] + b[i];
     }
 }
 
-static inline void add(float * dst, const float * src, int n) {
-    for (int i = 0; i < n; ++i) {
-        dst[i] += src[i];
+static inline void scale(float * x, float factor, int n) {
+    int i = 0;
+    for (; i + narrow::width <= n; i += narrow::width) {
+        (narrow::load(x + i)*narrow::splat(factor)).store(x + i);
     }
+    for (; i < n; ++i) {
+        x[i] *= factor;
+    }
+}
+
+static inline float sum_of_squares(const float * x, int n) {
+    float sum = 0.0f;
+    int i = 0;
+    for (; i + narrow::width <= n; i += narrow::width) {
+        const narrow v = narrow::load(x + i);
+        sum += (v*v).sum();
+    }
+    for (; i < n; ++i) {
+        sum += x[i]*x[i];
+    }
+    return sum;
 }
 
 // S x with two chains of additions, to halve their latency; s(j) is column j of a block of rows
@@ -185,8 +213,7 @@ private:
                 dst[i] = gate;
             }
         } else {
-            copy(dst, src, r());
-            add(dst, bias, r());
+            add(dst, src, bias, r());
         }
     }
 
@@ -221,26 +248,17 @@ private:
 
     // x <- x / max(|x|, 1e-6) per token
     void l2_normalize(float * x, int n_tokens) {
-        float scale[CHUNK + PAD] = {};
+        alignas(64) float factor[CHUNK + PAD];
+        zero(factor + n_tokens, PAD);
         for (int t = 0; t < n_tokens; ++t) {
-            const float * row = x + t*r();
-            int i = 0;
-            for (; i + narrow::width <= r(); i += narrow::width) {
-                const narrow v = narrow::load(row + i);
-                scale[t] += (v*v).sum();
-            }
-            for (; i < r(); ++i) {
-                scale[t] += row[i]*row[i];
-            }
+            factor[t] = sum_of_squares(x + t*r(), r());
         }
         for (int t = 0; t < n_tokens; t += wide::width) {
-            const wide norm = wide::max(wide::splat(1e-6f), wide::sqrt(wide::load(scale + t)));
-            (wide::splat(1.0f)/norm).store(scale + t);
+            const wide norm = wide::max(wide::splat(1e-6f), wide::sqrt(wide::load(factor + t)));
+            (wide::splat(1.0f)/norm).store(factor + t);
         }
         for (int t = 0; t < n_tokens; ++t) {
-            for (int i = 0; i < r(); ++i) {
-                x[t*r() + i] *= scale[t];
-            }
+            scale(x + t*r(), factor[t], r());
         }
     }
 
@@ -365,12 +383,14 @@ private:
     }
 
     void accumulate(const token & t) {
-        add(sum,         t.q, r());
-        add(sum + r(),   t.k, r());
-        add(sum + 2*r(), t.v, r());
-        add(sum + 3*r(), t.beta, n_gate);
+        float * dst = sum;
+        for (const float * src : { t.q, t.k, t.v }) {
+            add(dst, dst, src, r());
+            dst += r();
+        }
+        add(dst, dst, t.beta, n_gate);
         if (has_lambda) {
-            add(sum + 3*r() + n_gate, t.lambda, n_gate);
+            add(dst + n_gate, dst + n_gate, t.lambda, n_gate);
         }
         *count += 1.0f;
     }
@@ -395,6 +415,48 @@ private:
     }
 };
 
+//
+// corrections
+//
+
+// n vectors of outputs of one token, held in registers while the columns of the correction pass by
+template <typename V, int n>
+static inline void correct_block(const deltamem_correct_args & args, const float * read, const float * out, float * dst, int64_t i) {
+    V acc[n];
+    for (int b = 0; b < n; ++b) {
+        acc[b] = V::load(out + i + b*V::width);
+    }
+    for (int64_t j = 0; j < args.n_read; ++j) {
+        const float * w = args.weight + j*args.weight_stride + i;
+        const V x = V::splat(read[j]);
+        for (int b = 0; b < n; ++b) {
+            acc[b] = V::fma(V::load(w + b*V::width), x, acc[b]);
+        }
+    }
+    for (int b = 0; b < n; ++b) {
+        acc[b].store(dst + i + b*V::width);
+    }
+}
+
+static void correct(const deltamem_correct_args & args) {
+    for (int64_t t = 0; t < args.n_tokens; ++t) {
+        const float * read = args.read + t*args.read_stride;
+        const float * out  = args.out  + t*args.out_stride;
+        float *       dst  = args.dst  + t*args.dst_stride;
+
+        int64_t i = 0;
+        for (; i + 4*wide::width <= args.n_out; i += 4*wide::width) {
+            correct_block<wide, 4>(args, read, out, dst, i);
+        }
+        for (; i + narrow::width <= args.n_out; i += narrow::width) {
+            correct_block<narrow, 1>(args, read, out, dst, i);
+        }
+        for (; i < args.n_out; ++i) {
+            correct_block<scalar, 1>(args, read, out, dst, i);
+        }
+    }
+}
+
 } // namespace deltamem
 
 void deltamem_head_forward(const struct deltamem_head_args * args) {
@@ -403,6 +465,10 @@ void deltamem_head_forward(const struct deltamem_head_args * args) {
         case 16: deltamem::head<16>(*args).forward(); break;
         default: deltamem::head<0> (*args).forward(); break;
     }
+}
+
+void deltamem_correct_forward(const struct deltamem_correct_args * args) {
+    deltamem::correct(*args);
 }
 
 const char * deltamem_simd_name(void) {

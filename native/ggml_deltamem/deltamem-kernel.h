@@ -1,5 +1,5 @@
-// The CPU kernel of GGML_OP_DELTAMEM on raw pointers: one head of one sequence. Free of ggml's internals, so that
-// tests compile it for every instruction set and compare it with a naive reference.
+// The CPU kernels of GGML_OP_DELTAMEM on raw pointers. Free of ggml's internals, so that tests compile them for every
+// instruction set and compare them with a naive reference.
 #pragma once
 
 #include "ggml-deltamem.h"
@@ -27,8 +27,26 @@ struct deltamem_head_args {
     int64_t         n_entries;
 };
 
-// Runs the entries in order. Uses less than 64 KiB of stack and allocates nothing.
+// A read: one head of one sequence. Runs the entries in order. Uses less than 64 KiB of stack and allocates nothing.
 void deltamem_head_forward(const struct deltamem_head_args * args);
+
+struct deltamem_correct_args {
+    const float * out;    // [n_tokens][n_out], rows out_stride floats apart
+    size_t        out_stride;
+    const float * weight; // [n_read][n_out], rows weight_stride floats apart
+    size_t        weight_stride;
+    const float * read;   // [n_tokens][n_read], rows read_stride floats apart
+    size_t        read_stride;
+    float       * dst;    // [n_tokens][n_out], rows dst_stride floats apart; may be `out`
+    size_t        dst_stride;
+
+    int64_t n_out;
+    int64_t n_read;
+    int64_t n_tokens;
+};
+
+// A correction: dst = out + read weight.
+void deltamem_correct_forward(const struct deltamem_correct_args * args);
 
 // "AVX-512", "AVX2", "NEON" or "scalar": what this translation unit was compiled for
 const char * deltamem_simd_name(void);

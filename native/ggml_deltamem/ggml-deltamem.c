@@ -1,8 +1,18 @@
-// Graph constructor of GGML_OP_DELTAMEM. Compiled into ggml-base.
+// Graph constructors of GGML_OP_DELTAMEM. Compiled into ggml-base.
 
 #include "ggml-deltamem.h"
 
 #include <string.h>
+
+// op_params: the kind, then the parameters of a read
+static void set_op_params(struct ggml_tensor * node, enum ggml_deltamem_kind kind, const struct ggml_deltamem_params * params) {
+    GGML_ASSERT(sizeof(int32_t) + sizeof(*params) <= sizeof(node->op_params));
+
+    node->op_params[0] = kind;
+    if (params) {
+        memcpy(node->op_params + 1, params, sizeof(*params));
+    }
+}
 
 struct ggml_tensor * ggml_deltamem(
         struct ggml_context       * ctx,
@@ -41,16 +51,49 @@ struct ggml_tensor * ggml_deltamem(
     result->src[2] = state;
     result->src[3] = plan;
 
-    GGML_ASSERT(sizeof(params) <= sizeof(result->op_params));
-    memcpy(result->op_params, &params, sizeof(params));
+    set_op_params(result, GGML_DELTAMEM_READ, &params);
 
     return result;
 }
 
-struct ggml_deltamem_params ggml_deltamem_get_params(const struct ggml_tensor * node) {
+struct ggml_tensor * ggml_deltamem_correct(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * out,
+        struct ggml_tensor  * weight,
+        struct ggml_tensor  * read) {
+    GGML_ASSERT(out->type == GGML_TYPE_F32);
+    GGML_ASSERT(weight->type == GGML_TYPE_F32 || weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_BF16);
+    GGML_ASSERT(read->type == GGML_TYPE_F32);
+
+    GGML_ASSERT(ggml_is_matrix(out) && ggml_is_contiguous_rows(out));
+    GGML_ASSERT(ggml_is_matrix(weight) && ggml_is_contiguous_rows(weight));
+    GGML_ASSERT(ggml_is_matrix(read) && ggml_is_contiguous_rows(read));
+
+    GGML_ASSERT(weight->ne[0] == out->ne[0]);
+    GGML_ASSERT(weight->ne[1] == read->ne[0]);
+    GGML_ASSERT(read->ne[1]   == out->ne[1]);
+
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, out->ne[0], out->ne[1]);
+
+    result->op     = GGML_OP_DELTAMEM;
+    result->src[0] = out;
+    result->src[1] = weight;
+    result->src[2] = read;
+
+    set_op_params(result, GGML_DELTAMEM_CORRECT, NULL);
+
+    return result;
+}
+
+enum ggml_deltamem_kind ggml_deltamem_get_kind(const struct ggml_tensor * node) {
     GGML_ASSERT(node->op == GGML_OP_DELTAMEM);
+    return (enum ggml_deltamem_kind) node->op_params[0];
+}
+
+struct ggml_deltamem_params ggml_deltamem_get_params(const struct ggml_tensor * node) {
+    GGML_ASSERT(ggml_deltamem_get_kind(node) == GGML_DELTAMEM_READ);
 
     struct ggml_deltamem_params params;
-    memcpy(&params, node->op_params, sizeof(params));
+    memcpy(&params, node->op_params + 1, sizeof(params));
     return params;
 }

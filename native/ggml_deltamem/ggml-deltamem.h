@@ -98,7 +98,28 @@ GGML_API struct ggml_tensor * ggml_deltamem(
         struct ggml_tensor        * plan,
         struct ggml_deltamem_params params);
 
-// the parameters that a node of this operator was made with
+// out + weight^T read: a correction and its addition in one pass over `out`, where a product of so few columns followed by
+// an addition would take three.
+//
+// out        F32 [n_out, n_tokens]
+// weight     F32, F16 or BF16 [n_out, H*r]  by columns of the correction, so that outputs are lanes
+// read       F32 [H*r, n_tokens]
+// returns    F32 [n_out, n_tokens]
+GGML_API struct ggml_tensor * ggml_deltamem_correct(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * out,
+        struct ggml_tensor  * weight,
+        struct ggml_tensor  * read);
+
+// Both are GGML_OP_DELTAMEM; a node says which.
+enum ggml_deltamem_kind {
+    GGML_DELTAMEM_READ    = 0,
+    GGML_DELTAMEM_CORRECT = 1,
+};
+
+GGML_API enum ggml_deltamem_kind ggml_deltamem_get_kind(const struct ggml_tensor * node);
+
+// the parameters that a read was made with
 GGML_API struct ggml_deltamem_params ggml_deltamem_get_params(const struct ggml_tensor * node);
 
 #ifdef __cplusplus

@@ -104,10 +104,11 @@ public:
         return t;
     }
 
-    // the bytes of a tensor, all of its values finite
-    std::vector<uint8_t> data(const ggml_tensor * t) const {
+    // the bytes of a tensor that was checked before, all of its values finite
+    std::vector<uint8_t> data(const std::string & name) const {
+        const ggml_tensor * t = ggml_get_tensor(ctx.get(), name.c_str());
         std::vector<uint8_t> bytes(ggml_nbytes(t));
-        file->seek(data_offset(t->name), SEEK_SET);
+        file->seek(data_offset(name), SEEK_SET);
         file->read_raw(bytes.data(), bytes.size());
 
         std::vector<float> row(t->ne[0]);
@@ -119,7 +120,7 @@ public:
                 ggml_get_type_traits(t->type)->to_float(src, row.data(), t->ne[0]);
             }
             if (!std::all_of(row.begin(), row.end(), [](float x) { return std::isfinite(x); })) {
-                fail("has values in tensor " + std::string(t->name) + " that are not finite");
+                fail("has values in tensor " + name + " that are not finite");
             }
         }
         return bytes;
@@ -158,15 +159,20 @@ private:
     }
 };
 
+ggml_backend_dev_t cpu_device() {
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (!cpu) {
+        throw std::runtime_error("there is no CPU backend");
+    }
+    return cpu;
+}
+
 // Where the adapter's weights of a layer go: beside the layer's own, except that repacked weights of the CPU have buffer
 // types that hold nothing else.
 ggml_backend_buffer_type_t select_buft(const ggml_tensor * layer_weight) {
     ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(layer_weight->buffer);
 
-    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    if (!cpu) {
-        throw std::runtime_error("there is no CPU backend");
-    }
+    ggml_backend_dev_t cpu = cpu_device();
 
     auto get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t)
         ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts");
@@ -180,43 +186,71 @@ ggml_backend_buffer_type_t select_buft(const ggml_tensor * layer_weight) {
     return buft;
 }
 
+// Asks the device with a node of the very shape that the graphs will hold.
+bool supports_operator(ggml_backend_dev_t dev, const ggml_deltamem_params & params) {
+    ggml_context_ptr ctx { ggml_init({ 8*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true }) };
+
+    ggml_tensor * node = ggml_deltamem(ctx.get(),
+        ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_proj(&params), 1),
+        ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_gates(&params)),
+        ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, params.n_head*ggml_deltamem_n_record(&params), 1),
+        ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, ggml_deltamem_n_plan(1, 1)), params);
+
+    return ggml_backend_dev_supports_op(dev, node);
+}
+
 // Collects tensors per buffer type, then allocates and fills them.
 class loader {
 public:
+    // rows of a tensor that the file has under that name; zero if the name is empty
+    struct part {
+        std::string name;
+        int64_t     n_rows;
+    };
+
     loader(const reader & file, llama_deltamem_weights & weights, size_t n_tensors_max) :
         file(file), weights(weights), n_tensors_max(n_tensors_max) {}
 
-    // a tensor of the file as it is
-    ggml_tensor * add(ggml_backend_buffer_type_t buft, const std::string & name, std::vector<int64_t> ne) {
-        const ggml_tensor * meta = file.tensor(name, std::move(ne));
-        ggml_tensor * t = create(buft, meta->type, meta->ne[0], ggml_n_dims(meta) == 1 ? 0 : meta->ne[1], name);
-        fills.push_back({ t, 0, meta });
+    ggml_tensor * add_vector(ggml_backend_buffer_type_t buft, const std::string & name, int64_t n) {
+        const ggml_tensor * src = file.tensor(name, { n });
+        if (src->type != GGML_TYPE_F32) {
+            file.fail("has tensor " + name + " of type " + ggml_type_name(src->type) + ", it must be f32");
+        }
+        ggml_tensor * t = ggml_new_tensor_1d(context(buft), src->type, n);
+        ggml_set_name(t, name.c_str());
+        fills.push_back({ t, { { name, 1 } }, false });
         return t;
     }
 
-    // several tensors of the file below each other, with zero rows where a name is empty
-    ggml_tensor * add_rows(ggml_backend_buffer_type_t buft, const std::string & name, int64_t n_cols,
-                           const std::vector<std::pair<std::string, int64_t>> & parts) {
+    ggml_tensor * add_matrix(ggml_backend_buffer_type_t buft, const std::string & name, int64_t n_cols, int64_t n_rows) {
+        ggml_tensor * t = ggml_new_tensor_2d(context(buft), file.tensor(name, { n_cols, n_rows })->type, n_cols, n_rows);
+        ggml_set_name(t, name.c_str());
+        fills.push_back({ t, { { name, n_rows } }, false });
+        return t;
+    }
+
+    // A correction from one or more parts below each other, by columns if it may and its type has no blocks.
+    llama_deltamem_correction add_correction(ggml_backend_buffer_type_t buft, const std::string & name, int64_t n_read,
+                                             const std::vector<part> & parts, bool by_columns) {
         int64_t   n_rows = 0;
         ggml_type type   = GGML_TYPE_COUNT;
-        for (const auto & [part, rows] : parts) {
-            n_rows += rows;
-            if (!part.empty()) {
-                const ggml_type t = file.tensor(part, { n_cols, rows })->type;
-                if (type != GGML_TYPE_COUNT && type != t) {
+        for (const part & p : parts) {
+            n_rows += p.n_rows;
+            if (!p.name.empty()) {
+                const ggml_type part_type = file.tensor(p.name, { n_read, p.n_rows })->type;
+                if (type != GGML_TYPE_COUNT && type != part_type) {
                     file.fail("has corrections of different types in one layer");
                 }
-                type = t;
+                type = part_type;
             }
         }
+        by_columns = by_columns && ggml_blck_size(type) == 1;
 
-        ggml_tensor * t = create(buft, type, n_cols, n_rows, name);
-        size_t offset = 0;
-        for (const auto & [part, rows] : parts) {
-            fills.push_back({ t, offset, part.empty() ? nullptr : file.tensor(part, { n_cols, rows }) });
-            offset += rows*t->nb[1];
-        }
-        return t;
+        ggml_tensor * t = by_columns ? ggml_new_tensor_2d(context(buft), type, n_rows, n_read)
+                                     : ggml_new_tensor_2d(context(buft), type, n_read, n_rows);
+        ggml_set_name(t, name.c_str());
+        fills.push_back({ t, parts, by_columns });
+        return { t, by_columns };
     }
 
     void finish() {
@@ -226,24 +260,21 @@ public:
                 throw std::runtime_error(format("no memory for the adapter in %s", ggml_backend_buft_name(buft)));
             }
             ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-            ggml_backend_buffer_clear(buf.get(), 0);
             LLAMA_LOG_INFO("%s: %10s δ-mem buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf.get()),
                            ggml_backend_buffer_get_size(buf.get())/1024.0/1024.0);
             weights.bufs.emplace_back(std::move(buf));
         }
-        for (const auto & fill : fills) {
-            if (fill.src) {
-                const std::vector<uint8_t> bytes = file.data(fill.src);
-                ggml_backend_tensor_set(fill.dst, bytes.data(), fill.offset, bytes.size());
-            }
+        for (const fill & f : fills) {
+            const std::vector<uint8_t> bytes = assemble(f);
+            ggml_backend_tensor_set(f.dst, bytes.data(), 0, bytes.size());
         }
     }
 
 private:
     struct fill {
-        ggml_tensor *       dst;
-        size_t              offset;
-        const ggml_tensor * src; // null: stays zero
+        ggml_tensor *     dst;
+        std::vector<part> parts;
+        bool              by_columns;
     };
 
     const reader &           file;
@@ -253,7 +284,7 @@ private:
     std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
     std::vector<fill>                                    fills;
 
-    ggml_tensor * create(ggml_backend_buffer_type_t buft, ggml_type type, int64_t ne0, int64_t ne1, const std::string & name) {
+    ggml_context * context(ggml_backend_buffer_type_t buft) {
         ggml_context *& ctx = ctx_map[buft];
         if (!ctx) {
             ctx = ggml_init({ n_tensors_max*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true });
@@ -262,9 +293,29 @@ private:
             }
             weights.ctxs.emplace_back(ctx);
         }
-        ggml_tensor * t = ne1 == 0 ? ggml_new_tensor_1d(ctx, type, ne0) : ggml_new_tensor_2d(ctx, type, ne0, ne1);
-        ggml_set_name(t, name.c_str());
-        return t;
+        return ctx;
+    }
+
+    std::vector<uint8_t> assemble(const fill & f) const {
+        std::vector<uint8_t> bytes(ggml_nbytes(f.dst), 0);
+
+        int64_t row = 0;
+        for (const part & p : f.parts) {
+            const std::vector<uint8_t> src = p.name.empty() ? std::vector<uint8_t>() : file.data(p.name);
+            if (!f.by_columns) {
+                std::copy(src.begin(), src.end(), bytes.begin() + row*f.dst->nb[1]);
+            } else if (!src.empty()) {
+                const size_t  size   = ggml_type_size(f.dst->type);
+                const int64_t n_cols = f.dst->ne[1];
+                for (int64_t i = 0; i < p.n_rows; ++i) {
+                    for (int64_t j = 0; j < n_cols; ++j) {
+                        memcpy(bytes.data() + j*f.dst->nb[1] + (row + i)*size, src.data() + (i*n_cols + j)*size, size);
+                    }
+                }
+            }
+            row += p.n_rows;
+        }
+        return bytes;
     }
 };
 
@@ -344,6 +395,7 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
 
     // the weights, layer by layer
     const int64_t n_read = (int64_t) n_head*rank;
+    bool fallback = false;
     loader load(file, *this, file.n_tensors() + n_layer);
 
     for (const uint32_t il : file.u32s("deltamem.layers")) {
@@ -360,29 +412,39 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         const auto name = [il](const char * what) { return format("blk.%u.deltamem_%s", il, what); };
 
         llama_deltamem_layer_weights lw;
-        lw.il        = (int) il;
-        lw.in        = load.add(buft, name("in.weight"), { n_embd, ggml_deltamem_n_proj(&params) });
-        lw.gate_bias = load.add(buft, name("gate.bias"), { ggml_deltamem_n_gates(&params) });
+        lw.il     = (int) il;
+        lw.device = model.dev_layer((int) il);
+        const bool has_operator = lw.device && supports_operator(lw.device, params);
+        if (!has_operator) {
+            lw.device = cpu_device();
+            fallback  = true;
+        }
+
+        lw.in        = load.add_matrix(buft, name("in.weight"), n_embd, ggml_deltamem_n_proj(&params));
+        lw.gate_bias = load.add_vector(buft, name("gate.bias"), ggml_deltamem_n_gates(&params));
+
+        const auto correction = [&](const char * what, int64_t n_out, bool by_columns) {
+            return load.add_correction(buft, name(what), n_read, { { name(what), n_out } }, by_columns);
+        };
         if (layer.wqkv && (q || k || v)) {
             const int64_t n_k = model.hparams.n_embd_k_gqa(il);
             const int64_t n_v = model.hparams.n_embd_v_gqa(il);
-            lw.qkv = load.add_rows(buft, name("qkv.weight"), n_read, {
+            lw.qkv = load.add_correction(buft, name("qkv.weight"), n_read, {
                 { q ? name("q.weight") : "", layer.wqkv->ne[1] - n_k - n_v },
                 { k ? name("k.weight") : "", n_k },
                 { v ? name("v.weight") : "", n_v },
-            });
+            }, has_operator);
         } else {
-            lw.q = q ? load.add(buft, name("q.weight"), { n_read, layer.wq->ne[1] }) : nullptr;
-            lw.k = k ? load.add(buft, name("k.weight"), { n_read, layer.wk->ne[1] }) : nullptr;
-            lw.v = v ? load.add(buft, name("v.weight"), { n_read, layer.wv->ne[1] }) : nullptr;
+            if (q) { lw.q = correction("q.weight", layer.wq->ne[1], has_operator); }
+            if (k) { lw.k = correction("k.weight", layer.wk->ne[1], has_operator); }
+            if (v) { lw.v = correction("v.weight", layer.wv->ne[1], has_operator); }
         }
-        lw.o      = o          ? load.add(buft, name("o.weight"), { n_read, layer.wo->ne[1] }) : nullptr;
-        lw.o_norm = has_o_norm ? load.add(buft, name("o_norm.weight"), { n_embd })             : nullptr;
-
-        for (const ggml_tensor * t : { lw.gate_bias, lw.o_norm }) {
-            if (t && t->type != GGML_TYPE_F32) {
-                file.fail(std::string("has tensor ") + t->name + " of type " + ggml_type_name(t->type) + ", it must be f32");
-            }
+        if (o) {
+            // a norm stands between the product and the addition
+            lw.o = correction("o.weight", layer.wo->ne[1], has_operator && !has_o_norm);
+        }
+        if (has_o_norm) {
+            lw.o_norm = load.add_vector(buft, name("o_norm.weight"), n_embd);
         }
         layers.push_back(lw);
     }
@@ -391,6 +453,10 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
     }
 
     load.finish();
+
+    if (fallback) {
+        LLAMA_LOG_WARN("%s: a device of this model has no δ-mem operator, the memory of its layers runs on the CPU\n", __func__);
+    }
 }
 
 size_t llama_deltamem_weights::n_bytes() const {

@@ -10,18 +10,27 @@
 #include <string>
 #include <vector>
 
-// the weights of one layer that carries memory; a correction that is off is null
+// the low-rank correction of one projection's output, null if it is off
+struct llama_deltamem_correction {
+    ggml_tensor * weight     = nullptr;
+    bool          by_columns = false; // [n_out, H*r] for ggml_deltamem_correct; else [H*r, n_out] for ggml_mul_mat
+
+    explicit operator bool() const { return weight; }
+
+    int64_t n_out() const { return weight->ne[by_columns ? 0 : 1]; }
+};
+
+// the weights of one layer that carries memory
 struct llama_deltamem_layer_weights {
-    int il = -1; // the model's layer
+    int                il     = -1;      // the model's layer
+    ggml_backend_dev_t device = nullptr; // where its operator runs: the layer's device if that has the operator, else the CPU
 
     ggml_tensor * in        = nullptr; // [n_embd, n_proj]
     ggml_tensor * gate_bias = nullptr; // [n_gates]
-    ggml_tensor * q         = nullptr; // [H*r, rows of the projection], likewise below
-    ggml_tensor * k         = nullptr;
-    ggml_tensor * v         = nullptr;
-    ggml_tensor * qkv       = nullptr; // instead of q, k, v where the model's projection is fused; zero rows where off
-    ggml_tensor * o         = nullptr;
     ggml_tensor * o_norm    = nullptr; // [n_embd], null if Δo is not normalised
+
+    llama_deltamem_correction q, k, v, o;
+    llama_deltamem_correction qkv; // instead of q, k, v where the model's projection is fused; zero where they are off
 };
 
 struct llama_deltamem_weights {

@@ -127,8 +127,8 @@ static void check_coverage(const llama_deltamem_context & deltamem) {
         const auto & seen = deltamem.covered[i];
 
         const std::pair<bool, llama_deltamem_target> needed[] = {
-            { lw.q, LLAMA_DELTAMEM_Q }, { lw.k, LLAMA_DELTAMEM_K }, { lw.v, LLAMA_DELTAMEM_V },
-            { lw.qkv, LLAMA_DELTAMEM_QKV }, { lw.o, LLAMA_DELTAMEM_O },
+            { (bool) lw.q,   LLAMA_DELTAMEM_Q   }, { (bool) lw.k, LLAMA_DELTAMEM_K }, { (bool) lw.v, LLAMA_DELTAMEM_V },
+            { (bool) lw.qkv, LLAMA_DELTAMEM_QKV }, { (bool) lw.o, LLAMA_DELTAMEM_O },
         };
 
         std::string problem = seen.problem;

@@ -1,5 +1,5 @@
-// Builds the memory's part of llama.cpp's graphs: per layer one packed projection, one operator, and for each corrected
-// projection one product and one addition.
+// Builds the memory's part of llama.cpp's graphs: per layer one packed projection, one read, and for each corrected
+// projection one node more (product and addition apart where the device lacks the operator or a norm stands between).
 
 #include "deltamem-graph.h"
 
@@ -109,7 +109,7 @@ struct llama_deltamem_graph {
         reads[i] = ggml_deltamem(ctx0, proj, lw.gate_bias, deltamem.state.tensor(i), get_plan(), params);
         ggml_format_name(reads[i], "deltamem_read-%d", lw.il);
 
-        pin(reads[i], deltamem.state.device(i));
+        pin(reads[i], lw.device);
         // it writes the state even where nothing depends on its read
         ggml_build_forward_expand(gf, reads[i]);
 
@@ -119,30 +119,35 @@ struct llama_deltamem_graph {
     ggml_tensor * correct(llama_deltamem_target target, ggml_tensor * out, int i) {
         const auto & lw = deltamem.weights->layers[i];
 
-        ggml_tensor * weight = nullptr;
+        llama_deltamem_correction correction;
         switch (target) {
-            case LLAMA_DELTAMEM_Q:   weight = lw.q;   break;
-            case LLAMA_DELTAMEM_K:   weight = lw.k;   break;
-            case LLAMA_DELTAMEM_V:   weight = lw.v;   break;
-            case LLAMA_DELTAMEM_QKV: weight = lw.qkv; break;
-            case LLAMA_DELTAMEM_O:   weight = lw.o;   break;
+            case LLAMA_DELTAMEM_Q:   correction = lw.q;   break;
+            case LLAMA_DELTAMEM_K:   correction = lw.k;   break;
+            case LLAMA_DELTAMEM_V:   correction = lw.v;   break;
+            case LLAMA_DELTAMEM_QKV: correction = lw.qkv; break;
+            case LLAMA_DELTAMEM_O:   correction = lw.o;   break;
         }
-        if (!weight) {
+        if (!correction) {
             return out;
         }
         if (!expect(i, reads[i], "its projections come before its attention input is known") ||
-            !expect(i, out->ne[0] == weight->ne[1] && out->ne[1] == ubatch.n_tokens && ggml_nrows(out) == ubatch.n_tokens,
+            !expect(i, out->ne[0] == correction.n_out() && out->ne[1] == ubatch.n_tokens && ggml_nrows(out) == ubatch.n_tokens,
                     "a projection's output does not have one row per token")) {
             return out;
         }
+        deltamem.covered[i].targets |= 1u << target;
 
-        ggml_tensor * delta = ggml_mul_mat(ctx0, weight, reads[i]);
+        if (correction.by_columns) {
+            ggml_tensor * corrected = ggml_deltamem_correct(ctx0, out, correction.weight, reads[i]);
+            ggml_format_name(corrected, "deltamem_corrected-%d", lw.il);
+            return corrected;
+        }
+
+        ggml_tensor * delta = ggml_mul_mat(ctx0, correction.weight, reads[i]);
         if (target == LLAMA_DELTAMEM_O && lw.o_norm) {
             delta = ggml_mul(ctx0, ggml_rms_norm(ctx0, delta, deltamem.weights->o_norm_eps), lw.o_norm);
         }
         ggml_format_name(delta, "deltamem_delta-%d", lw.il);
-
-        deltamem.covered[i].targets |= 1u << target;
         return ggml_add(ctx0, out, delta);
     }
 };

@@ -3,52 +3,23 @@
 #include "deltamem-state.h"
 
 #include "llama-impl.h"
-#include "llama-model.h"
 
 #include <algorithm>
 #include <stdexcept>
-
-// Asks the device with a node of the very shape that the graphs will hold.
-static bool supports_operator(ggml_backend_dev_t dev, ggml_deltamem_params params) {
-    ggml_context_ptr ctx { ggml_init({ 8*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true }) };
-
-    ggml_tensor * node = ggml_deltamem(ctx.get(),
-        ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_proj(&params), 1),
-        ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_gates(&params)),
-        ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, params.n_head*ggml_deltamem_n_record(&params), 1),
-        ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, ggml_deltamem_n_plan(1, 1)), params);
-
-    return ggml_backend_dev_supports_op(dev, node);
-}
 
 llama_deltamem_state::llama_deltamem_state(const llama_deltamem_weights & weights, uint32_t n_slots) :
     params(weights.params), n(n_slots) {
     const int64_t n_layer_record = params.n_head*ggml_deltamem_n_record(&params);
 
-    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    if (!cpu) {
-        throw std::runtime_error("there is no CPU backend");
-    }
-
-    bool fallback = false;
     for (const auto & lw : weights.layers) {
-        ggml_backend_dev_t dev = weights.model.dev_layer(lw.il);
-        if (!dev || !supports_operator(dev, params)) {
-            fallback = fallback || dev != cpu;
-            dev      = cpu;
-        }
-
-        auto it = std::find_if(devices.begin(), devices.end(), [dev](const records & r) { return r.device == dev; });
+        auto it = std::find_if(devices.begin(), devices.end(), [&lw](const records & r) { return r.device == lw.device; });
         if (it == devices.end()) {
             devices.emplace_back();
             it = devices.end() - 1;
-            it->device = dev;
+            it->device = lw.device;
         }
-        layers.push_back({ nullptr, dev, (size_t) (it - devices.begin()), it->n_layer*n_layer_record });
+        layers.push_back({ nullptr, (size_t) (it - devices.begin()), it->n_layer*n_layer_record });
         it->n_layer++;
-    }
-    if (fallback) {
-        LLAMA_LOG_WARN("%s: a device of this model has no δ-mem operator, the memory of its layers runs on the CPU\n", __func__);
     }
 
     for (auto & d : devices) {

@@ -7,15 +7,11 @@
 
 class llama_deltamem_state {
 public:
-    // All slots empty. Each layer's states live where its operator runs: on the layer's device if that has the operator,
-    // else on the CPU. Throws std::runtime_error.
+    // All slots empty. Each layer's states live where its operator runs. Throws std::runtime_error.
     llama_deltamem_state(const llama_deltamem_weights & weights, uint32_t n_slots);
 
     // F32 [H*n_record, n_slots], records as in ggml-deltamem.h; i counts the layers that carry memory
     ggml_tensor * tensor(size_t i) const { return layers[i].tensor; }
-
-    // the device that the operator of that layer must run on
-    ggml_backend_dev_t device(size_t i) const { return layers[i].device; }
 
     uint32_t n_slots() const { return n; }
     size_t   n_bytes() const;
@@ -30,10 +26,9 @@ public:
 
 private:
     struct layer {
-        ggml_tensor *      tensor; // a part of its device's records
-        ggml_backend_dev_t device;
-        size_t             device_index;
-        size_t             offset; // of this layer's records in a slot, floats
+        ggml_tensor * tensor; // a part of its device's records
+        size_t        device_index;
+        size_t        offset; // of this layer's records in a slot, floats
     };
 
     // all records of a device; a slot is contiguous, so it moves in one copy
