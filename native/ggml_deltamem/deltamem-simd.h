@@ -2,8 +2,7 @@
 // kernel is written once. `deltamem::wide` is the widest of this translation unit, `deltamem::narrow` the one that holds
 // the eight rows of the usual rank, or divides them.
 //
-// For tests: DELTAMEM_SIMD_SCALAR forces the scalar path; DELTAMEM_SIMDE with DELTAMEM_SIMD_AVX512 runs the AVX-512 path
-// on any machine through SIMDe.
+// For tests: DELTAMEM_SIMD_SCALAR forces the scalar path, DELTAMEM_SIMDE the AVX-512 path, on any machine, through SIMDe.
 #pragma once
 
 #include <math.h>

@@ -52,7 +52,7 @@ enum ggml_deltamem_token {
 // Record of one head in one slot, floats:
 //     S        r*r      S[i, j] at [j*r + i]
 //     pending  r*r      only with GGML_DELTAMEM_SEGMENTS: the state that the next ingest will read
-//     sum      3r + g   only with GGML_DELTAMEM_SEGMENTS: running sum of q, k, v and gate pre-activations
+//     sum      3r + g   only with GGML_DELTAMEM_SEGMENTS: running sum of the projections: q, k, v, gates before bias
 //     count    1        only with GGML_DELTAMEM_SEGMENTS: tokens in the sum
 // A slot is H such records.
 static inline int64_t ggml_deltamem_n_gates_head(const struct ggml_deltamem_params * p) {

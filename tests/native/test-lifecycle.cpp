@@ -1,0 +1,399 @@
+// The C API from loading to freeing, everything twice in one process, and its answers to bad input. Meant for valgrind and
+// the sanitizers, too: it frees all it makes.
+//
+//     test-lifecycle BASE.gguf ADAPTER.gguf [OTHER.gguf]
+//
+// OTHER is an adapter of another architecture. A context with three sequences serves.
+
+#include "llama-deltamem.h"
+#include "testing.h"
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+
+static constexpr int N_PROMPT   = 24;
+static constexpr int N_GENERATE = 16;
+static constexpr int N_SEQ      = 3;
+
+static std::string logged_errors;
+
+static void keep_errors(ggml_log_level level, const char * text, void *) {
+    if (level == GGML_LOG_LEVEL_ERROR) {
+        logged_errors += text;
+    }
+}
+
+// a call has failed: it must have said why, and logged it
+static void expect_reason(bool failed, const char * what) {
+    const std::string reason = llama_deltamem_last_error();
+    check(failed, "%s: accepted", what);
+    check(!reason.empty(), "%s: no reason given", what);
+    check(logged_errors.find(reason) != std::string::npos, "%s: the reason was not logged: %s", what, reason.c_str());
+    printf("  %-44s %s\n", what, reason.c_str());
+    logged_errors.clear();
+}
+
+static std::vector<llama_token> prompt(int n_vocab, int seed) {
+    std::vector<llama_token> tokens;
+    for (int i = 0; i < N_PROMPT; ++i) {
+        tokens.push_back((37 * i + 11 * seed + 5) % n_vocab);
+    }
+    return tokens;
+}
+
+static bool decode(llama_context * ctx, const std::vector<llama_token> & tokens, llama_pos pos, llama_seq_id seq_id) {
+    llama_batch batch = llama_batch_init((int32_t) tokens.size(), 0, 1);
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        batch.token[i]     = tokens[i];
+        batch.pos[i]       = pos + (llama_pos) i;
+        batch.n_seq_id[i]  = 1;
+        batch.seq_id[i][0] = seq_id;
+        batch.logits[i]    = i + 1 == tokens.size();
+    }
+    batch.n_tokens = (int32_t) tokens.size();
+
+    const bool ok = llama_decode(ctx, batch) == 0;
+    llama_batch_free(batch);
+    return ok;
+}
+
+static std::vector<llama_token> generate(llama_context * ctx, int n_vocab, llama_seq_id seq_id) {
+    llama_memory_seq_rm(llama_get_memory(ctx), seq_id, -1, -1);
+    check(decode(ctx, prompt(n_vocab, 1), 0, seq_id), "the prompt does not decode");
+
+    std::vector<llama_token> generated;
+    int64_t                  n_graphs = 0;
+    for (int i = 0; i < N_GENERATE; ++i) {
+        const float * logits = llama_get_logits_ith(ctx, -1);
+        llama_token   best   = 0;
+        bool          finite = true;
+        for (int token = 0; token < n_vocab; ++token) {
+            finite = finite && std::isfinite(logits[token]);
+            best   = logits[token] > logits[best] ? token : best;
+        }
+        check(finite, "token %d: logits are not finite", i);
+        generated.push_back(best);
+        check(decode(ctx, { best }, N_PROMPT + i, seq_id), "token %d does not decode", i);
+
+        if (i == 4) {
+            n_graphs = llama_deltamem_n_graphs(ctx);
+        }
+    }
+    check(llama_deltamem_n_graphs(ctx) == n_graphs, "graphs are not reused while generating");
+    return generated;
+}
+
+static std::vector<float> get_state(llama_context * ctx, llama_seq_id seq_id) {
+    std::vector<float> state(llama_deltamem_state_size(ctx), guard_value());
+    check(llama_deltamem_state_get(ctx, seq_id, state.data(), state.size()) == 0, "state_get fails for sequence %d",
+          seq_id);
+    return state;
+}
+
+static bool is_empty(const std::vector<float> & state) {
+    for (float x : state) {
+        if (x != 0.0f) {
+            return false;
+        }
+    }
+    return !state.empty();
+}
+
+static bool is_finite(const std::vector<float> & state) {
+    for (float x : state) {
+        if (!std::isfinite(x)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static llama_context * make_context(llama_model * model) {
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx                = 256 * N_SEQ;
+    params.n_batch              = 64;
+    params.n_ubatch             = 16; // the prompt takes two
+    params.n_seq_max            = N_SEQ;
+    params.n_threads            = 2;
+    params.n_threads_batch      = 2;
+    return llama_init_from_model(model, params);
+}
+
+static void test_adapter(const llama_deltamem_adapter * adapter, int n_model_layer) {
+    const int32_t n_layer = llama_deltamem_n_layer(adapter);
+    check(n_layer >= 1 && n_layer <= n_model_layer, "the adapter has %d layers", n_layer);
+    for (int32_t i = 0; i < n_layer; ++i) {
+        const int32_t layer = llama_deltamem_layer(adapter, i);
+        check(layer >= 0 && layer < n_model_layer && (i == 0 || layer > llama_deltamem_layer(adapter, i - 1)),
+              "memory %d is in layer %d", i, layer);
+    }
+    check(llama_deltamem_layer(adapter, -1) == -1 && llama_deltamem_layer(adapter, n_layer) == -1,
+          "there are more layers");
+    check(llama_deltamem_rank(adapter) >= 1 && llama_deltamem_n_head(adapter) >= 1,
+          "the adapter has no rank or no heads");
+    check(llama_deltamem_n_bytes(adapter) > 0, "the adapter's weights take no memory");
+
+    char          value[64], cut[4];
+    const int32_t length = llama_deltamem_meta_val_str(adapter, "adapter.type", value, sizeof(value));
+    check(length == 8 && strcmp(value, "deltamem") == 0, "adapter.type is %s", value);
+    check(llama_deltamem_meta_val_str(adapter, "adapter.type", cut, sizeof(cut)) == 8 && strcmp(cut, "del") == 0,
+          "a long value is not cut");
+    check(llama_deltamem_meta_val_str(adapter, "no.such.key", value, sizeof(value)) == -1 && value[0] == '\0',
+          "a missing key has a value");
+}
+
+static void test_states(llama_context * ctx, int n_vocab) {
+    const std::vector<float> state = get_state(ctx, 0);
+    check(is_finite(state) && !is_empty(state), "nothing was written while generating");
+    check(is_empty(get_state(ctx, 1)), "a sequence without tokens has a state");
+
+    check(llama_deltamem_state_set(ctx, 1, state.data(), state.size()) == 0, "state_set fails");
+    check(same_bits(get_state(ctx, 1), state), "state_set and state_get differ");
+    check(llama_deltamem_state_copy(ctx, 1, 2) == 0, "state_copy fails");
+    check(same_bits(get_state(ctx, 2), state), "the copy differs");
+    check(llama_deltamem_state_reset(ctx, 1) == 0, "state_reset fails");
+    check(is_empty(get_state(ctx, 1)), "state_reset leaves something");
+    check(same_bits(get_state(ctx, 0), state) && same_bits(get_state(ctx, 2), state),
+          "state_reset of one touches others");
+
+    // reading without writing; text and memory are independent
+    check(llama_deltamem_get_write(ctx, 0), "writes are off by default");
+    check(llama_deltamem_set_write(ctx, 0, false) == 0 && !llama_deltamem_get_write(ctx, 0), "writes do not go off");
+    check(llama_deltamem_get_write(ctx, 1), "writes go off for another sequence");
+    llama_memory_clear(llama_get_memory(ctx), true);
+    check(decode(ctx, prompt(n_vocab, 2), 0, 0), "reading does not decode");
+    check(same_bits(get_state(ctx, 0), state), "reading or clearing the text changes the state");
+    check(llama_deltamem_set_write(ctx, -1, true) == 0 && llama_deltamem_get_write(ctx, 0), "writes do not go on");
+
+    // the same step from the same state gives the same state
+    llama_memory_clear(llama_get_memory(ctx), true);
+    check(decode(ctx, prompt(n_vocab, 2), 0, 0), "writing does not decode");
+    const std::vector<float> next = get_state(ctx, 0);
+    check(is_finite(next) && !same_bits(next, state), "writing does not change the state");
+    check(llama_deltamem_state_copy(ctx, 2, 0) == 0, "state_copy fails");
+    llama_memory_clear(llama_get_memory(ctx), true);
+    check(decode(ctx, prompt(n_vocab, 2), 0, 0) && same_bits(get_state(ctx, 0), next),
+          "going back does not repeat the step");
+
+    check(llama_deltamem_state_reset(ctx, -1) == 0, "state_reset of all fails");
+    for (llama_seq_id seq_id = 0; seq_id < N_SEQ; ++seq_id) {
+        check(is_empty(get_state(ctx, seq_id)), "state_reset of all leaves sequence %d", seq_id);
+    }
+}
+
+static void test_segments(llama_context * ctx, const llama_deltamem_adapter * adapter, int n_vocab) {
+    std::vector<int32_t> segments(N_PROMPT);
+    for (int i = 0; i < N_PROMPT; ++i) {
+        segments[i] = i % 5 == 0 ? -1 : i / 8;
+    }
+    if (llama_deltamem_write_granularity(adapter) == LLAMA_DELTAMEM_TOKEN) {
+        expect_reason(llama_deltamem_set_segments(ctx, segments.data(), nullptr, N_PROMPT) < 0,
+                      "segments for a token adapter");
+        return;
+    }
+
+    // one ingest over one batch, and the same over two
+    std::vector<float> whole;
+    for (int n_first : { N_PROMPT, N_PROMPT / 3 }) {
+        llama_memory_clear(llama_get_memory(ctx), true);
+        check(llama_deltamem_state_reset(ctx, -1) == 0, "state_reset fails");
+
+        const std::vector<llama_token> tokens = prompt(n_vocab, 3);
+        std::vector<int8_t>            ends(N_PROMPT, 0);
+        ends.back() = 1;
+        check(llama_deltamem_set_segments(ctx, segments.data(), ends.data(), n_first) == 0, "set_segments fails");
+        check(decode(ctx, { tokens.begin(), tokens.begin() + n_first }, 0, 0), "segments do not decode");
+        if (n_first < N_PROMPT) {
+            check(is_empty(get_state(ctx, 0)), "an ingest writes before it ends");
+            check(llama_deltamem_set_segments(ctx, &segments[n_first], &ends[n_first], N_PROMPT - n_first) == 0,
+                  "set_segments fails");
+            check(decode(ctx, { tokens.begin() + n_first, tokens.end() }, n_first, 0), "segments do not decode");
+        }
+        const std::vector<float> state = get_state(ctx, 0);
+        check(is_finite(state) && !is_empty(state), "segments write nothing");
+        if (whole.empty()) {
+            whole = state;
+        } else {
+            nmse e;
+            for (size_t i = 0; i < state.size(); ++i) {
+                e.add(state[i], whole[i]);
+            }
+            check(e.value() <= 1e-10, "an ingest over two batches differs: NMSE %g",
+                  e.value()); // other matrix products: 1e-5 each
+        }
+    }
+
+    // an abandoned ingest leaves no trace
+    const std::vector<int8_t> never(N_PROMPT, 0);
+    llama_memory_clear(llama_get_memory(ctx), true);
+    check(llama_deltamem_set_segments(ctx, segments.data(), never.data(), N_PROMPT) == 0, "set_segments fails");
+    check(decode(ctx, prompt(n_vocab, 4), 0, 0), "segments do not decode");
+    check(llama_deltamem_abandon_ingest(ctx, 0) == 0, "abandon_ingest fails");
+    check(same_bits(get_state(ctx, 0), whole), "an abandoned ingest changes the state");
+}
+
+static void test_bad_calls(llama_context * ctx) {
+    std::vector<float>       state  = get_state(ctx, 0);
+    const std::vector<float> before = state;
+    const size_t             n      = state.size();
+    logged_errors.clear();
+
+    expect_reason(llama_deltamem_state_get(ctx, 0, state.data(), n - 1) < 0, "state_get, a value less");
+    expect_reason(llama_deltamem_state_set(ctx, 0, state.data(), n + 1) < 0, "state_set, a value more");
+    expect_reason(llama_deltamem_state_get(ctx, N_SEQ, state.data(), n) < 0, "state_get, sequence 3 of 3");
+    expect_reason(llama_deltamem_state_get(ctx, -1, state.data(), n) < 0, "state_get, sequence -1");
+    expect_reason(llama_deltamem_state_set(ctx, 1000, state.data(), n) < 0, "state_set, sequence 1000");
+    expect_reason(llama_deltamem_state_reset(ctx, N_SEQ) < 0, "state_reset, sequence 3 of 3");
+    expect_reason(llama_deltamem_state_copy(ctx, 0, N_SEQ) < 0, "state_copy to sequence 3 of 3");
+    expect_reason(llama_deltamem_state_copy(ctx, -1, 0) < 0, "state_copy from sequence -1");
+    expect_reason(llama_deltamem_set_write(ctx, N_SEQ, false) < 0, "set_write, sequence 3 of 3");
+    expect_reason(llama_deltamem_abandon_ingest(ctx, N_SEQ) < 0, "abandon_ingest, sequence 3 of 3");
+
+    state[n / 2] = NAN;
+    expect_reason(llama_deltamem_state_set(ctx, 0, state.data(), n) < 0, "state_set, a NaN");
+    state[n / 2] = INFINITY;
+    expect_reason(llama_deltamem_state_set(ctx, 0, state.data(), n) < 0, "state_set, an infinite value");
+    check(same_bits(get_state(ctx, 0), before), "a refused call changes the state");
+}
+
+static void test_bad_files(const llama_model * model, const char * base, const char * adapter, const char * other) {
+    namespace fs = std::filesystem;
+
+    const auto refused = [model](const std::string & path, const char * what) {
+        llama_deltamem_adapter * loaded = llama_deltamem_adapter_load(model, path.c_str());
+        expect_reason(loaded == nullptr, what);
+        if (loaded) {
+            llama_deltamem_adapter_free(loaded);
+        }
+    };
+    logged_errors.clear();
+
+    refused("no-such-file.gguf", "a missing file");
+    refused(fs::temp_directory_path().string(), "a folder");
+    refused(base, "the base model as an adapter");
+    if (other) {
+        refused(other, "an adapter of another architecture");
+    }
+
+    std::ifstream     in(adapter, std::ios::binary);
+    const std::string content { std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>() };
+    check(content.size() > 1000, "%s cannot be read", adapter);
+
+    const fs::path bad =
+            fs::temp_directory_path() / ("deltamem-test-" + std::to_string(std::random_device()()) + ".gguf");
+    const auto refused_content = [&](const std::string & bytes, const char * what) {
+        std::ofstream(bad, std::ios::binary | std::ios::trunc).write(bytes.data(), (std::streamsize) bytes.size());
+        refused(bad.string(), what);
+    };
+    refused_content("", "an empty file");
+    refused_content("no GGUF at all, but text", "another format");
+    refused_content(content.substr(0, 100), "cut in the metadata");
+    refused_content(content.substr(0, content.size() / 2), "cut in the middle");
+    refused_content(content.substr(0, content.size() - 1), "cut by one byte");
+    fs::remove(bad);
+}
+
+static std::vector<llama_token> run(const char * base, const char * adapter_path, const char * other) {
+    llama_backend_init();
+
+    llama_model_params model_params = llama_model_default_params();
+    model_params.n_gpu_layers       = 0;
+
+    llama_model * model = llama_model_load_from_file(base, model_params);
+    if (!check(model != nullptr, "%s does not load", base)) {
+        return {};
+    }
+    const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
+
+    llama_context *          ctx     = make_context(model);
+    llama_deltamem_adapter * adapter = llama_deltamem_adapter_load(model, adapter_path);
+    if (!check(ctx && adapter, "%s does not load: %s", adapter_path, llama_deltamem_last_error())) {
+        llama_free(ctx);
+        llama_model_free(model);
+        return {};
+    }
+    test_adapter(adapter, llama_model_n_layer(model));
+
+    // without an adapter attached
+    float nothing = 0.0f;
+    logged_errors.clear();
+    check(!llama_deltamem_is_attached(ctx) && llama_deltamem_state_size(ctx) == 0, "attached from the start");
+    expect_reason(llama_deltamem_state_get(ctx, 0, &nothing, 1) < 0, "state_get, nothing attached");
+    expect_reason(llama_deltamem_state_reset(ctx, -1) < 0, "state_reset, nothing attached");
+    llama_deltamem_detach(ctx); // does nothing
+
+    // attached
+    check(llama_deltamem_attach(ctx, adapter) == 0, "attach fails: %s", llama_deltamem_last_error());
+    check(llama_deltamem_is_attached(ctx), "attached, but not attached");
+    const size_t n_state = (size_t) llama_deltamem_n_layer(adapter) * llama_deltamem_n_head(adapter) *
+                           llama_deltamem_rank(adapter) * llama_deltamem_rank(adapter);
+    check(llama_deltamem_state_size(ctx) == n_state, "a state has %zu floats, not %zu", llama_deltamem_state_size(ctx),
+          n_state);
+    check(llama_deltamem_state_n_bytes(ctx) >= N_SEQ * n_state * sizeof(float), "the states take too little memory");
+    check(is_empty(get_state(ctx, 0)), "the first state is not empty");
+
+    const size_t                   n_bytes   = llama_deltamem_state_n_bytes(ctx);
+    const std::vector<llama_token> generated = generate(ctx, n_vocab, 0);
+    test_states(ctx, n_vocab);
+    test_segments(ctx, adapter, n_vocab);
+    test_bad_calls(ctx);
+    check(llama_deltamem_state_n_bytes(ctx) == n_bytes, "the states grow with use");
+
+    // detached, and attached again: an empty memory and the same answer
+    llama_deltamem_detach(ctx);
+    check(!llama_deltamem_is_attached(ctx) && llama_deltamem_state_size(ctx) == 0, "detached, but attached");
+    llama_memory_clear(llama_get_memory(ctx), true);
+    generate(ctx, n_vocab, 0);
+
+    check(llama_deltamem_attach(ctx, adapter) == 0, "attach fails the second time: %s", llama_deltamem_last_error());
+    check(is_empty(get_state(ctx, 0)), "the state survives a detach");
+    llama_memory_clear(llama_get_memory(ctx), true);
+    check(generate(ctx, n_vocab, 0) == generated, "the second attach answers differently");
+
+    // attached over what is attached: a new, empty state
+    check(llama_deltamem_attach(ctx, adapter) == 0, "attach fails the third time: %s", llama_deltamem_last_error());
+    check(is_empty(get_state(ctx, 0)), "a state survives an attach");
+
+    test_bad_files(model, base, adapter_path, other);
+
+    // an adapter of another instance of the model is none of this context's
+    llama_model *            twin    = llama_model_load_from_file(base, model_params);
+    llama_deltamem_adapter * of_twin = twin ? llama_deltamem_adapter_load(twin, adapter_path) : nullptr;
+    if (check(of_twin != nullptr, "the model or the adapter does not load again")) {
+        logged_errors.clear();
+        expect_reason(llama_deltamem_attach(ctx, of_twin) < 0, "an adapter loaded for another model");
+        check(llama_deltamem_is_attached(ctx), "a refused attach detaches");
+        llama_deltamem_adapter_free(of_twin);
+    }
+    llama_model_free(twin);
+
+    // the context keeps what it needs
+    llama_deltamem_adapter_free(adapter);
+    llama_memory_clear(llama_get_memory(ctx), true);
+    check(generate(ctx, n_vocab, 0) == generated, "the freed adapter answers differently");
+
+    llama_free(ctx);
+    llama_model_free(model);
+    llama_backend_free();
+    return generated;
+}
+
+int main(int argc, char ** argv) {
+    if (argc < 3) {
+        printf("usage: %s BASE.gguf ADAPTER.gguf [OTHER.gguf]\n", argv[0]);
+        return EXIT_SKIPPED;
+    }
+    llama_log_set(keep_errors, nullptr);
+
+    const char * other = argc > 3 ? argv[3] : nullptr;
+
+    printf("first time\n");
+    const std::vector<llama_token> first = run(argv[1], argv[2], other);
+    printf("second time\n");
+    const std::vector<llama_token> second = run(argv[1], argv[2], other);
+    check(first == second && !first.empty(), "the second time answers differently");
+
+    return finish("lifecycle");
+}

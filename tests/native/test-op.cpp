@@ -1,0 +1,335 @@
+// Tests GGML_OP_DELTAMEM through ggml: constructor, names, and the CPU backend's forward with 1 to 4 threads against the
+// naive reference.
+
+#include "ggml-deltamem.h"
+#include "reference.h"
+#include "testing.h"
+
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+
+#include <memory>
+
+static constexpr int N_THREADS = 4;
+
+struct shape {
+    int rank, n_head, n_seqs, n_tokens, lambda, flags;
+};
+
+// One graph with one node. The state is a view of a wider tensor with more slots than sequences; slots and columns are
+// dealt out at random; the sequences are of different lengths.
+class graph {
+public:
+    graph(ggml_backend_t backend, const shape & s, uint64_t seed) : backend(backend), random(seed) {
+        p.rank   = s.rank;
+        p.n_head = s.n_head;
+        p.n_seqs = s.n_seqs;
+        p.lambda = s.lambda;
+        p.flags  = s.flags;
+
+        n_tokens = s.n_tokens;
+        n_slots  = s.n_seqs + 2;
+        n_row    = s.n_head * ggml_deltamem_n_record(&p);
+
+        ctx.reset(ggml_init({ ggml_tensor_overhead() * 16 + ggml_graph_overhead(), nullptr, true }));
+
+        proj  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_proj(&p), n_tokens);
+        bias  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_gates(&p));
+        state = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_row + PADDING, n_slots);
+        plan  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, ggml_deltamem_n_plan(s.n_seqs, n_tokens));
+
+        node = ggml_deltamem(ctx.get(), proj, bias, ggml_view_2d(ctx.get(), state, n_row, n_slots, state->nb[1], 0),
+                             plan, p);
+        ggml_set_output(node);
+
+        cgraph = ggml_new_graph(ctx.get());
+        ggml_build_forward_expand(cgraph, node);
+        buffer.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
+
+        make_inputs();
+        set_inputs();
+    }
+
+    void set_inputs() {
+        ggml_backend_tensor_set(proj, proj_data.data(), 0, ggml_nbytes(proj));
+        ggml_backend_tensor_set(bias, bias_data.data(), 0, ggml_nbytes(bias));
+        ggml_backend_tensor_set(state, state_data.data(), 0, ggml_nbytes(state));
+        ggml_backend_tensor_set(plan, plan_data.data(), 0, ggml_nbytes(plan));
+    }
+
+    bool compute() { return ggml_backend_graph_compute(backend, cgraph) == GGML_STATUS_SUCCESS; }
+
+    std::vector<float> reads() const { return values(node); }
+    std::vector<float> states() const { return values(state); }
+
+    const ggml_tensor * op() const { return node; }
+
+    // the reference over the same inputs, `times` in a row
+    void compare(int times, double tol, const char * name) {
+        std::vector<double> read((size_t) p.n_head * p.rank * n_tokens);
+        const size_t        n_record = ggml_deltamem_n_record(&p);
+
+        const std::vector<float> got_reads = reads(), got_states = states();
+        std::vector<float>       others = got_states; // after this: what the operator had no business with
+
+        nmse            e_reads, e_states;
+        const int32_t * entries = plan_data.data() + GGML_DELTAMEM_PLAN_SEQ * p.n_seqs;
+        for (int seq = 0; seq < p.n_seqs; ++seq) {
+            const int32_t * range = plan_data.data() + GGML_DELTAMEM_PLAN_SEQ * seq;
+            for (int head = 0; head < p.n_head; ++head) {
+                const size_t at = range[0] * (n_row + PADDING) + head * n_record;
+
+                reference_head ref(p, head, state_data.data() + at);
+                for (int i = 0; i < times; ++i) {
+                    ref.forward(proj_data.data(), proj->ne[0], bias_data.data(),
+                                entries + GGML_DELTAMEM_PLAN_TOKEN * range[1], range[2], read.data(),
+                                p.n_head * p.rank);
+                }
+                for (size_t i = 0; i < n_record; ++i) {
+                    e_states.add(got_states[at + i], ref.record[i]);
+                    others[at + i] = state_data[at + i];
+                }
+            }
+        }
+        for (size_t i = 0; i < read.size(); ++i) {
+            e_reads.add(got_reads[i], read[i]);
+        }
+        check(e_reads.value() <= tol, "%s: NMSE of reads is %g, allowed %g", name, e_reads.value(), tol);
+        check(e_states.value() <= tol, "%s: NMSE of states is %g, allowed %g", name, e_states.value(), tol);
+        check(same_bits(others, state_data), "%s: another slot or the space between slots was written", name);
+        printf("%-64s NMSE of reads %.1e, states %.1e\n", name, e_reads.value(), e_states.value());
+    }
+
+private:
+    static constexpr int PADDING = 7; // floats between the slots' rows
+
+    struct deleter {
+        void operator()(ggml_context * c) const { ggml_free(c); }
+        void operator()(ggml_backend_buffer * b) const { ggml_backend_buffer_free(b); }
+    };
+
+    static std::vector<float> values(const ggml_tensor * t) {
+        std::vector<float> x(ggml_nelements(t));
+        ggml_backend_tensor_get(t, x.data(), 0, ggml_nbytes(t));
+        return x;
+    }
+
+    void make_inputs() {
+        const bool   segments = (p.flags & GGML_DELTAMEM_SEGMENTS) != 0;
+        const size_t n_qk     = 2 * (size_t) p.n_head * p.rank;
+        const float  raw      = 1.0f / sqrtf((float) p.rank); // |k| <= 1
+
+        for (int64_t i = 0; i < ggml_nelements(proj); ++i) {
+            const bool raw_qk = (size_t) (i % proj->ne[0]) < n_qk && !(p.flags & GGML_DELTAMEM_NORMALIZE_QK);
+            proj_data.push_back(raw_qk ? random.uniform(-raw, raw) : random.normal());
+        }
+        for (int64_t i = 0; i < ggml_nelements(bias); ++i) {
+            bias_data.push_back(random.normal());
+        }
+        state_data.assign(ggml_nelements(state), guard_value());
+        for (int slot = 0; slot < n_slots; ++slot) {
+            for (int head = 0; head < p.n_head; ++head) {
+                float * record = &state_data[slot * (n_row + PADDING) + head * ggml_deltamem_n_record(&p)];
+                std::fill(record, record + ggml_deltamem_n_record(&p), 0.0f);
+                for (int i = 0; i < p.rank * p.rank * (segments ? 2 : 1); ++i) {
+                    record[i] = 0.5f * random.normal();
+                }
+            }
+        }
+
+        std::vector<int32_t> slots, columns;
+        for (int i = 0; i < n_slots; ++i) {
+            slots.push_back(i);
+        }
+        for (int i = 0; i < n_tokens; ++i) {
+            columns.push_back(i);
+        }
+        random.shuffle(slots);
+        random.shuffle(columns);
+
+        // every sequence one token, the rest to the first ones more than to the last
+        std::vector<int> counts(p.n_seqs, 1);
+        for (int left = n_tokens - p.n_seqs; left > 0; --left) {
+            counts[random.below(1 + random.below(p.n_seqs))]++;
+        }
+        for (int seq = 0, first = 0; seq < p.n_seqs; first += counts[seq++]) {
+            plan_data.insert(plan_data.end(), { slots[seq], first, counts[seq] });
+        }
+        for (int column : columns) {
+            plan_data.insert(plan_data.end(), { column, segments              ? random.below(32)
+                                                        : random.chance(0.8f) ? GGML_DELTAMEM_TOKEN_WRITE
+                                                                              : 0 });
+        }
+    }
+
+    ggml_backend_t       backend;
+    random_source        random;
+    ggml_deltamem_params p = {};
+    int                  n_tokens, n_slots;
+    int64_t              n_row;
+
+    std::unique_ptr<ggml_context, deleter>        ctx;
+    std::unique_ptr<ggml_backend_buffer, deleter> buffer;
+    ggml_tensor *                                 proj, *bias, *state, *plan, *node;
+    ggml_cgraph *                                 cgraph;
+
+    std::vector<float>   proj_data, bias_data, state_data;
+    std::vector<int32_t> plan_data;
+};
+
+// A correction of one type against double precision; every number of threads gives the same bits.
+static void test_correction(ggml_backend_t backend, ggml_backend_set_n_threads_t set_n_threads, ggml_type type, int n_out,
+                            int n_read, int n_tokens) {
+    random_source random(n_out + 7 * n_read + 31 * n_tokens);
+
+    ggml_context * ctx    = ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true });
+    ggml_tensor *  out    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, n_tokens);
+    ggml_tensor *  weight = ggml_new_tensor_2d(ctx, type, n_out, n_read);
+    ggml_tensor *  read   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_read, n_tokens);
+    ggml_tensor *  node   = ggml_deltamem_correct(ctx, out, weight, read);
+    ggml_cgraph *  cgraph = ggml_new_graph(ctx);
+    ggml_build_forward_expand(cgraph, node);
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
+
+    const auto fill = [&random](ggml_tensor * t) {
+        std::vector<float> x(ggml_nelements(t));
+        for (float & value : x) {
+            value = random.normal();
+        }
+        return x;
+    };
+    const std::vector<float> out_data = fill(out), read_data = fill(read);
+    std::vector<float>       weight_data = fill(weight);
+
+    ggml_backend_tensor_set(out, out_data.data(), 0, ggml_nbytes(out));
+    ggml_backend_tensor_set(read, read_data.data(), 0, ggml_nbytes(read));
+    if (type == GGML_TYPE_F32) {
+        ggml_backend_tensor_set(weight, weight_data.data(), 0, ggml_nbytes(weight));
+    } else {
+        std::vector<uint8_t> bytes(ggml_nbytes(weight));
+        ggml_quantize_chunk(type, weight_data.data(), bytes.data(), 0, n_read, n_out, nullptr);
+        ggml_get_type_traits(type)->to_float(bytes.data(), weight_data.data(), weight_data.size()); // what is stored
+        ggml_backend_tensor_set(weight, bytes.data(), 0, bytes.size());
+    }
+
+    nmse               error;
+    std::vector<float> first;
+    for (int n_threads = 1; n_threads <= N_THREADS; ++n_threads) {
+        set_n_threads(backend, n_threads);
+        check(ggml_backend_graph_compute(backend, cgraph) == GGML_STATUS_SUCCESS, "computing a correction failed");
+        std::vector<float> got(out_data.size());
+        ggml_backend_tensor_get(node, got.data(), 0, ggml_nbytes(node));
+        if (n_threads == 1) {
+            first = got;
+            for (int t = 0; t < n_tokens; ++t) {
+                for (int i = 0; i < n_out; ++i) {
+                    double expected = out_data[(size_t) t * n_out + i];
+                    for (int j = 0; j < n_read; ++j) {
+                        expected += (double) weight_data[(size_t) j * n_out + i] * read_data[(size_t) t * n_read + j];
+                    }
+                    error.add(got[(size_t) t * n_out + i], expected);
+                }
+            }
+        }
+        check(same_bits(got, first), "correction: %d threads change the result", n_threads);
+    }
+    // sums of up to 129 terms: an rms error of some 12 u, 17 u allowed
+    check(error.value() <= 1e-12, "correction %s, outputs %d, columns %d, tokens %d: NMSE is %g", ggml_type_name(type), n_out,
+          n_read, n_tokens, error.value());
+    printf("correction %-5s outputs %5d, columns %3d, tokens %4d %15s NMSE %.1e\n", ggml_type_name(type), n_out, n_read,
+           n_tokens, "", error.value());
+
+    ggml_backend_buffer_free(buffer);
+    ggml_free(ctx);
+}
+
+int main() {
+    ggml_backend_load_all();
+
+    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (!check(device != nullptr, "no CPU backend")) {
+        return finish("operator");
+    }
+    ggml_backend_t backend       = ggml_backend_dev_init(device, nullptr);
+    const auto     set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+            ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads");
+
+    const int NORMALIZE = GGML_DELTAMEM_NORMALIZE_QK, ROWS = GGML_DELTAMEM_RANKWISE_GATES,
+              OUTSIDE  = GGML_DELTAMEM_LAMBDA_OUTSIDE;
+    const int SEGMENTS = GGML_DELTAMEM_SEGMENTS;
+
+    const shape shapes[] = {
+        // rank, heads, sequences, tokens, lambda, flags
+        { 8, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, NORMALIZE | ROWS },
+        { 8, 1, 1, 512, GGML_DELTAMEM_LAMBDA_COUPLED, NORMALIZE | ROWS },
+        { 8, 4, 3, 64, GGML_DELTAMEM_LAMBDA_COUPLED, NORMALIZE | ROWS },
+        { 8, 2, 2, 4000, GGML_DELTAMEM_LAMBDA_SEPARATE, NORMALIZE | ROWS | OUTSIDE },
+        { 16, 1, 8, 40, GGML_DELTAMEM_LAMBDA_SEPARATE, NORMALIZE },
+        { 16, 16, 2, 33, GGML_DELTAMEM_LAMBDA_NONE, 0 },
+        { 1, 3, 5, 50, GGML_DELTAMEM_LAMBDA_COUPLED, ROWS | OUTSIDE },
+        { 5, 2, 1, 17, GGML_DELTAMEM_LAMBDA_SEPARATE, NORMALIZE | SEGMENTS },
+        { 8, 2, 3, 1000, GGML_DELTAMEM_LAMBDA_COUPLED, NORMALIZE | ROWS | SEGMENTS },
+        { 24, 3, 2, 90, GGML_DELTAMEM_LAMBDA_SEPARATE, ROWS | OUTSIDE | SEGMENTS },
+        { 64, 2, 2, 70, GGML_DELTAMEM_LAMBDA_NONE, NORMALIZE | ROWS | SEGMENTS },
+    };
+
+    uint64_t seed = 1;
+    for (const shape & s : shapes) {
+        char name[160];
+        snprintf(name, sizeof(name), "rank %d, heads %d, sequences %d, tokens %d, lambda %d, flags %d", s.rank,
+                 s.n_head, s.n_seqs, s.n_tokens, s.lambda, s.flags);
+
+        graph g(backend, s, seed++);
+
+        check(strcmp(ggml_op_name(GGML_OP_DELTAMEM), "DELTAMEM") == 0, "the operator's name is %s",
+              ggml_op_name(GGML_OP_DELTAMEM));
+        check(strcmp(ggml_op_desc(g.op()), "DELTAMEM") == 0, "the node's description is %s", ggml_op_desc(g.op()));
+        check(strncmp(ggml_op_symbol(GGML_OP_DELTAMEM), "deltamem", 8) == 0, "the operator's symbol is %s",
+              ggml_op_symbol(GGML_OP_DELTAMEM));
+        check(g.op()->type == GGML_TYPE_F32 && g.op()->ne[0] == s.n_head * s.rank && g.op()->ne[1] == s.n_tokens &&
+                      g.op()->ne[2] == 1,
+              "%s: the result has another shape", name);
+        check(ggml_backend_dev_supports_op(device, g.op()), "%s: the CPU backend does not support the operator", name);
+
+        const ggml_deltamem_params p = ggml_deltamem_get_params(g.op());
+        check(p.rank == s.rank && p.n_head == s.n_head && p.n_seqs == s.n_seqs && p.lambda == s.lambda &&
+                      p.flags == s.flags,
+              "%s: the node has other parameters", name);
+
+        // twice in a row; every number of threads gives the same bits
+        std::vector<float> first_reads, first_states, second_reads, second_states;
+        for (int n_threads = 1; n_threads <= N_THREADS; ++n_threads) {
+            set_n_threads(backend, n_threads);
+            g.set_inputs();
+
+            check(g.compute(), "%s: computing failed", name);
+            if (n_threads == 1) {
+                g.compare(1, 1e-11, name);
+                first_reads  = g.reads();
+                first_states = g.states();
+            }
+            check(same_bits(g.reads(), first_reads) && same_bits(g.states(), first_states),
+                  "%s: %d threads change the result", name, n_threads);
+
+            check(g.compute(), "%s: computing again failed", name);
+            if (n_threads == 1) {
+                g.compare(2, 1e-11, name);
+                second_reads  = g.reads();
+                second_states = g.states();
+            }
+            check(same_bits(g.reads(), second_reads) && same_bits(g.states(), second_states),
+                  "%s: %d threads change the second result", name, n_threads);
+        }
+    }
+
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16 }) {
+        for (int n_tokens : { 1, 3, 16, 100 }) {
+            test_correction(backend, set_n_threads, type, 4096, 8, n_tokens);
+            test_correction(backend, set_n_threads, type, 97, 32, n_tokens);
+            test_correction(backend, set_n_threads, type, 1000, 128, n_tokens);
+        }
+    }
+
+    ggml_backend_free(backend);
+    return finish("operator");
+}
