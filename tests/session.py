@@ -49,8 +49,11 @@ class Session:
             status = llama.llama_decode(self.ctx, batch)
             if status != 0:
                 raise RuntimeError(f"llama_decode: {status}: {_lib.last_error()}")
-            rows = [np.ctypeslib.as_array(llama.llama_get_logits_ith(self.ctx, i), (self.n_vocab,)) for i in range(len(tokens))]
-            return np.stack(rows)
+            rows = [
+                np.ctypeslib.as_array(llama.llama_get_logits_ith(self.ctx, i), (self.n_vocab,))
+                for i in range(len(tokens))
+            ]
+            return np.stack([np.ctypeslib.as_array(row, (self.n_vocab,)) for row in rows])
         finally:
             llama.llama_batch_free(batch)
 
@@ -72,7 +75,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(base, adapter=None, *, n_seq=1, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=1, unified=True) -> Iterator[Session]:
+def open_session(
+    base, adapter=None, *, n_seq=1, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=1, unified=True
+) -> Iterator[Session]:
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(str(base).encode(), llama.llama_model_default_params())
     assert model

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from session import open_session
 
 from pydeltamem import DeltaMemLlama
+from session import open_session
 
 ARCHITECTURES = ["qwen3", "smollm3"]
 CASES = [

@@ -16,7 +16,9 @@ import pytest
 STOCK_LIB = os.environ.get("DELTAMEM_STOCK_LIB")
 OUR_LIB = Path(__file__).resolve().parents[1] / "pydeltamem" / "lib"
 
-pytestmark = pytest.mark.skipif(not STOCK_LIB, reason="DELTAMEM_STOCK_LIB names no unpatched build: run `make test-stock`")
+pytestmark = pytest.mark.skipif(
+    not STOCK_LIB, reason="DELTAMEM_STOCK_LIB names no unpatched build: run `make test-stock`"
+)
 
 # Runs in a process of its own, with the library that LLAMA_CPP_LIB_PATH names.
 PROGRAM = """

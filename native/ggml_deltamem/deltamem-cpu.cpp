@@ -19,14 +19,14 @@ static void forward_read(const struct ggml_compute_params * params, struct ggml_
     const struct ggml_deltamem_params p = ggml_deltamem_get_params(dst);
 
     const int32_t * seqs    = (const int32_t *) plan->data;
-    const int32_t * entries = seqs + (int64_t) GGML_DELTAMEM_PLAN_SEQ*p.n_seqs;
+    const int32_t * entries = seqs + (int64_t) GGML_DELTAMEM_PLAN_SEQ * p.n_seqs;
 
     const int64_t n_record = ggml_deltamem_n_record(&p);
-    const int64_t n_items  = (int64_t) p.n_seqs*p.n_head;
+    const int64_t n_items  = (int64_t) p.n_seqs * p.n_head;
 
     for (int64_t item = params->ith; item < n_items; item += params->nth) {
-        const int64_t head  = item % p.n_head;
-        const int32_t * seq = seqs + GGML_DELTAMEM_PLAN_SEQ*(item / p.n_head);
+        const int64_t   head = item % p.n_head;
+        const int32_t * seq  = seqs + GGML_DELTAMEM_PLAN_SEQ * (item / p.n_head);
 
         const int32_t slot = seq[0];
         GGML_ASSERT(slot >= 0 && slot < state->ne[1]);
@@ -36,12 +36,12 @@ static void forward_read(const struct ggml_compute_params * params, struct ggml_
         args.params      = p;
         args.head        = (int32_t) head;
         args.proj        = (const float *) proj->data;
-        args.proj_stride = proj->nb[1]/sizeof(float);
+        args.proj_stride = proj->nb[1] / sizeof(float);
         args.gate_bias   = (const float *) gate_bias->data;
-        args.record      = (float *) ((char *) state->data + slot*state->nb[1]) + head*n_record;
+        args.record      = (float *) ((char *) state->data + slot * state->nb[1]) + head * n_record;
         args.read        = (float *) dst->data;
-        args.read_stride = dst->nb[1]/sizeof(float);
-        args.entries     = entries + (int64_t) GGML_DELTAMEM_PLAN_TOKEN*seq[1];
+        args.read_stride = dst->nb[1] / sizeof(float);
+        args.entries     = entries + (int64_t) GGML_DELTAMEM_PLAN_TOKEN * seq[1];
         args.n_entries   = seq[2];
 
         deltamem_head_forward(&args);
@@ -60,20 +60,20 @@ static void forward_correct(const struct ggml_compute_params * params, struct gg
 
     const int64_t n_out    = out->ne[0];
     const int64_t n_tokens = out->ne[1];
-    const int64_t n_tiles  = (n_out + TILE - 1)/TILE;
+    const int64_t n_tiles  = (n_out + TILE - 1) / TILE;
 
-    const bool by_tokens = n_tokens >= 4*params->nth;
+    const bool by_tokens = n_tokens >= 4 * params->nth;
 
     const auto range = [params](int64_t n) {
-        return std::make_pair(n*params->ith/params->nth, n*(params->ith + 1)/params->nth);
+        return std::make_pair(n * params->ith / params->nth, n * (params->ith + 1) / params->nth);
     };
     const auto [t0, t1]       = by_tokens ? range(n_tokens) : std::make_pair((int64_t) 0, n_tokens);
     const auto [tile0, tile1] = by_tokens ? std::make_pair((int64_t) 0, n_tiles) : range(n_tiles);
 
-    float scratch[COLS*TILE];
+    float scratch[COLS * TILE];
 
     for (int64_t tile = tile0; tile < tile1; ++tile) {
-        const int64_t i0 = tile*TILE;
+        const int64_t i0 = tile * TILE;
         const int64_t ni = std::min(TILE, n_out - i0);
 
         for (int64_t j0 = 0; j0 < weight->ne[1]; j0 += COLS) {
@@ -83,33 +83,33 @@ static void forward_correct(const struct ggml_compute_params * params, struct gg
             args.weight        = scratch;
             args.weight_stride = TILE;
             for (int64_t j = 0; j < nj; ++j) {
-                const char * column = (const char *) weight->data + (j0 + j)*weight->nb[1] + i0*weight->nb[0];
+                const char * column = (const char *) weight->data + (j0 + j) * weight->nb[1] + i0 * weight->nb[0];
                 switch (weight->type) {
                     case GGML_TYPE_F16:
-                        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) column, scratch + j*TILE, ni);
+                        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) column, scratch + j * TILE, ni);
                         break;
                     case GGML_TYPE_BF16:
-                        ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) column, scratch + j*TILE, ni);
+                        ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) column, scratch + j * TILE, ni);
                         break;
                     default:
                         if (j == 0) {
                             args.weight        = (const float *) column;
-                            args.weight_stride = weight->nb[1]/sizeof(float);
+                            args.weight_stride = weight->nb[1] / sizeof(float);
                         }
                 }
             }
 
             // the first columns are added to `out`, the others to what is there by then
             const struct ggml_tensor * base = j0 == 0 ? out : dst;
-            args.out         = (const float *) ((const char *) base->data + t0*base->nb[1]) + i0;
-            args.out_stride  = base->nb[1]/sizeof(float);
-            args.read        = (const float *) ((const char *) read->data + t0*read->nb[1]) + j0;
-            args.read_stride = read->nb[1]/sizeof(float);
-            args.dst         = (float *) ((char *) dst->data + t0*dst->nb[1]) + i0;
-            args.dst_stride  = dst->nb[1]/sizeof(float);
-            args.n_out       = ni;
-            args.n_read      = nj;
-            args.n_tokens    = t1 - t0;
+            args.out                        = (const float *) ((const char *) base->data + t0 * base->nb[1]) + i0;
+            args.out_stride                 = base->nb[1] / sizeof(float);
+            args.read                       = (const float *) ((const char *) read->data + t0 * read->nb[1]) + j0;
+            args.read_stride                = read->nb[1] / sizeof(float);
+            args.dst                        = (float *) ((char *) dst->data + t0 * dst->nb[1]) + i0;
+            args.dst_stride                 = dst->nb[1] / sizeof(float);
+            args.n_out                      = ni;
+            args.n_read                     = nj;
+            args.n_tokens                   = t1 - t0;
 
             deltamem_correct_forward(&args);
         }
@@ -118,7 +118,7 @@ static void forward_correct(const struct ggml_compute_params * params, struct gg
 
 void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     switch (ggml_deltamem_get_kind(dst)) {
-        case GGML_DELTAMEM_READ:    forward_read(params, dst);    break;
+        case GGML_DELTAMEM_READ:    forward_read(params, dst); break;
         case GGML_DELTAMEM_CORRECT: forward_correct(params, dst); break;
     }
 }

@@ -20,11 +20,11 @@ static constexpr int PAD      = 16; // floats that a vector may reach past the l
 
 // What the recurrence needs of each token, activated; token t, row i at [t*r + i]. Gates are per row here in any case.
 struct chunk {
-    alignas(64) float q    [CHUNK*MAX_RANK + PAD];
-    alignas(64) float k    [CHUNK*MAX_RANK + PAD];
-    alignas(64) float keep [CHUNK*MAX_RANK + PAD];
-    alignas(64) float erase[CHUNK*MAX_RANK + PAD];
-    alignas(64) float value[CHUNK*MAX_RANK + PAD]; // write * v
+    alignas(64) float q[CHUNK * MAX_RANK + PAD];
+    alignas(64) float k[CHUNK * MAX_RANK + PAD];
+    alignas(64) float keep[CHUNK * MAX_RANK + PAD];
+    alignas(64) float erase[CHUNK * MAX_RANK + PAD];
+    alignas(64) float value[CHUNK * MAX_RANK + PAD]; // write * v
 };
 
 // one head's rows in a column of the packed projections, or in a running sum
@@ -43,7 +43,7 @@ static inline void zero(float * dst, int n) {
 }
 
 static inline void copy(float * dst, const float * src, int n) {
-    memcpy(dst, src, n*sizeof(float));
+    memcpy(dst, src, n * sizeof(float));
 }
 
 static inline void add(float * dst, const float * a, const float * b, int n) {
@@ -59,7 +59,7 @@ static inline void add(float * dst, const float * a, const float * b, int n) {
 static inline void scale(float * x, float factor, int n) {
     int i = 0;
     for (; i + narrow::width <= n; i += narrow::width) {
-        (narrow::load(x + i)*narrow::splat(factor)).store(x + i);
+        (narrow::load(x + i) * narrow::splat(factor)).store(x + i);
     }
     for (; i < n; ++i) {
         x[i] *= factor;
@@ -68,24 +68,24 @@ static inline void scale(float * x, float factor, int n) {
 
 static inline float sum_of_squares(const float * x, int n) {
     float sum = 0.0f;
-    int i = 0;
+    int   i   = 0;
     for (; i + narrow::width <= n; i += narrow::width) {
         const narrow v = narrow::load(x + i);
-        sum += (v*v).sum();
+        sum += (v * v).sum();
     }
     for (; i < n; ++i) {
-        sum += x[i]*x[i];
+        sum += x[i] * x[i];
     }
     return sum;
 }
 
 // S x with two chains of additions, to halve their latency; s(j) is column j of a block of rows
 template <typename V, typename Column> static inline V state_times(Column s, const float * x, int r) {
-    V even = s(0)*V::splat(x[0]);
-    V odd  = V::splat(0.0f);
-    int j = 1;
+    V   even = s(0) * V::splat(x[0]);
+    V   odd  = V::splat(0.0f);
+    int j    = 1;
     for (; j + 1 < r; j += 2) {
-        odd  = V::fma(s(j),     V::splat(x[j]),     odd);
+        odd  = V::fma(s(j), V::splat(x[j]), odd);
         even = V::fma(s(j + 1), V::splat(x[j + 1]), even);
     }
     if (j < r) {
@@ -106,25 +106,25 @@ public:
         erase_lambda(args.params.flags & GGML_DELTAMEM_LAMBDA_OUTSIDE),
         normalize(args.params.flags & GGML_DELTAMEM_NORMALIZE_QK),
         segments(args.params.flags & GGML_DELTAMEM_SEGMENTS),
-        bias_beta(args.gate_bias + (size_t) args.head*n_gate),
-        bias_lambda(bias_beta + (size_t) args.params.n_head*n_gate),
+        bias_beta(args.gate_bias + (size_t) args.head * n_gate),
+        bias_lambda(bias_beta + (size_t) args.params.n_head * n_gate),
         state(args.record),
-        pending(state + rank*rank),
-        sum(pending + rank*rank),
-        count(sum + 3*rank + n_gate*(has_lambda ? 2 : 1)) {}
+        pending(state + rank * rank),
+        sum(pending + rank * rank),
+        count(sum + 3 * rank + n_gate * (has_lambda ? 2 : 1)) {}
 
     void forward() {
         for (int64_t at = 0; at < args.n_entries;) {
-            const int32_t * run = args.entries + at*GGML_DELTAMEM_PLAN_TOKEN;
-            const int n = gather_run(run, args.n_entries - at);
+            const int32_t * run = args.entries + at * GGML_DELTAMEM_PLAN_TOKEN;
+            const int       n   = gather_run(run, args.n_entries - at);
 
             if (segments && (run[1] & GGML_DELTAMEM_TOKEN_BEGIN)) {
-                copy(pending, state, r()*r());
+                copy(pending, state, r() * r());
                 clear_sum();
             }
 
             activate(n);
-            recur(state, run, n, args.read + (size_t) args.head*r(), args.read_stride);
+            recur(state, run, n, args.read + (size_t) args.head * r(), args.read_stride);
 
             if (segments) {
                 write_segments(run, n);
@@ -156,21 +156,21 @@ private:
     chunk c;
 
     // gate pre-activations while gathering
-    alignas(64) float beta  [CHUNK*MAX_RANK + PAD];
-    alignas(64) float lambda[CHUNK*MAX_RANK + PAD];
+    alignas(64) float beta[CHUNK * MAX_RANK + PAD];
+    alignas(64) float lambda[CHUNK * MAX_RANK + PAD];
 
     int r() const { return R ? R : rank; }
 
     token projected(const int32_t * entry) const {
-        const float * column = args.proj + entry[0]*args.proj_stride;
-        const size_t n = (size_t) args.params.n_head*r();
+        const float * column = args.proj + entry[0] * args.proj_stride;
+        const size_t  n      = (size_t) args.params.n_head * r();
 
         token t;
-        t.q      = column + (size_t) args.head*r();
+        t.q      = column + (size_t) args.head * r();
         t.k      = t.q + n;
         t.v      = t.k + n;
-        t.beta   = column + 3*n + (size_t) args.head*n_gate;
-        t.lambda = t.beta + (size_t) args.params.n_head*n_gate;
+        t.beta   = column + 3 * n + (size_t) args.head * n_gate;
+        t.lambda = t.beta + (size_t) args.params.n_head * n_gate;
         return t;
     }
 
@@ -183,7 +183,7 @@ private:
     int gather_run(const int32_t * run, int64_t n_max) {
         int n = 0;
         while (n < CHUNK && n < n_max) {
-            const int32_t * entry = run + n*GGML_DELTAMEM_PLAN_TOKEN;
+            const int32_t * entry = run + n * GGML_DELTAMEM_PLAN_TOKEN;
             if (n > 0 && (entry[1] & GGML_DELTAMEM_TOKEN_BEGIN)) {
                 break;
             }
@@ -197,12 +197,12 @@ private:
     }
 
     void gather(const token & src, int t) {
-        copy(c.q     + t*r(), src.q, r());
-        copy(c.k     + t*r(), src.k, r());
-        copy(c.value + t*r(), src.v, r());
-        gather_gate(beta + t*r(), src.beta, bias_beta);
+        copy(c.q + t * r(), src.q, r());
+        copy(c.k + t * r(), src.k, r());
+        copy(c.value + t * r(), src.v, r());
+        gather_gate(beta + t * r(), src.beta, bias_beta);
         if (has_lambda) {
-            gather_gate(lambda + t*r(), src.lambda, bias_lambda);
+            gather_gate(lambda + t * r(), src.lambda, bias_lambda);
         }
     }
 
@@ -218,7 +218,7 @@ private:
     }
 
     void activate(int n_tokens) {
-        const int n = n_tokens*r();
+        const int n = n_tokens * r();
 
         // vectors reach past the last row: what they find there must be finite
         float * const arrays[] = { c.q, c.k, c.keep, c.erase, c.value, beta, lambda };
@@ -241,8 +241,8 @@ private:
             const wide l = keep_all ? one : has_lambda ? sigmoid(wide::load(lambda + i)) : one - b;
 
             l.store(c.keep + i);
-            (erase_lambda ? l*b : b).store(c.erase + i);
-            (wide::load(c.value + i)*b).store(c.value + i);
+            (erase_lambda ? l * b : b).store(c.erase + i);
+            (wide::load(c.value + i) * b).store(c.value + i);
         }
     }
 
@@ -251,14 +251,14 @@ private:
         alignas(64) float factor[CHUNK + PAD];
         zero(factor + n_tokens, PAD);
         for (int t = 0; t < n_tokens; ++t) {
-            factor[t] = sum_of_squares(x + t*r(), r());
+            factor[t] = sum_of_squares(x + t * r(), r());
         }
         for (int t = 0; t < n_tokens; t += wide::width) {
             const wide norm = wide::max(wide::splat(1e-6f), wide::sqrt(wide::load(factor + t)));
-            (wide::splat(1.0f)/norm).store(factor + t);
+            (wide::splat(1.0f) / norm).store(factor + t);
         }
         for (int t = 0; t < n_tokens; ++t) {
-            scale(x + t*r(), factor[t], r());
+            scale(x + t * r(), factor[t], r());
         }
     }
 
@@ -280,7 +280,8 @@ private:
     template <typename V> struct row_block {
         V keep, erase, value;
 
-        row_block(const chunk & c, int at) : keep(V::load(c.keep + at)), erase(V::load(c.erase + at)), value(V::load(c.value + at)) {}
+        row_block(const chunk & c, int at) :
+            keep(V::load(c.keep + at)), erase(V::load(c.erase + at)), value(V::load(c.value + at)) {}
     };
 
     // A block of rows lives in R vectors across the chunk.
@@ -291,28 +292,28 @@ private:
         for (int i0 = 0; i0 < R; i0 += V::width) {
             V s[R];
             for (int j = 0; j < R; ++j) {
-                s[j] = V::load(state + j*R + i0);
+                s[j] = V::load(state + j * R + i0);
             }
             const auto column = [&s](int j) { return s[j]; };
 
             for (int t = 0; t < n; ++t) {
-                const int32_t * entry = entries + t*GGML_DELTAMEM_PLAN_TOKEN;
+                const int32_t * entry = entries + t * GGML_DELTAMEM_PLAN_TOKEN;
 
-                state_times<V>(column, c.q + t*R, R).store(read + entry[0]*read_stride + i0);
+                state_times<V>(column, c.q + t * R, R).store(read + entry[0] * read_stride + i0);
 
                 if (entry[1] & GGML_DELTAMEM_TOKEN_WRITE) {
-                    const float * k = c.k + t*R;
+                    const float * k = c.k + t * R;
 
-                    const row_block<V> row(c, t*R + i0);
-                    const V u = row.value - row.erase*state_times<V>(column, k, R);
+                    const row_block<V> row(c, t * R + i0);
+                    const V            u = row.value - row.erase * state_times<V>(column, k, R);
                     for (int j = 0; j < R; ++j) {
-                        s[j] = V::fma(u, V::splat(k[j]), row.keep*s[j]);
+                        s[j] = V::fma(u, V::splat(k[j]), row.keep * s[j]);
                     }
                 }
             }
 
             for (int j = 0; j < R; ++j) {
-                s[j].store(state + j*R + i0);
+                s[j].store(state + j * R + i0);
             }
         }
     }
@@ -320,40 +321,40 @@ private:
     // Any rank: the state in a copy whose columns are padded to full vectors.
     template <typename V>
     void recur_any(float * state, const int32_t * entries, int n, float * read, size_t read_stride) {
-        const int rows = (rank + V::width - 1)/V::width*V::width;
+        const int rows = (rank + V::width - 1) / V::width * V::width;
 
-        alignas(64) float s[MAX_RANK*MAX_RANK];
+        alignas(64) float s[MAX_RANK * MAX_RANK];
         alignas(64) float out[V::width];
 
         for (int j = 0; j < rank; ++j) {
-            copy(s + j*rows, state + j*rank, rank);
-            zero(s + j*rows + rank, rows - rank);
+            copy(s + j * rows, state + j * rank, rank);
+            zero(s + j * rows + rank, rows - rank);
         }
 
         for (int i0 = 0; i0 < rank; i0 += V::width) {
-            const auto column = [&s, rows, i0](int j) { return V::load(s + j*rows + i0); };
+            const auto column = [&s, rows, i0](int j) { return V::load(s + j * rows + i0); };
 
             for (int t = 0; t < n; ++t) {
-                const int32_t * entry = entries + t*GGML_DELTAMEM_PLAN_TOKEN;
+                const int32_t * entry = entries + t * GGML_DELTAMEM_PLAN_TOKEN;
 
-                state_times<V>(column, c.q + t*rank, rank).store(out);
-                copy(read + entry[0]*read_stride + i0, out, rank - i0 < V::width ? rank - i0 : V::width);
+                state_times<V>(column, c.q + t * rank, rank).store(out);
+                copy(read + entry[0] * read_stride + i0, out, rank - i0 < V::width ? rank - i0 : V::width);
 
                 if (entry[1] & GGML_DELTAMEM_TOKEN_WRITE) {
-                    const float * k = c.k + t*rank;
+                    const float * k = c.k + t * rank;
 
                     // rows past the last take what follows in the chunk; they are never copied back
-                    const row_block<V> row(c, t*rank + i0);
-                    const V u = row.value - row.erase*state_times<V>(column, k, rank);
+                    const row_block<V> row(c, t * rank + i0);
+                    const V            u = row.value - row.erase * state_times<V>(column, k, rank);
                     for (int j = 0; j < rank; ++j) {
-                        V::fma(u, V::splat(k[j]), row.keep*column(j)).store(s + j*rows + i0);
+                        V::fma(u, V::splat(k[j]), row.keep * column(j)).store(s + j * rows + i0);
                     }
                 }
             }
         }
 
         for (int j = 0; j < rank; ++j) {
-            copy(state + j*rank, s + j*rows, rank);
+            copy(state + j * rank, s + j * rows, rank);
         }
     }
 
@@ -363,7 +364,7 @@ private:
 
     void write_segments(const int32_t * run, int n) {
         for (int t = 0; t < n; ++t) {
-            const int32_t * entry = run + t*GGML_DELTAMEM_PLAN_TOKEN;
+            const int32_t * entry = run + t * GGML_DELTAMEM_PLAN_TOKEN;
             if (entry[1] & GGML_DELTAMEM_TOKEN_SEGMENT) {
                 flush_sum();
             }
@@ -372,7 +373,7 @@ private:
             }
             if (entry[1] & GGML_DELTAMEM_TOKEN_COMMIT) {
                 flush_sum();
-                copy(state, pending, r()*r());
+                copy(state, pending, r() * r());
             }
         }
     }
@@ -404,9 +405,9 @@ private:
             *x /= *count;
         }
 
-        const token mean = { sum, sum + r(), sum + 2*r(), sum + 3*r(), sum + 3*r() + n_gate };
+        const token   mean = { sum, sum + r(), sum + 2 * r(), sum + 3 * r(), sum + 3 * r() + n_gate };
         const int32_t entry[GGML_DELTAMEM_PLAN_TOKEN] = { 0, GGML_DELTAMEM_TOKEN_WRITE };
-        float unused[MAX_RANK];
+        float         unused[MAX_RANK];
 
         gather(mean, 0);
         activate(1);
@@ -421,31 +422,32 @@ private:
 
 // n vectors of outputs of one token, held in registers while the columns of the correction pass by
 template <typename V, int n>
-static inline void correct_block(const deltamem_correct_args & args, const float * read, const float * out, float * dst, int64_t i) {
+static inline void correct_block(const deltamem_correct_args & args, const float * read, const float * out, float * dst,
+                                 int64_t i) {
     V acc[n];
     for (int b = 0; b < n; ++b) {
-        acc[b] = V::load(out + i + b*V::width);
+        acc[b] = V::load(out + i + b * V::width);
     }
     for (int64_t j = 0; j < args.n_read; ++j) {
-        const float * w = args.weight + j*args.weight_stride + i;
-        const V x = V::splat(read[j]);
+        const float * w = args.weight + j * args.weight_stride + i;
+        const V       x = V::splat(read[j]);
         for (int b = 0; b < n; ++b) {
-            acc[b] = V::fma(V::load(w + b*V::width), x, acc[b]);
+            acc[b] = V::fma(V::load(w + b * V::width), x, acc[b]);
         }
     }
     for (int b = 0; b < n; ++b) {
-        acc[b].store(dst + i + b*V::width);
+        acc[b].store(dst + i + b * V::width);
     }
 }
 
 static void correct(const deltamem_correct_args & args) {
     for (int64_t t = 0; t < args.n_tokens; ++t) {
-        const float * read = args.read + t*args.read_stride;
-        const float * out  = args.out  + t*args.out_stride;
-        float *       dst  = args.dst  + t*args.dst_stride;
+        const float * read = args.read + t * args.read_stride;
+        const float * out  = args.out + t * args.out_stride;
+        float *       dst  = args.dst + t * args.dst_stride;
 
         int64_t i = 0;
-        for (; i + 4*wide::width <= args.n_out; i += 4*wide::width) {
+        for (; i + 4 * wide::width <= args.n_out; i += 4 * wide::width) {
             correct_block<wide, 4>(args, read, out, dst, i);
         }
         for (; i + narrow::width <= args.n_out; i += narrow::width) {
@@ -461,9 +463,9 @@ static void correct(const deltamem_correct_args & args) {
 
 void deltamem_head_forward(const struct deltamem_head_args * args) {
     switch (args->params.rank) {
-        case 8:  deltamem::head<8> (*args).forward(); break;
+        case 8:  deltamem::head<8>(*args).forward(); break;
         case 16: deltamem::head<16>(*args).forward(); break;
-        default: deltamem::head<0> (*args).forward(); break;
+        default: deltamem::head<0>(*args).forward(); break;
     }
 }
 

@@ -16,14 +16,14 @@ struct deltamem_head_args {
 
     int32_t head; // which head of the projections, gates and reads
 
-    const float * proj;        // [n_tokens][n_proj], rows proj_stride floats apart
+    const float * proj; // [n_tokens][n_proj], rows proj_stride floats apart
     size_t        proj_stride;
-    const float * gate_bias;   // [n_gates]
-    float       * record;      // this head's record in the sequence's slot, updated in place
-    float       * read;        // [n_tokens][H*r], rows read_stride floats apart
+    const float * gate_bias; // [n_gates]
+    float *       record;    // this head's record in the sequence's slot, updated in place
+    float *       read;      // [n_tokens][H*r], rows read_stride floats apart
     size_t        read_stride;
 
-    const int32_t * entries;   // [n_entries]{token, bits}, see ggml-deltamem.h
+    const int32_t * entries; // [n_entries]{token, bits}, see ggml-deltamem.h
     int64_t         n_entries;
 };
 
@@ -31,13 +31,13 @@ struct deltamem_head_args {
 void deltamem_head_forward(const struct deltamem_head_args * args);
 
 struct deltamem_correct_args {
-    const float * out;    // [n_tokens][n_out], rows out_stride floats apart
+    const float * out; // [n_tokens][n_out], rows out_stride floats apart
     size_t        out_stride;
     const float * weight; // [n_read][n_out], rows weight_stride floats apart
     size_t        weight_stride;
-    const float * read;   // [n_tokens][n_read], rows read_stride floats apart
+    const float * read; // [n_tokens][n_read], rows read_stride floats apart
     size_t        read_stride;
-    float       * dst;    // [n_tokens][n_out], rows dst_stride floats apart; may be `out`
+    float *       dst; // [n_tokens][n_out], rows dst_stride floats apart; may be `out`
     size_t        dst_stride;
 
     int64_t n_out;

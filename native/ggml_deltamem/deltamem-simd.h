@@ -10,7 +10,7 @@
 #include <string.h>
 
 #if defined(DELTAMEM_SIMD_SCALAR)
-    // nothing to detect
+// the struct scalar needs nothing
 #elif defined(DELTAMEM_SIMDE)
     #define DELTAMEM_AVX512
     #define DELTAMEM_AVX2
@@ -47,11 +47,11 @@ namespace deltamem {
 
 struct scalar {
     static constexpr int width = 1;
-    float v;
+    float                v;
 
     static scalar load(const float * p) { return { *p }; }
     static scalar splat(float x) { return { x }; }
-    void store(float * p) const { *p = v; }
+    void          store(float * p) const { *p = v; }
 
     friend scalar operator+(scalar a, scalar b) { return { a.v + b.v }; }
     friend scalar operator-(scalar a, scalar b) { return { a.v - b.v }; }
@@ -67,7 +67,7 @@ struct scalar {
     static scalar scale(scalar x, scalar n) {
         // a NaN must not reach the conversion to an integer
         const int32_t bits = n.v == n.v ? ((int32_t) n.v + 127) << 23 : 0x7fc00000;
-        float factor;
+        float         factor;
         memcpy(&factor, &bits, sizeof(factor));
         return { x.v * factor };
     }
@@ -78,11 +78,11 @@ struct scalar {
 #if defined(DELTAMEM_AVX2)
 struct avx2 {
     static constexpr int width = 8;
-    __m256 v;
+    __m256               v;
 
     static avx2 load(const float * p) { return { _mm256_loadu_ps(p) }; }
     static avx2 splat(float x) { return { _mm256_set1_ps(x) }; }
-    void store(float * p) const { _mm256_storeu_ps(p, v); }
+    void        store(float * p) const { _mm256_storeu_ps(p, v); }
 
     friend avx2 operator+(avx2 a, avx2 b) { return { _mm256_add_ps(a.v, b.v) }; }
     friend avx2 operator-(avx2 a, avx2 b) { return { _mm256_sub_ps(a.v, b.v) }; }
@@ -103,8 +103,8 @@ struct avx2 {
 
     float sum() const {
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-        s = _mm_add_ss(s, _mm_shuffle_ps(s, s, 1));
+        s        = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        s        = _mm_add_ss(s, _mm_shuffle_ps(s, s, 1));
         return _mm_cvtss_f32(s);
     }
 };
@@ -113,11 +113,11 @@ struct avx2 {
 #if defined(DELTAMEM_AVX512)
 struct avx512 {
     static constexpr int width = 16;
-    __m512 v;
+    __m512               v;
 
     static avx512 load(const float * p) { return { _mm512_loadu_ps(p) }; }
     static avx512 splat(float x) { return { _mm512_set1_ps(x) }; }
-    void store(float * p) const { _mm512_storeu_ps(p, v); }
+    void          store(float * p) const { _mm512_storeu_ps(p, v); }
 
     friend avx512 operator+(avx512 a, avx512 b) { return { _mm512_add_ps(a.v, b.v) }; }
     friend avx512 operator-(avx512 a, avx512 b) { return { _mm512_sub_ps(a.v, b.v) }; }
@@ -138,11 +138,11 @@ struct avx512 {
 #if defined(DELTAMEM_NEON)
 struct neon {
     static constexpr int width = 4;
-    float32x4_t v;
+    float32x4_t          v;
 
     static neon load(const float * p) { return { vld1q_f32(p) }; }
     static neon splat(float x) { return { vdupq_n_f32(x) }; }
-    void store(float * p) const { vst1q_f32(p, v); }
+    void        store(float * p) const { vst1q_f32(p, v); }
 
     friend neon operator+(neon a, neon b) { return { vaddq_f32(a.v, b.v) }; }
     friend neon operator-(neon a, neon b) { return { vsubq_f32(a.v, b.v) }; }
@@ -165,20 +165,20 @@ struct neon {
 #endif
 
 #if defined(DELTAMEM_AVX512)
-using wide   = avx512;
-using narrow = avx2;
+using wide                              = avx512;
+using narrow                            = avx2;
 static constexpr const char * simd_name = "AVX-512";
 #elif defined(DELTAMEM_AVX2)
-using wide   = avx2;
-using narrow = avx2;
+using wide                              = avx2;
+using narrow                            = avx2;
 static constexpr const char * simd_name = "AVX2";
 #elif defined(DELTAMEM_NEON)
-using wide   = neon;
-using narrow = neon;
+using wide                              = neon;
+using narrow                            = neon;
 static constexpr const char * simd_name = "NEON";
 #else
-using wide   = scalar;
-using narrow = scalar;
+using wide                              = scalar;
+using narrow                            = scalar;
 static constexpr const char * simd_name = "scalar";
 #endif
 
@@ -208,7 +208,7 @@ template <typename V> static inline V expm1_reduced(V r) {
 // 1 / (1 + e^-x)
 template <typename V> static inline V sigmoid(V x) {
     const V one = V::splat(1.0f);
-    V n, r;
+    V       n, r;
     reduce(V::splat(0.0f) - x, n, r);
     return one / (one + V::scale(one + expm1_reduced(r), n));
 }
@@ -216,7 +216,7 @@ template <typename V> static inline V sigmoid(V x) {
 // t / (t + 2) with t = e^2x - 1. No cancellation for small x: keys are normalised, so their relative error matters.
 template <typename V> static inline V tanh(V x) {
     const V one = V::splat(1.0f);
-    V n, r;
+    V       n, r;
     reduce(x + x, n, r);
     const V t = V::scale(expm1_reduced(r), n) + (V::scale(one, n) - one);
     return t / (t + V::splat(2.0f));

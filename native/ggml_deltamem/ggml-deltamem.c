@@ -5,7 +5,8 @@
 #include <string.h>
 
 // op_params: the kind, then the parameters of a read
-static void set_op_params(struct ggml_tensor * node, enum ggml_deltamem_kind kind, const struct ggml_deltamem_params * params) {
+static void set_op_params(struct ggml_tensor * node, enum ggml_deltamem_kind kind,
+                          const struct ggml_deltamem_params * params) {
     GGML_ASSERT(sizeof(int32_t) + sizeof(*params) <= sizeof(node->op_params));
 
     node->op_params[0] = kind;
@@ -14,13 +15,9 @@ static void set_op_params(struct ggml_tensor * node, enum ggml_deltamem_kind kin
     }
 }
 
-struct ggml_tensor * ggml_deltamem(
-        struct ggml_context       * ctx,
-        struct ggml_tensor        * proj,
-        struct ggml_tensor        * gate_bias,
-        struct ggml_tensor        * state,
-        struct ggml_tensor        * plan,
-        struct ggml_deltamem_params params) {
+struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct ggml_tensor * proj, struct ggml_tensor * gate_bias,
+                                   struct ggml_tensor * state, struct ggml_tensor * plan,
+                                   struct ggml_deltamem_params params) {
     const int64_t n_tokens = proj->ne[1];
 
     GGML_ASSERT(params.rank >= 1 && params.rank <= GGML_DELTAMEM_MAX_RANK);
@@ -28,22 +25,23 @@ struct ggml_tensor * ggml_deltamem(
     GGML_ASSERT(params.n_seqs >= 1);
     GGML_ASSERT(params.lambda >= GGML_DELTAMEM_LAMBDA_COUPLED && params.lambda <= GGML_DELTAMEM_LAMBDA_NONE);
 
-    GGML_ASSERT(proj->type      == GGML_TYPE_F32);
+    GGML_ASSERT(proj->type == GGML_TYPE_F32);
     GGML_ASSERT(gate_bias->type == GGML_TYPE_F32);
-    GGML_ASSERT(state->type     == GGML_TYPE_F32);
-    GGML_ASSERT(plan->type      == GGML_TYPE_I32);
+    GGML_ASSERT(state->type == GGML_TYPE_F32);
+    GGML_ASSERT(plan->type == GGML_TYPE_I32);
 
     GGML_ASSERT(ggml_is_matrix(proj) && ggml_is_contiguous_rows(proj));
     GGML_ASSERT(ggml_is_vector(gate_bias) && ggml_is_contiguous(gate_bias));
     GGML_ASSERT(ggml_is_matrix(state) && ggml_is_contiguous_rows(state));
     GGML_ASSERT(ggml_is_vector(plan) && ggml_is_contiguous(plan));
 
-    GGML_ASSERT(proj->ne[0]      == ggml_deltamem_n_proj(&params));
+    GGML_ASSERT(proj->ne[0] == ggml_deltamem_n_proj(&params));
     GGML_ASSERT(gate_bias->ne[0] == ggml_deltamem_n_gates(&params));
-    GGML_ASSERT(state->ne[0]     == params.n_head * ggml_deltamem_n_record(&params));
-    GGML_ASSERT(plan->ne[0]      == ggml_deltamem_n_plan(params.n_seqs, n_tokens));
+    GGML_ASSERT(state->ne[0] == params.n_head * ggml_deltamem_n_record(&params));
+    GGML_ASSERT(plan->ne[0] == ggml_deltamem_n_plan(params.n_seqs, n_tokens));
 
-    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) params.n_head*params.rank, n_tokens);
+    struct ggml_tensor * result =
+            ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) params.n_head * params.rank, n_tokens);
 
     result->op     = GGML_OP_DELTAMEM;
     result->src[0] = proj;
@@ -56,11 +54,8 @@ struct ggml_tensor * ggml_deltamem(
     return result;
 }
 
-struct ggml_tensor * ggml_deltamem_correct(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * out,
-        struct ggml_tensor  * weight,
-        struct ggml_tensor  * read) {
+struct ggml_tensor * ggml_deltamem_correct(struct ggml_context * ctx, struct ggml_tensor * out,
+                                           struct ggml_tensor * weight, struct ggml_tensor * read) {
     GGML_ASSERT(out->type == GGML_TYPE_F32);
     GGML_ASSERT(weight->type == GGML_TYPE_F32 || weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_BF16);
     GGML_ASSERT(read->type == GGML_TYPE_F32);
@@ -71,7 +66,7 @@ struct ggml_tensor * ggml_deltamem_correct(
 
     GGML_ASSERT(weight->ne[0] == out->ne[0]);
     GGML_ASSERT(weight->ne[1] == read->ne[0]);
-    GGML_ASSERT(read->ne[1]   == out->ne[1]);
+    GGML_ASSERT(read->ne[1] == out->ne[1]);
 
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, out->ne[0], out->ne[1]);
 

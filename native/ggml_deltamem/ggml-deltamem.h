@@ -42,11 +42,12 @@ struct ggml_deltamem_params {
 
 // What one token of the plan does, after it has read. Bits combine; the order below is the order of execution.
 enum ggml_deltamem_token {
-    GGML_DELTAMEM_TOKEN_BEGIN      = 1 << 0, // an ingest begins: pending <- S, the running sum is emptied (before the read)
-    GGML_DELTAMEM_TOKEN_WRITE      = 1 << 1, // token write: S takes this token's projections
-    GGML_DELTAMEM_TOKEN_SEGMENT    = 1 << 2, // a new segment begins: what the running sum holds is written to pending first
+    GGML_DELTAMEM_TOKEN_BEGIN = 1 << 0, // an ingest begins: pending <- S, the running sum is emptied (before the read)
+    GGML_DELTAMEM_TOKEN_WRITE = 1 << 1, // token write: S takes this token's projections
+    GGML_DELTAMEM_TOKEN_SEGMENT = 1
+            << 2, // a new segment begins: what the running sum holds is written to pending first
     GGML_DELTAMEM_TOKEN_ACCUMULATE = 1 << 3, // this token's packed projections join the running sum
-    GGML_DELTAMEM_TOKEN_COMMIT     = 1 << 4, // the ingest ends: the running sum is written to pending, then S <- pending
+    GGML_DELTAMEM_TOKEN_COMMIT = 1 << 4, // the ingest ends: the running sum is written to pending, then S <- pending
 };
 
 // Record of one head in one slot, floats:
@@ -71,7 +72,8 @@ static inline int64_t ggml_deltamem_n_proj(const struct ggml_deltamem_params * p
 
 static inline int64_t ggml_deltamem_n_record(const struct ggml_deltamem_params * p) {
     const int64_t n_state = (int64_t) p->rank * p->rank;
-    return (p->flags & GGML_DELTAMEM_SEGMENTS) ? 2*n_state + 3*p->rank + ggml_deltamem_n_gates_head(p) + 1 : n_state;
+    return (p->flags & GGML_DELTAMEM_SEGMENTS) ? 2 * n_state + 3 * p->rank + ggml_deltamem_n_gates_head(p) + 1
+                                               : n_state;
 }
 
 // Plan: which tokens belong to which sequence, and what each does. I32, in this order:
@@ -82,7 +84,7 @@ static inline int64_t ggml_deltamem_n_record(const struct ggml_deltamem_params *
 #define GGML_DELTAMEM_PLAN_TOKEN 2
 
 static inline int64_t ggml_deltamem_n_plan(int64_t n_seqs, int64_t n_tokens) {
-    return GGML_DELTAMEM_PLAN_SEQ*n_seqs + GGML_DELTAMEM_PLAN_TOKEN*n_tokens;
+    return GGML_DELTAMEM_PLAN_SEQ * n_seqs + GGML_DELTAMEM_PLAN_TOKEN * n_tokens;
 }
 
 // proj       F32 [n_proj, n_tokens]     packed projections of the attention input, without the gate bias
@@ -90,13 +92,9 @@ static inline int64_t ggml_deltamem_n_plan(int64_t n_seqs, int64_t n_tokens) {
 // state      F32 [H*n_record, n_slots]  rows may be strided; UPDATED IN PLACE, so it must live where the operator runs
 // plan       I32 [n_plan]
 // returns    F32 [H*r, n_tokens]        the reads
-GGML_API struct ggml_tensor * ggml_deltamem(
-        struct ggml_context       * ctx,
-        struct ggml_tensor        * proj,
-        struct ggml_tensor        * gate_bias,
-        struct ggml_tensor        * state,
-        struct ggml_tensor        * plan,
-        struct ggml_deltamem_params params);
+GGML_API struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct ggml_tensor * proj,
+                                            struct ggml_tensor * gate_bias, struct ggml_tensor * state,
+                                            struct ggml_tensor * plan, struct ggml_deltamem_params params);
 
 // out + weight^T read: a correction and its addition in one pass over `out`, where a product of so few columns followed by
 // an addition would take three.
@@ -105,11 +103,8 @@ GGML_API struct ggml_tensor * ggml_deltamem(
 // weight     F32, F16 or BF16 [n_out, H*r]  by columns of the correction, so that outputs are lanes
 // read       F32 [H*r, n_tokens]
 // returns    F32 [n_out, n_tokens]
-GGML_API struct ggml_tensor * ggml_deltamem_correct(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * out,
-        struct ggml_tensor  * weight,
-        struct ggml_tensor  * read);
+GGML_API struct ggml_tensor * ggml_deltamem_correct(struct ggml_context * ctx, struct ggml_tensor * out,
+                                                    struct ggml_tensor * weight, struct ggml_tensor * read);
 
 // Both are GGML_OP_DELTAMEM; a node says which.
 enum ggml_deltamem_kind {

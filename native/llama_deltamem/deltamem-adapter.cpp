@@ -27,7 +27,7 @@ public:
         }
 
         ggml_context * ctx_init = nullptr;
-        gguf.reset(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ &ctx_init }));
+        gguf.reset(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/true, /*.ctx =*/&ctx_init }));
         ctx.reset(ctx_init);
         if (!gguf) {
             fail("is not a readable GGUF file; it may be truncated");
@@ -39,19 +39,19 @@ public:
 
     bool has(const std::string & key) const { return gguf_find_key(gguf.get(), key.c_str()) >= 0; }
 
-    uint32_t    u32 (const std::string & key) const { return gguf_get_val_u32 (gguf.get(), find(key, GGUF_TYPE_UINT32)); }
-    float       f32 (const std::string & key) const { return gguf_get_val_f32 (gguf.get(), find(key, GGUF_TYPE_FLOAT32)); }
-    bool        flag(const std::string & key) const { return gguf_get_val_bool(gguf.get(), find(key, GGUF_TYPE_BOOL)); }
-    std::string str (const std::string & key) const { return gguf_get_val_str (gguf.get(), find(key, GGUF_TYPE_STRING)); }
+    uint32_t u32(const std::string & key) const { return gguf_get_val_u32(gguf.get(), find(key, GGUF_TYPE_UINT32)); }
+    float    f32(const std::string & key) const { return gguf_get_val_f32(gguf.get(), find(key, GGUF_TYPE_FLOAT32)); }
+    bool     flag(const std::string & key) const { return gguf_get_val_bool(gguf.get(), find(key, GGUF_TYPE_BOOL)); }
+    std::string str(const std::string & key) const { return gguf_get_val_str(gguf.get(), find(key, GGUF_TYPE_STRING)); }
 
     std::vector<uint32_t> u32s(const std::string & key) const {
-        const int64_t id = find_array(key, GGUF_TYPE_UINT32);
-        const auto * data = (const uint32_t *) gguf_get_arr_data(gguf.get(), id);
+        const int64_t id   = find_array(key, GGUF_TYPE_UINT32);
+        const auto *  data = (const uint32_t *) gguf_get_arr_data(gguf.get(), id);
         return { data, data + gguf_get_arr_n(gguf.get(), id) };
     }
 
     std::vector<std::string> strs(const std::string & key) const {
-        const int64_t id = find_array(key, GGUF_TYPE_STRING);
+        const int64_t            id = find_array(key, GGUF_TYPE_STRING);
         std::vector<std::string> values;
         for (size_t i = 0; i < gguf_get_arr_n(gguf.get(), id); ++i) {
             values.emplace_back(gguf_get_arr_str(gguf.get(), id, i));
@@ -106,16 +106,16 @@ public:
 
     // the bytes of a tensor that was checked before, all of its values finite
     std::vector<uint8_t> data(const std::string & name) const {
-        const ggml_tensor * t = ggml_get_tensor(ctx.get(), name.c_str());
+        const ggml_tensor *  t = ggml_get_tensor(ctx.get(), name.c_str());
         std::vector<uint8_t> bytes(ggml_nbytes(t));
         file->seek(data_offset(name), SEEK_SET);
         file->read_raw(bytes.data(), bytes.size());
 
         std::vector<float> row(t->ne[0]);
         for (int64_t i = 0; i < ggml_nrows(t); ++i) {
-            const uint8_t * src = bytes.data() + i*ggml_row_size(t->type, t->ne[0]);
+            const uint8_t * src = bytes.data() + i * ggml_row_size(t->type, t->ne[0]);
             if (t->type == GGML_TYPE_F32) {
-                memcpy(row.data(), src, row.size()*sizeof(float));
+                memcpy(row.data(), src, row.size() * sizeof(float));
             } else {
                 ggml_get_type_traits(t->type)->to_float(src, row.data(), t->ne[0]);
             }
@@ -174,8 +174,8 @@ ggml_backend_buffer_type_t select_buft(const ggml_tensor * layer_weight) {
 
     ggml_backend_dev_t cpu = cpu_device();
 
-    auto get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t)
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts");
+    auto get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
+            ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts");
     if (get_extra_bufts) {
         for (ggml_backend_buffer_type_t * extra = get_extra_bufts(cpu); extra && *extra; ++extra) {
             if (*extra == buft) {
@@ -188,13 +188,13 @@ ggml_backend_buffer_type_t select_buft(const ggml_tensor * layer_weight) {
 
 // Asks the device with a node of the very shape that the graphs will hold.
 bool supports_operator(ggml_backend_dev_t dev, const ggml_deltamem_params & params) {
-    ggml_context_ptr ctx { ggml_init({ 8*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true }) };
+    ggml_context_ptr ctx { ggml_init({ 8 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }) };
 
-    ggml_tensor * node = ggml_deltamem(ctx.get(),
-        ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_proj(&params), 1),
-        ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_gates(&params)),
-        ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, params.n_head*ggml_deltamem_n_record(&params), 1),
-        ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, ggml_deltamem_n_plan(1, 1)), params);
+    ggml_tensor * node = ggml_deltamem(
+            ctx.get(), ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_proj(&params), 1),
+            ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_gates(&params)),
+            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, params.n_head * ggml_deltamem_n_record(&params), 1),
+            ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, ggml_deltamem_n_plan(1, 1)), params);
 
     return ggml_backend_dev_supports_op(dev, node);
 }
@@ -222,8 +222,10 @@ public:
         return t;
     }
 
-    ggml_tensor * add_matrix(ggml_backend_buffer_type_t buft, const std::string & name, int64_t n_cols, int64_t n_rows) {
-        ggml_tensor * t = ggml_new_tensor_2d(context(buft), file.tensor(name, { n_cols, n_rows })->type, n_cols, n_rows);
+    ggml_tensor * add_matrix(ggml_backend_buffer_type_t buft, const std::string & name, int64_t n_cols,
+                             int64_t n_rows) {
+        ggml_tensor * t =
+                ggml_new_tensor_2d(context(buft), file.tensor(name, { n_cols, n_rows })->type, n_cols, n_rows);
         ggml_set_name(t, name.c_str());
         fills.push_back({ t, { { name, n_rows } }, false });
         return t;
@@ -261,7 +263,7 @@ public:
             }
             ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
             LLAMA_LOG_INFO("%s: %10s δ-mem buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf.get()),
-                           ggml_backend_buffer_get_size(buf.get())/1024.0/1024.0);
+                           ggml_backend_buffer_get_size(buf.get()) / 1024.0 / 1024.0);
             weights.bufs.emplace_back(std::move(buf));
         }
         for (const fill & f : fills) {
@@ -287,7 +289,7 @@ private:
     ggml_context * context(ggml_backend_buffer_type_t buft) {
         ggml_context *& ctx = ctx_map[buft];
         if (!ctx) {
-            ctx = ggml_init({ n_tensors_max*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true });
+            ctx = ggml_init({ n_tensors_max * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true });
             if (!ctx) {
                 throw std::runtime_error("out of memory");
             }
@@ -303,13 +305,14 @@ private:
         for (const part & p : f.parts) {
             const std::vector<uint8_t> src = p.name.empty() ? std::vector<uint8_t>() : file.data(p.name);
             if (!f.by_columns) {
-                std::copy(src.begin(), src.end(), bytes.begin() + row*f.dst->nb[1]);
+                std::copy(src.begin(), src.end(), bytes.begin() + row * f.dst->nb[1]);
             } else if (!src.empty()) {
                 const size_t  size   = ggml_type_size(f.dst->type);
                 const int64_t n_cols = f.dst->ne[1];
                 for (int64_t i = 0; i < p.n_rows; ++i) {
                     for (int64_t j = 0; j < n_cols; ++j) {
-                        memcpy(bytes.data() + j*f.dst->nb[1] + (row + i)*size, src.data() + (i*n_cols + j)*size, size);
+                        memcpy(bytes.data() + j * f.dst->nb[1] + (row + i) * size, src.data() + (i * n_cols + j) * size,
+                               size);
                     }
                 }
             }
@@ -329,8 +332,9 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         file.fail("is not a δ-mem adapter: it has no key deltamem.version");
     }
     if (const uint32_t version = file.u32("deltamem.version"); version < 1 || version > LLAMA_DELTAMEM_VERSION) {
-        file.fail(format("has adapter version %u, this library reads version %d: update it or convert the checkpoint again",
-                         version, LLAMA_DELTAMEM_VERSION));
+        file.fail(format(
+                "has adapter version %u, this library reads version %d: update it or convert the checkpoint again",
+                version, LLAMA_DELTAMEM_VERSION));
     }
 
     const std::string arch = file.str("general.architecture");
@@ -366,13 +370,13 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
     params.rank   = (int32_t) rank;
     params.n_head = (int32_t) n_head;
     params.n_seqs = 1;
-    params.lambda = mode == 2                         ? GGML_DELTAMEM_LAMBDA_NONE
-                  : file.flag("deltamem.couple_lambda") ? GGML_DELTAMEM_LAMBDA_COUPLED
-                  :                                       GGML_DELTAMEM_LAMBDA_SEPARATE;
-    params.flags  = (file.flag("deltamem.normalize_qk")   ? GGML_DELTAMEM_NORMALIZE_QK   : 0) |
+    params.lambda = mode == 2                             ? GGML_DELTAMEM_LAMBDA_NONE
+                    : file.flag("deltamem.couple_lambda") ? GGML_DELTAMEM_LAMBDA_COUPLED
+                                                          : GGML_DELTAMEM_LAMBDA_SEPARATE;
+    params.flags  = (file.flag("deltamem.normalize_qk") ? GGML_DELTAMEM_NORMALIZE_QK : 0) |
                     (file.flag("deltamem.rankwise_gates") ? GGML_DELTAMEM_RANKWISE_GATES : 0) |
-                    (mode == 1                            ? GGML_DELTAMEM_LAMBDA_OUTSIDE : 0) |
-                    (granularity != LLAMA_DELTAMEM_TOKEN  ? GGML_DELTAMEM_SEGMENTS       : 0);
+                    (mode == 1 ? GGML_DELTAMEM_LAMBDA_OUTSIDE : 0) |
+                    (granularity != LLAMA_DELTAMEM_TOKEN ? GGML_DELTAMEM_SEGMENTS : 0);
 
     bool q = false, k = false, v = false, o = false;
     for (const std::string & head : file.strs("deltamem.delta_heads")) {
@@ -394,26 +398,27 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
     meta = file.meta();
 
     // the weights, layer by layer
-    const int64_t n_read = (int64_t) n_head*rank;
-    bool fallback = false;
-    loader load(file, *this, file.n_tensors() + n_layer);
+    const int64_t n_read   = (int64_t) n_head * rank;
+    bool          fallback = false;
+    loader        load(file, *this, file.n_tensors() + n_layer);
 
     for (const uint32_t il : file.u32s("deltamem.layers")) {
         if (il >= n_layer || (!layers.empty() && (int) il <= layers.back().il)) {
             file.fail("has a list of layers that is not ascending within the model's");
         }
         const llama_layer & layer = model.layers[il];
-        const ggml_tensor * w = layer.wqkv ? layer.wqkv : layer.wq;
+        const ggml_tensor * w     = layer.wqkv ? layer.wqkv : layer.wq;
         if (!w || (!layer.wqkv && (!layer.wk || !layer.wv)) || (o && !layer.wo)) {
-            file.fail(format("corrects layer %u, which has no attention projections in this model ('%s')", il, arch.c_str()));
+            file.fail(format("corrects layer %u, which has no attention projections in this model ('%s')", il,
+                             arch.c_str()));
         }
 
         const ggml_backend_buffer_type_t buft = select_buft(w);
         const auto name = [il](const char * what) { return format("blk.%u.deltamem_%s", il, what); };
 
         llama_deltamem_layer_weights lw;
-        lw.il     = (int) il;
-        lw.device = model.dev_layer((int) il);
+        lw.il                   = (int) il;
+        lw.device               = model.dev_layer((int) il);
         const bool has_operator = lw.device && supports_operator(lw.device, params);
         if (!has_operator) {
             lw.device = cpu_device();
@@ -429,15 +434,23 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         if (layer.wqkv && (q || k || v)) {
             const int64_t n_k = model.hparams.n_embd_k_gqa(il);
             const int64_t n_v = model.hparams.n_embd_v_gqa(il);
-            lw.qkv = load.add_correction(buft, name("qkv.weight"), n_read, {
-                { q ? name("q.weight") : "", layer.wqkv->ne[1] - n_k - n_v },
-                { k ? name("k.weight") : "", n_k },
-                { v ? name("v.weight") : "", n_v },
-            }, has_operator);
+            lw.qkv = load.add_correction(buft, name("qkv.weight"), n_read,
+                                         {
+                                                 { q ? name("q.weight") : "", layer.wqkv->ne[1] - n_k - n_v },
+                                                 { k ? name("k.weight") : "", n_k },
+                                                 { v ? name("v.weight") : "", n_v },
+                                         },
+                                         has_operator);
         } else {
-            if (q) { lw.q = correction("q.weight", layer.wq->ne[1], has_operator); }
-            if (k) { lw.k = correction("k.weight", layer.wk->ne[1], has_operator); }
-            if (v) { lw.v = correction("v.weight", layer.wv->ne[1], has_operator); }
+            if (q) {
+                lw.q = correction("q.weight", layer.wq->ne[1], has_operator);
+            }
+            if (k) {
+                lw.k = correction("k.weight", layer.wk->ne[1], has_operator);
+            }
+            if (v) {
+                lw.v = correction("v.weight", layer.wv->ne[1], has_operator);
+            }
         }
         if (o) {
             // a norm stands between the product and the addition
@@ -455,7 +468,8 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
     load.finish();
 
     if (fallback) {
-        LLAMA_LOG_WARN("%s: a device of this model has no δ-mem operator, the memory of its layers runs on the CPU\n", __func__);
+        LLAMA_LOG_WARN("%s: a device of this model has no δ-mem operator, the memory of its layers runs on the CPU\n",
+                       __func__);
     }
 }
 

@@ -22,8 +22,9 @@ struct llama_deltamem_correction {
 
 // the weights of one layer that carries memory
 struct llama_deltamem_layer_weights {
-    int                il     = -1;      // the model's layer
-    ggml_backend_dev_t device = nullptr; // where its operator runs: the layer's device if that has the operator, else the CPU
+    int                il = -1; // the model's layer
+    ggml_backend_dev_t device =
+            nullptr; // where its operator runs: the layer's device if that has the operator, else the CPU
 
     ggml_tensor * in        = nullptr; // [n_embd, n_proj]
     ggml_tensor * gate_bias = nullptr; // [n_gates]

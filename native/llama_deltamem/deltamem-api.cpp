@@ -99,7 +99,8 @@ enum llama_deltamem_granularity llama_deltamem_write_granularity(const llama_del
     return adapter->weights->granularity;
 }
 
-int32_t llama_deltamem_meta_val_str(const llama_deltamem_adapter * adapter, const char * key, char * buf, size_t buf_size) {
+int32_t llama_deltamem_meta_val_str(const llama_deltamem_adapter * adapter, const char * key, char * buf,
+                                    size_t buf_size) {
     const auto it = adapter->weights->meta.find(key);
     if (it == adapter->weights->meta.end()) {
         if (buf_size > 0) {
@@ -127,7 +128,7 @@ static void check_coverage(const llama_deltamem_context & deltamem) {
         const auto & seen = deltamem.covered[i];
 
         const std::pair<bool, llama_deltamem_target> needed[] = {
-            { (bool) lw.q,   LLAMA_DELTAMEM_Q   }, { (bool) lw.k, LLAMA_DELTAMEM_K }, { (bool) lw.v, LLAMA_DELTAMEM_V },
+            { (bool) lw.q, LLAMA_DELTAMEM_Q },     { (bool) lw.k, LLAMA_DELTAMEM_K }, { (bool) lw.v, LLAMA_DELTAMEM_V },
             { (bool) lw.qkv, LLAMA_DELTAMEM_QKV }, { (bool) lw.o, LLAMA_DELTAMEM_O },
         };
 
@@ -137,8 +138,9 @@ static void check_coverage(const llama_deltamem_context & deltamem) {
         }
         for (const auto & [present, target] : needed) {
             if (problem.empty() && present && !(seen.targets & (1u << target))) {
-                problem = target == LLAMA_DELTAMEM_O ? "its attention does not go through the common output projection"
-                                                     : "its attention does not go through the common q, k, v projections";
+                problem = target == LLAMA_DELTAMEM_O
+                                  ? "its attention does not go through the common output projection"
+                                  : "its attention does not go through the common q, k, v projections";
             }
         }
         if (!problem.empty()) {
@@ -265,9 +267,8 @@ int32_t llama_deltamem_state_copy(llama_context * ctx, llama_seq_id seq_id_src, 
 //
 
 int32_t llama_deltamem_set_write(llama_context * ctx, llama_seq_id seq_id, bool write) {
-    return for_sequences(ctx, seq_id, [write](llama_deltamem_context & deltamem, llama_seq_id s) {
-        deltamem.set_write(s, write);
-    });
+    return for_sequences(ctx, seq_id,
+                         [write](llama_deltamem_context & deltamem, llama_seq_id s) { deltamem.set_write(s, write); });
 }
 
 bool llama_deltamem_get_write(const llama_context * ctx, llama_seq_id seq_id) {
@@ -279,7 +280,8 @@ bool llama_deltamem_get_write(const llama_context * ctx, llama_seq_id seq_id) {
     return write;
 }
 
-int32_t llama_deltamem_set_segments(llama_context * ctx, const int32_t * segments, const int8_t * ends, int32_t n_tokens) {
+int32_t llama_deltamem_set_segments(llama_context * ctx, const int32_t * segments, const int8_t * ends,
+                                    int32_t n_tokens) {
     return guarded([&] {
         llama_deltamem_context & deltamem = attached(ctx);
         if (!deltamem.has_segments()) {
@@ -294,5 +296,6 @@ int32_t llama_deltamem_set_segments(llama_context * ctx, const int32_t * segment
 }
 
 int32_t llama_deltamem_abandon_ingest(llama_context * ctx, llama_seq_id seq_id) {
-    return for_sequences(ctx, seq_id, [](llama_deltamem_context & deltamem, llama_seq_id s) { deltamem.abandon_ingest(s); });
+    return for_sequences(ctx, seq_id,
+                         [](llama_deltamem_context & deltamem, llama_seq_id s) { deltamem.abandon_ingest(s); });
 }

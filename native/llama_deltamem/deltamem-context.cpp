@@ -13,8 +13,8 @@ llama_deltamem_context::llama_deltamem_context(llama_deltamem_weights_ptr weight
 
 int llama_deltamem_context::find_layer(int il) const {
     const auto & layers = weights->layers;
-    const auto it = std::lower_bound(layers.begin(), layers.end(), il,
-        [](const llama_deltamem_layer_weights & lw, int il) { return lw.il < il; });
+    const auto   it     = std::lower_bound(layers.begin(), layers.end(), il,
+                                           [](const llama_deltamem_layer_weights & lw, int il) { return lw.il < il; });
     return it != layers.end() && it->il == il ? (int) (it - layers.begin()) : -1;
 }
 
@@ -34,25 +34,29 @@ void llama_deltamem_context::begin_batch(const llama_batch_ext & batch) {
 
     const size_t n_tokens = batch.tokens.size();
     if (current.given && current.segments.size() != n_tokens) {
-        throw std::runtime_error(format("segments were given for %zu tokens, the batch has %zu",
-                                        current.segments.size(), n_tokens));
+        throw std::runtime_error(
+                format("segments were given for %zu tokens, the batch has %zu", current.segments.size(), n_tokens));
     }
 
     std::vector<int32_t> last_token(n_seqs(), -1);
     for (size_t i = 0; i < n_tokens; ++i) {
         const auto & seq_ids = batch.tokens[i].seq_ids;
         if (seq_ids.size() != 1) {
-            throw std::runtime_error(format("token %zu of the batch belongs to %zu sequences; with a memory it must be one",
-                                            i, seq_ids.size()));
+            throw std::runtime_error(
+                    format("token %zu of the batch belongs to %zu sequences; with a memory it must be one", i,
+                           seq_ids.size()));
         }
         const llama_seq_id seq_id = *seq_ids.begin();
         if (seq_id < 0 || (uint32_t) seq_id >= n_seqs()) {
-            throw std::runtime_error(format("token %zu of the batch belongs to sequence %d, this context has %u memories",
-                                            i, seq_id, n_seqs()));
+            throw std::runtime_error(
+                    format("token %zu of the batch belongs to sequence %d, this context has %u memories", i, seq_id,
+                           n_seqs()));
         }
         if (!current.given && sequences[seq_id].ingest.open && sequences[seq_id].write) {
-            throw std::runtime_error(format("sequence %d is in the middle of an ingest, this batch gives it no segments; "
-                                            "end or abandon the ingest first", seq_id));
+            throw std::runtime_error(
+                    format("sequence %d is in the middle of an ingest, this batch gives it no segments; "
+                           "end or abandon the ingest first",
+                           seq_id));
         }
         last_token[seq_id] = (int32_t) i;
     }
@@ -77,13 +81,16 @@ void llama_deltamem_context::begin_batch(const llama_batch_ext & batch) {
     }
     for (size_t i = 0; i < n_tokens; ++i) {
         const llama_seq_id seq_id = *batch.tokens[i].seq_ids.begin();
-        const int32_t id = current.segments[i];
+        const int32_t      id     = current.segments[i];
         if (id < -1) {
-            throw std::runtime_error(format("token %zu of the batch has segment %d; ids are 0 and up, -1 for none", i, id));
+            throw std::runtime_error(
+                    format("token %zu of the batch has segment %d; ids are 0 and up, -1 for none", i, id));
         }
         if (id >= 0 && id < segment[seq_id]) {
-            throw std::runtime_error(format("token %zu of the batch goes back to segment %d after %d; segments of an ingest "
-                                            "must not fall", i, id, segment[seq_id]));
+            throw std::runtime_error(
+                    format("token %zu of the batch goes back to segment %d after %d; segments of an ingest "
+                           "must not fall",
+                           i, id, segment[seq_id]));
         }
         segment[seq_id] = current.ends[i] ? -1 : std::max(segment[seq_id], id);
     }
@@ -94,12 +101,12 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
 
     plan.assign(ggml_deltamem_n_plan(n_seqs, ubatch.n_tokens), 0);
     int32_t * seq   = plan.data();
-    int32_t * entry = plan.data() + GGML_DELTAMEM_PLAN_SEQ*n_seqs;
+    int32_t * entry = plan.data() + GGML_DELTAMEM_PLAN_SEQ * n_seqs;
 
     int32_t first = 0;
     for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
         const llama_seq_id seq_id = ubatch.seq_id_unq[s];
-        sequence & sq = sequences[seq_id];
+        sequence &         sq     = sequences[seq_id];
 
         int32_t count = 0;
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
@@ -116,7 +123,7 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
 
                 if (!sq.ingest.open) {
                     bits |= GGML_DELTAMEM_TOKEN_BEGIN;
-                    sq.ingest = { /*.open =*/ true, /*.segment =*/ -1 };
+                    sq.ingest = { /*.open =*/true, /*.segment =*/-1 };
                 }
                 if (id >= 0) {
                     if (sq.ingest.segment >= 0 && id != sq.ingest.segment) {
@@ -140,7 +147,7 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
         seq[0] = seq_id;
         seq[1] = first;
         seq[2] = count;
-        seq   += GGML_DELTAMEM_PLAN_SEQ;
+        seq += GGML_DELTAMEM_PLAN_SEQ;
         first += count;
     }
 }

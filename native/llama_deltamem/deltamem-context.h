@@ -20,7 +20,7 @@ struct llama_deltamem_context {
     struct coverage {
         bool        read    = false;
         uint32_t    targets = 0; // bits of enum llama_deltamem_target that were corrected
-        std::string problem; // why the layer cannot be hooked, "" if it can
+        std::string problem;     // why the layer cannot be hooked, "" if it can
     };
     std::vector<coverage> covered; // per memory layer
     int64_t               n_graphs = 0;
@@ -54,7 +54,7 @@ private:
     };
 
     struct sequence {
-        bool         write = true;
+        bool          write = true;
         struct ingest ingest;
     };
 

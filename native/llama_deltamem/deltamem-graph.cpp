@@ -95,13 +95,14 @@ struct llama_deltamem_graph {
         const auto & lw = deltamem.weights->layers[i];
 
         if (!expect(i, !reads[i], "it runs more than once per token") ||
-            !expect(i, cur->ne[0] == lw.in->ne[0] && ggml_nrows(cur) == ubatch.n_tokens && cur->ne[1] == ubatch.n_tokens,
+            !expect(i,
+                    cur->ne[0] == lw.in->ne[0] && ggml_nrows(cur) == ubatch.n_tokens && cur->ne[1] == ubatch.n_tokens,
                     "its attention input is not one vector per token")) {
             return;
         }
 
         ggml_deltamem_params params = deltamem.weights->params;
-        params.n_seqs = std::max(1u, ubatch.n_seqs_unq);
+        params.n_seqs               = std::max(1u, ubatch.n_seqs_unq);
 
         ggml_tensor * proj = ggml_mul_mat(ctx0, lw.in, cur);
         ggml_format_name(proj, "deltamem_in-%d", lw.il);
@@ -121,17 +122,19 @@ struct llama_deltamem_graph {
 
         llama_deltamem_correction correction;
         switch (target) {
-            case LLAMA_DELTAMEM_Q:   correction = lw.q;   break;
-            case LLAMA_DELTAMEM_K:   correction = lw.k;   break;
-            case LLAMA_DELTAMEM_V:   correction = lw.v;   break;
+            case LLAMA_DELTAMEM_Q:   correction = lw.q; break;
+            case LLAMA_DELTAMEM_K:   correction = lw.k; break;
+            case LLAMA_DELTAMEM_V:   correction = lw.v; break;
             case LLAMA_DELTAMEM_QKV: correction = lw.qkv; break;
-            case LLAMA_DELTAMEM_O:   correction = lw.o;   break;
+            case LLAMA_DELTAMEM_O:   correction = lw.o; break;
         }
         if (!correction) {
             return out;
         }
         if (!expect(i, reads[i], "its projections come before its attention input is known") ||
-            !expect(i, out->ne[0] == correction.n_out() && out->ne[1] == ubatch.n_tokens && ggml_nrows(out) == ubatch.n_tokens,
+            !expect(i,
+                    out->ne[0] == correction.n_out() && out->ne[1] == ubatch.n_tokens &&
+                            ggml_nrows(out) == ubatch.n_tokens,
                     "a projection's output does not have one row per token")) {
             return out;
         }
@@ -163,8 +166,8 @@ void llama_deltamem_read(const llama_deltamem_graph_ptr & graph, ggml_tensor * c
     }
 }
 
-ggml_tensor * llama_deltamem_correct(
-        const llama_deltamem_graph_ptr & graph, llama_deltamem_target target, ggml_tensor * out, int il) {
+ggml_tensor * llama_deltamem_correct(const llama_deltamem_graph_ptr & graph, llama_deltamem_target target,
+                                     ggml_tensor * out, int il) {
     const int i = graph ? graph->deltamem.find_layer(il) : -1;
     return i >= 0 ? graph->correct(target, out, i) : out;
 }
@@ -184,5 +187,5 @@ bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, con
 
 uint32_t llama_deltamem_n_nodes(const llama_deltamem_context_ptr & deltamem) {
     // projection, operator, then product and addition for each of q, k, v, o, and the norm of o
-    return deltamem ? (uint32_t) deltamem->weights->layers.size()*(2 + 4*2 + 2) : 0;
+    return deltamem ? (uint32_t) deltamem->weights->layers.size() * (2 + 4 * 2 + 2) : 0;
 }

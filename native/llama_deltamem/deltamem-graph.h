@@ -31,8 +31,8 @@ llama_deltamem_graph_ptr llama_deltamem_graph_init(const llm_graph_params & para
 void llama_deltamem_read(const llama_deltamem_graph_ptr & graph, ggml_tensor * cur, int il);
 
 // Returns `out` [rows, n_tokens] plus the layer's correction for that projection, `out` itself if there is none.
-ggml_tensor * llama_deltamem_correct(
-        const llama_deltamem_graph_ptr & graph, llama_deltamem_target target, ggml_tensor * out, int il);
+ggml_tensor * llama_deltamem_correct(const llama_deltamem_graph_ptr & graph, llama_deltamem_target target,
+                                     ggml_tensor * out, int il);
 
 // Called for each llama_decode before anything is computed. False, with the reason logged, refuses the batch.
 bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, const llama_batch_ext & batch);

@@ -9,22 +9,23 @@
 
 llama_deltamem_state::llama_deltamem_state(const llama_deltamem_weights & weights, uint32_t n_slots) :
     params(weights.params), n(n_slots) {
-    const int64_t n_layer_record = params.n_head*ggml_deltamem_n_record(&params);
+    const int64_t n_layer_record = params.n_head * ggml_deltamem_n_record(&params);
 
     for (const auto & lw : weights.layers) {
-        auto it = std::find_if(devices.begin(), devices.end(), [&lw](const records & r) { return r.device == lw.device; });
+        auto it = std::find_if(devices.begin(), devices.end(),
+                               [&lw](const records & r) { return r.device == lw.device; });
         if (it == devices.end()) {
             devices.emplace_back();
-            it = devices.end() - 1;
+            it         = devices.end() - 1;
             it->device = lw.device;
         }
-        layers.push_back({ nullptr, (size_t) (it - devices.begin()), it->n_layer*n_layer_record });
+        layers.push_back({ nullptr, (size_t) (it - devices.begin()), it->n_layer * n_layer_record });
         it->n_layer++;
     }
 
     for (auto & d : devices) {
-        d.ctx.reset(ggml_init({ (1 + d.n_layer)*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true }));
-        d.tensor = ggml_new_tensor_2d(d.ctx.get(), GGML_TYPE_F32, d.n_layer*n_layer_record, n_slots);
+        d.ctx.reset(ggml_init({ (1 + d.n_layer) * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
+        d.tensor = ggml_new_tensor_2d(d.ctx.get(), GGML_TYPE_F32, d.n_layer * n_layer_record, n_slots);
         ggml_set_name(d.tensor, "deltamem_state");
         d.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(d.ctx.get(), ggml_backend_dev_buffer_type(d.device)));
         if (!d.buf) {
@@ -36,10 +37,10 @@ llama_deltamem_state::llama_deltamem_state(const llama_deltamem_weights & weight
     // A leaf of its own for each layer rather than a view: it adds no node to the graph.
     for (size_t i = 0; i < layers.size(); ++i) {
         const records & d = devices[layers[i].device_index];
-        ggml_tensor * t = ggml_new_tensor_2d(d.ctx.get(), GGML_TYPE_F32, n_layer_record, n_slots);
-        t->nb[1] = d.tensor->nb[1];
-        t->nb[2] = t->nb[3] = t->nb[1]*n_slots;
-        ggml_backend_tensor_alloc(d.buf.get(), t, (char *) d.tensor->data + layers[i].offset*sizeof(float));
+        ggml_tensor *   t = ggml_new_tensor_2d(d.ctx.get(), GGML_TYPE_F32, n_layer_record, n_slots);
+        t->nb[1]          = d.tensor->nb[1];
+        t->nb[2] = t->nb[3] = t->nb[1] * n_slots;
+        ggml_backend_tensor_alloc(d.buf.get(), t, (char *) d.tensor->data + layers[i].offset * sizeof(float));
         ggml_format_name(t, "deltamem_state-%d", weights.layers[i].il);
         layers[i].tensor = t;
     }
@@ -54,17 +55,17 @@ size_t llama_deltamem_state::n_bytes() const {
 }
 
 size_t llama_deltamem_state::size() const {
-    return layers.size()*params.n_head*params.rank*params.rank;
+    return layers.size() * params.n_head * params.rank * params.rank;
 }
 
 // visit(device, offset of S in the slot's records on that device, offset in the [L, H, r, r] order)
 template <typename F> void llama_deltamem_state::for_each_head(F visit) const {
     const size_t n_record = ggml_deltamem_n_record(&params);
-    const size_t n_state  = (size_t) params.rank*params.rank;
+    const size_t n_state  = (size_t) params.rank * params.rank;
 
     for (size_t i = 0; i < layers.size(); ++i) {
         for (size_t h = 0; h < (size_t) params.n_head; ++h) {
-            visit(layers[i].device_index, layers[i].offset + h*n_record, (i*params.n_head + h)*n_state);
+            visit(layers[i].device_index, layers[i].offset + h * n_record, (i * params.n_head + h) * n_state);
         }
     }
 }
@@ -73,7 +74,7 @@ template <typename F> void llama_deltamem_state::for_each_head(F visit) const {
 static void transpose(float * dst, const float * src, int r) {
     for (int i = 0; i < r; ++i) {
         for (int j = 0; j < r; ++j) {
-            dst[i*r + j] = src[j*r + i];
+            dst[i * r + j] = src[j * r + i];
         }
     }
 }
@@ -82,7 +83,7 @@ void llama_deltamem_state::get(uint32_t slot, float * dst) const {
     std::vector<std::vector<float>> host;
     for (const auto & d : devices) {
         host.emplace_back(d.tensor->ne[0]);
-        ggml_backend_tensor_get(d.tensor, host.back().data(), slot*d.tensor->nb[1], d.tensor->nb[1]);
+        ggml_backend_tensor_get(d.tensor, host.back().data(), slot * d.tensor->nb[1], d.tensor->nb[1]);
     }
     for_each_head([&](size_t d, size_t at, size_t out) { transpose(dst + out, host[d].data() + at, params.rank); });
 }
@@ -95,21 +96,21 @@ void llama_deltamem_state::set(uint32_t slot, const float * src) {
     for_each_head([&](size_t d, size_t at, size_t in) { transpose(host[d].data() + at, src + in, params.rank); });
     for (size_t i = 0; i < devices.size(); ++i) {
         ggml_tensor * t = devices[i].tensor;
-        ggml_backend_tensor_set(t, host[i].data(), slot*t->nb[1], t->nb[1]);
+        ggml_backend_tensor_set(t, host[i].data(), slot * t->nb[1], t->nb[1]);
     }
 }
 
 void llama_deltamem_state::reset(uint32_t slot) {
     for (const auto & d : devices) {
-        ggml_backend_tensor_memset(d.tensor, 0, slot*d.tensor->nb[1], d.tensor->nb[1]);
+        ggml_backend_tensor_memset(d.tensor, 0, slot * d.tensor->nb[1], d.tensor->nb[1]);
     }
 }
 
 void llama_deltamem_state::copy(uint32_t src, uint32_t dst) {
     for (const auto & d : devices) {
-        ggml_context_ptr ctx { ggml_init({ 2*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true }) };
-        const auto row = [&](uint32_t slot) {
-            ggml_tensor * view = ggml_view_1d(ctx.get(), d.tensor, d.tensor->ne[0], slot*d.tensor->nb[1]);
+        ggml_context_ptr ctx { ggml_init({ 2 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }) };
+        const auto       row = [&](uint32_t slot) {
+            ggml_tensor * view = ggml_view_1d(ctx.get(), d.tensor, d.tensor->ne[0], slot * d.tensor->nb[1]);
             ggml_backend_view_init(view);
             return view;
         };

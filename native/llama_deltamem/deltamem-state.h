@@ -19,10 +19,10 @@ public:
     // floats of a slot's state, L*H*r*r, in the order [L, H, r (row), r (column)]
     size_t size() const;
 
-    void get  (uint32_t slot, float * dst) const;
-    void set  (uint32_t slot, const float * src);
+    void get(uint32_t slot, float * dst) const;
+    void set(uint32_t slot, const float * src);
     void reset(uint32_t slot);
-    void copy (uint32_t src, uint32_t dst);
+    void copy(uint32_t src, uint32_t dst);
 
 private:
     struct layer {

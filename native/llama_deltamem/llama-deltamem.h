@@ -38,24 +38,26 @@ LLAMA_API const char * llama_deltamem_last_error(void);
 // Loads an adapter GGUF, or a packed model's memory, for `model`, onto the devices where the model's layers live.
 // Checks architecture, version, shapes and that all weights are finite. Returns NULL on failure.
 // The model must outlive the adapter.
-LLAMA_API struct llama_deltamem_adapter * llama_deltamem_adapter_load(const struct llama_model * model, const char * path);
+LLAMA_API struct llama_deltamem_adapter * llama_deltamem_adapter_load(const struct llama_model * model,
+                                                                      const char *               path);
 
 // Frees the handle. Contexts that the adapter is attached to keep what they need.
 LLAMA_API void llama_deltamem_adapter_free(struct llama_deltamem_adapter * adapter);
 
 // Layers that carry memory, in order: their number, and the model layer of the i-th (-1 if there is none).
 LLAMA_API int32_t llama_deltamem_n_layer(const struct llama_deltamem_adapter * adapter);
-LLAMA_API int32_t llama_deltamem_layer  (const struct llama_deltamem_adapter * adapter, int32_t i);
+LLAMA_API int32_t llama_deltamem_layer(const struct llama_deltamem_adapter * adapter, int32_t i);
 
 LLAMA_API int32_t llama_deltamem_n_head(const struct llama_deltamem_adapter * adapter); // state heads H
-LLAMA_API int32_t llama_deltamem_rank  (const struct llama_deltamem_adapter * adapter); // r
+LLAMA_API int32_t llama_deltamem_rank(const struct llama_deltamem_adapter * adapter);   // r
 
-LLAMA_API enum llama_deltamem_granularity llama_deltamem_write_granularity(const struct llama_deltamem_adapter * adapter);
+LLAMA_API enum llama_deltamem_granularity
+llama_deltamem_write_granularity(const struct llama_deltamem_adapter * adapter);
 
 // A metadata value of the adapter's file as text (arrays: comma-separated), as llama_adapter_meta_val_str: returns the
 // length, or -1 if there is no such key. `buf` is always terminated; a longer value is cut.
-LLAMA_API int32_t llama_deltamem_meta_val_str(
-        const struct llama_deltamem_adapter * adapter, const char * key, char * buf, size_t buf_size);
+LLAMA_API int32_t llama_deltamem_meta_val_str(const struct llama_deltamem_adapter * adapter, const char * key,
+                                              char * buf, size_t buf_size);
 
 // bytes that the adapter's weights occupy on all devices
 LLAMA_API size_t llama_deltamem_n_bytes(const struct llama_deltamem_adapter * adapter);
@@ -91,13 +93,15 @@ LLAMA_API size_t llama_deltamem_state_size(const struct llama_context * ctx);
 // Copies a state out or in, [L, H, r, r] with S[i, j] = [row (value), column (key)]. `n` must be llama_deltamem_state_size.
 // Setting refuses non-finite values and changes nothing then. Returns 0 or -1.
 LLAMA_API int32_t llama_deltamem_state_get(struct llama_context * ctx, llama_seq_id seq_id, float * dst, size_t n);
-LLAMA_API int32_t llama_deltamem_state_set(struct llama_context * ctx, llama_seq_id seq_id, const float * src, size_t n);
+LLAMA_API int32_t llama_deltamem_state_set(struct llama_context * ctx, llama_seq_id seq_id, const float * src,
+                                           size_t n);
 
 // Empties a state; all of them if seq_id < 0. Returns 0 or -1.
 LLAMA_API int32_t llama_deltamem_state_reset(struct llama_context * ctx, llama_seq_id seq_id);
 
 // Copies one sequence's state over another's, on the device. Returns 0 or -1.
-LLAMA_API int32_t llama_deltamem_state_copy(struct llama_context * ctx, llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
+LLAMA_API int32_t llama_deltamem_state_copy(struct llama_context * ctx, llama_seq_id seq_id_src,
+                                            llama_seq_id seq_id_dst);
 
 //
 // writes
@@ -113,11 +117,8 @@ LLAMA_API bool    llama_deltamem_get_write(const struct llama_context * ctx, lla
 // All tokens of an ingest read the state as it was before the ingest; when it ends, each segment has written the mean of
 // its tokens once, in order. An ingest may span many batches. Holds for one llama_decode, also for one that fails;
 // without it every token writes by itself. Returns 0, or -1 for an adapter that writes per token.
-LLAMA_API int32_t llama_deltamem_set_segments(
-        struct llama_context * ctx,
-               const int32_t * segments,
-                const int8_t * ends,
-                     int32_t   n_tokens);
+LLAMA_API int32_t llama_deltamem_set_segments(struct llama_context * ctx, const int32_t * segments, const int8_t * ends,
+                                              int32_t n_tokens);
 
 // Drops what an unfinished ingest of the sequence has gathered, all sequences if seq_id < 0. Its state is as it was
 // before the ingest. Returns 0 or -1.

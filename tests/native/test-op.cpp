@@ -178,8 +178,8 @@ private:
 };
 
 // A correction of one type against double precision; every number of threads gives the same bits.
-static void test_correction(ggml_backend_t backend, ggml_backend_set_n_threads_t set_n_threads, ggml_type type, int n_out,
-                            int n_read, int n_tokens) {
+static void test_correction(ggml_backend_t backend, ggml_backend_set_n_threads_t set_n_threads, ggml_type type,
+                            int n_out, int n_read, int n_tokens) {
     random_source random(n_out + 7 * n_read + 31 * n_tokens);
 
     ggml_context * ctx    = ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true });
@@ -234,8 +234,8 @@ static void test_correction(ggml_backend_t backend, ggml_backend_set_n_threads_t
         check(same_bits(got, first), "correction: %d threads change the result", n_threads);
     }
     // sums of up to 129 terms: an rms error of some 12 u, 17 u allowed
-    check(error.value() <= 1e-12, "correction %s, outputs %d, columns %d, tokens %d: NMSE is %g", ggml_type_name(type), n_out,
-          n_read, n_tokens, error.value());
+    check(error.value() <= 1e-12, "correction %s, outputs %d, columns %d, tokens %d: NMSE is %g", ggml_type_name(type),
+          n_out, n_read, n_tokens, error.value());
     printf("correction %-5s outputs %5d, columns %3d, tokens %4d %15s NMSE %.1e\n", ggml_type_name(type), n_out, n_read,
            n_tokens, "", error.value());
 
