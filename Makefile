@@ -1,0 +1,122 @@
+# `make help` lists the targets.
+
+PYTHON    ?= python3
+PROMPT    ?= Once upon a time
+VENV      := .venv
+BIN       := $(VENV)/bin
+BUILD     := build/native
+DEMO      := build/demo
+TINY      := examples/tiny
+
+# llama-cpp-python brings its Python half only: the libraries are ours
+LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
+
+NATIVE    := $(shell find native cmake -type f -not -path '*/__pycache__/*') CMakeLists.txt
+CXX_FILES  = $(shell find native tests/native -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+NATIVE_TESTS := -DDELTAMEM_BUILD_TESTS=ON \
+	-DDELTAMEM_TEST_BASE=$(CURDIR)/$(TINY)/base.gguf -DDELTAMEM_TEST_ADAPTER=$(CURDIR)/$(DEMO)/memory.gguf
+
+# a build beside the package's own, of the source that it has downloaded
+OTHER_BUILD := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	-DDELTAMEM_LLAMA_CPP_SOURCE=$(CURDIR)/$(BUILD)/download/llama_cpp_python-0.3.36.tar.gz
+
+SANITIZERS := -fsanitize=address,undefined -fno-omit-frame-pointer
+
+# valgrind knows no AVX-512: where the CPU has it, memcheck has a build of its own without
+AVX512        := $(shell grep -m1 -o avx512f /proc/cpuinfo 2>/dev/null)
+MEMCHECK      := $(if $(AVX512),build/memcheck,$(BUILD))
+MEMCHECK_ARGS := $(if $(AVX512),$(OTHER_BUILD) -DGGML_NATIVE=OFF)
+
+INSTALLED := $(VENV)/.installed
+TOOLS     := $(VENV)/.tools
+
+.DELETE_ON_ERROR:
+.PHONY: all demo test test-native test-neon test-stock sanitize memcheck lint format wheel check-wheel clean help
+
+all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.llama-cpp-python: | $(BIN)/python
+	@# not cached: pip would take this wheel, which holds no library, for any other project too
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(BIN)/python -m pip install --no-cache-dir $(LLAMA_CPP_PYTHON)
+	@touch $@
+
+# Without pip's build isolation, whose new folder each time would make CMake start afresh.
+$(INSTALLED): pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.llama-cpp-python
+	@touch $@.begun # what is edited from here on is newer than the stamp
+	$(BIN)/python -m pip install -q "scikit-build-core>=0.11"
+	@echo "Building llama.cpp and the package: the first time takes some minutes, later what changed is compiled."
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[convert,test,dev]'
+	@mv $@.begun $@
+
+$(TOOLS): constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt ruff clang-format
+	@touch $@
+
+demo: $(DEMO)/memory.gguf ## convert the small checkpoint in examples/tiny and generate with it
+	$(BIN)/deltamem generate -m $(TINY)/base.gguf --deltamem $(DEMO)/memory.gguf -p "$(PROMPT)" -n 32 --seed 1
+
+$(DEMO)/memory.gguf: $(INSTALLED) $(wildcard $(TINY)/base.gguf $(TINY)/adapter/*)
+	@mkdir -p $(@D)
+	$(BIN)/deltamem convert $(TINY)/adapter --base $(TINY)/base.gguf -o $@
+
+test: test-native ## every test: native, then Python (PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-native: $(DEMO)/memory.gguf ## the kernel, the operator and the C API
+	cmake -S . -B $(BUILD) $(NATIVE_TESTS)
+	cmake --build $(BUILD)
+	ctest --test-dir $(BUILD) --output-on-failure
+
+test-neon: ## the NEON kernel under qemu-user (installs Debian's cross compiler and emulator if they are missing)
+	tests/native/install-cross-tools.sh
+	cmake -S tests/native -B build/neon -DDELTAMEM_REQUIRE_NEON=ON
+	cmake --build build/neon --target test-kernel-neon
+	ctest --test-dir build/neon --output-on-failure -R kernel-neon
+
+test-stock: $(INSTALLED) ## without an adapter: bit for bit what llama.cpp computes (builds it unpatched)
+	$(BIN)/python cmake/fetch_llama_cpp.py build/stock/llama.cpp --download-dir $(BUILD)/download
+	cmake -S build/stock/llama.cpp -B build/stock -G Ninja -DCMAKE_BUILD_TYPE=Release \
+		-DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_APP=OFF $(CMAKE_ARGS)
+	cmake --build build/stock
+	DELTAMEM_STOCK_LIB=$(CURDIR)/build/stock/bin $(BIN)/python -m pytest tests/test_stock.py
+
+sanitize: $(DEMO)/memory.gguf ## load, generate, save, load, free under the address, leak and undefined-behaviour sanitizers
+	cmake -S . -B build/sanitize $(OTHER_BUILD) -DCMAKE_BUILD_TYPE=RelWithDebInfo $(NATIVE_TESTS) \
+		-DDELTAMEM_SANITIZE=ON -DGGML_OPENMP=OFF \
+		-DCMAKE_C_FLAGS="$(SANITIZERS)" -DCMAKE_CXX_FLAGS="$(SANITIZERS)"
+	cmake --build build/sanitize
+	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		ctest --test-dir build/sanitize --output-on-failure
+
+memcheck: $(DEMO)/memory.gguf ## the same under valgrind
+	cmake -S . -B $(MEMCHECK) $(MEMCHECK_ARGS) $(NATIVE_TESTS)
+	cmake --build $(MEMCHECK)
+	valgrind --error-exitcode=1 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
+		$(MEMCHECK)/bin/test-lifecycle $(TINY)/base.gguf $(DEMO)/memory.gguf
+
+lint: $(TOOLS) ## formatting and lint rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(TOOLS) ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: $(BIN)/python ## a wheel of the package in dist/
+	@rm -f dist/pydeltamem-*.whl
+	$(BIN)/python -m pip wheel --no-deps -w dist .
+
+check-wheel: wheel ## install the wheel elsewhere and load it there
+	$(BIN)/python tests/check_wheel.py dist/pydeltamem-*.whl
+
+clean: ## remove what was built, .venv too
+	rm -rf $(VENV) build dist pydeltamem/lib .pytest_cache .ruff_cache
+
+help:
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
