@@ -1,0 +1,61 @@
+"""δ-mem for llama.cpp: `DeltaMemLlama` is `llama_cpp.Llama` with a memory that learns as it reads.
+
+The names below load llama.cpp when they are first used, so that `deltamem convert` and `deltamem inspect` start without
+it. Importing the package points llama-cpp-python at the library that is built with it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    AdapterError,
+    CheckpointError,
+    DeltaMemError,
+    InputError,
+    LibraryError,
+    MemoryFileError,
+    ModelError,
+)
+
+if TYPE_CHECKING:
+    from .llama import DeltaMemLlama
+    from .memory import Memory
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "DeltaMemError",
+    "DeltaMemLlama",
+    "InputError",
+    "LibraryError",
+    "Memory",
+    "MemoryFileError",
+    "ModelError",
+    "__version__",
+]
+
+_LAZY = {"DeltaMemLlama": ".llama", "Memory": ".memory"}
+
+if "llama_cpp" in sys.modules:
+    importlib.import_module("._lib", __name__)  # says so if the library loaded before is not ours
+else:
+    os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(Path(__file__).resolve().parent / "lib"))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,59 @@
+"""The command `deltamem`: finds the subcommand, turns errors of the package into one sentence and an exit code.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. Only the one that is called is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import DeltaMemError
+
+SUBCOMMANDS = {
+    "convert": ("pydeltamem.convert.cli", "convert a published checkpoint to an adapter GGUF"),
+    "inspect": ("pydeltamem.inspect", "show what an adapter, model or memory file holds"),
+    "generate": ("pydeltamem.generate", "read a prompt and write on"),
+    "chat": ("pydeltamem.chat", "talk to a model that remembers"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand. Returns 0, 1 after an error of the package, 130 after Ctrl-C; wrong usage exits with 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="deltamem", description="δ-mem for llama.cpp: language models with a memory that learns as it reads."
+    )
+    parser.add_argument("--version", action="version", version=f"deltamem {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    module = None
+    for name, (module_name, summary) in SUBCOMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if argv[:1] == [name]:
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+
+    args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    try:
+        status = module.run(args)
+        sys.stdout.flush()
+        return status
+    except DeltaMemError as error:
+        print(f"deltamem: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # the reader of our output is gone: leave quietly, as a program that SIGPIPE ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

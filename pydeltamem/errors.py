@@ -1,0 +1,31 @@
+"""The exceptions of the package. Each carries one sentence that names the file or value and says what to do."""
+
+from __future__ import annotations
+
+
+class DeltaMemError(Exception):
+    """Base of every error that this package raises on bad input."""
+
+
+class InputError(DeltaMemError, ValueError):
+    """A value given from Python or on the command line does not fit."""
+
+
+class LibraryError(DeltaMemError, ImportError):
+    """The native library is missing, or another one was loaded before it."""
+
+
+class AdapterError(DeltaMemError, ValueError):
+    """A memory adapter cannot be read, does not fit the model, or is not attached."""
+
+
+class CheckpointError(DeltaMemError, ValueError):
+    """A PyTorch checkpoint cannot be converted."""
+
+
+class MemoryFileError(DeltaMemError, ValueError):
+    """A memory file cannot be read or written, or belongs to another adapter."""
+
+
+class ModelError(DeltaMemError, ValueError):
+    """A model file is missing or cannot be loaded."""

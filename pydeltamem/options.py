@@ -1,0 +1,235 @@
+"""Command-line options that `generate` and `chat` share, named as in llama.cpp, and what they turn into."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .memory_file import check_writable, read_memory_file
+
+if TYPE_CHECKING:
+    from .llama import DeltaMemLlama
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model and context."""
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", required=True, metavar="FILE", help="model GGUF, plain or packed")
+    group.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF")
+    group.add_argument(
+        "-c", "--ctx-size", type=_count, default=4096, metavar="N", help="context (%(default)s; 0: the model's)"
+    )
+    group.add_argument("-b", "--batch-size", type=_positive, default=512, metavar="N", help="batch (%(default)s)")
+    group.add_argument(
+        "-ub", "--ubatch-size", type=_positive, default=512, metavar="N", help="micro-batch (%(default)s)"
+    )
+    group.add_argument("-t", "--threads", type=_positive, metavar="N", help="threads for generation (half the CPUs)")
+    group.add_argument("-tb", "--threads-batch", type=_positive, metavar="N", help="threads for prompts (all CPUs)")
+    group.add_argument(
+        "-ngl", "--gpu-layers", "--n-gpu-layers", type=_layers, default=-1, metavar="N", help="layers on the GPU (all)"
+    )
+    group.add_argument(
+        "-fa", "--flash-attn", nargs="?", const="on", default="off", choices=("on", "off"), help="flash attention (off)"
+    )
+    for letter in "kv":
+        group.add_argument(
+            f"-ct{letter}", f"--cache-type-{letter}", choices=CACHE_TYPES, default="f16", metavar="TYPE",
+            help=f"KV cache type of {letter.upper()} (f16): {', '.join(CACHE_TYPES)}",
+        )  # fmt: skip
+    group.add_argument("--no-mmap", action="store_true", help="read the model instead of mapping it")
+    group.add_argument("--mlock", action="store_true", help="keep the model in RAM")
+    group.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
+
+
+def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adapter and memory."""
+    group = parser.add_argument_group("memory")
+    group.add_argument("--deltamem", metavar="FILE", help="memory adapter GGUF (not needed for a packed model)")
+    group.add_argument("--no-memory", action="store_true", help="run the plain model")
+    group.add_argument("--no-write", action="store_true", help="read memory, do not write it")
+    group.add_argument("--load-memory", metavar="FILE", help="start from this memory")
+    group.add_argument("--save-memory", metavar="FILE", help="save the memory at the end, also after Ctrl-C")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is generated and how."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "-n", "--n-predict", "--predict", type=int, default=-1, metavar="N",
+        help="tokens to generate (-1: until the end of the text or the context)",
+    )  # fmt: skip
+    group.add_argument("-s", "--seed", type=int, default=-1, metavar="N", help="seed (-1: random)")
+    group.add_argument("--temp", type=float, default=0.8, metavar="X", help="temperature (%(default)s; 0: greedy)")
+    group.add_argument("--top-k", type=int, default=40, metavar="N", help="top-k (%(default)s; 0: off)")
+    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help="top-p (%(default)s; 1: off)")
+    group.add_argument("--min-p", type=float, default=0.05, metavar="X", help="min-p (%(default)s; 0: off)")
+    group.add_argument("--typical", "--typical-p", type=float, default=1.0, metavar="X", help="typical-p (1: off)")
+    group.add_argument("--repeat-last-n", type=int, default=64, metavar="N", help="tokens to penalise (%(default)s)")
+    group.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="repeat penalty (1: off)")
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="presence penalty (0: off)")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="frequency penalty (0: off)")
+    group.add_argument(
+        "-r",
+        "--reverse-prompt",
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="stop here",
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="generate past the end of the text")
+    grammar = group.add_mutually_exclusive_group()
+    grammar.add_argument("--grammar", metavar="GBNF", help="grammar that the output must follow")
+    grammar.add_argument("--grammar-file", metavar="FILE", help="file with a grammar")
+
+
+def load(args: argparse.Namespace) -> DeltaMemLlama:
+    """Loads the model with its adapter and memory. What can be refused without the model is refused first."""
+    if args.no_memory and (args.load_memory or args.save_memory):
+        raise InputError("--no-memory leaves no memory to load or save: drop it, or --load-memory and --save-memory")
+    if args.save_memory:
+        check_writable(args.save_memory)
+    if args.load_memory:
+        read_memory_file(args.load_memory)
+    if args.lora and not os.path.isfile(args.lora):
+        raise InputError(f"{args.lora}: no such LoRA file")
+
+    from . import _lib
+    from .llama import DeltaMemLlama
+
+    llm = DeltaMemLlama(
+        args.model,
+        deltamem_path=None if args.no_memory else args.deltamem,
+        lora_path=args.lora,
+        n_ctx=-(-args.ctx_size // 256) * 256,  # llama.cpp pads it likewise
+        n_batch=args.batch_size,
+        n_ubatch=args.ubatch_size,
+        n_threads=args.threads,
+        n_threads_batch=args.threads_batch,
+        n_gpu_layers=args.gpu_layers,
+        flash_attn=args.flash_attn == "on",
+        type_k=getattr(_lib.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
+        type_v=getattr(_lib.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
+        use_mmap=not args.no_mmap,
+        use_mlock=args.mlock,
+        last_n_tokens_size=args.repeat_last_n,
+        verbose=args.verbose,
+    )
+    if args.no_memory:
+        if llm.memory.attached:
+            llm.memory.detach()
+        return llm
+    if args.load_memory:
+        llm.memory.load(args.load_memory)
+    if args.save_memory:
+        _ = llm.memory.state  # says now that there is none
+    if args.no_write and llm.memory.attached:
+        llm.memory.write = False
+    return llm
+
+
+@contextlib.contextmanager
+def memory_saved(llm: DeltaMemLlama, path: str | None) -> Iterator[None]:
+    """Saves the memory at the end, however it comes."""
+    try:
+        yield
+    finally:
+        if path:
+            llm.memory.save(path)
+
+
+def sampling(args: argparse.Namespace, llm: DeltaMemLlama) -> dict[str, Any]:
+    """Keyword arguments for TextStream."""
+    return {
+        "n_predict": args.n_predict,
+        "temp": args.temp,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "typical_p": args.typical,
+        "repeat_penalty": args.repeat_penalty,
+        "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty,
+        "seed": args.seed if args.seed >= 0 else random.randrange(2**32 - 1),
+        "stop": args.reverse_prompt,
+        "grammar": _grammar(args, llm),
+        "logits_processor": _ignore_eos(llm) if args.ignore_eos else None,
+    }
+
+
+def read_text(path: str) -> str:
+    """A text file as UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a UTF-8 text file") from error
+
+
+def _grammar(args: argparse.Namespace, llm: DeltaMemLlama) -> Any:
+    text = read_text(args.grammar_file) if args.grammar_file else args.grammar
+    if not text:
+        return None
+    from llama_cpp import LlamaGrammar
+    from llama_cpp._utils import suppress_stdout_stderr
+
+    from . import _lib
+
+    # llama_cpp hands a grammar on unchecked, and llama.cpp's parser prints what it dislikes
+    grammar = LlamaGrammar.from_string(text, verbose=False)
+    with _lib.errors_held() as log, suppress_stdout_stderr(disable=args.verbose):
+        sampler = _lib.llama_cpp.llama_sampler_init_grammar(
+            llm._model.vocab, grammar._grammar.encode(), grammar._root.encode()
+        )
+        reason = _lib.reason(log)
+        log.clear()
+    if not sampler:
+        raise InputError(f"{args.grammar_file or '--grammar'}: not a valid GBNF grammar with a rule root{reason}")
+    _lib.llama_cpp.llama_sampler_free(sampler)
+    return grammar
+
+
+def _ignore_eos(llm: DeltaMemLlama) -> Any:
+    import numpy as np
+    from llama_cpp import LogitsProcessorList, llama_vocab_is_eog
+
+    ends = [token for token in range(llm.n_vocab()) if llama_vocab_is_eog(llm._model.vocab, token)]
+
+    def never_end(input_ids: Any, scores: Any) -> Any:
+        scores[ends] = -np.inf
+        return scores
+
+    return LogitsProcessorList([never_end])
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _layers(text: str) -> int:
+    return -1 if text in ("all", "auto") else int(text)
+
+
+def note(text: str) -> None:
+    """A line to the person, apart from the output."""
+    print(text, file=sys.stderr, flush=True)

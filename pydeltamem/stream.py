@@ -1,0 +1,128 @@
+"""Text as it is generated, for the terminal: UTF-8 split over tokens, stop strings, and Ctrl-C.
+
+`Llama.create_completion(stream=True)` waits for ever on a byte that is no UTF-8, decodes the whole reply again for each
+token, and drops tokens longer than 32 bytes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import signal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import _lib
+
+if TYPE_CHECKING:
+    from .llama import DeltaMemLlama
+
+_llama = _lib.llama_cpp
+
+
+class TextStream:
+    """Iterates over the pieces of text that follow a prompt.
+
+    Args:
+        llm: the model.
+        prompt: token ids.
+        n_predict: tokens to generate; none or negative: until the end of the text or the context.
+        stop: strings that end the text; they are not part of it.
+        **options: sampling, as `Llama.generate`, and `seed`.
+
+    Attributes:
+        n_tokens: tokens generated so far.
+        finish_reason: "stop" after the end of the text or a stop string, "length" after n_predict or a full context.
+    """
+
+    def __init__(
+        self,
+        llm: DeltaMemLlama,
+        prompt: Sequence[int],
+        *,
+        n_predict: int = -1,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.llm = llm
+        self.prompt = list(prompt)
+        room = llm.n_ctx() - len(self.prompt)
+        self.limit = min(n_predict, room) if n_predict > 0 else room
+        self.stop = [text for text in stop if text]
+        self.seed = seed
+        self.options = options
+        self.n_tokens = 0
+        self.finish_reason = "length"
+
+    def __iter__(self) -> Iterator[str]:
+        if self.limit <= 0:
+            return
+        if self.seed is not None:
+            self.llm.set_seed(self.seed)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = ""  # not yet yielded: it may be the beginning of a stop string
+        for token in self.llm.generate(self.prompt, **self.options):
+            if _is_end(self.llm, token):
+                self.finish_reason = "stop"
+                break
+            self.n_tokens += 1
+            text += decoder.decode(_piece(self.llm, token))
+            found = [at for at in map(text.find, self.stop) if at >= 0]
+            if found:
+                self.finish_reason = "stop"
+                if min(found) > 0:
+                    yield text[: min(found)]
+                return
+            keep = self._n_held_back(text)
+            if len(text) > keep:
+                yield text[: len(text) - keep]
+                text = text[len(text) - keep :]
+            if self.n_tokens >= self.limit:
+                break
+        text += decoder.decode(b"", final=True)
+        if text:
+            yield text
+
+    def _n_held_back(self, text: str) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = min(len(text), max(map(len, self.stop), default=1) - 1)
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self.stop)), 0)
+
+
+def interruptible(pieces: Iterator[str]) -> Iterator[str]:
+    """Yields from a stream. Once it flows, Ctrl-C raises KeyboardInterrupt between two pieces.
+
+    Anywhere else it may fall into a callback from llama.cpp (--ignore-eos has one), and Python drops exceptions there.
+    """
+    pressed = False
+
+    def press(signum: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+
+    before = None
+    try:
+        for piece in pieces:
+            if before is None:
+                before = signal.signal(signal.SIGINT, press)
+            yield piece
+            if pressed:
+                raise KeyboardInterrupt
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def _is_end(llm: DeltaMemLlama, token: int) -> bool:
+    return _llama.llama_vocab_is_eog(llm._model.vocab, token)
+
+
+def _piece(llm: DeltaMemLlama, token: int) -> bytes:
+    size = 64
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = _llama.llama_token_to_piece(llm._model.vocab, token, buffer, size, 0, False)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n

@@ -1,0 +1,275 @@
+"""The command line: deltamem generate, its options, and one clear sentence for every bad input."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from llama_cpp import Llama
+
+from pydeltamem import __version__
+from pydeltamem.memory_file import read_memory_file
+from pydeltamem.stream import TextStream
+
+PLAIN = ["-n", "16", "--temp", "0", "-c", "512", "-t", "1", "-tb", "1"]
+
+
+def deltamem(*args, **kwargs):
+    """Runs the command; stdout and stderr as text."""
+    command = [sys.executable, "-m", "pydeltamem.cli", *map(str, args)]
+    options = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": 300, **kwargs}
+    return subprocess.run(command, **options)
+
+
+@pytest.fixture
+def generate(base, adapter):
+    """generate(*args): deltamem generate with the golden Qwen3 and its TSW adapter."""
+
+    def run(*args, memory=True, **kwargs):
+        model = ["-m", base(), *(["--deltamem", adapter("qwen3", "tsw_qo")] if memory else [])]
+        return deltamem("generate", *model, *PLAIN, *args, **kwargs)
+
+    return run
+
+
+def test_help_and_version():
+    result = deltamem("--help")
+    assert result.returncode == 0
+    for command in ("convert", "inspect", "generate", "chat"):
+        assert command in result.stdout
+    assert deltamem("--version").stdout == f"deltamem {__version__}\n"
+    assert "--save-memory" in deltamem("generate", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    "args", [(), ("nothing",), ("generate",), ("generate", "-m", "x", "-c", "-1"), ("chat", "--bad")]
+)
+def test_usage(args):
+    result = deltamem(*args)
+    assert result.returncode == 2
+    assert "usage:" in result.stderr
+
+
+def test_generate(generate):
+    result = generate("-p", "hello")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("hello") and len(result.stdout) > len("hello\n")
+    assert re.fullmatch(r"prompt: \d+ tokens, [\d.]+ tokens/s; generated: \d+ tokens, [\d.]+ tokens/s\n", result.stderr)
+    bare = generate("-p", "hello", "--no-display-prompt", "--no-perf")
+    assert bare.stdout == result.stdout[len("hello") :] and bare.stderr == ""
+
+
+def test_prompt_from_a_file_and_from_standard_input(generate, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("hello", encoding="utf-8")
+    expected = generate("-p", "hello").stdout
+    assert generate("-f", path).stdout == expected
+    assert generate(input="hello").stdout == expected
+
+
+def test_no_memory_is_the_plain_model(generate, base, adapter):
+    plain = Llama(str(base()), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
+    tokens = list(itertools.islice(plain.generate(plain.tokenize(b"hello", special=True), temp=0), 16))
+    expected = plain.detokenize(tokens).decode(errors="replace")
+    plain.close()
+    result = generate("-p", "hello", "--no-memory", "--no-display-prompt")
+    assert result.stdout == expected + "\n"
+    assert generate("-p", "hello", "--no-display-prompt", memory=False).stdout == result.stdout
+
+
+def test_memory_is_saved_and_loaded(generate, tmp_path):
+    first, second = tmp_path / "first.memory", tmp_path / "second.memory"
+    result = generate("-p", "the sky is green today", "-n", "0", "--save-memory", first)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "the sky is green today\n"
+    state = read_memory_file(first)[0]
+    assert state.any()
+    fresh, loaded = generate("-p", "hello"), generate("-p", "hello", "--load-memory", first, "--save-memory", second)
+    assert loaded.returncode == 0, loaded.stderr
+    assert (read_memory_file(second)[0] != state).any()
+    generate("-p", "hello", "--save-memory", second)
+    assert (read_memory_file(second)[0] != state).any()
+    assert fresh.stdout.startswith("hello") and loaded.stdout.startswith("hello")
+    kept = generate("-p", "hello", "--no-write", "--load-memory", first, "--save-memory", second)
+    assert kept.returncode == 0
+    assert (read_memory_file(second)[0] == state).all()
+
+
+def test_sampling_options(generate, tmp_path):
+    grammar = tmp_path / "yes.gbnf"
+    grammar.write_text('root ::= "yes" | "no"')
+    assert generate("-p", "a", "--no-display-prompt", "--grammar-file", grammar).stdout in ("yes\n", "no\n")
+    assert generate("-p", "a", "--no-display-prompt", "--grammar", 'root ::= "maybe"').stdout == "maybe\n"
+    sampled = ["-p", "hello", "--temp", "1.5", "-n", "24"]
+    assert generate(*sampled, "-s", "1").stdout == generate(*sampled, "-s", "1").stdout
+    assert generate(*sampled, "-s", "1").stdout != generate(*sampled, "-s", "2").stdout
+    whole = generate("-p", "hello", "--no-display-prompt").stdout
+    letter = next(char for char in whole if char.isalpha())
+    stopped = generate("-p", "hello", "--no-display-prompt", "-r", letter).stdout
+    assert stopped == whole[: whole.index(letter)] + "\n"
+
+
+def test_every_option_is_taken(generate):
+    result = generate(
+        "-p", "hello", "-b", "64", "-ub", "32", "-ngl", "0", "--top-k", "20", "--top-p", "0.9", "--min-p", "0.1",
+        "--typical", "0.9", "--repeat-penalty", "1.1", "--presence-penalty", "0.1", "--frequency-penalty", "0.1",
+        "--repeat-last-n", "32", "--ignore-eos", "-ctk", "q8_0", "-ctv", "q8_0", "-fa", "on", "--no-mmap",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("hello")
+
+
+class Words:
+    """Stands in for a model whose tokens are the given bytes."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def n_ctx(self):
+        return 100
+
+    def generate(self, tokens, **options):
+        yield from range(len(self.pieces))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "text"),
+    [
+        ([b"a", b"b", b"c"], [], ["a", "b", "c"]),
+        (["é".encode()[:1], "é".encode()[1:] + b"!"], [], ["é!"]),
+        (["😀".encode()[:1], "😀".encode()[1:3], "😀".encode()[3:], b"x"], [], ["😀", "x"]),
+        ([b"a", b"\xff", b"b", b"\xe2\x82"], [], ["a", "�", "b", "�"]),
+        ([b"one ", b"two ", b"three"], ["two"], ["one "]),
+        ([b"a E", b"N", b"D b"], ["END"], ["a "]),
+        ([b"a E", b"N", b"T b"], ["END"], ["a ", "ENT b"]),
+        ([b"a E", b"N"], ["END"], ["a ", "EN"]),
+        ([b"x" * 300], [], ["x" * 300]),
+    ],
+)
+def test_stream(monkeypatch, pieces, stop, text):
+    from pydeltamem import stream as module
+
+    llm = Words(pieces)
+    monkeypatch.setattr(module, "_piece", lambda llm, token: llm.pieces[token])
+    monkeypatch.setattr(module, "_is_end", lambda llm, token: False)
+    assert list(module.TextStream(llm, [0], stop=stop)) == text
+
+
+def test_stream_ends(llm):
+    stream = TextStream(llm, llm.tokenize(b"hello"), n_predict=7, temp=0)
+    whole = "".join(stream)
+    assert stream.n_tokens == 7 and stream.finish_reason == "length"
+    llm.reset()
+    llm.memory.reset()
+    tokens = list(itertools.islice(llm.generate(llm.tokenize(b"hello"), temp=0), 7))
+    assert llm.detokenize(tokens).decode(errors="replace") == whole
+    full = TextStream(llm, [5] * (llm.n_ctx() - 3), temp=0)
+    assert "".join(full)
+    assert (full.n_tokens, full.finish_reason) in ((3, "length"), (full.n_tokens, "stop"))
+
+
+def test_verbose_shows_the_log(generate):
+    assert "llama_model_loader" in generate("-p", "hello", "-v").stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["-m", "none.gguf", "-p", "x"], "none.gguf: no such model file"),
+        (["-m", "text", "-p", "x"], "text: the model cannot be loaded"),
+        (["-m", "cut.gguf", "-p", "x"], "cut.gguf: the model cannot be loaded: .*corrupted or incomplete"),
+        (["-m", "BASE", "--deltamem", "none.gguf", "-p", "x"], "none.gguf: no such adapter file"),
+        (["-m", "BASE", "--deltamem", "text", "-p", "x"], "text.* GGUF"),
+        (["-m", "BASE", "--deltamem", "BASE", "-p", "x"], "base-f32.gguf.*not a δ-mem adapter"),
+        (["-m", "BASE", "--deltamem", "SMOLLM3", "-p", "x"], "smollm3"),
+        (["-m", "BASE", "--deltamem", "TSW", "-p", "x", "--load-memory", "none"], "none: no such memory file"),
+        (["-m", "BASE", "--deltamem", "TSW", "-p", "x", "--load-memory", "text"], "text: cut off or not a memory file"),
+        (
+            ["-m", "BASE", "--deltamem", "MSW", "-p", "x", "--load-memory", "tsw.memory"],
+            "the memory of another adapter",
+        ),
+        (["-m", "BASE", "-p", "x", "--load-memory", "tsw.memory"], "no memory adapter is attached"),
+        (["-m", "BASE", "-p", "x", "--save-memory", "out.memory"], "no memory adapter is attached"),
+        (
+            ["-m", "BASE", "-p", "x", "--deltamem", "TSW", "--save-memory", "no/out.memory"],
+            "no/out.memory: .*no folder",
+        ),
+        (["-m", "BASE", "-p", "x", "--no-memory", "--save-memory", "out.memory"], "--no-memory leaves no memory"),
+        (["-m", "BASE", "-p", "x", "--lora", "none.gguf"], "none.gguf: no such LoRA file"),
+        (["-m", "BASE", "-p", "x", "--lora", "text"], "text: the LoRA adapter cannot be loaded"),
+        (["-m", "BASE", "-p", "x", "--grammar", "root ::= ["], "--grammar: not a valid GBNF grammar"),
+        (["-m", "BASE", "-p", "x", "--grammar-file", "none.gbnf"], "none.gbnf: cannot be read"),
+        (["-m", "BASE", "-f", "none.txt"], "none.txt: cannot be read"),
+        (["-m", "BASE", "-f", "binary"], "binary: not a UTF-8 text file"),
+        (["-m", "BASE", "-f", "long", "-c", "256"], "tokens, the context holds 256"),
+        (["-m", "BASE", "-p", ""], "the prompt is empty"),
+        (["-m", "BASE", "-p", "x", "-ctv", "q4_0", "-fa", "off"], "cannot be loaded"),
+    ],
+)
+def test_bad_input(base, adapter, make_llm, tmp_path, args, says):
+    (tmp_path / "text").write_text("no such thing\n" * 50)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "long").write_text("hello " * 300)
+    (tmp_path / "cut.gguf").write_bytes(base().read_bytes()[:900_000])
+    make_llm().memory.save(tmp_path / "tsw.memory")
+    names = {
+        "BASE": base(),
+        "TSW": adapter("qwen3", "tsw_qo"),
+        "MSW": adapter("qwen3", "msw4_qo"),
+        "SMOLLM3": adapter("smollm3", "tsw_qo"),
+    }
+    result = deltamem("generate", *(names.get(arg, arg) for arg in args), "-n", "4", cwd=tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert result.stdout == ""
+    assert re.fullmatch(rf"deltamem: error: .*{says}.*\n", result.stderr), result.stderr
+    assert not (tmp_path / "out.memory").exists()
+
+
+def test_ctrl_c_saves_the_memory(base, adapter, tmp_path):
+    path = tmp_path / "a.memory"
+    command = [
+        sys.executable,
+        "-m",
+        "pydeltamem.cli",
+        "generate",
+        "-m",
+        base(),
+        "--deltamem",
+        adapter("qwen3", "tsw_qo"),
+    ]
+    command += ["-p", "hello", "-c", "32768", "--ignore-eos", "--save-memory", path]
+    process = subprocess.Popen([str(arg) for arg in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(40).startswith(b"hello")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert read_memory_file(path)[0].any()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes as on POSIX")
+def test_broken_pipe_is_quiet(base, adapter, tmp_path):
+    path = tmp_path / "a.memory"
+    command = [
+        sys.executable,
+        "-m",
+        "pydeltamem.cli",
+        "generate",
+        "-m",
+        base(),
+        "--deltamem",
+        adapter("qwen3", "tsw_qo"),
+    ]
+    command += ["-p", "hello", "-c", "32768", "--ignore-eos", "--no-perf", "--save-memory", path]
+    process = subprocess.Popen([str(arg) for arg in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=300) == 141
+    assert err == b""
+    assert read_memory_file(path)[0].any()

@@ -1,0 +1,443 @@
+"""DeltaMemLlama: everything of llama_cpp.Llama works on it, and the memory follows the text."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from llama_cpp import LLAMA_POOLING_TYPE_MEAN, Llama, LlamaGrammar
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+from pydeltamem import AdapterError, DeltaMemError, DeltaMemLlama, InputError, ModelError
+
+TOKENS = [5, 17, 40, 99, 7, 63, 120, 5, 17, 88, 200, 31]
+MESSAGES = [{"role": "system", "content": "short"}, {"role": "user", "content": "hello there"}]
+
+
+def text(completion):
+    return completion["choices"][0]["text"]
+
+
+def joined(stream):
+    return "".join(chunk["choices"][0]["text"] for chunk in stream)
+
+
+# llama_cpp.Llama
+
+
+def test_is_a_llama(llm):
+    assert isinstance(llm, Llama)
+    assert llm.detokenize(llm.tokenize(b"hello")) == b" hello" or llm.detokenize(llm.tokenize(b"hello")) == b"hello"
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "smollm3"])
+def test_without_adapter_it_is_the_plain_model(base, make_llm, arch):
+    plain = Llama(str(base(arch)), n_ctx=512, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+    llm = make_llm(None, arch, logits_all=True)
+    for model in (plain, llm):
+        model.eval(TOKENS)
+    np.testing.assert_array_equal(plain._scores, llm._scores)
+    assert text(plain("hello", max_tokens=16, temperature=0)) == text(llm("hello", max_tokens=16, temperature=0))
+    plain.close()
+
+
+def test_completion(llm):
+    completion = llm.create_completion("hello", max_tokens=12, temperature=0)
+    assert completion["usage"]["completion_tokens"] >= 1
+    assert text(completion)
+    assert np.abs(llm.memory.state).max() > 0
+
+
+def test_completion_reads_the_memory(llm):
+    greedy = {"max_tokens": 24, "temperature": 0}
+    first = text(llm.create_completion("hello", **greedy))
+    llm.reset()
+    llm.memory.reset()
+    assert text(llm.create_completion("hello", **greedy)) == first
+    llm.reset()
+    llm.memory.state = np.random.default_rng(0).standard_normal(llm.memory.shape)
+    assert text(llm.create_completion("hello", **greedy)) != first
+
+
+def test_streaming(llm):
+    options = {"max_tokens": 24, "temperature": 1.0, "seed": 7}
+    whole = text(llm.create_completion("hello", **options))
+    llm.reset()
+    llm.memory.reset()
+    assert joined(llm.create_completion("hello", stream=True, **options)) == whole
+
+
+def test_chat_completion(llm):
+    options = {"max_tokens": 16, "temperature": 0}
+    reply = llm.create_chat_completion(MESSAGES, **options)["choices"][0]["message"]
+    assert reply["role"] == "assistant" and reply["content"]
+    llm.reset()
+    llm.memory.reset()
+    pieces = [chunk["choices"][0]["delta"] for chunk in llm.create_chat_completion(MESSAGES, stream=True, **options)]
+    assert "".join(piece.get("content") or "" for piece in pieces) == reply["content"]
+
+
+def test_grammar(llm):
+    grammar = LlamaGrammar.from_string('root ::= "yes" | "no"', verbose=False)
+    assert text(llm.create_completion("hello", max_tokens=8, grammar=grammar)) in ("yes", "no")
+
+
+def test_logprobs(make_llm):
+    llm = make_llm(logits_all=True)
+    choice = llm.create_completion("hello", max_tokens=4, temperature=0, logprobs=3)["choices"][0]
+    assert len(choice["logprobs"]["token_logprobs"]) >= 4
+    assert all(np.isfinite(value) and value <= 0 for value in choice["logprobs"]["token_logprobs"])
+
+
+def test_embedding_reads_and_does_not_write(make_llm):
+    llm = make_llm(embedding=True, n_ctx=512, n_batch=64, pooling_type=LLAMA_POOLING_TYPE_MEAN)
+    state = np.random.default_rng(0).standard_normal(llm.memory.shape).astype(np.float32)
+    empty = llm.embed(["hello there", "hello there", "other"])
+    llm.memory.state = state
+    texts = llm.embed(["hello there", "hello there", "other"])
+    np.testing.assert_array_equal(llm.memory.state, state)
+    assert llm.memory.write is True
+    np.testing.assert_allclose(texts[0], texts[1], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(texts[0], empty[0], rtol=1e-3, atol=1e-3), "the memory was not read"
+    embedding = llm.create_embedding("hello there")["data"][0]["embedding"]
+    np.testing.assert_allclose(embedding, texts[0], rtol=1e-4, atol=1e-5)
+
+
+def test_draft_model(make_llm):
+    """Speculative decoding gives the greedy text while nothing writes, also when it is asked again."""
+    greedy = {"max_tokens": 40, "temperature": 0}
+    llm = make_llm(draft_model=LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=5))
+    expected = make_llm()
+    state = np.random.default_rng(0).standard_normal(llm.memory.shape)
+    for model in (llm, expected):
+        model.memory.state = state
+        model.memory.write = False
+    prompt = "one two one two one two one"
+    reference = text(expected.create_completion(prompt, **greedy))
+    assert text(llm.create_completion(prompt, **greedy)) == reference
+    assert text(llm.create_completion(prompt, **greedy)) == reference
+    llm.memory.write = True
+    for _ in range(3):  # old and new tokens in one batch
+        assert text(llm.create_completion(prompt, **greedy))
+
+
+def test_save_state_and_load_state(llm):
+    llm.eval(TOKENS)
+    saved, state = llm.save_state(), llm.memory.state
+    llm.eval([3, 4, 5])
+    llm.load_state(saved)
+    assert llm.n_tokens == len(TOKENS)
+    llm.memory.state = state
+    llm.load_state(saved)
+    assert next(llm.generate(TOKENS, temp=0)) >= 0
+    np.testing.assert_array_equal(llm.memory.state, state)  # the last token is read again and not written again
+
+
+def test_pickle(llm):
+    llm.eval(TOKENS)
+    copy = pickle.loads(pickle.dumps(llm))
+    try:
+        assert copy.memory.layers == llm.memory.layers
+    finally:
+        copy.close()
+
+
+def test_close(make_llm):
+    llm = make_llm()
+    llm.eval(TOKENS)
+    llm.close()
+    llm.close()
+    del llm
+
+
+def test_is_freed_without_the_garbage_collector(base, adapter):
+    """No reference cycle keeps a model alive: gigabytes would wait for the collector."""
+    import gc
+    import weakref
+
+    gc.disable()
+    try:
+        llm = DeltaMemLlama(base(), deltamem_path=adapter("qwen3", "tsw_qo"), n_ctx=256, verbose=False)
+        _ = llm.memory.state
+        reference = weakref.ref(llm)
+        del llm
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+# eval
+
+
+def test_eval_in_pieces_is_eval_at_once(make_llm):
+    at_once, in_pieces = make_llm(), make_llm(n_batch=5)
+    at_once.eval(TOKENS)
+    in_pieces.eval(TOKENS)
+    assert at_once.n_tokens == in_pieces.n_tokens == len(TOKENS)
+    np.testing.assert_allclose(in_pieces.memory.state, at_once.memory.state, rtol=0, atol=1e-5)
+
+
+def test_failed_eval_leaves_everything_as_it_was(make_llm, monkeypatch):
+    llm = make_llm(n_batch=4)
+    llm.eval(TOKENS)
+    state = llm.memory.state
+    decode, calls = type(llm._ctx).decode, []
+
+    def fail_second(ctx, batch):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise RuntimeError("llama_decode returned 1")
+        decode(ctx, batch)
+
+    monkeypatch.setattr(type(llm._ctx), "decode", fail_second)
+    with pytest.raises(RuntimeError, match="llama_decode"):
+        llm.eval([9, 8, 7, 6, 5, 4])
+    monkeypatch.undo()
+    assert len(calls) == 2
+    assert llm.n_tokens == len(TOKENS)
+    np.testing.assert_array_equal(llm.memory.state, state)
+
+    other = make_llm(n_batch=4)
+    for model in (llm, other):
+        if model is other:
+            model.eval(TOKENS)
+        model.eval([9, 8, 7, 6, 5, 4])
+    np.testing.assert_allclose(llm.memory.state, other.memory.state, rtol=0, atol=1e-6)
+
+
+def test_eval_beyond_the_context(make_llm):
+    llm = make_llm(n_ctx=256)
+    with pytest.raises(InputError, match="do not fit"):
+        llm.eval([5] * 257)
+    assert llm.n_tokens == 0 and not llm.memory.state.any()
+
+
+def test_eval_of_nothing(llm):
+    llm.eval([])
+    assert llm.n_tokens == 0
+
+
+# segments
+
+
+@pytest.mark.parametrize("case", ["ssw_message", "ssw_sentence"])
+def test_segments(make_llm, case):
+    segments = [0, 0, 0, 0, -1, 1, 1, 1, 2, 2, 2, 2]
+    llm, in_pieces = make_llm(case), make_llm(case, n_batch=5)
+    llm.eval(TOKENS, segments=segments)
+    in_pieces.eval(np.array(TOKENS), segments=np.array(segments))
+    assert np.abs(llm.memory.state).max() > 0
+    np.testing.assert_allclose(in_pieces.memory.state, llm.memory.state, rtol=0, atol=1e-5)
+
+    silent = make_llm(case)
+    silent.eval(TOKENS, segments=[-1] * len(TOKENS))
+    assert not silent.memory.state.any()
+
+    by_token, alone = make_llm(case), make_llm(case)
+    by_token.eval(TOKENS[:1])
+    alone.eval(TOKENS[:1], segments=[0])
+    np.testing.assert_allclose(by_token.memory.state, alone.memory.state, rtol=0, atol=1e-6)
+    assert np.abs(alone.memory.state).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("segments", "says"),
+    [
+        ([0, 0, 1], "3 segment ids were given for 12 tokens"),
+        ([0] * 11 + [-2], "-1 or from 0"),
+        ([0] * 11 + [2**31], "-1 or from 0"),
+        ([1] * 6 + [0] * 6, "must not fall"),
+        ([1, -1, 0] * 4, "must not fall"),
+        ([0.5] * 12, "integers"),
+    ],
+)
+def test_bad_segments(make_llm, segments, says):
+    llm = make_llm("ssw_message")
+    with pytest.raises(InputError, match=says):
+        llm.eval(TOKENS, segments=segments)
+    assert llm.n_tokens == 0 and not llm.memory.state.any()
+
+
+def test_segments_on_another_adapter(make_llm):
+    with pytest.raises(InputError, match="writes per token"):
+        make_llm("tsw_qo").eval(TOKENS, segments=[0] * len(TOKENS))
+    with pytest.raises(AdapterError, match="no memory adapter is attached"):
+        make_llm(None).eval(TOKENS, segments=[0] * len(TOKENS))
+
+
+# the rule of one write
+
+
+def test_a_prompt_asked_again_writes_once(llm):
+    next(llm.generate(TOKENS, temp=0))
+    state = llm.memory.state
+    for _ in range(2):
+        next(llm.generate(TOKENS, temp=0))
+        np.testing.assert_array_equal(llm.memory.state, state)
+    next(llm.generate(TOKENS[:6], temp=0))  # reads token 5 again
+    np.testing.assert_array_equal(llm.memory.state, state)
+
+
+def test_a_longer_prompt_writes_what_is_new(make_llm):
+    llm, other = make_llm(), make_llm()
+    next(llm.generate(TOKENS[:6], temp=0))
+    next(llm.generate(TOKENS, temp=0))
+    other.eval(TOKENS[:6])
+    other.eval(TOKENS[6:])
+    np.testing.assert_array_equal(llm.memory.state, other.memory.state)
+
+
+def test_another_way_on_writes(llm):
+    llm.eval(TOKENS)
+    state = llm.memory.state
+    llm.n_tokens = 6
+    llm.eval(TOKENS[6:8])  # the same again
+    np.testing.assert_array_equal(llm.memory.state, state)
+    llm.eval([250])  # another token at position 8
+    forked = llm.memory.state
+    assert np.abs(forked - state).max() > 1e-4
+    llm.eval([TOKENS[9]])  # the token that stood there, after another one
+    assert np.abs(llm.memory.state - forked).max() > 1e-4
+    assert llm.memory.write is True
+
+
+def test_old_and_new_tokens_in_one_call(make_llm):
+    llm, other = make_llm(), make_llm()
+    for model in (llm, other):
+        model.eval(TOKENS[:8])
+        model.n_tokens = 4
+    llm.eval([*TOKENS[4:8], 11, 12])
+    other.memory.write = False
+    other.eval(TOKENS[4:8])
+    other.memory.write = True
+    other.eval([11, 12])
+    np.testing.assert_array_equal(llm.memory.state, other.memory.state)
+
+
+@pytest.mark.parametrize("forget", ["text", "memory"])
+def test_after_a_reset_everything_writes_again(llm, forget):
+    llm.eval(TOKENS)
+    state = llm.memory.state
+    if forget == "text":
+        llm.reset()
+        llm.eval(TOKENS)
+        assert np.abs(llm.memory.state - state).max() > 1e-4
+    else:
+        llm.memory.reset()
+        llm.n_tokens = 0
+        llm.eval(TOKENS)
+        np.testing.assert_allclose(llm.memory.state, state, rtol=0, atol=1e-6)
+
+
+def test_tokens_that_did_not_write_do_later(llm):
+    llm.memory.write = False
+    llm.eval(TOKENS)
+    llm.memory.write = True
+    llm.n_tokens = 0
+    llm.eval(TOKENS)
+    assert np.abs(llm.memory.state).max() > 0
+
+
+# bad input
+
+
+def truncated(source, target, keep):
+    target.write_bytes(source.read_bytes()[:keep])
+    return target
+
+
+def test_bad_model(base, tmp_path, capfd):
+    for path, says in (
+        (tmp_path / "none.gguf", "no such model file"),
+        (tmp_path, "no such model file"),
+        (truncated(base(), tmp_path / "cut.gguf", 900_000), "cannot be loaded: .*corrupted or incomplete"),
+        (truncated(base(), tmp_path / "short.gguf", 300), "cannot be loaded: "),
+        (truncated(base(), tmp_path / "empty.gguf", 0), "cannot be loaded"),
+    ):
+        with pytest.raises(ModelError, match=says) as info:
+            DeltaMemLlama(path, verbose=False)
+        assert str(path) in str(info.value) and "\n" not in str(info.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_an_adapter_is_no_model(adapter):
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        DeltaMemLlama(adapter("qwen3", "tsw_qo"), verbose=False)
+
+
+def test_bad_adapter(base, adapter, tmp_path, capfd):
+    good = adapter("qwen3", "tsw_qo")
+    text_file = tmp_path / "text.gguf"
+    text_file.write_text("no adapter\n" * 100)
+    for path in (
+        tmp_path / "none.gguf",
+        truncated(good, tmp_path / "cut.gguf", good.stat().st_size - 500),
+        truncated(good, tmp_path / "short.gguf", 200),
+        truncated(good, tmp_path / "empty.gguf", 0),
+        text_file,
+        base("qwen3"),  # a model
+        adapter("smollm3", "tsw_qo"),
+    ):
+        with pytest.raises(AdapterError) as info:
+            DeltaMemLlama(base("qwen3"), deltamem_path=path, verbose=False)
+        assert str(path) in str(info.value) and "\n" not in str(info.value)
+        assert isinstance(info.value, DeltaMemError)
+    assert capfd.readouterr().err == ""
+
+
+def test_an_adapter_for_another_architecture_is_named(base, adapter):
+    with pytest.raises(AdapterError, match=r"(?s)smollm3.*qwen3|qwen3.*smollm3"):
+        DeltaMemLlama(base("qwen3"), deltamem_path=adapter("smollm3", "tsw_qo"), verbose=False)
+
+
+# the library
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+def test_the_package_alone_does_not_load_llama_cpp():
+    result = python("import sys, pydeltamem.cli, pydeltamem.memory_file; sys.exit('llama_cpp' in sys.modules)")
+    assert result.returncode == 0, result.stderr
+
+
+def test_llama_cpp_after_pydeltamem_uses_our_library():
+    result = python(
+        "import pydeltamem, llama_cpp; from pydeltamem import DeltaMemLlama; "
+        "assert issubclass(DeltaMemLlama, llama_cpp.Llama); llama_cpp.llama_cpp._lib.llama_deltamem_adapter_load"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_llama_cpp_imported_before_with_another_library():
+    result = python(
+        "import ctypes, sys, types\n"
+        "package, module = types.ModuleType('llama_cpp'), types.ModuleType('llama_cpp.llama_cpp')\n"
+        "package.__version__, package.llama_cpp, package.__path__ = '0.3.36', module, []\n"
+        "module._lib = ctypes.CDLL(None)\n"
+        "sys.modules.update({'llama_cpp': package, 'llama_cpp.llama_cpp': module})\n"
+        "try:\n    import pydeltamem\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    assert "import pydeltamem before llama_cpp" in result.stdout, result.stderr
+
+
+def test_a_library_folder_without_a_library(tmp_path):
+    result = python(
+        f"import os; os.environ['LLAMA_CPP_LIB_PATH'] = {str(tmp_path)!r}\n"
+        "try:\n    from pydeltamem import DeltaMemLlama\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    assert "unset LLAMA_CPP_LIB_PATH" in result.stdout, result.stderr
+
+
+def test_lazy_names():
+    import pydeltamem
+
+    assert set(pydeltamem.__all__) <= set(dir(pydeltamem))
+    with pytest.raises(AttributeError):
+        _ = pydeltamem.nothing
