@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
 import numpy as np
 
 from pydeltamem.errors import ModelError
+from pydeltamem.gguf_header import Header
 
 # llama.cpp runs RoPE on neighbouring rows for some architectures, where Hugging Face pairs the halves of a head. Its
-# converter then permutes the rows of the q and k projections (LlamaModel.permute and its users in llama.cpp's conversion/).
+# converter then permutes the rows of the q and k projections: LlamaModel.permute and its users in its conversion/.
 PERMUTED = frozenset({
-    "arcee", "arctic", "bailingmoe", "deci", "deepseek", "granite", "granitemoe", "internlm2", "llada", "llama",
-    "mistral3", "minicpm", "nanbeige", "olmo", "smollm3",
+    "arcee", "arctic", "bailingmoe", "chameleon", "deci", "deepseek", "granite", "granitehybrid", "granitemoe",
+    "internlm2", "llada", "llama", "llama-embed", "minicpm", "mistral3", "nanbeige", "olmo", "smollm3",
 })  # fmt: skip
 IN_ORDER = frozenset({
-    "apertus", "exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gpt-oss", "gptneox", "hunyuan-dense", "nemotron",
-    "olmo2", "olmoe", "phi2", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "qwen3next", "seed_oss", "stablelm",
-    "starcoder2",
+    "afmoe", "apertus", "cohere2", "command-r", "dots1", "ernie4_5", "ernie4_5-moe", "exaone", "exaone4", "falcon",
+    "gemma", "gemma2", "gemma3", "gpt-oss", "gptneox", "grovemoe", "hunyuan-dense", "hunyuan-moe", "llada-moe",
+    "llama4", "nemotron", "olmo2", "olmoe", "orion", "phi2", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen3",
+    "qwen3moe", "qwen3next", "seed_oss", "smallthinker", "stablelm", "starcoder2",
 })  # fmt: skip
+
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 
 
 @dataclass(frozen=True)
@@ -46,22 +50,23 @@ class Base:
         self.path = Path(path)
         if not self.path.is_file():
             raise ModelError(f"{self.path}: no such base model")
-        try:
-            reader = gguf.GGUFReader(self.path)
-        except Exception as error:  # gguf reports a damaged file by whatever numpy and struct raise
-            raise ModelError(f"{self.path}: is not a readable GGUF file; it may be truncated") from error
-        self._fields = reader.fields
-        self._shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
+        header = Header(self.path)
+        self._keys = header.keys
+        self._shapes = {tensor.name: tensor.shape for tensor in header.tensors.values()}
 
-        if self._value("general.type", "model") == "adapter":
-            raise ModelError(f"{self.path}: is an adapter, not a base model")
+        if (kind := self._keys.get("general.type", "model")) != "model":
+            raise ModelError(f"{self.path}: is no base model: its general.type is '{kind}'")
         self.architecture: str = self._value("general.architecture")
-        self.n_layer = int(self._value(f"{self.architecture}.block_count"))
-        self.n_embd = int(self._value(f"{self.architecture}.embedding_length"))
+        self.n_layer = self._per_layer("block_count", 0)
+        if not 0 < self.n_layer <= MAX_LAYERS:
+            raise ModelError(f"{self.path}: has {self.n_layer} layers, llama.cpp takes 1 to {MAX_LAYERS}")
+        self.n_embd = self._per_layer("embedding_length", 0)
+        for part in self._other_parts():
+            self._shapes.update((tensor.name, tensor.shape) for tensor in Header(part).tensors.values())
         self.layers = [self._layer(i) for i in range(self.n_layer)]
 
     def permute(self, head: str, layer: int, rows: np.ndarray) -> np.ndarray:
-        """Brings the rows of a q or k correction, [rows, n], into this file's order. v and o have no order of their own."""
+        """Brings the rows of a q or k correction, [rows, n], into this file's order; those of v and o are in it."""
         if head not in ("q", "k") or self.architecture in IN_ORDER:
             return rows
         if self.architecture not in PERMUTED:
@@ -70,25 +75,46 @@ class Base:
                 f"'{self.architecture}', which this checkpoint corrects"
             )
         n_head = self.layers[layer].n_head if head == "q" else self.layers[layer].n_head_kv
+        if n_head < 1 or len(rows) % (2 * n_head):
+            raise ModelError(f"{self.path}: the {len(rows)} rows of {head} in layer {layer} are not {n_head} heads' rows")
         # as LlamaModel.permute of llama.cpp's converter
         return rows.reshape(n_head, 2, rows.shape[0] // n_head // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
+    def _other_parts(self) -> list[Path]:
+        """The other files of a model that is split in several."""
+        n_parts = self._integer("split.count", self._keys.get("split.count", 1))
+        if n_parts < 2:
+            return []
+        name = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", self.path.name)
+        if not name or self._keys.get("split.no") != 0:
+            raise ModelError(
+                f"{self.path}: is a part of a split model: name its first part, ...-00001-of-{n_parts:05}.gguf"
+            )
+        return [self.path.with_name(f"{name[1]}-{i:05}-of-{n_parts:05}.gguf") for i in range(2, n_parts + 1)]
+
     def _value(self, key: str, default=None):
-        field = self._fields.get(key)
-        if field is None:
-            if default is None:
-                raise ModelError(f"{self.path}: has no key {key}, it is no language model")
-            return default
-        return field.contents()
+        value = self._keys.get(key, default)
+        if value is None:
+            raise ModelError(f"{self.path}: has no key {key}, it is no language model")
+        return value
 
     def _per_layer(self, key: str, layer: int, default: int | None = None) -> int:
         value = self._value(f"{self.architecture}.{key}", default)
-        return int(value[layer] if isinstance(value, list) else value)
+        if isinstance(value, list) and len(value) < self.n_layer:
+            raise ModelError(
+                f"{self.path}: {self.architecture}.{key} has {len(value)} values for {self.n_layer} layers"
+            )
+        return self._integer(key, value[layer] if isinstance(value, list) else value)
+
+    def _integer(self, key: str, value) -> int:
+        if not isinstance(value, int) or value < 0:
+            raise ModelError(f"{self.path}: {key} is {value!r}, no number of anything")
+        return value
 
     def _layer(self, i: int) -> Layer:
         def rows(name: str) -> int:
             shape = self._shapes.get(f"blk.{i}.{name}.weight")
-            return shape[1] if shape else 0
+            return shape[0] if shape else 0
 
         n_head = self._per_layer("attention.head_count", i)
         n_head_kv = self._per_layer("attention.head_count_kv", i, n_head)

@@ -1,10 +1,13 @@
-"""Reads a δ-mem checkpoint directory as the publication saves it (design section 2), and checks every field and tensor."""
+"""Reads a δ-mem checkpoint directory as the publication saves it, and checks every field and tensor."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ WEIGHTS = ("delta_mem_adapter.pt", "delta_mem_adapter.safetensors")
 
 HEADS = ("q", "k", "v", "o")  # also the order of delta_scale_raw at granularity head
 MAX_RANK = 64
+_MAX_FLOAT = float(np.finfo(np.float32).max)
 
 # Fields that decide what is computed, with the types and values that we compute.
 _ANY_OF: dict[str, tuple[str, ...]] = {
@@ -137,9 +141,7 @@ class Checkpoint:
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: no such checkpoint directory")
         self.config = read_config(self.directory / CONFIG)
-        self.path = next((self.directory / name for name in WEIGHTS if (self.directory / name).is_file()), None)
-        if self.path is None:
-            raise CheckpointError(f"{self.directory}: holds neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
+        self.path = _weights_file(self.directory)
         self.tensors = _read_tensors(self.path)
         self._taken: set[str] = set()
 
@@ -151,6 +153,19 @@ class Checkpoint:
             while block := file.read(1 << 20):
                 digest.update(block)
         return digest.hexdigest()
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that the weights' file has tensors for, ascending."""
+        matches = (re.match(r"model\.layers\.(\d+)\.self_attn\.", key) for key in self.tensors)
+        return sorted({int(match[1]) for match in matches if match})
+
+    @property
+    def widths(self) -> set[int]:
+        """Row lengths of the projections from the hidden state; of a sound checkpoint, one: the model's width."""
+        return {
+            tensor.shape[-1] for key, tensor in self.tensors.items() if key.endswith("memory_q_proj") and tensor.ndim
+        }
 
     def take(self, layer: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A layer's tensor, float32, of that shape and finite."""
@@ -170,7 +185,7 @@ class Checkpoint:
         self._taken.add(f"model.layers.{layer}.self_attn.{name}")
 
     def check_all_taken(self) -> None:
-        """Raises CheckpointError if a tensor was left over: then it is not the checkpoint that the configuration says."""
+        """Raises CheckpointError if a tensor was left over: the checkpoint is not what its configuration says."""
         left = sorted(set(self.tensors) - self._taken)
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -183,7 +198,7 @@ def read_config(path: Path) -> Config:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a checkpoint directory holds {CONFIG} and {WEIGHTS[0]}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not a readable JSON file ({error})") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: holds no JSON object")
@@ -215,6 +230,9 @@ def read_config(path: Path) -> Config:
         if not _is_integer(values[name]) or not 1 <= values[name] <= most:
             raise refuse(name, f"must be an integer from 1 to {most}")
 
+    if values["delta_o_rmsnorm_eps"] < 0:
+        raise refuse("delta_o_rmsnorm_eps", "must not be negative")
+
     heads, layers = values["delta_heads"], values["target_layers"]
     if not isinstance(heads, list) or not heads or any(head not in HEADS for head in heads):
         raise refuse("delta_heads", "must be a list of some of q, k, v, o")
@@ -224,6 +242,15 @@ def read_config(path: Path) -> Config:
     values["target_layers"] = tuple(sorted(set(layers)))
     values["alpha"] = float(values["alpha"])
     return Config(**values)
+
+
+def _weights_file(directory: Path) -> Path:
+    found = [directory / name for name in WEIGHTS if (directory / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{directory}: holds neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
+    if len(found) > 1 and importlib.util.find_spec("torch") is None:
+        return found[1]  # needs no PyTorch
+    return found[0]
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -236,9 +263,11 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
             f"{path}: reading it needs PyTorch: pip install 'pydeltamem[convert]', or save the weights as {WEIGHTS[1]}"
         ) from None
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that it does not expect
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Weights only" in str(error):
+        if "weights_only" in str(error) and "Unsupported operand" not in str(error):  # that is a damaged file's
             raise CheckpointError(
                 f"{path}: holds more than tensors (its pickle wants to run code) and is refused"
             ) from None
@@ -247,6 +276,9 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path}: is damaged or no PyTorch checkpoint") from error
     if not isinstance(loaded, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
         raise CheckpointError(f"{path}: is not a flat state dict of tensors")
+    for name, tensor in loaded.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(f"{path}: tensor {name} is no dense tensor of floating-point numbers")
     return {str(name): tensor.detach().to(torch.float32).numpy() for name, tensor in loaded.items()}
 
 
@@ -264,7 +296,8 @@ def _to_float32(path: Path, name: str, dtype: str, shape: list[int], data: bytes
     if dtype == "BF16":  # numpy has no such type: it is the upper half of a float32
         values = (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
     elif dtype in ("F16", "F32", "F64"):
-        values = np.frombuffer(data, dtype=f"<f{int(dtype[1:]) // 8}").astype(np.float32)
+        with np.errstate(over="ignore"):  # an infinity is refused later, by name
+            values = np.frombuffer(data, dtype=f"<f{int(dtype[1:]) // 8}").astype(np.float32)
     else:
         raise CheckpointError(f"{path}: tensor {name} is {dtype}, weights are F16, BF16, F32 or F64")
     return values.reshape(shape)
@@ -279,4 +312,4 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_FLOAT

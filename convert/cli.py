@@ -11,7 +11,9 @@ from .pack import OUTTYPES, layers_of, write_adapter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="ADAPTER_DIR", help="directory with delta_mem_config.json and its weights")
+    parser.add_argument(
+        "checkpoint", metavar="ADAPTER_DIR", help="directory with delta_mem_config.json and its weights"
+    )
     parser.add_argument("--base", metavar="MODEL", required=True, help="the base model as GGUF, of any quantisation")
     parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the adapter to write")
     parser.add_argument("--outtype", choices=sorted(OUTTYPES), default="f32", help="type of the weights (default: f32)")

@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from pydeltamem.errors import CheckpointError
+from pydeltamem.errors import CheckpointError, InputError
 
 from .base import Base
 from .checkpoint import HEADS, Checkpoint
@@ -23,6 +23,13 @@ OUTTYPES = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+
+
+# The largest value that each type can hold: a block of Q8_0 has 127 steps of an F16.
+_LIMITS = {
+    gguf.GGMLQuantizationType.F16: 65504.0,
+    gguf.GGMLQuantizationType.Q8_0: 127 * 65504.0,
 }
 
 
@@ -43,6 +50,7 @@ def packed_tensors(checkpoint: Checkpoint, base: Base) -> Iterator[tuple[str, np
     Checks every shape against configuration and base, that all values are finite, and that no tensor is left over.
     """
     config = checkpoint.config
+    _check_fit(checkpoint, base)
     for layer in layers_of(checkpoint, base):
         widths = base.layers[layer]
 
@@ -66,15 +74,36 @@ def packed_tensors(checkpoint: Checkpoint, base: Base) -> Iterator[tuple[str, np
             checkpoint.drop(layer, f"delta_{head}_proj")  # those of heads that are off are saved too
         for head in config.delta_heads:
             if not widths.rows(head):
-                raise CheckpointError(f"{checkpoint.directory}: corrects layer {layer}, which has no attention in {base.path}")
+                raise CheckpointError(
+                    f"{checkpoint.directory}: corrects layer {layer}, which has no attention in {base.path}"
+                )
             delta = take(f"delta_{head}_proj", widths.rows(head), config.n_read)
-            delta = (delta.astype(np.float64) * scales[head]).astype(np.float32)
+            with np.errstate(over="ignore"):
+                delta = (delta.astype(np.float64) * scales[head]).astype(np.float32)
+            if not np.isfinite(delta).all():
+                raise CheckpointError(
+                    f"{checkpoint.directory}: the scale takes delta_{head}_proj of layer {layer} beyond float32"
+                )
             yield f"blk.{layer}.deltamem_{head}.weight", np.ascontiguousarray(base.permute(head, layer, delta))
         if config.has_o_norm:
             yield f"blk.{layer}.deltamem_o_norm.weight", take("delta_o_rmsnorm_weight", base.n_embd)
         elif config.delta_o_rmsnorm:
             checkpoint.drop(layer, "delta_o_rmsnorm_weight")
     checkpoint.check_all_taken()
+
+
+def _check_fit(checkpoint: Checkpoint, base: Base) -> None:
+    """Raises CheckpointError if the checkpoint was trained for a model of another size."""
+    wrong = checkpoint.widths - {base.n_embd}
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.path}: is for a model of width {min(wrong)}, the width of {base.path} is {base.n_embd}"
+        )
+    layers = checkpoint.layers
+    if not checkpoint.config.target_layers and layers and layers[-1] + 1 != base.n_layer:
+        raise CheckpointError(
+            f"{checkpoint.path}: is for a model of {layers[-1] + 1} layers, {base.path} has {base.n_layer}"
+        )
 
 
 def _scales(checkpoint: Checkpoint, layer: int) -> dict[str, float]:
@@ -84,7 +113,8 @@ def _scales(checkpoint: Checkpoint, layer: int) -> dict[str, float]:
     if config.trainable_delta_scale:
         per_head = config.delta_scale_granularity == "head"
         raw = checkpoint.take(layer, "delta_scale_raw", (len(HEADS) if per_head else 1,)).astype(np.float64)
-        trained = config.delta_scale_max / (1.0 + np.exp(-raw))
+        with np.errstate(over="ignore"):
+            trained = config.delta_scale_max / (1.0 + np.exp(-raw))
         scale = {head: scale[head] * float(trained[i if per_head else 0]) for i, head in enumerate(HEADS)}
     return scale
 
@@ -101,14 +131,20 @@ def stored_type(name: str, shape: tuple[int, ...], outtype: str) -> gguf.GGMLQua
 def write_adapter(
     checkpoint: Checkpoint, base: Base, path: str | os.PathLike[str], outtype: str = "f32", name: str | None = None
 ) -> None:
-    """Writes the adapter GGUF in one step: at `path` there is the old file or the whole new one. Raises CheckpointError."""
+    """Writes the adapter GGUF in one step: at `path` there is the old file or the whole new one.
+
+    Raises CheckpointError, and InputError if `path` is one of the files that are read.
+    """
     config = checkpoint.config
+    path = Path(os.path.realpath(path))
+    for source in (base.path, checkpoint.path):
+        if path.exists() and path.samefile(source):
+            raise InputError(f"{path}: is read for the conversion; name another file to write")
     tensors = list(packed_tensors(checkpoint, base))
 
-    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    writer = gguf.GGUFWriter(temporary, base.architecture)  # opens no file yet
     try:
-        writer = gguf.GGUFWriter(temporary, base.architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string("adapter.type", "deltamem")
         writer.add_name(name or checkpoint.directory.resolve().name)
@@ -137,8 +173,10 @@ def write_adapter(
 
         for tensor_name, values in tensors:
             kind = stored_type(tensor_name, values.shape, outtype)
-            if kind == gguf.GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
-                raise CheckpointError(f"{checkpoint.path}: values of {tensor_name} are beyond F16: use --outtype f32 or bf16")
+            if np.abs(values).max() > _LIMITS.get(kind, np.inf):
+                raise CheckpointError(
+                    f"{checkpoint.path}: values of {tensor_name} are beyond {kind.name}: use --outtype f32 or bf16"
+                )
             writer.add_tensor(tensor_name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
         writer.write_header_to_file()
@@ -151,5 +189,7 @@ def write_adapter(
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
+        with contextlib.suppress(OSError):
+            writer.close()
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -1,0 +1,138 @@
+"""Reading a checkpoint: with and without PyTorch, tensors that have no effect, values that no output type can hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from pydeltamem.convert.base import Base
+from pydeltamem.convert.checkpoint import Checkpoint
+from pydeltamem.convert.pack import write_adapter
+from pydeltamem.errors import CheckpointError, InputError
+
+CONFIG, PT, SAFETENSORS = "delta_mem_config.json", "delta_mem_adapter.pt", "delta_mem_adapter.safetensors"
+LAYER = "model.layers.1.self_attn."
+
+
+@pytest.fixture
+def copy(golden_dir, tmp_path):
+    """copy(case, change=None, kind=PT): a golden Qwen3 checkpoint whose state dict `change` has edited."""
+
+    def make(case, change=lambda tensors: None, kind=PT):
+        source, directory = golden_dir / "qwen3" / case, tmp_path / "checkpoint"
+        directory.mkdir()
+        shutil.copy(source / CONFIG, directory)
+        tensors = torch.load(source / PT, weights_only=True)
+        change(tensors)
+        if kind == PT:
+            torch.save(tensors, directory / PT)
+        else:
+            arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+            safetensors.numpy.save_file(arrays, directory / SAFETENSORS)
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def convert(base, tmp_path):
+    """convert(directory, outtype="f32"): the tensors of the adapter made from it."""
+
+    def run(directory, outtype="f32"):
+        out = tmp_path / "out.gguf"
+        write_adapter(Checkpoint(directory), Base(base()), out, outtype)
+        return {tensor.name: tensor.data for tensor in gguf.GGUFReader(out).tensors}
+
+    return run
+
+
+def assert_equal(actual, expected):
+    assert list(actual) == list(expected)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(actual[name], values, err_msg=name)
+
+
+def test_without_pytorch(copy, convert, monkeypatch):
+    """A .pt needs it, and the sentence says how to get it; a .safetensors, also one beside a .pt, does not."""
+    directory = copy("tsw_qo")
+    expected = convert(directory)
+    arrays = {name: tensor.numpy() for name, tensor in torch.load(directory / PT, weights_only=True).items()}
+
+    monkeypatch.setitem(sys.modules, "torch", None)  # import torch: ImportError
+    with pytest.raises(CheckpointError, match=rf"{PT}: .*pip install 'pydeltamem\[convert\]'.*{SAFETENSORS}"):
+        convert(directory)
+    safetensors.numpy.save_file(arrays, directory / SAFETENSORS)
+    assert Checkpoint(directory).path.name == SAFETENSORS
+    assert_equal(convert(directory), expected)
+    monkeypatch.undo()
+    assert Checkpoint(directory).path.name == PT  # the published file comes first
+
+
+def test_lambda_without_an_effect(copy, convert):
+    """With no_lambda a projection for λ is no part of the memory, and may be there."""
+    directory = copy("no_lambda_raw_qk")
+    expected = convert(directory)
+    fields = {**json.loads((directory / CONFIG).read_text()), "couple_lambda": False}
+    (directory / CONFIG).write_text(json.dumps(fields))
+    tensors = torch.load(directory / PT, weights_only=True)
+    tensors.update({f"{LAYER}lambda_proj": torch.ones(16, 96), f"{LAYER}lambda_bias": torch.ones(16)})
+    torch.save(tensors, directory / PT)
+    assert_equal(convert(directory), expected)
+
+
+def test_corrections_that_are_off(copy, convert, adapter):
+    """A published checkpoint has projections for heads that are not corrected: they change nothing."""
+
+    def change(tensors):
+        assert f"{LAYER}delta_v_proj" in tensors
+        tensors[f"{LAYER}delta_v_proj"] = torch.ones(64, 8)
+
+    published = {tensor.name: tensor.data for tensor in gguf.GGUFReader(adapter("qwen3", "tsw_qo")).tensors}
+    assert_equal(convert(copy("tsw_qo", change)), published)
+
+
+def test_float64(copy, convert):
+    """Rounded to float32."""
+    exact = np.linspace(-1, 1, 8)
+
+    def change(tensors):
+        tensors[f"{LAYER}beta_bias"] = torch.from_numpy(exact)
+
+    bias = convert(copy("tsw_qo", change, SAFETENSORS))["blk.1.deltamem_gate.bias"]
+    np.testing.assert_array_equal(bias, exact.astype(np.float32))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [PT, SAFETENSORS])
+def test_float64_beyond_float32(copy, convert, kind):
+    def change(tensors):
+        tensors[f"{LAYER}beta_bias"] = torch.full((8,), 1e300, dtype=torch.float64)
+
+    with pytest.raises(CheckpointError, match=rf"{kind}: tensor {LAYER}beta_bias has values that are not finite"):
+        convert(copy("tsw_qo", change, kind))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("outtype", "value"), [("f16", 7e4), ("q8_0", 1e7)])
+def test_beyond_the_output_type(copy, convert, outtype, value):
+    directory = copy("tsw_qo", lambda tensors: tensors[f"{LAYER}memory_q_proj"].view(-1)[:1].fill_(value))
+    with pytest.raises(CheckpointError, match=r"blk\.1\.deltamem_in\.weight are beyond .*use --outtype f32 or bf16"):
+        convert(directory, outtype)
+    assert convert(directory)["blk.1.deltamem_in.weight"].flat[0] == np.float32(value)
+    convert(directory, "bf16")
+
+
+@pytest.mark.parametrize("kind", [PT, SAFETENSORS])
+def test_output_over_the_weights(copy, base, kind):
+    path = copy("tsw_qo", kind=kind) / kind
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="is read for the conversion; name another file"):
+        write_adapter(Checkpoint(path.parent), Base(base()), path)
+    assert path.read_bytes() == before

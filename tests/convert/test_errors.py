@@ -1,0 +1,590 @@
+"""Bad input to `deltamem convert`: one sentence that names the file, exit code 1, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from pydeltamem.cli import main
+from pydeltamem.convert.base import Base
+from pydeltamem.convert.checkpoint import Checkpoint
+from pydeltamem.convert.pack import write_adapter
+from pydeltamem.errors import CheckpointError, InputError, ModelError
+
+CONFIG, PT, SAFETENSORS = "delta_mem_config.json", "delta_mem_adapter.pt", "delta_mem_adapter.safetensors"
+LAYER = "model.layers.1.self_attn."
+
+pytestmark = pytest.mark.filterwarnings("error")  # a warning would be a second line on the terminal
+
+
+class Job:
+    """A conversion of a golden checkpoint that a test spoils."""
+
+    def __init__(self, golden_dir, folder, case="tsw_qo"):
+        self.directory, self.out = folder / "checkpoint", folder / "out" / "memory.gguf"
+        shutil.copytree(golden_dir / "qwen3" / case, self.directory, ignore=shutil.ignore_patterns("expected.npz"))
+        self.base = folder / "base.gguf"
+        shutil.copy(golden_dir / "qwen3" / "base-f32.gguf", self.base)
+        self.out.parent.mkdir()
+        self.golden_dir = golden_dir
+
+    def config(self, **fields):
+        """Changes fields of the configuration; a field that is None goes."""
+        path = self.directory / CONFIG
+        config = {**json.loads(path.read_text()), **fields}
+        path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+    def tensors(self, change, save=torch.save, name=PT):
+        """change(tensors) edits the state dict, or returns another."""
+        tensors = torch.load(self.directory / PT, weights_only=True)
+        tensors = change(tensors) or tensors
+        (self.directory / PT).unlink()
+        save(tensors, self.directory / name)
+
+    def arguments(self):
+        return ["convert", str(self.directory), "--base", str(self.base), "-o", str(self.out)]
+
+    def convert(self):
+        write_adapter(Checkpoint(self.directory), Base(self.base), self.out)
+
+
+@pytest.fixture
+def job(golden_dir, tmp_path):
+    return Job(golden_dir, tmp_path)
+
+
+def refused(job, capsys, error, names, says):
+    """The conversion is refused with that error, from Python and on the command line, and leaves no trace."""
+
+    def files():
+        return {path.name: path.read_bytes() for path in job.out.parent.iterdir()} if job.out.parent.is_dir() else None
+
+    before = files()
+    with pytest.raises(error) as info:
+        job.convert()
+    sentence = str(info.value)
+    assert "\n" not in sentence
+    assert str(names) in sentence
+    assert says in sentence
+
+    capsys.readouterr()
+    assert main(job.arguments()) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"deltamem: error: {sentence}\n"
+    assert captured.out == ""
+    assert files() == before
+
+
+# the configuration
+
+ARCHIVED = {
+    "online_gain": 0.1,
+    "num_memory_partitions": 2,
+    "num_global_memory_partitions": 1,
+    "memory_partition_routing": "hard",
+    "memory_partition_basis": "separate",
+    "tie_memory_partition_read_write": True,
+    "memory_partition_read_mode": "sigmoid",
+    "memory_partition_sigmoid_gate_bias_init": 0.0,
+    "slot_read_top_k": 1,
+    "global_memory_mode": "read_only",
+    "global_memory_read_top_k": 1,
+    "global_memory_merge_mode": "sum",
+    "global_memory_gate_bias_init": 0.0,
+    "global_memory_read_logit_bias": 1.0,
+    "memory_reader_layers": [0],
+    "memory_reader_hidden_size": 512,
+    "memory_reader_residual_scale": 1.0,
+    "memory_reader_read_only": False,
+    "memory_readout_mode": "state",
+    "memory_write_source": "attention",
+    "memory_write_proposals_per_message": 1,
+    "synthetic_memory_slots": 2,
+    "latent_memory_layers": [0],
+    "latent_memory_hidden_size": 512,
+    "latent_memory_residual_scale": 1.0,
+    "latent_memory_slots": 1,
+    "latent_memory_init_std": 0.1,
+    "latent_gate_init": 0.0,
+    "target_modules": ["mlp"],
+}
+
+BAD_FIELDS = [
+    *((name, value, "is archived in the publication") for name, value in ARCHIVED.items()),
+    ("tie_memory_partition_read_write", 0, "is archived"),  # equal to false, and yet not it
+    ("new_field", 1, "does not know"),
+    ("rank", "8", "must be an integer from 1 to 64"),
+    ("rank", 8.0, "must be an integer"),
+    ("rank", True, "must be an integer"),
+    ("rank", 0, "must be an integer"),
+    ("rank", 65, "must be an integer"),
+    ("rank", None, "has no field rank"),
+    ("alpha", None, "has no field alpha"),
+    ("alpha", "16", "must be a finite number"),
+    ("alpha", float("nan"), "must be a finite number"),
+    ("alpha", float("inf"), "must be a finite number"),
+    ("alpha", 10**400, "must be a finite number"),
+    ("alpha", [16], "must be a finite number"),
+    ("num_state_heads", 0, "must be an integer from 1 to 1024"),
+    ("num_state_heads", 1.5, "must be an integer"),
+    ("normalize_qk", 1, "must be true or false"),
+    ("couple_lambda", "yes", "must be true or false"),
+    ("rankwise_gates", [], "must be true or false"),
+    ("delta_o_rmsnorm", 0, "must be true or false"),
+    ("trainable_delta_scale", {}, "must be true or false"),
+    ("delta_scale_max", "2", "must be a finite number"),
+    ("delta_o_rmsnorm_eps", -1e-6, "must not be negative"),
+    ("state_update_mode", "gated", "must be standard or lambda_outside or no_lambda"),
+    ("state_update_mode", ["standard"], "must be standard"),
+    ("memory_write_granularity", "word", "must be token or message_mean or sentence_mean"),
+    ("delta_scale_granularity", "tensor", "must be layer or head"),
+    ("delta_scale_parameterization", "alpha", "must be alpha_over_rank"),
+    ("delta_heads", [], "must be a list of some of q, k, v, o"),
+    ("delta_heads", ["q", "x"], "must be a list of some of"),
+    ("delta_heads", "qo", "must be a list of some of"),
+    ("delta_heads", [["q"]], "must be a list of some of"),
+    ("target_layers", [-1], "must be a list of layer numbers"),
+    ("target_layers", [1.5], "must be a list of layer numbers"),
+    ("target_layers", 3, "must be a list of layer numbers"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "says"), BAD_FIELDS)
+def test_config_field(job, capsys, name, value, says):
+    job.config(**{name: value})
+    refused(job, capsys, CheckpointError, job.directory / CONFIG, says)
+
+
+def test_every_archived_field_is_tried(golden_dir):
+    """What a published configuration holds is either archived, or used by a golden case, or an initial value."""
+    published = json.loads((golden_dir / "qwen3" / "tsw_qo" / CONFIG).read_text())
+    initial = {"beta_bias_init", "output_init", "base_slice_ref_width", "delta_scale_init"}
+    tried = {name for name, _, _ in BAD_FIELDS} | initial
+    assert set(published) <= tried
+
+
+def test_initial_values_do_not_matter(job):
+    job.config(beta_bias_init=3.0, output_init="base_slice", base_slice_ref_width=16, delta_scale_init=0.5)
+    job.convert()
+    assert job.out.is_file()
+
+
+def test_older_configuration(job):
+    """One that has only what decides the result, the rest at the publication's defaults."""
+    job.convert()
+    expected = job.out.read_bytes()
+    (job.directory / CONFIG).write_text('{"rank": 8, "alpha": 16}')
+    job.convert()
+    assert job.out.read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"rank": 8,', "is not a readable JSON file"),
+        (b"", "is not a readable JSON file"),
+        (b"\xff\xfe\x00", "is not a readable JSON file"),
+        (b"[" * 100_000, "is not a readable JSON file"),
+        (b"[1, 2]", "holds no JSON object"),
+    ],
+    ids=["cut", "empty", "binary", "deep", "list"],
+)
+def test_broken_config(job, capsys, content, says):
+    (job.directory / CONFIG).write_bytes(content)
+    refused(job, capsys, CheckpointError, job.directory / CONFIG, says)
+
+
+def test_missing_files(job, capsys):
+    (job.directory / CONFIG).rename(job.directory / "other.json")
+    refused(job, capsys, CheckpointError, job.directory / CONFIG, "no such file")
+    (job.directory / "other.json").rename(job.directory / CONFIG)
+    (job.directory / PT).unlink()
+    refused(job, capsys, CheckpointError, job.directory, f"holds neither {PT} nor {SAFETENSORS}")
+    shutil.rmtree(job.directory)
+    refused(job, capsys, CheckpointError, job.directory, "no such checkpoint directory")
+    job.directory.write_text("a file")
+    refused(job, capsys, CheckpointError, job.directory, "no such checkpoint directory")
+
+
+# the weights
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+def test_truncated_pt(job, capsys, keep):
+    path = job.directory / PT
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    refused(job, capsys, CheckpointError, path, "is damaged or no PyTorch checkpoint")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 0.5, 0.99])
+def test_truncated_safetensors(job, capsys, keep):
+    job.tensors(lambda tensors: None, safetensors.torch.save_file, SAFETENSORS)
+    path = job.directory / SAFETENSORS
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    refused(job, capsys, CheckpointError, path, "is damaged or no safetensors file")
+
+
+class Code:
+    """Unpickled, makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("container", ["zip", "pickle"])
+def test_a_pickle_that_wants_to_run_code(job, capsys, tmp_path, container):
+    ran, path = tmp_path / "ran", job.directory / PT
+    if container == "zip":
+        torch.save({"tensor": Code(ran)}, path)
+        assert zipfile.is_zipfile(path)
+    else:
+        path.write_bytes(pickle.dumps(Code(ran)))
+    refused(job, capsys, CheckpointError, path, "")
+    assert not ran.exists()
+    if container == "zip":  # it is armed
+        torch.load(path, weights_only=False)
+        assert ran.exists()
+
+
+def test_a_pickle_that_wants_to_run_code_is_named_as_such(job, capsys, tmp_path):
+    torch.save({"tensor": Code(tmp_path / "ran")}, job.directory / PT)
+    refused(job, capsys, CheckpointError, job.directory / PT, "wants to run code")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[torch.zeros(1)], torch.zeros(1), {"rank": 8}, {"a": {"b": torch.zeros(1)}}, None],
+    ids=["list", "tensor", "number", "nested", "none"],
+)
+def test_no_state_dict(job, capsys, content):
+    torch.save(content, job.directory / PT)
+    refused(job, capsys, CheckpointError, job.directory / PT, "is not a flat state dict of tensors")
+
+
+@pytest.mark.parametrize("name", ["memory_q_proj", "beta_proj", "beta_bias", "delta_o_proj"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", [PT, SAFETENSORS])
+def test_not_finite(job, capsys, name, value, kind):
+    def spoil(tensors):
+        tensors[LAYER + name].view(-1)[-1] = value
+
+    job.tensors(spoil, torch.save if kind == PT else safetensors.torch.save_file, kind)
+    refused(job, capsys, CheckpointError, job.directory / kind, f"tensor {LAYER}{name} has values that are not finite")
+
+
+def test_not_finite_once_scaled(job, capsys):
+    job.config(alpha=3e38)
+    job.tensors(lambda tensors: {**tensors, LAYER + "delta_q_proj": tensors[LAYER + "delta_q_proj"] + 1e3})
+    refused(job, capsys, CheckpointError, job.directory, "beyond float32")
+
+
+def test_beyond_f16(job, capsys):
+    job.tensors(lambda tensors: {**tensors, LAYER + "delta_q_proj": tensors[LAYER + "delta_q_proj"] + 1e6})
+    with pytest.raises(CheckpointError, match=r"beyond F16: use --outtype f32 or bf16"):
+        write_adapter(Checkpoint(job.directory), Base(job.base), job.out, "f16")
+    assert not list(job.out.parent.iterdir())
+    write_adapter(Checkpoint(job.directory), Base(job.base), job.out, "bf16")
+
+
+def test_large_trained_scales(golden_dir, tmp_path):
+    """A sigmoid far from 0 is 0 or 1, without overflow."""
+    job = Job(golden_dir, tmp_path, "layers_subset_scale_layer")
+    job.tensors(lambda tensors: {**tensors, LAYER + "delta_scale_raw": torch.tensor([-2000.0])})
+    job.convert()
+    reader = gguf.GGUFReader(job.out)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert not tensors["blk.1.deltamem_q.weight"].any()
+    assert tensors["blk.3.deltamem_q.weight"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64], ids=["int32", "bool", "complex64"])
+def test_not_floats(job, capsys, dtype):
+    job.tensors(lambda tensors: {**tensors, LAYER + "beta_bias": torch.ones(8).to(dtype)})
+    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {LAYER}beta_bias")
+
+
+def test_not_floats_in_safetensors(job, capsys):
+    save = safetensors.torch.save_file
+    job.tensors(lambda tensors: {**tensors, LAYER + "beta_bias": torch.ones(8, dtype=torch.int32)}, save, SAFETENSORS)
+    refused(job, capsys, CheckpointError, job.directory / SAFETENSORS, f"tensor {LAYER}beta_bias is I32")
+
+
+def test_sparse(job, capsys):
+    job.tensors(lambda tensors: {**tensors, LAYER + "beta_bias": torch.ones(8).to_sparse()})
+    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {LAYER}beta_bias")
+
+
+@pytest.mark.parametrize("name", ["memory_k_proj", "beta_bias", "delta_o_proj"])
+def test_missing_tensor(job, capsys, name):
+    job.tensors(lambda tensors: {key: tensor for key, tensor in tensors.items() if key != LAYER + name})
+    refused(job, capsys, CheckpointError, job.directory / PT, f"has no tensor {LAYER}{name}")
+
+
+@pytest.mark.parametrize("name", ["extra", LAYER + "lambda_proj", LAYER + "delta_x_proj"])
+def test_extra_tensor(job, capsys, name):
+    job.tensors(lambda tensors: {**tensors, name: torch.zeros(2)})
+    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {name} does not belong to this configuration")
+
+
+@pytest.mark.parametrize("name", ["memory_v_proj", "beta_proj", "delta_q_proj", "delta_o_proj", "beta_bias"])
+def test_wrong_shape(job, capsys, name):
+    job.tensors(lambda tensors: {**tensors, LAYER + name: tensors[LAYER + name][:-1].clone()})
+    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {LAYER}{name} has shape")
+
+
+def test_configuration_of_another_adapter(job, capsys):
+    job.config(num_state_heads=2)
+    refused(job, capsys, CheckpointError, job.directory / PT, "has shape [8, 96], expected [16, 96]")
+    job.config(num_state_heads=1, couple_lambda=False)
+    refused(job, capsys, CheckpointError, job.directory / PT, "has no tensor model.layers.0.self_attn.lambda_proj")
+
+
+def test_layer_out_of_range(job, capsys):
+    job.config(target_layers=[0, 4])
+    refused(job, capsys, CheckpointError, job.directory, "names layer 4, ")
+
+
+# the base
+
+
+def write_base(path, architecture="qwen3", n_layer=4, n_embd=96, n_q=192, keys=True, **options):
+    """A base of that architecture with just what the converter looks at."""
+    writer = gguf.GGUFWriter(path, architecture, **options)
+    if keys:
+        writer.add_block_count(n_layer)
+        writer.add_embedding_length(n_embd)
+        writer.add_head_count(6)
+        writer.add_head_count_kv(2)
+    for i in range(n_layer):
+        for name, rows, columns in (
+            ("attn_q", n_q, n_embd),
+            ("attn_k", 64, n_embd),
+            ("attn_v", 64, n_embd),
+            ("attn_output", n_embd, n_q),
+        ):
+            writer.add_tensor(f"blk.{i}.{name}.weight", np.zeros((rows, columns), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_this_base_would_do(job):
+    write_base(job.base)
+    job.convert()
+    assert job.out.is_file()
+
+
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [
+        ({"n_embd": 128}, "is for a model of width 96"),
+        ({"n_q": 384}, "has shape [192, 8], expected [384, 8]"),
+    ],
+)
+def test_base_of_another_size(job, capsys, base, says):
+    write_base(job.base, **base)
+    refused(job, capsys, CheckpointError, job.directory / PT, says)
+
+
+def test_base_with_other_layers(job, capsys):
+    write_base(job.base, n_layer=5)
+    refused(job, capsys, CheckpointError, job.directory / PT, "is for a model of 4 layers")
+    write_base(job.base, n_layer=3)
+    refused(job, capsys, CheckpointError, job.directory / PT, "is for a model of 4 layers")
+
+
+def test_base_of_another_architecture(job, capsys):
+    job.base = job.golden_dir / "smollm3" / "base-f32.gguf"
+    refused(job, capsys, CheckpointError, job.directory / PT, "is for a model of 4 layers")
+
+
+def test_checkpoint_of_another_model_in_some_layers(job, capsys):
+    """Layers that are named fit any model that has them; then the shapes must."""
+    job.config(target_layers=[0, 1])
+    refused(job, capsys, CheckpointError, job.directory / PT, "tensor model.layers.2.")
+
+
+def test_base_in_several_files(job, capsys):
+    """llama.cpp's split models: the first part stands for all."""
+    job.convert()
+    expected = job.out.read_bytes()
+    write_base(job.base, split_max_tensors=7)
+    job.base.unlink(missing_ok=True)
+    parts = sorted(job.base.parent.glob("base-*-of-*.gguf"))
+    assert len(parts) == 3
+    job.base = parts[0]
+    job.convert()
+    assert job.out.read_bytes() == expected
+    job.base = parts[1]
+    refused(job, capsys, ModelError, parts[1], "")
+    job.base = parts[0]
+    parts[2].unlink()
+    refused(job, capsys, ModelError, parts[2], "no such file")
+
+
+def test_unknown_architecture(job, capsys):
+    write_base(job.base, "newarch")
+    refused(job, capsys, ModelError, job.base, "architecture 'newarch'")
+
+
+def test_unknown_architecture_where_order_does_not_matter(job):
+    write_base(job.base, "newarch")
+    job.config(delta_heads=["v", "o"])
+    job.convert()
+    assert job.out.is_file()
+
+
+def test_no_language_model(job, capsys):
+    write_base(job.base, keys=False)
+    refused(job, capsys, ModelError, job.base, "has no key qwen3.block_count")
+
+
+def test_nonsensical_layers(job, capsys):
+    data = job.base.read_bytes()
+    at = data.index(b"qwen3.block_count") + len(b"qwen3.block_count") + 4
+    for n in (0, 2**31):
+        job.base.write_bytes(data[:at] + n.to_bytes(4, "little") + data[at + 4 :])
+        refused(job, capsys, ModelError, job.base, f"has {n} layers")
+
+
+def test_too_few_values_per_layer(job, capsys):
+    writer = gguf.GGUFWriter(job.base, "qwen3")
+    writer.add_block_count(4)
+    writer.add_embedding_length(96)
+    writer.add_head_count([6, 6, 6])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(job, capsys, ModelError, job.base, "attention.head_count has 3 values for 4 layers")
+
+
+def test_base_is_missing(job, capsys):
+    job.base.unlink()
+    refused(job, capsys, ModelError, job.base, "no such base model")
+    job.base.mkdir()
+    refused(job, capsys, ModelError, job.base, "no such base model")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 4, 16, 30, 300, 3000, 0.5, 0.999])
+def test_base_is_truncated(job, capsys, keep):
+    data = job.base.read_bytes()
+    job.base.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    refused(job, capsys, ModelError, job.base, "GGUF file")
+
+
+def test_base_of_an_unknown_version(job, capsys):
+    data = job.base.read_bytes()
+    job.base.write_bytes(data[:4] + b"\x09" + data[5:])
+    refused(job, capsys, ModelError, job.base, "version is 9")
+
+
+def test_base_is_no_gguf(job, capsys):
+    job.base.write_text("no model\n" * 100)
+    refused(job, capsys, ModelError, job.base, "is not a GGUF file")
+
+
+def test_base_is_an_adapter(job, capsys, adapter):
+    job.base = adapter("qwen3", "tsw_qo")
+    refused(job, capsys, ModelError, job.base, "adapter")
+
+
+def test_damaged_base_never_crashes(job):
+    """Any byte of the header may be wrong: the base is read, or refused by a ModelError."""
+    data, rng = job.base.read_bytes(), np.random.default_rng(0)
+    n_refused = 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in rng.integers(0, 9000, 2):
+            damaged[place] = rng.integers(0, 256)
+        job.base.write_bytes(damaged)
+        try:
+            Base(job.base)
+        except ModelError as error:
+            n_refused += 1
+            assert str(job.base) in str(error) and "\n" not in str(error)
+    assert n_refused
+
+
+# the output
+
+
+def test_output_folder_is_missing(job, capsys):
+    job.out.parent.rmdir()
+    refused(job, capsys, CheckpointError, job.out, "cannot be written")
+
+
+def test_output_is_a_folder(job, capsys):
+    job.out.mkdir()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        job.convert()
+    assert main(job.arguments()) == 1
+    assert [path.name for path in job.out.parent.iterdir()] == [job.out.name]
+
+
+def test_output_is_the_base(job, capsys):
+    before = job.base.read_bytes()
+    for out in (job.base, job.base.parent / "link.gguf"):
+        if out != job.base:
+            out.symlink_to(job.base)
+        job.out = out
+        with pytest.raises(InputError, match=re.escape(f"{job.base}: is read for the conversion")):
+            job.convert()
+        assert main(job.arguments()) == 1
+    assert job.base.read_bytes() == before
+
+
+def test_an_existing_output_stays(job, capsys):
+    job.out.write_bytes(b"what was there before")
+    job.tensors(lambda tensors: {**tensors, LAYER + "beta_bias": torch.full((8,), float("nan"))})
+    refused(job, capsys, CheckpointError, job.directory / PT, "not finite")
+    assert job.out.read_bytes() == b"what was there before"
+
+
+def test_a_write_that_fails_leaves_the_old_file(job, monkeypatch):
+    job.out.write_bytes(b"what was there before")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+        job.convert()
+    assert [path.read_bytes() for path in job.out.parent.iterdir()] == [b"what was there before"]
+
+
+def test_a_new_output_replaces_the_old(job):
+    job.out.write_bytes(b"what was there before")
+    job.convert()
+    assert gguf.GGUFReader(job.out).tensors
+    assert [path.name for path in job.out.parent.iterdir()] == [job.out.name]
+
+
+def test_as_a_command(job):
+    """In a process of its own: one line, no traceback, no warning, exit code 1."""
+    job.config(num_memory_partitions=2)
+    command = [sys.executable, "-m", "pydeltamem.cli", *job.arguments()]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"deltamem: error: {job.directory / CONFIG}: num_memory_partitions = 2 is archived")
+    assert not list(job.out.parent.iterdir())

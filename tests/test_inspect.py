@@ -1,0 +1,343 @@
+"""deltamem inspect: what it says of an adapter, a model, a packed model and a memory, and what it refuses."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from pydeltamem.cli import main
+from pydeltamem.errors import AdapterError, MemoryFileError, ModelError
+from pydeltamem.gguf_header import Header
+from pydeltamem.inspect import describe
+from pydeltamem.memory_file import write_memory_file
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A memory file of two layers, two heads, rank 3, and its state."""
+    state = np.random.default_rng(0).standard_normal((2, 2, 3, 3)).astype(np.float32)
+    path = tmp_path / "talk.memory"
+    metadata = {"layers": "1,3", "adapter": "ab" * 32, "adapter_name": "talker", "architecture": "qwen3"}
+    write_memory_file(path, state, metadata)
+    return path, state
+
+
+def rewritten(path, *sources, without=(), **keys):
+    """Keys and tensors of the sources in one GGUF: the first one's keys win, `keys` (. as __) win over all."""
+    readers = [gguf.GGUFReader(source) for source in sources]
+    writer = gguf.GGUFWriter(path, readers[0].fields["general.architecture"].contents())
+    fields = {}
+    for reader in reversed(readers):
+        fields.update(reader.fields)
+    for key, field in fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")) and key not in without:
+            value = keys.get(key.replace(".", "__"), field.contents())
+            writer.add_key_value(key, value, field.types[0], field.types[1] if len(field.types) > 1 else None)
+    for reader in readers:
+        for tensor in reader.tensors:
+            if tensor.name not in without:
+                writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def packed(base, adapter, tmp_path):
+    return rewritten(tmp_path / "packed.gguf", base(), adapter("qwen3", "tsw_qo"))
+
+
+# the header
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "smollm3"])
+def test_header(base, adapter, arch):
+    """As gguf.GGUFReader, which is slow on a vocabulary, reads it."""
+    for path in (
+        base(arch),
+        adapter(arch, "msw4_qo"),
+        adapter(arch, "tsw_qo", "q8_0"),
+        adapter(arch, "tsw_qo", "bf16"),
+    ):
+        header, reader = Header(path), gguf.GGUFReader(path)
+        fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+        assert header.keys == {key: field.contents() for key, field in fields.items()}
+        assert header.types == {key: field.types[-1] for key, field in fields.items()}
+        assert list(header.tensors) == [tensor.name for tensor in reader.tensors]
+        for tensor in reader.tensors:
+            mine = header.tensors[tensor.name]
+            assert mine.shape == tuple(tensor.shape[::-1].tolist())
+            assert (mine.type, mine.offset, mine.n_bytes) == (tensor.tensor_type, tensor.data_offset, tensor.n_bytes)
+            expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            np.testing.assert_array_equal(header.read(tensor.name), expected.reshape(mine.shape))
+
+
+# what it says
+
+
+def test_adapter(adapter, golden_dir):
+    path = adapter("qwen3", "standard_uncoupled_scalar_gate", "f16")
+    found = describe(path)
+    assert (found["file"], found["bytes"], found["kind"]) == (str(path), path.stat().st_size, "adapter")
+    assert "model" not in found and "memory" not in found
+    source = golden_dir / "qwen3" / "standard_uncoupled_scalar_gate"
+    config = json.loads((source / "delta_mem_config.json").read_text())
+    details = found["adapter"]
+    assert details["architecture"] == "qwen3"
+    assert details["name"] == "standard_uncoupled_scalar_gate"
+    assert details["rank"] == config["rank"]
+    assert details["heads"] == config["num_state_heads"]
+    assert details["alpha"] == config["alpha"]
+    assert details["update_mode"] == "standard"
+    assert details["gates"] == "per head"
+    assert details["lambda"] == "its own projection"
+    assert details["normalize_qk"] is True
+    assert details["write_granularity"] == "token"
+    assert details["delta_heads"] == config["delta_heads"]
+    assert details["layers"] == [0, 1, 2, 3]
+    assert (details["base_layers"], details["base_width"]) == (4, 96)
+    assert details["source"] == "delta_mem_adapter.pt"
+    assert details["source_sha256"] == hashlib.sha256((source / "delta_mem_adapter.pt").read_bytes()).hexdigest()
+
+    tensors = gguf.GGUFReader(path).tensors
+    for kind, row in details["tensor_types"].items():
+        sizes = [tensor.n_bytes for tensor in tensors if tensor.tensor_type.name == kind]
+        assert row == {"tensors": len(sizes), "bytes": sum(sizes)}
+    assert set(details["tensor_types"]) == {"F16", "F32"}
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+def test_norms_of_the_corrections(adapter, outtype):
+    exact = {tensor.name: tensor.data for tensor in gguf.GGUFReader(adapter("smollm3", "msw4_qo")).tensors}
+    rows = describe(adapter("smollm3", "msw4_qo", outtype))["adapter"]["correction_norms"]
+    assert [row["layer"] for row in rows] == [0, 1, 2, 3, 4]
+    for row in rows:
+        assert set(row) == {"layer", "q", "o"}
+        for head in "qo":
+            norm = np.linalg.norm(exact[f"blk.{row['layer']}.deltamem_{head}.weight"])
+            assert row[head] == pytest.approx(norm, rel=1e-6 if outtype == "f32" else 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "value"),
+    [
+        ("layers_subset_scale_layer", "layers", [1, 3]),
+        ("no_lambda_raw_qk", "lambda", "none"),
+        ("no_lambda_raw_qk", "normalize_qk", False),
+        ("tsw_qo", "lambda", "1 - beta"),
+        ("tsw_qo", "gates", "per row"),
+        ("tsw_qo", "o_norm_epsilon", None),
+        ("o_rmsnorm_scale_head", "o_norm_epsilon", pytest.approx(1e-6)),
+        ("ssw_sentence", "write_granularity", "sentence_mean"),
+        ("qkvo_lambda_outside", "delta_heads", ["q", "k", "v", "o"]),
+    ],
+)
+def test_adapter_options(adapter, case, key, value):
+    assert describe(adapter("qwen3", case))["adapter"][key] == value
+
+
+def test_model(base):
+    found = describe(base("smollm3"))
+    assert found["kind"] == "base" and "adapter" not in found
+    tensors = gguf.GGUFReader(base("smollm3")).tensors
+    assert found["model"] == {
+        "architecture": "smollm3",
+        "name": "Hf",
+        "parameters": sum(int(tensor.n_elements) for tensor in tensors),
+        "file_type": "F32",
+        "layers": 5,
+        "width": 96,
+        "heads": 6,
+        "kv_heads": 2,
+        "context": 512,
+        "vocabulary": 320,
+        "tensor_types": {"F32": {"tensors": 47, "bytes": sum(tensor.n_bytes for tensor in tensors)}},
+    }
+
+
+def test_packed(base, adapter, packed):
+    found = describe(packed)
+    assert found["kind"] == "packed"
+    assert found["model"] == describe(base())["model"]
+    assert found["adapter"] == {**describe(adapter("qwen3", "tsw_qo"))["adapter"], "name": found["model"]["name"]}
+
+
+def test_memory(memory):
+    path, state = memory
+    found = describe(path)
+    assert found["kind"] == "memory" and found["bytes"] == path.stat().st_size
+    details = found["memory"]
+    assert details["shape"] == [2, 2, 3, 3]
+    assert (details["heads"], details["rank"], details["layers"]) == (2, 3, [1, 3])
+    assert (details["adapter"], details["adapter_sha256"], details["architecture"]) == ("talker", "ab" * 32, "qwen3")
+    assert [row["layer"] for row in details["norms"]] == [1, 3]
+    for row, layer in zip(details["norms"], state):
+        assert row["norm"] == pytest.approx(np.linalg.norm(layer.astype(np.float64)))
+    assert datetime.datetime.fromisoformat(details["created"]).tzinfo
+    assert details["age_seconds"] >= 0
+
+
+# how it is printed
+
+
+@pytest.fixture
+def printed(capsys):
+    def run(*args):
+        assert main(["inspect", *map(str, args)]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return captured.out
+
+    return run
+
+
+def test_json(printed, base, adapter, packed, memory):
+    for path in (base(), adapter("qwen3", "tsw_qo"), packed, memory[0]):
+        found, expected = json.loads(printed(path, "--json")), describe(path)
+        for description in (found, expected):
+            description.get("memory", {}).pop("age_seconds", None)
+        assert found == expected
+
+
+def words(line):
+    return " ".join(line.split())
+
+
+def test_tables(printed, base, adapter, packed, memory):
+    lines = [words(line) for line in printed(adapter("qwen3", "o_rmsnorm_scale_head", "q8_0")).splitlines()]
+    for line in (
+        "kind δ-mem adapter",
+        "for qwen3, 4 layers, width 96",
+        "heads × rank 1 × 8",
+        "update mode standard",
+        "gates per row",
+        "writes per token",
+        "corrects q, o (o by RMS norm, ε 1e-06)",
+        "converted from delta_mem_adapter.pt",
+        "layer |Δq| |Δo|",
+    ):
+        assert line in lines
+    digest = describe(adapter("qwen3", "o_rmsnorm_scale_head", "q8_0"))["adapter"]["source_sha256"]
+    assert f"sha256 {digest}" in lines  # on one line
+    assert any(line.startswith("Q8_0 4 ") for line in lines)
+
+    lines = [words(line) for line in printed(base()).splitlines()]
+    assert "architecture qwen3" in lines and "vocabulary 320" in lines and "F32 46 1.80 MB" in lines
+
+    lines = [words(line) for line in printed(packed).splitlines()]
+    assert "kind model with a δ-mem adapter" in lines and "vocabulary 320" in lines and "layer |Δq| |Δo|" in lines
+
+    lines = [words(line) for line in printed(memory[0]).splitlines()]
+    assert "state [L, H, r, r] 2 × 2 × 3 × 3" in lines and "adapter talker" in lines and "layer |S|" in lines
+
+
+def test_names_are_no_markup(printed, base, adapter, tmp_path):
+    path = rewritten(tmp_path / "odd.gguf", adapter("qwen3", "tsw_qo"), general__name="[red]:smile: [/nothing]")
+    assert "name [red]:smile: [/nothing]" in [words(line) for line in printed(path).splitlines()]
+
+
+def test_loads_no_llama_cpp(adapter):
+    code = "import sys, pydeltamem.cli as c; c.main(['inspect', sys.argv[1]]); sys.exit('llama_cpp' in sys.modules)"
+    command = [sys.executable, "-c", code, adapter("qwen3", "tsw_qo")]
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+
+
+# what it refuses
+
+
+def refused(path, error, says, capsys):
+    with pytest.raises(error) as info:
+        describe(path)
+    sentence = str(info.value)
+    assert "\n" not in sentence and str(path) in sentence and says in sentence
+    for options in ([], ["--json"]):
+        capsys.readouterr()
+        assert main(["inspect", str(path), *options]) == 1
+        captured = capsys.readouterr()
+        assert captured.err == f"deltamem: error: {sentence}\n" and captured.out == ""
+
+
+def test_not_a_file_of_ours(tmp_path, capsys):
+    refused(tmp_path / "none", ModelError, "no such file", capsys)
+    refused(tmp_path, ModelError, "is a folder", capsys)
+    path = tmp_path / "file"
+    for content in (b"", b"GG", b"just text, nothing else", bytes(100)):
+        path.write_bytes(content)
+        refused(path, ModelError, "is neither a GGUF file nor a memory file", capsys)
+
+
+@pytest.mark.parametrize("keep", [4, 20, 200, 4000, -1])
+def test_truncated(base, adapter, packed, tmp_path, capsys, keep):
+    for source in (base(), adapter("qwen3", "tsw_qo"), packed):
+        path = tmp_path / "cut.gguf"
+        path.write_bytes(source.read_bytes()[:keep])
+        refused(path, ModelError, "is not a readable GGUF file: it is truncated", capsys)
+
+
+def test_damaged_memory(memory, tmp_path, capsys):
+    data = memory[0].read_bytes()
+    memory[0].write_bytes(data[:-1])
+    refused(memory[0], MemoryFileError, "cut off", capsys)
+    other = tmp_path / "other.safetensors"
+    safetensors.numpy.save_file({"a": np.zeros(3, np.float32)}, other)
+    refused(other, MemoryFileError, "not a memory file", capsys)
+
+
+def test_other_adapters(adapter, tmp_path, capsys):
+    good = adapter("qwen3", "tsw_qo")
+    lora = rewritten(tmp_path / "lora.gguf", good, adapter__type="lora")
+    refused(lora, AdapterError, "adapter of type 'lora'", capsys)
+    later = rewritten(tmp_path / "later.gguf", good, deltamem__version=2)
+    refused(later, AdapterError, "has adapter version 2, this release reads 1", capsys)
+
+
+@pytest.mark.parametrize("what", ["deltamem.rank", "deltamem.layers", "blk.2.deltamem_o.weight"])
+def test_adapter_that_lacks_something(adapter, tmp_path, capsys, what):
+    path = rewritten(tmp_path / "less.gguf", adapter("qwen3", "tsw_qo"), without=[what])
+    refused(path, AdapterError, f"{what}, the adapter is damaged", capsys)
+
+
+def test_adapter_with_a_key_of_another_type(adapter, tmp_path, capsys):
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "qwen3")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "deltamem")
+    writer.add_uint32("deltamem.version", 1)
+    writer.add_uint32("deltamem.layers", 4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(tmp_path / "odd.gguf", AdapterError, "deltamem.layers of an unexpected type", capsys)
+
+
+def test_adapter_of_an_unknown_tensor_type(adapter, tmp_path, capsys):
+    """A type that is newer than the gguf package can be listed, its values cannot be read."""
+    data, name = adapter("qwen3", "tsw_qo").read_bytes(), b"blk.1.deltamem_o.weight"
+    place = data.index(name) + len(name) + 4 + 2 * 8  # after the name: the number of dimensions, the two, the type
+    path = tmp_path / "new.gguf"
+    path.write_bytes(data[:place] + (99).to_bytes(4, "little") + data[place + 4 :])
+    assert Header(path).tensors[name.decode()].type_name == "type 99"
+    refused(path, ModelError, "tensor blk.1.deltamem_o.weight is type 99, which cannot be read here", capsys)
+
+
+def test_no_language_model(adapter, tmp_path, capsys):
+    good = adapter("qwen3", "tsw_qo").read_bytes()
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(
+        good.replace(b"general.architecture", b"general.architecturf").replace(b"adapter.type", b"adapter.typf")
+    )
+    refused(path, AdapterError, "not a δ-mem adapter", capsys)
+    path.write_bytes(good.replace(b"general.type", b"general.typf").replace(b"deltamem.version", b"deltamem.versiof"))
+    assert describe(path)["kind"] == "base"
+    path.write_bytes(path.read_bytes().replace(b"general.architecture", b"general.architecturf"))
+    refused(path, ModelError, "has no key general.architecture", capsys)
