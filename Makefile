@@ -21,8 +21,6 @@ NATIVE_TESTS := -DDELTAMEM_BUILD_TESTS=ON \
 OTHER_BUILD := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	-DDELTAMEM_LLAMA_CPP_SOURCE=$(CURDIR)/$(BUILD)/download/llama_cpp_python-0.3.36.tar.gz
 
-SANITIZERS := -fsanitize=address,undefined -fno-omit-frame-pointer
-
 # valgrind knows no AVX-512: where the CPU has it, memcheck has a build of its own without
 AVX512        := $(shell grep -m1 -o avx512f /proc/cpuinfo 2>/dev/null)
 MEMCHECK      := $(if $(AVX512),build/memcheck,$(BUILD))
@@ -85,9 +83,8 @@ test-stock: $(INSTALLED) ## without an adapter: bit for bit what llama.cpp compu
 	DELTAMEM_STOCK_LIB=$(CURDIR)/build/stock/bin $(BIN)/python -m pytest tests/test_stock.py
 
 sanitize: $(DEMO)/memory.gguf ## load, generate, save, load, free under the address, leak and undefined-behaviour sanitizers
-	cmake -S . -B build/sanitize $(OTHER_BUILD) -DCMAKE_BUILD_TYPE=RelWithDebInfo $(NATIVE_TESTS) \
-		-DDELTAMEM_SANITIZE=ON -DGGML_OPENMP=OFF \
-		-DCMAKE_C_FLAGS="$(SANITIZERS)" -DCMAKE_CXX_FLAGS="$(SANITIZERS)"
+	cmake -S . -B build/sanitize $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_SANITIZE=ON -DGGML_OPENMP=OFF \
+		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
 	cmake --build build/sanitize
 	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		ctest --test-dir build/sanitize --output-on-failure
