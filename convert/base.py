@@ -57,10 +57,10 @@ class Base:
         if (kind := self._keys.get("general.type", "model")) != "model":
             raise ModelError(f"{self.path}: is no base model: its general.type is '{kind}'")
         self.architecture: str = self._value("general.architecture")
-        self.n_layer = self._per_layer("block_count", 0)
+        self.n_layer = self._size("block_count")
         if not 0 < self.n_layer <= MAX_LAYERS:
             raise ModelError(f"{self.path}: has {self.n_layer} layers, llama.cpp takes 1 to {MAX_LAYERS}")
-        self.n_embd = self._per_layer("embedding_length", 0)
+        self.n_embd = self._size("embedding_length")
         for part in self._other_parts():
             self._shapes.update((tensor.name, tensor.shape) for tensor in Header(part).tensors.values())
         self.layers = [self._layer(i) for i in range(self.n_layer)]
@@ -76,7 +76,9 @@ class Base:
             )
         n_head = self.layers[layer].n_head if head == "q" else self.layers[layer].n_head_kv
         if n_head < 1 or len(rows) % (2 * n_head):
-            raise ModelError(f"{self.path}: the {len(rows)} rows of {head} in layer {layer} are not {n_head} heads' rows")
+            raise ModelError(
+                f"{self.path}: the {len(rows)} rows of {head} in layer {layer} are not {n_head} heads' rows"
+            )
         # as LlamaModel.permute of llama.cpp's converter
         return rows.reshape(n_head, 2, rows.shape[0] // n_head // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
@@ -98,6 +100,9 @@ class Base:
             raise ModelError(f"{self.path}: has no key {key}, it is no language model")
         return value
 
+    def _size(self, key: str) -> int:
+        return self._integer(key, self._value(f"{self.architecture}.{key}"))
+
     def _per_layer(self, key: str, layer: int, default: int | None = None) -> int:
         value = self._value(f"{self.architecture}.{key}", default)
         if isinstance(value, list) and len(value) < self.n_layer:
@@ -108,7 +113,7 @@ class Base:
 
     def _integer(self, key: str, value) -> int:
         if not isinstance(value, int) or value < 0:
-            raise ModelError(f"{self.path}: {key} is {value!r}, no number of anything")
+            raise ModelError(f"{self.path}: {key} is {value!r}, it must be a whole number")
         return value
 
     def _layer(self, i: int) -> Layer:

@@ -107,3 +107,24 @@ def test_missing_key(tmp_path, missing):
     keys = {key: value for key, value in KEYS.items() if key != missing}
     with pytest.raises(ModelError, match=rf"base\.gguf: has no key qwen3\.{missing}"):
         Base(write(tmp_path / "base.gguf", keys=keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"block_count": [2, 2]}, r"block_count is \[2, 2\], it must be a whole number"),
+        ({"block_count": 0}, "has 0 layers"),
+        ({"block_count": 1 << 31}, "has 2147483648 layers"),
+        ({"attention.head_count": [4]}, "attention.head_count has 1 values for 2 layers"),
+    ],
+)
+def test_sizes_that_cannot_be(tmp_path, keys, says):
+    with pytest.raises(ModelError, match=says):
+        Base(write(tmp_path / "base.gguf", keys={**KEYS, **keys}))
+
+
+@pytest.mark.parametrize("n_head", [0, 3, 1 << 31])
+def test_rows_that_are_not_the_heads(tmp_path, n_head):
+    base = Base(write(tmp_path / "base.gguf", "llama", {**KEYS, "attention.head_count_kv": n_head}))
+    with pytest.raises(ModelError, match=rf"the 32 rows of k in layer 1 are not {n_head} heads' rows"):
+        base.permute("k", 1, np.ones((32, 8), np.float32))
