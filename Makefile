@@ -26,11 +26,15 @@ AVX512        := $(shell grep -m1 -o avx512f /proc/cpuinfo 2>/dev/null)
 MEMCHECK      := $(if $(AVX512),build/memcheck,$(BUILD))
 MEMCHECK_ARGS := $(if $(AVX512),$(OTHER_BUILD) -DGGML_NATIVE=OFF)
 
+# what `make bench` times, and against which build: that of `make test-stock` if it is there
+BENCH_SHAPES ?= qwen3-0.6b
+BENCH_ARGS   ?= $(if $(wildcard build/stock/bin/libllama.*),--against build/stock/bin)
+
 INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize memcheck lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize memcheck bench lint format wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -94,6 +98,13 @@ memcheck: $(DEMO)/memory.gguf ## the same under valgrind
 	cmake --build $(MEMCHECK)
 	valgrind --error-exitcode=1 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
 		$(MEMCHECK)/bin/test-lifecycle $(TINY)/base.gguf $(DEMO)/memory.gguf
+
+bench: $(INSTALLED) ## random models with and without the memory, and the operator (BENCH_SHAPES, BENCH_ARGS)
+	@mkdir -p build/bench
+	$(BIN)/deltamem bench --op --json build/bench/op.json
+	for shape in $(BENCH_SHAPES); do \
+		$(BIN)/deltamem bench --synthetic $$shape --json build/bench/$$shape.json $(BENCH_ARGS) || exit 1; \
+	done
 
 lint: $(TOOLS) ## formatting and lint rules
 	$(BIN)/ruff check .

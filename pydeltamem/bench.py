@@ -1,0 +1,517 @@
+"""`deltamem bench`: what a memory costs. Time with the adapter over time without, in alternating runs; bytes.
+
+Two contexts of one loaded model, one with the adapter and one without, take turns in one process. The runs of a pair
+follow each other directly and their order alternates, so that a drift of the machine falls on both. Another llama
+library, which needs a process of its own, takes its turn in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .bench_model import cache_folder, synthetic_files
+from .errors import DeltaMemError, InputError, LibraryError, ModelError
+from .gguf_header import Header
+from .options import CACHE_TYPES, _count, _layers, _positive
+from .synthetic import FTYPES, SHAPES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .bench_run import Session, Worker
+
+CONFIDENCE = 0.95
+
+ON, OFF, OTHER = "on", "off", "against"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    source = model.add_mutually_exclusive_group()
+    source.add_argument("-m", "--model", metavar="FILE", help="model GGUF, plain or packed")
+    source.add_argument(
+        "--synthetic", choices=tuple(SHAPES), metavar="SHAPE",
+        help=f"random weights of this shape, model and adapter, kept in {cache_folder()}: {', '.join(SHAPES)}",
+    )  # fmt: skip
+    model.add_argument("--deltamem", metavar="FILE", help="memory adapter GGUF (not needed for a packed model)")
+    model.add_argument("--ftype", choices=tuple(FTYPES), default="q4_k_m", help="type of --synthetic (%(default)s)")
+    model.add_argument(
+        "--outtype", choices=("f32", "f16", "bf16", "q8_0"), default="f16", help="type of its adapter (%(default)s)"
+    )
+    model.add_argument("--vocab", metavar="FILE", help="GGUF whose vocabulary --synthetic takes")
+    model.add_argument("--rank", type=_positive, metavar="R", help="rank of --synthetic (8) and of --op (8 and 16)")
+    model.add_argument("--heads", type=_positive, default=1, metavar="H", help="state heads of both (%(default)s)")
+
+    what = parser.add_argument_group("what is timed (the first of several is the one that the JSON names first)")
+    what.add_argument(
+        "-p", "--n-prompt", type=_counts, default=[512], metavar="N,...", help="tokens of a prompt (512; 0: no prefill)"
+    )
+    what.add_argument("-n", "--n-gen", type=_count, default=32, metavar="N", help="tokens of decode (32; 0: no decode)")
+    what.add_argument(
+        "-d", "--n-depth", type=_counts, default=[0], metavar="N,...", help="tokens before those of decode (0)"
+    )
+    what.add_argument("--pairs", type=_positive, default=10, metavar="N", help="pairs of runs (%(default)s)")
+    what.add_argument(
+        "--against", metavar="DIR", help="folder of another llama library, a build of the same llama.cpp: also timed"
+    )
+    what.add_argument("--control", action="store_true", help="no adapter on either side: what the measurement can tell")
+    what.add_argument(
+        "--rss", type=_count, metavar="N", help="prompt after which resident memory is read (the longest; 0: do not)"
+    )
+    what.add_argument("--op", action="store_true", help="the operator alone, one thread, and its floor; no model")
+    what.add_argument(
+        "--op-tokens", type=_counts, default=[1, 512], metavar="N,...", help="tokens of a call of --op (1,512)"
+    )
+
+    context = parser.add_argument_group("context")
+    context.add_argument("-t", "--threads", type=_positive, metavar="N", help="threads (all CPUs)")
+    context.add_argument("-b", "--batch-size", type=_positive, default=512, metavar="N", help="batch (%(default)s)")
+    context.add_argument(
+        "-ub", "--ubatch-size", type=_positive, default=512, metavar="N", help="micro-batch (%(default)s)"
+    )
+    context.add_argument(
+        "-ngl", "--gpu-layers", "--n-gpu-layers", type=_layers, default=-1, metavar="N", help="layers on the GPU (all)"
+    )
+    context.add_argument(
+        "-fa", "--flash-attn", nargs="?", const="on", default="off", choices=("on", "off"), help="flash attention (off)"
+    )
+    for letter in "kv":
+        context.add_argument(
+            f"-ct{letter}", f"--cache-type-{letter}", choices=CACHE_TYPES, default="f16", metavar="TYPE",
+            help=f"KV cache type of {letter.upper()} (f16)",
+        )  # fmt: skip
+
+    parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
+    parser.add_argument("--json", metavar="FILE", help="write the results there too (-: standard output)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    _check(args)
+    err = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+    out = err if args.json == "-" else Console(width=None if sys.stdout.isatty() else 120)
+    with _output(args.json) as write:
+        results = _bench_op(args, out, err) if args.op else _bench(args, out, err)
+        write(json.dumps({"version": __version__, **results}, indent=2, ensure_ascii=False) + "\n")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.op:
+        if args.model or args.synthetic or args.against or args.deltamem:
+            raise InputError("--op runs without a model: drop -m, --synthetic, --deltamem and --against, or --op")
+        if not all(args.op_tokens):
+            raise InputError("--op-tokens: a call has one token at least")
+        if args.rank and args.rank > 64:
+            raise InputError(f"--rank {args.rank}: the operator takes ranks up to 64")
+        return
+    if not args.model and not args.synthetic:
+        raise InputError("no model: give one by -m FILE or --synthetic SHAPE, or measure the operator alone by --op")
+    if args.synthetic and args.deltamem:
+        raise InputError("--synthetic makes an adapter of its own: drop --deltamem, or name a model by -m")
+    if args.control and args.deltamem:
+        raise InputError("--control compares the plain model with itself: drop it or --deltamem")
+    if args.cache_type_v not in ("f32", "f16", "bf16") and args.flash_attn == "off":
+        raise InputError(f"-ctv {args.cache_type_v}: llama.cpp needs flash attention for it: add -fa on")
+    if not _prompts(args) and not args.n_gen and not args.rss:
+        raise InputError("-p 0 and -n 0 leave nothing to time")
+
+
+def _prompts(args: argparse.Namespace) -> list[int]:
+    return [n for n in args.n_prompt if n]
+
+
+#
+# models and adapters
+#
+
+
+def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, Any]:
+    from . import _lib
+    from .bench_run import Options, Worker
+
+    _lib.logger.setLevel("DEBUG" if args.verbose else "ERROR")
+    folder = _library_folder(args.against) if args.against else None
+    with _progress(err) as progress:
+        model, adapter = _synthetic(args, progress) if args.synthetic else (args.model, _adapter(args))
+    if args.control:
+        adapter = None
+    elif adapter is None and folder is None:
+        raise InputError(f"{model}: nothing to compare: name an adapter by --deltamem or a library by --against")
+
+    n_rss = max([*_prompts(args), 1]) if args.rss is None else args.rss
+    longest = max([*_prompts(args), n_rss + 1, max(args.n_depth) + args.n_gen])
+    options = Options(
+        model=model,
+        n_ctx=-(-longest // 256) * 256,  # llama.cpp pads it likewise
+        n_batch=args.batch_size,
+        n_ubatch=min(args.ubatch_size, args.batch_size),
+        n_threads=args.threads or _n_cpus(),
+        n_gpu_layers=args.gpu_layers,
+        flash_attn=args.flash_attn == "on",
+        type_k=args.cache_type_k,
+        type_v=args.cache_type_v,
+    )
+    results: dict[str, Any] = {
+        "setup": {**asdict(options), "deltamem": adapter, "control": args.control, "cpu": _cpu(), "pairs": args.pairs}
+    }
+
+    lib_dir = os.environ["LLAMA_CPP_LIB_PATH"]
+    memory: dict[str, Any] = {}
+    if n_rss and adapter is not None:
+        memory = {"prompt": n_rss, **_resident(lib_dir, options, adapter, n_rss, err)}
+
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Session | Worker] = _open(stack, options, adapter, args.control)
+        llama = _lib.llama_cpp
+        results["setup"]["model_info"] = sides[OFF].model.describe()
+        results["setup"]["system"] = llama.llama_print_system_info().decode()
+        if folder is not None:
+            sides[OTHER] = Worker(folder, options)
+            stack.callback(sides[OTHER].close)
+            results["setup"]["against"] = {"folder": folder, "system": sides[OTHER].system}
+        if adapter is not None:
+            memory = {**{f"{key}_bytes": n for key, n in sides[ON].n_bytes.items()}, **memory}
+            memory["adapter_file_bytes"] = os.path.getsize(adapter) if adapter != model else None
+        results["memory"] = memory
+
+        tests: list[tuple[str, tuple[int, ...]]] = [("prefill", (n,)) for n in _prompts(args)]
+        tests += [("decode", (depth, args.n_gen)) for depth in args.n_depth if args.n_gen]
+        with _progress(err) as progress:
+            task = progress.add_task("", total=len(tests) * (args.pairs + 1) * len(sides))
+            for kind, arguments in tests:
+
+                def advance(label: str = _label(kind, arguments)) -> None:
+                    progress.update(task, advance=1, description=label)
+                    progress.refresh()  # by hand: no thread that draws while a run is timed
+
+                runs = results.setdefault(kind, {"runs": []})["runs"]
+                runs.append(_measure(sides, kind, arguments, args.pairs, advance))
+
+    for kind in ("prefill", "decode"):
+        if kind in results:
+            first = results[kind]["runs"][0]
+            results[kind] = {**{key: value for key, value in first.items() if key != "ns"}, **results[kind]}
+    _print(out, results)
+    return results
+
+
+def _open(stack: contextlib.ExitStack, options: Any, adapter: str | None, control: bool) -> dict[str, Any]:
+    """The sides of this process: OFF, and ON unless there is neither an adapter nor a control."""
+    from . import _lib
+    from .bench_run import Model, Session
+
+    with _lib.errors_held() as log:
+        try:
+            model = Model(_lib.llama_cpp, options)
+            stack.callback(model.close)
+            sides = {}
+            for name in (ON, OFF) if adapter is not None or control else (OFF,):
+                sides[name] = Session(model, adapter if name == ON else None)
+                stack.callback(sides[name].close)
+        except ModelError as error:
+            reason = _lib.reason(log)
+            log.clear()
+            raise ModelError(f"{error}{reason}") from error
+        except DeltaMemError:
+            log.clear()
+            raise
+    return sides
+
+
+def _adapter(args: argparse.Namespace) -> str | None:
+    """The adapter file: the given one, or the model if it is packed."""
+    header = Header(args.model)
+    if args.deltamem is not None:
+        return args.deltamem
+    return args.model if "deltamem.version" in header.keys else None
+
+
+def _synthetic(args: argparse.Namespace, progress: Progress) -> tuple[str, str]:
+    task = progress.add_task(f"making {args.synthetic} {args.ftype}", total=None)
+
+    def show(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total)
+        progress.refresh()
+
+    return synthetic_files(args.synthetic, args.ftype, args.outtype, args.rank or 8, args.heads, args.vocab, show)
+
+
+def _library_folder(path: str) -> str:
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if not any((folder / name).is_file() for name in ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")):
+        raise LibraryError(f"{path}: holds no llama library: name the folder of a build's libllama")
+    return str(folder.resolve())
+
+
+def _n_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+#
+# measuring
+#
+
+
+def _measure(
+    sides: dict[str, Session | Worker],
+    kind: str,
+    arguments: tuple[int, ...],
+    n_pairs: int,
+    advance: Callable[[], None],
+) -> dict[str, Any]:
+    """One setting: every side once untimed, then n_pairs rounds in which each runs once, forth and back in turn."""
+    times: dict[str, list[int]] = {name: [] for name in sides}
+    n_graphs = 0
+    for i in range(n_pairs + 1):
+        for name in sides if i % 2 else reversed(list(sides)):
+            nanoseconds, built = getattr(sides[name], kind)(*arguments)
+            advance()
+            if i > 0:
+                times[name].append(nanoseconds)
+                n_graphs += built
+    n_tokens = arguments[-1]
+    result: dict[str, Any] = {"n_tokens": n_tokens}
+    if kind == "decode":
+        result["depth"] = arguments[0]
+    result.update({name: n_tokens * 1e9 / median(ns) for name, ns in times.items()})
+    if ON in sides:
+        result.update(_compare(times[ON], times[OFF]))
+        result["graphs_built"] = n_graphs
+    if OTHER in sides:
+        pairs = [(OFF, OTHER), (OTHER, OFF), *([(ON, OTHER)] if ON in sides else [])]
+        result["ratios"] = {f"{a}/{b}": _compare(times[a], times[b]) for a, b in pairs}
+    result["ns"] = times
+    return result
+
+
+def _compare(a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
+    """Time a ÷ time b, pair by pair: the median, and the interval of the median."""
+    ratios = [x / y for x, y in zip(a, b)]
+    low, high, confidence = median_interval(ratios)
+    return {"ratio": median(ratios), "low": low, "high": high, "confidence": confidence, "pairs": len(ratios)}
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """Confidence interval of the median by order statistics, which asks nothing of the distribution.
+
+    The number of values below the true median is binomial with p = 1/2. Returns (low, high, confidence reached): at
+    least `confidence`, or with fewer than six values what their least and greatest give.
+    """
+    ordered, n = sorted(values), len(values)
+    rank, outside = 1, 2 * 0.5**n
+    while 2 * (rank + 1) <= n:
+        wider = outside + 2 * math.comb(n, rank) * 0.5**n
+        if wider > 1 - confidence:
+            break
+        rank, outside = rank + 1, wider
+    return ordered[rank - 1], ordered[n - rank], max(0.0, 1 - outside)
+
+
+def _resident(folder: str, options: Any, adapter: str, n_tokens: int, err: Console) -> dict[str, Any]:
+    """Resident bytes with and without the adapter, each in a process of its own, after a prompt and one token more."""
+    from .bench_run import Worker
+
+    result: dict[str, Any] = {}
+    for name, path in ((OFF, None), (ON, adapter)):
+        with err.status(f"resident memory, adapter {name}") if err.is_terminal else contextlib.nullcontext():
+            worker = Worker(folder, options, path)
+            try:
+                worker.prefill(n_tokens)
+                worker.decode(n_tokens, 1)
+                result[name] = worker.resident()
+            finally:
+                worker.close()
+    result["extra"] = {key: result[ON][key] - result[OFF][key] for key in result[ON]}
+    return result
+
+
+def _bench_op(args: argparse.Namespace, out: Console, err: Console) -> dict[str, Any]:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from . import bench_op
+
+    n_runs = max(args.pairs, 10)
+    ranks = [args.rank] if args.rank else [8, 16]
+    rows = []
+    with _progress(err) as progress:
+        task = progress.add_task("operator", total=len(ranks) * len(args.op_tokens) + 1)
+        cycle, node = bench_op.cycle_ns(n_runs), bench_op.node_ns(n_runs)
+        floors = [bench_op.floor(rank, args.heads, cycle) for rank in ranks]
+        for rank in ranks:
+            for n_tokens in args.op_tokens:
+                progress.advance(task)
+                progress.refresh()
+                rows.append(bench_op.measure(rank, args.heads, n_tokens, n_runs))
+        progress.advance(task)
+
+    _say(out, f"The operator alone, one thread, {bench_op.simd_name()}, per token and layer; {_cpu()}")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("rank", "heads", "tokens per call", "median ns", "least ns", "instructions", "floor ns"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        count, floor = row["instructions"], floors[ranks.index(row["rank"])]["ns"]
+        table.add_row(
+            str(row["rank"]), str(row["heads"]), str(row["tokens"]), f"{row['ns']:.1f}", f"{row['ns_min']:.1f}",
+            "not available" if count is None else f"{count:.0f}", "unknown" if floor is None else f"{floor:.1f}",
+        )  # fmt: skip
+    out.print(table)
+    _say(out, f"A node that scales one value takes {node:.0f} ns: what ggml spends on any, and on each call above.")
+    if cycle is not None:
+        _say(out, f"A cycle: {cycle:.3f} ns, from a chain of multiply-adds of {bench_op.LATENCY} cycles each.")
+    for floor in floors:
+        _say(out, f"Floor, {floor['text']}")
+    return {
+        "op": rows,
+        "floor": {str(rank): floor for rank, floor in zip(ranks, floors)},
+        "node_ns": node,
+        "simd": bench_op.simd_name(),
+        "cpu": _cpu(),
+    }
+
+
+#
+# printing
+#
+
+
+def _print(out: Console, results: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    setup, info = results["setup"], results["setup"]["model_info"]
+    _say(
+        out,
+        f"{info['description']}, {info['n_bytes'] / 1e9:.2f} GB; {setup['cpu']}, {setup['n_threads']} threads; "
+        f"batch {setup['n_batch']}, micro-batch {setup['n_ubatch']}; "
+        f"flash attention {'on' if setup['flash_attn'] else 'off'}; KV cache {setup['type_k']}, {setup['type_v']}",
+    )
+    if "against" in setup:
+        _say(out, f"against: {setup['against']['folder']}, in a process of its own that takes turns with this one")
+    if setup["control"]:
+        _say(out, "control: the side 'on' has no adapter either")
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("test", "compared", "tokens/s", "tokens/s", "ratio", "interval"):
+        table.add_column(column, justify="left" if column in ("test", "compared") else "right", no_wrap=True)
+    confidence = None
+    for kind in ("prefill", "decode"):
+        for run in results.get(kind, {}).get("runs", []):
+            arguments = (run["depth"], run["n_tokens"]) if kind == "decode" else (run["n_tokens"],)
+            compared = {f"{ON}/{OFF}": run} if ON in run else {}
+            for name, ratio in {**compared, **run.get("ratios", {})}.items():
+                a, b = name.split("/")
+                speeds = [_speed(run["n_tokens"], run["ns"][side]) for side in (a, b)]
+                interval = f"{ratio['low']:.4f}–{ratio['high']:.4f}"
+                table.add_row(_label(kind, arguments), f"{a} ÷ {b}", *speeds, f"{ratio['ratio']:.4f}", interval)
+                confidence = ratio["confidence"]
+    if confidence is not None:
+        out.print(table)
+        _say(
+            out,
+            "tokens/s: median ± half the distance of the quartiles. Ratio: of times, median over "
+            f"{setup['pairs']} pairs; interval of the median by order statistics, {100 * confidence:.1f} %.",
+        )
+    built = [run["graphs_built"] for run in results.get("decode", {}).get("runs", []) if "graphs_built" in run]
+    if built and not setup["control"]:
+        _say(out, f"Graphs built in the timed decode runs: {', '.join(map(str, built))}.")
+
+    memory = results["memory"]
+    if memory:
+        size = memory["adapter_file_bytes"]
+        _say(
+            out,
+            f"Adapter: {memory['weights_bytes']:,} bytes of weights"
+            + (f" (file: {size:,})" if size is not None else "")
+            + f", {memory['states_bytes']:,} bytes of states.",
+        )
+    if "extra" in memory:
+        names = {"peak": "peak", "now": "now", "anonymous": "of that not backed by a file"}
+        parts = [
+            f"{names[key]} {memory[ON][key]:,} with, {memory[OFF][key]:,} without: {extra:+,}"
+            for key, extra in memory["extra"].items()
+        ]
+        _say(out, f"Resident bytes after a prompt of {memory['prompt']} tokens, adapter: {'; '.join(parts)}.")
+
+
+def _say(out: Console, text: str) -> None:
+    out.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _label(kind: str, arguments: tuple[int, ...]) -> str:
+    return f"prefill {arguments[0]}" if kind == "prefill" else f"decode {arguments[1]} at {arguments[0]}"
+
+
+def _speed(n_tokens: int, nanoseconds: Sequence[int]) -> str:
+    speeds = [n_tokens * 1e9 / ns for ns in nanoseconds]
+    low, _, high = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else speeds * 3
+    spread = (high - low) / 2
+    decimals = 0 if high >= 1000 else 1 if high >= 100 else 2
+    return f"{median(speeds):.{decimals}f} ± {spread:.{decimals}f}"
+
+
+def _progress(err: Console) -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    percent = TextColumn("{task.percentage:.0f} %")
+    columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
+    return Progress(*columns, console=err, auto_refresh=False, transient=True, disable=not err.is_terminal)
+
+
+@contextlib.contextmanager
+def _output(path: str | None) -> Iterator[Callable[[str], None]]:
+    """A function that writes the file, which appears whole or not at all; that it can be written is seen at once."""
+    if path is None or path == "-":
+        yield (lambda text: None) if path is None else sys.stdout.write
+        return
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def write(text: str) -> None:
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, target)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+    try:
+        yield write
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [_count(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers like 128,512") from None

@@ -1,0 +1,341 @@
+"""deltamem bench: what its numbers are made of, its options, and one clear sentence for every bad input. Never time."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import statistics
+
+import pytest
+
+from pydeltamem import bench, bench_op, bench_run
+from pydeltamem.bench import median_interval
+from pydeltamem.errors import AdapterError, InputError, LibraryError
+from test_cli import deltamem
+
+SMALL = ["-t", "1", "--pairs", "2"]
+
+
+@pytest.fixture
+def run_bench(base, adapter):
+    """run_bench(*args): deltamem bench with the golden Qwen3 and its TSW adapter."""
+
+    def run(*args, memory=True, **kwargs):
+        model = ["-m", base(), *(["--deltamem", adapter("qwen3", "tsw_qo")] if memory else [])]
+        return deltamem("bench", *model, *SMALL, *args, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def options(base):
+    return bench_run.Options(str(base()), 256, 64, 32, 1, 0, False, "f16", "f16")
+
+
+@pytest.fixture
+def session(options, adapter):
+    """session(with_adapter): a Session of the golden Qwen3."""
+    from pydeltamem import _lib
+
+    model = bench_run.Model(_lib.llama_cpp, options)
+    made = []
+
+    def make(with_adapter=True):
+        made.append(bench_run.Session(model, str(adapter("qwen3", "tsw_qo")) if with_adapter else None))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+    model.close()
+
+
+def check_comparison(result, times, n_pairs):
+    """A comparison's numbers follow from the times that the JSON lists."""
+    a, b = times
+    ratios = [x / y for x, y in zip(a, b)]
+    assert len(a) == len(b) == n_pairs == result["pairs"]
+    assert result["ratio"] == pytest.approx(statistics.median(ratios))
+    assert min(ratios) <= result["low"] <= result["ratio"] <= result["high"] <= max(ratios)
+
+
+def test_json(run_bench, adapter, tmp_path):
+    path = tmp_path / "result.json"
+    result = run_bench("-p", "32,8", "-d", "0,40", "-n", "4", "--json", path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "on ÷ off" in result.stdout and "Graphs built in the timed decode runs: 0, 0." in result.stdout
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert [run["n_tokens"] for run in found["prefill"]["runs"]] == [32, 8]
+    assert [(run["depth"], run["n_tokens"]) for run in found["decode"]["runs"]] == [(0, 4), (40, 4)]
+    for kind in ("prefill", "decode"):
+        main = found[kind]["runs"][0]
+        for key in ("on", "off", "ratio", "low", "high", "pairs"):
+            assert found[kind][key] == main[key]
+        for run in found[kind]["runs"]:
+            check_comparison(run, (run["ns"]["on"], run["ns"]["off"]), 2)
+            for side in ("on", "off"):
+                assert run[side] == pytest.approx(run["n_tokens"] * 1e9 / statistics.median(run["ns"][side]))
+    assert all(run["graphs_built"] == 0 for run in found["decode"]["runs"])
+
+    memory = found["memory"]
+    file = adapter("qwen3", "tsw_qo")
+    assert memory["adapter_file_bytes"] == file.stat().st_size
+    assert 0 < memory["weights_bytes"] < memory["adapter_file_bytes"]
+    assert memory["states_bytes"] == 4 * 4 * 8 * 8  # layers, float32, rank
+    assert memory["prompt"] == 32
+    for key, extra in memory["extra"].items():
+        assert memory["on"][key] - memory["off"][key] == extra
+
+
+def test_json_to_standard_output(run_bench):
+    result = run_bench("-p", "8", "-n", "0", "--rss", "0", "--json", "-")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert "decode" not in found and "on" not in found["memory"]
+    assert "prefill 8" in result.stderr
+
+
+def test_against_another_library(run_bench, tmp_path):
+    """The other library runs in its own process: here a copy of ours, so that the test needs no second build."""
+    other = tmp_path / "lib"
+    shutil.copytree(os.environ["LLAMA_CPP_LIB_PATH"], other)
+    path = tmp_path / "result.json"
+    result = run_bench("-p", "8", "-n", "2", "--rss", "0", "--against", other, "--json", path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["setup"]["against"]["folder"] == str(other)
+    for kind in ("prefill", "decode"):
+        run = found[kind]["runs"][0]
+        assert set(run["ratios"]) == {"off/against", "against/off", "on/against"}
+        for name, ratio in run["ratios"].items():
+            check_comparison(ratio, [run["ns"][side] for side in name.split("/")], 2)
+    plain = run_bench("-p", "8", "-n", "0", "--against", other, memory=False)
+    assert plain.returncode == 0, plain.stderr
+    assert "off ÷ against" in plain.stdout and "on ÷ off" not in plain.stdout
+
+
+def test_control_has_no_adapter(run_bench):
+    result = run_bench("-p", "8", "-n", "0", "--control", memory=False)
+    assert result.returncode == 0, result.stderr
+    assert "no adapter either" in result.stdout and "on ÷ off" in result.stdout and "Adapter:" not in result.stdout
+
+
+def test_sides_alternate():
+    """Every round runs each side once, forth and back in turn; the warm-up is not counted."""
+    order = []
+
+    class Side:
+        def __init__(self, name):
+            self.name, self.n = name, 0
+
+        def prefill(self, n_tokens):
+            order.append(self.name)
+            self.n += 1
+            return 1000 * self.n, 1 if self.n == 1 else 0  # the first builds a graph
+
+    result = bench._measure({"on": Side("on"), "off": Side("off")}, "prefill", (5,), 4, lambda: None)
+    rounds = [tuple(order[i : i + 2]) for i in range(0, len(order), 2)]
+    assert rounds == [("off", "on"), ("on", "off"), ("off", "on"), ("on", "off"), ("off", "on")]
+    assert result["ns"] == {"on": [2000, 3000, 4000, 5000], "off": [2000, 3000, 4000, 5000]}
+    assert result["graphs_built"] == 0
+    assert result["on"] == pytest.approx(5e9 / 3500)
+
+
+def test_a_run_is_what_it_says(session):
+    """Positions after each run, for both sides; decode leaves the depth as it found it and builds no graph."""
+    for side in (session(True), session(False)):
+        assert side.prefill(100)[0] > 0
+        assert side._length() == 100
+        nanoseconds, built = side.decode(70, 5)
+        assert nanoseconds > 0 and built == 0
+        assert side._length() == 75
+        side.decode(70, 2)
+        assert side._length() == 72
+        side.decode(0, 3)
+        assert side._length() == 3
+        side.decode(50, 1)  # longer than what is there: the text is read again
+        assert side._length() == 51
+
+
+def test_the_adapter_is_attached_and_writes(session):
+    from pydeltamem import _lib
+
+    on, off = session(True), session(False)
+    for side in (on, off):
+        side.prefill(10)
+    assert _lib.llama_deltamem_is_attached(on.ctx) and not _lib.llama_deltamem_is_attached(off.ctx)
+    assert on.n_graphs > 0 and off.n_graphs == 0
+    size = _lib.llama_deltamem_state_size(on.ctx)
+    state = (ctypes.c_float * size)()
+    assert _lib.llama_deltamem_state_get(on.ctx, 0, state, size) == 0
+    assert any(state)
+
+
+def test_worker_does_what_a_session_does(options, adapter):
+    worker = bench_run.Worker(os.environ["LLAMA_CPP_LIB_PATH"], options, str(adapter("qwen3", "tsw_qo")))
+    try:
+        assert worker.prefill(20)[0] > 0
+        nanoseconds, built = worker.decode(20, 3)
+        assert nanoseconds > 0 and built == 0
+        assert worker.resident()["peak"] > 1 << 20
+        worker._process.kill()
+        with pytest.raises(LibraryError, match="ended with status -9"):
+            worker.prefill(20)
+    finally:
+        worker.close()
+    with pytest.raises(AdapterError, match="not a δ-mem adapter"):
+        bench_run.Worker(os.environ["LLAMA_CPP_LIB_PATH"], options, options.model)
+
+
+def test_median_interval_covers_the_median():
+    """The stated confidence is that of the binomial distribution, and it holds on samples."""
+    for n in range(1, 40):
+        low, high, confidence = median_interval(list(range(n)))
+        rank = low + 1
+        assert (low, high) == (rank - 1, n - rank)
+        inside = sum(math.comb(n, k) for k in range(rank, n - rank + 1)) / 2**n
+        assert confidence == pytest.approx(inside)
+        assert confidence >= 0.95 or rank == 1
+        if n >= 6:
+            assert confidence >= 0.95
+    assert median_interval(range(10))[2] == pytest.approx(1 - 22 / 1024)
+
+    choice = random.Random(1)
+    hits = 0
+    for _ in range(2000):
+        low, high, confidence = median_interval([choice.expovariate(1.0) for _ in range(10)])
+        hits += low <= math.log(2) <= high
+    assert abs(hits / 2000 - confidence) < 5 * (confidence * (1 - confidence) / 2000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ((), "no model"),
+        (("-m", "nothing.gguf"), "nothing.gguf: no such file"),
+        (("--op", "-m", "x"), "--op runs without a model"),
+        (("--op", "--rank", "65"), "ranks up to 64"),
+        (("--op", "--op-tokens", "0"), "one token at least"),
+        (("--synthetic", "qwen3-0.6b", "--deltamem", "x"), "drop --deltamem"),
+        (("-m", "x", "--control", "--deltamem", "y"), "--control"),
+        (("-m", "x", "-ctv", "q8_0"), "-fa on"),
+        (("-m", "x", "-p", "0", "-n", "0"), "nothing to time"),
+        (("-m", "x", "--against", "no-such-folder/lib"), "holds no llama library"),
+        (("-m", "x", "--json", "no-such-folder/x.json"), "no-such-folder/x.json: cannot be written"),
+    ],
+)
+def test_refused(args, message, tmp_path):
+    result = deltamem("bench", *args, cwd=tmp_path)
+    assert result.returncode == 1
+    assert re.fullmatch(r"deltamem: error: .+\n", result.stderr) and message in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args", [("-p", "x"), ("-p", "-1"), ("--pairs", "0"), ("--synthetic", "nothing"), ("-t", "0")])
+def test_usage(args):
+    result = deltamem("bench", *args)
+    assert result.returncode == 2 and "usage:" in result.stderr
+
+
+def test_refused_by_the_library(run_bench, base, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "libllama.so").write_bytes(b"x")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(base().read_bytes()[:100_000])
+    short = ["-p", "8", "-n", "0"]
+    for result, message in (
+        (run_bench(*short, memory=False), "nothing to compare"),
+        (run_bench(*short, "--deltamem", base(), memory=False), "is not a δ-mem adapter"),
+        (run_bench(*short, "--deltamem", base(), "--rss", "0", memory=False), "is not a δ-mem adapter"),
+        (run_bench(*short, "--deltamem", tmp_path / "none", memory=False), "none cannot be opened"),
+        (run_bench(*short, "--rss", "0", "--against", broken), f"the llama library in {broken} cannot be used"),
+        (run_bench(*short, "-m", cut), f"{cut}: is not a readable GGUF file"),
+    ):
+        assert result.returncode == 1
+        assert re.fullmatch(r"deltamem: error: .+\n", result.stderr) and message in result.stderr
+
+
+def test_op(tmp_path):
+    path = tmp_path / "op.json"
+    result = deltamem("bench", "--op", "--op-tokens", "1,16", "--json", path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert [(row["rank"], row["tokens"]) for row in found["op"]] == list(itertools.product((8, 16), (1, 16)))
+    for row in found["op"]:
+        assert 0 < row["ns_min"] <= row["ns"]
+        assert row["instructions"] is None or row["instructions"] > found["floor"][str(row["rank"])]["issue_cycles"]
+    assert found["floor"]["8"]["text"] in result.stdout
+    assert result.stdout.count("not available") == sum(row["instructions"] is None for row in found["op"])
+
+
+def test_op_computes_the_operator(monkeypatch):
+    """The graph that is timed: states change by what the tokens write, each layer's alike."""
+    graphs = []
+    compute = bench_op._Graph.compute
+    allocate = bench_op._Graph.allocate
+
+    def keep(graph, values):
+        graphs.append([tensor for tensor, data in values.items() if len(data) == 4 * 2 * 64 and not any(data)])
+        allocate(graph, values)
+
+    def check(graph):
+        compute(graph)
+        get = graph.ggml.ggml_backend_tensor_get
+        get.argtypes, get.restype = graph.ggml.ggml_backend_tensor_set.argtypes, None
+        states = []
+        for tensor in graphs[-1]:
+            buf = ctypes.create_string_buffer(4 * 2 * 64)
+            get(tensor, buf, 0, len(buf))
+            states.append(buf.raw)
+        assert len(states) == graph.n_nodes
+        assert any(states[0]) and len(set(states)) == 1
+
+    monkeypatch.setattr(bench_op._Graph, "allocate", keep)
+    monkeypatch.setattr(bench_op._Graph, "compute", check)
+    row = bench_op.measure(8, 2, 64, 1)
+    assert row["layers"] == 36 and row["heads"] == 2
+
+
+def test_floor():
+    """The floor by hand: rank 8, one head, at a nanosecond a cycle."""
+    found = bench_op.floor(8, 1, 1.0)
+    operations = 4 * 64 + 16 * 20 + 8 * 18 + 7 * 8
+    assert found["vector_instructions"] == operations / bench_op.lanes()
+    assert found["issue_cycles"] == operations / bench_op.lanes() / 2
+    assert found["chain_cycles"] == 4 * (1 + 3 + 2)
+    assert found["ns"] == max(found["issue_cycles"], found["chain_cycles"])
+    assert bench_op.floor(8, 3, 1.0)["vector_instructions"] == 3 * found["vector_instructions"]
+    assert bench_op.floor(8, 1, None)["ns"] is None
+
+
+def test_synthetic_files_are_kept(tmp_path, monkeypatch, golden_dir):
+    from pydeltamem import bench_model, synthetic
+
+    shape = synthetic.Shape("qwen3", n_layer=2, n_embd=256, n_head=4, n_head_kv=2, head_dim=64, n_ff=512, n_ctx=512)
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", shape)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arguments = ("tiny", "q4_k_m", "f16", 4, 2, str(golden_dir / "qwen3" / "base-f32.gguf"))
+    files = bench_model.synthetic_files(*arguments)
+    made = {path: path.stat().st_mtime_ns for path in bench_model.cache_folder().iterdir()}
+    assert {str(path) for path in made} == set(files)
+    assert bench_model.synthetic_files(*arguments[:-1]) == files  # and needs no vocabulary any more
+    assert {path: path.stat().st_mtime_ns for path in bench_model.cache_folder().iterdir()} == made
+
+    result = deltamem("bench", "-m", files[0], "--deltamem", files[1], *SMALL, "-p", "8", "-n", "2", "--rss", "0")
+    assert result.returncode == 0, result.stderr
+    assert f"{2 * 2 * 4 * 4 * 4:,} bytes of states" in result.stdout
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="--synthetic keeps its files there"):
+        bench_model.synthetic_files(*arguments)
