@@ -12,6 +12,20 @@ import pydeltamem  # noqa: F401 - before any test imports llama_cpp: it names th
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# the golden data
+ARCHITECTURES = ["qwen3", "smollm3"]
+CASES = [
+    "layers_subset_scale_layer",
+    "msw4_qo",
+    "no_lambda_raw_qk",
+    "o_rmsnorm_scale_head",
+    "qkvo_lambda_outside",
+    "ssw_message",
+    "ssw_sentence",
+    "standard_uncoupled_scalar_gate",
+    "tsw_qo",
+]
+
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:

@@ -8,21 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from conftest import ARCHITECTURES, CASES
 from pydeltamem import DeltaMemLlama
 from session import open_session
 
-ARCHITECTURES = ["qwen3", "smollm3"]
-CASES = [
-    "layers_subset_scale_layer",
-    "msw4_qo",
-    "no_lambda_raw_qk",
-    "o_rmsnorm_scale_head",
-    "qkvo_lambda_outside",
-    "ssw_message",
-    "ssw_sentence",
-    "standard_uncoupled_scalar_gate",
-    "tsw_qo",
-]
 ALL = [(arch, case) for arch in ARCHITECTURES for case in CASES]
 BOUND = 1e-9
 

@@ -13,21 +13,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="the reference needs PyTorch")
 transformers = pytest.importorskip("transformers", reason="the reference is tested on transformers' models")
 
+from conftest import CASES  # noqa: E402
 from pydeltamem.convert.checkpoint import CONFIG, WEIGHTS, Checkpoint  # noqa: E402
 from pydeltamem.errors import CheckpointError, InputError, ModelError  # noqa: E402
 from pydeltamem.reference import DeltaMem, DeltaMemConfig, chunked_recurrence, find_attention, recurrence  # noqa: E402
 
-CASES = [
-    "layers_subset_scale_layer",
-    "msw4_qo",
-    "no_lambda_raw_qk",
-    "o_rmsnorm_scale_head",
-    "qkvo_lambda_outside",
-    "ssw_message",
-    "ssw_sentence",
-    "standard_uncoupled_scalar_gate",
-    "tsw_qo",
-]
 BOUND = 1e-10  # both sides are float32 PyTorch
 
 each_case = pytest.mark.parametrize("case", CASES)

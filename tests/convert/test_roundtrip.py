@@ -15,21 +15,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from conftest import ARCHITECTURES, CASES
 from pydeltamem.cli import main
 
-ARCHS = ("qwen3", "smollm3")
-CASES = (
-    "layers_subset_scale_layer",
-    "msw4_qo",
-    "no_lambda_raw_qk",
-    "o_rmsnorm_scale_head",
-    "qkvo_lambda_outside",
-    "ssw_message",
-    "ssw_sentence",
-    "standard_uncoupled_scalar_gate",
-    "tsw_qo",
-)
-every_golden = pytest.mark.parametrize(("arch", "case"), [(arch, case) for arch in ARCHS for case in CASES])
+every_golden = pytest.mark.parametrize(("arch", "case"), [(arch, case) for arch in ARCHITECTURES for case in CASES])
 
 F32, F16 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16
 TYPES = {"f16": F16, "bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
@@ -171,7 +160,7 @@ def test_keys(published, adapter, arch, case):
 
 def test_the_golden_cases_are_all_here(golden_dir):
     """A new case must join the tests above; between them they use every option."""
-    for arch in ARCHS:
+    for arch in ARCHITECTURES:
         assert sorted(folder.name for folder in (golden_dir / arch).iterdir() if folder.name in CASES) == sorted(CASES)
         others = {file.parent.name for file in (golden_dir / arch).glob("*/delta_mem_config.json")} - set(CASES)
         assert not others
