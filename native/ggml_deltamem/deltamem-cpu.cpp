@@ -38,7 +38,9 @@ static void forward_read(const struct ggml_compute_params * params, struct ggml_
         args.proj        = (const float *) proj->data;
         args.proj_stride = proj->nb[1] / sizeof(float);
         args.gate_bias   = (const float *) gate_bias->data;
-        args.record      = (float *) ((char *) state->data + slot * state->nb[1]) + head * n_record;
+        args.slots       = (float *) state->data + head * n_record;
+        args.slot_stride = state->nb[1] / sizeof(float);
+        args.record      = args.slots + slot * args.slot_stride;
         args.read        = (float *) dst->data;
         args.read_stride = dst->nb[1] / sizeof(float);
         args.entries     = entries + (int64_t) GGML_DELTAMEM_PLAN_TOKEN * seq[1];

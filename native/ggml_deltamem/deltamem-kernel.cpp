@@ -174,6 +174,12 @@ private:
         return t;
     }
 
+    // where the state goes after this entry, nullptr for most
+    float * checkpoint(const int32_t * entry) const {
+        const int32_t slot = GGML_DELTAMEM_TOKEN_CHECKPOINT_SLOT(entry[1]);
+        return slot >= 0 ? args.slots + slot * args.slot_stride : nullptr;
+    }
+
     //
     // activations
     //
@@ -310,6 +316,12 @@ private:
                         s[j] = V::fma(u, V::splat(k[j]), row.keep * s[j]);
                     }
                 }
+
+                if (float * kept = checkpoint(entry)) {
+                    for (int j = 0; j < R; ++j) {
+                        s[j].store(kept + j * R + i0);
+                    }
+                }
             }
 
             for (int j = 0; j < R; ++j) {
@@ -350,6 +362,12 @@ private:
                         V::fma(u, V::splat(k[j]), row.keep * column(j)).store(s + j * rows + i0);
                     }
                 }
+
+                if (float * kept = checkpoint(entry)) {
+                    for (int j = 0; j < rank; ++j) {
+                        copy(kept + j * rank + i0, s + j * rows + i0, rank - i0 < V::width ? rank - i0 : V::width);
+                    }
+                }
             }
         }
 
@@ -374,6 +392,9 @@ private:
             if (entry[1] & GGML_DELTAMEM_TOKEN_COMMIT) {
                 flush_sum();
                 copy(state, pending, r() * r());
+                if (float * kept = checkpoint(entry)) {
+                    copy(kept, state, r() * r());
+                }
             }
         }
     }

@@ -20,8 +20,10 @@ struct deltamem_head_args {
     size_t        proj_stride;
     const float * gate_bias; // [n_gates]
     float *       record;    // this head's record in the sequence's slot, updated in place
-    float *       read;      // [n_tokens][H*r], rows read_stride floats apart
-    size_t        read_stride;
+    float * slots; // this head's record in slot 0, for tokens that leave a checkpoint; slots slot_stride floats apart
+    size_t  slot_stride;
+    float * read; // [n_tokens][H*r], rows read_stride floats apart
+    size_t  read_stride;
 
     const int32_t * entries; // [n_entries]{token, bits}, see ggml-deltamem.h
     int64_t         n_entries;

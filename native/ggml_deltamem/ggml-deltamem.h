@@ -50,6 +50,11 @@ enum ggml_deltamem_token {
     GGML_DELTAMEM_TOKEN_COMMIT = 1 << 4, // the ingest ends: the running sum is written to pending, then S <- pending
 };
 
+// Above those bits: 1 + the slot that S is copied to when all this is done, 0 for none. No other sequence of the plan may
+// have that slot.
+#define GGML_DELTAMEM_TOKEN_CHECKPOINT(slot)      (((slot) + 1) << 8)
+#define GGML_DELTAMEM_TOKEN_CHECKPOINT_SLOT(bits) (((bits) >> 8) - 1)
+
 // Record of one head in one slot, floats:
 //     S        r*r      S[i, j] at [j*r + i]
 //     pending  r*r      only with GGML_DELTAMEM_SEGMENTS: the state that the next ingest will read
@@ -99,7 +104,7 @@ GGML_API struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct gg
 // out + weight^T read: a correction and its addition in one pass over `out`, where a product of so few columns followed by
 // an addition would take three.
 //
-// out        F32 [n_out, n_tokens]
+// out        F32 [n_out, n_tokens]          n_out != H*r; the result may be allocated in its place
 // weight     F32, F16 or BF16 [n_out, H*r]  by columns of the correction, so that outputs are lanes
 // read       F32 [H*r, n_tokens]
 // returns    F32 [n_out, n_tokens]

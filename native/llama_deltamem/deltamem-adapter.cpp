@@ -246,7 +246,8 @@ public:
                 type = part_type;
             }
         }
-        by_columns = by_columns && ggml_blck_size(type) == 1;
+        // nor may the output have the shape of the read: see ggml_deltamem_correct
+        by_columns = by_columns && ggml_blck_size(type) == 1 && n_rows != n_read;
 
         ggml_tensor * t = by_columns ? ggml_new_tensor_2d(context(buft), type, n_rows, n_read)
                                      : ggml_new_tensor_2d(context(buft), type, n_read, n_rows);

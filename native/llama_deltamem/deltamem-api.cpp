@@ -263,6 +263,38 @@ int32_t llama_deltamem_state_copy(llama_context * ctx, llama_seq_id seq_id_src, 
 }
 
 //
+// checkpoints
+//
+
+int32_t llama_deltamem_set_checkpoints(llama_context * ctx, const int32_t * tokens, int32_t n_tokens) {
+    return guarded([&] {
+        llama_deltamem_context & deltamem = attached(ctx);
+        if (n_tokens < 0 || n_tokens > LLAMA_DELTAMEM_MAX_CHECKPOINTS) {
+            throw std::runtime_error(format("%d checkpoints were asked for, a batch keeps 0 to %d", n_tokens,
+                                            LLAMA_DELTAMEM_MAX_CHECKPOINTS));
+        }
+        for (int32_t i = 0; i < n_tokens; ++i) {
+            if (tokens[i] < 0 || (i > 0 && tokens[i] <= tokens[i - 1])) {
+                throw std::runtime_error("the tokens that leave checkpoints must ascend from 0");
+            }
+        }
+        deltamem.set_checkpoints(tokens, n_tokens);
+        return 0;
+    });
+}
+
+int32_t llama_deltamem_checkpoint_get(llama_context * ctx, int32_t i, float * dst, size_t n) {
+    return guarded([&] {
+        const llama_deltamem_context & deltamem = attached(ctx);
+        check_size(deltamem, n);
+        const uint32_t slot = deltamem.checkpoint_slot(i);
+        ctx->synchronize();
+        deltamem.state.get(slot, dst);
+        return 0;
+    });
+}
+
+//
 // writes
 //
 

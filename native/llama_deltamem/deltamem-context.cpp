@@ -9,7 +9,10 @@
 #include <stdexcept>
 
 llama_deltamem_context::llama_deltamem_context(llama_deltamem_weights_ptr weights, uint32_t n_seq_max) :
-    weights(weights), state(*weights, n_seq_max), covered(weights->layers.size()), sequences(n_seq_max) {}
+    weights(weights),
+    state(*weights, n_seq_max + LLAMA_DELTAMEM_MAX_CHECKPOINTS),
+    covered(weights->layers.size()),
+    sequences(n_seq_max) {}
 
 int llama_deltamem_context::find_layer(int il) const {
     const auto & layers = weights->layers;
@@ -33,6 +36,10 @@ void llama_deltamem_context::begin_batch(const llama_batch_ext & batch) {
     std::swap(current, next);
 
     const size_t n_tokens = batch.tokens.size();
+    if (!current.checkpoints.empty() && current.checkpoints.back() >= (int64_t) n_tokens) {
+        throw std::runtime_error(format("a checkpoint after token %d was asked for, the batch has %zu",
+                                        current.checkpoints.back(), n_tokens));
+    }
     if (current.given && current.segments.size() != n_tokens) {
         throw std::runtime_error(
                 format("segments were given for %zu tokens, the batch has %zu", current.segments.size(), n_tokens));
@@ -60,6 +67,8 @@ void llama_deltamem_context::begin_batch(const llama_batch_ext & batch) {
         }
         last_token[seq_id] = (int32_t) i;
     }
+
+    n_checkpoints = (int32_t) current.checkpoints.size();
 
     if (!current.given) {
         return;
@@ -94,6 +103,13 @@ void llama_deltamem_context::begin_batch(const llama_batch_ext & batch) {
         }
         segment[seq_id] = current.ends[i] ? -1 : std::max(segment[seq_id], id);
     }
+}
+
+uint32_t llama_deltamem_context::checkpoint_slot(int32_t i) const {
+    if (i < 0 || i >= n_checkpoints) {
+        throw std::runtime_error(format("the last batch left %d checkpoints, there is no number %d", n_checkpoints, i));
+    }
+    return n_seqs() + i;
 }
 
 void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan) {
@@ -135,6 +151,14 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
                 if (current.ends[at]) {
                     bits |= GGML_DELTAMEM_TOKEN_COMMIT;
                     sq.ingest = {};
+                }
+            }
+
+            if (!current.checkpoints.empty()) {
+                const auto & marks = current.checkpoints;
+                const auto   it    = std::lower_bound(marks.begin(), marks.end(), ubatch.data->batch_idxs[i]);
+                if (it != marks.end() && *it == ubatch.data->batch_idxs[i]) {
+                    bits |= GGML_DELTAMEM_TOKEN_CHECKPOINT((int32_t) (this->n_seqs() + (it - marks.begin())));
                 }
             }
 

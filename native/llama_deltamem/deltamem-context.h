@@ -40,6 +40,14 @@ struct llama_deltamem_context {
     // describes the next batch; see llama_deltamem_set_segments
     void set_segments(const int32_t * segments, const int8_t * ends, int32_t n_tokens);
 
+    // tokens of the next batch that leave a checkpoint; see llama_deltamem_set_checkpoints
+    void set_checkpoints(const int32_t * tokens, int32_t n_tokens) {
+        next.checkpoints.assign(tokens, tokens + n_tokens);
+    }
+
+    // the slot of the state that the i-th of them left in the last batch that had any; throws std::runtime_error
+    uint32_t checkpoint_slot(int32_t i) const;
+
     // Takes the description for this batch and checks it. Throws std::runtime_error with the reason to refuse the batch.
     void begin_batch(const llama_batch_ext & batch);
 
@@ -62,9 +70,12 @@ private:
         bool                 given = false;
         std::vector<int32_t> segments;
         std::vector<int8_t>  ends; // empty: the last token of each sequence
+
+        std::vector<int32_t> checkpoints; // tokens, ascending
     };
 
     std::vector<sequence> sequences;
     description           next;
     description           current;
+    int32_t               n_checkpoints = 0; // that the last batch left
 };

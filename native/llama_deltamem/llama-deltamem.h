@@ -104,6 +104,20 @@ LLAMA_API int32_t llama_deltamem_state_copy(struct llama_context * ctx, llama_se
                                             llama_seq_id seq_id_dst);
 
 //
+// checkpoints: states in the middle of a batch
+//
+
+#define LLAMA_DELTAMEM_MAX_CHECKPOINTS 16
+
+// Tokens of the next llama_decode after which the state of their sequence is kept: indices in its batch, ascending, at
+// most LLAMA_DELTAMEM_MAX_CHECKPOINTS. Holds for one llama_decode, also for one that fails. Returns 0 or -1.
+LLAMA_API int32_t llama_deltamem_set_checkpoints(struct llama_context * ctx, const int32_t * tokens, int32_t n_tokens);
+
+// Copies out the state that the i-th of them left, until the next llama_decode. `n` as for llama_deltamem_state_get.
+// Returns 0 or -1.
+LLAMA_API int32_t llama_deltamem_checkpoint_get(struct llama_context * ctx, int32_t i, float * dst, size_t n);
+
+//
 // writes
 //
 

@@ -89,6 +89,7 @@ struct problem {
     ggml_deltamem_params p;
     int                  n_tokens; // of each sequence
     size_t               proj_stride, read_stride, n_columns;
+    int                  n_checkpoints = 0; // slots that entries leave checkpoints in, of each sequence
 
     guarded                           proj, gate_bias;
     std::vector<std::vector<float>>   records; // [n_seqs*H], before
@@ -157,6 +158,7 @@ private:
 struct result {
     std::vector<float>              reads; // [n_columns*read_stride], guard values where nothing was written
     std::vector<std::vector<float>> records;
+    std::vector<std::vector<float>> checkpoints; // like records, one slot after the other
 };
 
 // max_call > 0 hands the entries over in calls of 1 to max_call entries
@@ -164,6 +166,7 @@ static result run_kernel(const problem & a, int max_call = 0) {
     random_source random(7);
     result        res;
     res.records.resize(a.records.size());
+    res.checkpoints.resize(a.records.size());
     guarded read(a.n_columns * a.read_stride);
 
     for (int i = 0; i < a.p.n_seqs * a.p.n_head; ++i) {
@@ -187,6 +190,11 @@ static result run_kernel(const problem & a, int max_call = 0) {
         args.read               = read.data();
         args.read_stride        = a.read_stride;
 
+        const size_t slot_stride = before.size() + 1;
+        guarded      slots(a.n_checkpoints * slot_stride);
+        args.slots       = slots.data();
+        args.slot_stride = slot_stride;
+
         for (int done = 0; done < a.n_tokens; done += (int) args.n_entries) {
             const int left = a.n_tokens - done;
             args.entries   = entries.data() + GGML_DELTAMEM_PLAN_TOKEN * done;
@@ -195,6 +203,8 @@ static result run_kernel(const problem & a, int max_call = 0) {
         }
 
         check(record.guards_intact(), "rank %d: wrote outside its record", a.p.rank);
+        check(slots.guards_intact(), "rank %d: wrote outside the checkpoints", a.p.rank);
+        res.checkpoints[seq * a.p.n_head + head].assign(slots.data(), slots.data() + slots.size());
         res.records[seq * a.p.n_head + head].assign(record.data(), record.data() + record.size());
     }
 
@@ -695,6 +705,51 @@ static void test_same_bits() {
     printf("%-44s%s\n", "calls, masks and one-token segments, bits", n_failed > before ? "  FAILED" : " the same");
 }
 
+// A checkpoint is the state that a call of the entries up to it leaves, bit for bit, and nothing else changes.
+static void test_checkpoints() {
+    const int before = n_failed;
+
+    for (int rank : RANKS) {
+        for (int mode = 0; mode < N_MODES; ++mode) {
+            if (quick && !in_turn(7)) {
+                continue;
+            }
+            for (int flags : { 0, (int) GGML_DELTAMEM_SEGMENTS }) {
+                const ggml_deltamem_params p = make_params(rank, 2, mode, flags);
+                const problem plain(p, 70, flags ? ingests(24) : plan(mostly_writes), usual(p), 1500 * rank + mode, 2);
+                const result  whole = run_kernel(plain);
+
+                problem   a       = plain;
+                const int after[] = { 0, 1, 17, 31, 32, 33, 68, 69 };
+                a.n_checkpoints   = (int) (sizeof(after) / sizeof(after[0]));
+                for (std::vector<int32_t> & entries : a.entries) {
+                    for (int c = 0; c < a.n_checkpoints; ++c) {
+                        entries[after[c] * GGML_DELTAMEM_PLAN_TOKEN + 1] |= GGML_DELTAMEM_TOKEN_CHECKPOINT(c);
+                    }
+                }
+                for (int max_call : { 0, 5 }) {
+                    const result got = run_kernel(a, max_call);
+                    check(same_bits(got.reads, whole.reads), "rank %d, mode %d: checkpoints change reads", rank, mode);
+                    for (int c = 0; c < a.n_checkpoints; ++c) {
+                        problem prefix   = plain;
+                        prefix.n_tokens  = after[c] + 1;
+                        const result cut = run_kernel(prefix);
+                        for (size_t i = 0; i < got.records.size(); ++i) {
+                            const size_t  stride = plain.records[i].size() + 1;
+                            const float * kept   = got.checkpoints[i].data() + c * stride;
+                            check(memcmp(kept, cut.records[i].data(), sizeof(float) * rank * rank) == 0,
+                                  "rank %d, mode %d: the checkpoint after %d differs", rank, mode, after[c]);
+                            check(same_bits(got.records[i], whole.records[i]),
+                                  "rank %d, mode %d: checkpoints change a record", rank, mode);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    printf("%-44s%s\n", "checkpoints, bits", n_failed > before ? "  FAILED" : " the same");
+}
+
 // A NaN in the input comes out: a clamp must not turn it into a number that looks right.
 static void test_nan() {
     const int before = n_failed;
@@ -822,6 +877,7 @@ int main(int argc, char ** argv) {
     test_special_values();
     test_activations();
     test_same_bits();
+    test_checkpoints();
     test_nan();
     test_corrections();
 
