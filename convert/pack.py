@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import gguf
 import numpy as np
 
 from pydeltamem.errors import CheckpointError, InputError
+from pydeltamem.files import replacing
 
 from .base import Base
 from .checkpoint import HEADS, Checkpoint
@@ -135,19 +135,33 @@ def write_adapter(
 
     Raises CheckpointError, and InputError if `path` is one of the files that are read.
     """
-    config = checkpoint.config
     path = Path(os.path.realpath(path))
     for source in (base.path, checkpoint.path):
         if path.exists() and path.samefile(source):
             raise InputError(f"{path}: is read for the conversion; name another file to write")
     tensors = list(packed_tensors(checkpoint, base))
 
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    writer = gguf.GGUFWriter(temporary, base.architecture)  # opens no file yet
+    try:
+        with replacing(path) as temporary:
+            _write(temporary, checkpoint, base, tensors, outtype, name or checkpoint.directory.resolve().name)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _write(
+    path: Path,
+    checkpoint: Checkpoint,
+    base: Base,
+    tensors: list[tuple[str, np.ndarray]],
+    outtype: str,
+    name: str,
+) -> None:
+    config = checkpoint.config
+    writer = gguf.GGUFWriter(path, base.architecture)  # opens no file yet
     try:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string("adapter.type", "deltamem")
-        writer.add_name(name or checkpoint.directory.resolve().name)
+        writer.add_name(name)
         writer.add_file_type(OUTTYPES[outtype][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
@@ -182,14 +196,6 @@ def write_adapter(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         with contextlib.suppress(OSError):
             writer.close()
-        with contextlib.suppress(OSError):
-            temporary.unlink()

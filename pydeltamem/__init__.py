@@ -23,25 +23,36 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .conversation import Conversation, say_together
     from .llama import DeltaMemLlama
     from .memory import Memory
+    from .memory_file import MemorySnapshot
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",
     "CheckpointError",
+    "Conversation",
     "DeltaMemError",
     "DeltaMemLlama",
     "InputError",
     "LibraryError",
     "Memory",
     "MemoryFileError",
+    "MemorySnapshot",
     "ModelError",
     "__version__",
+    "say_together",
 ]
 
-_LAZY = {"DeltaMemLlama": ".llama", "Memory": ".memory"}
+_LAZY = {
+    "Conversation": ".conversation",
+    "DeltaMemLlama": ".llama",
+    "Memory": ".memory",
+    "MemorySnapshot": ".memory_file",
+    "say_together": ".conversation",
+}
 
 if "llama_cpp" in sys.modules:
     importlib.import_module("._lib", __name__)  # says so if the library loaded before is not ours

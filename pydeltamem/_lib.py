@@ -56,7 +56,7 @@ def _import_llama_cpp():
 
 llama_cpp = _import_llama_cpp()
 
-from llama_cpp import Llama  # noqa: E402, F401 - for .llama
+from llama_cpp import Llama, LlamaState  # noqa: E402, F401 - for .llama
 from llama_cpp._ctypes_extensions import ctypes_function_for_shared_library  # noqa: E402
 from llama_cpp._logger import llama_log_callback, logger  # noqa: E402
 from llama_cpp.llama_cpp import (  # noqa: E402
@@ -198,6 +198,27 @@ def llama_deltamem_state_reset(ctx: llama_context_p, seq_id: int, /) -> int: ...
 # int32_t llama_deltamem_state_copy(struct llama_context * ctx, llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
 @ctypes_function("llama_deltamem_state_copy", [llama_context_p_ctypes, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32)
 def llama_deltamem_state_copy(ctx: llama_context_p, seq_id_src: int, seq_id_dst: int, /) -> int: ...
+
+
+LLAMA_DELTAMEM_MAX_CHECKPOINTS = 16
+
+
+# int32_t llama_deltamem_set_checkpoints(struct llama_context * ctx, const int32_t * tokens, int32_t n_tokens);
+@ctypes_function("llama_deltamem_set_checkpoints", [llama_context_p_ctypes, int32_p, ctypes.c_int32], ctypes.c_int32)
+def llama_deltamem_set_checkpoints(
+    ctx: llama_context_p, tokens: ctypes._Pointer[ctypes.c_int32], n_tokens: int, /
+) -> int: ...
+
+
+# int32_t llama_deltamem_checkpoint_get(struct llama_context * ctx, int32_t i, float * dst, size_t n);
+@ctypes_function(
+    "llama_deltamem_checkpoint_get",
+    [llama_context_p_ctypes, ctypes.c_int32, float_p, ctypes.c_size_t],
+    ctypes.c_int32,
+)
+def llama_deltamem_checkpoint_get(
+    ctx: llama_context_p, i: int, dst: ctypes._Pointer[ctypes.c_float], n: int, /
+) -> int: ...
 
 
 # int32_t llama_deltamem_set_write(struct llama_context * ctx, llama_seq_id seq_id, bool write);

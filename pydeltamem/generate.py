@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = sys.stdout
     stream = TextStream(llm, tokens, **options)
-    with memory_saved(llm, args.save_memory):
+    with memory_saved(llm.memory, args.save_memory):
         try:
             if not args.no_display_prompt:
                 out.write(prompt)

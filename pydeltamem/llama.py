@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
+import ctypes
+import functools
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _lib
-from ._lib import Llama
+from ._lib import Llama, LlamaState
 from .errors import AdapterError, InputError, ModelError
-from .memory import SEQUENCE, Memory
+from .history import History
+from .memory import Memory
+from .seats import Seats
+from .text import Text
+
+SEAT = 0  # the sequence of the context that llama_cpp.Llama evaluates its text in
+
+_llama = _lib.llama_cpp
 
 
 class DeltaMemLlama(Llama):
@@ -29,6 +39,9 @@ class DeltaMemLlama(Llama):
         model_path: the model as GGUF, plain or packed with an adapter.
         deltamem_path: an adapter GGUF for that model. None: a packed model's own adapter; without one there is no
             memory, and `llm.memory` says so when its state is asked for.
+        n_ctx: tokens of a text, as `llama_cpp.Llama`.
+        n_seq_max: texts that the context holds at once: this object's own, and those of `Conversation`. With several
+            the context is n_seq_max times as large.
         **kwargs: as `llama_cpp.Llama`.
 
     Raises:
@@ -37,9 +50,9 @@ class DeltaMemLlama(Llama):
 
     Memory and text are independent: `reset()` forgets the text and keeps the memory, `memory.reset()` the reverse.
 
-    Each token of a text is written once. `Llama.generate` keeps the common beginning of two prompts in the KV cache and
-    may evaluate a token of it again: the same token at the same position only reads then. After going back, tokens that
-    differ from those read before write; what the dropped ones wrote stays in the memory.
+    Each token of a text is written once (docs/conversations.md). A text that goes back, to be asked again, edited or
+    because drafted tokens were wrong, takes the memory back with it; one that shares nothing with the present text, or
+    in a chat only the system prompt, is another one: the memory goes on.
     """
 
     def __init__(
@@ -47,18 +60,24 @@ class DeltaMemLlama(Llama):
         model_path: str | os.PathLike[str],
         *,
         deltamem_path: str | os.PathLike[str] | None = None,
+        n_ctx: int = 512,
+        n_seq_max: int = 1,
         **kwargs: Any,
     ) -> None:
         model_path = os.fspath(model_path)
         self.deltamem_path = None if deltamem_path is None else os.fspath(deltamem_path)
         self._adapter: _lib.llama_deltamem_adapter_p | None = None
+        self._text: Text | None = None
+        if not 1 <= n_seq_max <= _llama.llama_max_parallel_sequences():
+            raise InputError(f"n_seq_max is 1 to {_llama.llama_max_parallel_sequences()}, not {n_seq_max}")
+        self._n_seq_max = n_seq_max
         if not os.path.isfile(model_path):
             raise ModelError(f"{model_path}: no such model file")
         if self.deltamem_path is not None and not os.path.isfile(self.deltamem_path):
             raise AdapterError(f"{self.deltamem_path}: no such adapter file")
         with _lib.errors_held() as log:
             try:
-                super().__init__(model_path, **kwargs)
+                super().__init__(model_path, n_ctx=n_ctx * n_seq_max, **kwargs)
             except (RuntimeError, ValueError) as error:
                 self.close()
                 if str(error).startswith("Failed to "):
@@ -73,9 +92,14 @@ class DeltaMemLlama(Llama):
                 self.close()
                 raise
 
-        # the token evaluated last at each position of the text, and whether it wrote
-        self._seen: npt.NDArray[np.intc] = np.zeros(len(self.input_ids), dtype=np.intc)
-        self._wrote: npt.NDArray[np.bool_] = np.zeros(len(self.input_ids), dtype=np.bool_)
+        self._seats = Seats(self._ctx, self._batch, self.n_batch, model_path)
+        self._seats.adapter = self._adapter
+        self._text = Text(self._seats)
+        if self._logits_all:
+            self._text.scores = self.scores
+        self._seats.take(self._text, SEAT)
+        self._messages: list[Any] | None = None  # of the latest chat completion
+        self._is_new_chat = False
 
     def _load_adapter(self) -> None:
         path = self.deltamem_path
@@ -93,8 +117,61 @@ class DeltaMemLlama(Llama):
 
     @property
     def memory(self) -> Memory:
-        """The memory of this conversation."""
-        return Memory(self)
+        """The memory of this object's own text."""
+        return Memory(self, self._text)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Names the base model in memory files, alike for all quantisations: sha256 of name, sizes and tokenizer."""
+        architecture = self.metadata.get("general.architecture", "")
+        keys = sorted(k for k in self.metadata if k.startswith((f"{architecture}.", "tokenizer.ggml.")))
+        facts = [self.metadata.get("general.name", ""), self.n_vocab(), _llama.llama_model_n_params(self.model)]
+        facts += [f"{key}={self.metadata[key]}" for key in keys]
+        return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()
+
+    #
+    # what llama_cpp.Llama keeps of its text
+    #
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the text. Setting it lower goes back, and the memory with it when the next tokens are read."""
+        return 0 if self._text is None else self._text.n_tokens
+
+    @n_tokens.setter
+    def n_tokens(self, value: int) -> None:
+        if self._text is not None:
+            self._text.n_tokens = value
+
+    @property
+    def input_ids(self) -> npt.NDArray[np.intc]:
+        """Token ids of the text, [n_ctx]; the first n_tokens count."""
+        return self._text.history.tokens
+
+    @input_ids.setter
+    def input_ids(self, value: npt.NDArray[np.intc]) -> None:
+        if self._text is not None:
+            n = min(len(value), len(self._text.history.tokens))
+            self._text.history.tokens[:n] = value[:n]
+
+    @property
+    def context_params(self) -> Any:
+        """llama_context_params, with the sequences that were asked for."""
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, value: Any) -> None:
+        value.n_seq_max = self._n_seq_max
+        value.kv_unified = False
+        self._context_params = value
+
+    def n_ctx(self) -> int:
+        """Most tokens of a text."""
+        return _llama.llama_n_ctx_seq(self.ctx)
+
+    #
+    # reading
+    #
 
     def eval(self, tokens: Sequence[int], segments: Sequence[int] | None = None) -> None:
         """Evaluates tokens after the present text: one ingest, in pieces of n_batch.
@@ -105,79 +182,83 @@ class DeltaMemLlama(Llama):
                 tokens read the memory as it was before the call; then each segment writes once. None: each token is a
                 segment of its own and writes as it is read.
 
-        Tokens that this text has written already, at the same positions, only read, unless `segments` are given: those
-        are the caller's word on what writes. With a draft model, whose verification needs all logits of one batch, a
-        batch of old and new tokens writes as a whole.
+        After going back (`n_tokens` set lower) the memory goes back too, and these tokens are written in place of those
+        that stood there; but if nothing or only the first token agrees, this is another text and the memory goes on.
 
         Raises InputError if the arguments do not fit. If llama.cpp fails, text and memory are as before the call.
         """
-        if segments is not None:
-            segments = self._checked_segments(tokens, segments)
-        if not self.memory.attached or len(tokens) == 0:
-            super().eval(tokens)
+        ids = None if segments is None else self._checked_segments(tokens, segments)
+        _ = self._seats.ctx
+        if len(tokens) == 0:
             return
+        self._seats.take(self._text, SEAT)
+        self._text.drafted = self.draft_model is not None
+        self._requires_eval = True  # until it succeeds
+        n_past, history = self._text.n_tokens, self._text.history
+        if n_past < history.n and n_past + history.common(n_past, tokens) <= 1:
+            self._text.begin(n_past)  # at most the token that begins every text agrees: another one
+        self._text.eval(tokens, ids)
+        self._requires_eval = False
 
-        n_past, n_tokens = self.n_tokens, len(tokens)
-        if n_past + n_tokens > len(self.input_ids):
-            raise InputError(
-                f"{n_tokens} tokens do not fit after {n_past} in a context of {len(self.input_ids)}: raise n_ctx"
-            )
-        span = slice(n_past, n_past + n_tokens)
-        differs = np.flatnonzero(self._seen[span] != np.asarray(tokens, dtype=np.intc))
-        fork = int(differs[0]) if len(differs) else n_tokens  # from here on it is another text
-        written = self._wrote[span] & (np.arange(n_tokens) < fork)
-
-        state, write = self.memory.state, self.memory.write
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As `Llama.generate`. Where it ends, text and memory hold nothing that was drafted and not taken."""
+        text = self._text
+        self._seats.take(text, SEAT)
+        if self._seats.latest.get(SEAT) is not text:
+            self._requires_eval = True  # the logits belong to another text
+        tokens = list(tokens)
+        if self._is_new_chat:
+            self._is_new_chat = False
+            self._begin_after(text.history.common(0, tokens))
+        generator = super().generate(tokens, *args, **kwargs)
+        if self.draft_model is None:
+            yield from generator
+            return
+        sent = None
         try:
-            if segments is not None:
-                self._eval_segments(tokens, segments)
-                writes = (segments >= 0) & write
-            else:
-                self._eval_runs(tokens, written)
-                writes = written | write
-        except BaseException:
-            self.memory.write = write
-            _lib.llama_deltamem_abandon_ingest(self.ctx, SEQUENCE)
-            self._set_state(state)
-            self.n_tokens = n_past
-            self._requires_eval = True
-            raise
-        if fork < n_tokens:
-            self._wrote[n_past + fork :] = False
-        self._seen[span] = tokens
-        self._wrote[span] = writes
+            while True:
+                try:
+                    token = generator.send(sent)
+                except StopIteration:
+                    return
+                tokens.append(token)
+                sent = yield token
+                tokens += sent or []
+        finally:
+            generator.close()
+            n = text.history.common(0, tokens)
+            if n < max(text.n_tokens, text.history.n):
+                text.n_tokens = min(text.n_tokens, n)
+                text.back(text.n_tokens)
+                self._requires_eval = True
 
-    def _eval_runs(self, tokens: Sequence[int], written: npt.NDArray[np.bool_]) -> None:
-        """Token writes: runs of written tokens with writes off, the others as the caller set it."""
-        if self.draft_model is not None:
-            written = np.full(len(written), written.all())
-        write = self.memory.write
-        start = 0
-        for again, run in itertools.groupby(written):
-            end = start + len(list(run))
-            if write and again:
-                self.memory.write = False
-            super().eval(tokens[start:end])
-            if write and again:
-                self.memory.write = True
-            start = end
+    def create_chat_completion(self, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """As `Llama.create_chat_completion`.
 
-    def _eval_segments(self, tokens: Sequence[int], segments: npt.NDArray[np.int32]) -> None:
-        """Segment writes: the ingest ends with the last token of the last piece."""
-        for start in range(0, len(tokens), self.n_batch):
-            piece = np.ascontiguousarray(segments[start : start + self.n_batch])
-            ends = np.zeros(len(piece), dtype=np.int8)
-            ends[-1] = start + len(piece) == len(tokens)
-            if _lib.llama_deltamem_set_segments(
-                self.ctx, piece.ctypes.data_as(_lib.int32_p), ends.ctypes.data_as(_lib.int8_p), len(piece)
-            ):
-                raise InputError(_lib.last_error())
-            super().eval(tokens[start : start + self.n_batch])
+        Messages that begin as those of the latest call continue that conversation, or go back in it, and the memory
+        with them. If only system prompts agree, or nothing, it is another conversation: the memory goes on, and what
+        agrees is not read again.
+        """
+        if self._messages is not None and self.memory.attached:
+            self._is_new_chat = not _agree(self._messages, messages)
+        self._messages = copy.deepcopy(messages)
+        return super().create_chat_completion(messages, *args, **kwargs)
+
+    @property
+    def _granularity(self) -> int | None:
+        """LLAMA_DELTAMEM_TOKEN, …; None without a memory."""
+        return _lib.llama_deltamem_write_granularity(self._adapter) if self._seats.has_memory else None
+
+    def _begin_after(self, n: int) -> None:
+        """Another text, of which the first n tokens stand here already."""
+        text = self._text
+        if n < text.n_tokens:
+            text.begin(n)
 
     def _checked_segments(self, tokens: Sequence[int], segments: Sequence[int]) -> npt.NDArray[np.int32]:
         if not self.memory.attached:
             raise AdapterError("segments were given but no memory adapter is attached")
-        if _lib.llama_deltamem_write_granularity(self._adapter) == _lib.LLAMA_DELTAMEM_TOKEN:
+        if self._granularity == _lib.LLAMA_DELTAMEM_TOKEN:
             raise InputError("segments were given but the adapter writes per token: call eval without them")
         if len(segments) != len(tokens):
             raise InputError(f"{len(segments)} segment ids were given for {len(tokens)} tokens")
@@ -193,29 +274,108 @@ class DeltaMemLlama(Llama):
     def reset(self) -> None:
         """Forgets the text and keeps the memory."""
         super().reset()
-        self._forget_writes()
-
-    def load_state(self, state: Any) -> None:
-        """As `Llama.load_state`: restores text. Its tokens count as written, the memory stays as it is."""
-        super().load_state(state)
-        self._seen[: self.n_tokens] = self.input_ids[: self.n_tokens]
-        self._wrote[: self.n_tokens] = True
-        self._wrote[self.n_tokens :] = False
+        if self._text is not None:
+            self._text.reset()
 
     def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
-        """As `Llama.embed`. Every text reads the memory of the conversation; nothing is written."""
+        """As `Llama.embed`. Every text reads this object's memory; nothing is written."""
+        self._seats.take(self._text, SEAT)
         if not self.memory.attached:
+            self._seats.lost_kv()
             return super().embed(input, *args, **kwargs)
         n_inputs = 1 if isinstance(input, str) else len(input)
-        for seq_id in range(1, min(n_inputs, self.context_params.n_seq_max)):
-            _lib.llama_deltamem_state_copy(self.ctx, SEQUENCE, seq_id)
-        write = self.memory.write
-        _lib.llama_deltamem_set_write(self.ctx, -1, False)
-        try:
-            return super().embed(input, *args, **kwargs)
-        finally:
-            _lib.llama_deltamem_set_write(self.ctx, -1, True)
-            self.memory.write = write
+        seats = range(1, min(n_inputs, self.context_params.n_seq_max))
+        for seat in seats:
+            sitting = self._seats.text(seat)
+            if sitting is not None:
+                self._seats.leave(sitting)
+            _lib.llama_deltamem_state_copy(self.ctx, SEAT, seat)
+        _lib.llama_deltamem_set_write(self.ctx, -1, False)  # set again by each decode of a text
+        self._seats.lost_kv()
+        return super().embed(input, *args, **kwargs)
+
+    #
+    # saving
+    #
+
+    def save_state(self) -> DeltaMemState:
+        """As `Llama.save_state`: the text with its KV cache, and the memory with it."""
+        text = self._text
+        self._seats.take(text, SEAT)
+        if self.memory.attached:
+            text.catch_up()
+        size = _llama.llama_state_seq_get_size(self.ctx, SEAT)
+        data = (ctypes.c_uint8 * size)()
+        n = _llama.llama_state_seq_get_data(self.ctx, data, size, SEAT)
+        return DeltaMemState(
+            input_ids=self.input_ids.copy(),
+            scores=self._scores.copy(),
+            n_tokens=self.n_tokens,
+            llama_state=bytes(data)[:n],
+            llama_state_size=n,
+            seed=self._seed,
+            n_kv=text.n_kv,
+            history=text.history.copy(),
+            memory=text.state if self.memory.attached else None,
+            write=text.write,
+        )
+
+    def load_state(self, state: LlamaState) -> None:
+        """As `Llama.load_state`: text and memory as they were saved. A state that plain llama_cpp saved has no memory:
+        the present one stays, and the tokens count as written.
+        """
+        text = self._text
+        self._seats.take(text, SEAT)
+        if not isinstance(state, DeltaMemState):
+            if self._n_seq_max > 1:
+                raise InputError("a state that plain llama_cpp saved is for a context of one sequence")
+            super().load_state(state)
+            text.n_kv = state.n_tokens
+            text.history.wrote[: state.n_tokens] = True
+            text.history.begin(state.n_tokens, text.state if self.memory.attached else None)
+            return
+        if len(state.history.tokens) != text.n_ctx:
+            raise InputError(
+                f"the state is of a context of {len(state.history.tokens)} tokens, this one has {text.n_ctx}"
+            )
+        if state.memory is not None and self.memory.attached and state.memory.shape != self.memory.shape:
+            raise InputError(
+                f"the state holds a memory of shape {state.memory.shape}, the adapter has {self.memory.shape}"
+            )
+        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
+        if not _llama.llama_state_seq_set_data(self.ctx, data, state.llama_state_size, SEAT):
+            self._seats.truncate(SEAT, 0)
+            text.n_kv = 0
+            raise RuntimeError("Failed to set llama state data")
+        text.history = state.history.copy()
+        text.n_tokens, text.n_kv, text.write = state.n_tokens, state.n_kv, state.write
+        if state.memory is not None and self.memory.attached:
+            text.put_state(state.memory)
+        self.scores[: len(state.scores)] = state.scores
+        self._seed = state.seed
+        self._requires_eval = True
+        self._messages = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: how to load the model again, and the memory; the text is read again when it is needed."""
+        state = super().__getstate__()
+        state.update(
+            deltamem_path=self.deltamem_path, n_ctx=state["n_ctx"] // self._n_seq_max, n_seq_max=self._n_seq_max
+        )
+        if self.memory.attached:
+            state["memory"] = {
+                "state": self.memory.state,
+                "written": self._text.history.n_written,
+                "write": self._text.write,
+            }
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        memory = state.pop("memory", None)
+        super().__setstate__(state)
+        if memory is not None:
+            self._text.become(memory["state"], memory["written"])
+            self._text.write = memory["write"]
 
     def close(self) -> None:
         """Frees adapter, context and model. Closing twice is fine."""
@@ -223,23 +383,28 @@ class DeltaMemLlama(Llama):
             super().close()
         self._adapter = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "deltamem_path": self.deltamem_path}
 
-    @property
-    def _open_ctx(self) -> _lib.llama_context_p:
-        ctx = self.ctx
-        if ctx is None:
-            raise ModelError(f"{self.model_path}: the model is closed")
-        return ctx
+class DeltaMemState(LlamaState):
+    """What `DeltaMemLlama.save_state` returns: the text, its KV cache, and the memory."""
 
-    def _set_state(self, state: npt.NDArray[np.float32]) -> None:
-        _lib.llama_deltamem_state_set(self.ctx, SEQUENCE, state.ctypes.data_as(_lib.float_p), state.size)
+    def __init__(
+        self, *, n_kv: int, history: History, memory: npt.NDArray[np.float32] | None, write: bool, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.n_kv = n_kv
+        self.history = history
+        self.memory = memory
+        self.write = write
 
-    def _forget_writes(self) -> None:
-        """No token of the present text counts as written any more."""
-        if hasattr(self, "_wrote"):
-            self._wrote[:] = False
+
+def _agree(before: list[Any], messages: list[Any]) -> bool:
+    """Whether two conversations begin with the same message that is not a system prompt."""
+    for mine, other in zip(before, messages):
+        if mine != other:
+            return False
+        if mine.get("role") not in ("system", "developer"):
+            return True
+    return False
 
 
 def _naming(path: str, reason: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from typing import TYPE_CHECKING
 
@@ -11,29 +10,30 @@ import numpy.typing as npt
 
 from . import _lib
 from .errors import AdapterError, InputError, MemoryFileError
-from .memory_file import read_memory_file, write_memory_file
+from .memory_file import MemorySnapshot
+from .seats import check
+from .text import log
 
 if TYPE_CHECKING:
     from .llama import DeltaMemLlama
-
-SEQUENCE = 0  # the sequence of the context that llama_cpp.Llama evaluates its text in
+    from .text import Text
 
 
 class Memory:
-    """The memory of a `DeltaMemLlama`: one state per layer that carries memory, separate from the text.
+    """The memory of a `DeltaMemLlama`, or of a `Conversation` on one: one state per layer that carries memory.
 
     Obtained as `llm.memory`; a view, it keeps nothing of its own. L layers, H state heads of rank r. Every access to
     the state raises AdapterError if the model has no memory adapter attached.
     """
 
-    def __init__(self, llm: DeltaMemLlama) -> None:
+    def __init__(self, llm: DeltaMemLlama, text: Text) -> None:
         self._llm = llm
+        self._text = text
 
     @property
     def attached(self) -> bool:
         """Whether an adapter is attached, so that tokens read and write memory."""
-        ctx = self._llm.ctx
-        return ctx is not None and _lib.llama_deltamem_is_attached(ctx)
+        return self._llm._seats.has_memory
 
     @property
     def layers(self) -> list[int]:
@@ -46,20 +46,17 @@ class Memory:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(L, H, r, r)"""
-        adapter = self._adapter
-        rank = _lib.llama_deltamem_rank(adapter)
-        return _lib.llama_deltamem_n_layer(adapter), _lib.llama_deltamem_n_head(adapter), rank, rank
+        return self._llm._seats.shape
 
     @property
     def state(self) -> npt.NDArray[np.float32]:
         """The state, float32 [L, H, r, r] with S[i, j] = [row (value), column (key)]. Reading copies it out.
 
         Assigning replaces it; the value must have that shape and be finite (InputError). No token of the present text
-        counts as written into the new state: see `DeltaMemLlama.eval`.
+        counts as written into the new state, which the text cannot take back.
         """
-        state = np.empty(self.shape, dtype=np.float32)
-        _check(_lib.llama_deltamem_state_get(self._ctx, SEQUENCE, _pointer(state), state.size))
-        return state
+        _ = self.shape
+        return self._text.state
 
     @state.setter
     def state(self, value: npt.ArrayLike) -> None:
@@ -73,58 +70,118 @@ class Memory:
             raise InputError(f"a state of shape {state.shape} does not fit: this memory has shape {shape}")
         if not np.isfinite(state).all():
             raise InputError("a state must be finite: the array holds NaN or infinite values")
-        _check(_lib.llama_deltamem_state_set(self._ctx, SEQUENCE, _pointer(state), state.size))
-        self._llm._forget_writes()
+        self._text.become(state)
+
+    @property
+    def n_written(self) -> int:
+        """Tokens that this memory was ever written."""
+        _ = self.shape
+        return self._text.history.n_written
 
     @property
     def write(self) -> bool:
         """True (default): tokens read and write. False: they only read."""
-        return _lib.llama_deltamem_get_write(self._ctx, SEQUENCE)
+        _ = self.shape
+        return self._text.write
 
     @write.setter
     def write(self, value: bool) -> None:
-        _check(_lib.llama_deltamem_set_write(self._ctx, SEQUENCE, bool(value)))
+        _ = self.shape
+        self._text.write = bool(value)
 
     def reset(self) -> None:
         """Empties the memory. The text stays: `DeltaMemLlama.reset` forgets that."""
-        _check(_lib.llama_deltamem_state_reset(self._ctx, SEQUENCE))
-        self._llm._forget_writes()
+        self._text.become(np.zeros(self.shape, dtype=np.float32))
+
+    #
+    # going back
+    #
+
+    def checkpoint(self) -> int:
+        """Keeps the memory as it is at the end of the text, beyond the checkpoints that are made by themselves.
+
+        Returns the position, for `rollback`.
+        """
+        _ = self.shape
+        return self._text.checkpoint()
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """The positions of the text, in tokens, that the memory can go back to at once."""
+        return self._text.history.checkpoints.positions
+
+    def rollback(self, position: int) -> int:
+        """Takes memory and text back to `position`, tokens from the beginning of the text.
+
+        Returns 0 if there is a checkpoint; else that many tokens before it, from the next checkpoint back, were read
+        again. Raises InputError if the text, or this memory, began after `position`.
+        """
+        _ = self.shape
+        self._llm._requires_eval = True
+        return self._text.back(position)
+
+    @property
+    def n_read_again(self) -> int:
+        """Tokens that were read again so far, because the text went back to where there was no checkpoint."""
+        return self._text.n_read_again
+
+    #
+    # copies and files
+    #
+
+    def copy(self) -> MemorySnapshot:
+        """The memory as it is, by itself: to save, export, compare or restore later."""
+        return MemorySnapshot(self.state, self._metadata)
+
+    def restore(self, snapshot: MemorySnapshot) -> None:
+        """Replaces this memory by a copy of one that the same adapter wrote. Raises MemoryFileError if it is not."""
+        self._restore(snapshot, "the copy")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state to a memory file (`pydeltamem.memory_file`), in one step. Raises MemoryFileError."""
-        write_memory_file(path, self.state, {"layers": self._layers_text, **self._identity})
+        """Writes the memory to a memory file (`pydeltamem.memory_file`), in one step. Raises MemoryFileError."""
+        self.copy().save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Replaces the state by that of a memory file.
+        """Replaces the memory by that of a memory file.
 
         Raises MemoryFileError if the file cannot be read or belongs to another adapter; the memory is then as it was.
         """
-        mine = self._identity
-        state, metadata = read_memory_file(path)
-        theirs = {key: metadata.get(key, "") for key in mine}
-        if theirs["adapter"] != mine["adapter"] or theirs["architecture"] != mine["architecture"]:
+        _ = self.shape
+        self._restore(MemorySnapshot.load(path), os.fspath(path))
+
+    def _restore(self, snapshot: MemorySnapshot, name: str) -> None:
+        mine, theirs = self._metadata, snapshot.metadata
+        if any(theirs.get(key, "") != mine[key] for key in ("adapter", "architecture")):
             raise MemoryFileError(
-                f"{os.fspath(path)}: the memory of another adapter, {_describe(theirs)}; attached is {_describe(mine)}"
+                f"{name}: the memory of another adapter, {_describe(theirs)}; attached is {_describe(mine)}"
             )
-        if metadata.get("layers", "") != self._layers_text or state.shape != self.shape:
+        if theirs.get("layers", "") != mine["layers"] or snapshot.state.shape != self.shape:
             raise MemoryFileError(
-                f"{os.fspath(path)}: holds layers {metadata.get('layers', '')} of shape {state.shape}; "
-                f"the adapter has layers {self._layers_text} of shape {self.shape}"
+                f"{name}: holds layers {theirs.get('layers', '')} of shape {snapshot.state.shape}; "
+                f"the adapter has layers {mine['layers']} of shape {self.shape}"
             )
-        self.state = state
+        if theirs.get("base", mine["base"]) != mine["base"]:
+            log.warning("%s: written by another base model than %s", name, mine["base_name"] or self._llm.model_path)
+        self._text.become(snapshot.state, snapshot.tokens_written)
+        self._text.since = theirs.get("created")
 
     def attach(self) -> None:
-        """Attaches the adapter again, with an empty memory."""
-        ctx = self._llm._open_ctx
+        """Attaches the adapter again, with an empty memory for every text."""
+        seats = self._llm._seats
+        ctx = seats.ctx
         if self._llm._adapter is None:
-            raise AdapterError(_NO_ADAPTER)
+            raise AdapterError("no memory adapter is attached: load the model with deltamem_path=...")
         with _lib.errors_held():
-            _check(_lib.llama_deltamem_attach(ctx, self._llm._adapter))
-        self._llm._forget_writes()
+            check(_lib.llama_deltamem_attach(ctx, self._llm._adapter))
+        for seat in range(seats.n_seq_max):
+            text = seats.text(seat)
+            if text is not None:
+                text.become(np.zeros(self.shape, dtype=np.float32))
 
     def detach(self) -> None:
         """Back to the plain model; the state is lost. `attach` brings memory back."""
-        _lib.llama_deltamem_detach(self._ctx)
+        _ = self.shape
+        _lib.llama_deltamem_detach(self._llm._seats.ctx)
 
     def __repr__(self) -> str:
         if not self.attached:
@@ -136,45 +193,25 @@ class Memory:
         )
 
     @property
-    def _ctx(self) -> _lib.llama_context_p:
-        """The native context; raises if there is no memory in it."""
-        ctx = self._llm._open_ctx
-        if not _lib.llama_deltamem_is_attached(ctx):
-            raise AdapterError(_NO_ADAPTER)
-        return ctx
-
-    @property
-    def _adapter(self) -> _lib.llama_deltamem_adapter_p:
-        _ = self._ctx
-        return self._llm._adapter
-
-    @property
-    def _layers_text(self) -> str:
-        return ",".join(map(str, self.layers))
-
-    @property
-    def _identity(self) -> dict[str, str]:
-        adapter = self._adapter
+    def _metadata(self) -> dict[str, str]:
+        """Of a memory file."""
+        _ = self.shape
+        adapter = self._llm._adapter
         name = _lib.meta(adapter, "general.name") or _lib.meta(adapter, "deltamem.source.name")
-        return {
+        metadata = {
+            "layers": ",".join(map(str, self.layers)),
             "adapter": _lib.meta(adapter, "deltamem.source.sha256") or "",
             "adapter_name": name or "",
             "architecture": _lib.meta(adapter, "general.architecture") or "",
+            "base": self._llm.fingerprint,
+            "base_name": self._llm.metadata.get("general.name", ""),
+            "tokens_written": str(self.n_written),
         }
+        if self._text.since:
+            metadata["created"] = self._text.since
+        return metadata
 
 
-_NO_ADAPTER = "no memory adapter is attached: load the model with deltamem_path=..."
-
-
-def _check(status: int) -> None:
-    if status != 0:
-        raise AdapterError(_lib.last_error())
-
-
-def _pointer(array: npt.NDArray[np.float32]) -> ctypes._Pointer[ctypes.c_float]:
-    return array.ctypes.data_as(_lib.float_p)
-
-
-def _describe(identity: dict[str, str]) -> str:
-    name, checksum = identity["adapter_name"] or "unnamed", identity["adapter"][:12] or "no checksum"
-    return f"{name} for {identity['architecture'] or 'an unknown architecture'} ({checksum})"
+def _describe(metadata: dict[str, str]) -> str:
+    name, checksum = metadata.get("adapter_name") or "unnamed", metadata.get("adapter", "")[:12] or "no checksum"
+    return f"{name} for {metadata.get('architecture') or 'an unknown architecture'} ({checksum})"

@@ -1,4 +1,4 @@
-"""Memory files: the state of one conversation as safetensors, bound to the adapter that wrote it.
+"""Memory files: the state of one conversation as safetensors, bound to the adapter that wrote it (docs/formats.md).
 
 One tensor `state`, F32 [L, H, r, r] with S[i, j] = [row (value), column (key)], and the metadata
 
@@ -8,7 +8,11 @@ One tensor `state`, F32 [L, H, r, r] with S[i, j] = [row (value), column (key)],
     adapter          sha256 of the checkpoint that the adapter was converted from
     adapter_name     its name
     architecture     of the base model, e.g. qwen3
-    created          ISO 8601, UTC
+    base             fingerprint of the base model, alike for all its quantisations (optional)
+    base_name        its name (optional)
+    tokens_written   tokens that the memory was ever written (optional)
+    created          when the memory began, ISO 8601, UTC
+    saved            when the file was written, ISO 8601, UTC (optional)
 
 Nothing here needs llama.cpp.
 """
@@ -16,37 +20,117 @@ Nothing here needs llama.cpp.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
+import json
 import os
-import secrets
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from .errors import MemoryFileError
+from .errors import InputError, MemoryFileError
+from .files import leftovers, replacing
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 FORMAT = "deltamem-memory"
 FORMAT_VERSION = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class MemorySnapshot:
+    """A memory by itself: a state, and where it comes from. `Memory.copy()` makes one, `Memory.restore` takes it.
+
+    Attributes:
+        state: float32 [L, H, r, r], read-only.
+        metadata: of the memory file, see above.
+
+    Raises InputError if the state has another shape or is not finite.
+    """
+
+    state: npt.NDArray[np.float32]
+    metadata: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        state = np.array(self.state, dtype=np.float32, order="C")
+        if state.ndim != 4 or state.shape[2] != state.shape[3]:
+            raise InputError(f"a memory has a state [L, H, r, r], not one of shape {state.shape}")
+        if not np.isfinite(state).all():
+            raise InputError("a state must be finite: the array holds NaN or infinite values")
+        state.flags.writeable = False
+        object.__setattr__(self, "state", state)
+        object.__setattr__(self, "metadata", dict(self.metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MemorySnapshot:
+        """Reads a memory file. Raises MemoryFileError."""
+        return cls(*read_memory_file(path))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a memory file, in one step. Raises MemoryFileError."""
+        write_memory_file(path, self.state, dict(self.metadata))
+
+    @property
+    def layers(self) -> list[int]:
+        """The model layers that the states belong to."""
+        named = [int(layer) for layer in self.metadata.get("layers", "").split(",") if layer]
+        return named if len(named) == len(self.state) else list(range(len(self.state)))
+
+    @property
+    def tokens_written(self) -> int:
+        """Tokens that the memory was ever written, 0 if it is not known."""
+        text = self.metadata.get("tokens_written", "")
+        return int(text) if text.isdecimal() else 0
+
+    @property
+    def norms(self) -> npt.NDArray[np.float32]:
+        """Frobenius norms of the states, [L, H]."""
+        return np.sqrt((self.state.astype(np.float64) ** 2).sum(axis=(2, 3))).astype(np.float32)
+
+    @property
+    def singular_values(self) -> npt.NDArray[np.float32]:
+        """Of each state, descending, [L, H, r]."""
+        return np.linalg.svd(self.state.astype(np.float64), compute_uv=False).astype(np.float32)
+
+    def to_npz(self, path: str | os.PathLike[str]) -> None:
+        """Exports `state` and each metadata value as arrays of a NumPy archive. Raises MemoryFileError."""
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.savez(file, state=self.state, **{key: np.array(value) for key, value in self.metadata.items()})
+
+        _write(path, write)
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Exports an object with `metadata` and `state`, nested lists [L][H][r][r]. Raises MemoryFileError."""
+        text = json.dumps({"metadata": dict(self.metadata), "state": self.state.tolist()})
+        _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_memory_file(path: str | os.PathLike[str], state: np.ndarray, metadata: dict[str, str]) -> None:
     """Writes a memory file in one step: a crash leaves the old file or the new one, never a part.
 
-    `metadata` holds layers, adapter, adapter_name and architecture; format and date are added. Raises MemoryFileError.
+    `metadata` holds layers, adapter, adapter_name and architecture, and what else is known; the format and the dates
+    are added. Raises MemoryFileError.
     """
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     metadata = {
+        "created": now,
+        **metadata,
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
-        **metadata,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "saved": now,
     }
     data = safetensors.numpy.save({"state": np.ascontiguousarray(state, dtype=np.float32)}, metadata)
-    try:
-        _replace(Path(os.path.realpath(path)), data)
-    except OSError as error:
-        raise MemoryFileError(f"{os.fspath(path)}: the memory cannot be saved: {error.strerror}") from error
+    _write(path, lambda temporary: temporary.write_bytes(data))
 
 
 def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, str]]:
@@ -94,21 +178,81 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise MemoryFileError(f"{name}: the memory cannot be saved: not a writable file")
 
 
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+class MemoryFileLock:
+    """Keeps a memory file for one process, and one object in it, as long as it is held: for saving it again and again.
+
+    A lock file beside it, `.NAME.lock`, holds the process id. The operating system lets go of it if the process is
+    killed; what is left of the file does not matter then.
+
+        with MemoryFileLock("ada.memory"):
+            ...
+
+    Raises MemoryFileError if somebody else holds it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        target = Path(os.path.realpath(path))
+        self._lock = target.with_name(f".{target.name}.lock")
+        self._file: int | None = None
+
+    def acquire(self) -> None:
+        """Takes the lock, and removes what processes that were killed while saving have left."""
+        while self._file is None:
+            try:
+                file = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise MemoryFileError(f"{self.path}: the memory cannot be saved: {error.strerror}") from error
+            try:
+                _lock(file)
+            except OSError as error:
+                holder = os.pread(file, 32, 1).decode("ascii", "replace").strip() if os.name == "posix" else ""
+                os.close(file)
+                who = f"process {holder}" if holder else "another process"
+                raise MemoryFileError(f"{self.path}: in use by {who}: end it, or use another file") from error
+            try:  # the holder before may have removed the file between our opening and locking it
+                same = os.path.samestat(os.fstat(file), os.stat(self._lock))
+            except FileNotFoundError:
+                same = False
+            if same:
+                self._file = file
+            else:
+                os.close(file)
+        os.truncate(self._file, 0)
+        os.write(self._file, f" {os.getpid()}\n".encode("ascii"))  # the first byte is what Windows locks
+        for leftover in leftovers(self.path):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+    def release(self) -> None:
+        """Gives the lock up. Releasing twice is fine."""
+        if self._file is None:
+            return
+        if os.name == "posix":
+            with contextlib.suppress(OSError):
+                self._lock.unlink()  # while it is still ours
+        os.close(self._file)
+        self._file = None
+
+    def __enter__(self) -> MemoryFileLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def _lock(file: int) -> None:
+    """Raises OSError if the lock is held, also by this process."""
+    if sys.platform == "win32":
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    if os.name == "posix":  # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with replacing(path) as temporary:
+            write(temporary)
+    except OSError as error:
+        raise MemoryFileError(f"{os.fspath(path)}: the memory cannot be saved: {error.strerror}") from error

@@ -16,6 +16,7 @@ from .memory_file import check_writable, read_memory_file
 
 if TYPE_CHECKING:
     from .llama import DeltaMemLlama
+    from .memory import Memory
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
@@ -50,14 +51,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
 
 
-def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adapter and memory."""
+def add_memory_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adapter and memory. Returns the group."""
     group = parser.add_argument_group("memory")
     group.add_argument("--deltamem", metavar="FILE", help="memory adapter GGUF (not needed for a packed model)")
     group.add_argument("--no-memory", action="store_true", help="run the plain model")
     group.add_argument("--no-write", action="store_true", help="read memory, do not write it")
     group.add_argument("--load-memory", metavar="FILE", help="start from this memory")
     group.add_argument("--save-memory", metavar="FILE", help="save the memory at the end, also after Ctrl-C")
+    return group
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,13 +140,13 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
 
 
 @contextlib.contextmanager
-def memory_saved(llm: DeltaMemLlama, path: str | None) -> Iterator[None]:
+def memory_saved(memory: Memory, path: str | None) -> Iterator[None]:
     """Saves the memory at the end, however it comes."""
     try:
         yield
     finally:
         if path:
-            llm.memory.save(path)
+            memory.save(path)
 
 
 def sampling(args: argparse.Namespace, llm: DeltaMemLlama) -> dict[str, Any]:

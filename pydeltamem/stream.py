@@ -20,6 +20,42 @@ if TYPE_CHECKING:
 _llama = _lib.llama_cpp
 
 
+class Assembler:
+    """Text out of tokens: UTF-8 split over tokens, and stop strings, which are not part of the text.
+
+    Attributes:
+        stopped: a stop string was found.
+    """
+
+    def __init__(self, vocab: Any, stop: Sequence[str] = ()) -> None:
+        self.vocab = vocab
+        self.stop = [text for text in stop if text]
+        self.stopped = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""  # it may be the beginning of a stop string
+
+    def push(self, token: int) -> str:
+        """The text that a token makes certain, often none."""
+        text = self._held + self._decoder.decode(_piece(self.vocab, token))
+        found = [at for at in map(text.find, self.stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        certain = len(text) - self._n_held_back(text)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def finish(self) -> str:
+        """What is left at the end."""
+        text, self._held = self._held + self._decoder.decode(b"", final=True), ""
+        return "" if self.stopped else text
+
+    def _n_held_back(self, text: str) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = min(len(text), max(map(len, self.stop), default=1) - 1)
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self.stop)), 0)
+
+
 class TextStream:
     """Iterates over the pieces of text that follow a prompt.
 
@@ -49,7 +85,7 @@ class TextStream:
         self.prompt = list(prompt)
         room = llm.n_ctx() - len(self.prompt)
         self.limit = min(n_predict, room) if n_predict > 0 else room
-        self.stop = [text for text in stop if text]
+        self.stop = stop
         self.seed = seed
         self.options = options
         self.n_tokens = 0
@@ -60,34 +96,23 @@ class TextStream:
             return
         if self.seed is not None:
             self.llm.set_seed(self.seed)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        text = ""  # not yet yielded: it may be the beginning of a stop string
+        text = Assembler(self.llm._model.vocab, self.stop)
         for token in self.llm.generate(self.prompt, **self.options):
-            if _is_end(self.llm, token):
+            if _llama.llama_vocab_is_eog(self.llm._model.vocab, token):
                 self.finish_reason = "stop"
                 break
             self.n_tokens += 1
-            text += decoder.decode(_piece(self.llm, token))
-            found = [at for at in map(text.find, self.stop) if at >= 0]
-            if found:
+            piece = text.push(token)
+            if piece:
+                yield piece
+            if text.stopped:
                 self.finish_reason = "stop"
-                if min(found) > 0:
-                    yield text[: min(found)]
                 return
-            keep = self._n_held_back(text)
-            if len(text) > keep:
-                yield text[: len(text) - keep]
-                text = text[len(text) - keep :]
             if self.n_tokens >= self.limit:
                 break
-        text += decoder.decode(b"", final=True)
-        if text:
-            yield text
-
-    def _n_held_back(self, text: str) -> int:
-        """Length of the longest end of the text that begins a stop string."""
-        longest = min(len(text), max(map(len, self.stop), default=1) - 1)
-        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self.stop)), 0)
+        piece = text.finish()
+        if piece:
+            yield piece
 
 
 def interruptible(pieces: Iterator[str]) -> Iterator[str]:
@@ -114,15 +139,11 @@ def interruptible(pieces: Iterator[str]) -> Iterator[str]:
             signal.signal(signal.SIGINT, before)
 
 
-def _is_end(llm: DeltaMemLlama, token: int) -> bool:
-    return _llama.llama_vocab_is_eog(llm._model.vocab, token)
-
-
-def _piece(llm: DeltaMemLlama, token: int) -> bytes:
+def _piece(vocab: Any, token: int) -> bytes:
     size = 64
     while True:
         buffer = ctypes.create_string_buffer(size)
-        n = _llama.llama_token_to_piece(llm._model.vocab, token, buffer, size, 0, False)
+        n = _llama.llama_token_to_piece(vocab, token, buffer, size, 0, False)
         if n >= 0:
             return buffer.raw[:n]
         size = -n

@@ -6,10 +6,8 @@ number of layers, so that no type overflows and logits stay finite; time and mem
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType
 
 from .errors import CheckpointError, InputError, ModelError
+from .files import replacing
 from .gguf_header import Header
 
 
@@ -90,28 +89,23 @@ def write_model(
     if not n_tokens or shape.n_vocab not in (None, n_tokens):
         raise ModelError(f"{header.path}: has {n_tokens} tokens, the model needs {shape.n_vocab or 'some'}")
 
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     tensors = [(name, dims, _type(name, shape, ftype)) for name, dims in _tensors(shape, n_tokens)]
     try:
-        _write_header(temporary, shape, header, ftype, tensors)
-        rng = np.random.default_rng(seed)
-        total, done = sum(_n_bytes(dims, kind) for _, dims, kind in tensors), 0
-        with open(temporary, "ab") as file:
-            _pad(file)
-            for _, dims, kind in tensors:
-                for piece in _values(rng, dims, kind):
-                    piece.tofile(file)
-                    done += piece.nbytes
-                    if progress:
-                        progress(done, total)
+        with replacing(path) as temporary:
+            _write_header(temporary, shape, header, ftype, tensors)
+            rng = np.random.default_rng(seed)
+            total, done = sum(_n_bytes(dims, kind) for _, dims, kind in tensors), 0
+            with open(temporary, "ab") as file:
                 _pad(file)
-        os.replace(temporary, path)
+                for _, dims, kind in tensors:
+                    for piece in _values(rng, dims, kind):
+                        piece.tofile(file)
+                        done += piece.nbytes
+                        if progress:
+                            progress(done, total)
+                    _pad(file)
     except OSError as error:
         raise ModelError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_adapter_checkpoint(

@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 import pytest
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from pydeltamem.chat import Chat, chat_prompt
+from pydeltamem.chat import Chat
+from pydeltamem.conversation import Conversation
 from pydeltamem.memory_file import read_memory_file
 
 OPTIONS = ["-n", "12", "--temp", "0", "-c", "512", "-t", "1", "-tb", "1"]
@@ -104,82 +104,102 @@ def test_no_memory(piped):
     assert result.stdout.strip() and "no memory adapter is attached" in result.stderr
 
 
-# the conversation
+def test_going_back(piped, tmp_path):
+    again, plain = tmp_path / "again.memory", tmp_path / "plain.memory"
+    result = piped(["hello there", "how are you", "/again", "/edit good bye"], "--save-memory", again, "--seed", "1")
+    assert result.returncode == 0, result.stderr
+    assert piped(["hello there", "good bye"], "--save-memory", plain, "--seed", "1").returncode == 0
+    np.testing.assert_allclose(read_memory_file(again)[0], read_memory_file(plain)[0], rtol=0, atol=1e-4)
+    assert "there is nothing to take back" in piped(["/undo", "/again", "/edit"]).stderr
+
+
+def test_undo(piped, tmp_path):
+    undone, plain = tmp_path / "undone.memory", tmp_path / "plain.memory"
+    # what follows the reply, the end of the message, is read with the next one: so both go on
+    assert piped(["hello there", "how are you", "/undo", "good bye"], "--save-memory", undone).returncode == 0
+    assert piped(["hello there", "good bye"], "--save-memory", plain).returncode == 0
+    np.testing.assert_allclose(read_memory_file(undone)[0], read_memory_file(plain)[0], rtol=0, atol=1e-4)
+
+
+# the memory file
+
+
+def test_memory_is_kept_from_chat_to_chat(piped, tmp_path):
+    path = tmp_path / "a.memory"
+    assert piped(["hello there"], "--memory", path).returncode == 0
+    first, metadata = read_memory_file(path)
+    result = piped(["/memory", "how are you"], "--memory", path)
+    assert result.returncode == 0, result.stderr
+    assert all(norms(result.stderr)) and len(norms(result.stderr)) == 4
+    state, now = read_memory_file(path)
+    assert (state != first).any()
+    assert int(now["tokens_written"]) > int(metadata["tokens_written"]) > 0
+    assert now["created"] == metadata["created"]
+    assert os.listdir(tmp_path) == ["a.memory"]
+
+
+def test_memory_is_saved_after_each_turn(command, tmp_path):
+    path = tmp_path / "a.memory"
+    chat = subprocess.Popen(
+        command("--memory", path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        for line in (b"hello there\n", b"how are you\n"):
+            before = read_memory_file(path)[0] if path.exists() else np.zeros(1)
+            chat.stdin.write(line)
+            chat.stdin.flush()
+            deadline = time.monotonic() + 300
+            while not path.exists() or np.array_equal(read_memory_file(path)[0], before) or not path.stat().st_size:
+                assert time.monotonic() < deadline and chat.poll() is None
+                time.sleep(0.05)
+        second = subprocess.run(command("--memory", path), capture_output=True, text=True, timeout=300, input="")
+        assert second.returncode == 1
+        assert second.stderr.strip().endswith(f"{path}: in use by process {chat.pid}: end it, or use another file"), (
+            second.stderr
+        )
+    finally:
+        chat.kill()
+        chat.wait()
+    assert read_memory_file(path)[0].any()
+    assert subprocess.run(command("--memory", path), capture_output=True, timeout=300, input=b"").returncode == 0
+
+
+def test_a_bad_memory_file_is_refused(piped, tmp_path):
+    path = tmp_path / "a.memory"
+    path.write_text("no memory")
+    result = piped(["hello"], "--memory", path)
+    assert result.returncode == 1 and "a.memory: cut off or not a memory file" in result.stderr
+    assert path.read_text() == "no memory"
+    for option in (["--no-memory"], ["--load-memory", path], ["--save-memory", path]):
+        result = piped([], "--memory", path, *option)
+        assert result.returncode == 1 and f"--memory and {option[0]} do not go together" in result.stderr
+
+
+# the chat as an object
 
 
 def chat_of(llm, system="be short", n_predict=8):
-    return Chat(llm, system, {"n_predict": n_predict, "temp": 0.0, "stop": []}, None)
+    return Chat(Conversation(llm, system=system, n_predict=n_predict, temp=0.0))
 
 
-def test_prompt_tokens_are_those_evaluated(llm):
-    messages = [{"role": "user", "content": "hello there"}]
-    tokens, ends = chat_prompt(llm, messages)
-    assert ends["stop"]
-    llm.create_chat_completion(messages, max_tokens=1, temperature=0)
-    assert llm._input_ids.tolist() == tokens
-
-
-def test_a_full_context_drops_the_oldest_turns(make_llm, capsys, monkeypatch):
-    llm = make_llm(n_ctx=256)
-    chat = chat_of(llm)
-    written = []
-    evaluate = type(llm).eval
-
-    def record(self, tokens, segments=None):
-        before = self.memory.state
-        evaluate(self, tokens, segments)
-        written.append((list(tokens), self.memory.write, not np.array_equal(self.memory.state, before)))
-
-    monkeypatch.setattr(type(llm), "eval", record)
-    texts = [f"this is message number {i}" for i in range(12)]
-    for line in texts:
-        del written[:]
-        chat.say(line)
-        assert llm.n_tokens < llm.n_ctx()
+def test_a_full_context_is_told(make_llm, capsys):
+    chat = chat_of(make_llm(n_ctx=256))
+    for i in range(12):
+        chat.say(f"this is message number {i}")
         if "the oldest" in capsys.readouterr().err:
             break
     else:
         pytest.fail("the context never filled")
-    assert chat.turns[-2]["content"] == line and chat.turns[0]["role"] == "user"
-    assert chat.turns[0]["content"] != texts[0]
-    reread, rest = written[0], written[1]
-    assert reread[1:] == (False, False), "dropped text was written again"
-    assert rest[1:] == (True, True)
-    assert reread[0] + rest[0] == chat_prompt(llm, chat.system + chat.turns[:-1])[0]
-    assert line.split()[-1] in llm.detokenize(rest[0]).decode(errors="replace")
-    assert texts[0] not in llm.detokenize(reread[0]).decode(errors="replace")
-    assert llm.memory.write is True
+    assert chat.conversation.messages[1]["content"] != "this is message number 0"
 
 
-def test_a_message_longer_than_the_context(make_llm, capsys):
-    llm = make_llm(n_ctx=256)
+def test_clear_forgets_the_text_only(llm):
     chat = chat_of(llm)
     chat.say("hello")
-    state, turns = llm.memory.state, list(chat.turns)
-    chat.say("word " * 300)
-    assert "too long for a context of 256 tokens" in capsys.readouterr().err
-    assert chat.turns == turns
-    np.testing.assert_array_equal(llm.memory.state, state)
-    chat.say("hello again")
-    assert len(chat.turns) == len(turns) + 2
-
-
-def test_clear_forgets_the_text_only(llm, capsys):
-    chat = chat_of(llm)
-    chat.say("hello")
-    state = llm.memory.state
+    state = chat.conversation.memory.state
     assert chat.command("/clear")
-    assert chat.turns == [] and llm.n_tokens == 0
-    np.testing.assert_array_equal(llm.memory.state, state)
-
-
-def test_a_template_that_refuses(llm, capsys):
-    chat = chat_of(llm)
-    template = Jinja2ChatFormatter("{{ raise_exception('no system prompt, please') }}", eos_token="", bos_token="")
-    llm._chat_handlers[llm.chat_format] = template.to_chat_handler()
-    chat.say("hello")
-    assert "chat template refuses this conversation: no system prompt, please" in capsys.readouterr().err
-    assert chat.turns == []
+    assert [m["role"] for m in chat.conversation.messages] == ["system"] and chat.conversation.n_tokens == 0
+    np.testing.assert_array_equal(chat.conversation.memory.state, state)
 
 
 # the terminal

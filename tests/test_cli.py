@@ -124,19 +124,6 @@ def test_every_option_is_taken(generate):
     assert result.stdout.startswith("hello")
 
 
-class Words:
-    """Stands in for a model whose tokens are the given bytes."""
-
-    def __init__(self, pieces):
-        self.pieces = pieces
-
-    def n_ctx(self):
-        return 100
-
-    def generate(self, tokens, **options):
-        yield from range(len(self.pieces))
-
-
 @pytest.mark.parametrize(
     ("pieces", "stop", "text"),
     [
@@ -154,10 +141,14 @@ class Words:
 def test_stream(monkeypatch, pieces, stop, text):
     from pydeltamem import stream as module
 
-    llm = Words(pieces)
-    monkeypatch.setattr(module, "_piece", lambda llm, token: llm.pieces[token])
-    monkeypatch.setattr(module, "_is_end", lambda llm, token: False)
-    assert list(module.TextStream(llm, [0], stop=stop)) == text
+    monkeypatch.setattr(module, "_piece", lambda vocab, token: pieces[token])
+    assembler = module.Assembler(None, stop)
+    got = []
+    for token in range(len(pieces)):
+        got.append(assembler.push(token))
+        if assembler.stopped:
+            break
+    assert [piece for piece in [*got, assembler.finish()] if piece] == text
 
 
 def test_stream_ends(llm):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import subprocess
 import sys
 
@@ -122,27 +121,6 @@ def test_draft_model(make_llm):
     llm.memory.write = True
     for _ in range(3):  # old and new tokens in one batch
         assert text(llm.create_completion(prompt, **greedy))
-
-
-def test_save_state_and_load_state(llm):
-    llm.eval(TOKENS)
-    saved, state = llm.save_state(), llm.memory.state
-    llm.eval([3, 4, 5])
-    llm.load_state(saved)
-    assert llm.n_tokens == len(TOKENS)
-    llm.memory.state = state
-    llm.load_state(saved)
-    assert next(llm.generate(TOKENS, temp=0)) >= 0
-    np.testing.assert_array_equal(llm.memory.state, state)  # the last token is read again and not written again
-
-
-def test_pickle(llm):
-    llm.eval(TOKENS)
-    copy = pickle.loads(pickle.dumps(llm))
-    try:
-        assert copy.memory.layers == llm.memory.layers
-    finally:
-        copy.close()
 
 
 def test_close(make_llm):
@@ -266,79 +244,6 @@ def test_segments_on_another_adapter(make_llm):
         make_llm("tsw_qo").eval(TOKENS, segments=[0] * len(TOKENS))
     with pytest.raises(AdapterError, match="no memory adapter is attached"):
         make_llm(None).eval(TOKENS, segments=[0] * len(TOKENS))
-
-
-# the rule of one write
-
-
-def test_a_prompt_asked_again_writes_once(llm):
-    next(llm.generate(TOKENS, temp=0))
-    state = llm.memory.state
-    for _ in range(2):
-        next(llm.generate(TOKENS, temp=0))
-        np.testing.assert_array_equal(llm.memory.state, state)
-    next(llm.generate(TOKENS[:6], temp=0))  # reads token 5 again
-    np.testing.assert_array_equal(llm.memory.state, state)
-
-
-def test_a_longer_prompt_writes_what_is_new(make_llm):
-    llm, other = make_llm(), make_llm()
-    next(llm.generate(TOKENS[:6], temp=0))
-    next(llm.generate(TOKENS, temp=0))
-    other.eval(TOKENS[:6])
-    other.eval(TOKENS[6:])
-    np.testing.assert_array_equal(llm.memory.state, other.memory.state)
-
-
-def test_another_way_on_writes(llm):
-    llm.eval(TOKENS)
-    state = llm.memory.state
-    llm.n_tokens = 6
-    llm.eval(TOKENS[6:8])  # the same again
-    np.testing.assert_array_equal(llm.memory.state, state)
-    llm.eval([250])  # another token at position 8
-    forked = llm.memory.state
-    assert np.abs(forked - state).max() > 1e-4
-    llm.eval([TOKENS[9]])  # the token that stood there, after another one
-    assert np.abs(llm.memory.state - forked).max() > 1e-4
-    assert llm.memory.write is True
-
-
-def test_old_and_new_tokens_in_one_call(make_llm):
-    llm, other = make_llm(), make_llm()
-    for model in (llm, other):
-        model.eval(TOKENS[:8])
-        model.n_tokens = 4
-    llm.eval([*TOKENS[4:8], 11, 12])
-    other.memory.write = False
-    other.eval(TOKENS[4:8])
-    other.memory.write = True
-    other.eval([11, 12])
-    np.testing.assert_array_equal(llm.memory.state, other.memory.state)
-
-
-@pytest.mark.parametrize("forget", ["text", "memory"])
-def test_after_a_reset_everything_writes_again(llm, forget):
-    llm.eval(TOKENS)
-    state = llm.memory.state
-    if forget == "text":
-        llm.reset()
-        llm.eval(TOKENS)
-        assert np.abs(llm.memory.state - state).max() > 1e-4
-    else:
-        llm.memory.reset()
-        llm.n_tokens = 0
-        llm.eval(TOKENS)
-        np.testing.assert_allclose(llm.memory.state, state, rtol=0, atol=1e-6)
-
-
-def test_tokens_that_did_not_write_do_later(llm):
-    llm.memory.write = False
-    llm.eval(TOKENS)
-    llm.memory.write = True
-    llm.n_tokens = 0
-    llm.eval(TOKENS)
-    assert np.abs(llm.memory.state).max() > 0
 
 
 # bad input

@@ -269,8 +269,8 @@ def test_load_refuses_another_adapters_memory(llm, make_llm, tmp_path, arch, cas
         MemoryFileError, match=r"other\.memory: the memory of another adapter, .*; attached is "
     ) as info:
         llm.memory.load(path)
-    assert arch in str(info.value) and other.memory._identity["adapter"][:12] in str(info.value)
-    assert llm.memory._identity["adapter"][:12] in str(info.value)
+    assert arch in str(info.value) and other.memory._metadata["adapter"][:12] in str(info.value)
+    assert llm.memory._metadata["adapter"][:12] in str(info.value)
     np.testing.assert_array_equal(llm.memory.state, state)
 
 
@@ -280,7 +280,7 @@ def test_load_refuses_another_adapters_memory(llm, make_llm, tmp_path, arch, cas
 )
 def test_load_refuses_other_shapes(llm, tmp_path, layers, shape):
     path = tmp_path / "a.memory"
-    write_memory_file(path, np.zeros(shape), {"layers": layers, **llm.memory._identity})
+    write_memory_file(path, np.zeros(shape), {**llm.memory._metadata, "layers": layers})
     llm.eval(TOKENS)
     state = llm.memory.state
     with pytest.raises(MemoryFileError, match=r"a\.memory: holds layers"):

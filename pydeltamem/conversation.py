@@ -1,0 +1,477 @@
+"""`Conversation`: messages, the text that they make, and a memory that outlives it. Several share one model.
+
+The rule of one write, and what happens to text and memory in each case, is in docs/conversations.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import InputError
+from .memory import Memory
+from .memory_file import MemoryFileLock
+from .stream import Assembler
+from .text import Piece, Text
+
+if TYPE_CHECKING:
+    from .llama import DeltaMemLlama
+
+
+class Conversation:
+    """One conversation with a model, in a sequence of its own.
+
+        llm = DeltaMemLlama(model_path=..., deltamem_path=..., n_ctx=4096)
+        with Conversation(llm, system="Be brief.", memory_file="ada.memory") as ada:
+            print(ada.say("My name is Ada."))
+
+    When the text fills the context, its oldest turns leave it; the memory keeps what they wrote. With a memory file the
+    memory is loaded from it, if it exists, and saved after each turn.
+
+    A model holds n_seq_max texts at once. A conversation takes a place when it is its turn, and gives it up to another
+    that needs one; its memory moves at once, its text is read again, without writing, when it goes on.
+
+    Args:
+        llm: the model.
+        system: system prompt, "" for none.
+        memory_file: load the memory from there and save it there after each turn; nobody else may meanwhile.
+        **options: of `say`, for every turn.
+
+    Attributes:
+        messages: what was said and is still in the text, as for `create_chat_completion`; the system prompt first.
+        finish_reason: of the latest reply, "stop" or "length".
+        n_dropped: messages that have left the text because the context was full.
+
+    Raises MemoryFileError if the memory file is in use, damaged or of another adapter.
+    """
+
+    def __init__(
+        self,
+        llm: DeltaMemLlama,
+        *,
+        system: str = "",
+        memory_file: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        self.llm = llm
+        self.options = options
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        self.finish_reason = "stop"
+        self.n_dropped = 0
+        self._text = Text(llm._seats)
+        self._lock: MemoryFileLock | None = None
+        self.memory_file: str | None = None
+        if memory_file is not None:
+            self.open(memory_file)
+
+    @property
+    def memory(self) -> Memory:
+        """The memory of this conversation, as `llm.memory`."""
+        return Memory(self.llm, self._text)
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the text."""
+        return self._text.n_tokens
+
+    #
+    # talking
+    #
+
+    def say(self, content: str, **options: Any) -> str:
+        """One turn: says `content` and returns the reply.
+
+        Options: `n_predict` (tokens at most; -1: until the reply ends), `stop` (strings), `seed`, and sampling as
+        `Llama.generate` (temp, top_k, …, grammar). Raises InputError if it does not fit in the context.
+        """
+        return "".join(self.stream(content, **options))
+
+    def stream(self, content: str, **options: Any) -> Iterator[str]:
+        """As `say`, in pieces as they come. Closing the iterator ends the reply; what was said so far counts."""
+        for _, piece in stream_together({self: content}, **options):
+            yield piece
+
+    def regenerate(self, **options: Any) -> str:
+        """Another reply in place of the latest: text and memory go back to before it."""
+        return "".join(self.stream_again(**options))
+
+    def stream_again(self, **options: Any) -> Iterator[str]:
+        """As `regenerate`, in pieces."""
+        return self.stream(self._take_back("user"), **options)
+
+    def edit(self, content: str, **options: Any) -> str:
+        """Says `content` in place of what was said last: text and memory go back to before that."""
+        return "".join(self.stream_edited(content, **options))
+
+    def stream_edited(self, content: str, **options: Any) -> Iterator[str]:
+        """As `edit`, in pieces."""
+        self._take_back("user")
+        return self.stream(content, **options)
+
+    def undo(self) -> None:
+        """Takes back the latest turn, what was said and the reply: text and memory are as before it."""
+        self._take_back("user")
+        n = self._text.history.common(0, self._ended_tokens())
+        self._text.back(min(n, self._text.n_tokens))
+
+    def add(self, role: str, content: str) -> None:
+        """Reads a message without replying: "user", "assistant" or "system". Raises InputError if it does not fit."""
+        self.messages.append({"role": role, "content": content})
+        try:
+            self._make_room(0)
+            tokens = self._ended_tokens()
+            if _n_common(self._text.tokens, tokens) < len(tokens):
+                unread = self._unread(tokens)
+                self._text.eval(unread, self._segments(unread))
+        except BaseException:
+            self.messages.pop()
+            raise
+        self.save()
+
+    def clear(self) -> None:
+        """Forgets the text and keeps the memory, and the system prompt."""
+        self.messages = self._system()
+        self._text.reset()
+
+    def fork(self) -> Conversation:
+        """A second conversation that goes on from here by itself, with a memory of its own and no memory file."""
+        other = Conversation(self.llm, **self.options)
+        other.messages = [dict(message) for message in self.messages]
+        other._text = self._text.fork()
+        return other
+
+    #
+    # the memory file
+    #
+
+    def open(self, path: str | os.PathLike[str]) -> None:
+        """From here on the memory is saved to `path` after each turn. If the file exists, it is loaded now."""
+        lock = MemoryFileLock(path)
+        lock.acquire()
+        try:
+            if os.path.exists(path):
+                self.memory.load(path)
+            else:
+                self.memory.save(path)
+        except BaseException:
+            lock.release()
+            raise
+        if self._lock is not None:
+            self._lock.release()
+        self._lock, self.memory_file = lock, os.fspath(path)
+
+    def save(self) -> None:
+        """Saves the memory to the memory file, if there is one."""
+        if self.memory_file is not None:
+            self.memory.save(self.memory_file)
+
+    def close(self) -> None:
+        """Saves the memory, and gives up the memory file and the place in the context. Closing twice is fine."""
+        try:
+            self.save()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+            self._lock = self.memory_file = None
+            if self.llm.ctx is not None:
+                self.llm._seats.leave(self._text)
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    #
+    # messages as tokens
+    #
+
+    def _system(self) -> list[dict[str, str]]:
+        return self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
+
+    def _prompt(self) -> list[int]:
+        """The messages, and what begins a reply."""
+        return chat_prompt(self.llm, self.messages)[0]
+
+    def _ended_tokens(self, n_messages: int | None = None) -> list[int]:
+        """The first messages, up to where the content of the next one begins."""
+        messages = self.messages[:n_messages]
+        following = self.messages[len(messages) : len(messages) + 1]
+        if following:
+            role = following[0]["role"]
+        else:
+            role = "assistant" if messages and messages[-1]["role"] == "user" else "user"
+        # what two continuations agree on
+        ways = [chat_prompt(self.llm, [*messages, {"role": role, "content": content}])[0] for content in "01"]
+        return ways[0][: _n_common(*ways)]
+
+    def _take_back(self, role: str) -> str:
+        """Drops the messages from the latest one of `role` on. Returns its content."""
+        for i in range(len(self.messages) - 1, -1, -1):
+            if self.messages[i]["role"] == role:
+                content = self.messages[i]["content"]
+                del self.messages[i:]
+                return content
+        raise InputError("there is nothing to take back: nothing was said, or it has left the text")
+
+    def _unread(self, tokens: Sequence[int]) -> list[int]:
+        """Goes back to where the text and `tokens` part. Returns those to read, at least one."""
+        text = self._text
+        n = min(_n_common(text.tokens, tokens), len(tokens) - 1)
+        if n < text.n_tokens and self._reads_segments and text.history.n:
+            found = text.history.checkpoints.newest(n)
+            n = found[0] if found else n  # an ingest is read as a whole
+        text.n_tokens = n
+        text.keep_at = {len(self._ended_tokens(len(self.messages) - 1))}  # before what is said now, to edit it
+        return list(tokens[n:])
+
+    @property
+    def _reads_segments(self) -> bool:
+        return self.llm._granularity not in (None, 0)
+
+    def _segments(self, tokens: Sequence[int]) -> np.ndarray | None:
+        """Adapters that write per segment read what is said as one: a message is a segment."""
+        return np.zeros(len(tokens), dtype=np.int32) if self._reads_segments else None
+
+    #
+    # the context runs over
+    #
+
+    def _make_room(self, reserve: int) -> None:
+        """Drops the oldest turns from the text until its messages and `reserve` tokens fit."""
+        n_ctx = self._text.n_ctx
+        n = len(self._prompt())
+        if n + reserve <= n_ctx:
+            return
+        # more than is needed now, so that it does not happen in every turn
+        while n + reserve > n_ctx - n_ctx // 8:
+            n_dropped = self._n_oldest_turn()
+            if n_dropped == 0:
+                break
+            self._drop(n_dropped)
+            n = len(self._prompt())
+        if n + reserve > n_ctx:
+            raise InputError(f"that is too long for a context of {n_ctx} tokens: raise n_ctx (--ctx-size) or say less")
+
+    def _n_oldest_turn(self) -> int:
+        """Messages of the oldest turn, from what the user says to what they say next; 0 if that is the latest one."""
+        first = len(self._system())
+        for i in range(first + 1, len(self.messages)):
+            if self.messages[i]["role"] == "user":
+                return i - first
+        return 0
+
+    def _drop(self, n_messages: int) -> None:
+        """The oldest messages leave the text."""
+        text, first = self._text, len(self._system())
+        before = self._prompt()
+        start, end = len(self._ended_tokens(first)), len(self._ended_tokens(first + n_messages))
+        n_read = _n_common(text.tokens, before)
+        reply = text.tokens[n_read:].tolist() if n_read == len(before) else []  # in the making
+        del self.messages[first : first + n_messages]
+        self.n_dropped += n_messages
+        after = self._prompt()
+        if end <= n_read and before[:start] + before[end:] == after:
+            text.n_tokens = n_read + len(reply)
+            text.shift(start, end)
+        else:  # a chat format that words the rest differently now: nothing of it is written again
+            kept = after[: len(after) - (len(before) - n_read)] + reply
+            text.replace(kept, _n_common(text.tokens, kept))
+
+
+class Reply:
+    """A reply in the making: what is to be decoded next, and the text so far."""
+
+    def __init__(self, conversation: Conversation, content: str, options: Mapping[str, Any]) -> None:
+        options = {**conversation.options, **options}
+        self.conversation = conversation
+        self.content = ""
+        self.n_predict: int = options.pop("n_predict", -1)
+        self.n_tokens = 0
+        self.finish_reason: str | None = None
+        stop = options.pop("stop", ())
+        seed = options.pop("seed", None)
+        llm = conversation.llm
+
+        conversation.messages.append({"role": "user", "content": content})
+        try:
+            n_ctx = conversation._text.n_ctx
+            conversation._make_room(min(n_ctx // 4, self.n_predict if self.n_predict > 0 else 256))
+            prompt, ends = chat_prompt(llm, conversation.messages)
+        except BaseException:
+            conversation.messages.pop()
+            raise
+        self.assembler = Assembler(llm._model.vocab, [*stop, *ends["stop"]])
+        self.criteria = ends["stopping_criteria"]
+        if seed is not None:
+            llm.set_seed(seed)
+        self.sampler = llm._init_sampler(**options)
+        self._read_next(conversation._unread(prompt), conversation._segments)
+        self.pieces: list[Piece] = []
+        self.undo: Any = None
+
+    def _read_next(self, tokens: list[int], segments: Any = None) -> None:
+        self.tokens, self.segments = tokens, segments(tokens) if segments else None
+        self.n_past = self.conversation._text.n_tokens
+
+    def prepare(self, staying: Sequence[Text]) -> None:
+        """Makes pieces of the tokens to read, in a place in the context."""
+        text = self.conversation._text
+        if self.pieces and text.seat is not None:
+            return
+        n_read = text.n_tokens - self.n_past  # more than 0 if the text lost its place in the middle
+        segments = None if self.segments is None else self.segments[n_read:]
+        self.pieces = text.pieces(self.tokens[n_read:], segments, staying)
+        self.undo = text.undone_on_failure(text.n_tokens)
+
+    def take(self, n_max: int) -> Piece:
+        """The next piece, or the beginning of it."""
+        if len(self.pieces[0].tokens) <= n_max:
+            return self.pieces.pop(0)
+        first, self.pieces[0] = self.pieces[0].split(n_max)
+        return first
+
+    def push(self, token: int) -> str:
+        """Takes the token sampled after all that was read. Returns text; sets finish_reason at the end."""
+        llm, text = self.conversation.llm, self.conversation._text
+        self.undo = None
+        if llm._seats.is_end(token):
+            self.finish_reason = "stop"
+            return self.assembler.finish()
+        piece = self.assembler.push(token)
+        self.n_tokens += 1
+        if self.assembler.stopped:
+            self.finish_reason = "stop"
+            return piece
+        if self.n_tokens == self.n_predict or not self._has_room():
+            self.finish_reason = "length"
+            return piece + self.assembler.finish()
+        self._read_next([token])
+        if self.criteria is not None and self.criteria(text.tokens, np.zeros(0, dtype=np.single)):
+            self.finish_reason = "stop"
+        return piece
+
+    def _has_room(self) -> bool:
+        """Whether the reply can go on; a full context loses its oldest turn."""
+        conversation = self.conversation
+        text = conversation._text
+        if text.n_tokens < text.n_ctx:
+            return True
+        n_messages = conversation._n_oldest_turn()
+        if n_messages == 0:
+            return False
+        conversation._drop(n_messages)
+        return text.n_tokens < text.n_ctx
+
+    def end(self) -> None:
+        """Enters what was said so far into the conversation."""
+        if self.conversation.messages[-1]["role"] == "user":
+            self.conversation.messages.append({"role": "assistant", "content": self.content})
+        self.conversation.finish_reason = self.finish_reason or "stop"
+        self.conversation.save()
+
+    def fail(self) -> None:
+        """What could not be decoded is as if it had not been read; what was said so far counts."""
+        if self.undo is not None:
+            self.undo()
+        if self.n_tokens > 0:
+            self.content += self.assembler.finish()
+            self.end()
+        else:
+            self.conversation.messages.pop()
+
+
+def say_together(asked: Mapping[Conversation, str], **options: Any) -> dict[Conversation, str]:
+    """One turn of several conversations at once, in common batches. Returns the replies. Options as `say`."""
+    replies = dict.fromkeys(asked, "")
+    for conversation, piece in stream_together(asked, **options):
+        replies[conversation] += piece
+    return replies
+
+
+def stream_together(asked: Mapping[Conversation, str], **options: Any) -> Iterator[tuple[Conversation, str]]:
+    """As `say_together`, in pieces as they come. The conversations must be of one model; what one of them is told does
+    not change what another one says. As many as the model has sequences (n_seq_max) go on at a time.
+    """
+    if not asked:
+        return
+    llm = next(iter(asked)).llm
+    if any(conversation.llm is not llm for conversation in asked):
+        raise InputError("conversations of different models cannot be decoded together")
+    seats = llm._seats
+    waiting = list(asked.items())
+    active: list[Reply] = []
+    try:
+        while waiting or active:
+            while waiting and len(active) < seats.n_seq_max:
+                active.append(Reply(*waiting.pop(0), options))
+            jobs, room = [], seats.n_batch
+            for reply in active:
+                reply.prepare([other.conversation._text for other in active if other is not reply])
+                if room > 0:
+                    piece = reply.take(room)
+                    room -= len(piece.tokens)
+                    jobs.append((reply.conversation._text, piece))
+            rows = seats.decode(jobs)
+            for reply in list(active):
+                row = rows.get(reply.conversation._text)
+                if row is None or reply.pieces:
+                    continue
+                piece = reply.push(reply.sampler.sample(llm._ctx, row))
+                reply.content += piece
+                if reply.finish_reason:
+                    active.remove(reply)
+                    reply.end()
+                if piece:
+                    yield reply.conversation, piece
+            active.append(active.pop(0)) if len(active) > 1 else None  # a long prompt keeps nobody waiting
+    except BaseException:
+        for reply in active:
+            reply.fail()
+        raise
+
+
+def chat_prompt(llm: DeltaMemLlama, messages: list[dict[str, str]]) -> tuple[list[int], dict[str, Any]]:
+    """The tokens that create_chat_completion evaluates for these messages, and what ends a reply.
+
+    The latter are the chat format's options stop and stopping_criteria. Raises InputError if its template fails.
+    """
+    from llama_cpp.llama_chat_format import get_chat_completion_handler
+
+    catcher = _PromptCatcher(llm)
+    name = llm.chat_format
+    handler = llm.chat_handler or llm._chat_handlers.get(name) or get_chat_completion_handler(name)
+    try:
+        handler(llama=catcher, messages=messages, stream=True)
+    except Exception as error:
+        raise InputError(f"the model's chat template refuses this conversation: {error}") from error
+    return catcher.prompt, {"stop": catcher.stop, "stopping_criteria": catcher.stopping_criteria}
+
+
+class _PromptCatcher:
+    """Stands in for the model in a chat handler and keeps the prompt instead of evaluating it."""
+
+    def __init__(self, llm: DeltaMemLlama) -> None:
+        self._llm = llm
+        self.prompt: list[int] = []
+        self.stop: list[str] = []
+        self.stopping_criteria: Any = None
+
+    def create_completion(
+        self, prompt: list[int], stop: list[str] | None = None, stopping_criteria: Any = None, **kwargs: Any
+    ) -> Iterator[Any]:
+        self.prompt, self.stop, self.stopping_criteria = prompt, stop or [], stopping_criteria
+        return iter(())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(differs[0]) if len(differs) else n

@@ -1,0 +1,263 @@
+"""The sequences of a llama.cpp context: which text sits in which, and one llama_decode for several of them."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _lib
+from .errors import AdapterError, InputError, ModelError
+
+if TYPE_CHECKING:
+    from .text import Piece, Text
+
+_llama = _lib.llama_cpp
+
+
+class Seats:
+    """The sequences of one context, the adapter attached to it, and the batch that they are decoded in.
+
+    Args:
+        context: llama_cpp's wrapper of the context.
+        batch: llama_cpp's wrapper of a batch of n_batch tokens.
+        model_path: for errors.
+    """
+
+    def __init__(self, context: Any, batch: Any, n_batch: int, model_path: str) -> None:
+        self._context = context
+        self._batch = batch
+        self.n_batch = n_batch
+        self.model_path = model_path
+        self.n_seq_max: int = _llama.llama_n_seq_max(context.ctx)
+        self.n_ctx: int = _llama.llama_n_ctx_seq(context.ctx)  # of one sequence
+        self.adapter: _lib.llama_deltamem_adapter_p | None = None
+        self.latest: dict[int, Text] = {}  # in the latest llama_decode, by seat
+        self._n_vocab = _llama.llama_vocab_n_tokens(_llama.llama_model_get_vocab(_llama.llama_get_model(context.ctx)))
+        self._texts: list[weakref.ref[Text] | None] = [None] * self.n_seq_max
+        self._used: list[int] = [0] * self.n_seq_max  # when, in decodes
+        self._n_decodes = 0
+        self._is_end: dict[int, bool] = {}
+
+    @property
+    def ctx(self) -> _lib.llama_context_p:
+        """The native context. Raises ModelError after close."""
+        ctx = self._context.ctx
+        if ctx is None:
+            raise ModelError(f"{self.model_path}: the model is closed")
+        return ctx
+
+    #
+    # memories
+    #
+
+    @property
+    def has_memory(self) -> bool:
+        ctx = self._context.ctx
+        return ctx is not None and self.adapter is not None and _lib.llama_deltamem_is_attached(ctx)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a state: [L, H, r, r]. Raises AdapterError without a memory."""
+        if not self.has_memory:
+            _ = self.ctx
+            raise AdapterError("no memory adapter is attached: load the model with deltamem_path=...")
+        rank = _lib.llama_deltamem_rank(self.adapter)
+        return _lib.llama_deltamem_n_layer(self.adapter), _lib.llama_deltamem_n_head(self.adapter), rank, rank
+
+    def get_state(self, seat: int) -> npt.NDArray[np.float32]:
+        state = np.empty(self.shape, dtype=np.float32)
+        check(_lib.llama_deltamem_state_get(self.ctx, seat, _floats(state), state.size))
+        return state
+
+    def set_state(self, seat: int, state: npt.NDArray[np.float32]) -> None:
+        check(_lib.llama_deltamem_state_set(self.ctx, seat, _floats(np.ascontiguousarray(state)), state.size))
+
+    def abandon(self, seat: int) -> None:
+        """Drops what an unfinished ingest has gathered."""
+        if self.has_memory:
+            check(_lib.llama_deltamem_abandon_ingest(self.ctx, seat))
+
+    #
+    # seats
+    #
+
+    def text(self, seat: int) -> Text | None:
+        reference = self._texts[seat]
+        return None if reference is None else reference()
+
+    def take(self, text: Text, seat: int | None = None, staying: Sequence[Text] = ()) -> int:
+        """Gives the text a seat, the one that it has, a free one or that of the text decoded longest ago, except those
+        that are `staying`. A text that loses its seat keeps its memory.
+        """
+        if text.seat is not None and (seat is None or text.seat == seat):
+            return text.seat
+        if seat is None:
+            free = [s for s in range(self.n_seq_max) if self.text(s) not in staying]
+            if not free:
+                raise InputError(f"{len(staying) + 1} texts do not fit in {self.n_seq_max} sequences: raise n_seq_max")
+            # from the back: the first is where llama_cpp.Llama evaluates its text
+            seat = min(free, key=lambda s: (self.text(s) is not None, self._used[s], -s))
+        sitting = self.text(seat)
+        if sitting is not None:
+            self.leave(sitting)
+        state = text.state if self.has_memory else None
+        if text.seat is not None:
+            self.leave(text)
+        self._texts[seat] = weakref.ref(text)
+        self.truncate(seat, 0)
+        text.sits(seat)
+        if state is not None:
+            self.set_state(seat, state)
+        return seat
+
+    def leave(self, text: Text) -> None:
+        """Takes the text's memory out of its seat."""
+        seat = text.seat
+        if seat is None:
+            return
+        text.stands(self.get_state(seat) if self.has_memory else None)
+        self._texts[seat] = None
+        self.latest.pop(seat, None)
+        self.truncate(seat, 0)
+
+    def fork(self, text: Text, other: Text) -> None:
+        """Gives a fork of a text its KV cache, if there is a free seat; else it will be read again."""
+        if text.seat is not None and None in map(self.text, range(self.n_seq_max)):
+            seat = self.take(other)
+            memory = _llama.llama_get_memory(self.ctx)
+            _llama.llama_memory_seq_cp(memory, text.seat, seat, -1, -1)
+            other.n_kv = text.n_kv
+
+    def lost_kv(self) -> None:
+        """The KV cache was emptied behind our back: texts are to be read again."""
+        self.latest = {}
+        for seat in range(self.n_seq_max):
+            text = self.text(seat)
+            if text is not None:
+                text.n_kv = 0
+
+    #
+    # KV cache
+    #
+
+    def truncate(self, seat: int, n: int) -> int:
+        """Keeps the first n tokens of a sequence. Returns how many are left: 0 where the model cannot remove some."""
+        memory = _llama.llama_get_memory(self.ctx)
+        if memory is None or _llama.llama_memory_seq_rm(memory, seat, n, -1):
+            return n
+        _llama.llama_memory_seq_rm(memory, seat, 0, -1)
+        return 0
+
+    def shift(self, seat: int, start: int, end: int, n: int) -> bool:
+        """Removes tokens [start, end) of n; those behind move up. False, and nothing done, where the model cannot."""
+        memory = _llama.llama_get_memory(self.ctx)
+        if not _llama.llama_memory_can_shift(memory) or not _llama.llama_memory_seq_rm(memory, seat, start, end):
+            return False
+        _llama.llama_memory_seq_add(memory, seat, end, n, start - end)
+        return True
+
+    #
+    # decoding
+    #
+
+    def decode(self, jobs: Sequence[tuple[Text, Piece]]) -> dict[Text, int]:
+        """One llama_decode: one piece of each text, n_batch tokens at most together. Returns for each text the row of
+        its last token, to sample from until the next call.
+
+        Raises RuntimeError as llama_cpp does if llama.cpp fails.
+        """
+        ctx, batch = self.ctx, self._batch.batch
+        n_tokens = sum(len(piece.tokens) for _, piece in jobs)
+        token = np.ctypeslib.as_array(batch.token, (n_tokens,))
+        pos = np.ctypeslib.as_array(batch.pos, (n_tokens,))
+        n_seq_id = np.ctypeslib.as_array(batch.n_seq_id, (n_tokens,))
+        wanted = np.ctypeslib.as_array(batch.logits, (n_tokens,))
+
+        batch.n_tokens = n_tokens
+        n_seq_id[:] = 1
+        wanted[:] = 0
+        marks: list[int] = []
+        last: dict[Text, int] = {}
+        at = 0
+        for text, piece in jobs:
+            n = len(piece.tokens)
+            token[at : at + n] = piece.tokens
+            pos[at : at + n] = np.arange(text.n_kv, text.n_kv + n)
+            for i in range(at, at + n):
+                batch.seq_id[i][0] = text.seat
+            wanted[at : at + n] = text.scores is not None
+            wanted[at + n - 1] = 1
+            if self.has_memory and text.n_kv >= text.history.n:
+                marks += [at + i for i in text.marks(piece)]
+            last[text] = at + n - 1
+            at += n
+
+        if self.has_memory:
+            self._describe(jobs, marks)
+        self.latest = {}
+        self._context.decode(self._batch)
+        self.latest = {text.seat: text for text, _ in jobs}
+        self._n_decodes += 1
+
+        states = {mark: self._checkpoint(i) for i, mark in enumerate(marks[-_lib.LLAMA_DELTAMEM_MAX_CHECKPOINTS :])}
+        at = 0
+        for text, piece in jobs:
+            n = len(piece.tokens)
+            self._used[text.seat] = self._n_decodes
+            if text.scores is not None:
+                rows = np.ctypeslib.as_array(_llama.llama_get_logits(ctx), (int(wanted.sum()), self._n_vocab))
+                first = int(wanted[:at].sum())
+                text.scores[text.n_kv : text.n_kv + n] = rows[first : first + n]
+            text.did_read(piece, {i - at + 1: state for i, state in states.items() if at <= i < at + n})
+            at += n
+        return last
+
+    def _describe(self, jobs: Sequence[tuple[Text, Piece]], marks: Sequence[int]) -> None:
+        """Tells the memory what the next llama_decode writes, and which states to keep."""
+        for text, piece in jobs:
+            check(_lib.llama_deltamem_set_write(self.ctx, text.seat, piece.write))
+        if any(piece.segments is not None for _, piece in jobs):
+            # a token without segments writes by itself: an ingest of its own
+            ids = [np.zeros(len(p.tokens), dtype=np.int32) if p.segments is None else p.segments for _, p in jobs]
+            ends = [np.full(len(p.tokens), p.segments is None, dtype=np.int8) for _, p in jobs]
+            for (_, piece), end in zip(jobs, ends):
+                end[-1] |= piece.ends
+            segments, flags = np.ascontiguousarray(np.concatenate(ids), dtype=np.int32), np.concatenate(ends)
+            check(
+                _lib.llama_deltamem_set_segments(
+                    self.ctx,
+                    segments.ctypes.data_as(_lib.int32_p),
+                    flags.ctypes.data_as(_lib.int8_p),
+                    len(segments),
+                ),
+                InputError,
+            )
+        kept = np.array(marks[-_lib.LLAMA_DELTAMEM_MAX_CHECKPOINTS :], dtype=np.int32)
+        check(_lib.llama_deltamem_set_checkpoints(self.ctx, kept.ctypes.data_as(_lib.int32_p), len(kept)))
+
+    def _checkpoint(self, i: int) -> npt.NDArray[np.float32]:
+        state = np.empty(self.shape, dtype=np.float32)
+        check(_lib.llama_deltamem_checkpoint_get(self.ctx, i, _floats(state), state.size))
+        return state
+
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends a message or a text."""
+        if token not in self._is_end:
+            vocab = _llama.llama_model_get_vocab(_llama.llama_get_model(self.ctx))
+            self._is_end[token] = bool(_llama.llama_vocab_is_eog(vocab, token))
+        return self._is_end[token]
+
+
+def check(status: int, error: type[Exception] = AdapterError) -> None:
+    """Raises the native library's last error if a call of it failed."""
+    if status != 0:
+        raise error(_lib.last_error())
+
+
+def _floats(array: npt.NDArray[np.float32]) -> ctypes._Pointer[ctypes.c_float]:
+    return array.ctypes.data_as(_lib.float_p)

@@ -1,0 +1,337 @@
+"""`Text`: one text of a model, the memory that reads it, and the sequence of the context that they are in.
+
+A model has as many seats as its context has sequences (n_seq_max); a text takes one when it is evaluated. One that has
+lost its seat keeps its memory and its tokens; when it is back, the tokens are read again without writing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+from .history import TOKEN, History
+
+if TYPE_CHECKING:
+    from .seats import Seats
+
+log = logging.getLogger("pydeltamem")
+
+
+class Piece(NamedTuple):
+    """Tokens for one sequence of one llama_decode, at most; they write all or none, unless they have segments."""
+
+    tokens: npt.NDArray[np.intc]
+    write: bool
+    segments: npt.NDArray[np.int32] | None = None
+    begins: bool = False  # an ingest begins with it
+    ends: bool = False  # and ends with it
+
+    def split(self, n: int) -> tuple[Piece, Piece]:
+        """Its first n tokens, and the rest."""
+        ids = self.segments
+        return (
+            Piece(self.tokens[:n], self.write, None if ids is None else ids[:n], self.begins, False),
+            Piece(self.tokens[n:], self.write, None if ids is None else ids[n:], False, self.ends),
+        )
+
+
+class Text:
+    """A text and its memory.
+
+    Attributes:
+        n_tokens: length of the text. Setting it lower goes back: what is read next takes the memory back too.
+        write: whether tokens write the memory, or only read it.
+        seat: its sequence in the context, None if it has none.
+        n_read_again: tokens that were read again with writing, because no checkpoint stood where the text went back to.
+        keep_at: positions that are still to be read, where a checkpoint is wanted.
+        scores: if not None, takes the logits of every token, [n_ctx, n_vocab].
+        drafted: tokens are guesses: a checkpoint after each.
+        since: when the memory began, ISO 8601; None: with this text.
+    """
+
+    def __init__(self, seats: Seats) -> None:
+        self.seats = seats
+        self.history = History(seats.n_ctx)
+        self.n_tokens = 0
+        self.write = True
+        self.seat: int | None = None
+        self.scores: npt.NDArray[np.single] | None = None
+        self.drafted = False
+        self.since: str | None = None
+        self.n_kv = 0  # tokens that the KV cache holds
+        self.n_read_again = 0
+        self.keep_at: set[int] = set()
+        self._away: npt.NDArray[np.float32] | None = None  # the state while there is no seat; None: empty
+
+    @property
+    def tokens(self) -> npt.NDArray[np.intc]:
+        """The token ids of the text, a view."""
+        return self.history.tokens[: self.n_tokens]
+
+    @property
+    def n_ctx(self) -> int:
+        return len(self.history.tokens)
+
+    #
+    # the memory
+    #
+
+    @property
+    def state(self) -> npt.NDArray[np.float32]:
+        """A copy of the state, [L, H, r, r]."""
+        if self.seat is not None:
+            return self.seats.get_state(self.seat)
+        return np.zeros(self.seats.shape, dtype=np.float32) if self._away is None else self._away.copy()
+
+    def put_state(self, state: npt.NDArray[np.float32]) -> None:
+        """Replaces the state; the record of what it has read is the caller's business."""
+        if self.seat is not None:
+            self.seats.set_state(self.seat, state)
+        else:
+            self._away = state.copy()
+
+    def become(self, state: npt.NDArray[np.float32], n_written: int = 0) -> None:
+        """Another memory from here on: nothing of the present text counts as written into it."""
+        self.put_state(state)
+        self.since = None
+        self.history.wrote[:] = False
+        self.history.n_written = n_written
+        self.history.begin(self.n_tokens, state)
+
+    def begin(self, position: int = 0) -> None:
+        """Another text begins after `position`; the memory stays, and cannot be taken back before."""
+        state = self.state if self.seats.has_memory else None
+        self.history.begin(position, state)
+        self.n_tokens = position
+        self.n_kv = min(self.n_kv, position)
+
+    def reset(self) -> None:
+        """Forgets the text and keeps the memory."""
+        self.begin(0)
+        self.history.wrote[:] = False
+
+    def checkpoint(self) -> int:
+        """Keeps the state at the end of the text, as long as there is room for it. Returns that position."""
+        self.catch_up()
+        if self.seats.has_memory:
+            self.history.checkpoint(self.n_tokens, self.state, keep=True)
+        return self.n_tokens
+
+    def back(self, position: int) -> int:
+        """Takes text and memory back to `position`. Returns how many tokens were read again for it, because the next
+        checkpoint is that far before.
+
+        Raises InputError if the memory cannot go back so far.
+        """
+        if not 0 <= position <= self.n_tokens:
+            raise InputError(f"cannot go back to token {position}: the text has {self.n_tokens}")
+        if self.seats.has_memory and position < self.history.floor:
+            raise InputError(
+                f"cannot go back to token {position}: the text or the memory began anew at {self.history.floor}"
+            )
+        self.n_tokens = position
+        return self.catch_up()
+
+    def catch_up(self) -> int:
+        """Takes the memory to where the text is. Returns how many tokens were read again for it."""
+        self._settle()
+        n_again = self.n_tokens - self.history.n
+        if n_again > 0:
+            self.eval([])
+        return n_again
+
+    def _settle(self) -> None:
+        """Takes the memory back to where the text is, or before it; what lies between is to be read again."""
+        history = self.history
+        if self.n_tokens < history.n:
+            if self.seats.has_memory:
+                self.put_state(history.back(self.n_tokens).state)
+                again = self.n_tokens - history.n
+                self.n_read_again += again
+                if again > history.checkpoints.n_last:
+                    log.warning(
+                        "the memory went back to token %d: no checkpoint is there, %d tokens before it are read again",
+                        self.n_tokens,
+                        again,
+                    )
+            else:
+                history.n = self.n_tokens
+            self.n_kv = min(self.n_kv, history.n)
+
+    def shift(self, start: int, end: int) -> None:
+        """Drops the tokens from `start` to `end` from the text. The memory keeps what they wrote.
+
+        What follows moves up in the KV cache; where the model cannot do that, it is read again, without writing.
+        """
+        if not 0 <= start < end <= self.n_tokens:
+            raise InputError(f"cannot drop tokens {start} to {end} of a text of {self.n_tokens}")
+        self.catch_up()
+        if self.seats.has_memory and end not in self.history.checkpoints and end == self.n_tokens:
+            self.history.checkpoint(end, self.state)
+        n_moved = min(self.n_kv, self.n_tokens) - end
+        if self.seat is not None and n_moved > 0 and self.seats.shift(self.seat, start, end, self.n_kv):
+            self.n_kv -= end - start
+        else:
+            self.n_kv = min(self.n_kv, start)
+        self.history.shift(start, end)
+        self.n_tokens -= end - start
+
+    def replace(self, tokens: Sequence[int], n: int) -> None:
+        """The text is these tokens now, the first n of them as before; all count as read and written."""
+        history = self.history
+        span = slice(0, len(tokens))
+        history.tokens[span], history.wrote[span], history.segment[span] = tokens, True, TOKEN
+        history.begins[span] = False
+        history.begin(len(tokens), self.state if self.seats.has_memory else None)
+        self.n_tokens, self.n_kv = len(tokens), min(self.n_kv, n)
+
+    def fork(self) -> Text:
+        """A second text that goes on from here by itself, with a memory of its own."""
+        self.catch_up()
+        other = Text(self.seats)
+        other.history = self.history.copy()
+        other.n_tokens, other.write, other.since = self.n_tokens, self.write, self.since
+        if self.seats.has_memory:
+            other._away = self.state
+        self.seats.fork(self, other)
+        return other
+
+    #
+    # seats
+    #
+
+    def sits(self, seat: int) -> None:
+        """Called by Seats: the text has a seat, and nothing in the KV cache."""
+        self.seat, self.n_kv, self._away = seat, 0, None
+
+    def stands(self, state: npt.NDArray[np.float32] | None) -> None:
+        """Called by Seats: the text has lost its seat; it keeps the state."""
+        self.seat, self.n_kv, self._away = None, 0, state
+
+    #
+    # reading
+    #
+
+    def pieces(
+        self,
+        tokens: Sequence[int],
+        segments: npt.NDArray[np.int32] | None = None,
+        staying: Sequence[Text] = (),
+    ) -> list[Piece]:
+        """What is to be decoded, in order, so that `tokens` are read after the text, one ingest: what the KV cache
+        lacks, what the memory is to read again after going back, and the tokens.
+
+        The text takes a seat, none that belongs to the texts `staying`. With `segments` (DeltaMemLlama.eval) the memory
+        reads all of them as it was before and then writes per segment.
+        """
+        history, seats = self.history, self.seats
+        if self.n_tokens + len(tokens) > self.n_ctx:
+            raise InputError(
+                f"{len(tokens)} tokens do not fit after {self.n_tokens} in a context of {self.n_ctx}: raise n_ctx"
+            )
+        new = np.asarray(tokens, dtype=np.intc)
+        n_past = self.n_tokens
+        if n_past < history.n:
+            self.keep_at.add(n_past)
+        known = np.zeros(len(new), dtype=np.bool_)  # written before the memory's beginning, in this place
+        if n_past < history.n:
+            n_known = max(0, min(history.floor - n_past, history.common(n_past, new)))
+            known[:n_known] = history.wrote[n_past : n_past + n_known]
+        self._settle()
+        seats.take(self, staying=staying)
+        if seats.has_memory and history.n not in history.checkpoints:
+            history.checkpoint(history.n, self.state)
+        self.n_kv = seats.truncate(self.seat, min(self.n_kv, history.n))
+
+        old = slice(self.n_kv, n_past)
+        unread = np.arange(self.n_kv, n_past) >= history.n  # of the old ones, by the memory
+        every = np.concatenate([history.tokens[old], new])
+        write = np.concatenate([history.wrote[old] & unread, ~known & self.write])
+        ids = np.full(len(new), TOKEN, dtype=np.int32) if segments is None else segments
+        segment = np.concatenate([np.where(unread, history.segment[old], TOKEN), ids])
+        begins = np.concatenate([history.begins[old] & unread, np.zeros(len(new), dtype=np.bool_)])
+        if segments is not None:
+            begins[n_past - self.n_kv] = True
+        return list(_runs(every, write, segment, begins))
+
+    def did_read(self, piece: Piece, checkpoints: dict[int, npt.NDArray[np.float32]]) -> None:
+        """Records a piece that was decoded; `checkpoints` are states by the number of its tokens read."""
+        position = self.n_kv
+        self.n_kv += len(piece.tokens)
+        self.keep_at = {p for p in self.keep_at if p > self.n_kv}
+        if position >= self.history.n:
+            self.history.read(piece.tokens, piece.write, piece.segments, piece.begins)
+            for n, state in checkpoints.items():
+                self.history.checkpoint(position + n, state, keep=len(piece.tokens) > 1)
+        self.n_tokens = max(self.n_tokens, self.n_kv)
+
+    def marks(self, piece: Piece) -> list[int]:
+        """After which tokens of a piece the state is to be kept: where messages end, and where it was asked for; at the
+        end; and before the last token, which is read again when another reply is generated from one prompt.
+        """
+        n = len(piece.tokens)
+        if n < 2 or piece.segments is not None:
+            return []
+        if self.drafted:
+            return list(range(n))
+        wanted = {position - self.n_kv - 1 for position in self.keep_at}
+        return [
+            i for i, token in enumerate(piece.tokens.tolist()) if i >= n - 2 or i in wanted or self.seats.is_end(token)
+        ]
+
+    def eval(self, tokens: Sequence[int], segments: npt.NDArray[np.int32] | None = None) -> None:
+        """Reads tokens after the text: one ingest. If llama.cpp fails, text and memory are as before."""
+        n_past = self.n_tokens
+        pieces = self.pieces(tokens, segments)
+        undo = self.undone_on_failure(n_past)
+        try:
+            for piece in pieces:
+                while len(piece.tokens) > self.seats.n_batch:
+                    first, piece = piece.split(self.seats.n_batch)
+                    self.seats.decode([(self, first)])
+                self.seats.decode([(self, piece)])
+        except BaseException:
+            undo()
+            raise
+
+    def undone_on_failure(self, n_past: int) -> Callable[[], None]:
+        """After `pieces`: what takes text and memory back to where they are now, if the pieces cannot be decoded."""
+        history, n_read = self.history, self.history.n
+        found = history.checkpoints.newest(n_read)
+
+        def undo() -> None:
+            self.n_tokens = n_past
+            if self.seat is not None:
+                self.seats.abandon(self.seat)
+            if self.seats.has_memory and found is not None:
+                self.put_state(found[1].state)
+                history.n_written = found[1].n_written
+                history.checkpoints.drop_after(n_read)
+            history.n = min(history.n, n_read)
+            self.n_kv = min(self.n_kv, history.n)
+
+        return undo
+
+
+def _runs(
+    tokens: npt.NDArray[np.intc],
+    write: npt.NDArray[np.bool_],
+    segment: npt.NDArray[np.int32],
+    begins: npt.NDArray[np.bool_],
+) -> Iterator[Piece]:
+    """Cuts at every change between writing and not, and where an ingest in segments begins or ends."""
+    in_segments = segment != TOKEN
+    cuts = (in_segments[1:] != in_segments[:-1]) | begins[1:] | (~in_segments[1:] & (write[1:] != write[:-1]))
+    bounds = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(tokens)]
+    for start, end in zip(bounds[:-1], bounds[1:]):
+        if start == end:
+            continue
+        if in_segments[start]:
+            yield Piece(tokens[start:end], bool(write[start:end].any()), segment[start:end], True, True)
+        else:
+            yield Piece(tokens[start:end], bool(write[start]))

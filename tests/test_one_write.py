@@ -1,0 +1,448 @@
+"""The rule of one write (docs/conversations.md): the state is that of a model which read the text once."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+
+import numpy as np
+import pytest
+from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
+
+from pydeltamem import InputError
+
+TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88, 200, 31]
+OTHER = [9, 8, 77, 6, 50, 4]
+GREEDY = {"max_tokens": 10, "temperature": 0}
+
+# float32 sums in another order: a token alone or within a batch
+SAME = {"rtol": 0, "atol": 2e-6}
+
+
+@pytest.fixture
+def make(make_llm):
+    """make(...): a model whose KV cache is F32 too, so that nothing but the order of sums differs."""
+    return lambda *args, **kwargs: make_llm(*args, type_k=0, type_v=0, **kwargs)
+
+
+@pytest.fixture
+def llm(make):
+    return make()
+
+
+@pytest.fixture
+def read_once(make):
+    """read_once(tokens, state=None): the state of a model that read these tokens once, from that state."""
+    fresh = make()
+
+    def read(tokens, state=None):
+        fresh.reset()
+        fresh.memory.state = np.zeros(fresh.memory.shape) if state is None else state
+        fresh.eval(list(tokens))
+        return fresh.memory.state
+
+    return read
+
+
+def texts(llm):
+    return llm._input_ids.tolist()
+
+
+def take(generator, n):
+    return [token for _, token in zip(range(n), generator)]
+
+
+def user(*contents):
+    """Messages: a system prompt, then user and assistant in turn."""
+    roles = ["user", "assistant"] * len(contents)
+    return [{"role": "system", "content": "be short"}] + [
+        {"role": role, "content": content} for role, content in zip(roles, contents)
+    ]
+
+
+def answer(llm, messages):
+    return llm.create_chat_completion(messages, **GREEDY)["choices"][0]["message"]["content"]
+
+
+def different(a, b):
+    return np.abs(a - b).max() > 1e-4
+
+
+# prompts
+
+
+def test_a_longer_prompt(llm, read_once):
+    """Writes what is new."""
+    take(llm.generate(TOKENS[:6], temp=0), 1)
+    take(llm.generate(TOKENS, temp=0), 1)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS), **SAME)
+    assert llm.memory.n_written == len(TOKENS)
+
+
+@pytest.mark.parametrize("n", [1, 12])
+def test_the_same_prompt_again(llm, read_once, n):
+    """Goes back to the end of the prompt: another reply takes the place of the first."""
+    take(llm.generate(TOKENS, temp=0), n)
+    for seed in range(3):
+        llm.set_seed(seed)
+        take(llm.generate(TOKENS, temp=2.0), n)
+        assert texts(llm)[: len(TOKENS)] == TOKENS and llm.n_tokens == len(TOKENS) + n - 1
+        np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
+    assert llm.memory.n_read_again == 0
+
+
+def test_a_shorter_prompt(llm, read_once):
+    """Goes back to its end."""
+    take(llm.generate(TOKENS, temp=0), 5)
+    take(llm.generate(TOKENS[:6], temp=0), 1)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS[:6]), **SAME)
+
+
+def test_an_edited_prompt(llm, read_once):
+    """Goes back to where they part, also where there is no checkpoint."""
+    take(llm.generate(TOKENS, temp=0), 5)
+    edited = TOKENS[:7] + OTHER
+    take(llm.generate(edited, temp=0), 3)
+    np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
+    assert llm.memory.n_read_again == 7  # from the beginning of the text
+
+
+def test_a_long_way_back_is_reported(make, read_once, caplog):
+    llm = make(n_batch=512)
+    tokens = np.random.default_rng(0).integers(6, 250, 200).tolist()  # none ends a message
+    llm.eval(tokens)
+    llm.n_tokens = 150
+    with caplog.at_level(logging.WARNING, "pydeltamem"):
+        llm.eval(OTHER)
+    assert "went back to token 150" in caplog.text and "150 tokens before it are read again" in caplog.text
+    np.testing.assert_allclose(llm.memory.state, read_once(tokens[:150] + OTHER), **SAME)
+    caplog.clear()
+    llm.n_tokens = 150
+    with caplog.at_level(logging.WARNING, "pydeltamem"):
+        llm.eval(TOKENS)  # now there is one
+    assert not caplog.text
+    np.testing.assert_allclose(llm.memory.state, read_once(tokens[:150] + TOKENS), **SAME)
+
+
+def test_where_a_message_ends_there_is_a_checkpoint(llm):
+    end = llm.token_eos()
+    tokens = [15, 6, end, 7, 8, 9, end, 10, 11, 12]
+    llm.eval(tokens)
+    assert llm.memory.checkpoints == [0, 3, 7, 9, 10]
+
+
+@pytest.mark.parametrize("how", ["reset", "nothing in common", "the first token in common"])
+def test_another_text(llm, read_once, how):
+    """The memory goes on."""
+    llm.eval(TOKENS)
+    state = llm.memory.state
+    other = {"the first token in common": TOKENS[:1] + OTHER}.get(how, OTHER)
+    if how == "reset":
+        llm.reset()
+    take(llm.generate(other, temp=0), 1)
+    known = other[:1] == TOKENS[:1]  # it stands there already, and was written
+    if not known:
+        np.testing.assert_allclose(llm.memory.state, read_once(other, state), **SAME)
+    assert different(llm.memory.state, state)
+    assert llm.memory.n_written == len(TOKENS) + len(other) - known
+
+
+def test_tokens_are_set_back_by_hand(llm, read_once):
+    llm.eval(TOKENS)
+    llm.n_tokens = 6
+    llm.eval(OTHER)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS[:6] + OTHER), **SAME)
+    llm.n_tokens = 6
+    llm.eval(TOKENS[6:])
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS), **SAME)
+
+
+def test_one_by_one_the_last_64_positions_are_kept(llm, read_once):
+    tokens = np.random.default_rng(1).integers(3, 250, 100).tolist()
+    for token in tokens:
+        llm.eval([token])
+    assert llm.memory.checkpoints == [0, *range(36, 100)]
+    for position in (99, 70, 36):
+        assert llm.memory.rollback(position) == 0
+        assert llm.n_tokens == position
+        np.testing.assert_allclose(llm.memory.state, read_once(tokens[:position]), **SAME)
+
+
+def test_rollback_to_a_checkpoint_of_ones_own(llm, read_once):
+    llm.eval(TOKENS[:5])
+    position = llm.memory.checkpoint()
+    assert position == 5
+    for token in TOKENS[5:] * 10:
+        llm.eval([token])
+    assert llm.memory.rollback(position) == 0 and llm.n_tokens == 5
+    np.testing.assert_array_equal(llm.memory.state, read_once(TOKENS[:5]))
+    take(llm.generate(TOKENS[:5] + OTHER, temp=0), 1)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS[:5] + OTHER), **SAME)
+
+
+def test_rollback_where_nothing_is(llm):
+    llm.eval(TOKENS)
+    for position in (-1, len(TOKENS) + 1):
+        with pytest.raises(InputError, match=f"cannot go back to token {position}"):
+            llm.memory.rollback(position)
+    assert llm.memory.rollback(7) == 7
+    llm.memory.state = np.zeros(llm.memory.shape)
+    with pytest.raises(InputError, match="began anew at 7"):
+        llm.memory.rollback(3)
+
+
+# chats
+
+
+def test_a_growing_chat(llm, read_once):
+    """Writes what is new; the system prompt once."""
+    messages = user("hello there")
+    for question in ("how are you", "what is new", "good bye"):
+        reply = answer(llm, messages)
+        np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
+        assert llm.memory.n_written == llm.n_tokens
+        messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": question}]
+
+
+def test_a_reply_again(llm, read_once):
+    messages = user("hello there")
+    first = answer(llm, messages)
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "how are you"}]
+    second, state, tokens = answer(llm, messages), llm.memory.state, texts(llm)
+    assert answer(llm, messages) == second
+    assert texts(llm) == tokens
+    np.testing.assert_allclose(llm.memory.state, state, **SAME)
+    np.testing.assert_allclose(llm.memory.state, read_once(tokens), **SAME)
+    assert llm.memory.n_read_again == 0
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_an_edited_turn(llm, read_once, turn):
+    """The latest turn, or an earlier one: memory and text go back to it."""
+    messages = user("hello there")
+    for question in ("how are you", "what is new"):
+        messages += [{"role": "assistant", "content": answer(llm, messages)}, {"role": "user", "content": question}]
+    answer(llm, messages)
+    edited = [*messages[: 1 + 2 * turn], {"role": "user", "content": "something else"}]
+    answer(llm, edited)
+    np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
+    assert llm.memory.n_read_again < 30  # the header of the message, spelt in single bytes here
+
+
+def test_another_chat(make, read_once):
+    """The memory goes on; the system prompt that both have is not written again."""
+    llm = make()
+    answer(llm, user("my name is ada"))
+    before, state, n = texts(llm), llm.memory.state, llm.memory.n_written
+    answer(llm, user("what is my name"))
+    after = texts(llm)
+    common = next(i for i, (a, b) in enumerate(zip(before, after)) if a != b)
+    assert common > 10
+    assert llm.memory.n_written == n + len(after) - common
+    assert different(llm.memory.state, read_once(after))
+
+    other = make()  # the same by hand
+    other.eval(before)
+    other._text.begin(common)
+    other.eval(after[common:])
+    np.testing.assert_allclose(llm.memory.state, other.memory.state, **SAME)
+    assert different(llm.memory.state, state)
+
+
+def test_a_chat_asked_anew_after_reset(llm, read_once):
+    answer(llm, user("hello there"))
+    state = llm.memory.state
+    llm.reset()
+    answer(llm, user("hello there"))
+    np.testing.assert_allclose(llm.memory.state, read_once(texts(llm), state), **SAME)
+
+
+# the memory is changed
+
+
+def test_reading_only(llm, read_once):
+    llm.eval(TOKENS[:6])
+    state = llm.memory.state
+    llm.memory.write = False
+    llm.eval(TOKENS[6:])
+    np.testing.assert_array_equal(llm.memory.state, state)
+    assert llm.memory.n_written == 6
+    llm.memory.write = True
+    llm.n_tokens = 8  # before it 6 and 7 did not write, and are not to
+    llm.eval(OTHER)
+    assert llm.memory.n_written == 6 + len(OTHER)
+    llm.n_tokens = 6
+    llm.eval(OTHER)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS[:6] + OTHER), **SAME)
+
+
+@pytest.mark.parametrize("how", ["set", "reset", "load"])
+def test_another_memory_in_the_middle(llm, read_once, tmp_path, how):
+    """No token before it counts as written, and the text cannot take it back."""
+    llm.eval(TOKENS)
+    state = np.zeros(llm.memory.shape)
+    if how == "reset":
+        llm.memory.reset()
+    else:
+        state = np.random.default_rng(0).standard_normal(llm.memory.shape)
+        llm.memory.state = state
+        if how == "load":
+            llm.memory.save(tmp_path / "a.memory")
+            llm.memory.reset()
+            llm.memory.load(tmp_path / "a.memory")
+    llm.eval(OTHER)
+    llm.n_tokens = 0
+    llm.eval(TOKENS)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS, state), **SAME)
+
+
+def test_detach_and_attach(llm, read_once):
+    llm.eval(TOKENS)
+    llm.memory.detach()
+    llm.eval(OTHER)
+    llm.n_tokens = 3
+    llm.eval(OTHER)
+    llm.memory.attach()
+    assert not llm.memory.state.any()
+    llm.n_tokens = 0
+    llm.eval(TOKENS)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS), **SAME)
+
+
+# drafts
+
+
+class WrongDrafts(LlamaDraftModel):
+    """Guesses that are right `n_right` times and then wrong."""
+
+    def __init__(self, text, n_right):
+        self.text, self.n_right = text, n_right
+
+    def __call__(self, input_ids, /, **kwargs):
+        right = self.text[len(input_ids) : len(input_ids) + self.n_right]
+        return np.array([*right, 3, 4, 3, 4], dtype=np.intc)
+
+
+@pytest.mark.parametrize("n_right", [0, 1, 3])
+def test_rejected_drafts_were_never_read(make, read_once, n_right):
+    plain = make()
+    expected = TOKENS + take(plain.generate(TOKENS, temp=0), 20)
+    llm = make(draft_model=WrongDrafts(expected, n_right), logits_all=True)
+    assert TOKENS + take(llm.generate(TOKENS, temp=0), 20) == expected
+    assert texts(llm) == expected[: llm.n_tokens] and llm.n_tokens >= len(expected) - 1
+    np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
+    assert llm.memory.n_read_again == 0  # each draft has its checkpoint
+    take(llm.generate(expected + OTHER, temp=0), 4)
+    np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_a_drafted_reply_that_is_cut(make, read_once, n):
+    """What was drafted beyond the last token taken is gone."""
+    plain = make()
+    expected = TOKENS + take(plain.generate(TOKENS, temp=0), 30)
+    llm = make(draft_model=WrongDrafts(expected, 5), logits_all=True)
+    generator = llm.generate(TOKENS, temp=0)
+    taken = TOKENS + take(generator, n)
+    generator.close()
+    assert taken == expected[: len(taken)]
+    assert texts(llm) == taken[: llm.n_tokens] and llm.n_tokens >= len(taken) - 1
+    np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
+
+
+def test_prompt_lookup(make, read_once):
+    llm = make(draft_model=LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=10))
+    prompt = "one two one two one two one"
+    for _ in range(3):
+        llm.create_completion(prompt, max_tokens=40, temperature=0)
+        np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
+
+
+# states that are saved
+
+
+def test_a_saved_state_carries_the_memory(make, read_once):
+    llm = make()
+    llm.eval(TOKENS)
+    saved, state = llm.save_state(), llm.memory.state
+    llm.eval(OTHER)
+    llm.load_state(saved)
+    assert texts(llm) == TOKENS
+    np.testing.assert_array_equal(llm.memory.state, state)
+    take(llm.generate(TOKENS, temp=0), 1)
+    np.testing.assert_allclose(llm.memory.state, state, **SAME)
+    llm.eval(OTHER)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS + OTHER), **SAME)
+    llm.n_tokens = 8
+    llm.eval(OTHER)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS[:8] + OTHER), **SAME)
+
+    elsewhere = make()
+    elsewhere.eval(OTHER)
+    elsewhere.load_state(pickle.loads(pickle.dumps(saved)))
+    elsewhere.eval(OTHER)
+    np.testing.assert_allclose(elsewhere.memory.state, read_once(TOKENS + OTHER), **SAME)
+
+
+def test_a_state_of_another_context_is_refused(make):
+    llm, larger = make(), make(n_ctx=1024)
+    llm.eval(TOKENS)
+    larger.eval(OTHER)
+    state = larger.memory.state
+    with pytest.raises(InputError, match="context of 512 tokens, this one has 1024"):
+        larger.load_state(llm.save_state())
+    np.testing.assert_array_equal(larger.memory.state, state)
+    assert texts(larger) == OTHER
+
+
+def test_pickle_carries_the_memory(make):
+    llm = make()
+    llm.eval(TOKENS)
+    llm.memory.write = False
+    copy = pickle.loads(pickle.dumps(llm))
+    try:
+        np.testing.assert_array_equal(copy.memory.state, llm.memory.state)
+        assert copy.memory.n_written == len(TOKENS) and copy.memory.write is False and copy.n_tokens == 0
+    finally:
+        copy.close()
+
+
+# segments
+
+
+@pytest.mark.parametrize("case", ["ssw_message", "ssw_sentence"])
+def test_an_ingest_in_segments_is_taken_back_as_a_whole(make, case):
+    segments = [0, 0, 0, 1, 1, 2]
+    llm, once = make(case), make(case)
+    llm.eval(TOKENS)
+    llm.eval(OTHER, segments=segments)
+    llm.eval([21, 22])
+    llm.n_tokens = len(TOKENS) + 4  # in the middle of the ingest
+    llm.eval([23, 24])
+    once.eval(TOKENS)
+    once.eval(OTHER[:4], segments=segments[:4])
+    once.eval([23, 24])
+    np.testing.assert_allclose(llm.memory.state, once.memory.state, **SAME)
+
+
+# the text is shortened
+
+
+def test_dropping_text_keeps_what_it_wrote(make):
+    llm = make()
+    tokens = np.random.default_rng(3).integers(3, 250, 60).tolist()
+    llm.eval(tokens[:20])
+    llm.eval(tokens[20:40])
+    llm.eval(tokens[40:])
+    state = llm.memory.state
+    llm._text.shift(10, 40)
+    assert texts(llm) == tokens[:10] + tokens[40:]
+    np.testing.assert_array_equal(llm.memory.state, state)
+    llm.eval(OTHER)
+    after = llm.memory.state
+    llm.memory.rollback(30)
+    np.testing.assert_array_equal(llm.memory.state, state)
+    llm.eval(OTHER)
+    np.testing.assert_allclose(llm.memory.state, after, **SAME)
+    with pytest.raises(InputError, match="began anew"):
+        llm.memory.rollback(5)
