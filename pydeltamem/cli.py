@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "inspect": ("pydeltamem.inspect", "show what an adapter, model or memory file holds"),
     "generate": ("pydeltamem.generate", "read a prompt and write on"),
     "chat": ("pydeltamem.chat", "talk to a model that remembers"),
+    "memory": ("pydeltamem.memory_command", "show, compare, copy and export memories"),
     "bench": ("pydeltamem.bench", "time a model with and without its memory"),
 }
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from .errors import AdapterError, ModelError
 from .gguf_header import MAGIC, Header, Tensor
-from .memory_file import read_memory_file
+from .memory_file import MemorySnapshot
 
 ADAPTER_VERSION = 1
 
@@ -154,25 +154,23 @@ def _adapter(header: Header) -> dict[str, Any]:
 
 
 def _memory(path: str) -> dict[str, Any]:
-    state, metadata = read_memory_file(path)
-    n_layer, n_head, rank, _ = state.shape
-    try:
-        layers = [int(layer) for layer in metadata.get("layers", "").split(",")]
-    except ValueError:
-        layers = []
-    if len(layers) != n_layer:
-        layers = list(range(n_layer))
+    memory = MemorySnapshot.load(path)
+    metadata = memory.metadata
+    saved = metadata.get("saved") or metadata.get("created")
     return {
-        "shape": list(state.shape),
-        "heads": n_head,
-        "rank": rank,
-        "layers": layers,
+        "shape": list(memory.state.shape),
+        "heads": memory.state.shape[1],
+        "rank": memory.state.shape[2],
+        "layers": memory.layers,
         "architecture": metadata.get("architecture"),
+        "base": metadata.get("base_name"),
         "adapter": metadata.get("adapter_name"),
         "adapter_sha256": metadata.get("adapter"),
+        "tokens_written": memory.tokens_written if "tokens_written" in metadata else None,
         "created": metadata.get("created"),
-        "age_seconds": _age(metadata.get("created")),
-        "norms": [{"layer": layer, "norm": _norm(state[i])} for i, layer in enumerate(layers)],
+        "saved": saved,
+        "age_seconds": _age(saved),
+        "norms": [{"layer": layer, "norm": _norm(state)} for layer, state in zip(memory.layers, memory.state)],
     }
 
 
@@ -294,7 +292,9 @@ def _print_memory(console: Console, memory: dict[str, Any]) -> None:
             "architecture": memory["architecture"],
             "adapter": memory["adapter"],
             "its sha256": memory["adapter_sha256"],
-            "saved": memory["created"] and memory["created"] + ("" if age is None else f", {_duration(age)} ago"),
+            "tokens written": memory["tokens_written"],
+            "began": memory["created"],
+            "saved": memory["saved"] and memory["saved"] + ("" if age is None else f", {_duration(age)} ago"),
         },
         "Memory",
     )

@@ -81,8 +81,9 @@ class MemorySnapshot:
     @property
     def layers(self) -> list[int]:
         """The model layers that the states belong to."""
-        named = [int(layer) for layer in self.metadata.get("layers", "").split(",") if layer]
-        return named if len(named) == len(self.state) else list(range(len(self.state)))
+        named = self.metadata.get("layers", "").split(",")
+        known = len(named) == len(self.state) and all(map(str.isdecimal, named))
+        return list(map(int, named)) if known else list(range(len(self.state)))
 
     @property
     def tokens_written(self) -> int:

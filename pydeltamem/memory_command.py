@@ -1,0 +1,191 @@
+"""`deltamem memory`: look into memory files, compare, copy and export them. Needs no llama.cpp."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .errors import InputError, MemoryFileError
+from .memory_file import MemorySnapshot
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+
+    show = add("show", "whose memory it is, what each layer holds, and a picture")
+    show.add_argument("file", metavar="FILE")
+    show.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    diff = add("diff", "how far two memories of one adapter lie apart")
+    diff.add_argument("a", metavar="A")
+    diff.add_argument("b", metavar="B")
+    diff.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    copy = add("copy", "a second memory that begins as the first")
+    copy.add_argument("source", metavar="FROM")
+    copy.add_argument("target", metavar="TO")
+    copy.add_argument("--force", action="store_true", help="replace a file that is there")
+    export = add("export", "the memory for other programs")
+    export.add_argument("file", metavar="FILE")
+    export.add_argument("target", metavar="OUT", help="a file that ends in .npz (NumPy) or .json")
+
+
+def run(args: argparse.Namespace) -> int:
+    console = Console(highlight=False)
+    if args.action == "show":
+        snapshot = MemorySnapshot.load(args.file)
+        if args.json:
+            print(json.dumps(described(snapshot), indent=2))
+        else:
+            _print(console, args.file, snapshot)
+    elif args.action == "diff":
+        difference = compared(args.a, MemorySnapshot.load(args.a), args.b, MemorySnapshot.load(args.b))
+        if args.json:
+            print(json.dumps(difference, indent=2))
+        else:
+            _print_difference(console, difference)
+    elif args.action == "copy":
+        snapshot = MemorySnapshot.load(args.source)
+        if os.path.exists(args.target) and not args.force:
+            raise InputError(f"{args.target}: is there already: name another file, or add --force")
+        snapshot.save(args.target)
+    else:
+        snapshot = MemorySnapshot.load(args.file)
+        exporters = {".npz": snapshot.to_npz, ".json": snapshot.to_json}
+        suffix = os.path.splitext(args.target)[1]
+        if suffix not in exporters:
+            raise InputError(f"{args.target}: a memory is exported to a file that ends in .npz or .json")
+        exporters[suffix](args.target)
+    return 0
+
+
+def described(snapshot: MemorySnapshot) -> dict[str, Any]:
+    """What a memory holds, as values that JSON can hold. Per layer and head: norm, singular values."""
+    return {
+        "metadata": dict(snapshot.metadata),
+        "shape": list(snapshot.state.shape),
+        "layers": [
+            {"layer": layer, "norms": norms.tolist(), "singular_values": values.tolist()}
+            for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values)
+        ],
+    }
+
+
+def compared(a_name: str, a: MemorySnapshot, b_name: str, b: MemorySnapshot) -> dict[str, Any]:
+    """How far two memories lie apart: |A|, |B|, |A - B|, that relative to the larger one, and the cosine between them;
+    in all and per layer. Raises MemoryFileError if they belong to different adapters.
+    """
+    for key in ("adapter", "architecture", "layers"):
+        if a.metadata.get(key, "") != b.metadata.get(key, "") or a.state.shape != b.state.shape:
+            raise MemoryFileError(
+                f"{b_name}: the memory of another adapter or of other layers than {a_name}: they cannot be compared"
+            )
+    return {
+        "a": a_name,
+        "b": b_name,
+        "identical": bool((a.state == b.state).all()),
+        "total": _apart(a.state, b.state),
+        "layers": [{"layer": layer, **_apart(x, y)} for layer, x, y in zip(a.layers, a.state, b.state)],
+    }
+
+
+def _apart(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> dict[str, float]:
+    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    norm_a, norm_b, difference = (float(np.linalg.norm(x)) for x in (a, b, a - b))
+    larger = max(norm_a, norm_b)
+    return {
+        "norm_a": norm_a,
+        "norm_b": norm_b,
+        "difference": difference,
+        "relative": difference / larger if larger else 0.0,
+        "cosine": float(a @ b) / (norm_a * norm_b) if norm_a and norm_b else 1.0 if norm_a == norm_b else 0.0,
+    }
+
+
+def _print(console: Console, path: str, snapshot: MemorySnapshot) -> None:
+    metadata = snapshot.metadata
+    n_layer, n_head, rank, _ = snapshot.state.shape
+    facts = Table(title=path, show_header=False)
+    for name, value in {
+        "state": f"{n_layer} layers, {n_head} {'head' if n_head == 1 else 'heads'} of rank {rank}",
+        "adapter": f"{metadata.get('adapter_name') or 'unnamed'} ({metadata.get('adapter', '')[:12] or 'no checksum'})",
+        "base": " ".join(filter(None, (metadata.get("architecture"), metadata.get("base_name")))),
+        "tokens written": f"{snapshot.tokens_written:,}" if "tokens_written" in metadata else None,
+        "began": metadata.get("created"),
+        "saved": metadata.get("saved"),
+    }.items():
+        if value:
+            facts.add_row(name, value)
+    console.print(facts)
+
+    table = Table(title="Singular values of each state")
+    for name in ("layer", *(["head"] if n_head > 1 else []), "norm", *(str(i + 1) for i in range(min(rank, 8)))):
+        table.add_column(name, justify="right")
+    for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values):
+        for head in range(n_head):
+            name = [str(layer), *([str(head)] if n_head > 1 else [])]
+            table.add_row(*name, f"{norms[head]:.3g}", *(f"{value:.3g}" for value in values[head][:8]))
+    console.print(table)
+
+    largest = float(np.abs(snapshot.state).max())
+    coloured = console.color_system is not None
+    legend = "blue negative, red positive" if coloured else "shaded by size, - before what is negative"
+    console.print(f"Each state, rows are values, columns are keys; {legend}; the largest value is {largest:.3g}.")
+    pictures = [
+        _picture(state, largest, coloured, f"{layer}" if n_head == 1 else f"{layer}.{head}")
+        for layer, heads in zip(snapshot.layers, snapshot.state)
+        for head, state in enumerate(heads)
+    ]
+    console.print(Columns(pictures, padding=(0, 2)))
+
+
+def _picture(state: npt.NDArray[np.float32], largest: float, coloured: bool, title: str) -> Text:
+    """A state as a heat map: in colour two rows to a line of half blocks, else two characters to a value."""
+    scaled = state / largest if largest else state
+    text = Text(f"{title}\n", no_wrap=True)
+    if not coloured:
+        for row in scaled:
+            text.append(
+                "".join(("-" if x < 0 else " ") + " ░▒▓█"[min(4, round(abs(float(x)) * 4))] for x in row) + "\n"
+            )
+        return text
+    for top, bottom in _pairs(scaled):
+        for x, y in zip(top, bottom):
+            text.append("▀", style=f"{_colour(x)} on {_colour(y)}")
+        text.append("\n")
+    return text
+
+
+def _pairs(rows: npt.NDArray[np.float32]) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+    if len(rows) % 2:
+        rows = np.concatenate([rows, np.zeros_like(rows[:1])])
+    return zip(rows[::2], rows[1::2])
+
+
+def _colour(x: float) -> str:
+    fade = 255 - round(min(1.0, abs(float(x))) ** 0.5 * 255)
+    return f"#ff{fade:02x}{fade:02x}" if x > 0 else f"#{fade:02x}{fade:02x}ff"
+
+
+def _print_difference(console: Console, difference: dict[str, Any]) -> None:
+    if difference["identical"]:
+        console.print(f"{difference['a']} and {difference['b']} are identical.")
+        return
+    table = Table(title=f"A: {difference['a']}, B: {difference['b']}")
+    for name in ("layer", "|A|", "|B|", "|A - B|", "relative", "cosine"):
+        table.add_column(name, justify="right")
+    for row in [*difference["layers"], {"layer": "all", **difference["total"]}]:
+        numbers = (row[key] for key in ("norm_a", "norm_b", "difference", "relative", "cosine"))
+        table.add_row(str(row["layer"]), *(f"{number:.4g}" for number in numbers))
+    console.print(table)

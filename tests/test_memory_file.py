@@ -1,0 +1,242 @@
+"""Memory files by themselves: snapshots, the lock, and what is left after a process was killed while saving."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from pydeltamem import InputError, MemoryFileError, MemorySnapshot
+from pydeltamem.files import leftovers
+from pydeltamem.memory_file import MemoryFileLock, read_memory_file, write_memory_file
+
+METADATA = {"layers": "2,5", "adapter": "ab" * 32, "adapter_name": "test", "architecture": "qwen3"}
+SHAPE = (2, 1, 8, 8)
+N_KILLED = int(os.environ.get("DELTAMEM_KILLED", "200"))
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and fork as on POSIX")
+
+
+def random_state(seed=0, shape=SHAPE):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# snapshots
+
+
+def test_a_snapshot_goes_through_a_file(tmp_path):
+    path = tmp_path / "a.memory"
+    snapshot = MemorySnapshot(random_state(), {**METADATA, "tokens_written": "12", "base": "cd", "base_name": "b"})
+    snapshot.save(path)
+    read = MemorySnapshot.load(path)
+    np.testing.assert_array_equal(read.state, snapshot.state)
+    assert read.tokens_written == 12 and read.layers == [2, 5]
+    assert {key: read.metadata[key] for key in snapshot.metadata} == snapshot.metadata
+    read.save(path)
+    again = MemorySnapshot.load(path)
+    assert again.metadata["created"] == read.metadata["created"]
+    assert re.match(r"20\d\d-\d\d-\d\dT.*\+00:00", again.metadata["saved"])
+
+
+def test_a_snapshot_cannot_be_changed():
+    state = random_state()
+    snapshot = MemorySnapshot(state, METADATA)
+    state[:] = 0
+    assert snapshot.state.any()
+    with pytest.raises(ValueError, match="read-only"):
+        snapshot.state[:] = 0
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (np.zeros((2, 8, 8)), r"shape \(2, 8, 8\)"),
+        (np.zeros((2, 1, 8, 4)), r"shape \(2, 1, 8, 4\)"),
+        (np.full(SHAPE, np.nan), "finite"),
+        (np.full(SHAPE, -np.inf), "finite"),
+    ],
+)
+def test_a_bad_snapshot(state, says):
+    with pytest.raises(InputError, match=says):
+        MemorySnapshot(state, METADATA)
+
+
+def test_old_files_and_odd_metadata():
+    snapshot = MemorySnapshot(random_state(), {"layers": "x,y", "tokens_written": "-3"})
+    assert snapshot.layers == [0, 1] and snapshot.tokens_written == 0
+
+
+def test_norms_and_singular_values():
+    left, right = np.eye(8)[1], np.eye(8)[3]
+    state = np.zeros((1, 2, 8, 8))
+    state[0, 1] = 3 * np.outer(left, right) + 4 * np.outer(np.eye(8)[2], np.eye(8)[5])
+    snapshot = MemorySnapshot(state, METADATA)
+    np.testing.assert_allclose(snapshot.norms, [[0, 5]], atol=1e-6)
+    np.testing.assert_allclose(snapshot.singular_values[0, 1], [4, 3, 0, 0, 0, 0, 0, 0], atol=1e-6)
+
+
+def test_exports(tmp_path):
+    snapshot = MemorySnapshot(random_state(), METADATA)
+    snapshot.to_npz(tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as arrays:
+        np.testing.assert_array_equal(arrays["state"], snapshot.state)
+        assert str(arrays["adapter_name"]) == "test"
+    snapshot.to_json(tmp_path / "a.json")
+    exported = json.loads((tmp_path / "a.json").read_text())
+    np.testing.assert_array_equal(np.array(exported["state"], dtype=np.float32), snapshot.state)
+    assert exported["metadata"] == METADATA
+    with pytest.raises(MemoryFileError, match="cannot be saved"):
+        snapshot.to_json(tmp_path / "no" / "a.json")
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.npz"]
+
+
+# the lock
+
+HOLDER = """
+import sys
+from pydeltamem.memory_file import MemoryFileLock
+lock = MemoryFileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+lock.release()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A second process that holds the lock of a.memory."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "a.memory")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_second_process_is_told(tmp_path, holder):
+    path = tmp_path / "a.memory"
+    with pytest.raises(MemoryFileError) as info:
+        MemoryFileLock(path).acquire()
+    assert str(info.value) == f"{path}: in use by process {holder.pid}: end it, or use another file"
+    with MemoryFileLock(tmp_path / "b.memory"):
+        pass
+    holder.communicate(b"")
+    with MemoryFileLock(path):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@posix
+def test_a_killed_process_holds_nothing(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert os.listdir(tmp_path) == [".a.memory.lock"]
+    with MemoryFileLock(tmp_path / "a.memory"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_second_in_one_process_is_told(tmp_path):
+    path = tmp_path / "a.memory"
+    (tmp_path / "link.memory").symlink_to(path)
+    with MemoryFileLock(path) as lock:
+        for name in ("a.memory", "link.memory"):
+            with pytest.raises(MemoryFileError, match=f"{name}: in use by process {os.getpid()}"):
+                MemoryFileLock(tmp_path / name).acquire()
+        lock.acquire()  # it has it
+    lock.release()
+    with MemoryFileLock(path):
+        pass
+
+
+def test_no_folder_no_lock(tmp_path):
+    with pytest.raises(MemoryFileError, match="cannot be saved"):
+        MemoryFileLock(tmp_path / "no" / "a.memory").acquire()
+
+
+@posix
+def test_many_processes_hold_it_in_turn(tmp_path):
+    """The file that one removes is never the one that another has locked."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    code = (
+        "import sys, time\n"
+        "from pydeltamem.errors import MemoryFileError\n"
+        "from pydeltamem.memory_file import MemoryFileLock\n"
+        "for _ in range(100):\n"
+        "    while True:\n"
+        "        try:\n"
+        "            with MemoryFileLock(sys.argv[1]):\n"
+        "                n = int(open(sys.argv[2]).read())\n"
+        "                open(sys.argv[2], 'w').write(str(n + 1))\n"
+        "            break\n"
+        "        except MemoryFileError:\n"
+        "            time.sleep(0.0005)\n"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "a.memory"), str(counter)]
+    processes = [subprocess.Popen(arguments) for _ in range(4)]
+    assert [process.wait(300) for process in processes] == [0] * 4
+    assert counter.read_text() == "400"
+
+
+# killed while saving
+
+
+@posix
+def test_killed_while_saving(tmp_path):
+    """Whenever a process is killed that saves its memory after each turn, the file holds the one state or the other."""
+    path = tmp_path / "a.memory"
+    states = [random_state(0), random_state(1)]
+    write_memory_file(path, states[0], METADATA)
+    start = time.perf_counter()
+    for i in range(10):
+        write_memory_file(path, states[i % 2], METADATA)
+    duration = (time.perf_counter() - start) / 10
+
+    chance = random.Random(0)
+    found, n_leftovers = [0, 0], 0
+    for _ in range(N_KILLED):
+        child = os.fork()
+        if child == 0:
+            try:
+                with MemoryFileLock(path):
+                    i = 0
+                    while True:
+                        i += 1
+                        write_memory_file(path, states[i % 2], METADATA)
+            finally:
+                os._exit(1)
+        time.sleep(chance.uniform(0, 5 * duration))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        state, metadata = read_memory_file(path)
+        same = [np.array_equal(state, expected) for expected in states]
+        assert any(same), "neither the state before nor the one after"
+        found[same.index(True)] += 1
+        assert metadata["adapter"] == METADATA["adapter"]
+        n_leftovers += bool(leftovers(path))
+    assert min(found) > 0 and n_leftovers > 0, "no process was killed in the middle"
+    with MemoryFileLock(path):
+        assert leftovers(path) == []
+    assert os.listdir(tmp_path) == ["a.memory"]
+
+
+def test_leftovers_of_other_files_stay(tmp_path):
+    write_memory_file(tmp_path / "a.memory", random_state(), METADATA)
+    others = [".b.memory.01234567.tmp", ".a.memory.tmp", ".a.memory.x.01234567.tmp"]
+    for name in [*others, ".a.memory.01234567.tmp"]:
+        (tmp_path / name).write_bytes(safetensors.numpy.save({"x": np.zeros(1)}))
+    with MemoryFileLock(tmp_path / "a.memory"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "a.memory"])
