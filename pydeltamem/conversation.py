@@ -196,6 +196,10 @@ class Conversation:
         """The messages, and what begins a reply."""
         return chat_prompt(self.llm, self.messages)[0]
 
+    def _whole(self) -> list[int]:
+        """The messages, and what begins the next one."""
+        return self._prompt() if self.messages[-1:] and self.messages[-1]["role"] == "user" else self._ended_tokens()
+
     def _ended_tokens(self, n_messages: int | None = None) -> list[int]:
         """The first messages, up to where the content of the next one begins."""
         messages = self.messages[:n_messages]
@@ -246,6 +250,9 @@ class Conversation:
         n = len(self._prompt())
         if n + reserve <= n_ctx:
             return
+        latest = [*self._system(), *self.messages[self._latest_turn() :]]
+        if len(chat_prompt(self.llm, latest)[0]) + reserve > n_ctx:
+            raise InputError(f"that is too long for a context of {n_ctx} tokens: raise n_ctx (--ctx-size) or say less")
         # more than is needed now, so that it does not happen in every turn
         while n + reserve > n_ctx - n_ctx // 8:
             n_dropped = self._n_oldest_turn()
@@ -253,8 +260,11 @@ class Conversation:
                 break
             self._drop(n_dropped)
             n = len(self._prompt())
-        if n + reserve > n_ctx:
-            raise InputError(f"that is too long for a context of {n_ctx} tokens: raise n_ctx (--ctx-size) or say less")
+
+    def _latest_turn(self) -> int:
+        """Where what the user said last stands in the messages."""
+        said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        return said[-1] if said else len(self._system())
 
     def _n_oldest_turn(self) -> int:
         """Messages of the oldest turn, from what the user says to what they say next; 0 if that is the latest one."""
@@ -267,18 +277,18 @@ class Conversation:
     def _drop(self, n_messages: int) -> None:
         """The oldest messages leave the text."""
         text, first = self._text, len(self._system())
-        before = self._prompt()
+        before = self._whole()
         start, end = len(self._ended_tokens(first)), len(self._ended_tokens(first + n_messages))
         n_read = _n_common(text.tokens, before)
         reply = text.tokens[n_read:].tolist() if n_read == len(before) else []  # in the making
         del self.messages[first : first + n_messages]
         self.n_dropped += n_messages
-        after = self._prompt()
+        after = self._whole()
         if end <= n_read and before[:start] + before[end:] == after:
             text.n_tokens = n_read + len(reply)
             text.shift(start, end)
         else:  # a chat format that words the rest differently now: nothing of it is written again
-            kept = after[: len(after) - (len(before) - n_read)] + reply
+            kept = after[: max(0, len(after) - len(before) + max(n_read, end))] + reply
             text.replace(kept, _n_common(text.tokens, kept))
 
 
@@ -441,6 +451,7 @@ def chat_prompt(llm: DeltaMemLlama, messages: list[dict[str, str]]) -> tuple[lis
     """
     from llama_cpp.llama_chat_format import get_chat_completion_handler
 
+    _ = llm._seats.ctx  # closed? llama_cpp would follow a null pointer
     catcher = _PromptCatcher(llm)
     name = llm.chat_format
     handler = llm.chat_handler or llm._chat_handlers.get(name) or get_chat_completion_handler(name)

@@ -36,7 +36,8 @@ class Seats:
         self.n_seq_max: int = _llama.llama_n_seq_max(context.ctx)
         self.n_ctx: int = _llama.llama_n_ctx_seq(context.ctx)  # of one sequence
         self.adapter: _lib.llama_deltamem_adapter_p | None = None
-        self.latest: dict[int, Text] = {}  # in the latest llama_decode, by seat
+        # in the latest llama_decode, by seat
+        self.latest: weakref.WeakValueDictionary[int, Text] = weakref.WeakValueDictionary()
         self._n_vocab = _llama.llama_vocab_n_tokens(_llama.llama_model_get_vocab(_llama.llama_get_model(context.ctx)))
         self._texts: list[weakref.ref[Text] | None] = [None] * self.n_seq_max
         self._used: list[int] = [0] * self.n_seq_max  # when, in decodes
@@ -135,7 +136,7 @@ class Seats:
 
     def lost_kv(self) -> None:
         """The KV cache was emptied behind our back: texts are to be read again."""
-        self.latest = {}
+        self.latest.clear()
         for seat in range(self.n_seq_max):
             text = self.text(seat)
             if text is not None:
@@ -199,9 +200,9 @@ class Seats:
 
         if self.has_memory:
             self._describe(jobs, marks)
-        self.latest = {}
+        self.latest.clear()
         self._context.decode(self._batch)
-        self.latest = {text.seat: text for text, _ in jobs}
+        self.latest.update({text.seat: text for text, _ in jobs})
         self._n_decodes += 1
 
         states = {mark: self._checkpoint(i) for i, mark in enumerate(marks[-_lib.LLAMA_DELTAMEM_MAX_CHECKPOINTS :])}

@@ -1,0 +1,465 @@
+"""Conversation: turns, going back, contexts that run over, and several of them in one model."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import numpy as np
+import pytest
+from llama_cpp import LLAMA_POOLING_TYPE_MEAN
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from pydeltamem import Conversation, InputError, MemoryFileError, ModelError, say_together
+from pydeltamem.conversation import chat_prompt, stream_together
+
+GREEDY = {"n_predict": 8, "temp": 0.0}
+SAME = {"rtol": 0, "atol": 2e-6}  # float32 sums in another order
+
+
+@pytest.fixture
+def make(make_llm):
+    return lambda *args, **kwargs: make_llm(*args, type_k=0, type_v=0, **kwargs)
+
+
+@pytest.fixture
+def llm(make):
+    return make(n_seq_max=3)
+
+
+@pytest.fixture
+def read_once(make):
+    fresh = make()
+
+    def read(tokens, state=None):
+        fresh.reset()
+        fresh.memory.state = np.zeros(fresh.memory.shape) if state is None else state
+        fresh.eval(list(tokens))
+        return fresh.memory.state
+
+    return read
+
+
+def tokens(conversation):
+    return conversation._text.tokens.tolist()
+
+
+# one conversation
+
+
+def test_it_says_what_a_chat_completion_says(llm):
+    messages = [{"role": "system", "content": "be short"}]
+    conversation = Conversation(llm, system="be short", **GREEDY)
+    for content in ("hello there", "how are you"):
+        messages.append({"role": "user", "content": content})
+        llm.create_chat_completion(messages, max_tokens=8, temperature=0)
+        messages.append({"role": "assistant", "content": conversation.say(content)})
+        assert tokens(conversation) == llm._input_ids.tolist()
+        np.testing.assert_allclose(conversation.memory.state, llm.memory.state, **SAME)
+    assert conversation.messages == messages
+
+
+def test_every_token_is_written_once(llm, read_once):
+    conversation = Conversation(llm, system="be short", **GREEDY)
+    for content in ("hello there", "how are you", "good bye"):
+        conversation.say(content)
+        np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+        assert conversation.memory.n_written == conversation.n_tokens
+
+
+def test_going_back(llm, read_once):
+    conversation = Conversation(llm, system="be short", n_predict=8)
+    conversation.say("hello there", seed=1)
+    before, n = conversation.memory.state, conversation.n_tokens
+    first = conversation.say("how are you", seed=2)
+    assert conversation.regenerate(seed=3) != first
+    assert conversation.regenerate(seed=2) == first
+    conversation.edit("what is new", seed=2)
+    assert [m["content"] for m in conversation.messages if m["role"] == "user"] == ["hello there", "what is new"]
+    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    conversation.undo()
+    assert len(conversation.messages) == 3 and conversation.n_tokens >= n
+    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    conversation.undo()
+    conversation.undo() if len(conversation.messages) > 1 else None
+    with pytest.raises(InputError, match="nothing to take back"):
+        conversation.undo()
+    assert np.abs(before).max() > 0
+
+
+def test_reading_without_replying(llm, read_once):
+    conversation = Conversation(llm, **GREEDY)
+    for role, content in (("user", "my name is ada"), ("assistant", "hello ada"), ("user", "i live in lima")):
+        conversation.add(role, content)
+        np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    prompt = chat_prompt(llm, conversation.messages)[0]
+    assert tokens(conversation) == prompt
+
+
+def test_clear(llm):
+    conversation = Conversation(llm, system="be short", **GREEDY)
+    conversation.say("my name is ada")
+    state = conversation.memory.state
+    conversation.clear()
+    assert conversation.n_tokens == 0 and [m["role"] for m in conversation.messages] == ["system"]
+    np.testing.assert_array_equal(conversation.memory.state, state)
+    conversation.say("what is my name")
+    assert conversation.memory.n_written > conversation.n_tokens
+
+
+def test_a_reply_that_is_closed_counts(llm, read_once):
+    conversation = Conversation(llm, n_predict=50, temp=0.0)
+    stream = conversation.stream("hello there")
+    said = next(stream) + next(stream)
+    stream.close()
+    assert conversation.messages[-1]["role"] == "assistant"
+    assert conversation.messages[-1]["content"].startswith(said)
+    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    conversation.say("go on", **GREEDY)
+    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_a_failure_leaves_everything_as_it_was(make, read_once, monkeypatch, call):
+    llm = make(n_batch=16)
+    conversation = Conversation(llm, **GREEDY)
+    conversation.say("hello there")
+    messages, n = list(conversation.messages), conversation.n_tokens
+    decode, calls = type(llm._ctx).decode, []
+
+    def fail(ctx, batch):
+        calls.append(batch)
+        if len(calls) == call:
+            raise RuntimeError("llama_decode returned 1")
+        decode(ctx, batch)
+
+    monkeypatch.setattr(type(llm._ctx), "decode", fail)
+    with pytest.raises(RuntimeError, match="llama_decode"):
+        conversation.say("how are you, what is new, and what else is there to say, friend")
+    monkeypatch.undo()
+    assert conversation.messages == messages
+    assert conversation.n_tokens <= n  # less where the reply is worded in other tokens when it is read again
+    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    other = Conversation(make(n_batch=16), **GREEDY)
+    other.say("hello there")
+    for each in (conversation, other):
+        each.say("good bye")
+    assert tokens(conversation) == tokens(other)
+    np.testing.assert_allclose(conversation.memory.state, other.memory.state, **SAME)
+
+
+def test_a_template_that_refuses(llm):
+    conversation = Conversation(llm, system="be short", **GREEDY)
+    template = Jinja2ChatFormatter("{{ raise_exception('no system prompt, please') }}", eos_token="", bos_token="")
+    llm._chat_handlers[llm.chat_format] = template.to_chat_handler()
+    with pytest.raises(InputError, match="chat template refuses this conversation: no system prompt, please"):
+        conversation.say("hello")
+    assert len(conversation.messages) == 1
+
+
+def test_without_a_memory(make):
+    conversation = Conversation(make(None, n_ctx=256), **GREEDY)
+    for i in range(8):
+        conversation.say(f"this is message number {i}")
+    conversation.regenerate()
+    assert conversation.n_dropped > 0 and conversation.n_tokens <= 256
+
+
+@pytest.mark.parametrize("case", ["ssw_message", "ssw_sentence"])
+def test_an_adapter_that_writes_per_segment(make, case):
+    """What is said is one segment, and each token of the reply."""
+    conversation, by_hand = Conversation(make(case), **GREEDY), make(case)
+    conversation.say("hello there")
+    prompt = chat_prompt(conversation.llm, conversation.messages[:1])[0]
+    reply = tokens(conversation)[len(prompt) :]
+    by_hand.eval(prompt, segments=[0] * len(prompt))
+    for token in reply:
+        by_hand.eval([token])
+    np.testing.assert_allclose(conversation.memory.state, by_hand.memory.state, **SAME)
+    conversation.regenerate()
+    assert tokens(conversation)[len(prompt) :] == reply
+    np.testing.assert_allclose(conversation.memory.state, by_hand.memory.state, **SAME)
+
+
+def test_a_closed_model(make):
+    llm = make()
+    conversation = Conversation(llm)
+    llm.close()
+    with pytest.raises(ModelError, match="closed"):
+        conversation.say("hello")
+    conversation.close()
+
+
+# the context runs over
+
+
+@pytest.mark.parametrize("can_shift", [True, False])
+def test_the_oldest_turns_leave_the_text(make, monkeypatch, can_shift):
+    llm = make(n_ctx=256)
+    if not can_shift:
+        monkeypatch.setattr(llm._seats, "shift", lambda *args: False)
+    conversation = Conversation(llm, system="be short", n_predict=6)
+    written = 0
+    for i in range(15):
+        before = tokens(conversation)
+        conversation.say(f"this is message number {i}", seed=i)
+        after, prompt = tokens(conversation), chat_prompt(llm, conversation.messages[:-1])[0]
+        assert after[: len(prompt)] == prompt and len(after) <= 256
+        assert conversation.messages[0]["role"] == "system"
+        written += len(after) if not before else 0
+    assert conversation.n_dropped >= 20 and len(conversation.messages) < 10
+    assert np.isfinite(conversation.memory.state).all()
+    # each token was written once, whether it is still there or not; a reply may be worded again in other tokens
+    every = Conversation(make(n_ctx=2048), system="be short", n_predict=6)
+    for i in range(15):
+        every.say(f"this is message number {i}", seed=i)
+    assert abs(conversation.memory.n_written - every.memory.n_written) < 60
+
+
+def test_what_left_the_text_is_not_written_again(make, read_once):
+    """The text is shortened by a turn: the state stays, bit for bit, also where the rest is read again."""
+    for can_shift in (True, False):
+        llm = make()
+        conversation = Conversation(llm, system="be short")
+        for role, content in (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")):
+            conversation.add(role, content)
+        if not can_shift:
+            llm._seats.shift = lambda *args: False
+        state, n = conversation.memory.state, conversation.memory.n_written
+        conversation._drop(2)
+        np.testing.assert_array_equal(conversation.memory.state, state)
+        assert [m["content"] for m in conversation.messages] == ["be short", "three", "four"]
+        text = tokens(conversation)
+        conversation.add("user", "five")
+        assert tokens(conversation)[: len(text)] == text
+        assert conversation.memory.n_written - n == conversation.n_tokens - len(text)
+
+
+def test_a_reply_runs_over(make):
+    """A reply longer than what is left: the oldest turns go while it is written."""
+    llm = make(n_ctx=256)
+    conversation = Conversation(llm, system="be short", temp=0.0, n_predict=6)
+    for i in range(3):
+        conversation.say(f"this is message number {i}")
+    end = llm._seats.is_end
+    llm._seats.is_end = lambda token: False  # it goes on and on
+    conversation.say("tell me more", n_predict=-1)
+    llm._seats.is_end = end
+    assert conversation.finish_reason == "length"
+    assert len(conversation.messages) == 3 and conversation.n_dropped == 6
+    assert conversation.n_tokens == 256
+    assert conversation.say("well", n_predict=4) is not None
+
+
+def test_a_message_longer_than_the_context(make):
+    conversation = Conversation(make(n_ctx=256), **GREEDY)
+    conversation.say("hello")
+    state, messages = conversation.memory.state, list(conversation.messages)
+    for act in (conversation.say, lambda content: conversation.add("user", content)):
+        with pytest.raises(InputError, match="too long for a context of 256 tokens"):
+            act("word " * 300)
+        assert conversation.messages[-2:] == messages[-2:]
+        np.testing.assert_array_equal(conversation.memory.state, state)
+    conversation.say("hello again")
+    assert conversation.messages[-2]["content"] == "hello again"
+
+
+# several conversations
+
+
+def test_they_say_together_what_they_say_alone(llm, make):
+    contents = ["hello there", "how are you today my friend", "what"]
+    together = [Conversation(llm, **GREEDY) for _ in contents]
+    alone = [Conversation(make(), **GREEDY) for _ in contents]
+    for turn in ("", " and then"):
+        replies = say_together({c: content + turn for c, content in zip(together, contents)})
+        for one, other, content in zip(together, alone, contents):
+            assert replies[one] == other.say(content + turn)
+            assert tokens(one) == tokens(other)
+            np.testing.assert_allclose(one.memory.state, other.memory.state, **SAME)
+
+
+def test_nothing_of_one_shows_in_another(make):
+    """Exact equality of states and logits, whatever the others are told: the same batches, other contents."""
+
+    def run(others):
+        llm = make(n_seq_max=3)
+        mine = Conversation(llm, temp=0.0, n_predict=12)
+        rest = [Conversation(llm, temp=0.0, n_predict=12) for _ in others]
+        logits = []
+        sample = type(llm._sampler or llm._init_sampler()).sample
+
+        def record(sampler, ctx, idx=-1):
+            logits.append(np.ctypeslib.as_array(ctx.get_logits_ith(idx), (llm.n_vocab(),)).copy())
+            return sample(sampler, ctx, idx)
+
+        states = []
+        end, llm._seats.is_end = llm._seats.is_end, lambda token: False
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(llm._init_sampler()), "sample", record)
+            for turn in range(3):
+                say_together({mine: f"turn {turn}", **{c: f"{text}{turn}" for c, text in zip(rest, others)}})
+                states.append(mine.memory.state)
+        llm._seats.is_end = end
+        n = 1 + len(others)
+        return tokens(mine), states, logits[::n] if n == 1 else logits
+
+    tokens_a, states_a, _ = run(["aaaaa ", "bbbbb "])
+    tokens_b, states_b, _ = run(["ccccc ", "ddddd "])
+    assert tokens_a == tokens_b
+    np.testing.assert_array_equal(states_a, states_b)
+
+
+def test_more_conversations_than_places(llm, make):
+    conversations = [Conversation(llm, **GREEDY) for _ in range(7)]
+    alone = Conversation(make(), **GREEDY)
+    said = say_together({c: f"hello {i}" for i, c in enumerate(conversations)})
+    assert all(said.values())
+    assert alone.say("hello 5") == said[conversations[5]]
+    np.testing.assert_allclose(conversations[5].memory.state, alone.memory.state, **SAME)
+    # out and in again: the memory is the same, bit for bit
+    states = [c.memory.state for c in conversations]
+    for conversation in conversations:
+        conversation._text.eval([])
+    for conversation, state in zip(conversations, states):
+        np.testing.assert_array_equal(conversation.memory.state, state)
+
+
+def test_a_long_prompt_beside_short_ones(make):
+    llm = make(n_seq_max=3, n_batch=16)
+    conversations = [Conversation(llm, **GREEDY) for _ in range(3)]
+    contents = ["hello", "a very long message that needs many batches " * 4, "why"]
+    replies = say_together(dict(zip(conversations, contents)))
+    for conversation, content in zip(conversations, contents):
+        alone = Conversation(make(), **GREEDY)
+        assert replies[conversation] == alone.say(content)
+        np.testing.assert_allclose(conversation.memory.state, alone.memory.state, **SAME)
+
+
+def test_places_are_taken_while_one_speaks(make):
+    """Between two pieces of a reply others may use all places."""
+    llm = make(n_seq_max=1)
+    speaking, other = Conversation(llm, **GREEDY), Conversation(llm, **GREEDY)
+    pieces = []
+    for piece in speaking.stream("hello there"):
+        pieces.append(piece)
+        other.say("well")
+        llm.create_completion("one two", max_tokens=2)
+    assert speaking.messages[-1]["content"] == "".join(pieces)
+    assert speaking.memory.n_written == speaking.n_tokens
+
+
+def test_a_fork_goes_its_own_way(llm, make):
+    conversation = Conversation(llm, system="be short", **GREEDY)
+    conversation.say("hello there")
+    fork = conversation.fork()
+    state = conversation.memory.state
+    assert fork.say("how are you") == conversation.say("how are you")
+    np.testing.assert_allclose(fork.memory.state, conversation.memory.state, **SAME)
+    fork.undo()
+    np.testing.assert_allclose(fork.memory.state[0], state[0], rtol=0, atol=1)
+    assert len(fork.messages) == 3 and len(conversation.messages) == 5
+
+
+def test_the_models_own_text_stands_beside_them(make, read_once):
+    """llm.create_completion and conversations in one place: neither changes the other's memory."""
+    llm = make(n_seq_max=1)
+    conversation = Conversation(llm, **GREEDY)
+    prompt = llm.tokenize(b"one two three")
+    next(llm.generate(prompt, temp=0))
+    state = llm.memory.state
+    conversation.say("hello there")
+    np.testing.assert_array_equal(llm.memory.state, state)
+    mine = conversation.memory.state
+    next(llm.generate(prompt, temp=0))  # its logits are gone, its text is read again
+    assert llm.memory.n_written == len(prompt)
+    np.testing.assert_array_equal(conversation.memory.state, mine)
+
+
+def test_a_conversation_that_is_gone_leaves_its_place(make):
+    llm = make(n_seq_max=2)
+    conversation = Conversation(llm, **GREEDY)
+    conversation.say("hello")
+    seat = conversation._text.seat
+    del conversation
+    gc.collect()
+    assert llm._seats.text(seat) is None
+
+
+def test_embedding_makes_them_read_again(make_llm):
+    llm = make_llm(embedding=True, n_batch=64, pooling_type=LLAMA_POOLING_TYPE_MEAN)
+    state = np.random.default_rng(0).standard_normal(llm.memory.shape).astype(np.float32)
+    llm.memory.state = state
+    conversation = Conversation(llm, **GREEDY)
+    conversation.memory.state = -state
+    conversation._text.eval(llm.tokenize(b"hello"))
+    written = conversation.memory.state
+    llm.embed(["one", "two", "three"])
+    np.testing.assert_array_equal(llm.memory.state, state)
+    np.testing.assert_array_equal(conversation.memory.state, written)
+    assert conversation._text.n_kv == 0 and conversation.n_tokens > 0
+    conversation._text.eval([])
+    np.testing.assert_array_equal(conversation.memory.state, written)
+
+
+def test_saved_states_leave_them_alone(llm):
+    conversation = Conversation(llm, **GREEDY)
+    conversation.say("hello there")
+    text, state = tokens(conversation), conversation.memory.state
+    llm.eval([14, 15, 16])
+    saved = llm.save_state()
+    llm.eval([17, 18])
+    llm.load_state(saved)
+    assert tokens(conversation) == text
+    np.testing.assert_array_equal(conversation.memory.state, state)
+    assert conversation.regenerate()
+    assert conversation.memory.n_read_again == 0
+
+
+def test_bad_company(llm, make):
+    with pytest.raises(InputError, match="different models"):
+        say_together({Conversation(llm): "a", Conversation(make()): "b"})
+    assert list(stream_together({})) == []
+    with pytest.raises(InputError, match="n_seq_max is 1 to"):
+        make(n_seq_max=0)
+
+
+# memory files
+
+
+def test_a_memory_file_is_kept_up_to_date(llm, tmp_path):
+    path = tmp_path / "a.memory"
+    with Conversation(llm, memory_file=path, **GREEDY) as conversation:
+        assert path.exists()
+        for content in ("my name is ada", "i live in lima"):
+            conversation.say(content)
+            other = Conversation(llm)
+            other.memory.load(path)
+            np.testing.assert_array_equal(other.memory.state, conversation.memory.state)
+        with pytest.raises(MemoryFileError, match="in use by process"):
+            Conversation(llm, memory_file=path)
+        n = conversation.memory.n_written
+    assert os.listdir(tmp_path) == ["a.memory"]
+    with Conversation(llm, memory_file=path) as conversation:
+        assert conversation.n_tokens == 0 and conversation.memory.n_written == n
+        np.testing.assert_array_equal(conversation.memory.state, other.memory.state)
+
+
+def test_a_bad_memory_file_is_left_alone(llm, tmp_path):
+    path = tmp_path / "a.memory"
+    path.write_text("no memory")
+    with pytest.raises(MemoryFileError, match=r"a\.memory: cut off or not a memory file"):
+        Conversation(llm, memory_file=path)
+    assert path.read_text() == "no memory" and os.listdir(tmp_path) == ["a.memory"]
+
+
+def test_copies_are_restored(llm, make):
+    conversation = Conversation(llm, **GREEDY)
+    conversation.say("hello there")
+    copy = conversation.memory.copy()
+    conversation.say("how are you")
+    conversation.memory.restore(copy)
+    np.testing.assert_array_equal(conversation.memory.state, copy.state)
+    assert conversation.memory.n_written == copy.tokens_written
+    with pytest.raises(MemoryFileError, match="the copy: the memory of another adapter"):
+        make("msw4_qo").memory.restore(copy)
