@@ -30,11 +30,14 @@ MEMCHECK_ARGS := $(if $(AVX512),$(OTHER_BUILD) -DGGML_NATIVE=OFF)
 BENCH_SHAPES ?= qwen3-0.6b
 BENCH_ARGS   ?= $(if $(wildcard build/stock/bin/libllama.*),--against build/stock/bin)
 
+# the LoCoMo dialogues, which are not ours to ship
+SOAK_DATA    ?= ../shared/data/locomo10.json
+
 INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize memcheck bench lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize memcheck schedules soak bench lint format wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -98,6 +101,13 @@ memcheck: $(DEMO)/memory.gguf ## the same under valgrind
 	cmake --build $(MEMCHECK)
 	valgrind --error-exitcode=1 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
 		$(MEMCHECK)/bin/test-lifecycle $(TINY)/base.gguf $(DEMO)/memory.gguf
+
+schedules: $(INSTALLED) ## 1,000 random schedules over four conversations against a simple model (`make test` runs 40)
+	DELTAMEM_SCHEDULES=1000 $(BIN)/python -m pytest tests/test_schedules.py
+
+soak: $(DEMO)/memory.gguf ## 100,000 tokens of dialogue (SOAK_DATA: locomo10.json) through a window of 1,024, with a plot
+	$(BIN)/python -m pip install -q matplotlib
+	$(BIN)/python tests/soak.py --data $(SOAK_DATA) --model $(TINY)/base.gguf --deltamem $(DEMO)/memory.gguf --out build/soak
 
 bench: $(INSTALLED) ## random models with and without the memory, and the operator (BENCH_SHAPES, BENCH_ARGS)
 	@mkdir -p build/bench

@@ -446,7 +446,7 @@ def _print(out: Console, results: dict[str, Any]) -> None:
             out,
             f"Adapter: {memory['weights_bytes']:,} bytes of weights"
             + (f" (file: {size:,})" if size is not None else "")
-            + f", {memory['states_bytes']:,} bytes of states.",
+            + f", {memory['states_bytes']:,} bytes of states and checkpoints.",
         )
     if "extra" in memory:
         names = {"peak": "peak", "now": "now", "anonymous": "of that not backed by a file"}

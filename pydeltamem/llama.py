@@ -87,13 +87,12 @@ class DeltaMemLlama(Llama):
                 # a null pointer, which llama_cpp takes for an adapter and llama.cpp would follow
                 if self._lora_adapter is not None and not self._lora_adapter:
                     raise ModelError(f"{self.lora_path}: the LoRA adapter cannot be loaded{_lib.reason(log)}")
+                self._seats = Seats(self._ctx, self._batch, self.n_batch, model_path)
                 self._load_adapter()
             except (AdapterError, ModelError):
                 self.close()
                 raise
 
-        self._seats = Seats(self._ctx, self._batch, self.n_batch, model_path)
-        self._seats.adapter = self._adapter
         self._text = Text(self._seats)
         if self._logits_all:
             self._text.scores = self.scores
@@ -112,8 +111,10 @@ class DeltaMemLlama(Llama):
             raise AdapterError(_naming(path, _lib.last_error()))
         self._adapter = adapter
         self._stack.callback(_lib.llama_deltamem_adapter_free, adapter)  # before context and model
-        if _lib.llama_deltamem_attach(self.ctx, adapter) != 0:
-            raise AdapterError(_naming(path, _lib.last_error()))
+        try:
+            self._seats.attach(adapter)
+        except AdapterError as error:
+            raise AdapterError(_naming(path, str(error))) from None
 
     @property
     def memory(self) -> Memory:
@@ -290,7 +291,8 @@ class DeltaMemLlama(Llama):
             if sitting is not None:
                 self._seats.leave(sitting)
             _lib.llama_deltamem_state_copy(self.ctx, SEAT, seat)
-        _lib.llama_deltamem_set_write(self.ctx, -1, False)  # set again by each decode of a text
+        _lib.llama_deltamem_set_write(self.ctx, -1, False)
+        self._seats.forget_writes()
         self._seats.lost_kv()
         return super().embed(input, *args, **kwargs)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from . import _lib
 from .errors import AdapterError, InputError, MemoryFileError
 from .memory_file import MemorySnapshot
-from .seats import check
+from .seats import NO_ADAPTER
 from .text import log
 
 if TYPE_CHECKING:
@@ -168,11 +168,11 @@ class Memory:
     def attach(self) -> None:
         """Attaches the adapter again, with an empty memory for every text."""
         seats = self._llm._seats
-        ctx = seats.ctx
+        _ = seats.ctx
         if self._llm._adapter is None:
-            raise AdapterError("no memory adapter is attached: load the model with deltamem_path=...")
+            raise AdapterError(NO_ADAPTER)
         with _lib.errors_held():
-            check(_lib.llama_deltamem_attach(ctx, self._llm._adapter))
+            seats.attach(self._llm._adapter)
         for seat in range(seats.n_seq_max):
             text = seats.text(seat)
             if text is not None:
@@ -181,7 +181,7 @@ class Memory:
     def detach(self) -> None:
         """Back to the plain model; the state is lost. `attach` brings memory back."""
         _ = self.shape
-        _lib.llama_deltamem_detach(self._llm._seats.ctx)
+        self._llm._seats.detach()
 
     def __repr__(self) -> str:
         if not self.attached:

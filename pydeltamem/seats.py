@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 _llama = _lib.llama_cpp
 
+NO_ADAPTER = "no memory adapter is attached: load the model with deltamem_path=..."
+
 
 class Seats:
-    """The sequences of one context, the adapter attached to it, and the batch that they are decoded in.
+    """The sequences of one context, what is attached to it, and the batch that they are decoded in.
 
     Args:
         context: llama_cpp's wrapper of the context.
@@ -35,7 +37,7 @@ class Seats:
         self.model_path = model_path
         self.n_seq_max: int = _llama.llama_n_seq_max(context.ctx)
         self.n_ctx: int = _llama.llama_n_ctx_seq(context.ctx)  # of one sequence
-        self.adapter: _lib.llama_deltamem_adapter_p | None = None
+        self._shape: tuple[int, int, int, int] | None = None
         # in the latest llama_decode, by seat
         self.latest: weakref.WeakValueDictionary[int, Text] = weakref.WeakValueDictionary()
         self._n_vocab = _llama.llama_vocab_n_tokens(_llama.llama_model_get_vocab(_llama.llama_get_model(context.ctx)))
@@ -43,6 +45,14 @@ class Seats:
         self._used: list[int] = [0] * self.n_seq_max  # when, in decodes
         self._n_decodes = 0
         self._is_end: dict[int, bool] = {}
+
+        fields = batch.batch
+        self._token = np.ctypeslib.as_array(fields.token, (n_batch,))
+        self._pos = np.ctypeslib.as_array(fields.pos, (n_batch,))
+        self._wanted = np.ctypeslib.as_array(fields.logits, (n_batch,))  # whether logits are
+        np.ctypeslib.as_array(fields.n_seq_id, (n_batch,))[:] = 1
+        self._seq_id = [-1] * n_batch  # as it stands in the batch
+        self._writes: list[bool | None] = [None] * self.n_seq_max  # as the memory was told
 
     @property
     def ctx(self) -> _lib.llama_context_p:
@@ -58,17 +68,31 @@ class Seats:
 
     @property
     def has_memory(self) -> bool:
-        ctx = self._context.ctx
-        return ctx is not None and self.adapter is not None and _lib.llama_deltamem_is_attached(ctx)
+        return self._shape is not None and self._context.ctx is not None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of a state: [L, H, r, r]. Raises AdapterError without a memory."""
-        if not self.has_memory:
-            _ = self.ctx
-            raise AdapterError("no memory adapter is attached: load the model with deltamem_path=...")
-        rank = _lib.llama_deltamem_rank(self.adapter)
-        return _lib.llama_deltamem_n_layer(self.adapter), _lib.llama_deltamem_n_head(self.adapter), rank, rank
+        _ = self.ctx
+        if self._shape is None:
+            raise AdapterError(NO_ADAPTER)
+        return self._shape
+
+    def attach(self, adapter: _lib.llama_deltamem_adapter_p) -> None:
+        """Attaches an adapter, with an empty state in every seat. Raises AdapterError."""
+        check(_lib.llama_deltamem_attach(self.ctx, adapter))
+        rank = _lib.llama_deltamem_rank(adapter)
+        self._shape = _lib.llama_deltamem_n_layer(adapter), _lib.llama_deltamem_n_head(adapter), rank, rank
+        self.forget_writes()
+
+    def detach(self) -> None:
+        """The states are lost."""
+        _lib.llama_deltamem_detach(self.ctx)
+        self._shape = None
+
+    def forget_writes(self) -> None:
+        """The memory may have been told by others what writes."""
+        self._writes = [None] * self.n_seq_max
 
     def get_state(self, seat: int) -> npt.NDArray[np.float32]:
         state = np.empty(self.shape, dtype=np.float32)
@@ -174,23 +198,19 @@ class Seats:
         """
         ctx, batch = self.ctx, self._batch.batch
         n_tokens = sum(len(piece.tokens) for _, piece in jobs)
-        token = np.ctypeslib.as_array(batch.token, (n_tokens,))
-        pos = np.ctypeslib.as_array(batch.pos, (n_tokens,))
-        n_seq_id = np.ctypeslib.as_array(batch.n_seq_id, (n_tokens,))
-        wanted = np.ctypeslib.as_array(batch.logits, (n_tokens,))
-
+        wanted = self._wanted[:n_tokens]
         batch.n_tokens = n_tokens
-        n_seq_id[:] = 1
         wanted[:] = 0
         marks: list[int] = []
         last: dict[Text, int] = {}
         at = 0
         for text, piece in jobs:
             n = len(piece.tokens)
-            token[at : at + n] = piece.tokens
-            pos[at : at + n] = np.arange(text.n_kv, text.n_kv + n)
+            self._token[at : at + n] = piece.tokens
+            self._pos[at : at + n] = np.arange(text.n_kv, text.n_kv + n)
             for i in range(at, at + n):
-                batch.seq_id[i][0] = text.seat
+                if self._seq_id[i] != text.seat:
+                    self._seq_id[i] = batch.seq_id[i][0] = text.seat
             wanted[at : at + n] = text.scores is not None
             wanted[at + n - 1] = 1
             if self.has_memory and text.n_kv >= text.history.n:
@@ -221,7 +241,9 @@ class Seats:
     def _describe(self, jobs: Sequence[tuple[Text, Piece]], marks: Sequence[int]) -> None:
         """Tells the memory what the next llama_decode writes, and which states to keep."""
         for text, piece in jobs:
-            check(_lib.llama_deltamem_set_write(self.ctx, text.seat, piece.write))
+            if self._writes[text.seat] != piece.write:
+                check(_lib.llama_deltamem_set_write(self.ctx, text.seat, piece.write))
+                self._writes[text.seat] = piece.write
         if any(piece.segments is not None for _, piece in jobs):
             # a token without segments writes by itself: an ingest of its own
             ids = [np.zeros(len(p.tokens), dtype=np.int32) if p.segments is None else p.segments for _, p in jobs]
@@ -238,8 +260,9 @@ class Seats:
                 ),
                 InputError,
             )
-        kept = np.array(marks[-_lib.LLAMA_DELTAMEM_MAX_CHECKPOINTS :], dtype=np.int32)
-        check(_lib.llama_deltamem_set_checkpoints(self.ctx, kept.ctypes.data_as(_lib.int32_p), len(kept)))
+        if marks:
+            kept = np.array(marks[-_lib.LLAMA_DELTAMEM_MAX_CHECKPOINTS :], dtype=np.int32)
+            check(_lib.llama_deltamem_set_checkpoints(self.ctx, kept.ctypes.data_as(_lib.int32_p), len(kept)))
 
     def _checkpoint(self, i: int) -> npt.NDArray[np.float32]:
         state = np.empty(self.shape, dtype=np.float32)

@@ -236,6 +236,10 @@ class Text:
             )
         new = np.asarray(tokens, dtype=np.intc)
         n_past = self.n_tokens
+        if self.seat is not None and n_past == history.n == self.n_kv and segments is None and len(new):
+            seats.truncate(self.seat, n_past)
+            self._keep_state()
+            return [Piece(new, self.write)]
         if n_past < history.n:
             self.keep_at.add(n_past)
         known = np.zeros(len(new), dtype=np.bool_)  # written before the memory's beginning, in this place
@@ -244,8 +248,7 @@ class Text:
             known[:n_known] = history.wrote[n_past : n_past + n_known]
         self._settle()
         seats.take(self, staying=staying)
-        if seats.has_memory and history.n not in history.checkpoints:
-            history.checkpoint(history.n, self.state)
+        self._keep_state()
         self.n_kv = seats.truncate(self.seat, min(self.n_kv, history.n))
 
         old = slice(self.n_kv, n_past)
@@ -258,6 +261,11 @@ class Text:
         if segments is not None:
             begins[n_past - self.n_kv] = True
         return list(_runs(every, write, segment, begins))
+
+    def _keep_state(self) -> None:
+        """A checkpoint where the memory is, if there is none."""
+        if self.seats.has_memory and self.history.n not in self.history.checkpoints:
+            self.history.checkpoint(self.history.n, self.state)
 
     def did_read(self, piece: Piece, checkpoints: dict[int, npt.NDArray[np.float32]]) -> None:
         """Records a piece that was decoded; `checkpoints` are states by the number of its tokens read."""

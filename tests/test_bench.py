@@ -90,7 +90,7 @@ def test_json(run_bench, adapter, tmp_path):
     file = adapter("qwen3", "tsw_qo")
     assert memory["adapter_file_bytes"] == file.stat().st_size
     assert 0 < memory["weights_bytes"] < memory["adapter_file_bytes"]
-    assert memory["states_bytes"] == 4 * 4 * 8 * 8  # layers, float32, rank
+    assert memory["states_bytes"] == (1 + 16) * 4 * 4 * 8 * 8  # state and checkpoints; layers, float32, rank
     assert memory["prompt"] == 32
     for key, extra in memory["extra"].items():
         assert memory["on"][key] - memory["off"][key] == extra
@@ -333,7 +333,7 @@ def test_synthetic_files_are_kept(tmp_path, monkeypatch, golden_dir):
 
     result = deltamem("bench", "-m", files[0], "--deltamem", files[1], *SMALL, "-p", "8", "-n", "2", "--rss", "0")
     assert result.returncode == 0, result.stderr
-    assert f"{2 * 2 * 4 * 4 * 4:,} bytes of states" in result.stdout
+    assert f"{17 * 2 * 4 * 4 * 2 * 4:,} bytes of states and checkpoints" in result.stdout
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

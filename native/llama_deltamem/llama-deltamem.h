@@ -76,7 +76,7 @@ LLAMA_API void llama_deltamem_detach(struct llama_context * ctx);
 
 LLAMA_API bool llama_deltamem_is_attached(const struct llama_context * ctx);
 
-// bytes of all states of the context; nothing else grows or shrinks with use
+// bytes of all states of the context, checkpoints among them; nothing else grows or shrinks with use
 LLAMA_API size_t llama_deltamem_state_n_bytes(const struct llama_context * ctx);
 
 // How often a graph with memory was built since the adapter was attached. llama.cpp reuses graphs: while one shape of
