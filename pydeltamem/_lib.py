@@ -56,7 +56,7 @@ def _import_llama_cpp():
 
 llama_cpp = _import_llama_cpp()
 
-from llama_cpp import Llama, LlamaState  # noqa: E402, F401 - for .llama
+from llama_cpp import BaseLlamaCache, Llama, LlamaState  # noqa: E402, F401 - for .llama
 from llama_cpp._ctypes_extensions import ctypes_function_for_shared_library  # noqa: E402
 from llama_cpp._logger import llama_log_callback, logger  # noqa: E402
 from llama_cpp.llama_cpp import (  # noqa: E402

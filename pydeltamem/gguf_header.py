@@ -72,6 +72,8 @@ class Header:
         keys: every key's value, in the file's order: a bool, int, float, str, or a list of them.
         types: every key's type; of a list, that of its elements.
         tensors: every tensor's entry by name, in the file's order; each lies wholly inside the file.
+        spans: where every key's type and value stand in the file, bytes from and to.
+        version, alignment: of the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -83,7 +85,9 @@ class Header:
                 if file.read(len(MAGIC)) != MAGIC:
                     raise ModelError(f"{self.path}: is not a GGUF file")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    self.keys, self.types, self.tensors = _Parser(data).parse()
+                    parser = _Parser(data)
+                    self.keys, self.types, self.tensors = parser.parse()
+                    self.spans, self.version, self.alignment = parser.spans, parser.version, parser.alignment
         except OSError as error:
             raise ModelError(f"{self.path}: cannot be read: {error.strerror}") from error
         except _Damaged as error:
@@ -112,9 +116,12 @@ class _Parser:
     def __init__(self, data: mmap.mmap):
         self.data = data
         self.at = len(MAGIC)
+        self.spans: dict[str, tuple[int, int]] = {}
+        self.version = 0
+        self.alignment = gguf.GGUF_DEFAULT_ALIGNMENT
 
     def parse(self) -> tuple[dict[str, Any], dict[str, GGUFValueType], dict[str, Tensor]]:
-        version = self.scalar(GGUFValueType.UINT32)
+        self.version = version = self.scalar(GGUFValueType.UINT32)
         if version not in VERSIONS:
             raise _Damaged(f"its version is {version}, this release reads {' and '.join(map(str, VERSIONS))}")
         n_tensors, n_keys = self.scalar(GGUFValueType.UINT64), self.scalar(GGUFValueType.UINT64)
@@ -125,12 +132,15 @@ class _Parser:
             key = self.string()
             if key in keys:
                 raise _Damaged(f"key {_shown(key)} is there twice")
+            start = self.at
             keys[key], types[key] = self.value()
+            self.spans[key] = start, self.at
 
         entries = [self.entry() for _ in range(n_tensors)]
         alignment = keys.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise _Damaged(f"general.alignment is {alignment}, no power of two")
+        self.alignment = alignment
         start = -(-self.at // alignment) * alignment
 
         tensors: dict[str, Tensor] = {}

@@ -290,6 +290,7 @@ def _print_memory(console: Console, memory: dict[str, Any]) -> None:
             "state [L, H, r, r]": " × ".join(map(str, memory["shape"])),
             "layers": _ranges(memory["layers"]),
             "architecture": memory["architecture"],
+            "base": memory["base"] or None,
             "adapter": memory["adapter"],
             "its sha256": memory["adapter_sha256"],
             "tokens written": memory["tokens_written"],

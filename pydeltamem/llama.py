@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _lib
-from ._lib import Llama, LlamaState
+from ._lib import BaseLlamaCache, Llama, LlamaState
 from .errors import AdapterError, InputError, ModelError
 from .history import History
 from .memory import Memory
@@ -322,9 +322,15 @@ class DeltaMemLlama(Llama):
             write=text.write,
         )
 
+    def set_cache(self, cache: BaseLlamaCache | None) -> None:
+        """As `Llama.set_cache`: states of texts, to begin from when a prompt begins like one of them. Texts only: the
+        present memory stays, and what the text from the cache holds counts as written.
+        """
+        super().set_cache(None if cache is None else _TextCache(cache))
+
     def load_state(self, state: LlamaState) -> None:
-        """As `Llama.load_state`: text and memory as they were saved. A state that plain llama_cpp saved has no memory:
-        the present one stays, and the tokens count as written.
+        """As `Llama.load_state`: text and memory as they were saved. A state without a memory, as plain llama_cpp saves
+        it, leaves the present one, and its tokens count as written.
         """
         text = self._text
         self._seats.take(text, SEAT)
@@ -349,9 +355,15 @@ class DeltaMemLlama(Llama):
             self._seats.truncate(SEAT, 0)
             text.n_kv = 0
             raise RuntimeError("Failed to set llama state data")
+        n_written = text.history.n_written
         text.history = state.history.copy()
-        text.n_tokens, text.n_kv, text.write = state.n_tokens, state.n_kv, state.write
-        if state.memory is not None and self.memory.attached:
+        text.n_tokens, text.n_kv = state.n_tokens, state.n_kv
+        if state.memory is None:
+            text.history.wrote[: text.n_tokens] = True
+            text.history.n_written = n_written
+            text.begin(text.n_tokens)
+        elif self.memory.attached:
+            text.write = state.write
             text.put_state(state.memory)
         self.scores[: len(state.scores)] = state.scores
         self._seed = state.seed
@@ -397,6 +409,33 @@ class DeltaMemState(LlamaState):
         self.history = history
         self.memory = memory
         self.write = write
+
+
+class _TextCache(BaseLlamaCache):
+    """A cache of llama_cpp whose states come back without their memories."""
+
+    def __init__(self, cache: BaseLlamaCache) -> None:
+        self.cache = cache
+
+    @property
+    def cache_size(self) -> int:
+        return self.cache.cache_size
+
+    def _find_longest_prefix_key(self, key: tuple[int, ...]) -> tuple[int, ...] | None:
+        return self.cache._find_longest_prefix_key(key)
+
+    def __getitem__(self, key: Sequence[int]) -> LlamaState:
+        state = self.cache[key]
+        if isinstance(state, DeltaMemState):
+            state = copy.copy(state)
+            state.memory = None
+        return state
+
+    def __contains__(self, key: Sequence[int]) -> bool:
+        return key in self.cache
+
+    def __setitem__(self, key: Sequence[int], value: LlamaState) -> None:
+        self.cache[key] = value
 
 
 def _agree(before: list[Any], messages: list[Any]) -> bool:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from . import _lib
 from .errors import AdapterError, InputError, MemoryFileError
-from .memory_file import MemorySnapshot
+from .memory_file import MemorySnapshot, owner
 from .seats import NO_ADAPTER
 from .text import log
 
@@ -152,9 +152,7 @@ class Memory:
     def _restore(self, snapshot: MemorySnapshot, name: str) -> None:
         mine, theirs = self._metadata, snapshot.metadata
         if any(theirs.get(key, "") != mine[key] for key in ("adapter", "architecture")):
-            raise MemoryFileError(
-                f"{name}: the memory of another adapter, {_describe(theirs)}; attached is {_describe(mine)}"
-            )
+            raise MemoryFileError(f"{name}: the memory of another adapter, {owner(theirs)}; attached is {owner(mine)}")
         if theirs.get("layers", "") != mine["layers"] or snapshot.state.shape != self.shape:
             raise MemoryFileError(
                 f"{name}: holds layers {theirs.get('layers', '')} of shape {snapshot.state.shape}; "
@@ -210,8 +208,3 @@ class Memory:
         if self._text.since:
             metadata["created"] = self._text.since
         return metadata
-
-
-def _describe(metadata: dict[str, str]) -> str:
-    name, checksum = metadata.get("adapter_name") or "unnamed", metadata.get("adapter", "")[:12] or "no checksum"
-    return f"{name} for {metadata.get('architecture') or 'an unknown architecture'} ({checksum})"

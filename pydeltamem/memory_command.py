@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import InputError, MemoryFileError
-from .memory_file import MemorySnapshot
+from .memory_file import MemoryFileLock, MemorySnapshot, owner
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    console = Console(highlight=False)
+    # a pipe has no width: there nothing is folded
+    # names come from files: they are text, not rich's markup
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
     if args.action == "show":
         snapshot = MemorySnapshot.load(args.file)
         if args.json:
@@ -57,9 +60,10 @@ def run(args: argparse.Namespace) -> int:
             _print_difference(console, difference)
     elif args.action == "copy":
         snapshot = MemorySnapshot.load(args.source)
-        if os.path.exists(args.target) and not args.force:
-            raise InputError(f"{args.target}: is there already: name another file, or add --force")
-        snapshot.save(args.target)
+        with MemoryFileLock(args.target):  # whoever saves to it would soon replace the copy
+            if os.path.exists(args.target) and not args.force:
+                raise InputError(f"{args.target}: is there already: name another file, or add --force")
+            snapshot.save(args.target)
     else:
         snapshot = MemorySnapshot.load(args.file)
         exporters = {".npz": snapshot.to_npz, ".json": snapshot.to_json}
@@ -71,30 +75,50 @@ def run(args: argparse.Namespace) -> int:
 
 
 def described(snapshot: MemorySnapshot) -> dict[str, Any]:
-    """What a memory holds, as values that JSON can hold. Per layer and head: norm, singular values."""
+    """What a memory holds, as values that JSON can hold. Per layer and head: norm, singular values, effective rank."""
     return {
         "metadata": dict(snapshot.metadata),
         "shape": list(snapshot.state.shape),
         "layers": [
-            {"layer": layer, "norms": norms.tolist(), "singular_values": values.tolist()}
+            {
+                "layer": layer,
+                "norms": norms.tolist(),
+                "singular_values": values.tolist(),
+                "effective_ranks": [effective_rank(row) for row in values],
+            }
             for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values)
         ],
     }
+
+
+def effective_rank(singular_values: npt.NDArray[np.float32]) -> float:
+    """How many directions a state uses: e to the entropy of the singular values' shares, 1 to r; 0 for an empty state.
+
+    Roy and Vetterli, The effective rank, 2007.
+    """
+    values = singular_values[singular_values > 0].astype(np.float64)
+    shares = values / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
 
 
 def compared(a_name: str, a: MemorySnapshot, b_name: str, b: MemorySnapshot) -> dict[str, Any]:
     """How far two memories lie apart: |A|, |B|, |A - B|, that relative to the larger one, and the cosine between them;
     in all and per layer. Raises MemoryFileError if they belong to different adapters.
     """
-    for key in ("adapter", "architecture", "layers"):
-        if a.metadata.get(key, "") != b.metadata.get(key, "") or a.state.shape != b.state.shape:
-            raise MemoryFileError(
-                f"{b_name}: the memory of another adapter or of other layers than {a_name}: they cannot be compared"
-            )
+    mine, theirs = a.metadata, b.metadata
+    if any(mine.get(key, "") != theirs.get(key, "") for key in ("adapter", "architecture")):
+        raise MemoryFileError(
+            f"{b_name}: the memory of another adapter, {owner(theirs)}; that of {a_name} is {owner(mine)}"
+        )
+    if mine.get("layers", "") != theirs.get("layers", "") or a.state.shape != b.state.shape:
+        raise MemoryFileError(
+            f"{b_name}: holds layers {theirs.get('layers', '')} of shape {b.state.shape}; "
+            f"{a_name} holds layers {mine.get('layers', '')} of shape {a.state.shape}"
+        )
     return {
         "a": a_name,
         "b": b_name,
-        "identical": bool((a.state == b.state).all()),
+        "identical": a.state.tobytes() == b.state.tobytes(),
         "total": _apart(a.state, b.state),
         "layers": [{"layer": layer, **_apart(x, y)} for layer, x, y in zip(a.layers, a.state, b.state)],
     }
@@ -104,42 +128,51 @@ def _apart(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> dict[str, 
     a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
     norm_a, norm_b, difference = (float(np.linalg.norm(x)) for x in (a, b, a - b))
     larger = max(norm_a, norm_b)
+    cosine = float(a @ b) / (norm_a * norm_b) if norm_a and norm_b else float(norm_a == norm_b)
     return {
         "norm_a": norm_a,
         "norm_b": norm_b,
         "difference": difference,
         "relative": difference / larger if larger else 0.0,
-        "cosine": float(a @ b) / (norm_a * norm_b) if norm_a and norm_b else 1.0 if norm_a == norm_b else 0.0,
+        "cosine": min(1.0, max(-1.0, cosine)),  # it may be rounded beyond them
     }
 
 
 def _print(console: Console, path: str, snapshot: MemorySnapshot) -> None:
     metadata = snapshot.metadata
     n_layer, n_head, rank, _ = snapshot.state.shape
-    facts = Table(title=path, show_header=False)
+    fingerprint = metadata.get("base", "")[:12]
+    facts = Table(show_header=False)
     for name, value in {
         "state": f"{n_layer} layers, {n_head} {'head' if n_head == 1 else 'heads'} of rank {rank}",
         "adapter": f"{metadata.get('adapter_name') or 'unnamed'} ({metadata.get('adapter', '')[:12] or 'no checksum'})",
-        "base": " ".join(filter(None, (metadata.get("architecture"), metadata.get("base_name")))),
+        "base": " ".join(
+            filter(None, (metadata.get("architecture"), metadata.get("base_name"), fingerprint and f"({fingerprint})"))
+        ),
         "tokens written": f"{snapshot.tokens_written:,}" if "tokens_written" in metadata else None,
         "began": metadata.get("created"),
         "saved": metadata.get("saved"),
     }.items():
         if value:
             facts.add_row(name, value)
+    console.print(path, style="bold", soft_wrap=True)  # a table's title would be folded to its width
     console.print(facts)
 
-    table = Table(title="Singular values of each state")
-    for name in ("layer", *(["head"] if n_head > 1 else []), "norm", *(str(i + 1) for i in range(min(rank, 8)))):
-        table.add_column(name, justify="right")
-    for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values):
-        for head in range(n_head):
-            name = [str(layer), *([str(head)] if n_head > 1 else [])]
-            table.add_row(*name, f"{norms[head]:.3g}", *(f"{value:.3g}" for value in values[head][:8]))
+    leading = min(rank, 3)
+    table = Table()
+    for name in ("layer", *(["head"] if n_head > 1 else []), "|S|", *["σ₁", "σ₂", "σ₃"][:leading], "rank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in described(snapshot)["layers"]:
+        for head, (norm, values, effective) in enumerate(
+            zip(row["norms"], row["singular_values"], row["effective_ranks"])
+        ):
+            name = [str(row["layer"]), *([str(head)] if n_head > 1 else [])]
+            table.add_row(*name, *(f"{value:.3g}" for value in (norm, *values[:leading])), f"{effective:.1f}")
+    console.print("Each state's norm, leading singular values and effective rank.")
     console.print(table)
 
     largest = float(np.abs(snapshot.state).max())
-    coloured = console.color_system is not None
+    coloured = console.color_system is not None and not console.no_color
     legend = "blue negative, red positive" if coloured else "shaded by size, - before what is negative"
     console.print(f"Each state, rows are values, columns are keys; {legend}; the largest value is {largest:.3g}.")
     pictures = [
@@ -156,15 +189,18 @@ def _picture(state: npt.NDArray[np.float32], largest: float, coloured: bool, tit
     text = Text(f"{title}\n", no_wrap=True)
     if not coloured:
         for row in scaled:
-            text.append(
-                "".join(("-" if x < 0 else " ") + " ░▒▓█"[min(4, round(abs(float(x)) * 4))] for x in row) + "\n"
-            )
+            text.append("".join(map(_shade, row)) + "\n")
         return text
     for top, bottom in _pairs(scaled):
         for x, y in zip(top, bottom):
             text.append("▀", style=f"{_colour(x)} on {_colour(y)}")
         text.append("\n")
     return text
+
+
+def _shade(x: float) -> str:
+    shade = " ░▒▓█"[min(4, round(abs(float(x)) * 4))]
+    return ("-" if x < 0 and shade != " " else " ") + shade
 
 
 def _pairs(rows: npt.NDArray[np.float32]) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
@@ -180,9 +216,10 @@ def _colour(x: float) -> str:
 
 def _print_difference(console: Console, difference: dict[str, Any]) -> None:
     if difference["identical"]:
-        console.print(f"{difference['a']} and {difference['b']} are identical.")
+        console.print(f"{difference['a']} and {difference['b']} are identical.", soft_wrap=True)
         return
-    table = Table(title=f"A: {difference['a']}, B: {difference['b']}")
+    console.print(f"A: {difference['a']}\nB: {difference['b']}", soft_wrap=True)
+    table = Table()
     for name in ("layer", "|A|", "|B|", "|A - B|", "relative", "cosine"):
         table.add_column(name, justify="right")
     for row in [*difference["layers"], {"layer": "all", **difference["total"]}]:

@@ -25,7 +25,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ FORMAT = "deltamem-memory"
 FORMAT_VERSION = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class MemorySnapshot:
     """A memory by itself: a state, and where it comes from. `Memory.copy()` makes one, `Memory.restore` takes it.
 
@@ -61,7 +61,7 @@ class MemorySnapshot:
 
     def __post_init__(self) -> None:
         state = np.array(self.state, dtype=np.float32, order="C")
-        if state.ndim != 4 or state.shape[2] != state.shape[3]:
+        if not _is_shape_of_state(state.shape):
             raise InputError(f"a memory has a state [L, H, r, r], not one of shape {state.shape}")
         if not np.isfinite(state).all():
             raise InputError("a state must be finite: the array holds NaN or infinite values")
@@ -89,7 +89,7 @@ class MemorySnapshot:
     def tokens_written(self) -> int:
         """Tokens that the memory was ever written, 0 if it is not known."""
         text = self.metadata.get("tokens_written", "")
-        return int(text) if text.isdecimal() else 0
+        return int(text) if text.isdecimal() and len(text) < 20 else 0
 
     @property
     def norms(self) -> npt.NDArray[np.float32]:
@@ -102,17 +102,17 @@ class MemorySnapshot:
         return np.linalg.svd(self.state.astype(np.float64), compute_uv=False).astype(np.float32)
 
     def to_npz(self, path: str | os.PathLike[str]) -> None:
-        """Exports `state` and each metadata value as arrays of a NumPy archive. Raises MemoryFileError."""
+        """Exports a NumPy archive of the arrays `state` and `metadata`, JSON in a string. Raises MemoryFileError."""
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as file:
-                np.savez(file, state=self.state, **{key: np.array(value) for key, value in self.metadata.items()})
+                np.savez(file, state=self.state, metadata=np.array(json.dumps(self.metadata)))
 
         _write(path, write)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Exports an object with `metadata` and `state`, nested lists [L][H][r][r]. Raises MemoryFileError."""
-        text = json.dumps({"metadata": dict(self.metadata), "state": self.state.tolist()})
+        text = json.dumps({"metadata": self.metadata, "state": self.state.tolist()})
         _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -157,7 +157,7 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str
                 raise MemoryFileError(f"{name}: the memory file holds no state")
             stored = file.get_slice("state")
             shape = stored.get_shape()
-            if stored.get_dtype() != "F32" or len(shape) != 4 or shape[2] != shape[3]:
+            if stored.get_dtype() != "F32" or not _is_shape_of_state(shape):
                 raise MemoryFileError(
                     f"{name}: the state is {stored.get_dtype()} {shape}, a memory file holds F32 [L, H, r, r]"
                 )
@@ -167,6 +167,12 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str
     if not np.isfinite(state).all():
         raise MemoryFileError(f"{name}: the state holds values that are not finite")
     return state, metadata
+
+
+def owner(metadata: Mapping[str, str]) -> str:
+    """The adapter that a memory belongs to, for messages: name, architecture and the beginning of the checksum."""
+    name, checksum = metadata.get("adapter_name") or "unnamed", metadata.get("adapter", "")[:12] or "no checksum"
+    return f"{name} for {metadata.get('architecture') or 'an unknown architecture'} ({checksum})"
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -201,29 +207,31 @@ class MemoryFileLock:
         """Takes the lock, and removes what processes that were killed while saving have left."""
         while self._file is None:
             try:
-                file = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)
+                self._file = self._try()
             except OSError as error:
                 raise MemoryFileError(f"{self.path}: the memory cannot be saved: {error.strerror}") from error
-            try:
-                _lock(file)
-            except OSError as error:
-                holder = os.pread(file, 32, 1).decode("ascii", "replace").strip() if os.name == "posix" else ""
-                os.close(file)
-                who = f"process {holder}" if holder else "another process"
-                raise MemoryFileError(f"{self.path}: in use by {who}: end it, or use another file") from error
-            try:  # the holder before may have removed the file between our opening and locking it
-                same = os.path.samestat(os.fstat(file), os.stat(self._lock))
-            except FileNotFoundError:
-                same = False
-            if same:
-                self._file = file
-            else:
-                os.close(file)
-        os.truncate(self._file, 0)
-        os.write(self._file, f" {os.getpid()}\n".encode("ascii"))  # the first byte is what Windows locks
         for leftover in leftovers(self.path):
             with contextlib.suppress(OSError):
                 leftover.unlink()
+
+    def _try(self) -> int | None:
+        """The lock file, locked; None if the holder before removed it between our opening and locking it."""
+        file = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not _lock(file):
+                holder = os.pread(file, 32, 1).decode("ascii", "replace").strip() if os.name == "posix" else ""
+                who = f"process {holder}" if holder else "another process"
+                raise MemoryFileError(f"{self.path}: in use by {who}: end it, or use another file")
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(self._lock)):
+                    os.truncate(file, 0)
+                    os.write(file, f" {os.getpid()}\n".encode("ascii"))  # the first byte is what Windows locks
+                    return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+        return None
 
     def release(self) -> None:
         """Gives the lock up. Releasing twice is fine."""
@@ -243,12 +251,21 @@ class MemoryFileLock:
         self.release()
 
 
-def _lock(file: int) -> None:
-    """Raises OSError if the lock is held, also by this process."""
-    if sys.platform == "win32":
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _lock(file: int) -> bool:
+    """Whether the lock was free. Raises OSError where there are no locks, e.g. on some network file systems."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter on Windows
+        return False
+    return True
+
+
+def _is_shape_of_state(shape: Sequence[int]) -> bool:
+    """[L, H, r, r], none of them 0."""
+    return len(shape) == 4 and shape[2] == shape[3] and 0 not in shape
 
 
 def _write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:

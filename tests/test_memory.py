@@ -1,152 +1,21 @@
-"""llm.memory and memory files: state, writes, saving, loading, and every refusal."""
+"""llm.memory: state, writes, saving, loading, and every refusal."""
 
 from __future__ import annotations
 
 import os
-import stat
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from pydeltamem import AdapterError, DeltaMemError, InputError, MemoryFileError, ModelError
-from pydeltamem.memory_file import check_writable, read_memory_file, write_memory_file
+from pydeltamem.memory_file import read_memory_file, write_memory_file
+from test_memory_file import BAD_FILES, bad_file
 
 TOKENS = [5, 17, 40, 99, 7, 63, 120, 5, 17, 88]
-METADATA = {"layers": "0,1", "adapter": "ab" * 32, "adapter_name": "test", "architecture": "qwen3"}
 
 
 def random_state(shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-# memory files
-
-
-def test_file_round_trip(tmp_path):
-    path, state = tmp_path / "a.memory", random_state((2, 1, 8, 8))
-    write_memory_file(path, state, METADATA)
-    read, metadata = read_memory_file(path)
-    assert read.dtype == np.float32
-    np.testing.assert_array_equal(read, state)
-    assert {key: metadata[key] for key in METADATA} == METADATA
-    assert metadata["format"] == "deltamem-memory" and metadata["format_version"] == "1"
-    assert metadata["created"].endswith("+00:00")
-    assert os.listdir(tmp_path) == ["a.memory"]
-
-
-def test_file_of_a_4b_model_is_small(tmp_path):
-    path = tmp_path / "a.memory"
-    metadata = {**METADATA, "layers": ",".join(map(str, range(36))), "adapter_name": "delta_mem_qwen3_4b-instruct"}
-    write_memory_file(path, random_state((36, 1, 8, 8)), metadata)
-    assert 36 * 64 * 4 < path.stat().st_size < 10 * 1024
-
-
-@pytest.mark.skipif(os.name != "posix", reason="POSIX file modes")
-def test_file_mode_follows_umask(tmp_path):
-    path = tmp_path / "a.memory"
-    old = os.umask(0o027)
-    try:
-        write_memory_file(path, random_state((2, 1, 8, 8)), METADATA)
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
-
-
-def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
-    path, state = tmp_path / "a.memory", random_state((2, 1, 8, 8))
-    write_memory_file(path, state, METADATA)
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MemoryFileError, match=r"a\.memory.*No space left"):
-        write_memory_file(path, state + 1, METADATA)
-    np.testing.assert_array_equal(read_memory_file(path)[0], state)
-    assert os.listdir(tmp_path) == ["a.memory"]
-
-
-def test_save_follows_a_link(tmp_path):
-    real, link = tmp_path / "real.memory", tmp_path / "link.memory"
-    write_memory_file(real, random_state((2, 1, 8, 8)), METADATA)
-    link.symlink_to(real)
-    write_memory_file(link, random_state((2, 1, 8, 8), seed=1), METADATA)
-    assert link.is_symlink()
-    np.testing.assert_array_equal(read_memory_file(real)[0], random_state((2, 1, 8, 8), seed=1))
-
-
-@pytest.mark.parametrize("target", ["nowhere/a.memory", "."])
-def test_save_where_nothing_can_be_saved(tmp_path, target):
-    with pytest.raises(MemoryFileError, match="cannot be saved"):
-        write_memory_file(tmp_path / target, random_state((2, 1, 8, 8)), METADATA)
-    with pytest.raises(MemoryFileError, match="cannot be saved"):
-        check_writable(tmp_path / target)
-
-
-def bad_file(path, kind):
-    """Writes a file that must be refused; returns what the sentence says."""
-    state = random_state((2, 1, 8, 8))
-    good = {"format": "deltamem-memory", "format_version": "1", **METADATA}
-
-    def save(tensors, metadata):
-        path.write_bytes(safetensors.numpy.save(tensors, metadata))
-
-    if kind == "missing":
-        return "no such memory file"
-    if kind == "folder":
-        path.mkdir()
-        return "cut off or not a memory file"
-    if kind == "truncated":
-        write_memory_file(path, state, METADATA)
-        path.write_bytes(path.read_bytes()[:-100])
-        return "cut off or not a memory file"
-    if kind == "empty":
-        path.write_bytes(b"")
-        return "cut off or not a memory file"
-    if kind == "text":
-        path.write_text("this is not a memory\n" * 20)
-        return "cut off or not a memory file"
-    if kind == "other safetensors":
-        save({"weight": state}, {"format": "pt"})
-        return "not a memory file"
-    if kind == "no metadata":
-        save({"state": state}, None)
-        return "not a memory file"
-    if kind == "newer version":
-        save({"state": state}, {**good, "format_version": "2"})
-        return "format version 2, this release reads 1"
-    if kind == "no state":
-        save({"weight": state}, good)
-        return "holds no state"
-    if kind == "half precision":
-        save({"state": state.astype(np.float16)}, good)
-        return "F16"
-    if kind == "not square":
-        save({"state": random_state((2, 1, 8, 4))}, good)
-        return r"\[2, 1, 8, 4\]"
-    assert kind == "NaN"
-    state[1, 0, 3, 3] = np.nan
-    save({"state": state}, good)
-    return "not finite"
-
-
-BAD_FILES = [
-    "missing", "folder", "truncated", "empty", "text", "other safetensors", "no metadata", "newer version", "no state",
-    "half precision", "not square", "NaN",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_bad_file(tmp_path, kind):
-    path = tmp_path / "bad.memory"
-    says = bad_file(path, kind)
-    with pytest.raises(MemoryFileError, match=rf"bad\.memory: .*{says}") as info:
-        read_memory_file(path)
-    assert "\n" not in str(info.value)
-
-
-# the memory of a model
 
 
 def test_shape_and_layers(llm, make_llm):

@@ -1,4 +1,4 @@
-"""Memory files by themselves: snapshots, the lock, and what is left after a process was killed while saving."""
+"""Memory files by themselves: contents, refusals, the lock, and what is left of a process killed while saving."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import safetensors.numpy
 
 from pydeltamem import InputError, MemoryFileError, MemorySnapshot
 from pydeltamem.files import leftovers
-from pydeltamem.memory_file import MemoryFileLock, read_memory_file, write_memory_file
+from pydeltamem.memory_file import MemoryFileLock, check_writable, read_memory_file, write_memory_file
 
 METADATA = {"layers": "2,5", "adapter": "ab" * 32, "adapter_name": "test", "architecture": "qwen3"}
 SHAPE = (2, 1, 8, 8)
@@ -28,6 +29,147 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals and fork as on PO
 
 def random_state(seed=0, shape=SHAPE):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# files
+
+
+def test_file_round_trip(tmp_path):
+    path, state = tmp_path / "a.memory", random_state()
+    write_memory_file(path, state, METADATA)
+    read, metadata = read_memory_file(path)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, state)
+    assert {key: metadata[key] for key in METADATA} == METADATA
+    assert metadata["format"] == "deltamem-memory" and metadata["format_version"] == "1"
+    assert metadata["created"].endswith("+00:00")
+    assert os.listdir(tmp_path) == ["a.memory"]
+
+
+def test_file_of_a_4b_model_is_small(tmp_path):
+    path = tmp_path / "a.memory"
+    metadata = {**METADATA, "layers": ",".join(map(str, range(36))), "adapter_name": "delta_mem_qwen3_4b-instruct"}
+    write_memory_file(path, random_state(shape=(36, 1, 8, 8)), metadata)
+    assert 36 * 64 * 4 < path.stat().st_size < 10 * 1024
+
+
+@posix
+def test_file_mode_follows_umask(tmp_path):
+    path = tmp_path / "a.memory"
+    old = os.umask(0o027)
+    try:
+        write_memory_file(path, random_state(), METADATA)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path, state = tmp_path / "a.memory", random_state()
+    write_memory_file(path, state, METADATA)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MemoryFileError, match=r"a\.memory.*No space left"):
+        write_memory_file(path, state + 1, METADATA)
+    np.testing.assert_array_equal(read_memory_file(path)[0], state)
+    assert os.listdir(tmp_path) == ["a.memory"]
+
+
+def test_save_follows_a_link(tmp_path):
+    real, link = tmp_path / "real.memory", tmp_path / "link.memory"
+    write_memory_file(real, random_state(), METADATA)
+    link.symlink_to(real)
+    write_memory_file(link, random_state(1), METADATA)
+    assert link.is_symlink()
+    np.testing.assert_array_equal(read_memory_file(real)[0], random_state(1))
+
+
+@pytest.mark.parametrize("target", ["nowhere/a.memory", "."])
+def test_save_where_nothing_can_be_saved(tmp_path, target):
+    with pytest.raises(MemoryFileError, match="cannot be saved"):
+        write_memory_file(tmp_path / target, random_state(), METADATA)
+    with pytest.raises(MemoryFileError, match="cannot be saved"):
+        check_writable(tmp_path / target)
+
+
+def test_a_file_of_the_first_release_is_read(tmp_path):
+    """It has no base, no count of tokens and no date of saving."""
+    path, state = tmp_path / "a.memory", random_state()
+    old = {"format": "deltamem-memory", "format_version": "1", **METADATA, "created": "2026-11-20T10:00:00+00:00"}
+    path.write_bytes(safetensors.numpy.save({"state": state}, old))
+    snapshot = MemorySnapshot.load(path)
+    np.testing.assert_array_equal(snapshot.state, state)
+    assert snapshot.metadata == old and snapshot.tokens_written == 0 and snapshot.layers == [2, 5]
+    snapshot.save(path)
+    assert MemorySnapshot.load(path).metadata["created"] == old["created"]
+
+
+def bad_file(path, kind):
+    """Writes a file that must be refused; returns what the sentence says."""
+    state = random_state()
+    good = {"format": "deltamem-memory", "format_version": "1", **METADATA}
+
+    def save(tensors, metadata):
+        path.write_bytes(safetensors.numpy.save(tensors, metadata))
+
+    if kind == "missing":
+        return "no such memory file"
+    if kind == "folder":
+        path.mkdir()
+        return "cut off or not a memory file"
+    if kind == "truncated":
+        write_memory_file(path, state, METADATA)
+        path.write_bytes(path.read_bytes()[:-100])
+        return "cut off or not a memory file"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return "cut off or not a memory file"
+    if kind == "text":
+        path.write_text("this is not a memory\n" * 20)
+        return "cut off or not a memory file"
+    if kind == "other safetensors":
+        save({"weight": state}, {"format": "pt"})
+        return "not a memory file"
+    if kind == "no metadata":
+        save({"state": state}, None)
+        return "not a memory file"
+    if kind == "newer version":
+        save({"state": state}, {**good, "format_version": "2"})
+        return "format version 2, this release reads 1"
+    if kind == "no state":
+        save({"weight": state}, good)
+        return "holds no state"
+    if kind == "half precision":
+        save({"state": state.astype(np.float16)}, good)
+        return "F16"
+    if kind == "not square":
+        save({"state": random_state(shape=(2, 1, 8, 4))}, good)
+        return r"\[2, 1, 8, 4\]"
+    if kind == "empty state":
+        save({"state": random_state(shape=(2, 1, 0, 0))}, good)
+        return r"\[2, 1, 0, 0\]"
+    assert kind == "NaN"
+    state[1, 0, 3, 3] = np.nan
+    save({"state": state}, good)
+    return "not finite"
+
+
+BAD_FILES = [
+    "missing", "folder", "truncated", "empty", "text", "other safetensors", "no metadata", "newer version", "no state",
+    "half precision", "not square", "empty state", "NaN",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_file(tmp_path, kind):
+    path = tmp_path / "bad.memory"
+    says = bad_file(path, kind)
+    with pytest.raises(MemoryFileError, match=rf"bad\.memory: .*{says}") as info:
+        read_memory_file(path)
+    assert "\n" not in str(info.value)
 
 
 # snapshots
@@ -61,6 +203,7 @@ def test_a_snapshot_cannot_be_changed():
     [
         (np.zeros((2, 8, 8)), r"shape \(2, 8, 8\)"),
         (np.zeros((2, 1, 8, 4)), r"shape \(2, 1, 8, 4\)"),
+        (np.zeros((0, 1, 8, 8)), r"shape \(0, 1, 8, 8\)"),
         (np.full(SHAPE, np.nan), "finite"),
         (np.full(SHAPE, -np.inf), "finite"),
     ],
@@ -70,8 +213,9 @@ def test_a_bad_snapshot(state, says):
         MemorySnapshot(state, METADATA)
 
 
-def test_old_files_and_odd_metadata():
-    snapshot = MemorySnapshot(random_state(), {"layers": "x,y", "tokens_written": "-3"})
+@pytest.mark.parametrize("count", ["-3", "many", "1.5", "9" * 5000])
+def test_odd_metadata(count):
+    snapshot = MemorySnapshot(random_state(), {"layers": "x,y", "tokens_written": count})
     assert snapshot.layers == [0, 1] and snapshot.tokens_written == 0
 
 
@@ -85,15 +229,16 @@ def test_norms_and_singular_values():
 
 
 def test_exports(tmp_path):
-    snapshot = MemorySnapshot(random_state(), METADATA)
+    metadata = {**METADATA, "file": "a key that numpy.savez has too"}
+    snapshot = MemorySnapshot(random_state(), metadata)
     snapshot.to_npz(tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz") as arrays:
         np.testing.assert_array_equal(arrays["state"], snapshot.state)
-        assert str(arrays["adapter_name"]) == "test"
+        assert json.loads(str(arrays["metadata"])) == metadata
     snapshot.to_json(tmp_path / "a.json")
     exported = json.loads((tmp_path / "a.json").read_text())
     np.testing.assert_array_equal(np.array(exported["state"], dtype=np.float32), snapshot.state)
-    assert exported["metadata"] == METADATA
+    assert exported["metadata"] == metadata
     with pytest.raises(MemoryFileError, match="cannot be saved"):
         snapshot.to_json(tmp_path / "no" / "a.json")
     assert sorted(os.listdir(tmp_path)) == ["a.json", "a.npz"]
@@ -166,6 +311,25 @@ def test_no_folder_no_lock(tmp_path):
 
 
 @posix
+@pytest.mark.parametrize(("module", "call"), [("fcntl", "flock"), ("os", "write")])
+def test_a_lock_that_cannot_be_had_is_not_in_use(tmp_path, monkeypatch, module, call):
+    """A file system without locks, and a full one."""
+    path = tmp_path / "a.memory"
+
+    def fail(*args):
+        raise OSError(0, "the reason")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module}.{call}", fail)
+        with pytest.raises(MemoryFileError) as info:
+            MemoryFileLock(path).acquire()
+    assert str(info.value) == f"{path}: the memory cannot be saved: the reason"
+    with MemoryFileLock(path):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@posix
 def test_many_processes_hold_it_in_turn(tmp_path):
     """The file that one removes is never the one that another has locked."""
     counter = tmp_path / "counter"
@@ -207,16 +371,20 @@ def test_killed_while_saving(tmp_path):
     chance = random.Random(0)
     found, n_leftovers = [0, 0], 0
     for _ in range(N_KILLED):
+        begun, begins = os.pipe()
         child = os.fork()
         if child == 0:
             try:
                 with MemoryFileLock(path):
+                    os.write(begins, b"!")
                     i = 0
                     while True:
                         i += 1
                         write_memory_file(path, states[i % 2], METADATA)
             finally:
                 os._exit(1)
+        os.read(begun, 1)
+        os.close(begun), os.close(begins)
         time.sleep(chance.uniform(0, 5 * duration))
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+from llama_cpp import LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
 from pydeltamem import InputError
@@ -405,6 +406,19 @@ def test_pickle_carries_the_memory(make):
         assert copy.memory.n_written == len(TOKENS) and copy.memory.write is False and copy.n_tokens == 0
     finally:
         copy.close()
+
+
+@pytest.mark.parametrize("n", [3, 12])
+def test_a_prompt_cache_holds_texts_only(make, read_once, n):
+    """A prompt that begins like an earlier one takes its text from the cache; the memory goes on."""
+    llm = make()
+    llm.set_cache(LlamaRAMCache())
+    prompts = [TOKENS, OTHER, TOKENS[:n] + OTHER]
+    for prompt in prompts:
+        state, before = llm.memory.state, llm.memory.n_written
+        llm.create_completion(prompt, max_tokens=4, temperature=0)
+    assert llm.memory.n_written - before == llm.n_tokens - n
+    assert different(llm.memory.state, state)
 
 
 # segments

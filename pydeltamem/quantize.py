@@ -1,0 +1,80 @@
+"""`deltamem quantize`: a model in a smaller type, by llama.cpp's own quantiser. A packed memory keeps its type."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from .errors import InputError, ModelError
+from .files import replacing
+from .gguf_header import Header
+
+_PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="IN", help="model GGUF, plain or packed, best of type f32, f16 or bf16")
+    parser.add_argument("outfile", metavar="OUT", help="the model to write")
+    parser.add_argument("type", metavar="TYPE", help="q4_k_m, q8_0, f16, …: as llama.cpp's llama-quantize")
+    parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="threads (all CPUs)")
+    parser.add_argument("--allow-requantize", action="store_true", help="take a model that is quantised already")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
+
+
+def run(args: argparse.Namespace) -> int:
+    quantize(args.model, args.outfile, args.type, args.threads, args.allow_requantize, args.verbose)
+    before, after = (os.path.getsize(path) / 1e6 for path in (args.model, args.outfile))
+    print(f"{args.outfile}: {args.type}, {after:,.2f} MB of {before:,.2f}")
+    return 0
+
+
+def types() -> dict[str, int]:
+    """llama.cpp's types by the names that llama-quantize has for them."""
+    from . import _lib
+
+    return {
+        name.removeprefix(prefix).lower(): value
+        for name, value in vars(_lib.llama_cpp).items()
+        for prefix in _PREFIXES
+        if name.startswith(prefix)
+    }
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    type: str,
+    n_threads: int = 0,
+    allow_requantize: bool = False,
+    verbose: bool = False,
+) -> None:
+    """Writes `model` in another type, in one step. Raises ModelError, or InputError if there is no such type."""
+    from llama_cpp._logger import set_verbose
+
+    from . import _lib
+
+    known = types()
+    if type.lower() not in known:
+        raise InputError(f"'{type}' is no type of llama.cpp: it is one of {', '.join(sorted(known))}")
+    header = Header(model)
+    if header.keys.get("general.type") == "adapter":
+        raise ModelError(f"{header.path}: is an adapter: convert it again with --outtype, or pack it first")
+    if os.path.exists(path) and header.path.samefile(path):
+        raise InputError(f"{os.fspath(path)}: is read: name another file to write")
+
+    if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
+        raise ModelError(f"{os.fspath(path)}: cannot be written: there is no such folder")
+    params = _lib.llama_cpp.llama_model_quantize_default_params()
+    params.ftype = known[type.lower()]
+    params.nthread = n_threads
+    params.allow_requantize = allow_requantize
+    set_verbose(verbose)
+    try:
+        with replacing(path) as temporary, _lib.errors_held() as log:
+            if _lib.llama_cpp.llama_model_quantize(os.fsencode(header.path), os.fsencode(temporary), params) != 0:
+                reason = _lib.reason(log)
+                log.clear()
+                hint = ": --allow-requantize takes it all the same" if "requantizing" in reason else ""
+                raise ModelError(f"{header.path}: cannot be quantised{reason}{hint}")
+    except OSError as error:
+        raise ModelError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error

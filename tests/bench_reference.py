@@ -1,0 +1,109 @@
+"""The native side against `pydeltamem.reference`, the memory in PyTorch, on one shape (`make bench-reference`).
+
+    python tests/bench_reference.py --shape qwen3-0.6b --pairs 10 [--ftype q4_k_m f16] [--json FILE]
+
+Random weights; PyTorch in bfloat16, with the KV cache of transformers. In turns, a prompt into an empty cache and
+single tokens after it. Prints tokens per second, and the ratio of times as a median over the pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+import transformers
+
+from pydeltamem import _lib
+from pydeltamem.bench import median_interval
+from pydeltamem.bench_model import synthetic_files
+from pydeltamem.bench_run import Model, Options, Session
+from pydeltamem.reference import DeltaMem
+from pydeltamem.synthetic import SHAPES
+
+
+class Reference:
+    """The same shape in PyTorch, with the hooks of `DeltaMem`."""
+
+    def __init__(self, name: str) -> None:
+        shape = SHAPES[name]
+        config = transformers.Qwen3Config(
+            vocab_size=shape.n_vocab, hidden_size=shape.n_embd, intermediate_size=shape.n_ff,
+            num_hidden_layers=shape.n_layer, num_attention_heads=shape.n_head, num_key_value_heads=shape.n_head_kv,
+            head_dim=shape.head_dim, max_position_embeddings=shape.n_ctx, tie_word_embeddings=True,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        self.model = transformers.Qwen3ForCausalLM(config).eval()
+        torch.set_default_dtype(torch.float32)
+        self.memory = DeltaMem(self.model)
+        self.n_vocab = shape.n_vocab
+
+    @torch.inference_mode()
+    def run(self, n_prompt: int, n_decode: int) -> tuple[float, float]:
+        """Seconds of the prompt, and of the single tokens after it."""
+        self.memory.reset()
+        prompt = torch.randint(0, self.n_vocab, (1, n_prompt))
+        start = perf_counter()
+        out = self.model(prompt, use_cache=True, logits_to_keep=1)
+        middle = perf_counter()
+        for token in torch.randint(0, self.n_vocab, (n_decode, 1, 1)):
+            out = self.model(token, past_key_values=out.past_key_values, use_cache=True)
+        return middle - start, perf_counter() - middle
+
+
+def native(shape: str, ftype: str, n_ctx: int, n_threads: int) -> Session:
+    path, adapter = synthetic_files(shape, ftype, "f16", 8, 1)
+    options = Options(path, n_ctx, 512, 512, n_threads, 0, False, "f16", "f16")
+    return Session(Model(_lib.llama_cpp, options), adapter)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="qwen3-0.6b", choices=[name for name in SHAPES if name.startswith("qwen3")])
+    parser.add_argument("--ftype", nargs="+", default=["q4_k_m", "f16"])
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--decode", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    reference = Reference(args.shape)
+    sessions = {ftype: native(args.shape, ftype, args.prompt + args.decode + 1, args.threads) for ftype in args.ftype}
+    seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in ("torch", *sessions)}
+    for pair in range(-1, args.pairs):  # the first one warms up
+        times = {"torch": reference.run(args.prompt, args.decode)}
+        for ftype, session in sessions.items():
+            prefill = session.prefill(args.prompt)[0] / 1e9
+            times[ftype] = prefill, session.decode(args.prompt, args.decode)[0] / 1e9
+        if pair >= 0:
+            for name, (prefill, decode) in times.items():
+                seconds[name]["prefill"].append(prefill)
+                seconds[name]["decode"].append(decode)
+        print(f"\r{pair + 1} of {args.pairs}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+    results = {}
+    for what, n_tokens in (("prefill", args.prompt), ("decode", args.decode)):
+        print(f"{what} of {n_tokens} tokens: PyTorch bf16 {n_tokens / median(seconds['torch'][what]):.2f} tokens/s")
+        for ftype in sessions:
+            ratios = [theirs / ours for theirs, ours in zip(seconds["torch"][what], seconds[ftype][what])]
+            low, high, _ = median_interval(ratios)
+            print(
+                f"  {ftype:8} {n_tokens / median(seconds[ftype][what]):8.2f} tokens/s, {median(ratios):.2f} × as fast "
+                f"({low:.2f} to {high:.2f}, {args.pairs} pairs)"
+            )
+            results[f"{what} {ftype}"] = {"ratio": median(ratios), "low": low, "high": high, "pairs": args.pairs}
+    if args.json:
+        args.json.write_text(json.dumps({"results": results, "seconds": seconds}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""deltamem pack, unpack and quantize: one file that loads as one model, and back again."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+
+from pydeltamem import AdapterError, DeltaMemLlama, InputError, ModelError, cli
+from pydeltamem.gguf_header import Header
+from pydeltamem.pack import pack, unpack
+from pydeltamem.quantize import quantize, types
+
+TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88]
+
+
+@pytest.fixture
+def packed(base, adapter, tmp_path):
+    """packed(arch, case, outtype): a packed model."""
+
+    def make(arch="qwen3", case="tsw_qo", outtype="f32"):
+        path = tmp_path / f"packed-{arch}-{case}-{outtype}.gguf"
+        pack(base(arch), adapter(arch, case, outtype), path)
+        return path
+
+    return make
+
+
+def logits_and_state(path, deltamem_path=None):
+    llm = DeltaMemLlama(path, deltamem_path=deltamem_path, n_ctx=256, logits_all=True, n_threads=1, verbose=False)
+    llm.eval(TOKENS)
+    result = llm._scores.copy(), llm.memory.state
+    llm.close()
+    return result
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "smollm3"])
+@pytest.mark.parametrize("case", ["tsw_qo", "msw4_qo", "ssw_message", "o_rmsnorm_scale_head"])
+def test_a_packed_model_is_base_and_adapter(base, adapter, packed, arch, case):
+    one = logits_and_state(packed(arch, case))
+    two = logits_and_state(base(arch), adapter(arch, case))
+    np.testing.assert_array_equal(one[0], two[0])
+    np.testing.assert_array_equal(one[1], two[1])
+    assert one[1].any()
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+def test_unpacking_gives_back_both_files(base, adapter, packed, tmp_path, outtype):
+    unpack(packed("qwen3", "tsw_qo", outtype), tmp_path / "base.gguf", tmp_path / "memory.gguf")
+    assert (tmp_path / "base.gguf").read_bytes() == base().read_bytes()
+    assert (tmp_path / "memory.gguf").read_bytes() == adapter("qwen3", "tsw_qo", outtype).read_bytes()
+
+
+def test_other_alignment(adapter, base, tmp_path):
+    """A base whose tensors are aligned otherwise than the adapter's."""
+    aligned = tmp_path / "aligned.gguf"
+    reader, writer = Header(base()), gguf.GGUFWriter(aligned, "qwen3")
+    for key, value in reader.keys.items():
+        if key.startswith("qwen3."):
+            writer.add_key_value(key, value, reader.types[key])
+    writer.add_custom_alignment(128)
+    for name in list(reader.tensors)[:3]:
+        writer.add_tensor(name, reader.read(name)[..., :33].copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    pack(aligned, adapter("qwen3", "tsw_qo"), tmp_path / "packed.gguf")
+    assert all(tensor.offset % 128 == 0 for tensor in Header(tmp_path / "packed.gguf").tensors.values())
+    unpack(tmp_path / "packed.gguf", tmp_path / "base.gguf", tmp_path / "memory.gguf")
+    assert (tmp_path / "base.gguf").read_bytes() == aligned.read_bytes()
+    assert (tmp_path / "memory.gguf").read_bytes() == adapter("qwen3", "tsw_qo").read_bytes()
+
+
+def test_command_line(base, adapter, tmp_path, capsys):
+    model = str(tmp_path / "model.gguf")
+    assert cli.main(["pack", str(base()), str(adapter("qwen3", "tsw_qo")), "-o", model]) == 0
+    assert "loads as one model" in capsys.readouterr().out
+    assert cli.main(["inspect", model]) == 0
+    assert "model with a δ-mem adapter" in capsys.readouterr().out
+    files = [str(tmp_path / "base.gguf"), str(tmp_path / "memory.gguf")]
+    assert cli.main(["unpack", model, "--base", files[0], "--adapter", files[1]]) == 0
+    options = ["-p", "hello", "-n", "4", "-c", "256", "--save-memory", str(tmp_path / "a.memory")]
+    result = subprocess.run(
+        [sys.executable, "-m", "pydeltamem.cli", "generate", "-m", model, *options], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "a.memory").exists()
+
+
+def test_what_cannot_be_packed(base, adapter, packed, tmp_path):
+    memory, out = adapter("qwen3", "tsw_qo"), tmp_path / "out.gguf"
+    text = tmp_path / "text.gguf"
+    text.write_text("no model")
+    for error, says, arguments in (
+        (ModelError, "is packed already", (packed(), memory, out)),
+        (ModelError, "is an adapter, not a model", (memory, base(), out)),
+        (AdapterError, "is no δ-mem adapter", (base(), base("smollm3"), out)),
+        (AdapterError, "is for another model than .*: architecture qwen3, not smollm3", (base("smollm3"), memory, out)),
+        (ModelError, "is not a GGUF file", (text, memory, out)),
+        (ModelError, "no such file", (base(), tmp_path / "none", out)),
+        (InputError, "is read: name another file", (base(), memory, memory)),
+        (ModelError, "cannot be written", (base(), memory, tmp_path / "no" / "out.gguf")),
+    ):
+        with pytest.raises(error, match=says) as info:
+            pack(*arguments)
+        assert "\n" not in str(info.value)
+    assert not out.exists()
+    with pytest.raises(ModelError, match="is no packed model"):
+        unpack(base(), tmp_path / "a", tmp_path / "b")
+    with pytest.raises(InputError, match="is named for both"):
+        unpack(packed(), tmp_path / "a", tmp_path / "a")
+
+
+def test_a_shard_is_refused(base, adapter, tmp_path):
+    shard = tmp_path / "shard.gguf"
+    writer = gguf.GGUFWriter(shard, "qwen3")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="is one shard of several"):
+        pack(shard, adapter("qwen3", "tsw_qo"), tmp_path / "out.gguf")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory as Linux reports it")
+def test_packing_holds_neither_file_in_memory(base, adapter, tmp_path):
+    """A base of 300 MB, packed by a process whose memory does not grow by a tenth of that."""
+    large = tmp_path / "large.gguf"
+    header, writer = Header(base()), gguf.GGUFWriter(large, "qwen3")
+    for key in ("qwen3.embedding_length", "qwen3.block_count"):
+        writer.add_key_value(key, header.keys[key], header.types[key])
+    for i in range(3):
+        writer.add_tensor(f"blk.{i}.ffn_up.weight", np.zeros((25_000, 1000), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    code = (
+        "import resource, sys\n"
+        "from pydeltamem.pack import pack\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "pack(*sys.argv[1:])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    arguments = [sys.executable, "-c", code, str(large), str(adapter("qwen3", "tsw_qo")), str(tmp_path / "out.gguf")]
+    grown = int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout) * 1024
+    assert grown < 30e6
+    assert os.path.getsize(tmp_path / "out.gguf") > 300e6
+    assert resource.getpagesize() > 0
+
+
+# quantize
+
+
+def test_a_packed_model_quantises_and_keeps_its_memory(packed, adapter, tmp_path):
+    path = packed()
+    quantize(path, tmp_path / "small.gguf", "q8_0")
+    before, after = Header(path), Header(tmp_path / "small.gguf")
+    for name, tensor in before.tensors.items():
+        if ".deltamem_" in name:
+            assert after.tensors[name].type == tensor.type
+            np.testing.assert_array_equal(after.read(name), before.read(name))
+    assert after.tensors["blk.0.ffn_up.weight"].type == gguf.GGMLQuantizationType.Q8_0
+    logits, state = logits_and_state(tmp_path / "small.gguf")
+    exact_logits, exact_state = logits_and_state(path)
+    assert 0 < ((logits - exact_logits) ** 2).sum() / (exact_logits**2).sum() < 1e-2  # of Q8_0
+    assert 0 < ((state - exact_state) ** 2).sum() / (exact_state**2).sum() < 1e-2
+
+    # as the quantised base with the adapter beside it
+    unpack(tmp_path / "small.gguf", tmp_path / "base.gguf", tmp_path / "memory.gguf")
+    memory, original = Header(tmp_path / "memory.gguf"), Header(adapter("qwen3", "tsw_qo"))
+    assert memory.keys == original.keys and memory.tensors.keys() == original.tensors.keys()
+    np.testing.assert_array_equal(logits_and_state(tmp_path / "base.gguf", tmp_path / "memory.gguf")[0], logits)
+
+
+def test_quantising_a_plain_model(base, tmp_path, capsys):
+    assert cli.main(["quantize", str(base()), str(tmp_path / "small.gguf"), "Q8_0"]) == 0
+    assert "q8_0" in capsys.readouterr().out.lower()
+    assert os.path.getsize(tmp_path / "small.gguf") < 0.4 * os.path.getsize(base())
+    assert {"q4_k_m", "q8_0", "f16", "bf16", "f32"} <= set(types())
+
+
+def test_what_cannot_be_quantised(base, adapter, tmp_path, capfd):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(base().read_bytes()[:-1000])
+    out = tmp_path / "out.gguf"
+    for error, says, arguments in (
+        (InputError, "'q9' is no type of llama.cpp", (base(), out, "q9")),
+        (ModelError, "is an adapter", (adapter("qwen3", "tsw_qo"), out, "q8_0")),
+        (ModelError, "truncated", (cut, out, "q8_0")),
+        (InputError, "is read", (base(), base(), "q8_0")),
+        (ModelError, "cannot be written", (base(), tmp_path / "no" / "out.gguf", "q8_0")),
+    ):
+        with pytest.raises(error, match=says) as info:
+            quantize(*arguments)
+        assert "\n" not in str(info.value)
+    quantize(base(), tmp_path / "small.gguf", "q8_0")
+    with pytest.raises(ModelError, match="requantizing from type q8_0 is disabled: --allow-requantize"):
+        quantize(tmp_path / "small.gguf", out, "q4_0")
+    assert not out.exists()
+    quantize(tmp_path / "small.gguf", out, "q4_0", allow_requantize=True)
+    assert capfd.readouterr().err == ""
