@@ -37,7 +37,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize memcheck schedules soak bench lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize memcheck architectures schedules soak bench bench-reference lint format wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -102,6 +102,10 @@ memcheck: $(DEMO)/memory.gguf ## the same under valgrind
 	valgrind --error-exitcode=1 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
 		$(MEMCHECK)/bin/test-lifecycle $(TINY)/base.gguf $(DEMO)/memory.gguf
 
+architectures: $(INSTALLED) ## the table of docs/architectures.md: hooks against the PyTorch reference (installs transformers)
+	$(BIN)/python -m pip install -q -c constraints.txt "transformers>=5"
+	$(BIN)/python -m pytest -q -s tests/test_architectures.py | grep -E '^\||passed|failed'
+
 schedules: $(INSTALLED) ## 1,000 random schedules over four conversations against a simple model (`make test` runs 40)
 	DELTAMEM_SCHEDULES=1000 $(BIN)/python -m pytest tests/test_schedules.py
 
@@ -115,6 +119,10 @@ bench: $(INSTALLED) ## random models with and without the memory, and the operat
 	for shape in $(BENCH_SHAPES); do \
 		$(BIN)/deltamem bench --synthetic $$shape --json build/bench/$$shape.json $(BENCH_ARGS) || exit 1; \
 	done
+
+bench-reference: $(INSTALLED) ## the native side against the memory in PyTorch (installs transformers)
+	$(BIN)/python -m pip install -q -c constraints.txt "transformers>=5"
+	$(BIN)/python tests/bench_reference.py
 
 lint: $(TOOLS) ## formatting and lint rules
 	$(BIN)/ruff check .

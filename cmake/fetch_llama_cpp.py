@@ -31,13 +31,17 @@ SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 REQUIREMENT = f"llama-cpp-python=={VERSION}"
 SDIST = f"llama_cpp_python-{VERSION}.tar.gz"
 
-# What the libraries need of vendor/llama.cpp, and one vocabulary for tests. The rest is 150 MB of documents and models.
+# What the libraries need of vendor/llama.cpp, its converter, and one vocabulary for tests. The rest is 150 MB of
+# documents and models.
 KEEP = (
     "CMakeLists.txt",
     "LICENSE",
     "cmake",
     "common",
+    "conversion",
+    "convert_hf_to_gguf.py",
     "ggml",
+    "gguf-py/gguf",
     "include",
     "licenses",
     "models/ggml-vocab-qwen2.gguf",

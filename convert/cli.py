@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
+from pathlib import Path
 
 from .base import Base
 from .checkpoint import Checkpoint
+from .hf import convert_base
 from .pack import OUTTYPES, layers_of, write_adapter
 
 
@@ -14,14 +17,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="ADAPTER_DIR", help="directory with delta_mem_config.json and its weights"
     )
-    parser.add_argument("--base", metavar="MODEL", required=True, help="the base model as GGUF, of any quantisation")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        required=True,
+        help="the base model: a GGUF of any quantisation, or a Hugging Face folder",
+    )
     parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the adapter to write")
     parser.add_argument("--outtype", choices=sorted(OUTTYPES), default="f32", help="type of the weights (default: f32)")
     parser.add_argument("--name", help="name to record in the file (default: that of the directory)")
 
 
+def _base(path: str) -> Base:
+    """What the adapter has to fit. Of a directory a GGUF is made to look at, and thrown away."""
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        return Base(path)
+    with tempfile.TemporaryDirectory() as folder:
+        made = os.path.join(folder, "base.gguf")
+        convert_base(path, made, "q8_0")
+        base = Base(made)
+    base.path = Path(path)
+    return base
+
+
 def run(args: argparse.Namespace) -> int:
-    checkpoint, base = Checkpoint(args.checkpoint), Base(args.base)
+    checkpoint, base = Checkpoint(args.checkpoint), _base(args.base)
     write_adapter(checkpoint, base, args.outfile, args.outtype, args.name)
 
     config, n_layer = checkpoint.config, len(layers_of(checkpoint, base))

@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--pairs", type=_positive, default=10, metavar="N", help="pairs of runs (%(default)s)")
     what.add_argument(
+        "--renew", type=_count, default=5, metavar="N", help="new contexts after every N pairs (%(default)s; 0: never)"
+    )
+    what.add_argument(
         "--against", metavar="DIR", help="folder of another llama library, a build of the same llama.cpp: also timed"
     )
     what.add_argument("--control", action="store_true", help="no adapter on either side: what the measurement can tell")
@@ -200,7 +203,7 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
                     progress.refresh()  # by hand: no thread that draws while a run is timed
 
                 runs = results.setdefault(kind, {"runs": []})["runs"]
-                runs.append(_measure(sides, kind, arguments, args.pairs, advance))
+                runs.append(_measure(sides, kind, arguments, args.pairs, advance, args.renew))
 
     for kind in ("prefill", "decode"):
         if kind in results:
@@ -281,12 +284,23 @@ def _measure(
     arguments: tuple[int, ...],
     n_pairs: int,
     advance: Callable[[], None],
+    n_renew: int = 0,
 ) -> dict[str, Any]:
-    """One setting: every side once untimed, then n_pairs rounds in which each runs once, forth and back in turn."""
+    """One setting: every side once untimed, then n_pairs rounds in which each runs once, forth and back in turn.
+
+    After every n_renew rounds the sides get new contexts: where their buffers lie in physical memory makes one or the
+    other some percent slower for as long as they live.
+    """
     times: dict[str, list[int]] = {name: [] for name in sides}
     n_graphs = 0
     for i in range(n_pairs + 1):
-        for name in sides if i % 2 else reversed(list(sides)):
+        in_turn = list(sides) if i % 2 else list(reversed(list(sides)))
+        if n_renew and i > 1 and (i - 1) % n_renew == 0:
+            for name in in_turn:
+                sides[name].renew()
+            for name in in_turn:
+                getattr(sides[name], kind)(*arguments)
+        for name in in_turn:
             nanoseconds, built = getattr(sides[name], kind)(*arguments)
             advance()
             if i > 0:

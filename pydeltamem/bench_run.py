@@ -84,7 +84,7 @@ class Session:
         params.type_v = getattr(llama, f"GGML_TYPE_{options.type_v.upper()}")
         params.n_seq_max, params.no_perf = 1, True
 
-        self.llama, self.model = llama, model
+        self.llama, self.model, self.adapter = llama, model, adapter
         self._lib: Any = None
         self.ctx = llama.llama_init_from_model(model.pointer, params)
         if not self.ctx:
@@ -183,6 +183,11 @@ class Session:
         if not self.llama.llama_memory_seq_rm(self._memory, 0, length, -1):
             raise ModelError(f"{self.model.options.model}: its KV cache cannot be shortened, so decode cannot be timed")
 
+    def renew(self) -> None:
+        """Another context like this one, whose buffers lie elsewhere in memory."""
+        self.close()
+        self.__init__(self.model, self.adapter)
+
     def close(self) -> None:
         if self.ctx:
             self.llama.llama_free(self.ctx)
@@ -243,6 +248,9 @@ class Worker:
 
     def decode(self, depth: int, n_tokens: int) -> tuple[int, int]:
         return tuple(self._call(run="decode", arguments=[depth, n_tokens])["result"])
+
+    def renew(self) -> None:
+        self._call(run="renew", arguments=[])
 
     def resident(self) -> dict[str, int]:
         """As resident(), of the worker."""

@@ -16,6 +16,7 @@ from .errors import DeltaMemError
 
 SUBCOMMANDS = {
     "convert": ("pydeltamem.convert.cli", "convert a published checkpoint to an adapter GGUF"),
+    "convert-base": ("pydeltamem.convert.hf", "convert a Hugging Face model to GGUF"),
     "pack": ("pydeltamem.pack", "put base and adapter in one file that loads as one model"),
     "unpack": ("pydeltamem.unpack", "get base and adapter back out of a packed model"),
     "quantize": ("pydeltamem.quantize", "write a model in a smaller type"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _lib
 from .errors import InputError
 from .memory import Memory
 from .memory_file import MemoryFileLock
@@ -100,7 +101,7 @@ class Conversation:
 
     def stream_again(self, **options: Any) -> Iterator[str]:
         """As `regenerate`, in pieces."""
-        return self.stream(self._take_back("user"), **options)
+        yield from self._instead(self.messages[self._said_last()]["content"], options)
 
     def edit(self, content: str, **options: Any) -> str:
         """Says `content` in place of what was said last: text and memory go back to before that."""
@@ -108,12 +109,23 @@ class Conversation:
 
     def stream_edited(self, content: str, **options: Any) -> Iterator[str]:
         """As `edit`, in pieces."""
-        self._take_back("user")
-        return self.stream(content, **options)
+        yield from self._instead(content, options)
+
+    def _instead(self, content: str, options: dict[str, Any]) -> Iterator[str]:
+        """Says `content` in place of what was said last. If nothing comes of it, the messages are as they were."""
+        before, n_dropped = list(self.messages), self.n_dropped
+        del self.messages[self._said_last() :]
+        n = len(self.messages)
+        try:
+            yield from self.stream(content, **options)
+        except BaseException:
+            if len(self.messages) + self.n_dropped - n_dropped == n:  # no turn was added
+                self.messages = before[self.n_dropped - n_dropped :]
+            raise
 
     def undo(self) -> None:
         """Takes back the latest turn, what was said and the reply: text and memory are as before it."""
-        self._take_back("user")
+        del self.messages[self._said_last() :]
         n = self._text.history.common(0, self._ended_tokens())
         self._text.back(min(n, self._text.n_tokens))
 
@@ -212,14 +224,12 @@ class Conversation:
         ways = [chat_prompt(self.llm, [*messages, {"role": role, "content": content}])[0] for content in "01"]
         return ways[0][: _n_common(*ways)]
 
-    def _take_back(self, role: str) -> str:
-        """Drops the messages from the latest one of `role` on. Returns its content."""
-        for i in range(len(self.messages) - 1, -1, -1):
-            if self.messages[i]["role"] == role:
-                content = self.messages[i]["content"]
-                del self.messages[i:]
-                return content
-        raise InputError("there is nothing to take back: nothing was said, or it has left the text")
+    def _said_last(self) -> int:
+        """Where what the user said last stands in the messages. Raises InputError if there is nothing."""
+        said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not said:
+            raise InputError("there is nothing to take back: nothing was said, or it has left the text")
+        return said[-1]
 
     def _unread(self, tokens: Sequence[int]) -> list[int]:
         """Goes back to where the text and `tokens` part. Returns those to read, at least one."""
@@ -234,7 +244,7 @@ class Conversation:
 
     @property
     def _reads_segments(self) -> bool:
-        return self.llm._granularity not in (None, 0)
+        return self.llm._granularity not in (None, _lib.LLAMA_DELTAMEM_TOKEN)
 
     def _segments(self, tokens: Sequence[int]) -> np.ndarray | None:
         """Adapters that write per segment read what is said as one: a message is a segment."""
@@ -250,7 +260,8 @@ class Conversation:
         n = len(self._prompt())
         if n + reserve <= n_ctx:
             return
-        latest = [*self._system(), *self.messages[self._latest_turn() :]]
+        said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        latest = [*self._system(), *self.messages[said[-1] if said else len(self._system()) :]]
         if len(chat_prompt(self.llm, latest)[0]) + reserve > n_ctx:
             raise InputError(f"that is too long for a context of {n_ctx} tokens: raise n_ctx (--ctx-size) or say less")
         # more than is needed now, so that it does not happen in every turn
@@ -260,11 +271,6 @@ class Conversation:
                 break
             self._drop(n_dropped)
             n = len(self._prompt())
-
-    def _latest_turn(self) -> int:
-        """Where what the user said last stands in the messages."""
-        said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        return said[-1] if said else len(self._system())
 
     def _n_oldest_turn(self) -> int:
         """Messages of the oldest turn, from what the user says to what they say next; 0 if that is the latest one."""
@@ -305,6 +311,9 @@ class Reply:
         stop = options.pop("stop", ())
         seed = options.pop("seed", None)
         llm = conversation.llm
+        if seed is not None:
+            llm.set_seed(seed)
+        self.sampler = llm._init_sampler(**options)
 
         conversation.messages.append({"role": "user", "content": content})
         try:
@@ -316,9 +325,6 @@ class Reply:
             raise
         self.assembler = Assembler(llm._model.vocab, [*stop, *ends["stop"]])
         self.criteria = ends["stopping_criteria"]
-        if seed is not None:
-            llm.set_seed(seed)
-        self.sampler = llm._init_sampler(**options)
         self._read_next(conversation._unread(prompt), conversation._segments)
         self.pieces: list[Piece] = []
         self.undo: Any = None
@@ -378,8 +384,7 @@ class Reply:
 
     def end(self) -> None:
         """Enters what was said so far into the conversation."""
-        if self.conversation.messages[-1]["role"] == "user":
-            self.conversation.messages.append({"role": "assistant", "content": self.content})
+        self.conversation.messages.append({"role": "assistant", "content": self.content})
         self.conversation.finish_reason = self.finish_reason or "stop"
         self.conversation.save()
 
@@ -437,7 +442,7 @@ def stream_together(asked: Mapping[Conversation, str], **options: Any) -> Iterat
                     reply.end()
                 if piece:
                     yield reply.conversation, piece
-            active.append(active.pop(0)) if len(active) > 1 else None  # a long prompt keeps nobody waiting
+            active = active[1:] + active[:1]  # a long prompt keeps nobody waiting
     except BaseException:
         for reply in active:
             reply.fail()

@@ -47,6 +47,12 @@ class Checkpoints:
     def positions(self) -> list[int]:
         return list(self._positions)
 
+    def copy(self) -> Checkpoints:
+        """The same checkpoints; nobody writes to their states."""
+        other = Checkpoints(self.n_bytes, self.n_last)
+        other._positions, other._items, other._kept = list(self._positions), dict(self._items), set(self._kept)
+        return other
+
     def add(self, position: int, checkpoint: Checkpoint, keep: bool = False) -> None:
         """`keep`: beyond the last `n_last`, as long as there is room."""
         if position not in self._items:
@@ -114,13 +120,12 @@ class History:
         self.checkpoints = Checkpoints()
 
     def copy(self) -> History:
-        """For a fork. Checkpoints are shared: nobody writes to them."""
+        """For a fork, or to be saved."""
         other = History(len(self.tokens))
         other.n, other.floor, other.n_written = self.n, self.floor, self.n_written
         for name in ("tokens", "wrote", "segment", "begins"):
             getattr(other, name)[:] = getattr(self, name)
-        for position, item in self.checkpoints._items.items():
-            other.checkpoints.add(position, item, keep=position in self.checkpoints._kept)
+        other.checkpoints = self.checkpoints.copy()
         return other
 
     def common(self, position: int, tokens: Sequence[int]) -> int:

@@ -88,7 +88,7 @@ class DeltaMemLlama(Llama):
                 if self._lora_adapter is not None and not self._lora_adapter:
                     raise ModelError(f"{self.lora_path}: the LoRA adapter cannot be loaded{_lib.reason(log)}")
                 self._seats = Seats(self._ctx, self._batch, self.n_batch, model_path)
-                self._load_adapter()
+                self._attach_first()
             except (AdapterError, ModelError):
                 self.close()
                 raise
@@ -100,21 +100,25 @@ class DeltaMemLlama(Llama):
         self._messages: list[Any] | None = None  # of the latest chat completion
         self._is_new_chat = False
 
-    def _load_adapter(self) -> None:
+    def _attach_first(self) -> None:
         path = self.deltamem_path
-        if path is None:
-            if "deltamem.version" not in self.metadata:
-                return
+        if path is None and "deltamem.version" in self.metadata:
             path = self.model_path  # packed
+        if path is not None:
+            self._attach(path)
+
+    def _attach(self, path: str) -> None:
+        """Attaches an adapter in place of the present one. Raises AdapterError; the present one stays then."""
         adapter = _lib.llama_deltamem_adapter_load(self.model, os.fsencode(path))
         if not adapter:
             raise AdapterError(_naming(path, _lib.last_error()))
-        self._adapter = adapter
-        self._stack.callback(_lib.llama_deltamem_adapter_free, adapter)  # before context and model
         try:
             self._seats.attach(adapter)
         except AdapterError as error:
+            _lib.llama_deltamem_adapter_free(adapter)
             raise AdapterError(_naming(path, str(error))) from None
+        self._adapter = adapter
+        self._stack.callback(_lib.llama_deltamem_adapter_free, adapter)  # before context and model
 
     @property
     def memory(self) -> Memory:

@@ -163,18 +163,22 @@ class Memory:
         self._text.become(snapshot.state, snapshot.tokens_written)
         self._text.since = theirs.get("created")
 
-    def attach(self) -> None:
-        """Attaches the adapter again, with an empty memory for every text."""
+    def attach(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Attaches the adapter again, or another one for this model, with an empty memory for every text.
+
+        Raises AdapterError if there is none or it does not fit; what was attached stays then.
+        """
         seats = self._llm._seats
         _ = seats.ctx
-        if self._llm._adapter is None:
+        if path is not None and not os.path.isfile(path):
+            raise AdapterError(f"{os.fspath(path)}: no such adapter file")
+        if path is None and self._llm._adapter is None:
             raise AdapterError(NO_ADAPTER)
         with _lib.errors_held():
-            seats.attach(self._llm._adapter)
-        for seat in range(seats.n_seq_max):
-            text = seats.text(seat)
-            if text is not None:
-                text.become(np.zeros(self.shape, dtype=np.float32))
+            if path is not None:
+                self._llm._attach(os.fspath(path))
+            else:
+                seats.attach(self._llm._adapter)
 
     def detach(self) -> None:
         """Back to the plain model; the state is lost. `attach` brings memory back."""

@@ -38,6 +38,7 @@ class Seats:
         self.n_seq_max: int = _llama.llama_n_seq_max(context.ctx)
         self.n_ctx: int = _llama.llama_n_ctx_seq(context.ctx)  # of one sequence
         self._shape: tuple[int, int, int, int] | None = None
+        self.n_attached = 0  # how often an adapter was: a memory belongs to one of these times
         # in the latest llama_decode, by seat
         self.latest: weakref.WeakValueDictionary[int, Text] = weakref.WeakValueDictionary()
         self._n_vocab = _llama.llama_vocab_n_tokens(_llama.llama_model_get_vocab(_llama.llama_get_model(context.ctx)))
@@ -83,6 +84,7 @@ class Seats:
         check(_lib.llama_deltamem_attach(self.ctx, adapter))
         rank = _lib.llama_deltamem_rank(adapter)
         self._shape = _lib.llama_deltamem_n_layer(adapter), _lib.llama_deltamem_n_head(adapter), rank, rank
+        self.n_attached += 1
         self.forget_writes()
 
     def detach(self) -> None:

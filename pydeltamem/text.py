@@ -66,6 +66,7 @@ class Text:
         self.n_kv = 0  # tokens that the KV cache holds
         self.n_read_again = 0
         self.keep_at: set[int] = set()
+        self._attached = seats.n_attached
         self._away: npt.NDArray[np.float32] | None = None  # the state while there is no seat; None: empty
 
     @property
@@ -84,6 +85,7 @@ class Text:
     @property
     def state(self) -> npt.NDArray[np.float32]:
         """A copy of the state, [L, H, r, r]."""
+        self._renew()
         if self.seat is not None:
             return self.seats.get_state(self.seat)
         return np.zeros(self.seats.shape, dtype=np.float32) if self._away is None else self._away.copy()
@@ -97,11 +99,17 @@ class Text:
 
     def become(self, state: npt.NDArray[np.float32], n_written: int = 0) -> None:
         """Another memory from here on: nothing of the present text counts as written into it."""
+        self._attached = self.seats.n_attached
         self.put_state(state)
         self.since = None
         self.history.wrote[:] = False
         self.history.n_written = n_written
         self.history.begin(self.n_tokens, state)
+
+    def _renew(self) -> None:
+        """If another adapter was attached: an empty memory."""
+        if self._attached != self.seats.n_attached and self.seats.has_memory:
+            self.become(np.zeros(self.seats.shape, dtype=np.float32))
 
     def begin(self, position: int = 0) -> None:
         """Another text begins after `position`; the memory stays, and cannot be taken back before."""
@@ -147,6 +155,7 @@ class Text:
 
     def _settle(self) -> None:
         """Takes the memory back to where the text is, or before it; what lies between is to be read again."""
+        self._renew()
         history = self.history
         if self.n_tokens < history.n:
             if self.seats.has_memory:
@@ -234,16 +243,16 @@ class Text:
             raise InputError(
                 f"{len(tokens)} tokens do not fit after {self.n_tokens} in a context of {self.n_ctx}: raise n_ctx"
             )
+        self._renew()
         new = np.asarray(tokens, dtype=np.intc)
         n_past = self.n_tokens
         if self.seat is not None and n_past == history.n == self.n_kv and segments is None and len(new):
             seats.truncate(self.seat, n_past)
             self._keep_state()
             return [Piece(new, self.write)]
-        if n_past < history.n:
-            self.keep_at.add(n_past)
         known = np.zeros(len(new), dtype=np.bool_)  # written before the memory's beginning, in this place
         if n_past < history.n:
+            self.keep_at.add(n_past)
             n_known = max(0, min(history.floor - n_past, history.common(n_past, new)))
             known[:n_known] = history.wrote[n_past : n_past + n_known]
         self._settle()

@@ -45,7 +45,7 @@ def check_contents(wheel: Path) -> None:
         tops = {entry.split("/")[0] for entry in names}
         assert tops == {"pydeltamem", info}, tops
 
-        libraries = [entry for entry in names if entry.startswith("pydeltamem/lib/")]
+        libraries = [entry for entry in names if entry.startswith("pydeltamem/lib/") and "/converter/" not in entry]
         stems = [entry.rsplit("/", 1)[1].split(".")[0] for entry in libraries]
         for stem in ("llama", "ggml", "ggml-base"):
             assert stem in stems or f"lib{stem}" in stems, f"no {stem} in {libraries}"

@@ -271,7 +271,7 @@ def package():
 
 @pytest.fixture(scope="module")
 def libraries(package):
-    return sorted((package / "lib").iterdir())
+    return sorted(path for path in (package / "lib").iterdir() if path.is_file())
 
 
 def test_every_library_is_there_once(libraries):

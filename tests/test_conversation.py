@@ -148,6 +148,26 @@ def test_a_failure_leaves_everything_as_it_was(make, read_once, monkeypatch, cal
     np.testing.assert_allclose(conversation.memory.state, other.memory.state, **SAME)
 
 
+def test_a_failing_reply_in_place_of_another_keeps_the_messages(llm, read_once, monkeypatch):
+    conversation = Conversation(llm, system="be short", **GREEDY)
+    conversation.say("hello there")
+    messages = list(conversation.messages)
+
+    def fail(ctx, batch):
+        raise RuntimeError("llama_decode returned 1")
+
+    for act in (conversation.regenerate, lambda: conversation.edit("good bye"), lambda: conversation.edit("x " * 900)):
+        with monkeypatch.context() as patch, pytest.raises((RuntimeError, InputError)):
+            patch.setattr(type(llm._ctx), "decode", fail)
+            act()
+        assert conversation.messages == messages
+    with pytest.raises(TypeError):
+        conversation.say("hello", tempo=1)
+    assert conversation.messages == messages
+    conversation.say("how are you")
+    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+
+
 def test_a_template_that_refuses(llm):
     conversation = Conversation(llm, system="be short", **GREEDY)
     template = Jinja2ChatFormatter("{{ raise_exception('no system prompt, please') }}", eos_token="", bos_token="")

@@ -1,0 +1,75 @@
+"""`deltamem convert-base`: a Hugging Face model directory to GGUF, by the converter of the llama.cpp that we build.
+
+The converter is installed with the package, beside the libraries, and runs in a process of its own: it brings its
+version of gguf with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pydeltamem
+from pydeltamem.errors import LibraryError, ModelError
+from pydeltamem.files import replacing
+
+OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="HF_DIR", help="directory with config.json, weights and tokenizer")
+    parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the model to write")
+    parser.add_argument(
+        "--outtype", choices=OUTTYPES, default="auto", help="type of the weights (auto: the 16-bit type that they have)"
+    )
+    parser.add_argument("--name", help="name to record in the file")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the converter's log")
+
+
+def run(args: argparse.Namespace) -> int:
+    convert_base(args.model, args.outfile, args.outtype, args.name, args.verbose)
+    print(f"{args.outfile}: {os.path.getsize(args.outfile) / 1e6:,.2f} MB")
+    return 0
+
+
+def converter() -> Path:
+    """llama.cpp's convert_hf_to_gguf.py. Raises LibraryError if it was not installed."""
+    script = Path(pydeltamem.__file__).parent / "lib" / "converter" / "convert_hf_to_gguf.py"
+    if not script.is_file():
+        raise LibraryError(f"{script}: llama.cpp's converter is missing: reinstall pydeltamem")
+    return script
+
+
+def convert_base(
+    directory: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    outtype: str = "auto",
+    name: str | None = None,
+    verbose: bool = False,
+) -> None:
+    """Writes the model of a Hugging Face directory as GGUF, in one step. Raises ModelError."""
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{directory}: is no Hugging Face model directory: it has no config.json")
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(f"{directory}: converting it needs {' and '.join(missing)}: pip install 'pydeltamem[train]'")
+    try:
+        with replacing(path) as temporary:
+            command = [sys.executable, str(converter()), str(directory), "--outfile", str(temporary)]
+            command += ["--outtype", outtype, *(["--model-name", name] if name else [])]
+            done = subprocess.run(command, stderr=None if verbose else subprocess.PIPE, stdout=subprocess.DEVNULL)
+            if done.returncode != 0:
+                raise ModelError(f"{directory}: llama.cpp's converter refuses it{_reason(done.stderr)}")
+    except OSError as error:
+        raise ModelError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+
+
+def _reason(log: bytes | None) -> str:
+    """The last line, which names the error, without what logged it."""
+    lines = [line.strip() for line in (log or b"").decode("utf-8", errors="replace").splitlines() if line.strip()]
+    return f": {lines[-1].removeprefix('ERROR:hf-to-gguf:').strip()}" if lines else ": see --verbose"

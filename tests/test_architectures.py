@@ -1,0 +1,137 @@
+"""Architectures that the golden data does not have: llama.cpp's graph with the hooks against the reference in PyTorch.
+
+On tiny random models that llama.cpp's own converter has converted. `make architectures` prints the table of
+docs/architectures.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the reference needs PyTorch")
+pytest.importorskip("transformers", reason="the reference is tested on transformers' models")
+
+from conftest import ROOT  # noqa: E402
+from pydeltamem import _lib  # noqa: E402
+from pydeltamem.convert import cli, hf  # noqa: E402
+from pydeltamem.gguf_header import Header  # noqa: E402
+from pydeltamem.reference import DeltaMem, DeltaMemConfig, find_attention  # noqa: E402
+from session import open_session  # noqa: E402
+from test_reference import ARCHITECTURES, randomise, tiny, tokens  # noqa: E402
+
+# of float32 against float32, through two layers and a softmax
+BOUND = 1e-8
+
+# llama.cpp looks GELU up in a table of F16 numbers: 2^-11 of each value, in the backbone alone too
+GELU = {"Gemma2", "Gemma3Text", "Phi"}
+
+# what llama.cpp takes for granted
+SETTINGS = {
+    "Mistral": dict(sliding_window=None),
+    "Qwen3Moe": dict(norm_topk_prob=True),
+    "Gemma2": dict(query_pre_attn_scalar=16),
+    "Gemma3Text": dict(query_pre_attn_scalar=16),
+    "Phi": dict(num_key_value_heads=4, intermediate_size=192),
+    "Qwen3Next": dict(norm_topk_prob=True),
+}
+
+NAMES = [name for name in ARCHITECTURES if name not in ("OPT", "GPTJ", "Lfm2", "Qwen3Next")]
+
+
+def bound_of(name):
+    return 2.0**-22 if name in GELU else BOUND
+
+
+def nmse(a, b):
+    return float(((a - b) ** 2).sum() / (b**2).sum())
+
+
+@torch.no_grad()
+def reference(name, folder):
+    """A tiny model and a memory on it, both saved: tokens, logits [T, n_vocab] and state [L, H, r, r]."""
+    model = tiny(name, **{**ARCHITECTURES[name], **SETTINGS.get(name, {})})
+    layers = tuple(find_attention(model))  # of a hybrid not all
+    config = DeltaMemConfig(rank=4, num_state_heads=2, delta_heads=tuple("qkvo"), target_layers=layers)
+    memory = randomise(DeltaMem(model, config))
+    prompt = tokens(1, 14)
+    logits = model(prompt).logits[0].numpy()
+    state = memory.state[:, 0].numpy()
+    memory.save_checkpoint(folder / "adapter")
+    memory.remove()
+    plain = model(prompt).logits[0].numpy()
+    model.save_pretrained(folder / "hf")
+    return prompt[0].tolist(), logits, state, plain, memory.layers
+
+
+def converted(folder):
+    """The model and the adapter as GGUF."""
+    base, adapter = folder / "base.gguf", folder / "memory.gguf"
+    script = [sys.executable, str(ROOT / "tests" / "convert_tiny.py"), str(hf.converter().parent)]
+    done = subprocess.run([*script, str(folder / "hf"), str(base)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    assert cli.run(parser.parse_args([str(folder / "adapter"), "--base", str(base), "-o", str(adapter)])) == 0
+    return base, adapter
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_architecture(tmp_path, name, record_property):
+    prompt, logits, state, plain, layers = reference(name, tmp_path)
+    base, adapter = converted(tmp_path)
+    with open_session(base) as session:
+        without = session.decode([(token, 0) for token in prompt])
+    with open_session(base, adapter) as session:
+        got = session.decode([(token, 0) for token in prompt])
+        got_state = session.state(0)
+        n_layer = _lib.llama_deltamem_n_layer(session.adapter)
+        hooked = [_lib.llama_deltamem_layer(session.adapter, i) for i in range(n_layer)]
+    architecture = Header(base).keys["general.architecture"]
+    errors = nmse(without, plain), nmse(got, logits), nmse(got_state, state)
+    print(
+        f"| {name} | `{architecture}` | {', '.join(map(str, hooked))} | "
+        + " | ".join(f"{error:.0e}" for error in errors)
+        + " |"
+    )
+    assert hooked == layers
+    assert nmse(logits, plain) > 1e-4, "the memory has no effect on the reference"
+    bound = bound_of(name)
+    assert errors[0] <= bound, "the backbone itself differs"
+    assert errors[1] <= bound and errors[2] <= bound
+
+
+def test_a_hybrid_that_goes_around_a_hook_is_refused(tmp_path):
+    """llama.cpp's Qwen3-Next applies a gate between attention and output projection, outside of the common function."""
+    reference("Qwen3Next", tmp_path)
+    base, adapter = converted(tmp_path)
+    says = r"'qwen3next' is not supported: .* layer 1, .* the common output projection"
+    with pytest.raises(AssertionError, match=says), open_session(base, adapter):
+        pass
+
+
+def test_prefill_in_pieces_is_the_same(tmp_path):
+    """Sliding windows and the memory over several batches."""
+    prompt, logits, state, *_ = reference("Gemma2", tmp_path)
+    base, adapter = converted(tmp_path)
+    with open_session(base, adapter) as session:
+        got = np.concatenate([session.decode([(token, 0) for token in prompt[i : i + 3]]) for i in range(0, 14, 3)])
+        assert nmse(got, logits) <= bound_of("Gemma2") and nmse(session.state(0), state) <= bound_of("Gemma2")
+
+
+def test_convert_base_says_what_is_wrong(tmp_path):
+    from pydeltamem import ModelError
+
+    with pytest.raises(ModelError, match=r"it has no config\.json"):
+        hf.convert_base(tmp_path, tmp_path / "out.gguf")
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
+    with pytest.raises(ModelError, match=r"converter refuses it: .*NoSuchModel.* is not supported") as info:
+        hf.convert_base(tmp_path, tmp_path / "out.gguf")
+    assert "\n" not in str(info.value) and not (tmp_path / "out.gguf").exists()
+    reference("Llama", tmp_path)  # a model without a tokenizer
+    with pytest.raises(ModelError, match="converter refuses it"):
+        hf.convert_base(tmp_path / "hf", tmp_path / "out.gguf")

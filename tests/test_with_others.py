@@ -1,0 +1,155 @@
+"""The memory together with LoRA, and several δ-mem adapters on one model."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+
+from pydeltamem import AdapterError, Conversation
+from pydeltamem.gguf_header import Header
+
+TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88]
+
+
+def write_like(path, header, tensors):
+    """A model with the keys of another one and these tensors."""
+    writer = gguf.GGUFWriter(path, header.keys["general.architecture"])
+    for key, value in header.keys.items():
+        kind = header.types[key]
+        if key == "general.architecture":
+            continue
+        if isinstance(value, list):
+            writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, kind)
+        else:
+            writer.add_key_value(key, value, kind)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("case", ["tsw_qo", "qkvo_lambda_outside"])
+def test_with_lora(base, adapter, make_llm, tmp_path, case):
+    """A LoRA on the projections that the memory corrects is the same as its product added to their weights."""
+    rng, header = np.random.default_rng(0), Header(base())
+    tensors = {name: header.read(name) for name in header.tensors}
+    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "qwen3")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    for layer in range(4):
+        for what in ("attn_q", "attn_v", "attn_output"):
+            name = f"blk.{layer}.{what}.weight"
+            a, b = (
+                0.2 * rng.standard_normal(shape) for shape in ((4, tensors[name].shape[1]), (tensors[name].shape[0], 4))
+            )
+            writer.add_tensor(f"{name}.lora_a", a.astype(np.float32))
+            writer.add_tensor(f"{name}.lora_b", b.astype(np.float32))
+            tensors[name] = (tensors[name] + b @ a).astype(np.float32)  # alpha / rank is 1
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    write_like(tmp_path / "merged.gguf", header, tensors)
+
+    from pydeltamem import DeltaMemLlama
+
+    options = {"n_ctx": 256, "n_threads": 1, "logits_all": True, "type_k": 0, "type_v": 0, "verbose": False}
+    memory = adapter("qwen3", case)
+    models = [
+        DeltaMemLlama(base(), deltamem_path=memory, lora_path=str(tmp_path / "lora.gguf"), **options),
+        DeltaMemLlama(tmp_path / "merged.gguf", deltamem_path=memory, **options),
+        DeltaMemLlama(base(), deltamem_path=memory, **options),
+    ]
+    for llm in models:
+        llm.eval(TOKENS)
+    (logits, state), (merged_logits, merged_state), (plain_logits, _) = (
+        (llm._scores.copy(), llm.memory.state) for llm in models
+    )
+    for llm in models:
+        llm.close()
+
+    def nmse(a, b):
+        return float(((a - b) ** 2).sum() / (b**2).sum())
+
+    assert nmse(logits, plain_logits) > 1e-4, "the LoRA has no effect"
+    # float32: products of some hundred terms, once in another order
+    assert nmse(logits, merged_logits) < 1e-9 and nmse(state, merged_state) < 1e-9
+
+
+def test_two_adapters_in_turn(adapter, make_llm):
+    """Attaching another adapter begins with an empty memory, and is as a model that was loaded with it."""
+    llm = make_llm("tsw_qo", type_k=0, type_v=0, logits_all=True)
+    for case in ("msw4_qo", "tsw_qo", "qkvo_lambda_outside"):
+        llm.memory.attach(adapter("qwen3", case))
+        assert not llm.memory.state.any() and llm.memory.n_written == 0
+        llm.reset()
+        llm.eval(TOKENS)
+        other = make_llm(case, type_k=0, type_v=0, logits_all=True)
+        other.eval(TOKENS)
+        np.testing.assert_array_equal(llm.memory.state, other.memory.state)
+        np.testing.assert_array_equal(llm._scores, other._scores)
+        assert llm.memory.copy().metadata["adapter"] == other.memory.copy().metadata["adapter"]
+
+
+def test_two_adapters_on_one_model_at_once(adapter, base):
+    """Two contexts of one model, each with an adapter of its own."""
+    from pydeltamem import _lib, bench_run
+    from session import llama
+
+    model = bench_run.Model(llama, bench_run.Options(str(base()), 256, 64, 64, 1, 0, False, "f32", "f32"))
+    states = {}
+    sessions = {case: bench_run.Session(model, str(adapter("qwen3", case))) for case in ("tsw_qo", "no_lambda_raw_qk")}
+    for _ in range(2):  # in turns
+        for session in sessions.values():
+            session.decode(0, 5)
+    for case, session in sessions.items():
+        state = np.empty(_lib.llama_deltamem_state_size(session.ctx), dtype=np.float32)
+        assert not _lib.llama_deltamem_state_get(session.ctx, 0, state.ctypes.data_as(_lib.float_p), state.size)
+        states[case] = state
+        session.close()
+    for case, state in states.items():
+        alone = bench_run.Session(model, str(adapter("qwen3", case)))
+        for _ in range(2):
+            alone.decode(0, 5)
+        expected = np.empty_like(state)
+        assert not _lib.llama_deltamem_state_get(alone.ctx, 0, expected.ctypes.data_as(_lib.float_p), state.size)
+        np.testing.assert_array_equal(state, expected)
+        alone.close()
+    model.close()
+    assert all(np.isfinite(state).all() and state.any() for state in states.values())
+
+
+def test_conversations_that_stand_aside_begin_anew(adapter, make_llm):
+    llm = make_llm("tsw_qo")
+    seated, aside = Conversation(llm, n_predict=4), Conversation(llm, n_predict=4)
+    for conversation in (aside, seated):
+        conversation.say("hello there")
+    assert aside._text.seat is None and aside.memory.state.any()
+    llm.memory.attach(adapter("qwen3", "msw4_qo"))
+    for conversation in (seated, aside):
+        assert conversation.memory.state.shape == llm.memory.shape and not conversation.memory.state.any()
+        conversation.say("how are you")
+        assert conversation.memory.state.any()
+
+
+@pytest.mark.parametrize("what", ["missing", "another model's", "text"])
+def test_an_adapter_that_does_not_fit_changes_nothing(adapter, make_llm, tmp_path, what, capfd):
+    llm = make_llm()
+    llm.eval(TOKENS)
+    state = llm.memory.state
+    path = {"missing": tmp_path / "none", "another model's": adapter("smollm3", "tsw_qo"), "text": tmp_path / "text"}[
+        what
+    ]
+    if what == "text":
+        path.write_text("no adapter")
+    capfd.readouterr()
+    with pytest.raises(AdapterError) as info:
+        llm.memory.attach(path)
+    assert str(path) in str(info.value) and "\n" not in str(info.value)
+    np.testing.assert_array_equal(llm.memory.state, state)
+    llm.eval([3])
+    assert capfd.readouterr().err == ""
