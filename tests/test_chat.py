@@ -213,6 +213,7 @@ class Terminal:
 
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell runs in the background ignores it
             os.execv(arguments[0], arguments)
         self.seen = b""
 
