@@ -303,7 +303,9 @@ def _serve(requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
         reply({"system": llama.llama_print_system_info().decode()})
         for line in requests:
             request = json.loads(line)
-            runs = {"prefill": session.prefill, "decode": session.decode, "resident": resident}
+            runs = {
+                "prefill": session.prefill, "decode": session.decode, "renew": session.renew, "resident": resident
+            }  # fmt: skip
             reply({"result": runs[request["run"]](*request["arguments"])})
     except DeltaMemError as error:
         text = str(error)

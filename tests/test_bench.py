@@ -109,7 +109,7 @@ def test_against_another_library(run_bench, tmp_path):
     other = tmp_path / "lib"
     shutil.copytree(os.environ["LLAMA_CPP_LIB_PATH"], other)
     path = tmp_path / "result.json"
-    result = run_bench("-p", "8", "-n", "2", "--rss", "0", "--against", other, "--json", path)
+    result = run_bench("-p", "8", "-n", "2", "--rss", "0", "--against", other, "--json", path, "--renew", "1")
     assert result.returncode == 0, result.stderr
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["setup"]["against"]["folder"] == str(other)
