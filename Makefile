@@ -1,7 +1,6 @@
 # `make help` lists the targets.
 
 PYTHON    ?= python3
-PROMPT    ?= Once upon a time
 VENV      := .venv
 BIN       := $(VENV)/bin
 BUILD     := build/native
@@ -37,7 +36,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize memcheck architectures schedules soak bench bench-reference lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize memcheck default-model architectures schedules soak bench bench-reference lint format wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -61,8 +60,8 @@ $(TOOLS): constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt ruff clang-format
 	@touch $@
 
-demo: $(DEMO)/memory.gguf ## convert the small checkpoint in examples/tiny and generate with it
-	$(BIN)/deltamem generate -m $(TINY)/base.gguf --deltamem $(DEMO)/memory.gguf -p "$(PROMPT)" -n 32 --seed 1
+demo: $(INSTALLED) ## tell the small model of the package some facts, throw the text away, and ask (DEMO_ARGS)
+	$(BIN)/deltamem demo $(DEMO_ARGS)
 
 $(DEMO)/memory.gguf: $(INSTALLED) $(wildcard $(TINY)/base.gguf $(TINY)/adapter/*)
 	@mkdir -p $(@D)
@@ -101,6 +100,26 @@ memcheck: $(DEMO)/memory.gguf ## the same under valgrind
 	cmake --build $(MEMCHECK)
 	valgrind --error-exitcode=1 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
 		$(MEMCHECK)/bin/test-lifecycle $(TINY)/base.gguf $(DEMO)/memory.gguf
+
+# One command makes the model of the package again, from a seed; every step goes on where it was broken off.
+DEFAULT  := build/default
+MEMORY_ARGS := --steps 700 --batch 16 --rate 3e-3 --write-bias -3 --heads-gain 5
+MODELS      := pydeltamem/models
+
+default-model: $(INSTALLED) ## train the model of the package and its memories (two CPU cores: about two hours)
+	$(BIN)/python -m pip install -q -c constraints.txt "transformers>=5" sentencepiece matplotlib
+	$(BIN)/python recipes/backbone.py $(DEFAULT)/hf
+	$(BIN)/python recipes/conversations.py $(DEFAULT)/train.jsonl
+	$(BIN)/deltamem convert-base $(DEFAULT)/hf -o $(DEFAULT)/base.gguf --outtype f32 --name "deltamem default"
+	$(BIN)/deltamem quantize $(DEFAULT)/base.gguf $(MODELS)/default.gguf q8_0
+	@# products this small gain nothing from a second thread: two memories at once, a thread each
+	printf '%s\n' tsw msw ssw | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(BIN)/deltamem train $(DEFAULT)/hf \
+		$(DEFAULT)/train.jsonl -o $(DEFAULT)/{} --strategy {} $(MEMORY_ARGS)
+	for s in tsw msw ssw; do \
+		$(BIN)/deltamem convert $(DEFAULT)/$$s --base $(MODELS)/default.gguf --outtype f16 -o $(MODELS)/default-$$s.gguf \
+			|| exit 1; \
+	done
+	$(BIN)/python recipes/compare.py $(DEFAULT)
 
 architectures: $(INSTALLED) ## the table of docs/architectures.md: hooks against the PyTorch reference (installs transformers)
 	$(BIN)/python -m pip install -q -c constraints.txt "transformers>=5"

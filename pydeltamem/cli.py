@@ -23,7 +23,10 @@ SUBCOMMANDS = {
     "inspect": ("pydeltamem.inspect", "show what an adapter, model or memory file holds"),
     "generate": ("pydeltamem.generate", "read a prompt and write on"),
     "chat": ("pydeltamem.chat", "talk to a model that remembers"),
+    "demo": ("pydeltamem.demo", "tell the small model of the package some facts and ask for them later"),
     "memory": ("pydeltamem.memory_command", "show, compare, copy and export memories"),
+    "train": ("pydeltamem.train", "train a memory on a frozen Hugging Face model"),
+    "eval": ("pydeltamem.evaluate", "measure what a memory recalls once the text is gone"),
     "bench": ("pydeltamem.bench", "time a model with and without its memory"),
 }
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _lib
 from .errors import InputError
 from .memory import Memory
 from .memory_file import MemoryFileLock
@@ -235,20 +234,16 @@ class Conversation:
         """Goes back to where the text and `tokens` part. Returns those to read, at least one."""
         text = self._text
         n = min(_n_common(text.tokens, tokens), len(tokens) - 1)
-        if n < text.n_tokens and self._reads_segments and text.history.n:
+        if n < text.n_tokens and self.memory.by_segment and text.history.n:
             found = text.history.checkpoints.newest(n)
             n = found[0] if found else n  # an ingest is read as a whole
         text.n_tokens = n
         text.keep_at = {len(self._ended_tokens(len(self.messages) - 1))}  # before what is said now, to edit it
         return list(tokens[n:])
 
-    @property
-    def _reads_segments(self) -> bool:
-        return self.llm._granularity not in (None, _lib.LLAMA_DELTAMEM_TOKEN)
-
     def _segments(self, tokens: Sequence[int]) -> np.ndarray | None:
         """Adapters that write per segment read what is said as one: a message is a segment."""
-        return np.zeros(len(tokens), dtype=np.int32) if self._reads_segments else None
+        return np.zeros(len(tokens), dtype=np.int32) if self.memory.by_segment else None
 
     #
     # the context runs over

@@ -205,6 +205,14 @@ class DeltaMemLlama(Llama):
         self._text.eval(tokens, ids)
         self._requires_eval = False
 
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Of what may follow the latest token, float32 [n_vocab], a copy. Raises InputError if none was read."""
+        if self.n_tokens == 0 or self._requires_eval or self._seats.latest.get(SEAT) is not self._text:
+            raise InputError("there are no logits yet: eval tokens first")
+        row = _llama.llama_get_logits_ith(self._seats.ctx, -1)
+        return np.ctypeslib.as_array(row, (self.n_vocab(),)).copy()
+
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As `Llama.generate`. Where it ends, text and memory hold nothing that was drafted and not taken."""
         text = self._text

@@ -36,6 +36,11 @@ class Memory:
         return self._llm._seats.has_memory
 
     @property
+    def by_segment(self) -> bool:
+        """Whether the adapter writes once per segment, so that `DeltaMemLlama.eval` takes segment ids."""
+        return self._llm._granularity not in (None, _lib.LLAMA_DELTAMEM_TOKEN)
+
+    @property
     def layers(self) -> list[int]:
         """The model layers that carry memory, ascending; empty without an adapter."""
         adapter = self._llm._adapter

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,10 @@ import numpy.typing as npt
 from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from .errors import InputError, MemoryFileError
 from .memory_file import MemoryFileLock, MemorySnapshot, owner
+from .picture import picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,42 +175,11 @@ def _print(console: Console, path: str, snapshot: MemorySnapshot) -> None:
     legend = "blue negative, red positive" if coloured else "shaded by size, - before what is negative"
     console.print(f"Each state, rows are values, columns are keys; {legend}; the largest value is {largest:.3g}.")
     pictures = [
-        _picture(state, largest, coloured, f"{layer}" if n_head == 1 else f"{layer}.{head}")
+        picture(state, largest, coloured, f"{layer}" if n_head == 1 else f"{layer}.{head}")
         for layer, heads in zip(snapshot.layers, snapshot.state)
         for head, state in enumerate(heads)
     ]
     console.print(Columns(pictures, padding=(0, 2)))
-
-
-def _picture(state: npt.NDArray[np.float32], largest: float, coloured: bool, title: str) -> Text:
-    """A state as a heat map: in colour two rows to a line of half blocks, else two characters to a value."""
-    scaled = state / largest if largest else state
-    text = Text(f"{title}\n", no_wrap=True)
-    if not coloured:
-        for row in scaled:
-            text.append("".join(map(_shade, row)) + "\n")
-        return text
-    for top, bottom in _pairs(scaled):
-        for x, y in zip(top, bottom):
-            text.append("▀", style=f"{_colour(x)} on {_colour(y)}")
-        text.append("\n")
-    return text
-
-
-def _shade(x: float) -> str:
-    shade = " ░▒▓█"[min(4, round(abs(float(x)) * 4))]
-    return ("-" if x < 0 and shade != " " else " ") + shade
-
-
-def _pairs(rows: npt.NDArray[np.float32]) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-    if len(rows) % 2:
-        rows = np.concatenate([rows, np.zeros_like(rows[:1])])
-    return zip(rows[::2], rows[1::2])
-
-
-def _colour(x: float) -> str:
-    fade = 255 - round(min(1.0, abs(float(x))) ** 0.5 * 255)
-    return f"#ff{fade:02x}{fade:02x}" if x > 0 else f"#{fade:02x}{fade:02x}ff"
 
 
 def _print_difference(console: Console, difference: dict[str, Any]) -> None:

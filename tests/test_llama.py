@@ -346,3 +346,20 @@ def test_lazy_names():
     assert set(pydeltamem.__all__) <= set(dir(pydeltamem))
     with pytest.raises(AttributeError):
         _ = pydeltamem.nothing
+
+
+def test_logits_follow_the_latest_token(base, adapter):
+    with_all = DeltaMemLlama(
+        model_path=str(base()), deltamem_path=str(adapter("qwen3", "tsw_qo")), n_ctx=64, logits_all=True, verbose=False
+    )
+    last = DeltaMemLlama(model_path=str(base()), deltamem_path=str(adapter("qwen3", "tsw_qo")), n_ctx=64, verbose=False)
+    with pytest.raises(InputError, match="eval tokens first"):
+        _ = last.logits
+    for tokens in ([3, 4, 5], [6]):
+        with_all.eval(tokens)
+        last.eval(tokens)
+        np.testing.assert_array_equal(with_all.logits, with_all.scores[with_all.n_tokens - 1])
+        np.testing.assert_allclose(last.logits, with_all.logits, rtol=0, atol=1e-5)  # a product of another shape
+    last.reset()
+    with pytest.raises(InputError, match="eval tokens first"):
+        _ = last.logits

@@ -1,0 +1,476 @@
+"""`deltamem eval recall`: what a model with a memory still knows once the text is gone, beside other ways to remember.
+
+Every question is asked of the same conversation in the same words. What differs is what the model has before it:
+
+    none      nothing                           window    the last turns that fit into the window
+    bm25      the turns that a search finds     full      the whole text
+    tsw, …    its memory                        tsw+window, …    its memory and the last turns
+
+All but the memories are the same frozen model with an empty memory that is not written. Facts, pairings and phrasings
+are those that no memory was trained on (world.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .errors import InputError
+from .files import replacing
+from .options import _count, _positive
+from .world import Fact, Part, Turn, World, is_recalled
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .llama import DeltaMemLlama
+
+MAX_ANSWER = 16  # tokens
+CONFIDENCE = 1.96  # standard deviations of the interval of an accuracy
+
+# What each task asks for: see Case
+TASKS = ("recall", "overwrite", "distance", "new_values", "visible", "knowledge")
+MEMORY_TASKS = ("recall", "overwrite", "distance", "new_values")  # the answer lies mostly outside of the window
+MEMORY_HEAVY = ("recall", "overwrite", "distance")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    summary = "facts that were told before the text was thrown away"
+    recall = what.add_parser("recall", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    recall.add_argument("-m", "--model", metavar="FILE", help="model GGUF (the model of the package)")
+    recall.add_argument(
+        "--memories", metavar="NAME=FILE", nargs="+", help="adapters, each under the name that the table gives it"
+    )
+    recall.add_argument("-n", type=_positive, default=200, metavar="N", help="questions of each kind (%(default)s)")
+    recall.add_argument(
+        "--facts", type=_numbers, default=[1, 2, 4, 8, 16], metavar="N,...", help="facts told (1,2,4,8,16)"
+    )
+    recall.add_argument(
+        "--distance", type=_numbers, default=[64, 128, 256], metavar="N,...",
+        help="tokens of small talk after four facts (64,128,256)",
+    )  # fmt: skip
+    recall.add_argument("--window", type=_positive, default=64, metavar="N", help="tokens of a window (%(default)s)")
+    recall.add_argument("--tasks", default=",".join(TASKS), help="(%(default)s)")
+    recall.add_argument("--methods", metavar="NAME,...", help="only these")
+    recall.add_argument("--seed", type=_count, default=1, help="(%(default)s)")
+    recall.add_argument("-t", "--threads", type=_positive, metavar="N", help="threads (half the CPUs)")
+    recall.add_argument("--json", metavar="FILE", help="write the rows and the ratios")
+    recall.add_argument("--plot", metavar="FILE.png", help="draw accuracy by facts and by distance (needs matplotlib)")
+    recall.add_argument("--show", type=_count, default=0, metavar="N", help="print N conversations with each answer")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .default_model import default_files
+
+    tasks = args.tasks.split(",")
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise InputError(f"--tasks: there is no task {unknown[0]}: {', '.join(TASKS)}")
+    model, memories = args.model, dict(item.partition("=")[::2] for item in args.memories or ())
+    if model is None:
+        model, shipped = default_files()
+        memories = memories or {name: os.fspath(path) for name, path in shipped.items()}
+    if not memories or not all(memories.values()):
+        raise InputError("--memories: name each adapter, as in --memories tsw=memory.gguf")
+    if args.plot:
+        _matplotlib()
+    readers = {name: NativeReader(model, path, args.threads) for name, path in memories.items()}
+    plain = next(iter(readers.values()))
+    cases = list(make_cases(tasks, args.n, args.facts, args.distance, args.seed, plain))
+    console = Console(stderr=True)
+    answers = answer_all(cases, readers, args.window, console, args.methods.split(",") if args.methods else None)
+    rows = table_of(cases, answers)
+    ratios = ratios_of(rows, list(readers))
+    _print(Console(width=None if sys.stdout.isatty() else 160), rows, ratios)
+    for i in range(min(args.show, len(cases))):
+        _show(cases[i], {method: given[i] for method, given in answers.items()})
+    if args.json:
+        setup = {"model": os.path.basename(os.fspath(model)), "n": args.n, "window": args.window, "seed": args.seed}
+        with replacing(args.json) as temporary:
+            text = json.dumps({"setup": setup, "rows": [asdict(row) for row in rows], "ratios": ratios}, indent=1)
+            Path(temporary).write_text(text + "\n", encoding="utf-8")
+    if args.plot:
+        plot(rows, args.plot)
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1 or max(numbers) > 10_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2,4")
+    return numbers
+
+
+#
+# the conversations
+#
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question.
+
+    recall: any of several facts. overwrite: one that replaced another. distance: behind small talk. new_values: values
+    that no memory was trained on. visible: told in the last turn, so that a window shows it. knowledge: what the model
+    knows by itself.
+    """
+
+    task: str
+    facts: int
+    distance: int
+    turns: tuple[Turn, ...]
+    question: str
+    fact: Fact | None  # None: `answer` must come
+    answer: str = ""
+
+    def is_right(self, answer: str) -> bool:
+        return is_recalled(answer, self.fact) if self.fact else self.answer in answer
+
+
+def make_cases(
+    tasks: Sequence[str],
+    n: int,
+    facts: Sequence[int],
+    distances: Sequence[int],
+    seed: int,
+    reader: Reader,
+) -> Iterator[Case]:
+    for task in tasks:
+        part: Part = "new_value" if task == "new_values" else "new_pair"
+        world = World(1_000 * seed + TASKS.index(task), part, phrasings="new")
+        sizes = {"recall": facts, "new_values": (1, 4), "distance": distances}.get(task, (4,))
+        for size in sizes:
+            n_fact = 4 if task == "distance" else size
+            for _ in range(n):
+                told = world.facts(min(n_fact, 24))
+                turns = [world.tell(fact) for fact in told]
+                asked = world.random.randrange(len(told))
+                if task == "overwrite":
+                    told[asked] = world.another(told[asked])
+                    turns.append(world.update(told[asked]))
+                    place = world.random.randint(asked + 1, len(turns) - 1)
+                    turns.insert(place, turns.pop())
+                elif task == "visible":
+                    turns.append(turns.pop(asked))
+                while task == "distance" and reader.n_tokens(turns[n_fact:]) < size:
+                    turns.append(world.chatter())
+                distance = size if task == "distance" else 0
+                if task == "knowledge":
+                    question, answer = world.knowledge()
+                    word = answer.removeprefix("That is ").rstrip(".")
+                    yield Case(task, n_fact, distance, tuple(turns), question, None, word)
+                else:
+                    yield Case(task, n_fact, distance, tuple(turns), world.ask(told[asked])[0], told[asked])
+
+
+def last_turns(turns: Sequence[Turn], window: int, reader: Reader) -> list[Turn]:
+    """As many of the last turns as fit into the window."""
+    kept: list[Turn] = []
+    for turn in reversed(turns):
+        if reader.n_tokens([turn, *kept]) > window:
+            break
+        kept.insert(0, turn)
+    return kept
+
+
+def found_turns(turns: Sequence[Turn], question: str, window: int, reader: Reader) -> list[Turn]:
+    """The turns that BM25 finds most relevant to the question, as many as fit into the window, in their order."""
+    from rank_bm25 import BM25Okapi
+
+    words = [_words(f"{user} {assistant}") for user, assistant in turns]
+    scores = BM25Okapi(words).get_scores(_words(question))
+    kept: list[int] = []
+    for i in np.argsort(-scores, kind="stable"):
+        if reader.n_tokens([turns[j] for j in (*kept, i)]) <= window:
+            kept.append(int(i))
+    return [turns[i] for i in sorted(kept)]
+
+
+def _words(text: str) -> list[str]:
+    return "".join(c.lower() if c.isalnum() else " " for c in text).split()
+
+
+#
+# the models
+#
+
+
+class Reader(Protocol):
+    """A model with a memory that reads conversations and answers."""
+
+    def n_tokens(self, turns: Sequence[Turn]) -> int: ...
+
+    def begin(self, write: bool) -> None:
+        """No text, an empty memory."""
+
+    def read(self, turns: Sequence[Turn]) -> None:
+        """Reads turns as they were said, each message an ingest of its own."""
+
+    def forget_text(self) -> None: ...
+
+    def answer(self, question: str) -> str:
+        """Reads the question, answers greedily; what it answers it has read too."""
+
+
+class NativeReader:
+    """A DeltaMemLlama."""
+
+    def __init__(
+        self, model: str | os.PathLike[str], adapter: str | os.PathLike[str] | None, threads: int | None = None
+    ):
+        from .llama import DeltaMemLlama
+
+        threads = threads or max((os.cpu_count() or 1) // 2, 1)
+        self.llm: DeltaMemLlama = DeltaMemLlama(
+            model_path=os.fspath(model), deltamem_path=adapter, n_ctx=0, n_threads=threads, n_threads_batch=threads,
+            verbose=False,
+        )  # fmt: skip
+        self._role = {role: self._tokens(f"<|{role}|>") for role in ("user", "assistant")}
+        self._tokens_of: dict[tuple[str, str], list[int]] = {}
+
+    def n_tokens(self, turns: Sequence[Turn]) -> int:
+        return sum(len(self._message(role, text)) for turn in turns for role, text in zip(self._role, turn))
+
+    def begin(self, write: bool) -> None:
+        self.llm.reset()
+        if self.llm.memory.attached:
+            self.llm.memory.reset()
+            self.llm.memory.write = write
+
+    def read(self, turns: Sequence[Turn]) -> None:
+        messages = [self._message(role, text) for turn in turns for role, text in zip(self._role, turn)]
+        self._eval(messages)
+
+    def forget_text(self) -> None:
+        self.llm.reset()
+
+    def answer(self, question: str) -> str:
+        self._eval([self._message("user", question) + self._role["assistant"]])
+        end, given = self.llm.token_eos(), []
+        while len(given) < MAX_ANSWER:
+            token = int(np.argmax(self.llm.logits))
+            self.llm.eval([token])
+            if token == end:
+                break
+            given.append(token)
+        return self.llm.detokenize(given).decode("utf-8", errors="replace").strip()
+
+    def _eval(self, messages: list[list[int]]) -> None:
+        if not messages:
+            return
+        tokens = [token for message in messages for token in message]
+        segments = [i for i, message in enumerate(messages) for _ in message]
+        self.llm.eval(tokens, segments if self.llm.memory.by_segment else None)
+
+    def _message(self, role: str, text: str) -> list[int]:
+        if (role, text) not in self._tokens_of:
+            self._tokens_of[role, text] = self._tokens(f"<|{role}|>{text}<|end|>")
+        return self._tokens_of[role, text]
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.llm.tokenize(text.encode(), add_bos=False, special=True)
+
+
+def answer_all(
+    cases: Sequence[Case],
+    readers: dict[str, Any],
+    window: int,
+    console: Console,
+    only: Sequence[str] | None = None,
+) -> dict[str, list[str]]:
+    """Every method's answer to every case."""
+    from rich.progress import track
+
+    plain = next(iter(readers.values()))
+
+    def show_text(turns_of: Any) -> Any:
+        def answer(case: Case) -> str:
+            plain.begin(write=False)
+            plain.read(turns_of(case))
+            return plain.answer(case.question)
+
+        return answer
+
+    def remember(reader: Any, visible: bool) -> Any:
+        def answer(case: Case) -> str:
+            kept = last_turns(case.turns, window, reader) if visible else []
+            reader.begin(write=True)
+            reader.read(case.turns[: len(case.turns) - len(kept)])
+            reader.forget_text()
+            reader.read(kept)
+            return reader.answer(case.question)
+
+        return answer
+
+    methods = {
+        "none": show_text(lambda case: []),
+        "window": show_text(lambda case: last_turns(case.turns, window, plain)),
+        "bm25": show_text(lambda case: found_turns(case.turns, case.question, window, plain)),
+        "full": show_text(lambda case: case.turns),
+    }
+    for name, reader in readers.items():
+        methods[name] = remember(reader, visible=False)
+        methods[f"{name}+window"] = remember(reader, visible=True)
+    unknown = [name for name in only or () if name not in methods]
+    if unknown:
+        raise InputError(f"--methods: there is no method {unknown[0]}: {', '.join(methods)}")
+    chosen = only or list(methods)
+    steps = [(name, case) for name in chosen for case in cases]
+    answers: dict[str, list[str]] = {name: [] for name in chosen}
+    for name, case in track(steps, description="asking", console=console, transient=True):
+        answers[name].append(methods[name](case))
+    return answers
+
+
+#
+# results
+#
+
+
+@dataclass(frozen=True)
+class Row:
+    """How often one method was right in one kind of case; low and high: 95 % interval."""
+
+    method: str
+    task: str
+    facts: int
+    distance: int
+    n: int
+    accuracy: float
+    low: float
+    high: float
+
+
+def table_of(cases: Sequence[Case], answers: dict[str, list[str]]) -> list[Row]:
+    rows = []
+    for method, given in answers.items():
+        right: dict[tuple[str, int, int], list[bool]] = {}
+        for case, answer in zip(cases, given):
+            right.setdefault((case.task, case.facts, case.distance), []).append(case.is_right(answer))
+        rows += [Row(method, *kind, len(all_), *wilson(sum(all_), len(all_))) for kind, all_ in right.items()]
+    return rows
+
+
+def wilson(right: int, n: int) -> tuple[float, float, float]:
+    """A share and its 95 % interval (Wilson, 1927)."""
+    p, z = right / n, CONFIDENCE
+    middle, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p, max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def ratios_of(rows: Sequence[Row], memories: Sequence[str]) -> dict[str, float | str]:
+    """The paper's three ratios, with equal windows, of the best memory; and what the memory costs where none is needed.
+
+    average: of all tasks, over the backbone with the window. other: over the best other method with that window.
+    memory_heavy: on tasks whose answer is mostly outside of the window. no_memory: on visible facts and knowledge.
+    Ratios of tasks that were not asked are missing.
+    """
+    methods = {row.method for row in rows}
+    found: dict[str, float | str] = {}
+
+    def mean(method: str, tasks: Sequence[str]) -> float | None:
+        means = []
+        for task in tasks:
+            values = [row.accuracy for row in rows if row.method == method and row.task == task]
+            means += [sum(values) / len(values)] if values else []
+        return sum(means) / len(means) if means else None
+
+    candidates = [name for name in (f"{memory}+window" for memory in memories) if name in methods]
+    if not candidates or "window" not in methods:
+        return found
+    best = max(candidates, key=lambda name: mean(name, TASKS) or 0.0)
+    others = [name for name in ("window", "bm25") if name in methods]
+    found["best"] = best
+    comparisons = {
+        "average": (TASKS, ["window"]),
+        "other": (TASKS, others),
+        "memory_heavy": (MEMORY_HEAVY, ["window"]),
+        "no_memory": (("visible", "knowledge"), ["window"]),
+    }
+    for name, (tasks, against) in comparisons.items():
+        base = max((mean(method, tasks) or 0.0 for method in against), default=0.0)
+        if base > 0:
+            found[name] = (mean(best, tasks) or 0.0) / base
+    return found
+
+
+def _print(console: Console, rows: Sequence[Row], ratios: dict[str, float | str]) -> None:
+    from rich.table import Table
+
+    kinds = list(dict.fromkeys((row.task, row.facts, row.distance) for row in rows))
+    table = Table(title="Answers that are right, in % (95 % interval)", box=None)
+    table.add_column("method")
+    for task, facts, distance in kinds:
+        detail = f"{distance} tokens" if distance else f"{facts} fact{'s' if facts > 1 else ''}"
+        table.add_column(f"{task}\n{detail}", justify="right")
+    by_key = {(row.method, row.task, row.facts, row.distance): row for row in rows}
+    for method in dict.fromkeys(row.method for row in rows):
+        cells = (by_key[(method, *kind)] for kind in kinds)
+        table.add_row(method, *(f"{100 * r.accuracy:.0f} ({100 * r.low:.0f}–{100 * r.high:.0f})" for r in cells))
+    console.print(table)
+    if ratios:
+        names = {
+            "average": "all tasks, over the backbone with the same window",
+            "other": "all tasks, over the best other method with that window",
+            "memory_heavy": "tasks that need memory, over the backbone with that window",
+            "no_memory": "tasks that need none, over the backbone with that window",
+        }
+        summary = Table(title=f"Ratios of {ratios['best']}", box=None, show_header=False)
+        for name, text in names.items():
+            if name in ratios:
+                summary.add_row(text, f"{ratios[name]:.2f} ×")
+        console.print(summary)
+
+
+def _show(case: Case, answers: dict[str, str]) -> None:
+    print()
+    for user, assistant in case.turns:
+        print(f"> {user}\n{assistant}")
+    print(f"> {case.question}  [{case.fact.value if case.fact else case.answer}]")
+    for method, answer in answers.items():
+        print(f"{'+' if case.is_right(answer) else '-'} {method}: {answer}")
+
+
+def _matplotlib() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    return Figure
+
+
+def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """Accuracy by the number of facts and by distance, a line for each method, with its interval."""
+    figure = _matplotlib()(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, task, key in zip(panels, ("recall", "distance"), ("facts", "distance")):
+        for method in dict.fromkeys(row.method for row in rows):
+            points = sorted((getattr(row, key), row) for row in rows if row.method == method and row.task == task)
+            if points:
+                x, found = zip(*points)
+                low = [row.accuracy - row.low for row in found]
+                high = [row.high - row.accuracy for row in found]
+                style = "--" if method in ("none", "window", "bm25", "full") else "-"
+                axes.errorbar(x, [row.accuracy for row in found], [low, high], label=method, linestyle=style, capsize=2)
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    panels[0].set(xlabel="facts told", ylabel="answers that are right", ylim=(-0.02, 1.02))
+    panels[1].set(xlabel="tokens of small talk after four facts")
+    panels[0].legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

@@ -1,0 +1,518 @@
+"""`deltamem train`: trains a memory on a frozen Hugging Face model, as the paper does.
+
+Of each conversation the earlier turns are read with writes on; their text is thrown away; the last turn is answered
+with only the state and a visible tail, and the next-token loss of the answer trains the memory's weights. Gradients go
+through the state, over all the tokens that wrote it. The result is a published checkpoint for `deltamem convert`.
+
+A line of the training file is a JSON object with `messages`, a list of {"role", "content"} that ends with the answer;
+or with `messages` and `asks`, a list of such lists, each of which follows the same messages on its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, ModelError
+from .files import replacing
+from .options import _count, _positive
+
+try:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional as F
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+except ImportError:
+    raise InputError("deltamem train needs torch and transformers: pip install 'pydeltamem[train]'") from None
+
+from .convert.checkpoint import HEADS
+from .reference import DeltaMem, DeltaMemConfig, chunked_recurrence, find_attention, recurrence
+
+# The paper's write strategies: granularity and state heads.
+STRATEGIES = {"tsw": ("token", 1), "ssw": ("message_mean", 1), "msw": ("token", 4)}
+WARM_UP = 50  # steps
+HELD_OUT = 64  # conversations that measure the loss and train nothing
+
+Messages = list[dict[str, str]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="HF_DIR", help="the model, which stays as it is")
+    parser.add_argument("data", metavar="FILE.jsonl", help="conversations, one in a line; see the head of train.py")
+    parser.add_argument("-o", "--out", metavar="DIR", required=True, help="checkpoint directory to write")
+
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--strategy", choices=tuple(STRATEGIES), default="tsw",
+        help="every token writes (tsw), the mean of a message (ssw), every token to several heads (msw); %(default)s",
+    )  # fmt: skip
+    memory.add_argument("--rank", type=_positive, default=8, metavar="R", help="rank of the state (%(default)s)")
+    memory.add_argument("--heads", type=_positive, metavar="H", help="state heads (1; 4 for msw)")
+    memory.add_argument(
+        "--corrections", default="qo", metavar="QKVO", help="projections that are corrected (%(default)s)"
+    )
+    memory.add_argument("--layers", type=_layer_list, default=(), metavar="N,...", help="layers with memory (all)")
+    memory.add_argument("--alpha", type=float, default=16.0, help="scale of a correction: alpha / rank (%(default)s)")
+    memory.add_argument(
+        "--write-bias", type=float, default=-1.5, metavar="X",
+        help="initial bias of the write gate; lower: the memory starts out forgetting less (%(default)s)",
+    )  # fmt: skip
+
+    memory.add_argument(
+        "--update", choices=("standard", "lambda_outside", "no_lambda"), default="standard",
+        help="what a write does to the rest of the state; no_lambda: nothing (%(default)s)",
+    )  # fmt: skip
+
+    memory.add_argument(
+        "--heads-gain", type=float, default=0.0, metavar="X",
+        help="begin as the model's own copying heads, X times as strong (%(default)s: begin with no correction at all)",
+    )  # fmt: skip
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--short-first", type=float, default=0.4, metavar="X",
+        help="share of the steps in which longer and longer conversations come in (%(default)s; 0: all from the start)",
+    )  # fmt: skip
+    training.add_argument("--steps", type=_positive, default=1000, metavar="N", help="(%(default)s)")
+    training.add_argument(
+        "--batch", type=_positive, default=16, metavar="N", help="conversations per step (%(default)s)"
+    )
+    training.add_argument("--rate", type=float, default=2e-3, help="highest learning rate (%(default)s)")
+    training.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient (%(default)s)")
+    training.add_argument(
+        "--max-tokens", type=_positive, default=1024, metavar="N", help="of the earlier turns: the last N"
+    )
+    training.add_argument(
+        "--tail", type=_count, default=0, metavar="N", help="messages before the question left visible"
+    )
+    training.add_argument("--seed", type=_count, default=1, help="(%(default)s)")
+    training.add_argument("--save-every", type=_positive, default=100, metavar="N", help="steps between checkpoints")
+    training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    training.add_argument("--init", metavar="DIR", help="begin with the weights of this checkpoint")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    granularity, heads = STRATEGIES[args.strategy]
+    corrections = tuple(args.corrections.lower())
+    if not corrections or not set(corrections) <= set(HEADS):
+        raise InputError(f"--corrections {args.corrections}: must be letters of q, k, v, o")
+    config = DeltaMemConfig(
+        rank=args.rank,
+        alpha=args.alpha,
+        num_state_heads=args.heads or heads,
+        memory_write_granularity=granularity,
+        target_layers=args.layers,
+        delta_heads=corrections,
+        beta_bias_init=args.write_bias,
+        state_update_mode=args.update,
+    )
+    console = Console(stderr=True)
+    report = Trainer(args, config, console).train()
+    _print_report(report, Console())
+    return 0
+
+
+def _layer_list(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 0,1,2") from None
+
+
+#
+# conversations
+#
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation as tokens: what is read into the memory, and what is asked once its text is gone."""
+
+    earlier: list[int]
+    segments: list[int]  # of each of those tokens, the message that it belongs to
+    asks: list[tuple[list[int], list[int]]]  # visible tail and question, answer
+
+
+class Conversations:
+    """The lines of a training file. They are read when they are needed: only where they begin is kept.
+
+    Raises InputError, naming file and line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], tokenizer: Any, tail: int = 0, max_tokens: int = 1024):
+        self.path, self.tokenizer, self.tail, self.max_tokens = Path(path), tokenizer, tail, max_tokens
+        self._offsets: list[int] = []
+        self.sizes: list[int] = []  # of the lines: about in proportion to their tokens
+        try:
+            with open(self.path, "rb") as file:
+                offset = 0
+                for line in file:
+                    if line.strip():
+                        self._offsets.append(offset)
+                        self.sizes.append(len(line))
+                    offset += len(line)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
+        if not self._offsets:
+            raise InputError(f"{self.path}: holds no conversation")
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ModelError(
+                f"{tokenizer.name_or_path}: its tokenizer has no chat template to write conversations with"
+            )
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, i: int) -> Example:
+        with open(self.path, "rb") as file:
+            file.seek(self._offsets[i])
+            line = file.readline()
+        try:
+            record = json.loads(line)
+            messages = [{"role": m["role"], "content": m["content"]} for m in record["messages"]]
+            if "asks" in record:
+                asks = [[{"role": m["role"], "content": m["content"]} for m in ask] for ask in record["asks"]]
+            else:  # the question is the user's last message
+                n_answer = 2 if len(messages) > 1 and messages[-2]["role"] == "user" else 1
+                messages, asks = messages[:-n_answer], [messages[-n_answer:]]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise InputError(f"{self.path}: conversation {i + 1} is not as `messages` should be: {error!r}") from error
+        if not messages or any(not ask or ask[-1]["role"] != "assistant" for ask in asks):
+            raise InputError(
+                f"{self.path}: conversation {i + 1} must have earlier messages and end with the assistant's answer"
+            )
+        ids, segments = self._earlier(messages)
+        visible = messages[len(messages) - self.tail :] if self.tail else []
+        return Example(
+            ids[-self.max_tokens :], segments[-self.max_tokens :], [self._ask(visible + ask) for ask in asks]
+        )
+
+    def _earlier(self, messages: Messages) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        segments: list[int] = []
+        for i in range(len(messages)):
+            longer = self._tokens(messages[: i + 1])
+            segments += [i] * (len(longer) - len(ids))
+            ids = longer
+        return ids, segments[: len(ids)]
+
+    def _ask(self, messages: Messages) -> tuple[list[int], list[int]]:
+        question = self._tokens(messages[:-1], add_generation_prompt=True)
+        whole = self._tokens(messages)
+        if whole[: len(question)] != question:
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: its chat template writes a prompt in another way than a conversation"
+                " that goes on"
+            )
+        return question, whole[len(question) :]
+
+    def _tokens(self, messages: Messages, **options: Any) -> list[int]:
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@dataclass
+class Batch:
+    """Examples side by side. Earlier turns and answers are filled up behind, questions before; that writes nothing."""
+
+    earlier: Tensor  # [B, T]
+    segments: Tensor  # [B, T], -1: filler
+    owner: Tensor  # [A]: the example that each question belongs to
+    question: Tensor  # [A, Q]
+    question_mask: Tensor
+    answer: Tensor  # [A, N]
+    answer_mask: Tensor
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], device: str) -> Batch:
+        asks = [(i, *ask) for i, example in enumerate(examples) for ask in example.asks]
+
+        def fill(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
+            longest = max(map(len, rows))
+            space = [[value] * (longest - len(row)) for row in rows]
+            return torch.tensor([s + r if left else r + s for r, s in zip(rows, space)], device=device)
+
+        questions, answers = [ask[1] for ask in asks], [ask[2] for ask in asks]
+        return cls(
+            fill([example.earlier for example in examples], 0),
+            fill([example.segments for example in examples], -1),
+            torch.tensor([ask[0] for ask in asks], device=device),
+            fill(questions, 0, left=True),
+            fill([[1] * len(row) for row in questions], 0, left=True).bool(),
+            fill(answers, 0),
+            fill([[1] * len(row) for row in answers], 0).bool(),
+        )
+
+
+#
+# training
+#
+
+
+def answer_logits(model: Any, memory: DeltaMem, batch: Batch) -> Tensor:
+    """Logits of each token of the answers, [A, N, vocab], with the earlier turns in the memory only."""
+    memory.reset()
+    with memory.segments(batch.segments):
+        model(batch.earlier, use_cache=False, logits_to_keep=1)
+    memory.state = memory.state[:, batch.owner]
+
+    # the question is an ingest of its own, and so is each token of the answer; what fillers write nobody reads
+    mask = batch.question_mask
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with memory.segments(torch.where(mask, 0, -1)):
+        asked = model(
+            batch.question, attention_mask=mask.long(), position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+    whole = torch.cat([mask, batch.answer_mask], 1)[:, :-1]
+    n_read = batch.answer.shape[1] - 1
+    if n_read == 0:
+        return asked.logits[:, -1:]
+    behind = positions[:, -1:] + 1 + torch.arange(n_read, device=positions.device)
+    answered = model(
+        batch.answer[:, :-1],
+        attention_mask=whole.long(),
+        position_ids=behind,
+        past_key_values=asked.past_key_values,
+    )
+    return torch.cat([asked.logits[:, -1:], answered.logits], 1)
+
+
+def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
+    losses = F.cross_entropy(logits.float().flatten(0, 1), batch.answer.flatten(), reduction="none")
+    return (losses * batch.answer_mask.flatten()).sum() / batch.answer_mask.sum()
+
+
+@dataclass
+class Report:
+    """What a training run came to."""
+
+    out: str
+    parameters: int
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float  # on the conversations held out
+    loss_without: float  # the same with an empty memory
+    right: float  # share of their answers whose every token is the most likely one
+    right_without: float
+    curve: list[tuple[int, float]] = field(default_factory=list)
+
+
+class Trainer:
+    """One run of `deltamem train`; goes on from `checkpoint.pt` in the output directory if there is one."""
+
+    def __init__(self, args: argparse.Namespace, config: DeltaMemConfig, console: Any):
+        self.args, self.console = args, console
+        self.out = Path(args.out)
+        if not Path(args.model, "config.json").is_file():
+            raise ModelError(f"{args.model}: is no Hugging Face model directory: it has no config.json")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            tokenizer = AutoTokenizer.from_pretrained(args.model)
+            self.model = AutoModelForCausalLM.from_pretrained(args.model).to(args.device)
+        except OSError as error:
+            raise ModelError(f"{args.model}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        self.model.eval().requires_grad_(False)
+        self.data = Conversations(args.data, tokenizer, args.tail, args.max_tokens)
+        self.n_held_out = min(HELD_OUT, len(self.data) // 10)
+        self.by_size = sorted(range(self.n_held_out, len(self.data)), key=self.data.sizes.__getitem__)
+
+        torch.manual_seed(args.seed)
+        # token by token is several times faster where a small operation costs no launch
+        form = recurrence if args.device == "cpu" else chunked_recurrence
+        if args.init:
+            self.memory = DeltaMem.from_checkpoint(self.model, args.init, recurrence=form)
+        else:
+            self.memory = DeltaMem(self.model, config, recurrence=form)
+            if args.heads_gain:
+                start_from_heads(self.memory, self.model, args.heads_gain)
+        self.memory.to(args.device)
+        self.parameters = [p for p in self.memory.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0)
+        self.step, self.tokens, self.seconds, self.curve = 0, 0, 0.0, []
+        self._resume()
+
+    def train(self) -> Report:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        args = self.args
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        mean = self.curve[-1][1] if self.curve else None
+        with Progress(*columns, console=self.console) as progress:
+            bar = progress.add_task(args.strategy, total=args.steps, completed=self.step)
+            while self.step < args.steps:
+                begun = time.monotonic()
+                loss = self._update()
+                self.seconds += time.monotonic() - begun
+                mean = loss if mean is None else 0.95 * mean + 0.05 * loss
+                if not math.isfinite(loss):
+                    raise InputError(f"step {self.step}: the loss is {loss}: lower --rate or --clip and run again")
+                if self.step % 10 == 0:
+                    self.curve.append((self.step, mean))
+                progress.update(bar, advance=1, description=f"{args.strategy}, loss {mean:.3f}")
+                if self.step % args.save_every == 0 or self.step == args.steps:
+                    self._save()
+        self._plot()
+        return self._report()
+
+    def _update(self) -> float:
+        args = self.args
+        share = min((self.step + 1) / WARM_UP, 0.5 * (1 + math.cos(math.pi * self.step / args.steps)) + 0.02)
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.rate * min(share, 1.0)
+        examples = [self.data[i] for i in self._draw()]
+        batch = Batch.of(examples, args.device)
+        loss = answer_loss(answer_logits(self.model, self.memory, batch), batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, args.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += sum(len(example.earlier) for example in examples)
+        return loss.item()
+
+    def _draw(self) -> list[int]:
+        """A batch of conversations of similar length, so that few of its tokens are fillers. The short ones come first:
+        where little is said, what is remembered of it shows in the answer."""
+        draw, n = random.Random(self.args.seed * 1_000_003 + self.step), self.args.batch
+        share = min(1.0, 0.1 + 0.9 * self.step / max(self.args.short_first * self.args.steps, 1e-9))
+        longest = max(n, round(share * len(self.by_size)))
+        candidates = sorted(draw.randrange(longest) for _ in range(4 * n))
+        begin = draw.randrange(4) * n
+        return [self.by_size[i] for i in candidates[begin : begin + n]]
+
+    def _save(self) -> None:
+        self.memory.save_checkpoint(self.out)
+        with replacing(self.out / "checkpoint.pt") as temporary:
+            torch.save(
+                {
+                    "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "curve": self.curve,
+                    "memory": self.memory.state_dict(), "optimizer": self.optimizer.state_dict(),
+                },
+                temporary,
+            )  # fmt: skip
+
+    def _resume(self) -> None:
+        path = self.out / "checkpoint.pt"
+        if not path.exists():
+            return
+        try:
+            saved = torch.load(path, weights_only=True, map_location=self.args.device)
+            self.memory.load_state_dict(saved["memory"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.tokens, self.seconds = saved["step"], saved["tokens"], saved["seconds"]
+            self.curve = [tuple(point) for point in saved["curve"]]
+        except (RuntimeError, KeyError, ValueError, EOFError, OSError) as error:
+            raise InputError(
+                f"{path}: is of another run: {str(error).splitlines()[0]}; delete it or name another --out"
+            ) from error
+        self.console.print(f"{path}: goes on from step {self.step}")
+
+    @torch.no_grad()
+    def _held_out(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        for begin in range(0, self.n_held_out, self.args.batch):
+            rows = [self.data[i] for i in range(begin, min(begin + self.args.batch, self.n_held_out))]
+            batch = Batch.of(rows, self.args.device)
+            read = answer_logits(self.model, self.memory, batch)
+            batch_without = Batch(**{**vars(batch), "segments": torch.full_like(batch.segments, -1)})
+            yield batch, read, answer_logits(self.model, self.memory, batch_without)
+
+    def _report(self) -> Report:
+        sums, count = [0.0] * 4, 0
+        for batch, *both in self._held_out():
+            n = len(batch.owner)
+            count += n
+            for i, logits in enumerate(both):
+                sums[i] += n * answer_loss(logits, batch).item()
+                sums[2 + i] += ((logits.argmax(-1) == batch.answer) | ~batch.answer_mask).all(1).sum().item()
+        loss, loss_without, right, right_without = (x / max(count, 1) for x in sums)
+        return Report(
+            os.fspath(self.out), sum(p.numel() for p in self.parameters), self.step, self.tokens, self.seconds,
+            loss, loss_without, right, right_without, self.curve,
+        )  # fmt: skip
+
+    def _plot(self) -> None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            self.console.print("no picture of the loss: pip install matplotlib")
+            return
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss of the answers")
+        axes.plot(*zip(*self.curve)) if self.curve else None
+        axes.grid(alpha=0.3)
+        with replacing(self.out / "loss.png") as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
+
+
+def _print_report(report: Report, console: Any) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False)
+    table.add_row("checkpoint", report.out)
+    table.add_row("parameters", f"{report.parameters:,}")
+    table.add_row("steps, tokens read", f"{report.steps:,}, {report.tokens:,}")
+    table.add_row(
+        "time", f"{report.seconds / 60:.1f} minutes, {report.tokens / max(report.seconds, 1e-9):,.0f} tokens/s"
+    )
+    table.add_row("held out: loss", f"{report.loss:.4f} with the memory, {report.loss_without:.4f} with an empty one")
+    table.add_row("held out: answers right", f"{report.right:.1%} with, {report.right_without:.1%} without")
+    console.print(table)
+    sys.stdout.flush()
+
+
+#
+# initial weights
+#
+
+
+@torch.no_grad()
+def start_from_heads(memory: DeltaMem, model: Any, gain: float = 1.0) -> None:
+    """Initial weights by which the memory reads and writes as the model's own copying heads do.
+
+    A head's value and output weights make one matrix, which maps what stands at a token to what attending to it adds;
+    its query and key weights make another, by which it matches (Elhage et al., A mathematical framework for transformer
+    circuits, 2021; without rotary positions and norms). In each layer the half of the heads is taken whose first
+    matrix best maps tokens to themselves. The memory's heads get the leading singular directions of both.
+    """
+    text = model.config.get_text_config()
+    embedded = model.get_input_embeddings().weight.float()
+    embedded = embedded / embedded.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+    attentions = find_attention(model)
+    n_head, n_kv = text.num_attention_heads, text.num_key_value_heads or text.num_attention_heads
+    rank, scale = memory.config.rank, memory.config.alpha / memory.config.rank
+    for layer, parameters in zip(memory.layers, memory.memories):
+        weight = {head: attentions[layer].weight(head).float() for head in HEADS}
+        size = weight["q"].shape[0] // n_head
+        found = []
+        for i in range(n_head):
+            q, kv = (slice(j * size, (j + 1) * size) for j in (i, i // (n_head // n_kv)))
+            copy = weight["o"][:, q] @ weight["v"][kv]
+            added = embedded @ copy.T
+            itself = (added * embedded).sum(-1).mean() - added.mean(0) @ embedded.mean(0)
+            found.append((itself.item(), copy, weight["q"][q].T @ weight["k"][kv]))
+        found.sort(key=lambda head: -head[0])
+        best = found[: max(n_head // 2, 1)]
+        decomposed = [(torch.linalg.svd(copy), torch.linalg.svd(match)) for _, copy, match in best]
+        for i in range(memory.config.num_state_heads):
+            (out, strength, into), (asked, alike, kept) = decomposed[i % len(decomposed)]
+            begin = i // len(decomposed) * rank
+            some = slice(begin, min(begin + rank, size))
+            rows = slice(i * rank, i * rank + some.stop - some.start)
+            root, level = strength[some, None].sqrt(), (alike[some, None] / alike[0]).sqrt()
+            parameters.memory_v_proj[rows] = root * into[some]
+            parameters.memory_k_proj[rows] = level * kept[some]
+            parameters.memory_q_proj[rows] = level * asked.T[some]
+            if "o" in memory.config.delta_heads:
+                parameters.delta_o_proj[:, rows] = gain / scale * (root * out.T[some]).T

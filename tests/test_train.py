@@ -1,0 +1,238 @@
+"""deltamem train: fillers of a batch change nothing, an interrupted run goes on, bad input is named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", reason="training needs transformers (extra: train)")
+
+from rich.console import Console  # noqa: E402
+
+from pydeltamem import train  # noqa: E402
+from pydeltamem.convert.checkpoint import Checkpoint  # noqa: E402
+from pydeltamem.errors import InputError, ModelError  # noqa: E402
+from pydeltamem.reference import DeltaMem, DeltaMemConfig  # noqa: E402
+
+WORDS = ["<|user|>", "<|assistant|>", "<|end|>", "red", "green", "blue", "my", "door", "is", "what", "colour", "yours"]
+WORDS += ["hello", "there", "it"]
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def say(*texts):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * len(texts), texts)]
+
+
+@pytest.fixture(scope="module")
+def hf_dir(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    directory = tmp_path_factory.mktemp("hf")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="it"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=TEMPLATE)
+    fast.save_pretrained(directory)
+    torch.manual_seed(3)
+    config = transformers.Qwen3Config(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.Qwen3ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    lines = []
+    for i in range(40):
+        colour = ("red", "green", "blue")[i % 3]
+        earlier = say("hello", "hello there") * (i % 4) + say(f"my door is {colour}", "yours")
+        ask = say("what colour is my door", f"it is {colour}")
+        lines.append(
+            {"messages": earlier + ask} if i % 2 else {"messages": earlier, "asks": [ask, say("hello", "yours")]}
+        )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def arguments(hf_dir, data, out, *options):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    return parser.parse_args([str(hf_dir), str(data), "-o", str(out), "--batch", "4", "--device", "cpu", *options])
+
+
+def trainer(hf_dir, data, out, *options):
+    args = arguments(hf_dir, data, out, *options)
+    granularity, heads = train.STRATEGIES[args.strategy]
+    config = DeltaMemConfig(rank=4, num_state_heads=heads, memory_write_granularity=granularity)
+    return train.Trainer(args, config, Console(quiet=True))
+
+
+@pytest.fixture
+def memory(hf_dir):
+    def make(strategy):
+        model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).double().eval()
+        granularity, heads = train.STRATEGIES[strategy]
+        torch.manual_seed(5)
+        config = DeltaMemConfig(
+            rank=4, num_state_heads=heads, memory_write_granularity=granularity, output_init="random",
+            delta_heads=("q", "k", "v", "o"),
+        )  # fmt: skip
+        memory = DeltaMem(model, config).double()
+        with torch.no_grad():
+            for name, parameter in memory.named_parameters():
+                if "delta" in name:
+                    parameter.mul_(40)  # felt in the logits
+        return model, memory
+
+    return make
+
+
+@pytest.mark.parametrize("strategy", train.STRATEGIES)
+def test_a_batch_computes_what_each_conversation_does(hf_dir, data, memory, strategy):
+    model, memory = memory(strategy)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    conversations = train.Conversations(data, tokenizer)
+    examples = [conversations[i] for i in (0, 1, 3, 6)]
+    together = train.Batch.of(examples, "cpu")
+    with torch.no_grad():
+        logits = train.answer_logits(model, memory, together)
+        rows = iter(logits)
+        for example in examples:
+            for question, answer in example.asks:
+                memory.reset()
+                with memory.segments([example.segments]):
+                    model(torch.tensor([example.earlier]))
+                state = memory.state
+                with memory.segments([[0] * len(question)]):
+                    asked = model(torch.tensor([question]), use_cache=True)
+                expected = [asked.logits[0, -1]]
+                for token in answer[:-1]:
+                    asked = model(torch.tensor([[token]]), past_key_values=asked.past_key_values, use_cache=True)
+                    expected.append(asked.logits[0, -1])
+                torch.testing.assert_close(next(rows)[: len(answer)], torch.stack(expected), rtol=0, atol=1e-9)
+                assert state.abs().max() > 1e-3
+    assert next(rows, None) is None
+
+
+def test_the_state_is_all_that_the_answer_sees(hf_dir, data, memory):
+    """With writes that go nowhere the answers are those of an empty memory; with them they are not."""
+    model, memory = memory("tsw")
+    conversations = train.Conversations(data, transformers.AutoTokenizer.from_pretrained(hf_dir))
+    batch = train.Batch.of([conversations[1]], "cpu")
+    with torch.no_grad():
+        told = train.answer_logits(model, memory, batch)
+        batch.segments[:] = -1
+        untold = train.answer_logits(model, memory, batch)
+        batch.earlier[:] = 0
+        torch.testing.assert_close(train.answer_logits(model, memory, batch), untold, rtol=0, atol=0)
+    assert (told - untold).abs().max() > 1e-3
+
+
+def test_training_lowers_the_loss_and_writes_a_published_checkpoint(hf_dir, data, tmp_path):
+    before = {k: v.clone() for k, v in transformers.AutoModelForCausalLM.from_pretrained(hf_dir).state_dict().items()}
+    run = trainer(hf_dir, data, tmp_path / "out", "--steps", "60", "--rate", "0.02")
+    begin = run._report()
+    assert begin.loss == pytest.approx(begin.loss_without)  # corrections begin as zero
+    report = run.train()
+    assert report.steps == 60 and report.tokens > 0
+    assert report.loss < 0.9 * begin.loss
+    assert report.loss < report.loss_without
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, before[name]), f"{name} of the frozen model changed"
+    assert Checkpoint(tmp_path / "out").config.rank == 4
+    assert {"delta_mem_adapter.pt", "delta_mem_config.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_an_interrupted_run_goes_on(hf_dir, data, tmp_path):
+    options = ("--steps", "6", "--save-every", "3")
+    whole = trainer(hf_dir, data, tmp_path / "whole", *options)
+    whole.train()
+    broken = trainer(hf_dir, data, tmp_path / "broken", *options)
+    update = broken._update
+
+    def stop():
+        if broken.step == 4:
+            raise KeyboardInterrupt
+        return update()
+
+    broken._update = stop
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    again = trainer(hf_dir, data, tmp_path / "broken", *options)
+    assert again.step == 3
+    again.train()
+    for name, value in whole.memory.state_dict().items():
+        assert torch.equal(value, again.memory.state_dict()[name]), name
+    assert again.curve == whole.curve and again.tokens == whole.tokens
+
+
+def test_tail_stays_visible_and_is_remembered(hf_dir, data):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    plain, tailed = (train.Conversations(data, tokenizer, tail)[1] for tail in (0, 2))
+    assert tailed.earlier == plain.earlier
+    (question, answer), (longer, same) = plain.asks[0], tailed.asks[0]
+    assert same == answer and longer[-len(question) :] == question
+    assert tokenizer.decode(longer).count("<|user|>") == 2
+
+
+def test_segments_are_messages(hf_dir, data):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    example = train.Conversations(data, tokenizer)[1]
+    ends = [i for i, token in enumerate(example.earlier) if token == WORDS.index("<|end|>")]
+    assert [example.segments[i] for i in ends] == list(range(len(ends)))
+    assert [b - a for a, b in zip(example.segments, example.segments[1:]) if b != a] == [1] * (len(ends) - 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "conversation 1"),
+        ('{"messages": []}', "conversation 1"),
+        (json.dumps({"messages": [*say("hello"), *say("hello")]}), "assistant's answer"),
+        ("", "holds no conversation"),
+    ],
+)  # fmt: skip
+def test_bad_lines_are_named(hf_dir, tmp_path, line, reason):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=reason) as caught:
+        train.Conversations(path, transformers.AutoTokenizer.from_pretrained(hf_dir))[0]
+    assert str(path) in str(caught.value)
+
+
+def test_other_bad_input(hf_dir, data, tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        trainer(tmp_path, data, tmp_path / "out")
+    with pytest.raises(InputError, match="cannot be read"):
+        trainer(hf_dir, tmp_path / "none.jsonl", tmp_path / "out")
+    trainer(hf_dir, data, tmp_path / "out", "--steps", "1").train()
+    with pytest.raises(InputError, match="another run"):
+        trainer(hf_dir, data, tmp_path / "out", "--strategy", "msw")
+
+
+@pytest.mark.parametrize("strategy", ["tsw", "msw"])
+def test_a_memory_that_begins_as_a_head_adds_what_the_head_does(hf_dir, strategy):
+    """What one value, read as it was written, adds to the layer: the head's output for it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).double().eval()
+    _, heads = train.STRATEGIES[strategy]
+    rank = 16 // (heads // 2 or 1)  # as many directions as a head has, so that nothing is lost
+    memory = DeltaMem(model, DeltaMemConfig(rank=rank, num_state_heads=heads, alpha=4.0)).double()
+    train.start_from_heads(memory, model, gain=0.5)
+    h = torch.randn(32, dtype=torch.double)
+    for layer, parameters in zip(memory.layers, memory.memories):
+        attention = model.model.layers[layer].self_attn
+        outputs = [
+            attention.o_proj.weight[:, i * 16 : i * 16 + 16] @ attention.v_proj.weight @ h for i in range(2)
+        ]  # fmt: skip
+        added = parameters.delta("o", parameters.memory_v_proj @ h)
+        assert any(torch.allclose(added, 0.5 * out, atol=1e-6) for out in outputs), layer
+        keys = parameters.memory_k_proj @ h
+        assert keys.abs().max() > 0 and torch.isfinite(keys).all()
