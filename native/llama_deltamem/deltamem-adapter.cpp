@@ -343,6 +343,8 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         file.fail("is an adapter for '" + arch + "', the model is '" + llm_arch_name(model.arch) + "'");
     }
 
+    llama_deltamem_check_attention(model.arch);
+
     const int64_t  n_embd  = model.hparams.n_embd;
     const uint32_t n_layer = model.hparams.n_layer();
     if (const uint32_t n = file.u32("deltamem.base.embedding_length"); n != n_embd) {
@@ -410,8 +412,7 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         const llama_layer & layer = model.layers[il];
         const ggml_tensor * w     = layer.wqkv ? layer.wqkv : layer.wq;
         if (!w || (!layer.wqkv && (!layer.wk || !layer.wv)) || (o && !layer.wo)) {
-            file.fail(format("corrects layer %u, which has no attention projections in this model ('%s')", il,
-                             arch.c_str()));
+            llama_deltamem_refuse(model.arch, (int) il, "it has no attention projections of the common kind");
         }
 
         const ggml_backend_buffer_type_t buft = select_buft(w);
@@ -471,6 +472,20 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
     if (fallback) {
         LLAMA_LOG_WARN("%s: a device of this model has no δ-mem operator, the memory of its layers runs on the CPU\n",
                        __func__);
+    }
+}
+
+void llama_deltamem_refuse(llm_arch arch, const std::string & why) {
+    throw std::runtime_error(format("architecture '%s' is not supported: %s", llm_arch_name(arch), why.c_str()));
+}
+
+void llama_deltamem_refuse(llm_arch arch, int il, const std::string & why) {
+    llama_deltamem_refuse(arch, format("the adapter names layer %d, but %s", il, why.c_str()));
+}
+
+void llama_deltamem_check_attention(llm_arch arch) {
+    if (llm_arch_is_recurrent(arch)) {
+        llama_deltamem_refuse(arch, "it has no attention");
     }
 }
 
