@@ -121,9 +121,9 @@ default-model: $(INSTALLED) ## train the model of the package and its memories (
 	done
 	$(BIN)/python recipes/compare.py $(DEFAULT)
 
-architectures: $(INSTALLED) ## the table of docs/architectures.md: hooks against the PyTorch reference (installs transformers)
-	$(BIN)/python -m pip install -q -c constraints.txt "transformers>=5"
-	$(BIN)/python -m pytest -q -s tests/test_architectures.py | grep -E '^\||passed|failed'
+architectures: $(INSTALLED) ## hooks against the PyTorch reference: docs/architectures.md's table, pydeltamem/architectures.json
+	DELTAMEM_ARCHITECTURES=$(CURDIR)/pydeltamem/architectures.json \
+		$(BIN)/python -m pytest -q -s tests/test_architectures.py | grep -E '^\||passed|failed'
 
 schedules: $(INSTALLED) ## 1,000 random schedules over four conversations against a simple model (`make test` runs 40)
 	DELTAMEM_SCHEDULES=1000 $(BIN)/python -m pytest tests/test_schedules.py
@@ -139,8 +139,7 @@ bench: $(INSTALLED) ## random models with and without the memory, and the operat
 		$(BIN)/deltamem bench --synthetic $$shape --json build/bench/$$shape.json $(BENCH_ARGS) || exit 1; \
 	done
 
-bench-reference: $(INSTALLED) ## the native side against the memory in PyTorch (installs transformers)
-	$(BIN)/python -m pip install -q -c constraints.txt "transformers>=5"
+bench-reference: $(INSTALLED) ## the native side against the memory in PyTorch
 	$(BIN)/python tests/bench_reference.py
 
 lint: $(TOOLS) ## formatting and lint rules

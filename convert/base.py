@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,13 +43,13 @@ class Layer:
 
 
 class Base:
-    """A base model's GGUF. Reads its header, no weights. Raises ModelError."""
+    """A base model's GGUF, or the first one of its shards. Reads its header, no weights. Raises ModelError."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
             raise ModelError(f"{self.path}: no such base model")
-        header = Header(self.path)
+        header = Header.of_model(self.path)
         self._keys = header.keys
         self._shapes = {tensor.name: tensor.shape for tensor in header.tensors.values()}
 
@@ -61,8 +60,6 @@ class Base:
         if not 0 < self.n_layer <= MAX_LAYERS:
             raise ModelError(f"{self.path}: has {self.n_layer} layers, llama.cpp takes 1 to {MAX_LAYERS}")
         self.n_embd = self._size("embedding_length")
-        for part in self._other_parts():
-            self._shapes.update((tensor.name, tensor.shape) for tensor in Header(part).tensors.values())
         self.layers = [self._layer(i) for i in range(self.n_layer)]
 
     def permute(self, head: str, layer: int, rows: np.ndarray) -> np.ndarray:
@@ -81,18 +78,6 @@ class Base:
             )
         # as LlamaModel.permute of llama.cpp's converter
         return rows.reshape(n_head, 2, rows.shape[0] // n_head // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-
-    def _other_parts(self) -> list[Path]:
-        """The other files of a model that is split in several."""
-        n_parts = self._integer("split.count", self._keys.get("split.count", 1))
-        if n_parts < 2:
-            return []
-        name = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", self.path.name)
-        if not name or self._keys.get("split.no") != 0:
-            raise ModelError(
-                f"{self.path}: is a part of a split model: name its first part, ...-00001-of-{n_parts:05}.gguf"
-            )
-        return [self.path.with_name(f"{name[1]}-{i:05}-of-{n_parts:05}.gguf") for i in range(2, n_parts + 1)]
 
     def _value(self, key: str, default=None):
         value = self._keys.get(key, default)

@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median, quantiles
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .bench_model import cache_folder, synthetic_files
 from .errors import DeltaMemError, InputError, LibraryError, ModelError
+from .files import output
 from .gguf_header import Header
 from .options import CACHE_TYPES, _count, _layers, _positive
 from .synthetic import FTYPES, SHAPES
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     err = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     out = err if args.json == "-" else Console(width=None if sys.stdout.isatty() else 120)
-    with _output(args.json) as write:
+    with output(args.json) as write:
         results = _bench_op(args, out, err) if args.op else _bench(args, out, err)
         write(json.dumps({"version": __version__, **results}, indent=2, ensure_ascii=False) + "\n")
     return 0
@@ -493,35 +494,6 @@ def _progress(err: Console) -> Progress:
     percent = TextColumn("{task.percentage:.0f} %")
     columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
     return Progress(*columns, console=err, auto_refresh=False, transient=True, disable=not err.is_terminal)
-
-
-@contextlib.contextmanager
-def _output(path: str | None) -> Iterator[Callable[[str], None]]:
-    """A function that writes the file, which appears whole or not at all; that it can be written is seen at once."""
-    if path is None or path == "-":
-        yield (lambda text: None) if path is None else sys.stdout.write
-        return
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        temporary.touch(exist_ok=False)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-
-    def write(text: str) -> None:
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, target)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-
-    try:
-        yield write
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _counts(text: str) -> list[int]:

@@ -20,6 +20,7 @@ SUBCOMMANDS = {
     "pack": ("pydeltamem.pack", "put base and adapter in one file that loads as one model"),
     "unpack": ("pydeltamem.unpack", "get base and adapter back out of a packed model"),
     "quantize": ("pydeltamem.quantize", "write a model in a smaller type"),
+    "architectures": ("pydeltamem.architectures", "list what takes a memory, what was verified and what is refused"),
     "inspect": ("pydeltamem.inspect", "show what an adapter, model or memory file holds"),
     "generate": ("pydeltamem.generate", "read a prompt and write on"),
     "chat": ("pydeltamem.chat", "talk to a model that remembers"),

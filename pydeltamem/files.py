@@ -6,8 +6,11 @@ import contextlib
 import glob
 import os
 import secrets
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from .errors import InputError
 
 
 @contextlib.contextmanager
@@ -32,6 +35,37 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def output(path: str | None) -> Iterator[Callable[[str], None]]:
+    """A function that writes the file of `--json FILE`, which appears whole or not at all; - is standard output, None
+    nothing. That it can be written is seen at once. Raises InputError.
+    """
+    if path is None or path == "-":
+        yield (lambda text: None) if path is None else sys.stdout.write
+        return
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def write(text: str) -> None:
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, target)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+    try:
+        yield write
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def leftovers(path: str | os.PathLike[str]) -> list[Path]:

@@ -1,7 +1,8 @@
 """What stands before the weights in a GGUF file: its keys, and the tensors' names, shapes, types and places.
 
 gguf.GGUFReader makes objects for every element of every array: 14 s and 0.5 GB for a vocabulary of 150000 tokens.
-Conversion and `deltamem inspect` want the few keys beside it at once.
+Conversion and `deltamem inspect` want the few keys beside it at once. A model may be in shards, as llama.cpp splits it:
+the first one has the keys, all have tensors.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import re
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -42,12 +44,13 @@ _SCALARS = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor's entry. `shape` in numpy's order, rows first; `offset` in bytes from the start of the file."""
+    """A tensor's entry. `shape` in numpy's order, rows first; `offset` in bytes from the start of its file, `path`."""
 
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType | int  # a number: newer than the gguf package
     offset: int
+    path: Path
 
     @property
     def type_name(self) -> str:
@@ -74,6 +77,7 @@ class Header:
         tensors: every tensor's entry by name, in the file's order; each lies wholly inside the file.
         spans: where every key's type and value stand in the file, bytes from and to.
         version, alignment: of the file.
+        files: the file, or the shards of a model that `of_model` reads, the first one first.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -85,18 +89,51 @@ class Header:
                 if file.read(len(MAGIC)) != MAGIC:
                     raise ModelError(f"{self.path}: is not a GGUF file")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    parser = _Parser(data)
+                    parser = _Parser(data, self.path)
                     self.keys, self.types, self.tensors = parser.parse()
                     self.spans, self.version, self.alignment = parser.spans, parser.version, parser.alignment
         except OSError as error:
             raise ModelError(f"{self.path}: cannot be read: {error.strerror}") from error
         except _Damaged as error:
             raise ModelError(f"{self.path}: is not a readable GGUF file: {error}") from None
+        self.files = [self.path]
+
+    @classmethod
+    def of_model(cls, path: str | os.PathLike[str]) -> Header:
+        """The header of a model that may be in shards: the keys of the first one, which is to be named, and the tensors
+        of all. Raises ModelError, also if one is missing or they do not belong together.
+        """
+        header = cls(path)
+        n = header.keys.get("split.count", 1)
+        if not isinstance(n, int) or n < 2:
+            return header
+        name = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", header.path.name)
+        if not name or header.keys.get("split.no") != 0 or (int(name[2]), int(name[3])) != (1, n):
+            raise ModelError(
+                f"{header.path}: is a part of a split model: name its first part, ...-00001-of-{n:05}.gguf"
+            )
+        for i in range(1, n):
+            shard = cls(header.path.with_name(f"{name[1]}-{i + 1:05}-of-{n:05}.gguf"))
+            if shard.keys.get("split.no") != i or shard.keys.get("split.count") != n:
+                raise ModelError(f"{shard.path}: is not part {i + 1} of {n} of {header.path}: it says otherwise")
+            if twice := header.tensors.keys() & shard.tensors.keys():
+                raise ModelError(f"{shard.path}: has tensor {_shown(min(twice))}, which another part has too")
+            header.tensors.update(shard.tensors)
+            header.files.append(shard.path)
+        expected = header.keys.get("split.tensors.count")
+        if expected != len(header.tensors):
+            raise ModelError(f"{header.path}: its {n} parts have {len(header.tensors)} tensors, not {expected}")
+        return header
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its files."""
+        return sum(path.stat().st_size for path in self.files)
 
     def read(self, name: str) -> np.ndarray:
         """A tensor's values, dequantised: float32, rows first."""
         tensor = self.tensors[name]
-        data = np.fromfile(self.path, np.uint8, tensor.n_bytes, offset=tensor.offset)
+        data = np.fromfile(tensor.path, np.uint8, tensor.n_bytes, offset=tensor.offset)
         try:
             return gguf.quants.dequantize(data, tensor.type).reshape(tensor.shape)
         except (NotImplementedError, AttributeError):  # the latter for a type that gguf does not know
@@ -113,8 +150,9 @@ def _shown(name: str) -> str:
 
 
 class _Parser:
-    def __init__(self, data: mmap.mmap):
+    def __init__(self, data: mmap.mmap, path: Path):
         self.data = data
+        self.path = path
         self.at = len(MAGIC)
         self.spans: dict[str, tuple[int, int]] = {}
         self.version = 0
@@ -145,7 +183,7 @@ class _Parser:
 
         tensors: dict[str, Tensor] = {}
         for name, shape, kind, offset in entries:
-            tensor = Tensor(name, shape, kind, start + offset)
+            tensor = Tensor(name, shape, kind, start + offset, self.path)
             if name in tensors:
                 raise _Damaged(f"tensor {_shown(name)} is there twice")
             if tensor.offset + tensor.n_bytes > len(self.data):

@@ -61,7 +61,8 @@ def describe(path: str) -> dict[str, Any]:
             raise ModelError(f"{file}: is neither a GGUF file nor a memory file")
         return {**common, "kind": "memory", "memory": _memory(path)}
 
-    header = Header(file)
+    header = Header.of_model(file)
+    common |= {"bytes": header.n_bytes, "shards": len(header.files)}
     if header.keys.get("general.type") == "adapter":
         kind = header.keys.get("adapter.type", "unknown")
         if kind != "deltamem":
@@ -132,7 +133,7 @@ def _adapter(header: Header) -> dict[str, Any]:
     return {
         "version": version,
         "architecture": header.keys.get("general.architecture"),
-        "name": header.keys.get("general.name"),
+        "name": header.keys.get("deltamem.packed.general.name", header.keys.get("general.name")),
         "rank": get("rank", u32),
         "heads": get("head_count", u32),
         "alpha": get("alpha", GGUFValueType.FLOAT32),
@@ -221,8 +222,14 @@ def _print(description: dict[str, Any]) -> None:
         "packed": "model with a δ-mem adapter",
         "memory": "memory",
     }
+    shards = description.get("shards", 1)
     _values(
-        console, {"file": description["file"], "kind": titles[description["kind"]], "size": _size(description["bytes"])}
+        console,
+        {
+            "file": description["file"],
+            "kind": titles[description["kind"]],
+            "size": _size(description["bytes"]) + (f" in {shards} shards" if shards > 1 else ""),
+        },
     )
     if "model" in description:
         _print_model(console, description["model"])

@@ -2,13 +2,15 @@
 
 The base's keys and tensors come first, as they are; the adapter's follow. Keys of the adapter that are not `deltamem.…`
 are kept as `deltamem.packed.…`, so that unpacking gives back both files byte for byte. Nothing is held in memory but
-headers.
+headers. What is read may be in shards, and what is packed may be written in shards, as llama-gguf-split makes them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,23 +22,43 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from .errors import AdapterError, InputError, ModelError
 from .files import replacing
 from .gguf_header import MAGIC, Header, Tensor
+from .options import _positive
 
 PREFIX = "deltamem."
 OTHERS = "deltamem.packed."  # before the adapter's keys that are not its own
+SPLIT = "split."  # before the keys that tell shards apart
 PIECE = 8 << 20  # bytes that are copied at a time
+MAX_SHARDS = 65535  # split.count has 16 bits
+
+Part = tuple[list[bytes], list[Tensor]]  # of one file: its keys as bytes, its tensors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="base model as GGUF, of any quantisation")
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter GGUF for that model")
     parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the packed model to write")
+    split = parser.add_mutually_exclusive_group()
+    split.add_argument(
+        "--split-max-size", type=_size, metavar="N(M|G)", help="in shards, of at most so many bytes of tensors"
+    )
+    split.add_argument("--split-max-tensors", type=_positive, metavar="N", help="in shards, of at most N tensors")
 
 
 def run(args: argparse.Namespace) -> int:
     with progress() as advance:
-        pack(args.base, args.adapter, args.outfile, advance)
-    print(f"{args.outfile}: {os.path.getsize(args.outfile) / 1e6:,.2f} MB, loads as one model")
+        files = pack(args.base, args.adapter, args.outfile, advance, args.split_max_size, args.split_max_tensors)
+    size = sum(map(os.path.getsize, files)) / 1e6
+    shards = "" if len(files) == 1 else f" in {len(files)} shards"
+    print(f"{files[0]}: {size:,.2f} MB{shards}, loads as one model")
     return 0
+
+
+def _size(text: str) -> int:
+    """A number of bytes as llama-gguf-split takes it: 300M, 2G."""
+    match = re.fullmatch(r"([1-9]\d*)([MG])", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size like 300M or 2G")
+    return int(match[1]) * {"M": 1000**2, "G": 1000**3}[match[2]]
 
 
 def pack(
@@ -44,19 +66,22 @@ def pack(
     adapter: str | os.PathLike[str],
     path: str | os.PathLike[str],
     advance: Callable[[int, int], None] = lambda n, total: None,
-) -> None:
+    max_size: int | None = None,
+    max_tensors: int | None = None,
+) -> list[Path]:
     """Writes base and adapter as one model, in one step. `advance(bytes, bytes in all)` is called as it is written.
+
+    With max_size, bytes of tensors, or max_tensors it is in shards: of `x.gguf` x-00001-of-0000N.gguf and so on.
+    Returns the files that it wrote.
 
     Raises ModelError or AdapterError if they are damaged or do not belong together, InputError if `path` is one of
     them.
     """
-    model, memory = Header(base), Header(adapter)
+    model, memory = Header.of_model(base), Header(adapter)
     if model.keys.get("general.type") == "adapter":
         raise ModelError(f"{model.path}: is an adapter, not a model: give the base first, then the adapter")
     if "deltamem.version" in model.keys:
         raise ModelError(f"{model.path}: is packed already: unpack it first")
-    if model.keys.get("split.count", 1) != 1:
-        raise ModelError(f"{model.path}: is one shard of several: merge them first (llama-gguf-split --merge)")
     if memory.keys.get("adapter.type") != "deltamem":
         raise AdapterError(f"{memory.path}: is no δ-mem adapter")
     architecture = model.keys.get("general.architecture")
@@ -69,12 +94,17 @@ def pack(
     ):
         if mine != theirs:
             raise AdapterError(f"{memory.path}: is for another model than {model.path}: {key} {theirs}, not {mine}")
-    _check_target(path, model.path, memory.path)
-
-    keys = [_key(model, key) for key in model.keys]
+    keys = [_key(model, key) for key in model.keys if not key.startswith(SPLIT)]
     keys += [_key(memory, key, key if key.startswith(PREFIX) else OTHERS + key) for key in memory.keys]
-    tensors = [(header, tensor) for header in (model, memory) for tensor in header.tensors.values()]
-    _write(path, model.version, model.alignment, keys, tensors, advance)
+    tensors = [*model.tensors.values(), *memory.tensors.values()]
+    if max_size is None and max_tensors is None:
+        parts = {Path(path): (keys, tensors)}
+    else:
+        parts = _shards(path, keys, tensors, model.alignment, max_size, max_tensors)
+    for part in parts:
+        _check_target(part, *model.files, memory.path)
+    _write(parts, model.version, model.alignment, advance)
+    return list(parts)
 
 
 def unpack(
@@ -84,22 +114,60 @@ def unpack(
     advance: Callable[[int, int], None] = lambda n, total: None,
 ) -> None:
     """Writes the base and the adapter of a packed model. Raises ModelError if it is none, InputError as `pack`."""
-    model = Header(packed)
+    model = Header.of_model(packed)
     if "deltamem.version" not in model.keys or model.keys.get("general.type") == "adapter":
         raise ModelError(f"{model.path}: is no packed model")
     for path in (base, adapter):
-        _check_target(path, model.path)
+        _check_target(path, *model.files)
     if os.path.realpath(base) == os.path.realpath(adapter):
         raise InputError(f"{os.fspath(base)}: is named for both, base and adapter: name two files")
 
-    of_base = [_key(model, key) for key in model.keys if not key.startswith(PREFIX)]
+    of_base = [_key(model, key) for key in model.keys if not key.startswith((PREFIX, SPLIT))]
     of_adapter = [_key(model, key, key.removeprefix(OTHERS)) for key in model.keys if key.startswith(PREFIX)]
-    parts: tuple[list, list] = ([], [])
+    tensors: tuple[list[Tensor], list[Tensor]] = ([], [])
     for name, tensor in model.tensors.items():
-        parts[".deltamem_" in name].append((model, tensor))
+        tensors[".deltamem_" in name].append(tensor)
     alignment = model.keys.get(OTHERS + "general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-    _write(base, model.version, model.alignment, of_base, parts[0], advance)
-    _write(adapter, gguf.GGUF_VERSION, alignment, of_adapter, parts[1], advance)
+    _write({Path(base): (of_base, tensors[0])}, model.version, model.alignment, advance)
+    _write({Path(adapter): (of_adapter, tensors[1])}, gguf.GGUF_VERSION, alignment, advance)
+
+
+def _shards(
+    path: str | os.PathLike[str],
+    keys: list[bytes],
+    tensors: list[Tensor],
+    alignment: int,
+    max_size: int | None,
+    max_tensors: int | None,
+) -> dict[Path, Part]:
+    """The parts of a model in shards: keys in the first, tensors in order. A tensor above max_size has one alone."""
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        padded = _padded(tensor.n_bytes, alignment)
+        full = size + padded > max_size if max_size is not None else len(shards[-1]) == max_tensors
+        if full and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += padded
+    n = len(shards)
+    if n > MAX_SHARDS:
+        raise InputError(f"{os.fspath(path)}: that makes {n} shards, {MAX_SHARDS} are the most: take larger ones")
+    path = Path(path)
+    parts = {}
+    for i, shard in enumerate(shards):
+        of_shard = keys if i == 0 else []
+        if i and alignment != gguf.GGUF_DEFAULT_ALIGNMENT:
+            of_shard = [_scalar("general.alignment", "I", gguf.GGUFValueType.UINT32, alignment)]
+        of_shard = [
+            *of_shard,
+            _scalar("split.no", "H", gguf.GGUFValueType.UINT16, i),
+            _scalar("split.count", "H", gguf.GGUFValueType.UINT16, n),
+            _scalar("split.tensors.count", "i", gguf.GGUFValueType.INT32, len(tensors)),
+        ]
+        parts[path.with_name(f"{path.name.removesuffix('.gguf')}-{i + 1:05}-of-{n:05}.gguf")] = of_shard, shard
+    return parts
 
 
 def _check_target(path: str | os.PathLike[str], *sources: Path) -> None:
@@ -121,43 +189,53 @@ def _key(header: Header, key: str, name: str | None = None) -> bytes:
         return _string(name or key) + file.read(end - start)
 
 
+def _scalar(key: str, letter: str, kind: gguf.GGUFValueType, value: int) -> bytes:
+    return _string(key) + struct.pack(f"<I{letter}", int(kind), value)
+
+
+def _padded(n_bytes: int, alignment: int) -> int:
+    return -(-n_bytes // alignment) * alignment
+
+
 def _entry(tensor: Tensor, offset: int) -> bytes:
     dims = tensor.shape[::-1]
     return _string(tensor.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, int(tensor.type), offset)
 
 
-def _write(
-    path: str | os.PathLike[str],
-    version: int,
-    alignment: int,
-    keys: list[bytes],
-    tensors: Iterable[tuple[Header, Tensor]],
-    advance: Callable[[int, int], None],
-) -> None:
-    tensors = list(tensors)
-    for header, tensor in tensors:
+def _write(parts: dict[Path, Part], version: int, alignment: int, advance: Callable[[int, int], None]) -> None:
+    """Writes files of keys and tensors, all or none."""
+    tensors = [tensor for _, of_part in parts.values() for tensor in of_part]
+    for tensor in tensors:
         if tensor.n_bytes == 0 and tensor.n_elements:
-            raise ModelError(f"{header.path}: tensor {tensor.name} is of a type that is too new: upgrade gguf")
-    entries, offset = [], 0
-    for _, tensor in tensors:
-        entries.append(_entry(tensor, offset))
-        offset += -(-tensor.n_bytes // alignment) * alignment
+            raise ModelError(f"{tensor.path}: tensor {tensor.name} is of a type that is too new: upgrade gguf")
+    done, total = 0, sum(tensor.n_bytes for tensor in tensors)
+    path = next(iter(parts))
     try:
-        with replacing(path) as temporary, open(temporary, "wb") as out:
-            out.write(MAGIC + struct.pack("<IQQ", version, len(tensors), len(keys)))
-            for part in (*keys, *entries):
-                out.write(part)
-            out.write(bytes(-out.tell() % alignment))
-            done = 0
-            for header, tensor in tensors:
-                with open(header.path, "rb") as source:
-                    source.seek(tensor.offset)
-                    for n in _copied(source, out, tensor.n_bytes):
+        with contextlib.ExitStack() as stack:  # they take their names when all are written, the first shard last
+            for path, (keys, of_part) in parts.items():
+                with open(stack.enter_context(replacing(path)), "wb") as out:
+                    for n in _written(out, keys, of_part, version, alignment):
                         done += n
-                        advance(done, offset)
-                out.write(bytes(-tensor.n_bytes % alignment))
+                        advance(done, total)
     except OSError as error:
         raise ModelError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+
+
+def _written(out: BinaryIO, keys: list[bytes], tensors: list[Tensor], version: int, alignment: int) -> Iterable[int]:
+    """Writes a file. Yields bytes of tensors as they are written."""
+    entries, offset = [], 0
+    for tensor in tensors:
+        entries.append(_entry(tensor, offset))
+        offset += _padded(tensor.n_bytes, alignment)
+    out.write(MAGIC + struct.pack("<IQQ", version, len(tensors), len(keys)))
+    for data in (*keys, *entries):
+        out.write(data)
+    out.write(bytes(-out.tell() % alignment))
+    for tensor in tensors:
+        with open(tensor.path, "rb") as source:
+            source.seek(tensor.offset)
+            yield from _copied(source, out, tensor.n_bytes)
+        out.write(bytes(-tensor.n_bytes % alignment))
 
 
 def _copied(source: BinaryIO, out: BinaryIO, n_bytes: int) -> Iterable[int]:

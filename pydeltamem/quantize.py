@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     quantize(args.model, args.outfile, args.type, args.threads, args.allow_requantize, args.verbose)
-    before, after = (os.path.getsize(path) / 1e6 for path in (args.model, args.outfile))
+    before, after = Header.of_model(args.model).n_bytes / 1e6, os.path.getsize(args.outfile) / 1e6
     print(f"{args.outfile}: {args.type}, {after:,.2f} MB of {before:,.2f}")
     return 0
 
@@ -56,10 +56,10 @@ def quantize(
     known = types()
     if type.lower() not in known:
         raise InputError(f"'{type}' is no type of llama.cpp: it is one of {', '.join(sorted(known))}")
-    header = Header(model)
+    header = Header.of_model(model)
     if header.keys.get("general.type") == "adapter":
         raise ModelError(f"{header.path}: is an adapter: convert it again with --outtype, or pack it first")
-    if os.path.exists(path) and header.path.samefile(path):
+    if os.path.exists(path) and any(source.samefile(path) for source in header.files):
         raise InputError(f"{os.fspath(path)}: is read: name another file to write")
 
     if not os.path.isdir(os.path.dirname(os.path.realpath(path))):

@@ -1,23 +1,28 @@
 """Architectures that the golden data does not have: llama.cpp's graph with the hooks against the reference in PyTorch.
 
 On tiny random models that llama.cpp's own converter has converted. `make architectures` prints the table of
-docs/architectures.md.
+docs/architectures.md and writes pydeltamem/architectures.json, which tells `deltamem architectures` what is verified.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the reference needs PyTorch")
-pytest.importorskip("transformers", reason="the reference is tested on transformers' models")
+transformers = pytest.importorskip("transformers", reason="the reference is tested on transformers' models")
 
+import pydeltamem  # noqa: E402
 from conftest import ROOT  # noqa: E402
 from pydeltamem import _lib  # noqa: E402
+from pydeltamem.architectures import RESULTS  # noqa: E402
 from pydeltamem.convert import cli, hf  # noqa: E402
 from pydeltamem.gguf_header import Header  # noqa: E402
 from pydeltamem.reference import DeltaMem, DeltaMemConfig, find_attention  # noqa: E402
@@ -80,8 +85,24 @@ def converted(folder):
     return base, adapter
 
 
+@pytest.fixture(scope="module")
+def results():
+    """What was measured, to the file that $DELTAMEM_ARCHITECTURES names if it is of every model."""
+    models = []
+    yield models
+    path = os.environ.get("DELTAMEM_ARCHITECTURES")
+    if path and [model["model"] for model in models] == NAMES:
+        versions = {
+            "llama_cpp_python": _lib.LLAMA_CPP_VERSION,
+            "pydeltamem": pydeltamem.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        Path(path).write_text(json.dumps({**versions, "models": models}, indent=1) + "\n", encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_architecture(tmp_path, name, record_property):
+def test_architecture(tmp_path, name, results):
     prompt, logits, state, plain, layers = reference(name, tmp_path)
     base, adapter = converted(tmp_path)
     with open_session(base) as session:
@@ -103,6 +124,18 @@ def test_architecture(tmp_path, name, record_property):
     bound = bound_of(name)
     assert errors[0] <= bound, "the backbone itself differs"
     assert errors[1] <= bound and errors[2] <= bound
+    measured = zip(("backbone", "logits", "state"), (float(f"{error:.0e}") for error in errors))
+    results.append({"model": name, "architecture": architecture, "layers": hooked, **dict(measured)})
+
+
+@pytest.mark.skipif("DELTAMEM_ARCHITECTURES" in os.environ, reason="they are being made")
+def test_the_results_in_the_package_are_of_this_library():
+    """After another llama-cpp-python, or with other models: `make architectures`."""
+    shipped = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert shipped["llama_cpp_python"] == _lib.LLAMA_CPP_VERSION
+    assert [model["model"] for model in shipped["models"]] == NAMES
+    for model in shipped["models"]:
+        assert max(model["backbone"], model["logits"], model["state"]) <= bound_of(model["model"])
 
 
 def test_a_hybrid_that_goes_around_a_hook_is_refused(tmp_path):

@@ -117,18 +117,6 @@ def test_what_cannot_be_packed(base, adapter, packed, tmp_path):
         unpack(packed(), tmp_path / "a", tmp_path / "a")
 
 
-def test_a_shard_is_refused(base, adapter, tmp_path):
-    shard = tmp_path / "shard.gguf"
-    writer = gguf.GGUFWriter(shard, "qwen3")
-    writer.add_uint16("split.count", 3)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ModelError, match="is one shard of several"):
-        pack(shard, adapter("qwen3", "tsw_qo"), tmp_path / "out.gguf")
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory as Linux reports it")
 def test_packing_holds_neither_file_in_memory(base, adapter, tmp_path):
     """A base of 300 MB, packed by a process whose memory does not grow by a tenth of that."""
@@ -154,6 +142,187 @@ def test_packing_holds_neither_file_in_memory(base, adapter, tmp_path):
     assert grown < 30e6
     assert os.path.getsize(tmp_path / "out.gguf") > 300e6
     assert resource.getpagesize() > 0
+
+
+# shards
+
+
+@pytest.fixture
+def sharded(base, tmp_path):
+    """sharded(arch, n): the golden backbone in shards of n tensors by llama.cpp's gguf package; the first one."""
+
+    def make(arch="qwen3", n=7):
+        header = Header(base(arch))
+        (tmp_path / arch).mkdir()
+        writer = gguf.GGUFWriter(tmp_path / arch / "base.gguf", arch, split_max_tensors=n)
+        for key, value in header.keys.items():
+            kind = header.types[key]
+            if isinstance(value, list):
+                writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, kind)
+            elif key != "general.architecture":
+                writer.add_key_value(key, value, kind)
+        for name in header.tensors:
+            writer.add_tensor(name, header.read(name))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return min((tmp_path / arch).iterdir())
+
+    return make
+
+
+def same(one, two):
+    for a, b in zip(one, two):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("arch", "case"), [("qwen3", "tsw_qo"), ("smollm3", "o_rmsnorm_scale_head")])
+def test_a_packed_model_in_shards_is_the_same_model(base, adapter, packed, tmp_path, arch, case):
+    files = pack(base(arch), adapter(arch, case), tmp_path / "model.gguf", max_tensors=10)
+    n = len(files)
+    assert [file.name for file in files] == [f"model-{i:05}-of-{n:05}.gguf" for i in range(1, n + 1)]
+    assert sorted(tmp_path.glob("model-*")) == files
+    holds = [[".deltamem_" in name for name in Header(file).tensors] for file in files]
+    assert all(len(names) == 10 for names in holds[:-1]) and 0 < len(holds[-1]) <= 10
+    assert not any(holds[0]) and sum(map(any, holds)) > 1, "the memory is not spread over shards"
+    one = logits_and_state(packed(arch, case))
+    same(logits_and_state(files[0]), one)
+    assert one[1].any()
+
+    unpack(files[0], tmp_path / "base.gguf", tmp_path / "memory.gguf")
+    assert (tmp_path / "base.gguf").read_bytes() == base(arch).read_bytes()
+    assert (tmp_path / "memory.gguf").read_bytes() == adapter(arch, case).read_bytes()
+
+
+def test_shards_of_a_size(base, adapter, tmp_path):
+    limit = max(tensor.n_bytes for tensor in Header(base()).tensors.values()) - 1
+    files = pack(base(), adapter("qwen3", "tsw_qo"), tmp_path / "model.gguf", max_size=limit)
+    headers = [Header(file) for file in files]
+    sizes = [[tensor.n_bytes for tensor in header.tensors.values()] for header in headers]
+    assert all(sum(row) <= limit or len(row) == 1 for row in sizes) and any(sum(row) > limit for row in sizes)
+    for this, following in zip(sizes, sizes[1:]):
+        assert sum(this) + following[0] > limit, "a shard was ended early"
+    for i, header in enumerate(headers):
+        split = [header.keys[key] for key in ("split.no", "split.count", "split.tensors.count")]
+        assert split == [i, len(files), len(Header.of_model(files[0]).tensors)]
+    same(logits_and_state(files[0]), logits_and_state(base(), adapter("qwen3", "tsw_qo")))
+
+
+def test_a_base_in_shards(base, adapter, packed, sharded, tmp_path):
+    """Is what the whole base is: to convert, inspect, pack and load."""
+    from pydeltamem.convert.base import Base
+    from pydeltamem.convert.checkpoint import Checkpoint
+    from pydeltamem.convert.pack import write_adapter
+    from pydeltamem.inspect import describe
+
+    first = sharded()
+    whole = describe(str(base()))
+    shown = describe(str(first))
+    assert shown["model"] == whole["model"] and (shown["shards"], whole["shards"]) == (7, 1)
+    assert shown["bytes"] == sum(path.stat().st_size for path in first.parent.iterdir())
+
+    checkpoint = adapter("qwen3", "tsw_qo")
+    source = base().parent / "tsw_qo"
+    write_adapter(Checkpoint(source), Base(first), tmp_path / "memory.gguf", name="tsw_qo")
+    assert (tmp_path / "memory.gguf").read_bytes() == checkpoint.read_bytes()
+
+    expected = logits_and_state(packed())
+    same(logits_and_state(first, checkpoint), expected)
+    pack(first, checkpoint, tmp_path / "one.gguf")
+    assert not any(key.startswith("split.") for key in Header(tmp_path / "one.gguf").keys)
+    same(logits_and_state(tmp_path / "one.gguf"), expected)
+    files = pack(first, checkpoint, tmp_path / "again.gguf", max_tensors=13)
+    same(logits_and_state(files[0]), expected)
+    assert describe(str(files[0]))["adapter"] == describe(str(checkpoint))["adapter"]
+
+
+def test_shards_of_another_alignment(base, adapter, tmp_path):
+    aligned = tmp_path / "aligned.gguf"
+    header, writer = Header(base()), gguf.GGUFWriter(tmp_path / "aligned.gguf", "qwen3")
+    for key, value in header.keys.items():
+        if key.startswith("qwen3."):
+            writer.add_key_value(key, value, header.types[key])
+    writer.add_custom_alignment(128)
+    for name in list(header.tensors)[:3]:
+        writer.add_tensor(name, header.read(name)[..., :33].copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    files = pack(aligned, adapter("qwen3", "tsw_qo"), tmp_path / "model.gguf", max_tensors=2)
+    assert all(tensor.offset % 128 == 0 for file in files for tensor in Header(file).tensors.values())
+    unpack(files[0], tmp_path / "base.gguf", tmp_path / "memory.gguf")
+    assert (tmp_path / "base.gguf").read_bytes() == aligned.read_bytes()
+    assert (tmp_path / "memory.gguf").read_bytes() == adapter("qwen3", "tsw_qo").read_bytes()
+
+
+def test_shards_quantise(base, adapter, packed, tmp_path):
+    files = pack(base(), adapter("qwen3", "tsw_qo"), tmp_path / "model.gguf", max_tensors=20)
+    quantize(files[0], tmp_path / "from-shards.gguf", "q8_0")
+    quantize(packed(), tmp_path / "from-one.gguf", "q8_0")
+    same(logits_and_state(tmp_path / "from-shards.gguf"), logits_and_state(tmp_path / "from-one.gguf"))
+    with pytest.raises(InputError, match="is read"):
+        quantize(files[0], files[1], "q8_0")
+
+
+def test_shards_on_the_command_line(base, adapter, tmp_path, capsys):
+    arguments = ["pack", str(base()), str(adapter("qwen3", "tsw_qo")), "-o", str(tmp_path / "model.gguf")]
+    assert cli.main([*arguments, "--split-max-size", "1M"]) == 0
+    said = capsys.readouterr().out.strip()
+    first = tmp_path / "model-00001-of-00002.gguf"
+    assert said.startswith(f"{first}: ") and "in 2 shards, loads as one model" in said
+    assert cli.main(["inspect", str(first)]) == 0
+    assert "in 2 shards" in capsys.readouterr().out
+    command = [sys.executable, "-m", "pydeltamem.cli", "generate", "-m", str(first), "-p", "hello", "-n", "4"]
+    memory = tmp_path / "a.memory"
+    done = subprocess.run([*command, "-c", "256", "--save-memory", str(memory)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert memory.exists()
+    both = ["--split-max-tensors", "2", "--split-max-size", "1M"]
+    for wrong in (["--split-max-size", "1k"], ["--split-max-tensors", "0"], both):
+        with pytest.raises(SystemExit) as info:
+            cli.main([*arguments, *wrong])
+        assert info.value.code == 2
+
+
+def test_shards_that_are_not_whole(base, adapter, tmp_path):
+    memory = adapter("qwen3", "tsw_qo")
+    files = pack(base(), memory, tmp_path / "model.gguf", max_tensors=20)
+    with pytest.raises(ModelError, match=r"is a part of a split model: name its first part, \.\.\.-00001-of-00004"):
+        unpack(files[1], tmp_path / "a", tmp_path / "b")
+    with pytest.raises(ModelError, match="must be loaded with the first split"):
+        DeltaMemLlama(files[1], n_ctx=64, verbose=False)
+    with pytest.raises(InputError, match="is read"):
+        unpack(files[0], files[2], tmp_path / "b")
+    last = files[-1].read_bytes()
+    files[-1].unlink()
+    for read in (
+        lambda: unpack(files[0], tmp_path / "a", tmp_path / "b"),
+        lambda: pack(files[0], memory, tmp_path / "c"),
+    ):
+        with pytest.raises(ModelError, match=r"model-00004-of-00004\.gguf: no such file"):
+            read()
+    with pytest.raises(ModelError, match="model-00004-of-00004") as info:
+        DeltaMemLlama(files[0], n_ctx=64, verbose=False)
+    assert "\n" not in str(info.value)
+    files[-1].write_bytes(last[:-5000])
+    with pytest.raises(ModelError) as info:
+        DeltaMemLlama(files[0], n_ctx=64, verbose=False)
+    assert "\n" not in str(info.value)
+    moved = files[0].rename(tmp_path / "model.gguf")
+    with pytest.raises(ModelError, match="is a part of a split model"):
+        unpack(moved, tmp_path / "a", tmp_path / "b")
+
+
+def test_packing_in_shards_that_fails_leaves_nothing(base, adapter, tmp_path):
+    def advance(done, total):
+        if done > total * 0.8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(base(), adapter("qwen3", "tsw_qo"), tmp_path / "model.gguf", advance, max_tensors=5)
+    assert not list(tmp_path.iterdir())
 
 
 # quantize

@@ -1,4 +1,4 @@
-"""The memory together with LoRA, and several δ-mem adapters on one model."""
+"""The memory together with LoRA and with control vectors, and several δ-mem adapters on one model."""
 
 from __future__ import annotations
 
@@ -72,12 +72,69 @@ def test_with_lora(base, adapter, make_llm, tmp_path, case):
     for llm in models:
         llm.close()
 
-    def nmse(a, b):
-        return float(((a - b) ** 2).sum() / (b**2).sum())
-
     assert nmse(logits, plain_logits) > 1e-4, "the LoRA has no effect"
     # float32: products of some hundred terms, once in another order
     assert nmse(logits, merged_logits) < 1e-9 and nmse(state, merged_state) < 1e-9
+
+
+def nmse(a, b):
+    return float(((a - b) ** 2).sum() / (b**2).sum())
+
+
+@pytest.mark.parametrize(("arch", "case"), [("qwen3", "tsw_qo"), ("smollm3", "qkvo_lambda_outside")])
+def test_with_a_control_vector(adapter, golden_dir, make_llm, arch, case):
+    """The same as the reference in PyTorch with the vectors added to the outputs of its layers, all but the first."""
+    torch = pytest.importorskip("torch", reason="the reference needs PyTorch")
+    transformers = pytest.importorskip("transformers", reason="the backbone is transformers' model")
+    from pydeltamem import _lib
+    from pydeltamem.reference import DeltaMem
+
+    hf = transformers.AutoModelForCausalLM.from_pretrained(golden_dir / arch / "hf", dtype=torch.float32).eval()
+    layers = hf.model.layers
+    vectors = np.random.default_rng(0).standard_normal((len(layers), hf.config.hidden_size)).astype(np.float32)
+    vectors[0] = 0  # llama.cpp has none for layer 0
+    memory = DeltaMem.from_checkpoint(hf, golden_dir / arch / case)
+
+    @torch.no_grad()
+    def expected(first, last):
+        """With the vectors of the layers from first to last."""
+        hooks = [
+            layers[i].register_forward_hook(lambda module, args, out, i=i: out + torch.from_numpy(vectors[i]))
+            for i in range(first, last + 1)
+        ]
+        memory.reset()
+        logits = hf(torch.tensor([TOKENS])).logits[0].numpy()
+        for hook in hooks:
+            hook.remove()
+        return logits, memory.state[:, 0].numpy()
+
+    llm = make_llm(case, arch, type_k=0, type_v=0, logits_all=True)
+
+    def got(data, first, last):
+        flat = None if data is None else data[1:].ctypes.data_as(_lib.float_p)
+        n = 0 if data is None else data[1:].size
+        assert _lib.llama_cpp.llama_set_adapter_cvec(llm.ctx, flat, n, vectors.shape[1], first, last) == 0
+        llm.reset()
+        llm.memory.reset()
+        llm.eval(TOKENS)
+        return llm._scores.copy(), llm.memory.state
+
+    plain = got(None, -1, -1)
+    n = len(layers)
+    for first, last in ((1, n - 1), (2, n - 2)):
+        logits, state = got(vectors, first, last)
+        expected_logits, expected_state = expected(first, last)
+        # float32 against float32, as in test_golden.py
+        assert nmse(logits, expected_logits) < 1e-9 and nmse(state, expected_state) < 1e-9
+        # and each has an effect: the vectors on logits and memory, the memory on the logits
+        assert nmse(logits, plain[0]) > 1e-3 and nmse(state, plain[1]) > 1e-3
+        llm.memory.detach()
+        llm.reset()
+        llm.eval(TOKENS)
+        assert nmse(llm._scores, logits) > 1e-4
+        llm.memory.attach(adapter(arch, case))
+    for a, b in zip(got(None, -1, -1), plain):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_two_adapters_in_turn(adapter, make_llm):

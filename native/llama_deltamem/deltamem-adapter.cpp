@@ -26,35 +26,45 @@ public:
             fail(std::string("cannot be opened: ") + strerror(errno));
         }
 
-        ggml_context * ctx_init = nullptr;
-        gguf.reset(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/true, /*.ctx =*/&ctx_init }));
-        ctx.reset(ctx_init);
-        if (!gguf) {
-            fail("is not a readable GGUF file; it may be truncated");
+        open(path);
+        gguf = files.front().gguf.get();
+
+        // a packed model in shards: the keys are in the first one, tensors in all
+        const int n_split = has("split.count") ? u16("split.count") : 0;
+        if (n_split > 1) {
+            std::vector<char> prefix(path.size() + 1);
+            if (!llama_split_prefix(prefix.data(), prefix.size(), path.c_str(), u16("split.no"), n_split)) {
+                fail("is one shard of several, but is not named as one");
+            }
+            std::vector<char> shard(path.size() + 1);
+            for (int i = 1; i < n_split; ++i) {
+                llama_split_path(shard.data(), shard.size(), prefix.data(), i, n_split);
+                open(shard.data());
+            }
         }
-        file = std::make_unique<llama_file>(path.c_str(), "rb");
     }
 
     [[noreturn]] void fail(const std::string & what) const { throw std::runtime_error(path + " " + what); }
 
-    bool has(const std::string & key) const { return gguf_find_key(gguf.get(), key.c_str()) >= 0; }
+    bool has(const std::string & key) const { return gguf_find_key(gguf, key.c_str()) >= 0; }
 
-    uint32_t u32(const std::string & key) const { return gguf_get_val_u32(gguf.get(), find(key, GGUF_TYPE_UINT32)); }
-    float    f32(const std::string & key) const { return gguf_get_val_f32(gguf.get(), find(key, GGUF_TYPE_FLOAT32)); }
-    bool     flag(const std::string & key) const { return gguf_get_val_bool(gguf.get(), find(key, GGUF_TYPE_BOOL)); }
-    std::string str(const std::string & key) const { return gguf_get_val_str(gguf.get(), find(key, GGUF_TYPE_STRING)); }
+    uint16_t    u16(const std::string & key) const { return gguf_get_val_u16(gguf, find(key, GGUF_TYPE_UINT16)); }
+    uint32_t    u32(const std::string & key) const { return gguf_get_val_u32(gguf, find(key, GGUF_TYPE_UINT32)); }
+    float       f32(const std::string & key) const { return gguf_get_val_f32(gguf, find(key, GGUF_TYPE_FLOAT32)); }
+    bool        flag(const std::string & key) const { return gguf_get_val_bool(gguf, find(key, GGUF_TYPE_BOOL)); }
+    std::string str(const std::string & key) const { return gguf_get_val_str(gguf, find(key, GGUF_TYPE_STRING)); }
 
     std::vector<uint32_t> u32s(const std::string & key) const {
         const int64_t id   = find_array(key, GGUF_TYPE_UINT32);
-        const auto *  data = (const uint32_t *) gguf_get_arr_data(gguf.get(), id);
-        return { data, data + gguf_get_arr_n(gguf.get(), id) };
+        const auto *  data = (const uint32_t *) gguf_get_arr_data(gguf, id);
+        return { data, data + gguf_get_arr_n(gguf, id) };
     }
 
     std::vector<std::string> strs(const std::string & key) const {
         const int64_t            id = find_array(key, GGUF_TYPE_STRING);
         std::vector<std::string> values;
-        for (size_t i = 0; i < gguf_get_arr_n(gguf.get(), id); ++i) {
-            values.emplace_back(gguf_get_arr_str(gguf.get(), id, i));
+        for (size_t i = 0; i < gguf_get_arr_n(gguf, id); ++i) {
+            values.emplace_back(gguf_get_arr_str(gguf, id, i));
         }
         return values;
     }
@@ -72,20 +82,21 @@ public:
 
     std::map<std::string, std::string> meta() const {
         std::map<std::string, std::string> values;
-        for (int64_t i = 0; i < gguf_get_n_kv(gguf.get()); ++i) {
-            const std::string key = gguf_get_key(gguf.get(), i);
+        for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
+            const std::string key = gguf_get_key(gguf, i);
             for (const char * prefix : { "general.", "adapter.", "deltamem." }) {
                 if (key.rfind(prefix, 0) == 0) {
-                    values[key] = gguf_kv_to_str(gguf.get(), (int) i);
+                    values[key] = gguf_kv_to_str(gguf, (int) i);
                 }
             }
         }
         return values;
     }
 
-    // metadata of a tensor of that shape; throws unless it is there, well-formed and inside the file
+    // metadata of a tensor of that shape; throws unless it is there, well-formed and inside its file
     const ggml_tensor * tensor(const std::string & name, std::vector<int64_t> ne) const {
-        const ggml_tensor * t = ggml_get_tensor(ctx.get(), name.c_str());
+        const source *      f = source_of(name);
+        const ggml_tensor * t = f ? ggml_get_tensor(f->ctx.get(), name.c_str()) : nullptr;
         if (!t) {
             fail("has no tensor " + name);
         }
@@ -97,8 +108,8 @@ public:
         if (!ggml_get_type_traits(t->type)->to_float && t->type != GGML_TYPE_F32) {
             fail("has tensor " + name + " of type " + ggml_type_name(t->type) + ", which is not a weight type");
         }
-        const size_t offset = data_offset(name);
-        if (offset > file->size() || ggml_nbytes(t) > file->size() - offset) {
+        const size_t offset = f->data_offset(name);
+        if (offset > f->file->size() || ggml_nbytes(t) > f->file->size() - offset) {
             fail("is truncated: tensor " + name + " reaches past its end");
         }
         return t;
@@ -106,10 +117,11 @@ public:
 
     // the bytes of a tensor that was checked before, all of its values finite
     std::vector<uint8_t> data(const std::string & name) const {
-        const ggml_tensor *  t = ggml_get_tensor(ctx.get(), name.c_str());
+        const source *       f = source_of(name);
+        const ggml_tensor *  t = ggml_get_tensor(f->ctx.get(), name.c_str());
         std::vector<uint8_t> bytes(ggml_nbytes(t));
-        file->seek(data_offset(name), SEEK_SET);
-        file->read_raw(bytes.data(), bytes.size());
+        f->file->seek(f->data_offset(name), SEEK_SET);
+        f->file->read_raw(bytes.data(), bytes.size());
 
         std::vector<float> row(t->ne[0]);
         for (int64_t i = 0; i < ggml_nrows(t); ++i) {
@@ -126,20 +138,57 @@ public:
         return bytes;
     }
 
-    int64_t n_tensors() const { return gguf_get_n_tensors(gguf.get()); }
+    int64_t n_tensors() const {
+        int64_t n = 0;
+        for (const source & f : files) {
+            n += gguf_get_n_tensors(f.gguf.get());
+        }
+        return n;
+    }
 
 private:
-    std::string                 path;
-    gguf_context_ptr            gguf;
-    ggml_context_ptr            ctx;
-    std::unique_ptr<llama_file> file;
+    // one file: an adapter, a packed model, or a shard of one
+    struct source {
+        gguf_context_ptr            gguf;
+        ggml_context_ptr            ctx;
+        std::unique_ptr<llama_file> file;
+
+        size_t data_offset(const std::string & name) const {
+            const int64_t id = gguf_find_tensor(gguf.get(), name.c_str());
+            return gguf_get_data_offset(gguf.get()) + gguf_get_tensor_offset(gguf.get(), id);
+        }
+    };
+
+    std::string          path;
+    std::vector<source>  files;
+    const gguf_context * gguf; // the first one's
+
+    void open(const std::string & name) {
+        ggml_context *   ctx = nullptr;
+        gguf_context_ptr keys(gguf_init_from_file(name.c_str(), { /*.no_alloc =*/true, /*.ctx =*/&ctx }));
+        files.push_back({ std::move(keys), ggml_context_ptr(ctx), nullptr });
+        if (!files.back().gguf) {
+            fail(name == path ? "is not a readable GGUF file; it may be truncated"
+                              : "has a shard that cannot be read: " + name);
+        }
+        files.back().file = std::make_unique<llama_file>(name.c_str(), "rb");
+    }
+
+    const source * source_of(const std::string & tensor) const {
+        for (const source & f : files) {
+            if (gguf_find_tensor(f.gguf.get(), tensor.c_str()) >= 0) {
+                return &f;
+            }
+        }
+        return nullptr;
+    }
 
     int64_t find(const std::string & key, gguf_type type) const {
-        const int64_t id = gguf_find_key(gguf.get(), key.c_str());
+        const int64_t id = gguf_find_key(gguf, key.c_str());
         if (id < 0) {
             fail("has no key " + key);
         }
-        if (gguf_get_kv_type(gguf.get(), id) != type) {
+        if (gguf_get_kv_type(gguf, id) != type) {
             fail("has key " + key + " of an unexpected type");
         }
         return id;
@@ -147,15 +196,10 @@ private:
 
     int64_t find_array(const std::string & key, gguf_type type) const {
         const int64_t id = find(key, GGUF_TYPE_ARRAY);
-        if (gguf_get_arr_type(gguf.get(), id) != type) {
+        if (gguf_get_arr_type(gguf, id) != type) {
             fail("has key " + key + " of an unexpected type");
         }
         return id;
-    }
-
-    size_t data_offset(const std::string & name) const {
-        const int64_t id = gguf_find_tensor(gguf.get(), name.c_str());
-        return gguf_get_data_offset(gguf.get()) + gguf_get_tensor_offset(gguf.get(), id);
     }
 };
 
@@ -343,6 +387,8 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         file.fail("is an adapter for '" + arch + "', the model is '" + llm_arch_name(model.arch) + "'");
     }
 
+    llama_deltamem_check_attention(model.arch);
+
     const int64_t  n_embd  = model.hparams.n_embd;
     const uint32_t n_layer = model.hparams.n_layer();
     if (const uint32_t n = file.u32("deltamem.base.embedding_length"); n != n_embd) {
@@ -410,8 +456,7 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         const llama_layer & layer = model.layers[il];
         const ggml_tensor * w     = layer.wqkv ? layer.wqkv : layer.wq;
         if (!w || (!layer.wqkv && (!layer.wk || !layer.wv)) || (o && !layer.wo)) {
-            file.fail(format("corrects layer %u, which has no attention projections in this model ('%s')", il,
-                             arch.c_str()));
+            llama_deltamem_refuse(model.arch, (int) il, "it has no attention projections of the common kind");
         }
 
         const ggml_backend_buffer_type_t buft = select_buft(w);
@@ -471,6 +516,20 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
     if (fallback) {
         LLAMA_LOG_WARN("%s: a device of this model has no δ-mem operator, the memory of its layers runs on the CPU\n",
                        __func__);
+    }
+}
+
+void llama_deltamem_refuse(llm_arch arch, const std::string & why) {
+    throw std::runtime_error(format("architecture '%s' is not supported: %s", llm_arch_name(arch), why.c_str()));
+}
+
+void llama_deltamem_refuse(llm_arch arch, int il, const std::string & why) {
+    llama_deltamem_refuse(arch, format("the adapter names layer %d, but %s", il, why.c_str()));
+}
+
+void llama_deltamem_check_attention(llm_arch arch) {
+    if (llm_arch_is_recurrent(arch)) {
+        llama_deltamem_refuse(arch, "it has no attention");
     }
 }
 

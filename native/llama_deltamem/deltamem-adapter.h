@@ -3,6 +3,7 @@
 
 #include "ggml-cpp.h"
 #include "ggml-deltamem.h"
+#include "llama-arch.h"
 #include "llama-deltamem.h"
 
 #include <map>
@@ -54,6 +55,11 @@ struct llama_deltamem_weights {
 };
 
 using llama_deltamem_weights_ptr = std::shared_ptr<const llama_deltamem_weights>;
+
+// Throw std::runtime_error with the sentence that refuses an architecture: if it has no attention, or for a reason.
+void              llama_deltamem_check_attention(llm_arch arch);
+[[noreturn]] void llama_deltamem_refuse(llm_arch arch, const std::string & why);
+[[noreturn]] void llama_deltamem_refuse(llm_arch arch, int il, const std::string & why);
 
 // the C API's handle
 struct llama_deltamem_adapter {

@@ -144,8 +144,7 @@ static void check_coverage(const llama_deltamem_context & deltamem) {
             }
         }
         if (!problem.empty()) {
-            throw std::runtime_error(format("architecture '%s' is not supported: the adapter names layer %d, but %s",
-                                            llm_arch_name(weights.model.arch), lw.il, problem.c_str()));
+            llama_deltamem_refuse(weights.model.arch, lw.il, problem);
         }
     }
 }
@@ -165,9 +164,9 @@ int32_t llama_deltamem_attach(llama_context * ctx, llama_deltamem_adapter * adap
         if (&adapter->weights->model != &ctx->get_model()) {
             throw std::runtime_error("the adapter was loaded for another model than this context's");
         }
-        if (!ctx->get_memory()) {
-            throw std::runtime_error(format("architecture '%s' is not supported: it is no decoder",
-                                            llm_arch_name(ctx->get_model().arch)));
+        const llama_model & model = ctx->get_model();
+        if (!ctx->get_memory() || llama_model_has_encoder(&model)) {
+            llama_deltamem_refuse(model.arch, ctx->get_memory() ? "it has an encoder" : "it is no decoder");
         }
 
         const auto before = ctx->deltamem;

@@ -131,8 +131,10 @@ struct llama_deltamem_graph {
         if (!correction) {
             return out;
         }
-        if (!expect(i, reads[i], "its projections come before its attention input is known") ||
-            !expect(i,
+        if (!reads[i]) {
+            return out; // attaching then refuses the layer
+        }
+        if (!expect(i,
                     out->ne[0] == correction.n_out() && out->ne[1] == ubatch.n_tokens &&
                             ggml_nrows(out) == ubatch.n_tokens,
                     "a projection's output does not have one row per token")) {

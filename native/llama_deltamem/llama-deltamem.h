@@ -138,6 +138,22 @@ LLAMA_API int32_t llama_deltamem_set_segments(struct llama_context * ctx, const 
 // before the ingest. Returns 0 or -1.
 LLAMA_API int32_t llama_deltamem_abandon_ingest(struct llama_context * ctx, llama_seq_id seq_id);
 
+//
+// architectures: what this build makes of them, for `deltamem architectures`
+//
+
+// The name of the i-th architecture that this build of llama.cpp knows, NULL if there are no more.
+LLAMA_API const char * llama_deltamem_arch_name(int32_t i);
+
+// A tiny model of an architecture, its weights zero, on the CPU: with the hyperparameters of llama.cpp's own tests. Returns
+// NULL if they make none of it, or if it has no attention. llama.cpp may find fault with such a model by assertion: ask in a process that may end.
+LLAMA_API struct llama_model * llama_deltamem_tiny_model(const char * arch);
+
+// Writes an adapter of rank 1 for that model, its weights zero, whose memory is in layer `il` and corrects `heads`, some of
+// "qkvo". Attaching it says whether the architecture is supported. Returns 0 or -1.
+LLAMA_API int32_t llama_deltamem_tiny_adapter(const struct llama_model * model, int32_t il, const char * heads,
+                                              const char * path);
+
 #ifdef __cplusplus
 }
 #endif

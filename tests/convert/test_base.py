@@ -24,6 +24,7 @@ def write(path, architecture="qwen3", keys=KEYS, tensors=TENSORS, layers=(0, 1),
     if split:
         writer.add_uint16("split.no", split[0])
         writer.add_uint16("split.count", split[1])
+        writer.add_int32("split.tensors.count", 2 * len(tensors))
     for layer in layers:
         for name, rows in tensors.items():
             writer.add_tensor(f"blk.{layer}.{name}.weight", np.zeros((rows, 64), np.float32))
@@ -96,6 +97,15 @@ def test_split_model(tmp_path):
     assert [layer.n_q for layer in Base(first).layers] == [64, 64]
     second.unlink()
     with pytest.raises(ModelError, match=r"base-00002-of-00002\.gguf: no such file"):
+        Base(first)
+    write(second, keys={}, layers=(1,), split=(0, 2))
+    with pytest.raises(ModelError, match=r"base-00002-of-00002\.gguf: is not part 2 of 2 of .*base-00001-of-00002"):
+        Base(first)
+    write(second, keys={}, layers=(0,), split=(1, 2))
+    with pytest.raises(ModelError, match=r"has tensor blk\.0\.attn_k\.weight, which another part has too"):
+        Base(first)
+    write(second, keys={}, layers=(), split=(1, 2))
+    with pytest.raises(ModelError, match="its 2 parts have 4 tensors, not 8"):
         Base(first)
     other = write(tmp_path / "part.gguf", layers=(1,), split=(1, 2))
     with pytest.raises(ModelError, match="part of a split model: name its first part"):

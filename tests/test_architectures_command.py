@@ -1,0 +1,162 @@
+"""deltamem architectures: complete, and as attaching a memory to a model is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pydeltamem import AdapterError, DeltaMemLlama, InputError, _lib, architectures, cli
+from pydeltamem.convert import hf
+from test_unsupported import bitnet, rewrite  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="module")
+def description():
+    return architectures.describe()
+
+
+@pytest.fixture(scope="module")
+def rows(description):
+    return {row["architecture"]: row for row in description["architectures"]}
+
+
+def test_every_architecture_is_there(rows):
+    """Those that llama.cpp's converter can write, by the gguf package of the same source."""
+    code = "from gguf.constants import MODEL_ARCH_NAMES; print(*MODEL_ARCH_NAMES.values(), sep='\\n')"
+    folder = hf.converter().parent / "gguf-py"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert set(rows) == set(done.stdout.split()) == set(architectures.names())
+    assert all(row["status"] in architectures.STATUSES for row in rows.values())
+    assert all(row["layers"] or row["problem"] for row in rows.values())
+
+
+def test_what_is_verified_is_supported(rows):
+    """The results are of this library, and the library agrees with them."""
+    shipped = json.loads(architectures.RESULTS.read_text(encoding="utf-8"))
+    assert shipped["llama_cpp_python"] == _lib.LLAMA_CPP_VERSION
+    names = {model["architecture"] for model in shipped["models"]}
+    assert len(names) > 5
+    assert names == {name for name, row in rows.items() if row["status"] == "verified"}
+    assert sorted(model["model"] for row in rows.values() for model in row["verified"]) == sorted(
+        model["model"] for model in shipped["models"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("bert", "it is no decoder"),
+        ("modern-bert", "it is no decoder"),
+        ("dream", "it is no decoder"),
+        ("t5", "it has an encoder"),
+        ("mamba", "it has no attention"),
+        ("rwkv7", "it has no attention"),
+        ("rwkv6qwen2", "it has no attention"),
+        ("deepseek2", "it has no attention projections of the common kind"),
+        ("openelm", "its attention does not go through the common q, k, v projections"),
+        ("clip", "CLIP cannot be used as main model"),
+    ],
+)
+def test_refused(rows, name, says):
+    row = rows[name]
+    reasons = [row["problem"]] if row["problem"] else [layer["reason"] for layer in row["layers"]]
+    assert row["status"] == "refused" and not row["verified"]
+    assert all(says in reason for reason in reasons)
+
+
+def test_hybrids_take_a_memory_where_they_have_attention(rows):
+    for name, attention in (("jamba", [True, False]), ("lfm2", [True, False]), ("falcon-h1", [True, True])):
+        assert [bool(layer["corrects"]) for layer in rows[name]["layers"]] == attention, name
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "smollm3", "llama"])
+def test_attaching_agrees_where_it_is_supported(rows, base, adapter, tmp_path, arch):
+    """Real files, with a memory in every layer that corrects q, k, v and o."""
+    if arch == "llama":  # SmolLM3 has its tensors
+        model = rewrite(base("smollm3"), tmp_path / "base.gguf", arch)
+        memory = rewrite(adapter("smollm3", "qkvo_lambda_outside"), tmp_path / "memory.gguf", arch)
+    else:
+        model, memory = base(arch), adapter(arch, "qkvo_lambda_outside")
+    llm = DeltaMemLlama(model, deltamem_path=memory, n_ctx=64, verbose=False)
+    assert llm.memory.attached
+    llm.close()
+    assert rows[arch]["status"] == "verified"
+    assert all(layer["corrects"] == "qkvo" for layer in rows[arch]["layers"])
+
+
+def refusal(base, memory):
+    """The sentence of attaching, without the name of the file."""
+    with pytest.raises(AdapterError) as info:
+        DeltaMemLlama(base, deltamem_path=memory, n_ctx=64, verbose=False)
+    assert str(info.value).startswith(f"{memory}: ")
+    return str(info.value).removeprefix(f"{memory}: ")
+
+
+def test_attaching_is_refused_with_the_same_reason(rows, bitnet, base, adapter, tmp_path):  # noqa: F811
+    memory = rewrite(adapter("smollm3", "tsw_qo"), tmp_path / "memory.gguf", "bitnet")
+    assert refusal(bitnet, memory) == rows["bitnet"]["layers"][0]["reason"]
+    assert rows["bitnet"]["status"] == "in part"
+    assert {layer["corrects"] for layer in rows["bitnet"]["layers"]} == {"qkv"}
+
+    model = rewrite(base("smollm3"), tmp_path / "llada.gguf", "llada")  # the same tensors, and no decoder
+    memory = rewrite(adapter("smollm3", "tsw_qo"), tmp_path / "llada-memory.gguf", "llada")
+    assert refusal(model, memory) == rows["llada"]["layers"][0]["reason"]
+    assert rows["llada"]["status"] == "refused"
+
+
+def test_an_assertion_of_llama_cpp_is_not_the_end(rows):
+    """Where the hyperparameters of its tests do not do, the process that asks ends; those after it are asked too."""
+    assert "do not make a model" in rows["plm"]["problem"] and rows["plm"]["status"] == "unknown"
+    few = architectures.describe(["plm", "qwen3"])["architectures"]
+    assert [(row["architecture"], row["status"]) for row in few] == [("qwen3", "verified"), ("plm", "unknown")]
+
+
+def test_command_line(tmp_path, capsys):
+    path = tmp_path / "architectures.json"
+    assert cli.main(["architectures", "qwen3", "bitnet", "mamba", "baichuan", "--json", str(path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    said = {line[0]: " ".join(line[1:]) for line in lines if line}
+    assert said["qwen3"].startswith("verified q, k, v, o q, k, v, o Qwen3 in PyTorch: NMSE below 1e-1")
+    assert "its attention does not go through the common output projection" in said["bitnet"]
+    assert "it has no attention" in said["mamba"]
+    assert [row["architecture"] for row in json.loads(path.read_text())["architectures"]] == [
+        "qwen3",
+        "baichuan",
+        "bitnet",
+        "mamba",
+    ]
+    assert cli.main(["architectures", "qwen3", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["architectures"][0]["status"] == "verified"
+
+
+def test_user_errors(tmp_path, capsys):
+    with pytest.raises(InputError, match=r"'qwen9' is no architecture that llama\.cpp knows"):
+        architectures.describe(["qwen9"])
+    assert cli.main(["architectures", "qwen3", "--json", str(tmp_path / "no" / "file")]) == 1
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and error.count("\n") == 1
+
+
+def test_results_of_another_library_do_not_count(monkeypatch, tmp_path):
+    results = json.loads(architectures.RESULTS.read_text(encoding="utf-8"))
+    path = tmp_path / "architectures.json"
+    path.write_text(json.dumps({**results, "llama_cpp_python": "0.0.1"}))
+    monkeypatch.setattr(architectures, "RESULTS", path)
+    assert [row["status"] for row in architectures.describe(["qwen3"])["architectures"]] == ["supported"]
+
+
+def test_tiny_adapters_that_cannot_be(tmp_path):
+    with _lib.errors_held() as log:
+        model = _lib.llama_deltamem_tiny_model(b"qwen3")
+        assert _lib.llama_deltamem_tiny_adapter(model, 99, b"q", str(tmp_path / "a").encode()) == -1
+        assert "no layer 99" in _lib.last_error()
+        assert _lib.llama_deltamem_tiny_adapter(model, 0, b"q", str(tmp_path / "no" / "a").encode()) == -1
+        assert "cannot be written" in _lib.last_error()
+        _lib.llama_cpp.llama_model_free(model)
+        assert not _lib.llama_deltamem_tiny_model(b"qwen9")
+        assert "knows no architecture 'qwen9'" in _lib.last_error()
+        log.clear()
+    assert _lib.llama_deltamem_arch_name(-1) is None and _lib.llama_deltamem_arch_name(10_000) is None
