@@ -37,7 +37,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize memcheck architectures schedules soak bench bench-reference lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize memcheck architectures schedules soak bench bench-reference patch-count lint format wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -124,7 +124,10 @@ bench-reference: $(INSTALLED) ## the native side against the memory in PyTorch (
 	$(BIN)/python -m pip install -q -c constraints.txt "transformers>=5"
 	$(BIN)/python tests/bench_reference.py
 
-lint: $(TOOLS) ## formatting and lint rules
+patch-count: ## lines and files of llama.cpp that our patches change, and their limits
+	@$(PYTHON) cmake/patch_count.py
+
+lint: $(TOOLS) patch-count ## formatting and lint rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
