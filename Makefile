@@ -30,6 +30,9 @@ MEMCHECK_ARGS := $(if $(AVX512),$(OTHER_BUILD) -DGGML_NATIVE=OFF)
 BENCH_SHAPES ?= qwen3-0.6b
 BENCH_ARGS   ?= $(if $(wildcard build/stock/bin/libllama.*),--against build/stock/bin)
 
+# versions of llama-cpp-python for `make upstream-check`; empty: the three newest
+UPSTREAM_RELEASES ?=
+
 # the LoCoMo dialogues, which are not ours to ship
 SOAK_DATA    ?= ../shared/data/locomo10.json
 
@@ -37,7 +40,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize memcheck architectures schedules soak bench bench-reference patch-count lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize memcheck architectures schedules soak bench bench-reference upstream-check patch-count lint format wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -123,6 +126,9 @@ bench: $(INSTALLED) ## random models with and without the memory, and the operat
 bench-reference: $(INSTALLED) ## the native side against the memory in PyTorch (installs transformers)
 	$(BIN)/python -m pip install -q -c constraints.txt "transformers>=5"
 	$(BIN)/python tests/bench_reference.py
+
+upstream-check: $(DEMO)/memory.gguf ## build and test against the three newest llama-cpp-python (UPSTREAM_RELEASES)
+	$(BIN)/python cmake/upstream.py check $(UPSTREAM_RELEASES) -- $(NATIVE_TESTS) $(CMAKE_ARGS)
 
 patch-count: ## lines and files of llama.cpp that our patches change, and their limits
 	@$(PYTHON) cmake/patch_count.py
