@@ -29,6 +29,9 @@ MEMCHECK_ARGS := $(if $(AVX512),$(OTHER_BUILD) -DGGML_NATIVE=OFF)
 BENCH_SHAPES ?= qwen3-0.6b
 BENCH_ARGS   ?= $(if $(wildcard build/stock/bin/libllama.*),--against build/stock/bin)
 
+# versions of llama-cpp-python for `make upstream-check`; empty: the three newest
+UPSTREAM_RELEASES ?=
+
 # the LoCoMo dialogues, which are not ours to ship
 SOAK_DATA    ?= ../shared/data/locomo10.json
 
@@ -36,7 +39,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize memcheck default-model architectures schedules soak bench bench-reference lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize memcheck default-model architectures schedules soak bench bench-reference upstream-check patch-count lint format wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -53,7 +56,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.llama-cpp-pyth
 	@touch $@.begun # what is edited from here on is newer than the stamp
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.11"
 	@echo "Building llama.cpp and the package: the first time takes some minutes, later what changed is compiled."
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[convert,test,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[convert,train,test,dev]'
 	@mv $@.begun $@
 
 $(TOOLS): constraints.txt | $(BIN)/python
@@ -107,7 +110,6 @@ MEMORY_ARGS := --steps 700 --batch 16 --rate 3e-3 --write-bias -3 --heads-gain 5
 MODELS      := pydeltamem/models
 
 default-model: $(INSTALLED) ## train the model of the package and its memories (two CPU cores: about two hours)
-	$(BIN)/python -m pip install -q -c constraints.txt "transformers>=5" sentencepiece matplotlib
 	$(BIN)/python recipes/backbone.py $(DEFAULT)/hf
 	$(BIN)/python recipes/conversations.py $(DEFAULT)/train.jsonl
 	$(BIN)/deltamem convert-base $(DEFAULT)/hf -o $(DEFAULT)/base.gguf --outtype f32 --name "deltamem default"
@@ -129,7 +131,6 @@ schedules: $(INSTALLED) ## 1,000 random schedules over four conversations agains
 	DELTAMEM_SCHEDULES=1000 $(BIN)/python -m pytest tests/test_schedules.py
 
 soak: $(DEMO)/memory.gguf ## 100,000 tokens of dialogue (SOAK_DATA: locomo10.json) through a window of 1,024, with a plot
-	$(BIN)/python -m pip install -q matplotlib
 	$(BIN)/python tests/soak.py --data $(SOAK_DATA) --model $(TINY)/base.gguf --deltamem $(DEMO)/memory.gguf --out build/soak
 
 bench: $(INSTALLED) ## random models with and without the memory, and the operator (BENCH_SHAPES, BENCH_ARGS)
@@ -142,7 +143,13 @@ bench: $(INSTALLED) ## random models with and without the memory, and the operat
 bench-reference: $(INSTALLED) ## the native side against the memory in PyTorch
 	$(BIN)/python tests/bench_reference.py
 
-lint: $(TOOLS) ## formatting and lint rules
+upstream-check: $(DEMO)/memory.gguf ## build and test against the three newest llama-cpp-python (UPSTREAM_RELEASES)
+	$(BIN)/python cmake/upstream.py check $(UPSTREAM_RELEASES) -- $(NATIVE_TESTS) $(CMAKE_ARGS)
+
+patch-count: ## lines and files of llama.cpp that our patches change, and their limits
+	@$(PYTHON) cmake/patch_count.py
+
+lint: $(TOOLS) patch-count ## formatting and lint rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)

@@ -78,17 +78,19 @@ def check_sha256(path: Path, expected: str, remedy: str) -> None:
         )
 
 
-def download(folder: Path, expected: str = SHA256) -> Path:
-    """Returns the source distribution in `folder`, downloaded by pip unless it is there."""
-    archive = folder / SDIST
+def download(folder: Path, expected: str | None = SHA256, version: str = VERSION) -> Path:
+    """Returns the source distribution in `folder`, downloaded by pip unless it is there. None: whatever comes."""
+    requirement = f"llama-cpp-python=={version}"
+    archive = folder / f"llama_cpp_python-{version}.tar.gz"
     if archive.exists():
-        check_sha256(archive, expected, "remove the file and build again")
+        if expected:
+            check_sha256(archive, expected, "remove the file and build again")
         return archive
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--no-binary", "llama-cpp-python", "--dest", aside, REQUIREMENT]
+        command += ["--no-binary", "llama-cpp-python", "--dest", aside, requirement]
         # pip asks the package's build backend for its metadata. Ours is the same one: no need to install it once more.
         if importlib.util.find_spec("scikit_build_core"):
             command.insert(-1, "--no-build-isolation")
@@ -96,13 +98,14 @@ def download(folder: Path, expected: str = SHA256) -> Path:
         if result.returncode != 0:
             sys.stderr.write(result.stdout)
             raise FetchError(
-                f"pip could not download the source distribution of {REQUIREMENT} (its messages are above); "
-                f"make pip's index reachable, or name {SDIST} with -DDELTAMEM_LLAMA_CPP_SOURCE=PATH."
+                f"pip could not download the source distribution of {requirement} (its messages are above); "
+                f"make pip's index reachable, or name {archive.name} with -DDELTAMEM_LLAMA_CPP_SOURCE=PATH."
             )
-        fetched = Path(aside) / SDIST
+        fetched = Path(aside) / archive.name
         if not fetched.exists():
-            raise FetchError(f"pip downloaded {REQUIREMENT} under another name than {SDIST}: use a newer pip.")
-        check_sha256(fetched, expected, "pip's index offers another file: use one that mirrors the original")
+            raise FetchError(f"pip downloaded {requirement} under another name than {archive.name}: use a newer pip.")
+        if expected:
+            check_sha256(fetched, expected, "pip's index offers another file: use one that mirrors the original")
         fetched.replace(archive)
     return archive
 

@@ -225,6 +225,18 @@ def test_downloaded_source_with_another_checksum_is_not_kept(tmp_path, sdist, mo
     assert list((tmp_path / "download").iterdir()) == []
 
 
+def test_a_release_without_a_known_checksum(tmp_path, sdist, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(sdist.parent))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    archive = fetch.download(tmp_path / "download", None, fetch.VERSION)
+    assert archive.read_bytes() == sdist.read_bytes()
+    sdist.unlink()
+    assert fetch.download(tmp_path / "download", None, fetch.VERSION) == archive
+    with pytest.raises(fetch.FetchError, match=r"source distribution of llama-cpp-python==9\.8\.7"):
+        fetch.download(tmp_path / "download", None, "9.8.7")
+
+
 def test_pip_that_finds_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

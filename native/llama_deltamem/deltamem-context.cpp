@@ -30,12 +30,12 @@ void llama_deltamem_context::set_segments(const int32_t * segments, const int8_t
     }
 }
 
-void llama_deltamem_context::begin_batch(const llama_batch_ext & batch) {
+void llama_deltamem_context::begin_batch(const std::vector<llama_deltamem_token> & tokens) {
     // consumed whatever happens: it describes one llama_decode
     current = {};
     std::swap(current, next);
 
-    const size_t n_tokens = batch.tokens.size();
+    const size_t n_tokens = tokens.size();
     if (!current.checkpoints.empty() && current.checkpoints.back() >= (int64_t) n_tokens) {
         throw std::runtime_error(format("a checkpoint after token %d was asked for, the batch has %zu",
                                         current.checkpoints.back(), n_tokens));
@@ -45,15 +45,17 @@ void llama_deltamem_context::begin_batch(const llama_batch_ext & batch) {
                 format("segments were given for %zu tokens, the batch has %zu", current.segments.size(), n_tokens));
     }
 
-    std::vector<int32_t> last_token(n_seqs(), -1);
+    for (sequence & s : sequences) {
+        s.tokens.clear();
+        s.n_planned = 0;
+    }
     for (size_t i = 0; i < n_tokens; ++i) {
-        const auto & seq_ids = batch.tokens[i].seq_ids;
-        if (seq_ids.size() != 1) {
+        if (tokens[i].n_seqs != 1) {
             throw std::runtime_error(
                     format("token %zu of the batch belongs to %zu sequences; with a memory it must be one", i,
-                           seq_ids.size()));
+                           tokens[i].n_seqs));
         }
-        const llama_seq_id seq_id = *seq_ids.begin();
+        const llama_seq_id seq_id = tokens[i].seq_id;
         if (seq_id < 0 || (uint32_t) seq_id >= n_seqs()) {
             throw std::runtime_error(
                     format("token %zu of the batch belongs to sequence %d, this context has %u memories", i, seq_id,
@@ -65,7 +67,7 @@ void llama_deltamem_context::begin_batch(const llama_batch_ext & batch) {
                            "end or abandon the ingest first",
                            seq_id));
         }
-        last_token[seq_id] = (int32_t) i;
+        sequences[seq_id].tokens.push_back((int32_t) i);
     }
 
     n_checkpoints = (int32_t) current.checkpoints.size();
@@ -76,9 +78,9 @@ void llama_deltamem_context::begin_batch(const llama_batch_ext & batch) {
 
     if (current.ends.empty()) {
         current.ends.resize(n_tokens, 0);
-        for (const int32_t i : last_token) {
-            if (i >= 0) {
-                current.ends[i] = 1;
+        for (const sequence & s : sequences) {
+            if (!s.tokens.empty()) {
+                current.ends[s.tokens.back()] = 1;
             }
         }
     }
@@ -89,7 +91,7 @@ void llama_deltamem_context::begin_batch(const llama_batch_ext & batch) {
         segment.push_back(s.ingest.open ? s.ingest.segment : -1);
     }
     for (size_t i = 0; i < n_tokens; ++i) {
-        const llama_seq_id seq_id = *batch.tokens[i].seq_ids.begin();
+        const llama_seq_id seq_id = tokens[i].seq_id;
         const int32_t      id     = current.segments[i];
         if (id < -1) {
             throw std::runtime_error(
@@ -130,11 +132,13 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
                 continue;
             }
 
+            // where it is in the batch; -1: nothing was said of this batch
+            const int32_t at = sq.n_planned < sq.tokens.size() ? sq.tokens[sq.n_planned++] : -1;
+
             int32_t bits = 0;
-            if (!current.given) {
+            if (!current.given || at < 0) {
                 bits = sq.write ? GGML_DELTAMEM_TOKEN_WRITE : 0;
             } else {
-                const int32_t at = ubatch.data->batch_idxs[i];
                 const int32_t id = sq.write ? current.segments[at] : -1;
 
                 if (!sq.ingest.open) {
@@ -156,8 +160,8 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
 
             if (!current.checkpoints.empty()) {
                 const auto & marks = current.checkpoints;
-                const auto   it    = std::lower_bound(marks.begin(), marks.end(), ubatch.data->batch_idxs[i]);
-                if (it != marks.end() && *it == ubatch.data->batch_idxs[i]) {
+                const auto   it    = std::lower_bound(marks.begin(), marks.end(), at);
+                if (it != marks.end() && *it == at) {
                     bits |= GGML_DELTAMEM_TOKEN_CHECKPOINT((int32_t) (this->n_seqs() + (it - marks.begin())));
                 }
             }

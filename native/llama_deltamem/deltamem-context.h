@@ -9,7 +9,12 @@
 #include <vector>
 
 struct llama_ubatch;
-struct llama_batch_ext;
+
+// a token of a batch
+struct llama_deltamem_token {
+    size_t       n_seqs;
+    llama_seq_id seq_id; // the first of them
+};
 
 struct llama_deltamem_context {
     const llama_deltamem_weights_ptr weights;
@@ -49,7 +54,7 @@ struct llama_deltamem_context {
     uint32_t checkpoint_slot(int32_t i) const;
 
     // Takes the description for this batch and checks it. Throws std::runtime_error with the reason to refuse the batch.
-    void begin_batch(const llama_batch_ext & batch);
+    void begin_batch(const std::vector<llama_deltamem_token> & tokens);
 
     // The plan (ggml-deltamem.h) of a micro-batch of the current batch, in the order of computation.
     void make_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan);
@@ -64,6 +69,10 @@ private:
     struct sequence {
         bool          write = true;
         struct ingest ingest;
+
+        // its tokens in the current batch, and how many of them micro-batches have had, which keep their order
+        std::vector<int32_t> tokens;
+        size_t               n_planned = 0;
     };
 
     struct description {

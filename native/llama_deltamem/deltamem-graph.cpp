@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <type_traits>
 
 // the plan of the micro-batch, one tensor for all layers
 class llm_graph_input_deltamem : public llm_graph_input_i {
@@ -174,18 +175,36 @@ ggml_tensor * llama_deltamem_correct(const llama_deltamem_graph_ptr & graph, lla
     return i >= 0 ? graph->correct(target, out, i) : out;
 }
 
-bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, const llama_batch_ext & batch) {
+template <typename batch_type>
+bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, const batch_type & batch) {
     if (!deltamem) {
         return true;
     }
+    std::vector<llama_deltamem_token> tokens;
+    if constexpr (std::is_same_v<batch_type, llama_batch>) {
+        for (int32_t i = 0; i < batch.n_tokens; ++i) {
+            const int32_t n = batch.n_seq_id ? batch.n_seq_id[i] : 1;
+            tokens.push_back({ (size_t) n, n > 0 && batch.seq_id ? batch.seq_id[i][0] : 0 });
+        }
+    } else { // llama_batch_ext, which took its place
+        for (const auto & token : batch.tokens) {
+            tokens.push_back({ token.seq_ids.size(), token.seq_ids.empty() ? -1 : *token.seq_ids.begin() });
+        }
+    }
     try {
-        deltamem->begin_batch(batch);
+        deltamem->begin_batch(tokens);
         return true;
     } catch (const std::exception & err) {
         llama_deltamem_set_error(err.what());
         return false;
     }
 }
+
+template <typename batch_type, typename... others>
+batch_type batch_type_of(bool (llama_batch_allocr::*init)(const batch_type &, others...));
+
+template bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr &,
+                                         const decltype(batch_type_of(&llama_batch_allocr::init)) &);
 
 uint32_t llama_deltamem_n_nodes(const llama_deltamem_context_ptr & deltamem) {
     // projection, operator, then product and addition for each of q, k, v, o, and the norm of o

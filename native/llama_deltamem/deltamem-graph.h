@@ -6,7 +6,6 @@
 #include <memory>
 
 struct ggml_tensor;
-struct llama_batch_ext;
 struct llm_graph_params;
 
 struct llama_deltamem_context; // an attached adapter with the states of one llama_context: deltamem-context.h
@@ -35,7 +34,9 @@ ggml_tensor * llama_deltamem_correct(const llama_deltamem_graph_ptr & graph, lla
                                      ggml_tensor * out, int il);
 
 // Called for each llama_decode before anything is computed. False, with the reason logged, refuses the batch.
-bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, const llama_batch_ext & batch);
+// There is one instance, for the type of batch that this llama.cpp's decoder takes.
+template <typename batch_type>
+bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, const batch_type & batch);
 
 // an upper bound of the nodes that the hooks add to a graph
 uint32_t llama_deltamem_n_nodes(const llama_deltamem_context_ptr & deltamem);
