@@ -57,7 +57,7 @@ def convert_base(
         raise ModelError(f"{directory}: is no Hugging Face model directory: it has no config.json")
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ModelError(f"{directory}: converting it needs {' and '.join(missing)}: pip install 'pydeltamem[train]'")
+        raise ModelError(f"{directory}: converting it needs {' and '.join(missing)}: pip install 'pydeltamem[convert]'")
     try:
         with replacing(path) as temporary:
             command = [sys.executable, str(converter()), str(directory), "--outfile", str(temporary)]

@@ -122,10 +122,13 @@ def batch(world: World, text: Text) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows), torch.tensor(weights)
 
 
-def train_tokenizer(directory: Path, seed: int, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
+def train_tokenizer(
+    directory: Path, seed: int, vocab_size: int, n: int = 60_000
+) -> sentencepiece.SentencePieceProcessor:
+    """From what is said about n facts and n times beside them."""
     world = World(seed)
     sentences = []
-    for _ in range(60_000):
+    for _ in range(n):
         turn = world.random.choice((world.chatter, world.knowledge, lambda: world.ask_unknown([])))()
         fact = world.facts(1)[0]
         sentences += [*turn, *world.tell(fact), *world.ask(fact), *world.update(fact)]
