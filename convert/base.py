@@ -18,8 +18,8 @@ PERMUTED = frozenset({
 })  # fmt: skip
 IN_ORDER = frozenset({
     "afmoe", "apertus", "cohere2", "command-r", "dots1", "ernie4_5", "ernie4_5-moe", "exaone", "exaone4", "falcon",
-    "gemma", "gemma2", "gemma3", "gpt-oss", "gptneox", "grovemoe", "hunyuan-dense", "hunyuan-moe", "llada-moe",
-    "llama4", "nemotron", "olmo2", "olmoe", "orion", "phi2", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen3",
+    "gemma", "gemma2", "gemma3", "gpt-oss", "gptneox", "grovemoe", "hunyuan-dense", "hunyuan-moe", "lfm2", "lfm2moe",
+    "llada-moe", "llama4", "nemotron", "olmo2", "olmoe", "orion", "phi2", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen3",
     "qwen3moe", "qwen3next", "seed_oss", "smallthinker", "stablelm", "starcoder2",
 })  # fmt: skip
 

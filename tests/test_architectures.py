@@ -42,10 +42,11 @@ SETTINGS = {
     "Gemma2": dict(query_pre_attn_scalar=16),
     "Gemma3Text": dict(query_pre_attn_scalar=16),
     "Phi": dict(num_key_value_heads=4, intermediate_size=192),
+    "Lfm2": dict(block_auto_adjust_ff_dim=False, head_dim=12),
     "Qwen3Next": dict(norm_topk_prob=True),
 }
 
-NAMES = [name for name in ARCHITECTURES if name not in ("OPT", "GPTJ", "Lfm2", "Qwen3Next")]
+NAMES = [name for name in ARCHITECTURES if name not in ("OPT", "GPTJ", "Qwen3Next")]
 
 
 def bound_of(name):
