@@ -106,7 +106,7 @@ memcheck: $(DEMO)/memory.gguf ## the same under valgrind
 
 # One command makes the model of the package again, from a seed; every step goes on where it was broken off.
 DEFAULT  := build/default
-MEMORY_ARGS := --steps 700 --batch 16 --rate 3e-3 --write-bias -3 --heads-gain 5
+MEMORY_ARGS := --steps 2000 --batch 16 --rate 6e-3 --update no_lambda --write-bias -2 --heads-gain 5
 MODELS      := pydeltamem/models
 
 default-model: $(INSTALLED) ## train the model of the package and its memories (two CPU cores: about two hours)
