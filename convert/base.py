@@ -19,8 +19,8 @@ PERMUTED = frozenset({
 IN_ORDER = frozenset({
     "afmoe", "apertus", "cohere2", "command-r", "dots1", "ernie4_5", "ernie4_5-moe", "exaone", "exaone4", "falcon",
     "gemma", "gemma2", "gemma3", "gpt-oss", "gptneox", "grovemoe", "hunyuan-dense", "hunyuan-moe", "lfm2", "lfm2moe",
-    "llada-moe", "llama4", "nemotron", "olmo2", "olmoe", "orion", "phi2", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen3",
-    "qwen3moe", "qwen3next", "seed_oss", "smallthinker", "stablelm", "starcoder2",
+    "llada-moe", "llama4", "nemotron", "olmo2", "olmoe", "orion", "phi2", "phi3", "phimoe", "qwen2", "qwen2moe",
+    "qwen3", "qwen3moe", "qwen3next", "seed_oss", "smallthinker", "stablelm", "starcoder2",
 })  # fmt: skip
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
