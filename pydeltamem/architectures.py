@@ -207,18 +207,20 @@ def _print(console: Console, description: dict[str, Any]) -> None:
 def _evidence(row: dict[str, Any]) -> str:
     if row["problem"]:
         return _why(row["problem"].replace("error loading model hyperparameters: ", ""))
-    if row["status"] == "verified":
+    numbers = ""
+    if row["verified"]:
         error = max(max(model["logits"], model["state"]) for model in row["verified"])
-        return f"{', '.join(model['model'] for model in row['verified'])} in PyTorch: NMSE below {_above(error)}"
+        numbers = f"{', '.join(model['model'] for model in row['verified'])} in PyTorch: NMSE below {_above(error)}"
     layers = row["layers"]
     refused: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
         if layer["reason"]:
             refused.setdefault(_why(layer["reason"]), []).append(i)
-    return "; ".join(
+    refusals = [
         why if len(which) == len(layers) else f"layer {', '.join(map(str, which))} of {len(layers)}: {why}"
         for why, which in refused.items()
-    )
+    ]
+    return "; ".join([numbers, *refusals] if numbers else refusals)
 
 
 def _why(reason: str) -> str:
