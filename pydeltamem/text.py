@@ -6,6 +6,7 @@ lost its seat keeps its memory and its tokens; when it is back, the tokens are r
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -345,7 +346,7 @@ def _runs(
     in_segments = segment != TOKEN
     cuts = (in_segments[1:] != in_segments[:-1]) | begins[1:] | (~in_segments[1:] & (write[1:] != write[:-1]))
     bounds = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(tokens)]
-    for start, end in zip(bounds[:-1], bounds[1:]):
+    for start, end in itertools.pairwise(bounds):
         if start == end:
             continue
         if in_segments[start]:

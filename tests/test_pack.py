@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import subprocess
@@ -201,7 +202,7 @@ def test_shards_of_a_size(base, adapter, tmp_path):
     headers = [Header(file) for file in files]
     sizes = [[tensor.n_bytes for tensor in header.tensors.values()] for header in headers]
     assert all(sum(row) <= limit or len(row) == 1 for row in sizes) and any(sum(row) > limit for row in sizes)
-    for this, following in zip(sizes, sizes[1:]):
+    for this, following in itertools.pairwise(sizes):
         assert sum(this) + following[0] > limit, "a shard was ended early"
     for i, header in enumerate(headers):
         split = [header.keys[key] for key in ("split.no", "split.count", "split.tensors.count")]
