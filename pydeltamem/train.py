@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     memory = parser.add_argument_group("memory")
     memory.add_argument(
-        "--strategy", choices=tuple(STRATEGIES), default="tsw",
-        help="every token writes (tsw), the mean of a message (ssw), every token to several heads (msw); %(default)s",
+        "--strategy", choices=tuple(STRATEGIES),
+        help="every token writes (tsw), the mean of a message (ssw), every token to several heads (msw); tsw, or that"
+        " of --init",
     )  # fmt: skip
     memory.add_argument("--rank", type=_positive, default=8, metavar="R", help="rank of the state (%(default)s)")
     memory.add_argument("--heads", type=_positive, metavar="H", help="state heads (1; 4 for msw)")
@@ -63,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--layers", type=_layer_list, default=(), metavar="N,...", help="layers with memory (all)")
     memory.add_argument("--alpha", type=float, default=16.0, help="scale of a correction: alpha / rank (%(default)s)")
     memory.add_argument(
-        "--write-bias", type=float, default=-1.5, metavar="X",
-        help="initial bias of the write gate; lower: the memory starts out forgetting less (%(default)s)",
+        "--write-bias", type=float, metavar="X",
+        help="initial bias of the write gate; lower: the memory starts out forgetting less (-1.5, or that of --init)",
     )  # fmt: skip
 
     memory.add_argument(
@@ -97,13 +98,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--seed", type=_count, default=1, help="(%(default)s)")
     training.add_argument("--save-every", type=_positive, default=100, metavar="N", help="steps between checkpoints")
     training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    training.add_argument("--init", metavar="DIR", help="begin with the weights of this checkpoint")
+    training.add_argument(
+        "--init", metavar="DIR", help="begin with the weights of this checkpoint, perhaps of another --strategy"
+    )
+    training.add_argument(
+        "--init-gain", type=float, default=1.0, metavar="X", help="times what that writes (%(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    granularity, heads = STRATEGIES[args.strategy]
+    granularity, heads = STRATEGIES[args.strategy or "tsw"]
     corrections = tuple(args.corrections.lower())
     if not corrections or not set(corrections) <= set(HEADS):
         raise InputError(f"--corrections {args.corrections}: must be letters of q, k, v, o")
@@ -114,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         memory_write_granularity=granularity,
         target_layers=args.layers,
         delta_heads=corrections,
-        beta_bias_init=args.write_bias,
+        beta_bias_init=-1.5 if args.write_bias is None else args.write_bias,
         state_update_mode=args.update,
     )
     console = Console(stderr=True)
@@ -333,6 +339,7 @@ class Trainer:
         form = recurrence if args.device == "cpu" else chunked_recurrence
         if args.init:
             self.memory = DeltaMem.from_checkpoint(self.model, args.init, recurrence=form)
+            self._change(config)
         else:
             self.memory = DeltaMem(self.model, config, recurrence=form)
             if args.heads_gain:
@@ -350,7 +357,8 @@ class Trainer:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         mean = self.curve[-1][1] if self.curve else None
         with Progress(*columns, console=self.console) as progress:
-            bar = progress.add_task(args.strategy, total=args.steps, completed=self.step)
+            name = args.strategy or "memory"
+            bar = progress.add_task(name, total=args.steps, completed=self.step)
             while self.step < args.steps:
                 begun = time.monotonic()
                 loss = self._update()
@@ -360,7 +368,7 @@ class Trainer:
                     raise InputError(f"step {self.step}: the loss is {loss}: lower --rate or --clip and run again")
                 if self.step % 10 == 0:
                     self.curve.append((self.step, mean))
-                progress.update(bar, advance=1, description=f"{args.strategy}, loss {mean:.3f}")
+                progress.update(bar, advance=1, description=f"{name}, loss {mean:.3f}")
                 if self.step % args.save_every == 0 or self.step == args.steps:
                     self._save()
         self._plot()
@@ -418,6 +426,22 @@ class Trainer:
                 f"{path}: is of another run: {str(error).splitlines()[0]}; delete it or name another --out"
             ) from error
         self.console.print(f"{path}: goes on from step {self.step}")
+
+    @torch.no_grad()
+    def _change(self, config: DeltaMemConfig) -> None:
+        """What the options change of the checkpoint that the run begins with. A message's mean has of each token a part
+        only: it is written stronger."""
+        args, of_checkpoint = self.args, self.memory.config
+        if args.strategy:
+            has, wanted = of_checkpoint.num_state_heads, config.num_state_heads
+            if has != wanted:
+                raise InputError(f"--init {args.init}: has {has} state heads, --strategy {args.strategy} has {wanted}")
+            granularity = config.memory_write_granularity
+            self.memory.config = replace(of_checkpoint, memory_write_granularity=granularity)
+        for parameters in self.memory.memories:
+            parameters.memory_v_proj *= args.init_gain
+            if args.write_bias is not None:
+                parameters.beta_bias.fill_(args.write_bias)
 
     @torch.no_grad()
     def _held_out(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:

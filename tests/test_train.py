@@ -70,7 +70,7 @@ def arguments(hf_dir, data, out, *options):
 
 def trainer(hf_dir, data, out, *options):
     args = arguments(hf_dir, data, out, *options)
-    granularity, heads = train.STRATEGIES[args.strategy]
+    granularity, heads = train.STRATEGIES[args.strategy or "tsw"]
     config = DeltaMemConfig(rank=4, num_state_heads=heads, memory_write_granularity=granularity)
     return train.Trainer(args, config, Console(quiet=True))
 
@@ -134,6 +134,24 @@ def test_the_state_is_all_that_the_answer_sees(hf_dir, data, memory):
         batch.earlier[:] = 0
         torch.testing.assert_close(train.answer_logits(model, memory, batch), untold, rtol=0, atol=0)
     assert (told - untold).abs().max() > 1e-3
+
+
+def test_beginning_with_a_checkpoint_of_another_strategy(hf_dir, data, tmp_path):
+    first = trainer(hf_dir, data, tmp_path / "tsw", "--steps", "2", "--heads-gain", "1")
+    first.train()
+    options = ("--init", str(tmp_path / "tsw"))
+    same = trainer(hf_dir, data, tmp_path / "same", *options)
+    other = trainer(
+        hf_dir, data, tmp_path / "ssw", *options, "--strategy", "ssw", "--init-gain", "3", "--write-bias", "0.5"
+    )  # fmt: skip
+    assert same.memory.config == first.memory.config
+    assert other.memory.config.memory_write_granularity == "message_mean"
+    for a, b, c in zip(first.memory.memories, same.memory.memories, other.memory.memories):
+        torch.testing.assert_close(b.state_dict(), a.state_dict(), rtol=0, atol=0)
+        expected = {**a.state_dict(), "memory_v_proj": 3 * a.memory_v_proj, "beta_bias": torch.full((4,), 0.5)}
+        torch.testing.assert_close(c.state_dict(), expected, rtol=0, atol=0)
+    with pytest.raises(InputError, match="has 1 state heads, --strategy msw has 4"):
+        trainer(hf_dir, data, tmp_path / "msw", *options, "--strategy", "msw")
 
 
 def test_training_lowers_the_loss_and_writes_a_published_checkpoint(hf_dir, data, tmp_path):
