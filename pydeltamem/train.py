@@ -271,7 +271,8 @@ def answer_logits(model: Any, memory: DeltaMem, batch: Batch) -> Tensor:
     memory.reset()
     with memory.segments(batch.segments):
         model(batch.earlier, use_cache=False, logits_to_keep=1)
-    memory.state = memory.state[:, batch.owner]
+    # one state for all if nothing was written
+    memory.state = memory.state.expand(-1, len(batch.earlier), *memory.state.shape[2:])[:, batch.owner]
 
     # the question is an ingest of its own, and so is each token of the answer; what fillers write nobody reads
     mask = batch.question_mask
