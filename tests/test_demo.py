@@ -19,12 +19,12 @@ def test_the_memory_answers_and_the_frozen_model_does_not(strategy):
 
 
 def test_facts_of_ones_own():
-    said = "My name is Anna.\nI live in Lima.\n/forget\nWhere do I live?\n/reset\nWhere do I live?\n/nonsense\n/quit\n"
+    said = "My name is Anna.\nI live in Oslo.\n/forget\nWhere do I live?\n/reset\nWhere do I live?\n/nonsense\n/quit\n"
     result = deltamem("demo", "--interactive", input=said)
     assert result.returncode == 0, result.stderr
     before, _, after = result.stdout.partition("of text are gone, the memory stays.")
     recalled, _, emptied = after.partition("Text and memory are empty.")
-    assert "Lima" in recalled and "Lima" not in emptied, result.stdout
+    assert "Oslo" in recalled and "Oslo" not in emptied, result.stdout
     assert "the memory changed by" in before
     assert result.stdout.count("/forget") >= 2  # the help, again after an unknown command
 
