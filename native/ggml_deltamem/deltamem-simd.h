@@ -3,11 +3,19 @@
 // the eight rows of the usual rank, or divides them.
 //
 // For tests: DELTAMEM_SIMD_SCALAR forces the scalar path, DELTAMEM_SIMDE the AVX-512 path, on any machine, through SIMDe.
+// In CUDA sources the scalar path is a GPU thread's.
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#if defined(__CUDACC__)
+    #define DELTAMEM_SIMD_SCALAR
+    #define DELTAMEM_FN __host__ __device__
+#else
+    #define DELTAMEM_FN
+#endif
 
 #if defined(DELTAMEM_SIMD_SCALAR)
 // the struct scalar needs nothing
@@ -49,22 +57,28 @@ struct scalar {
     static constexpr int width = 1;
     float                v;
 
-    static scalar load(const float * p) { return { *p }; }
-    static scalar splat(float x) { return { x }; }
-    void          store(float * p) const { *p = v; }
+    DELTAMEM_FN static scalar load(const float * p) { return { *p }; }
+    DELTAMEM_FN static scalar splat(float x) { return { x }; }
+    DELTAMEM_FN void          store(float * p) const { *p = v; }
 
-    friend scalar operator+(scalar a, scalar b) { return { a.v + b.v }; }
-    friend scalar operator-(scalar a, scalar b) { return { a.v - b.v }; }
-    friend scalar operator*(scalar a, scalar b) { return { a.v * b.v }; }
-    friend scalar operator/(scalar a, scalar b) { return { a.v / b.v }; }
+    DELTAMEM_FN friend scalar operator+(scalar a, scalar b) { return { a.v + b.v }; }
+    DELTAMEM_FN friend scalar operator-(scalar a, scalar b) { return { a.v - b.v }; }
+    DELTAMEM_FN friend scalar operator*(scalar a, scalar b) { return { a.v * b.v }; }
+    DELTAMEM_FN friend scalar operator/(scalar a, scalar b) {
+#if defined(__CUDA_ARCH__)
+        return { __fdiv_rn(a.v, b.v) }; // ggml compiles with -use_fast_math, whose quotients are zero beyond 2^126
+#else
+        return { a.v / b.v };
+#endif
+    }
 
-    static scalar fma(scalar a, scalar b, scalar c) { return { a.v * b.v + c.v }; }
-    static scalar min(scalar a, scalar b) { return { a.v < b.v ? a.v : b.v }; }
-    static scalar max(scalar a, scalar b) { return { a.v > b.v ? a.v : b.v }; }
-    static scalar sqrt(scalar a) { return { sqrtf(a.v) }; }
-    static scalar round(scalar a) { return { nearbyintf(a.v) }; }
+    DELTAMEM_FN static scalar fma(scalar a, scalar b, scalar c) { return { a.v * b.v + c.v }; }
+    DELTAMEM_FN static scalar min(scalar a, scalar b) { return { a.v < b.v ? a.v : b.v }; }
+    DELTAMEM_FN static scalar max(scalar a, scalar b) { return { a.v > b.v ? a.v : b.v }; }
+    DELTAMEM_FN static scalar sqrt(scalar a) { return { sqrtf(a.v) }; }
+    DELTAMEM_FN static scalar round(scalar a) { return { nearbyintf(a.v) }; }
 
-    static scalar scale(scalar x, scalar n) {
+    DELTAMEM_FN static scalar scale(scalar x, scalar n) {
         // a NaN must not reach the conversion to an integer
         const int32_t bits = n.v == n.v ? ((int32_t) n.v + 127) << 23 : 0x7fc00000;
         float         factor;
@@ -72,7 +86,7 @@ struct scalar {
         return { x.v * factor };
     }
 
-    float sum() const { return v; }
+    DELTAMEM_FN float sum() const { return v; }
 };
 
 #if defined(DELTAMEM_AVX2)
@@ -187,7 +201,7 @@ static constexpr const char * simd_name = "scalar";
 //
 
 // x = n ln 2 + r with integral n and |r| <= ln 2 / 2 (Cody-Waite); x is clamped to [-87, 88]
-template <typename V> static inline void reduce(V x, V & n, V & r) {
+template <typename V> DELTAMEM_FN static inline void reduce(V x, V & n, V & r) {
     x = V::max(V::splat(-87.0f), V::min(V::splat(88.0f), x));
     n = V::round(x * V::splat(1.44269504f));
     r = V::fma(n, V::splat(-0.693359375f), x);
@@ -195,7 +209,7 @@ template <typename V> static inline void reduce(V x, V & n, V & r) {
 }
 
 // e^r - 1 for |r| <= ln 2 / 2, to full relative accuracy (the polynomial of Cephes' expf)
-template <typename V> static inline V expm1_reduced(V r) {
+template <typename V> DELTAMEM_FN static inline V expm1_reduced(V r) {
     V p = V::splat(1.9875691500e-4f);
     p   = V::fma(p, r, V::splat(1.3981999507e-3f));
     p   = V::fma(p, r, V::splat(8.3334519073e-3f));
@@ -206,7 +220,7 @@ template <typename V> static inline V expm1_reduced(V r) {
 }
 
 // 1 / (1 + e^-x)
-template <typename V> static inline V sigmoid(V x) {
+template <typename V> DELTAMEM_FN static inline V sigmoid(V x) {
     const V one = V::splat(1.0f);
     V       n, r;
     reduce(V::splat(0.0f) - x, n, r);
@@ -214,7 +228,7 @@ template <typename V> static inline V sigmoid(V x) {
 }
 
 // t / (t + 2) with t = e^2x - 1. No cancellation for small x: keys are normalised, so their relative error matters.
-template <typename V> static inline V tanh(V x) {
+template <typename V> DELTAMEM_FN static inline V tanh(V x) {
     const V one = V::splat(1.0f);
     V       n, r;
     reduce(x + x, n, r);
