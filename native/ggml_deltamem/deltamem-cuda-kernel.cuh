@@ -6,16 +6,17 @@
 // barrier per chunk. In the recurrence a lane has a row of the state: rows evolve independently, so no value crosses
 // lanes, and for r = 8 and 16 the row stays in registers from the first token to the last.
 //
-// Why the plain recurrence and no chunked (WY) form: what is sequential is, per token, S k, u = write v - erase S k and
-// S <- keep S + u kᵀ. For a row that is 3 r + 1 = 25 instructions at r = 8 (and 5 to load them), of which
-// (r/2 + 1 + 1 + 1) = 7 depend on one another, 28 cycles: a warp issues them in about the time that they take anyway. A
-// chunk of C tokens solves u_t = write_t v_t - Σ_s<t M_ts u_s instead, which is (C - 1)/2 products and as many decays per
-// token and row: at C = 16 as many instructions as the recurrence, at C = 8 fewer, but then the state, 2 r more, is
-// updated and multiplied as often. It would pay from r = 32 or so on. About 35 cycles a token are 20 ns at 1.75 GHz:
-// 40 µs for 2,048 tokens, beside some 3 ms that a layer of a 4B model takes for them.
+// Why the plain recurrence and no chunked (WY) form. What is sequential is, per token, S k, u = write v - erase S k and
+// S <- keep S + u kᵀ: for a row 3 r + 1 = 25 arithmetic instructions at r = 8, of which r/2 + 3 depend on one another, 28
+// cycles. With loads and the loop a warp issues some 45 (counted in the SASS for sm_90), so it is bound by issuing, not by
+// latency. A chunk of C tokens would solve u_t = write_t v_t - Σ_s<t M_ts u_s instead, with (C - 1)/2 products and as
+// many decays per token and row, and update and multiply the state once per chunk: about C + 4 r/C + r instructions per
+// token, 20 at C = 8, before the coefficients M, which differ from row to row because gates do. At r = 8 that is no
+// gain; from r = 32 on it would be one. 45 cycles are 26 ns at 1.75 GHz: 53 µs for 2,048 tokens, by one multiprocessor,
+// beside the 3 ms or so that a layer of a 4B model takes for them on all of an H100's.
 //
 // Reads S q do not belong to the sequential part, but need the state of their token. So several warps run the same
-// recurrence, on schedulers of their own, and each reads for its share of the tokens.
+// recurrence, on schedulers of their own, and each reads for its share of the tokens: 16 instructions less for each.
 #pragma once
 
 #include "deltamem-simd.h"
@@ -30,12 +31,12 @@
 
 namespace deltamem {
 
-static constexpr int    WARP         = 32;
-static constexpr int    RECUR_WARPS  = 4; // that run the recurrence, one per scheduler of a multiprocessor
-static constexpr int    STAGE_WARPS  = 8;
-static constexpr int    STAGE_TOKENS = 2; // that a lane stages at a time, to have their loads in flight together
-static constexpr int    MAX_CHUNK    = 64;
-static constexpr size_t MAX_SHARED   = 48 * 1024; // bytes that every GPU gives a block unasked
+static constexpr int WARP         = 32;
+static constexpr int RECUR_WARPS  = 4; // that run the recurrence, one per scheduler of a multiprocessor; a power of two
+static constexpr int STAGE_WARPS  = 8;
+static constexpr int STAGE_TOKENS = 2; // that a lane stages at a time, to have their loads in flight together
+static constexpr int MAX_CHUNK    = 64;
+static constexpr size_t MAX_SHARED = 48 * 1024; // bytes that every GPU gives a block unasked
 
 //
 // shared memory of a read: two chunks, then what segments and ranks without a kernel of their own need
@@ -381,20 +382,26 @@ public:
     __device__ void forward() {
         const bool recurs = warp < args.n_recur_warps;
 
+        bool checkpoints = false; // in the chunk that is staged
         if (recurs) {
             load();
         } else {
-            stage(0);
+            checkpoints = stage(0);
         }
-        __syncthreads();
+        checkpoints = __syncthreads_or(checkpoints);
 
         for (int at = 0, turn = 0; at < n_entries; at += args.n_chunk, ++turn) {
+            bool next = false;
             if (recurs) {
-                recur(at, turn);
+                if (SEGMENTS || checkpoints) {
+                    recur<false>(at, turn);
+                } else {
+                    recur<true>(at, turn);
+                }
             } else if (at + args.n_chunk < n_entries) {
-                stage(turn + 1);
+                next = stage(turn + 1);
             }
-            __syncthreads();
+            checkpoints = __syncthreads_or(next);
         }
 
         if (warp == 0) {
@@ -426,14 +433,27 @@ private:
 
     __device__ int r() const { return R ? R : p.rank; }
 
+    __device__ int vector_size() const { return R ? R : layout.n_vector; }
+
     __device__ float * chunk(int turn) const { return shared + (turn % 2) * layout.chunk_size; }
 
+    // The rows of this lane. Lanes beyond the rank repeat what others do, which takes no branch; they store nothing.
     template <typename F> __device__ void for_each_row(F visit) const {
+        if constexpr (R != 0) {
+            visit(lane % R);
+        } else {
 #pragma unroll
-        for (int n = 0; n < ROWS; ++n) {
-            if (lane + n * WARP < r()) {
-                visit(lane + n * WARP);
+            for (int n = 0; n < ROWS; ++n) {
+                if (lane + n * WARP < p.rank) {
+                    visit(lane + n * WARP);
+                }
             }
+        }
+    }
+
+    template <typename F> __device__ void for_each_stored_row(F visit) const {
+        if (R == 0 || lane < R) {
+            for_each_row(visit);
         }
     }
 
@@ -456,9 +476,9 @@ private:
     }
 
     __device__ void store() {
-        for_each_row([&](int i) { state.store(record, i); });
+        for_each_stored_row([&](int i) { state.store(record, i); });
         if constexpr (SEGMENTS) {
-            for_each_row([&](int i) { pending.store(record + r() * r(), i); });
+            for_each_stored_row([&](int i) { pending.store(record + r() * r(), i); });
             for_each_sum([&](int c, float & x) { record[2 * r() * r() + c] = x; });
             if (lane == 0) {
                 record[2 * r() * r() + layout.n_raw] = count;
@@ -479,8 +499,9 @@ private:
         return t;
     }
 
-    // Stages the chunk of one turn: the warps that do not recur, a group of lanes per token.
-    __device__ void stage(int turn) {
+    // Stages the chunk of one turn: the warps that do not recur, a group of lanes per token. Returns whether one of this
+    // thread's tokens leaves a checkpoint.
+    __device__ bool stage(int turn) {
         constexpr int T = STAGE_TOKENS;
 
         const int * from  = entries + GGML_DELTAMEM_PLAN_TOKEN * turn * args.n_chunk;
@@ -496,6 +517,7 @@ private:
             bias[i] = load_biases(args, head, row + i * GROUP);
         }
 
+        bool checkpoints = false;
         // a whole warp runs as often as its first group
         for (int t0 = 0; t0 + group / (WARP / GROUP) * (WARP / GROUP) < n; t0 += T * step) {
             int     token[T], bits[T];
@@ -505,6 +527,7 @@ private:
                 const int t = t0 + m * step + group;
                 token[m]    = t < n ? from[GGML_DELTAMEM_PLAN_TOKEN * t] : -1;
                 bits[m]     = t < n ? from[GGML_DELTAMEM_PLAN_TOKEN * t + 1] : 0;
+                checkpoints |= GGML_DELTAMEM_TOKEN_CHECKPOINT_SLOT(bits[m]) >= 0;
             }
 #pragma unroll
             for (int m = 0; m < T; ++m) {
@@ -519,7 +542,7 @@ private:
             for (int m = 0; m < T; ++m) {
                 const int t = t0 + m * step + group;
                 activate<GROUP>(p, rows[m], bias, t < n, bits[m] & GGML_DELTAMEM_TOKEN_WRITE,
-                                to + layout.q + t * layout.n_vector, to + layout.k + t * layout.n_vector,
+                                to + layout.q + t * vector_size(), to + layout.k + t * vector_size(),
                                 reinterpret_cast<float4 *>(to + layout.gates) + t * r());
                 if (t < n && row == 0) {
                     int * entry = reinterpret_cast<int *>(to + layout.entries) + GGML_DELTAMEM_PLAN_TOKEN * t;
@@ -533,6 +556,7 @@ private:
                 }
             }
         }
+        return checkpoints;
     }
 
     __device__ void stage_raw(float * to, const raw_row (&rows)[ROWS], int row) const {
@@ -553,33 +577,36 @@ private:
         }
     }
 
-    // The staged tokens of one turn, in order.
-    __device__ void recur(int at, int turn) {
+    // The staged tokens of one turn, in order. PLAIN: they read, and write or not, and leave no checkpoint.
+    template <bool PLAIN> __device__ void recur(int at, int turn) {
         const float *  q      = chunk(turn) + layout.q;
         const float *  k      = chunk(turn) + layout.k;
         const float4 * gates  = reinterpret_cast<const float4 *>(chunk(turn) + layout.gates);
         const float *  raw    = chunk(turn) + layout.raw;
         const int *    staged = reinterpret_cast<const int *>(chunk(turn) + layout.entries);
         const int      n      = min(args.n_chunk, n_entries - at);
-        const int      turns  = args.n_recur_warps;
 
 #pragma unroll 4
         for (int t = 0; t < n; ++t) {
-            const int token = staged[GGML_DELTAMEM_PLAN_TOKEN * t];
-            const int bits  = staged[GGML_DELTAMEM_PLAN_TOKEN * t + 1];
+            const int bits = PLAIN ? 0 : staged[GGML_DELTAMEM_PLAN_TOKEN * t + 1];
 
             if (SEGMENTS && (bits & GGML_DELTAMEM_TOKEN_BEGIN)) {
                 for_each_row([&](int i) { pending.copy(state, i); });
                 clear_sum();
             }
 
-            if (t % turns == warp) {
-                float * read = args.read + token * args.read_stride + head * r();
-                for_each_row([&](int i) { read[i] = state.times(q + t * layout.n_vector, i); });
+            if ((t & (args.n_recur_warps - 1)) == warp) {
+                const int token = staged[GGML_DELTAMEM_PLAN_TOKEN * t];
+                for_each_row([&](int i) {
+                    const float read = state.times(q + t * vector_size(), i);
+                    if (R == 0 || lane < R) {
+                        args.read[token * args.read_stride + head * r() + i] = read;
+                    }
+                });
             }
 
             if (!SEGMENTS || (bits & GGML_DELTAMEM_TOKEN_WRITE)) {
-                write(state, k + t * layout.n_vector, gates + t * r());
+                write(state, k + t * vector_size(), gates + t * r());
             }
 
             if constexpr (SEGMENTS) {
@@ -597,8 +624,8 @@ private:
             }
 
             const int slot = GGML_DELTAMEM_TOKEN_CHECKPOINT_SLOT(bits);
-            if (slot >= 0 && warp == 0) {
-                for_each_row([&](int i) { state.store(slots + slot * args.slot_stride, i); });
+            if (!PLAIN && slot >= 0 && warp == 0) {
+                for_each_stored_row([&](int i) { state.store(slots + slot * args.slot_stride, i); });
             }
         }
     }

@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -73,7 +74,12 @@ public:
         }
     }
 
-    static void sync_threads() { current->wait(AT_BARRIER); }
+    // a barrier for the block; true if `vote` is for one of its threads
+    static bool sync_threads(bool vote) {
+        current->votes[threadIdx.x] = vote;
+        current->wait(AT_BARRIER);
+        return current->voted;
+    }
 
     static void sync_warp() { current->wait(AT_WARP); }
 
@@ -110,6 +116,8 @@ private:
     const std::function<void()> & kernel;
     std::vector<status>           statuses;
     std::vector<float>            values;
+    std::vector<char>             votes;
+    bool                          voted = false;
     std::vector<unsigned>         ready;
     jmp_buf                       scheduler;
 
@@ -119,7 +127,7 @@ private:
     }
 
     cuda_emulation(unsigned n, const std::function<void()> & kernel) :
-        n(n), kernel(kernel), statuses(n, READY), values(n) {}
+        n(n), kernel(kernel), statuses(n, READY), values(n), votes(n) {}
 
     [[noreturn]] static void fail(const char * what) {
         fprintf(stderr, "FAILED: %s\n", what);
@@ -197,6 +205,9 @@ private:
                 return;
             }
         }
+        if (s == AT_BARRIER) {
+            voted = std::find(votes.begin(), votes.end(), 1) != votes.end();
+        }
         for (unsigned i = begin; i < end; ++i) {
             statuses[i] = READY;
             ready.push_back(i);
@@ -205,7 +216,11 @@ private:
 };
 
 inline void __syncthreads() {
-    cuda_emulation::sync_threads();
+    cuda_emulation::sync_threads(false);
+}
+
+inline int __syncthreads_or(int vote) {
+    return cuda_emulation::sync_threads(vote != 0);
 }
 
 inline void __syncwarp() {

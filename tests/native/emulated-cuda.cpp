@@ -47,9 +47,9 @@ template <int R, bool SEGMENTS> static void run_read(cuda_read_args & args, int 
 }
 
 void deltamem_head_forward(const deltamem_head_args * head) {
-    // the sequence is the second of three, unless it could be fused
+    // the sequence is the second of two, unless it could be fused
     const bool    fused = head->n_entries == 1 && head->params.n_head == 1 && head->params.rank == 8;
-    constexpr int n     = 3;
+    constexpr int n     = 2;
 
     ggml_deltamem_params params = head->params;
     params.n_seqs               = fused ? 1 : n;

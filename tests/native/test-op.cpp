@@ -1,5 +1,7 @@
-// Tests GGML_OP_DELTAMEM through ggml: constructor, names, and the CPU backend's forward with 1 to 4 threads against the
-// naive reference.
+// Tests GGML_OP_DELTAMEM through ggml: constructor, names, and a backend's forward against the naive reference.
+//
+//     test-op        the CPU with 1 to 4 threads, which must not change a bit
+//     test-op gpu    every GPU whose backend has the operator; exits with 77 if there is none
 
 #include "ggml-deltamem.h"
 #include "reference.h"
@@ -8,9 +10,17 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 
+#include <functional>
 #include <memory>
 
-static constexpr int N_THREADS = 4;
+// a backend, and in how many ways it is to compute the same: numbers of threads of a CPU
+struct tested {
+    ggml_backend_dev_t       device;
+    ggml_backend_t           backend;
+    int                      n_ways;
+    std::function<void(int)> set_way;
+    double                   tol; // greatest NMSE of reads and states
+};
 
 struct shape {
     int rank, n_head, n_seqs, n_tokens, lambda, flags;
@@ -63,6 +73,8 @@ public:
     std::vector<float> states() const { return values(state); }
 
     const ggml_tensor * op() const { return node; }
+
+    bool is_supported(ggml_backend_dev_t device) const { return ggml_backend_dev_supports_op(device, node); }
 
     // the reference over the same inputs, `times` in a row
     void compare(int times, double tol, const char * name) {
@@ -178,9 +190,9 @@ private:
 };
 
 // A correction of one type against double precision; every number of threads gives the same bits.
-static void test_correction(ggml_backend_t backend, ggml_backend_set_n_threads_t set_n_threads, ggml_type type,
-                            int n_out, int n_read, int n_tokens) {
-    random_source random(n_out + 7 * n_read + 31 * n_tokens);
+static void test_correction(const tested & on, ggml_type type, int n_out, int n_read, int n_tokens) {
+    ggml_backend_t backend = on.backend;
+    random_source  random(n_out + 7 * n_read + 31 * n_tokens);
 
     ggml_context * ctx    = ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true });
     ggml_tensor *  out    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, n_tokens);
@@ -214,12 +226,12 @@ static void test_correction(ggml_backend_t backend, ggml_backend_set_n_threads_t
 
     nmse               error;
     std::vector<float> first;
-    for (int n_threads = 1; n_threads <= N_THREADS; ++n_threads) {
-        set_n_threads(backend, n_threads);
+    for (int way = 1; way <= on.n_ways; ++way) {
+        on.set_way(way);
         check(ggml_backend_graph_compute(backend, cgraph) == GGML_STATUS_SUCCESS, "computing a correction failed");
         std::vector<float> got(out_data.size());
         ggml_backend_tensor_get(node, got.data(), 0, ggml_nbytes(node));
-        if (n_threads == 1) {
+        if (way == 1) {
             first = got;
             for (int t = 0; t < n_tokens; ++t) {
                 for (int i = 0; i < n_out; ++i) {
@@ -231,7 +243,7 @@ static void test_correction(ggml_backend_t backend, ggml_backend_set_n_threads_t
                 }
             }
         }
-        check(same_bits(got, first), "correction: %d threads change the result", n_threads);
+        check(same_bits(got, first), "correction: %d threads change the result", way);
     }
     // sums of up to 129 terms: an rms error of some 12 u, 17 u allowed
     check(error.value() <= 1e-12, "correction %s, outputs %d, columns %d, tokens %d: NMSE is %g", ggml_type_name(type),
@@ -243,17 +255,156 @@ static void test_correction(ggml_backend_t backend, ggml_backend_set_n_threads_t
     ggml_free(ctx);
 }
 
-int main() {
-    ggml_backend_load_all();
+// A packed projection and the read of its one token, which a backend may compute as one: against double precision, twice
+// in a row. Inputs are multiples of 1/32, so that no backend rounds them.
+static void test_projected_read(const tested & on, ggml_type type, int n_embd, int flags) {
+    random_source random(n_embd + flags);
 
-    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    if (!check(device != nullptr, "no CPU backend")) {
-        return finish("operator");
+    ggml_deltamem_params p = {};
+    p.rank                 = 8;
+    p.n_head               = 1;
+    p.n_seqs               = 1;
+    p.lambda               = GGML_DELTAMEM_LAMBDA_COUPLED;
+    p.flags                = flags;
+
+    const int64_t n_proj = ggml_deltamem_n_proj(&p), n_record = ggml_deltamem_n_record(&p), n_slots = 2;
+
+    ggml_context * ctx    = ggml_init({ ggml_tensor_overhead() * 16 + ggml_graph_overhead(), nullptr, true });
+    ggml_tensor *  weight = ggml_new_tensor_2d(ctx, type, n_embd, n_proj);
+    ggml_tensor *  input  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd, 1);
+    ggml_tensor *  bias   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ggml_deltamem_n_gates(&p));
+    ggml_tensor *  state  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_record, n_slots);
+    ggml_tensor *  plan   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_deltamem_n_plan(1, 1));
+    ggml_tensor *  node   = ggml_deltamem(ctx, ggml_mul_mat(ctx, weight, input), bias, state, plan, p);
+    ggml_set_output(node);
+    ggml_cgraph * cgraph = ggml_new_graph(ctx);
+    ggml_build_forward_expand(cgraph, node);
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, on.backend);
+
+    const auto set = [&](ggml_tensor * t, const std::vector<float> & x) {
+        ggml_backend_tensor_set(t, x.data(), 0, ggml_nbytes(t));
+    };
+    std::vector<float> weights(n_embd * n_proj), x(n_embd), biases(ggml_nelements(bias)), record(n_record, 0.0f);
+    for (float & w : weights) {
+        w = random.normal() / sqrtf((float) n_embd);
     }
-    ggml_backend_t backend       = ggml_backend_dev_init(device, nullptr);
-    const auto     set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
-            ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads");
+    for (float & value : x) {
+        value = (random.below(65) - 32) / 32.0f;
+    }
+    for (float & b : biases) {
+        b = random.normal();
+    }
+    for (int i = 0; i < p.rank * p.rank; ++i) {
+        record[i] = random.normal();
+    }
+    std::vector<float> slots = record;
+    slots.insert(slots.end(), record.begin(), record.end());
 
+    const bool    segments = flags & GGML_DELTAMEM_SEGMENTS;
+    const int32_t bits =
+            segments ? GGML_DELTAMEM_TOKEN_BEGIN | GGML_DELTAMEM_TOKEN_ACCUMULATE | GGML_DELTAMEM_TOKEN_COMMIT
+                     : GGML_DELTAMEM_TOKEN_WRITE;
+    const int32_t plan_data[] = { 1, 0, 1, 0, bits };
+
+    set(input, x);
+    set(bias, biases);
+    set(state, slots);
+    ggml_backend_tensor_set(plan, plan_data, 0, sizeof(plan_data));
+    if (type == GGML_TYPE_F32) {
+        set(weight, weights);
+    } else {
+        std::vector<uint8_t> bytes(ggml_nbytes(weight));
+        ggml_quantize_chunk(type, weights.data(), bytes.data(), 0, n_proj, n_embd, nullptr);
+        ggml_get_type_traits(type)->to_float(bytes.data(), weights.data(), weights.size());
+        ggml_backend_tensor_set(weight, bytes.data(), 0, bytes.size());
+    }
+
+    std::vector<float> proj(n_proj);
+    for (int64_t row = 0; row < n_proj; ++row) {
+        double sum = 0.0;
+        for (int i = 0; i < n_embd; ++i) {
+            sum += (double) weights[row * n_embd + i] * x[i];
+        }
+        proj[row] = (float) sum;
+    }
+
+    char name[96];
+    snprintf(name, sizeof(name), "projection %s of %d and its read, flags %d", ggml_type_name(type), n_embd, flags);
+
+    reference_head      ref(p, 0, record.data());
+    std::vector<double> read(p.rank);
+    std::vector<float>  got(p.rank), got_slots(slots.size());
+    nmse                error;
+    for (int turn = 0; turn < 2; ++turn) {
+        ref.forward(proj.data(), n_proj, biases.data(), plan_data + GGML_DELTAMEM_PLAN_SEQ, 1, read.data(), p.rank);
+        check(ggml_backend_graph_compute(on.backend, cgraph) == GGML_STATUS_SUCCESS, "%s: computing failed", name);
+        ggml_backend_tensor_get(node, got.data(), 0, ggml_nbytes(node));
+        ggml_backend_tensor_get(state, got_slots.data(), 0, ggml_nbytes(state));
+        for (int i = 0; i < p.rank; ++i) {
+            error.add(got[i], read[i]);
+        }
+        for (int i = 0; i < p.rank * p.rank; ++i) {
+            error.add(got_slots[n_record + i], ref.record[i]);
+        }
+        check(std::equal(record.begin(), record.end(), got_slots.begin()), "%s: another slot was written", name);
+    }
+    // sums of thousands of products: an rms error of some sqrt(n) u
+    check(error.value() <= 1e-10, "%s: NMSE is %g", name, error.value());
+    printf("%-64s NMSE %.1e\n", name, error.value());
+
+    ggml_backend_buffer_free(buffer);
+    ggml_free(ctx);
+}
+
+static void test_read(const tested & on, const shape & s, uint64_t seed) {
+    char name[160];
+    snprintf(name, sizeof(name), "rank %d, heads %d, sequences %d, tokens %d, lambda %d, flags %d", s.rank, s.n_head,
+             s.n_seqs, s.n_tokens, s.lambda, s.flags);
+
+    graph g(on.backend, s, seed);
+
+    check(strcmp(ggml_op_name(GGML_OP_DELTAMEM), "DELTAMEM") == 0, "the operator's name is %s",
+          ggml_op_name(GGML_OP_DELTAMEM));
+    check(strcmp(ggml_op_desc(g.op()), "DELTAMEM") == 0, "the node's description is %s", ggml_op_desc(g.op()));
+    check(strncmp(ggml_op_symbol(GGML_OP_DELTAMEM), "deltamem", 8) == 0, "the operator's symbol is %s",
+          ggml_op_symbol(GGML_OP_DELTAMEM));
+    check(g.op()->type == GGML_TYPE_F32 && g.op()->ne[0] == s.n_head * s.rank && g.op()->ne[1] == s.n_tokens &&
+                  g.op()->ne[2] == 1,
+          "%s: the result has another shape", name);
+    check(g.is_supported(on.device), "%s: the backend does not support the operator", name);
+
+    const ggml_deltamem_params p = ggml_deltamem_get_params(g.op());
+    check(p.rank == s.rank && p.n_head == s.n_head && p.n_seqs == s.n_seqs && p.lambda == s.lambda &&
+                  p.flags == s.flags,
+          "%s: the node has other parameters", name);
+
+    // twice in a row; every number of threads gives the same bits
+    std::vector<float> first_reads, first_states, second_reads, second_states;
+    for (int way = 1; way <= on.n_ways; ++way) {
+        on.set_way(way);
+        g.set_inputs();
+
+        check(g.compute(), "%s: computing failed", name);
+        if (way == 1) {
+            g.compare(1, on.tol, name);
+            first_reads  = g.reads();
+            first_states = g.states();
+        }
+        check(same_bits(g.reads(), first_reads) && same_bits(g.states(), first_states),
+              "%s: %d threads change the result", name, way);
+
+        check(g.compute(), "%s: computing again failed", name);
+        if (way == 1) {
+            g.compare(2, on.tol, name);
+            second_reads  = g.reads();
+            second_states = g.states();
+        }
+        check(same_bits(g.reads(), second_reads) && same_bits(g.states(), second_states),
+              "%s: %d threads change the second result", name, way);
+    }
+}
+
+static void test(const tested & on) {
     const int NORMALIZE = GGML_DELTAMEM_NORMALIZE_QK, ROWS = GGML_DELTAMEM_RANKWISE_GATES,
               OUTSIDE  = GGML_DELTAMEM_LAMBDA_OUTSIDE;
     const int SEGMENTS = GGML_DELTAMEM_SEGMENTS;
@@ -275,60 +426,58 @@ int main() {
 
     uint64_t seed = 1;
     for (const shape & s : shapes) {
-        char name[160];
-        snprintf(name, sizeof(name), "rank %d, heads %d, sequences %d, tokens %d, lambda %d, flags %d", s.rank,
-                 s.n_head, s.n_seqs, s.n_tokens, s.lambda, s.flags);
-
-        graph g(backend, s, seed++);
-
-        check(strcmp(ggml_op_name(GGML_OP_DELTAMEM), "DELTAMEM") == 0, "the operator's name is %s",
-              ggml_op_name(GGML_OP_DELTAMEM));
-        check(strcmp(ggml_op_desc(g.op()), "DELTAMEM") == 0, "the node's description is %s", ggml_op_desc(g.op()));
-        check(strncmp(ggml_op_symbol(GGML_OP_DELTAMEM), "deltamem", 8) == 0, "the operator's symbol is %s",
-              ggml_op_symbol(GGML_OP_DELTAMEM));
-        check(g.op()->type == GGML_TYPE_F32 && g.op()->ne[0] == s.n_head * s.rank && g.op()->ne[1] == s.n_tokens &&
-                      g.op()->ne[2] == 1,
-              "%s: the result has another shape", name);
-        check(ggml_backend_dev_supports_op(device, g.op()), "%s: the CPU backend does not support the operator", name);
-
-        const ggml_deltamem_params p = ggml_deltamem_get_params(g.op());
-        check(p.rank == s.rank && p.n_head == s.n_head && p.n_seqs == s.n_seqs && p.lambda == s.lambda &&
-                      p.flags == s.flags,
-              "%s: the node has other parameters", name);
-
-        // twice in a row; every number of threads gives the same bits
-        std::vector<float> first_reads, first_states, second_reads, second_states;
-        for (int n_threads = 1; n_threads <= N_THREADS; ++n_threads) {
-            set_n_threads(backend, n_threads);
-            g.set_inputs();
-
-            check(g.compute(), "%s: computing failed", name);
-            if (n_threads == 1) {
-                g.compare(1, 1e-11, name);
-                first_reads  = g.reads();
-                first_states = g.states();
-            }
-            check(same_bits(g.reads(), first_reads) && same_bits(g.states(), first_states),
-                  "%s: %d threads change the result", name, n_threads);
-
-            check(g.compute(), "%s: computing again failed", name);
-            if (n_threads == 1) {
-                g.compare(2, 1e-11, name);
-                second_reads  = g.reads();
-                second_states = g.states();
-            }
-            check(same_bits(g.reads(), second_reads) && same_bits(g.states(), second_states),
-                  "%s: %d threads change the second result", name, n_threads);
-        }
+        test_read(on, s, seed++);
     }
-
     for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16 }) {
         for (int n_tokens : { 1, 3, 16, 100 }) {
-            test_correction(backend, set_n_threads, type, 4096, 8, n_tokens);
-            test_correction(backend, set_n_threads, type, 97, 32, n_tokens);
-            test_correction(backend, set_n_threads, type, 1000, 128, n_tokens);
+            test_correction(on, type, 4096, 8, n_tokens);
+            test_correction(on, type, 97, 32, n_tokens);
+            test_correction(on, type, 1000, 128, n_tokens);
+        }
+        for (int flags : { NORMALIZE | ROWS, NORMALIZE | ROWS | SEGMENTS }) {
+            test_projected_read(on, type, 2560, flags);
+            test_projected_read(on, type, 100, flags);
         }
     }
+}
+
+int main(int argc, char ** argv) {
+    ggml_backend_load_all();
+
+    if (argc > 1 && strcmp(argv[1], "gpu") == 0) {
+        int n_tested = 0;
+        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+            ggml_backend_dev_t device = ggml_backend_dev_get(i);
+            if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+                continue;
+            }
+            ggml_backend_t backend = ggml_backend_dev_init(device, nullptr);
+            if (!graph(backend, { 8, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, 0 }, 1).is_supported(device)) {
+                printf("%s has no such operator\n", ggml_backend_dev_description(device));
+            } else {
+                printf("%s\n", ggml_backend_dev_description(device));
+                // fast-math: denormals are zero, square roots have one more unit of error
+                test({ device, backend, 1, [](int) {}, 1e-10 });
+                n_tested++;
+            }
+            ggml_backend_free(backend);
+        }
+        if (n_tested == 0) {
+            printf("skipped: there is no GPU whose backend has the operator\n");
+            return EXIT_SKIPPED;
+        }
+        return finish("operator on GPUs");
+    }
+
+    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (!check(device != nullptr, "no CPU backend")) {
+        return finish("operator");
+    }
+    ggml_backend_t backend       = ggml_backend_dev_init(device, nullptr);
+    const auto     set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+            ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads");
+
+    test({ device, backend, 4, [&](int n_threads) { set_n_threads(backend, n_threads); }, 1e-11 });
 
     ggml_backend_free(backend);
     return finish("operator");
