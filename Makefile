@@ -107,18 +107,23 @@ memcheck: $(DEMO)/memory.gguf ## the same under valgrind
 # One command makes the model of the package again, from a seed; every step goes on where it was broken off.
 DEFAULT  := build/default
 MEMORY_ARGS := --steps 2000 --batch 16 --rate 6e-3 --update no_lambda --write-bias -2 --heads-gain 5
-SSW_ARGS    := --steps 1200 --batch 16 --rate 6e-3 --init $(DEFAULT)/tsw --init-gain 10 --write-bias 0
+SSW_ARGS    := --steps 1200 --batch 16 --rate 6e-3 --init $(DEFAULT)/tsw-first --init-gain 10 --write-bias 0
+LAST_ARGS   := --steps 500 --batch 16 --rate 4e-3 --short-first 0 --dropout 0.15
 MODELS      := pydeltamem/models
 
-default-model: $(INSTALLED) ## train the model of the package and its memories (two CPU cores: about two hours)
+default-model: $(INSTALLED) ## train the model of the package and its memories (two CPU cores: about three hours)
 	$(BIN)/python recipes/backbone.py $(DEFAULT)/hf
 	$(BIN)/python recipes/conversations.py $(DEFAULT)/train.jsonl
 	$(BIN)/deltamem convert-base $(DEFAULT)/hf -o $(DEFAULT)/base.gguf --outtype f32 --name "deltamem default"
 	$(BIN)/deltamem quantize $(DEFAULT)/base.gguf $(MODELS)/default.gguf q8_0
 	@# products this small gain nothing from a second thread: two memories at once, a thread each
 	printf '%s\n' tsw msw | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(BIN)/deltamem train $(DEFAULT)/hf \
-		$(DEFAULT)/train.jsonl -o $(DEFAULT)/{} --strategy {} $(MEMORY_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/deltamem train $(DEFAULT)/hf $(DEFAULT)/train.jsonl -o $(DEFAULT)/ssw --strategy ssw $(SSW_ARGS)
+		$(DEFAULT)/train.jsonl -o $(DEFAULT)/{}-first --strategy {} $(MEMORY_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/deltamem train $(DEFAULT)/hf $(DEFAULT)/train.jsonl -o $(DEFAULT)/ssw-first \
+		--strategy ssw $(SSW_ARGS)
+	@# then all three once more, with features left out: it is phrasings never seen that they are to understand
+	printf '%s\n' msw tsw ssw | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(BIN)/deltamem train $(DEFAULT)/hf \
+		$(DEFAULT)/train.jsonl -o $(DEFAULT)/{} --strategy {} --init $(DEFAULT)/{}-first $(LAST_ARGS)
 	for s in tsw msw ssw; do \
 		$(BIN)/deltamem convert $(DEFAULT)/$$s --base $(MODELS)/default.gguf --outtype f16 -o $(MODELS)/default-$$s.gguf \
 			|| exit 1; \

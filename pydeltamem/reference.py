@@ -215,6 +215,8 @@ def _attention(layer: nn.Module, config) -> Attention | None:
 class LayerMemory(nn.Module):
     """One layer's parameters, under their published names and in float32, and what is computed with them."""
 
+    dropout = 0.0  # share of the input's features that a sequence does without, while training
+
     def __init__(self, config: DeltaMemConfig, attention: Attention):
         super().__init__()
         self.config = config
@@ -257,7 +259,12 @@ class LayerMemory(nn.Module):
         weights = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
         weights += [self.lambda_proj] if self.config.separate_lambda else []
         weight = torch.cat(weights)
-        return F.linear(h.to(weight.dtype), weight)
+        h = h.to(weight.dtype)
+        if self.dropout and self.training:
+            h = h * F.dropout(
+                torch.ones_like(h[..., :1, :]), self.dropout
+            )  # the same features for all tokens of a sequence
+        return F.linear(h, weight)
 
     def activate(self, projected: Tensor, writes: Tensor) -> tuple[Tensor, ...]:
         """q, k, v, keep, erase and write [B, T, H, r] of projections [B, T, ...]; writes [B, T]: who writes."""

@@ -88,6 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=_positive, default=16, metavar="N", help="conversations per step (%(default)s)"
     )
     training.add_argument("--rate", type=float, default=2e-3, help="highest learning rate (%(default)s)")
+    training.add_argument(
+        "--dropout", type=_share, default=0.0, metavar="P",
+        help="share of the features of its input that the memory does without, other ones each time (%(default)s)",
+    )  # fmt: skip
     training.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient (%(default)s)")
     training.add_argument(
         "--max-tokens", type=_positive, default=1024, metavar="N", help="of the earlier turns: the last N"
@@ -127,6 +131,13 @@ def run(args: argparse.Namespace) -> int:
     report = Trainer(args, config, console).train()
     _print_report(report, Console())
     return 0
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
+    return value
 
 
 def _layer_list(text: str) -> tuple[int, ...]:
@@ -345,6 +356,8 @@ class Trainer:
             self.memory = DeltaMem(self.model, config, recurrence=form)
             if args.heads_gain:
                 start_from_heads(self.memory, self.model, args.heads_gain)
+        for layer in self.memory.memories:
+            layer.dropout = args.dropout
         self.memory.to(args.device)
         self.parameters = [p for p in self.memory.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0)
@@ -382,6 +395,7 @@ class Trainer:
             group["lr"] = args.rate * min(share, 1.0)
         examples = [self.data[i] for i in self._draw()]
         batch = Batch.of(examples, args.device)
+        self.memory.train()
         loss = answer_loss(answer_logits(self.model, self.memory, batch), batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, args.clip)
@@ -446,6 +460,7 @@ class Trainer:
 
     @torch.no_grad()
     def _held_out(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        self.memory.eval()
         for begin in range(0, self.n_held_out, self.args.batch):
             rows = [self.data[i] for i in range(begin, min(begin + self.args.batch, self.n_held_out))]
             batch = Batch.of(rows, self.args.device)

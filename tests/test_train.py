@@ -155,6 +155,25 @@ def test_beginning_with_a_checkpoint_of_another_strategy(hf_dir, data, tmp_path)
         trainer(hf_dir, data, tmp_path / "msw", *options, "--strategy", "msw")
 
 
+def test_dropout_leaves_features_out_while_training_only(hf_dir, data, tmp_path):
+    run = trainer(hf_dir, data, tmp_path / "out", "--dropout", "0.5")
+    layer = run.memory.memories[0]
+    h = torch.randn(3, 5, layer.memory_q_proj.shape[1])
+    kept = layer.eval().project(h)
+    torch.manual_seed(0)
+    dropped = layer.train().project(h)
+    torch.manual_seed(0)
+    mask = torch.nn.functional.dropout(torch.ones(3, 1, h.shape[-1]), 0.5)
+    assert set(mask.unique().tolist()) == {0.0, 2.0}
+    layer.eval()
+    torch.testing.assert_close(dropped, layer.project(h * mask))  # one mask for the tokens of a sequence
+    assert (dropped - kept).abs().max() > 0.1
+    run._update()
+    assert layer.training
+    assert run._report().loss == run._report().loss
+    assert not layer.training
+
+
 def test_training_lowers_the_loss_and_writes_a_published_checkpoint(hf_dir, data, tmp_path):
     before = {k: v.clone() for k, v in transformers.AutoModelForCausalLM.from_pretrained(hf_dir).state_dict().items()}
     run = trainer(hf_dir, data, tmp_path / "out", "--steps", "60", "--rate", "0.02")
