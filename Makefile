@@ -39,7 +39,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize memcheck default-model architectures schedules soak bench bench-reference upstream-check patch-count lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize memcheck default-model architectures schedules soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -149,6 +149,16 @@ bench: $(INSTALLED) ## random models with and without the memory, and the operat
 
 bench-reference: $(INSTALLED) ## the native side against the memory in PyTorch
 	$(BIN)/python tests/bench_reference.py
+
+cuda-check: $(INSTALLED) ## build for the GPU of this machine, test there, measure (CUDA_ARGS: CMake options)
+	$(BIN)/python -m pip install -q -c constraints.txt nvidia-cublas nvidia-cuda-cccl
+	$(BIN)/python tests/cuda_check.py -- $(CUDA_ARGS)
+
+cuda-compile: $(INSTALLED) ## compile the whole CUDA backend for Ampere and Hopper, with no GPU (half an hour on 2 cores)
+	$(BIN)/python -m pip install -q -c constraints.txt nvidia-cublas nvidia-cuda-cccl
+	cmake -S . -B build/cuda-compile $(OTHER_BUILD) -DGGML_CUDA=ON -DGGML_CUDA_FA=OFF -DGGML_CUDA_NO_VMM=ON \
+		-DCMAKE_CUDA_ARCHITECTURES="80;90" $(CUDA_ARGS)
+	cmake --build build/cuda-compile --target ggml-cuda
 
 upstream-check: $(DEMO)/memory.gguf ## build and test against the three newest llama-cpp-python (UPSTREAM_RELEASES)
 	$(BIN)/python cmake/upstream.py check $(UPSTREAM_RELEASES) -- $(NATIVE_TESTS) $(CMAKE_ARGS)

@@ -76,10 +76,12 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(
-    base, adapter=None, *, n_seq=1, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=1, unified=True
+    base, adapter=None, *, n_seq=1, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=1, unified=True, n_gpu_layers=0
 ) -> Iterator[Session]:
     llama.llama_backend_init()
-    model = llama.llama_model_load_from_file(str(base).encode(), llama.llama_model_default_params())
+    model_params = llama.llama_model_default_params()
+    model_params.n_gpu_layers = n_gpu_layers
+    model = llama.llama_model_load_from_file(str(base).encode(), model_params)
     assert model
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, n_ubatch, n_seq

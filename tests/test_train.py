@@ -146,7 +146,7 @@ def test_beginning_with_a_checkpoint_of_another_strategy(hf_dir, data, tmp_path)
     )  # fmt: skip
     assert same.memory.config == first.memory.config
     assert other.memory.config.memory_write_granularity == "message_mean"
-    assert 0 < other._report().loss_without
+    assert other._report().loss_without > 0
     for a, b, c in zip(first.memory.memories, same.memory.memories, other.memory.memories):
         torch.testing.assert_close(b.state_dict(), a.state_dict(), rtol=0, atol=0)
         expected = {**a.state_dict(), "memory_v_proj": 3 * a.memory_v_proj, "beta_bias": torch.full((4,), 0.5)}
