@@ -211,10 +211,15 @@ ggml_backend_dev_t cpu_device() {
     return cpu;
 }
 
-// Where the adapter's weights of a layer go: beside the layer's own, except that repacked weights of the CPU have buffer
-// types that hold nothing else.
-ggml_backend_buffer_type_t select_buft(const ggml_tensor * layer_weight) {
+// Where the adapter's weights of a layer go: beside the layer's own, except that some buffer types hold nothing else:
+// repacked weights of the CPU, rows that are split over GPUs, mapped files.
+ggml_backend_buffer_type_t select_buft(const ggml_tensor * layer_weight, ggml_backend_dev_t layer_device) {
     ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(layer_weight->buffer);
+
+    if (!ggml_backend_buft_is_host(buft) && layer_device &&
+        ggml_backend_dev_type(layer_device) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+        return ggml_backend_dev_buffer_type(layer_device);
+    }
 
     ggml_backend_dev_t cpu = cpu_device();
 
@@ -459,7 +464,7 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
             llama_deltamem_refuse(model.arch, (int) il, "it has no attention projections of the common kind");
         }
 
-        const ggml_backend_buffer_type_t buft = select_buft(w);
+        const ggml_backend_buffer_type_t buft = select_buft(w, model.dev_layer((int) il));
         const auto name = [il](const char * what) { return format("blk.%u.deltamem_%s", il, what); };
 
         llama_deltamem_layer_weights lw;
