@@ -76,7 +76,7 @@ test: test-native ## every test: native, then Python (PYTEST_ARGS)
 test-native: $(DEMO)/memory.gguf ## the kernel, the operator and the C API
 	cmake -S . -B $(BUILD) $(NATIVE_TESTS)
 	cmake --build $(BUILD)
-	ctest --test-dir $(BUILD) --output-on-failure
+	ctest --test-dir $(BUILD) --output-on-failure --parallel 2
 
 test-neon: ## the NEON kernel under qemu-user (installs Debian's cross compiler and emulator if they are missing)
 	tests/native/install-cross-tools.sh
