@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "memory": ("pydeltamem.memory_command", "show, compare, copy and export memories"),
     "train": ("pydeltamem.train", "train a memory on a frozen Hugging Face model"),
     "eval": ("pydeltamem.evaluate", "measure what a memory recalls once the text is gone"),
+    "rpc-server": ("pydeltamem.rpc", "serve this machine's memory and processors to others (--rpc there)"),
     "bench": ("pydeltamem.bench", "time a model with and without its memory"),
 }
 

@@ -18,6 +18,7 @@ from ._lib import BaseLlamaCache, Llama, LlamaState
 from .errors import AdapterError, InputError, ModelError
 from .history import History
 from .memory import Memory
+from .rpc import connect
 from .seats import Seats
 from .text import Text
 
@@ -42,6 +43,7 @@ class DeltaMemLlama(Llama):
         n_ctx: tokens of a text, as `llama_cpp.Llama`.
         n_seq_max: texts that the context holds at once: this object's own, and those of `Conversation`. With several
             the context is n_seq_max times as large.
+        rpc_servers: `host:port` of machines that run `deltamem rpc-server`, several with commas: layers go there first.
         **kwargs: as `llama_cpp.Llama`.
 
     Raises:
@@ -62,6 +64,7 @@ class DeltaMemLlama(Llama):
         deltamem_path: str | os.PathLike[str] | None = None,
         n_ctx: int = 512,
         n_seq_max: int = 1,
+        rpc_servers: str | None = None,
         **kwargs: Any,
     ) -> None:
         model_path = os.fspath(model_path)
@@ -75,6 +78,8 @@ class DeltaMemLlama(Llama):
             raise ModelError(f"{model_path}: no such model file")
         if self.deltamem_path is not None and not os.path.isfile(self.deltamem_path):
             raise AdapterError(f"{self.deltamem_path}: no such adapter file")
+        if rpc_servers:
+            connect(rpc_servers)
         with _lib.errors_held() as log:
             try:
                 super().__init__(model_path, n_ctx=n_ctx * n_seq_max, **kwargs)

@@ -38,6 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-ngl", "--gpu-layers", "--n-gpu-layers", type=_layers, default=-1, metavar="N", help="layers on the GPU (all)"
     )
+    group.add_argument("--rpc", metavar="HOST:PORT,...", help="layers on these machines too (deltamem rpc-server)")
     group.add_argument(
         "-fa", "--flash-attn", nargs="?", const="on", default="off", choices=("on", "off"), help="flash attention (off)"
     )
@@ -118,6 +119,7 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
         n_threads=args.threads,
         n_threads_batch=args.threads_batch,
         n_gpu_layers=args.gpu_layers,
+        rpc_servers=args.rpc,
         flash_attn=args.flash_attn == "on",
         type_k=getattr(_lib.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
         type_v=getattr(_lib.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),

@@ -1,0 +1,121 @@
+"""Layers on other machines, by llama.cpp's RPC backend: `deltamem rpc-server` there, `--rpc HOST:PORT,...` here.
+
+    DeltaMemLlama("base.gguf", deltamem_path="memory.gguf", rpc_servers="10.0.0.2:50052")
+
+A layer's memory lives where the layer does. Servers must be this package's: a stock rpc-server has no such operator.
+llama.cpp's protocol has no password and no encryption: never run a server on a network that others can reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+
+from . import _lib
+from .errors import InputError, LibraryError
+from .options import _positive
+
+DEFAULT_PORT = 50052
+CPU = 0  # enum ggml_backend_dev_type
+
+_connected: set[str] = set()
+
+
+def connect(endpoints: str) -> None:
+    """Makes the devices of RPC servers devices of this process; every model loaded from then on may have layers there.
+
+    Args:
+        endpoints: `host:port`, several with commas. One that is connected stays so.
+
+    Raises InputError if an endpoint is malformed or nobody listens there, LibraryError if the library has no RPC.
+    """
+    for endpoint in filter(None, (part.strip() for part in endpoints.split(","))):
+        if endpoint in _connected:
+            continue
+        host, port = _parse(endpoint)
+        try:
+            # llama.cpp aborts the process where nobody answers
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            raise InputError(f"{endpoint}: no RPC server answers there: {error.strerror or error}") from error
+        add_server = _function("ggml_backend_rpc_add_server", ctypes.c_void_p, [ctypes.c_char_p])
+        server = add_server(endpoint.encode())
+        if not server:
+            raise InputError(f"{endpoint}: the RPC server there has no devices")
+        register = _ggml().ggml_backend_register
+        register.restype, register.argtypes = None, [ctypes.c_void_p]
+        register(server)
+        _connected.add(endpoint)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
+    parser.add_argument("--port", type=_positive, default=DEFAULT_PORT, help="(%(default)s)")
+    parser.add_argument(
+        "-t", "--threads", type=_positive, default=max(1, (os.cpu_count() or 2) // 2), metavar="N",
+        help="threads, without a GPU (half the CPUs)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves this machine's GPUs, or its CPU if it has none, until it is stopped."""
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((args.host, args.port))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{args.host}:{args.port}: cannot listen there: {reason}") from error
+    if args.host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            f"Whoever reaches {args.host}:{args.port} can use this process and its memory: keep it off open networks."
+        )
+    devices = _local_devices()
+    start = _function(
+        "ggml_backend_rpc_start_server",
+        None,
+        [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)],
+    )
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the loop is C's: no Python runs to see a Ctrl-C
+    start(
+        f"{args.host}:{args.port}".encode(), None, args.threads, len(devices),
+        (ctypes.c_void_p * len(devices))(*devices),
+    )  # fmt: skip
+    return 1  # it returns only if it cannot begin, having said why
+
+
+def _parse(endpoint: str) -> tuple[str, int]:
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"{endpoint!r} is no RPC server: give host:port, like 10.0.0.2:{DEFAULT_PORT}")
+    return host, int(port)
+
+
+def _ggml() -> ctypes.CDLL:
+    return _lib.llama_cpp.llama_cpp._lib  # looks into what it links to as well
+
+
+def _function(name: str, result: type | None, arguments: list) -> ctypes._CFuncPtr:
+    """A function of the RPC backend, which ggml gives by name."""
+    ggml = _ggml()
+    ggml.ggml_backend_reg_by_name.restype, ggml.ggml_backend_reg_by_name.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    find = ggml.ggml_backend_reg_get_proc_address
+    find.restype, find.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]
+    backend = ggml.ggml_backend_reg_by_name(b"RPC")
+    if not backend:
+        raise LibraryError("this library was built without RPC: build it with -DGGML_RPC=ON")
+    return ctypes.CFUNCTYPE(result, *arguments)(find(backend, name.encode()))
+
+
+def _local_devices() -> list[int]:
+    """The GPUs, or else the CPU. Accelerators like BLAS hold no buffers of their own."""
+    ggml = _ggml()
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    ggml.ggml_backend_dev_get.restype, ggml.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    ggml.ggml_backend_dev_type.restype, ggml.ggml_backend_dev_type.argtypes = ctypes.c_int, [ctypes.c_void_p]
+    devices = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
+    gpus = [device for device in devices if ggml.ggml_backend_dev_type(device) in (1, 2)]  # discrete, integrated
+    return gpus or [device for device in devices if ggml.ggml_backend_dev_type(device) == CPU]

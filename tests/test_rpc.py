@@ -1,0 +1,157 @@
+"""Layers in another process, by llama.cpp's RPC backend: the same numbers as here, for states, files and rollback too."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from conftest import CASES
+from pydeltamem import DeltaMemLlama
+from pydeltamem.errors import InputError
+from pydeltamem.rpc import connect
+from test_golden import BOUND, F32, expected_of, nmse, read_one_by_one, read_prompt
+
+LAYERS = {"all": -1, "half": 2}  # of four
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """An endpoint where the CPU of this machine is served; what it prints is in its log."""
+    endpoint, log = f"127.0.0.1:{free_port()}", tmp_path_factory.mktemp("rpc") / "log"
+    with open(log, "wb") as file:
+        command = [sys.executable, "-m", "pydeltamem.cli", "rpc-server", "--port", endpoint.split(":")[1], "-t", "1"]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(100):
+            assert process.poll() is None, log.read_text()
+            try:
+                socket.create_connection(("127.0.0.1", int(endpoint.split(":")[1])), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield endpoint, log
+    finally:
+        process.kill()
+        process.wait()
+
+
+def in_process(script: str, *args: object) -> str:
+    """Runs Python that connects: once connected, a process has the devices for good, and these tests' process must not."""
+    command = [sys.executable, "-c", script, *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=__file__.rpartition("/")[0], timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+REMOTE = """
+import sys
+import numpy as np
+from pathlib import Path
+from pydeltamem import DeltaMemLlama
+from test_golden import F32, expected_of, nmse, read_one_by_one, read_prompt
+
+endpoint, base, adapter, golden, arch, case, n_gpu_layers, out = sys.argv[1:]
+expected = expected_of(Path(golden), arch, case)
+options = {**F32, "verbose": True}
+llm = DeltaMemLlama(base, deltamem_path=adapter, rpc_servers=endpoint, n_gpu_layers=int(n_gpu_layers), **options)
+arrays = {"prompt_logits": read_prompt(llm, expected), "prompt_state": llm.memory.state}
+position = llm.n_tokens
+llm.memory.checkpoint()
+llm.memory.save(out + ".memory")
+arrays["decode_logits"] = read_one_by_one(llm, expected["decode_ids"])
+arrays["decode_state"] = llm.memory.state
+llm.memory.rollback(position)
+arrays["back"] = llm.memory.state
+llm.memory.reset()
+assert not llm.memory.state.any()
+llm.memory.load(out + ".memory")
+arrays["loaded"] = llm.memory.state
+np.savez(out, **arrays)
+llm.close()
+"""
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case in ("tsw_qo", "ssw_message", "msw4_qo", "o_rmsnorm_scale_head")]
+)
+def test_golden(server, golden_dir, adapter, base, case, layers, tmp_path):
+    endpoint, log = server
+    expected, out = expected_of(golden_dir, "qwen3", case), tmp_path / "out.npz"
+    path = adapter("qwen3", case)
+    said = in_process(REMOTE, endpoint, base("qwen3"), path, golden_dir, "qwen3", case, LAYERS[layers], out)
+
+    # the memory of as many layers as were asked for lies there
+    assert re.search(r"RPC0\S* δ-mem buffer size", said), said
+    assert ("CPU" in "".join(re.findall(r".* δ-mem buffer size", said))) == (layers == "half"), said
+    assert "Accepted client connection" in log.read_text()
+    with np.load(out) as found:
+        errors = {name: nmse(found[name], expected[name]) for name in found if name in expected}
+        assert len(errors) == 4 and max(errors.values()) <= BOUND, errors
+        assert np.array_equal(found["back"], found["prompt_state"])
+        assert np.array_equal(found["loaded"], found["prompt_state"])
+
+    # and its file is read here
+    here = DeltaMemLlama(model_path=base("qwen3"), deltamem_path=path, **F32)
+    here.memory.load(f"{out}.memory")
+    assert nmse(here.memory.state, expected["prompt_state"]) <= BOUND
+    here.close()
+
+
+SEQUENCES = """
+import sys
+import numpy as np
+from pydeltamem.rpc import connect
+from session import open_session
+
+endpoint, base, adapter, out = sys.argv[1:]
+if endpoint:
+    connect(endpoint)
+texts = {0: list(range(5, 17)), 1: list(range(20, 32))}
+with open_session(base, adapter, n_seq=2, n_gpu_layers=-1) as session:
+    logits = session.decode([(text[i], seq) for i in range(12) for seq, text in texts.items()])
+    np.savez(out, logits=logits, a=session.state(0), b=session.state(1))
+"""
+
+
+def test_several_sequences(server, base, adapter, tmp_path):
+    for name, endpoint in (("there", server[0]), ("here", "")):
+        in_process(SEQUENCES, endpoint, base("qwen3"), adapter("qwen3", "tsw_qo"), tmp_path / f"{name}.npz")
+    with np.load(tmp_path / "there.npz") as there, np.load(tmp_path / "here.npz") as here:
+        assert there["a"].any() and not np.array_equal(there["a"], there["b"])
+        for name in here:
+            assert nmse(there[name], here[name]) <= BOUND
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "reason"),
+    [("nowhere", "host:port"), ("host:0", "host:port"), (":50052", "host:port"), ("127.0.0.1:1", "no RPC server answers")],
+)  # fmt: skip
+def test_wrong_endpoints_are_named(endpoints, reason):
+    with pytest.raises(InputError, match=reason):
+        connect(endpoints)
+
+
+def test_command_line(server, base):
+    command = [sys.executable, "-m", "pydeltamem.cli"]
+    taken = subprocess.run([*command, "rpc-server", "--port", server[0].split(":")[1]], capture_output=True, text=True)
+    assert taken.returncode == 1 and "cannot listen there" in taken.stderr and "Traceback" not in taken.stderr
+    there = [*command, "generate", "-m", base("qwen3"), "-p", "a b c", "-n", "4", "--temp", "0"]
+    plain = subprocess.run(there, capture_output=True, text=True)
+    remote = subprocess.run([*there, "--rpc", server[0]], capture_output=True, text=True)
+    assert remote.returncode == 0, remote.stderr
+    assert remote.stdout == plain.stdout
+    gone = subprocess.run([*there, "--rpc", "127.0.0.1:1"], capture_output=True, text=True)
+    assert gone.returncode == 1 and "127.0.0.1:1" in gone.stderr and "Traceback" not in gone.stderr
