@@ -8,7 +8,7 @@
 4. times decode and a prompt of 2,048 tokens with and without the memory, F16 and Q4_K_M (`deltamem bench`);
 5. counts kernel launches per token with and without, and the time of our kernels, where nsys is installed.
 
-Everything that it prints lies in BUILD/report too. Exits with 1 if a test failed or there is no GPU; times do not count.
+All that it prints lies in BUILD/report too. Exits with 1 if a test failed or there is no GPU; times do not count.
 """
 
 from __future__ import annotations

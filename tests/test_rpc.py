@@ -1,4 +1,4 @@
-"""Layers in another process, by llama.cpp's RPC backend: the same numbers as here, for states, files and rollback too."""
+"""Layers in another process, by llama.cpp's RPC backend: the same numbers, states, files and rollback as here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conftest import CASES
 from pydeltamem import DeltaMemLlama
 from pydeltamem.errors import InputError
 from pydeltamem.rpc import connect
-from test_golden import BOUND, F32, expected_of, nmse, read_one_by_one, read_prompt
+from test_golden import BOUND, F32, expected_of, nmse
 
 LAYERS = {"all": -1, "half": 2}  # of four
 
@@ -48,7 +48,7 @@ def server(tmp_path_factory):
 
 
 def in_process(script: str, *args: object) -> str:
-    """Runs Python that connects: once connected, a process has the devices for good, and these tests' process must not."""
+    """Runs Python that connects: a process that did has the devices for good, and this one must not."""
     command = [sys.executable, "-c", script, *map(str, args)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=__file__.rpartition("/")[0], timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -135,11 +135,9 @@ def test_several_sequences(server, base, adapter, tmp_path):
             assert nmse(there[name], here[name]) <= BOUND
 
 
-@pytest.mark.parametrize(
-    ("endpoints", "reason"),
-    [("nowhere", "host:port"), ("host:0", "host:port"), (":50052", "host:port"), ("127.0.0.1:1", "no RPC server answers")],
-)  # fmt: skip
-def test_wrong_endpoints_are_named(endpoints, reason):
+@pytest.mark.parametrize("endpoints", ["nowhere", "host:0", ":50052", "127.0.0.1:1"])
+def test_wrong_endpoints_are_named(endpoints):
+    reason = "no RPC server answers" if endpoints == "127.0.0.1:1" else "host:port"
     with pytest.raises(InputError, match=reason):
         connect(endpoints)
 
