@@ -12,7 +12,7 @@ import pytest
 
 from conftest import ARCHITECTURES, CASES
 from pydeltamem import DeltaMemLlama, _lib
-from test_golden import F32, expected_of, nmse, read_one_by_one, read_prompt
+from test_golden import F32, errors_of, expected_of, nmse, read_one_by_one, read_prompt
 
 BOUND = 1e-5  # TF32 products and sums in another order; the backbone's own figure is printed beside it
 
@@ -48,15 +48,7 @@ def on_gpu(golden_dir, arch, adapter, n_gpu_layers=-1, **kwargs):
 def test_golden(golden_dir, adapter, arch, case, layers):
     expected = expected_of(golden_dir, arch, case)
     llm = on_gpu(golden_dir, arch, adapter(arch, case), LAYERS[layers])
-    errors = {}
-    errors["prompt_logits"] = nmse(read_prompt(llm, expected), expected["prompt_logits"])
-    errors["prompt_state"] = nmse(llm.memory.state, expected["prompt_state"])
-    errors["decode_logits"] = nmse(read_one_by_one(llm, expected["decode_ids"]), expected["decode_logits"])
-    errors["decode_state"] = nmse(llm.memory.state, expected["decode_state"])
-    llm.reset()
-    llm.memory.write = False
-    llm.eval(expected["recall_ids"].tolist())
-    errors["recall_logits"] = nmse(llm.scores[: llm.n_tokens], expected["recall_logits"])
+    errors = errors_of(llm, expected)
     llm.close()
 
     plain = on_gpu(golden_dir, arch, None, LAYERS[layers])

@@ -52,6 +52,19 @@ def read_one_by_one(llm, tokens):
     return llm.scores[start : llm.n_tokens].copy()
 
 
+def errors_of(llm, expected) -> dict[str, float]:
+    """NMSE of prompt, decode, and recall from an emptied text with writes off."""
+    errors = {"prompt_logits": nmse(read_prompt(llm, expected), expected["prompt_logits"])}
+    errors["prompt_state"] = nmse(llm.memory.state, expected["prompt_state"])
+    errors["decode_logits"] = nmse(read_one_by_one(llm, expected["decode_ids"]), expected["decode_logits"])
+    errors["decode_state"] = nmse(llm.memory.state, expected["decode_state"])
+    llm.reset()
+    llm.memory.write = False
+    llm.eval(expected["recall_ids"].tolist())
+    errors["recall_logits"] = nmse(llm.scores[: llm.n_tokens], expected["recall_logits"])
+    return errors
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_backbone(golden_dir, arch):
     with np.load(golden_dir / arch / "base_logits.npz") as arrays:
@@ -67,19 +80,8 @@ def test_conversation(golden_dir, adapter, arch, case):
     expected = expected_of(golden_dir, arch, case)
     base = golden_dir / arch / "base-f32.gguf"
     llm = DeltaMemLlama(model_path=base, deltamem_path=adapter(arch, case), **F32)
-    errors = {}
-
-    errors["prompt_logits"] = nmse(read_prompt(llm, expected), expected["prompt_logits"])
-    errors["prompt_state"] = nmse(llm.memory.state, expected["prompt_state"])
-
-    errors["decode_logits"] = nmse(read_one_by_one(llm, expected["decode_ids"]), expected["decode_logits"])
-    errors["decode_state"] = nmse(llm.memory.state, expected["decode_state"])
-
-    llm.reset()
-    llm.memory.write = False
+    errors = errors_of(llm, expected)
     recall = expected["recall_ids"].tolist()
-    llm.eval(recall)
-    errors["recall_logits"] = nmse(llm.scores[: llm.n_tokens], expected["recall_logits"])
     llm.eval([int(llm.scores[llm.n_tokens - 1].argmax())])
     errors["recall_next_logits"] = nmse(llm.scores[llm.n_tokens - 1], expected["recall_next_logits"])
     errors["recall_state"] = nmse(llm.memory.state, expected["recall_state"])
