@@ -113,7 +113,10 @@ bool ggml_cuda_op_deltamem(ggml_backend_cuda_context & ctx, ggml_tensor * node) 
 }
 
 int ggml_cuda_deltamem_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i) {
-    if (!ggml_can_fuse(cgraph, i, { GGML_OP_MUL_MAT, GGML_OP_DELTAMEM })) {
+    // what ggml_can_fuse asks, except that both have one shape
+    if (cgraph->nodes[i]->op != GGML_OP_MUL_MAT || i + 1 >= cgraph->n_nodes ||
+        cgraph->nodes[i + 1]->op != GGML_OP_DELTAMEM || !ggml_node_has_n_uses(cgraph, i, 1) ||
+        !(cgraph->nodes[i]->flags & cgraph->nodes[i + 1]->flags & GGML_TENSOR_FLAG_COMPUTE)) {
         return 0;
     }
     const ggml_tensor * mul_mat = cgraph->nodes[i];
