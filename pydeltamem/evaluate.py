@@ -467,10 +467,12 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
                 high = [row.high - row.accuracy for row in found]
                 style = "--" if method in ("none", "window", "bm25", "full") else "-"
                 axes.errorbar(x, [row.accuracy for row in found], [low, high], label=method, linestyle=style, capsize=2)
+        ticks = sorted({getattr(row, key) for row in rows if row.task == task})
         axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.grid(alpha=0.3)
     panels[0].set(xlabel="facts told", ylabel="answers that are right", ylim=(-0.02, 1.02))
     panels[1].set(xlabel="tokens of small talk after four facts")
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
