@@ -76,7 +76,17 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(
-    base, adapter=None, *, n_seq=1, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=1, unified=True, n_gpu_layers=0
+    base,
+    adapter=None,
+    *,
+    n_seq=1,
+    n_ctx=1024,
+    n_batch=512,
+    n_ubatch=512,
+    n_threads=1,
+    unified=True,
+    n_gpu_layers=0,
+    eval_callback=None,
 ) -> Iterator[Session]:
     llama.llama_backend_init()
     model_params = llama.llama_model_default_params()
@@ -89,6 +99,8 @@ def open_session(
     params.kv_unified = unified
     params.type_k = params.type_v = 0  # F32
     params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if eval_callback is not None:
+        params.cb_eval = eval_callback
     ctx = llama.llama_init_from_model(model, params)
     assert ctx
     handle = None

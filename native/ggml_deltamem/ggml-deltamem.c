@@ -38,7 +38,7 @@ struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct ggml_tensor
     GGML_ASSERT(proj->ne[0] == ggml_deltamem_n_proj(&params));
     GGML_ASSERT(gate_bias->ne[0] == ggml_deltamem_n_gates(&params));
     GGML_ASSERT(state->ne[0] == params.n_head * ggml_deltamem_n_record(&params));
-    GGML_ASSERT(plan->ne[0] == ggml_deltamem_n_plan(params.n_seqs, n_tokens));
+    GGML_ASSERT(plan->ne[0] >= ggml_deltamem_n_plan(params.n_seqs, n_tokens));
 
     struct ggml_tensor * result =
             ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) params.n_head * params.rank, n_tokens);

@@ -95,7 +95,7 @@ static inline int64_t ggml_deltamem_n_plan(int64_t n_seqs, int64_t n_tokens) {
 // proj       F32 [n_proj, n_tokens]     packed projections of the attention input, without the gate bias
 // gate_bias  F32 [n_gates]              b_β, then b_λ if separate
 // state      F32 [H*n_record, n_slots]  rows may be strided; UPDATED IN PLACE, so it must live where the operator runs
-// plan       I32 [n_plan]
+// plan       I32 [n_plan or more]       what stands behind the n_plan values is not read
 // returns    F32 [H*r, n_tokens]        the reads
 GGML_API struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct ggml_tensor * proj,
                                             struct ggml_tensor * gate_bias, struct ggml_tensor * state,

@@ -18,12 +18,16 @@ class llm_graph_input_deltamem : public llm_graph_input_i {
 public:
     llm_graph_input_deltamem(llama_deltamem_context & deltamem, ggml_tensor * plan) : deltamem(deltamem), plan(plan) {}
 
+    // Whole cache lines, so that what is allocated behind it begins on one: where the blocks of a product straddle two,
+    // llama.cpp's threads write to the same lines (K·Q of a prompt: up to 1.6 times slower).
     static int64_t size(const llama_ubatch & ubatch) {
-        return ggml_deltamem_n_plan(std::max(1u, ubatch.n_seqs_unq), ubatch.n_tokens);
+        return GGML_PAD(ggml_deltamem_n_plan(std::max(1u, ubatch.n_seqs_unq), ubatch.n_tokens),
+                        CACHE_LINE / sizeof(int32_t));
     }
 
     void set_input(const llama_ubatch * ubatch) override {
         deltamem.make_plan(*ubatch, values);
+        values.resize(plan->ne[0]);
         ggml_backend_tensor_set(plan, values.data(), 0, ggml_nbytes(plan));
     }
 
@@ -32,6 +36,8 @@ public:
     }
 
 private:
+    static constexpr size_t CACHE_LINE = 64; // bytes
+
     llama_deltamem_context & deltamem;
     ggml_tensor *            plan; // I32, see ggml-deltamem.h
     std::vector<int32_t>     values;
