@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from .bench_nodes import Nodes
     from .bench_run import Session, Worker
 
 CONFIDENCE = 0.95
@@ -75,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--rss", type=_count, metavar="N", help="prompt after which resident memory is read (the longest; 0: do not)"
     )
+    what.add_argument(
+        "--nodes", action="store_true", help="the least time of each kind of node of the graphs, instead of whole runs"
+    )
     what.add_argument("--op", action="store_true", help="the operator alone, one thread, and its floor; no model")
     what.add_argument(
         "--op-tokens", type=_counts, default=[1, 512], metavar="N,...", help="tokens of a call of --op (1,512)"
@@ -116,13 +120,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.op:
-        if args.model or args.synthetic or args.against or args.deltamem:
-            raise InputError("--op runs without a model: drop -m, --synthetic, --deltamem and --against, or --op")
+        if args.model or args.synthetic or args.against or args.deltamem or args.nodes:
+            raise InputError(
+                "--op runs without a model: drop -m, --synthetic, --deltamem, --against and --nodes, or --op"
+            )
         if not all(args.op_tokens):
             raise InputError("--op-tokens: a call has one token at least")
         if args.rank and args.rank > 64:
             raise InputError(f"--rank {args.rank}: the operator takes ranks up to 64")
         return
+    if args.nodes and args.against:
+        raise InputError("--nodes looks into the graphs of one library: drop --against or --nodes")
     if not args.model and not args.synthetic:
         raise InputError("no model: give one by -m FILE or --synthetic SHAPE, or measure the operator alone by --op")
     if args.synthetic and args.deltamem:
@@ -146,6 +154,8 @@ def _prompts(args: argparse.Namespace) -> list[int]:
 
 def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, Any]:
     from . import _lib
+    from .bench_nodes import Nodes
+    from .bench_nodes import measure as measure_nodes
     from .bench_run import Options, Worker
 
     _lib.logger.setLevel("DEBUG" if args.verbose else "ERROR")
@@ -176,11 +186,12 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
 
     lib_dir = os.environ["LLAMA_CPP_LIB_PATH"]
     memory: dict[str, Any] = {}
-    if n_rss and adapter is not None:
+    if n_rss and adapter is not None and not args.nodes:
         memory = {"prompt": n_rss, **_resident(lib_dir, options, adapter, n_rss, err)}
 
     with contextlib.ExitStack() as stack:
-        sides: dict[str, Session | Worker] = _open(stack, options, adapter, args.control)
+        nodes = {name: Nodes() for name in (ON, OFF)} if args.nodes else {}
+        sides: dict[str, Session | Worker] = _open(stack, options, adapter, args.control, nodes)
         llama = _lib.llama_cpp
         results["setup"]["model_info"] = sides[OFF].model.describe()
         results["setup"]["system"] = llama.llama_print_system_info().decode()
@@ -203,6 +214,11 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
                     progress.update(task, advance=1, description=label)
                     progress.refresh()  # by hand: no thread that draws while a run is timed
 
+                if nodes:
+                    both = {name: (sides[name], nodes[name]) for name in nodes}
+                    found = measure_nodes(both, kind, arguments, args.pairs, args.renew, advance)
+                    results.setdefault("nodes", []).append({"test": _label(kind, arguments), **found})
+                    continue
                 runs = results.setdefault(kind, {"runs": []})["runs"]
                 runs.append(_measure(sides, kind, arguments, args.pairs, advance, args.renew))
 
@@ -214,7 +230,9 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
     return results
 
 
-def _open(stack: contextlib.ExitStack, options: Any, adapter: str | None, control: bool) -> dict[str, Any]:
+def _open(
+    stack: contextlib.ExitStack, options: Any, adapter: str | None, control: bool, nodes: dict[str, Nodes]
+) -> dict[str, Any]:
     """The sides of this process: OFF, and ON unless there is neither an adapter nor a control."""
     from . import _lib
     from .bench_run import Model, Session
@@ -225,7 +243,8 @@ def _open(stack: contextlib.ExitStack, options: Any, adapter: str | None, contro
             stack.callback(model.close)
             sides = {}
             for name in (ON, OFF) if adapter is not None or control else (OFF,):
-                sides[name] = Session(model, adapter if name == ON else None)
+                observer = nodes[name].callback if nodes else None
+                sides[name] = Session(model, adapter if name == ON else None, observer)
                 stack.callback(sides[name].close)
         except ModelError as error:
             reason = _lib.reason(log)
@@ -450,6 +469,8 @@ def _print(out: Console, results: dict[str, Any]) -> None:
             "tokens/s: median ± half the distance of the quartiles. Ratio: of times, median over "
             f"{setup['pairs']} pairs; interval of the median by order statistics, {100 * confidence:.1f} %.",
         )
+    for test in results.get("nodes", []):
+        _print_nodes(out, test)
     built = [run["graphs_built"] for run in results.get("decode", {}).get("runs", []) if "graphs_built" in run]
     if built and not setup["control"]:
         _say(out, f"Graphs built in the timed decode runs: {', '.join(map(str, built))}.")
@@ -470,6 +491,29 @@ def _print(out: Console, results: dict[str, Any]) -> None:
             for key, extra in memory["extra"].items()
         ]
         _say(out, f"Resident bytes after a prompt of {memory['prompt']} tokens, adapter: {'; '.join(parts)}.")
+
+
+def _print_nodes(out: Console, test: dict[str, Any], least: float = 0.005) -> None:
+    """One line per kind of node, of those that make up more than `least` of the time or are the memory's own."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from .bench_nodes import OURS
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("node", "operator", "nodes", "ms on", "ms off", "difference"):
+        table.add_column(column, justify="left" if column in ("node", "operator") else "right", no_wrap=True)
+    for row in test["rows"]:
+        if row["name"].startswith(OURS) or max(row["on"], row["off"]) > least * test["off"]:
+            times = (f"{row['on']:.3f}", f"{row['off']:.3f}", f"{row['on'] - row['off']:+.3f}")
+            table.add_row(row["name"], row["op"], str(max(row["n_on"], row["n_off"])), *times)
+    _say(out, f"\n{test['test']}: the least of {test['rounds']} times of each node, computed alone")
+    out.print(table)
+    _say(
+        out,
+        f"All nodes: {test['on']:.2f} ms with, {test['off']:.2f} without, ratio {test['ratio']:.4f}; "
+        f"the memory's own: {test['own']:.2f} ms, {test['own'] / test['off']:.2%} of those without.",
+    )
 
 
 def _say(out: Console, text: str) -> None:

@@ -69,10 +69,12 @@ class Model:
 class Session:
     """One context of a model, with the memory adapter at the path `adapter` or without any.
 
+    observer: called with every node of its graphs (ggml_backend_sched_eval_callback), as in bench_nodes.
+
     Raises ModelError if the context cannot be made or a run fails, AdapterError if the adapter cannot be attached.
     """
 
-    def __init__(self, model: Model, adapter: str | None = None) -> None:
+    def __init__(self, model: Model, adapter: str | None = None, observer: Any = None) -> None:
         llama, options = model.llama, model.options
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = options.n_ctx, options.n_batch, options.n_ubatch
@@ -83,8 +85,10 @@ class Session:
         params.type_k = getattr(llama, f"GGML_TYPE_{options.type_k.upper()}")
         params.type_v = getattr(llama, f"GGML_TYPE_{options.type_v.upper()}")
         params.n_seq_max, params.no_perf = 1, True
+        if observer is not None:
+            params.cb_eval = observer
 
-        self.llama, self.model, self.adapter = llama, model, adapter
+        self.llama, self.model, self.adapter, self.observer = llama, model, adapter, observer
         self._lib: Any = None
         self.ctx = llama.llama_init_from_model(model.pointer, params)
         if not self.ctx:
@@ -186,7 +190,7 @@ class Session:
     def renew(self) -> None:
         """Another context like this one, whose buffers lie elsewhere in memory."""
         self.close()
-        self.__init__(self.model, self.adapter)
+        self.__init__(self.model, self.adapter, self.observer)
 
     def close(self) -> None:
         if self.ctx:

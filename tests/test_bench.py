@@ -129,6 +129,28 @@ def test_control_has_no_adapter(run_bench):
     assert "no adapter either" in result.stdout and "on ÷ off" in result.stdout and "Adapter:" not in result.stdout
 
 
+def test_nodes(run_bench, tmp_path):
+    """Every node that computes is there, on both sides, and the memory's own on one."""
+    path = tmp_path / "result.json"
+    result = run_bench("--nodes", "-p", "16", "-n", "3", "-d", "5", "--renew", "1", "--json", path)
+    assert result.returncode == 0, result.stderr
+    assert "All nodes:" in result.stdout and "deltamem_read" in result.stdout
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert [test["test"] for test in found["nodes"]] == ["prefill 16", "decode 3 at 5"]
+    for test in found["nodes"]:
+        rows = {(row["name"], row["op"]): row for row in test["rows"]}
+        assert len(rows) == len(test["rows"])
+        assert {op for _, op in rows}.isdisjoint({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
+        own = {name: row["n_on"] for (name, _), row in rows.items() if name.startswith("deltamem")}
+        assert own == {"deltamem_in": 4, "deltamem_read": 4, "deltamem_corrected": 8}  # layers; q and o of each
+        for (name, _), row in rows.items():
+            assert row["n_off"] == (0 if name in own else row["n_on"])
+        for side in ("on", "off"):
+            assert test[side] == pytest.approx(sum(row[side] for row in rows.values()))
+        assert test["ratio"] == test["on"] / test["off"]
+    assert "prefill" not in found and "decode" not in found
+
+
 def test_sides_alternate():
     """Every round runs each side once, forth and back in turn; the warm-up is not counted."""
     order = []
@@ -223,6 +245,8 @@ def test_median_interval_covers_the_median():
         ((), "no model"),
         (("-m", "nothing.gguf"), "nothing.gguf: no such file"),
         (("--op", "-m", "x"), "--op runs without a model"),
+        (("--op", "--nodes"), "--op runs without a model"),
+        (("-m", "x", "--nodes", "--against", "y"), "graphs of one library"),
         (("--op", "--rank", "65"), "ranks up to 64"),
         (("--op", "--op-tokens", "0"), "one token at least"),
         (("--synthetic", "qwen3-0.6b", "--deltamem", "x"), "drop --deltamem"),

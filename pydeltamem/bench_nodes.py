@@ -1,0 +1,109 @@
+"""`deltamem bench --nodes`: where the time of a graph goes, node by node, with and without the memory.
+
+llama.cpp's evaluation callback has every node computed and waited for alone. Each node keeps the least of its times:
+what else runs on the machine can only lengthen a run, so the sums settle long before the times of whole prompts do.
+What nodes gain by following each other is not in it; that the threads start anew for each is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from time import perf_counter_ns
+from typing import Any
+
+from . import _lib
+from .bench_run import Session
+from .errors import LibraryError
+
+OURS = "deltamem"  # what the names of the memory's nodes begin with
+VIEWS = (b"VIEW", b"RESHAPE", b"PERMUTE", b"TRANSPOSE", b"NONE")  # nothing to compute
+
+
+def _functions() -> tuple[Callable[[int], bytes], Callable[[int], bytes]]:
+    """ggml's name and operator of a tensor, through the handle of libllama. Raises LibraryError."""
+    lib = _lib.llama_cpp.llama_cpp._lib
+    try:
+        functions = lib.ggml_get_name, lib.ggml_op_desc
+    except AttributeError as error:
+        raise LibraryError(f"{lib._name}: ggml cannot be reached through it, so --nodes cannot run here") from error
+    for function in functions:
+        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
+    return functions
+
+
+class Nodes:
+    """The least time of each node of one side's graphs, over all runs and renewed contexts.
+
+    callback: for Session.
+    least: nanoseconds by (name, operator, how many of that name and operator came before it in the graph), in the
+        graph's order.
+    """
+
+    def __init__(self) -> None:
+        self.least: dict[tuple[str, str, int], int] = {}
+        name_of, op_of = _functions()
+        seen: dict[tuple[str, str], int] = {}
+        first: tuple[str, str] | None = None
+        start = 0
+
+        @_lib.llama_cpp.ggml_backend_sched_eval_callback
+        def observe(tensor: int, ask: bool, _: Any) -> bool:
+            nonlocal first, start
+            if ask:
+                if op_of(tensor) in VIEWS:
+                    return False
+                start = perf_counter_ns()
+                return True
+            elapsed = perf_counter_ns() - start
+            node = (name_of(tensor).decode(), op_of(tensor).decode())
+            if first is None or node == first:  # a graph begins
+                first = node
+                seen.clear()
+            i = seen[node] = seen.get(node, -1) + 1
+            self.least[(*node, i)] = min(elapsed, self.least.get((*node, i), elapsed))
+            return True
+
+        self.callback = observe
+
+
+def rows(on: Nodes, off: Nodes) -> list[dict[str, Any]]:
+    """The nodes of all layers that do the same: {name, op, on, off: milliseconds, n_on, n_off}, the longest first."""
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for side, nodes in (("on", on), ("off", off)):
+        for (name, op, _), ns in nodes.least.items():
+            key = (re.sub(r"[-_ ]?\(?\d.*| \(.*", "", name), op)
+            row = groups.setdefault(key, {"name": key[0], "op": op, "on": 0.0, "off": 0.0, "n_on": 0, "n_off": 0})
+            row[side] += ns / 1e6
+            row[f"n_{side}"] += 1
+    return sorted(groups.values(), key=lambda row: -max(row["on"], row["off"]))
+
+
+def measure(
+    sides: dict[str, tuple[Session, Nodes]],
+    kind: str,
+    arguments: tuple[int, ...],
+    n_rounds: int,
+    n_renew: int,
+    advance: Callable[[], None],
+) -> dict[str, Any]:
+    """The sides "on" and "off" in turn, once uncounted and n_rounds times, with new contexts after every n_renew.
+
+    Returns {on, off: milliseconds of a graph, own: those of the memory's nodes, ratio, rounds, rows}.
+    """
+    for session, nodes in sides.values():
+        getattr(session, kind)(*arguments)
+        nodes.least.clear()
+        advance()
+    in_turn = list(sides.values())
+    for i in range(n_rounds):
+        for session, _ in in_turn if i % 2 else reversed(in_turn):
+            if n_renew and i and i % n_renew == 0:
+                session.renew()
+            getattr(session, kind)(*arguments)
+            advance()
+    table = rows(sides["on"][1], sides["off"][1])
+    total = {side: sum(row[side] for row in table) for side in ("on", "off")}
+    own = sum(row["on"] for row in table if row["name"].startswith(OURS))
+    return {**total, "own": own, "ratio": total["on"] / total["off"], "rounds": n_rounds, "rows": table}
