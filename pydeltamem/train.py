@@ -35,7 +35,7 @@ except ImportError:
     raise InputError("deltamem train needs torch and transformers: pip install 'pydeltamem[train]'") from None
 
 from .convert.checkpoint import HEADS
-from .reference import DeltaMem, DeltaMemConfig, chunked_recurrence, find_attention, recurrence
+from .reference import DeltaMem, DeltaMemConfig, chunked_recurrence, find_attention, fused_recurrence
 
 # The paper's write strategies: granularity and state heads.
 STRATEGIES = {"tsw": ("token", 1), "ssw": ("message_mean", 1), "msw": ("token", 4)}
@@ -348,7 +348,7 @@ class Trainer:
 
         torch.manual_seed(args.seed)
         # token by token is several times faster where a small operation costs no launch
-        form = recurrence if args.device == "cpu" else chunked_recurrence
+        form = fused_recurrence if args.device == "cpu" else chunked_recurrence
         if args.init:
             self.memory = DeltaMem.from_checkpoint(self.model, args.init, recurrence=form)
             self._change(config)

@@ -16,13 +16,21 @@ transformers = pytest.importorskip("transformers", reason="the reference is test
 from conftest import CASES  # noqa: E402
 from pydeltamem.convert.checkpoint import CONFIG, WEIGHTS, Checkpoint  # noqa: E402
 from pydeltamem.errors import CheckpointError, InputError, ModelError  # noqa: E402
-from pydeltamem.reference import DeltaMem, DeltaMemConfig, chunked_recurrence, find_attention, recurrence  # noqa: E402
+from pydeltamem.reference import (  # noqa: E402
+    DeltaMem,
+    DeltaMemConfig,
+    chunked_recurrence,
+    find_attention,
+    fused_recurrence,
+    recurrence,
+)
 
 BOUND = 1e-10  # both sides are float32 PyTorch
 
 each_case = pytest.mark.parametrize("case", CASES)
 each_arch = pytest.mark.parametrize("arch", ["qwen3", "smollm3"])
-each_form = pytest.mark.parametrize("form", [recurrence, chunked_recurrence], ids=["naive", "chunked"])
+FORMS = {"naive": recurrence, "fused": fused_recurrence, "chunked": chunked_recurrence}
+each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +188,19 @@ def test_chunked_equals_naive(mode, n_token, chunk):
     ]
     for one, other in zip((*naive, *gradients[0]), (*chunked, *gradients[1])):
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["standard", "lambda_outside", "no_lambda"])
+@pytest.mark.parametrize(("n_batch", "n_token", "n_head", "rank"), [(1, 1, 1, 8), (3, 2, 1, 1), (2, 37, 4, 16)])
+def test_fused_equals_naive(mode, n_batch, n_token, n_head, rank):
+    arguments = inputs(n_batch, n_token, n_head, rank, mode=mode)
+    naive, fused = recurrence(*arguments), fused_recurrence(*arguments)
+    weights = [torch.randn_like(x) for x in naive]
+    gradients = [
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(out, weights)), arguments) for out in (naive, fused)
+    ]
+    for one, other in zip((*naive, *gradients[0]), (*fused, *gradients[1])):
+        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
 
 
 def test_chunked_gradient_of_keep():
