@@ -15,6 +15,7 @@ import io
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -245,10 +246,19 @@ def optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimize
     return [Muon(matrices, rate), torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
+def rate_share(step: int, cycles: Sequence[int]) -> float:
+    """Of the rate, at a step: each cycle rises for 100 steps and falls to nothing over its last 40 %."""
+    for n in cycles:
+        if step < n:
+            return min(1.0, (step + 1) / 100) * min(1.0, (n - step) / (0.4 * n))
+        step -= n
+    return 0.0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, nargs="+", default=[1200, 800], help="of each cycle of the rate")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--vocab", type=int, default=2304)
     parser.add_argument("--seed", type=int, default=1)
@@ -279,11 +289,11 @@ def main() -> None:
     log = (args.directory / "log.jsonl").open("a", encoding="utf-8")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
-        bar = progress.add_task("backbone", total=args.steps, completed=step)
+        bar = progress.add_task("backbone", total=sum(args.steps), completed=step)
         begun, mean = time.monotonic(), 0.0
-        while step < args.steps:
+        while step < sum(args.steps):
             world = World(args.seed * 1_000_003 + step)
-            share = min(1.0, (step + 1) / 100) * min(1.0, (args.steps - step) / (0.4 * args.steps))
+            share = rate_share(step, args.steps)
             for stepper in steppers:
                 for group in stepper.param_groups:
                     group["lr"] = args.rate * share
@@ -296,7 +306,7 @@ def main() -> None:
             step += 1
             mean = loss.item() if mean == 0 else 0.95 * mean + 0.05 * loss.item()
             progress.update(bar, advance=1, description=f"backbone, loss {mean:.3f}")
-            if step % 100 == 0 or step == args.steps:
+            if step % 100 == 0 or step == sum(args.steps):
                 model.eval()
                 row = {"step": step, "loss": mean, "seconds": round(time.monotonic() - begun)}
                 row["recall"] = {n: recall(model, text, 7, n) for n in (1, 4, 8)}
