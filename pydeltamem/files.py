@@ -6,7 +6,9 @@ import contextlib
 import glob
 import os
 import secrets
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,9 +18,16 @@ from .errors import InputError
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields the temporary name to write to. At the end the file takes the place of `path`, following links; after an
-    error it is gone and what was there stays. Raises OSError.
+    error it is gone and what was there stays. Into a device or a pipe it is written. Raises OSError.
     """
     target = Path(os.path.realpath(path))
+    if is_stream(target):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, "written")
+            yield temporary
+            with open(temporary, "rb") as file, open(target, "wb") as stream:
+                shutil.copyfileobj(file, stream)
+        return
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -37,6 +46,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(folder)
 
 
+def is_stream(path: Path) -> bool:
+    """Whether it is there, and neither a file nor a folder: a device, a pipe. A file must not take its place."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 @contextlib.contextmanager
 def output(path: str | None) -> Iterator[Callable[[str], None]]:
     """A function that writes the file of `--json FILE`, which appears whole or not at all; - is standard output, None
@@ -46,26 +60,29 @@ def output(path: str | None) -> Iterator[Callable[[str], None]]:
         yield (lambda text: None) if path is None else sys.stdout.write
         return
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target if is_stream(target) else target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         if target.is_dir():
             raise IsADirectoryError(0, "it is a folder")
-        temporary.touch(exist_ok=False)
+        if temporary != target:
+            temporary.touch(exist_ok=False)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
     def write(text: str) -> None:
         try:
             temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, target)
+            if temporary != target:
+                os.replace(temporary, target)
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
     try:
         yield write
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if temporary != target:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def leftovers(path: str | os.PathLike[str]) -> list[Path]:

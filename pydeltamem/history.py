@@ -55,9 +55,11 @@ class Checkpoints:
 
     def add(self, position: int, checkpoint: Checkpoint, keep: bool = False) -> None:
         """`keep`: beyond the last `n_last`, as long as there is room."""
-        if position not in self._items:
-            bisect.insort(self._positions, position)
+        # in this order, here and below, an interrupt leaves no position without its checkpoint
         self._items[position] = checkpoint
+        i = bisect.bisect_left(self._positions, position)
+        if self._positions[i : i + 1] != [position]:
+            self._positions.insert(i, position)
         if keep or position == self._positions[0]:
             self._kept.add(position)
         self._thin(checkpoint.state.nbytes)
@@ -72,17 +74,18 @@ class Checkpoints:
             self._remove(len(self._positions) - 1)
 
     def clear(self) -> None:
-        self._positions.clear()
-        self._items.clear()
-        self._kept.clear()
+        self._positions = []
+        self._items = {}
+        self._kept = set()
 
     def shift(self, start: int, end: int) -> None:
         """The text between `start` and `end` is gone: those before `end` cannot be gone back to any more."""
         moved = {p - (end - start): (self._items[p], p in self._kept) for p in self._positions if p >= end}
+        positions = sorted(moved)
         self.clear()
-        self._positions = sorted(moved)
         self._items = {p: item for p, (item, _) in moved.items()}
-        self._kept = {p for p, (_, kept) in moved.items() if kept} | set(self._positions[:1])
+        self._kept = {p for p, (_, kept) in moved.items() if kept} | set(positions[:1])
+        self._positions = positions
 
     def _thin(self, n_bytes_each: int) -> None:
         # what has just left the last n_last
@@ -97,7 +100,7 @@ class Checkpoints:
 
     def _remove(self, i: int) -> None:
         position = self._positions.pop(i)
-        del self._items[position]
+        self._items.pop(position, None)
         self._kept.discard(position)
 
 
@@ -146,6 +149,12 @@ class History:
         self.begins[self.n] = begins
         self.n_written += int(np.count_nonzero(self.wrote[span]))
         self.n += len(tokens)
+
+    def unread(self, position: int) -> None:
+        """What was read from `position` on has not written yet and is to be read again."""
+        self.n_written -= int(np.count_nonzero(self.wrote[position : self.n]))
+        self.checkpoints.drop_after(position)
+        self.n = position
 
     def checkpoint(self, position: int, state: npt.NDArray[np.float32], keep: bool = False) -> None:
         """Keeps the state at a position, `n` or one that was just read."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import functools
 import hashlib
+import inspect
+import itertools
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from ._lib import BaseLlamaCache, Llama, LlamaState
 from .errors import AdapterError, InputError, ModelError
 from .history import History
 from .memory import Memory
+from .memory_file import MemorySnapshot
 from .rpc import connect
 from .seats import Seats
 from .text import Text
@@ -100,10 +104,12 @@ class DeltaMemLlama(Llama):
 
         self._text = Text(self._seats)
         if self._logits_all:
+            if len(self.scores) < self.n_ctx():  # with a draft model llama_cpp has rows for n_batch tokens only
+                self.scores = np.empty((self.n_ctx(), self.n_vocab()), dtype=np.single)
             self._text.scores = self.scores
         self._seats.take(self._text, SEAT)
-        self._messages: list[Any] | None = None  # of the latest chat completion
-        self._is_new_chat = False
+        self._messages: list[Any] | None = None  # of the latest chat completion that was read
+        self._asked: list[Any] | None = None  # of the one that is about to be
 
     def _attach_first(self) -> None:
         path = self.deltamem_path
@@ -151,6 +157,8 @@ class DeltaMemLlama(Llama):
     @n_tokens.setter
     def n_tokens(self, value: int) -> None:
         if self._text is not None:
+            if value != self._text.n_tokens:
+                self._requires_eval = True  # the logits follow another token
             self._text.n_tokens = value
 
     @property
@@ -225,13 +233,16 @@ class DeltaMemLlama(Llama):
         if self._seats.latest.get(SEAT) is not text:
             self._requires_eval = True  # the logits belong to another text
         tokens = list(tokens)
-        if self._is_new_chat:
-            self._is_new_chat = False
-            self._begin_after(text.history.common(0, tokens))
+        if self._asked is not None:
+            before, self._messages, self._asked = self._messages, self._asked, None
+            if before is not None and self.memory.attached and not _agree(before, self._messages):
+                self._begin_after(text.history.common(0, tokens))
         generator = super().generate(tokens, *args, **kwargs)
         if self.draft_model is None:
             yield from generator
             return
+        arguments = inspect.signature(Llama.generate).bind(self, tokens, *args, **kwargs).arguments
+        whole = tokens if arguments.get("reset", True) else [*text.tokens.tolist(), *tokens]
         sent = None
         try:
             while True:
@@ -239,12 +250,12 @@ class DeltaMemLlama(Llama):
                     token = generator.send(sent)
                 except StopIteration:
                     return
-                tokens.append(token)
+                whole.append(token)
                 sent = yield token
-                tokens += sent or []
+                whole += sent or []
         finally:
             generator.close()
-            n = text.history.common(0, tokens)
+            n = text.history.common(0, whole)
             if n < max(text.n_tokens, text.history.n):
                 text.n_tokens = min(text.n_tokens, n)
                 text.back(text.n_tokens)
@@ -257,10 +268,25 @@ class DeltaMemLlama(Llama):
         with them. If only system prompts agree, or nothing, it is another conversation: the memory goes on, and what
         agrees is not read again.
         """
-        if self._messages is not None and self.memory.attached:
-            self._is_new_chat = not _agree(self._messages, messages)
-        self._messages = copy.deepcopy(messages)
-        return super().create_chat_completion(messages, *args, **kwargs)
+        asked = copy.deepcopy(messages)
+        with self._asking(asked):
+            answer = super().create_chat_completion(messages, *args, **kwargs)
+        return self._streamed(asked, answer) if isinstance(answer, Iterator) else answer
+
+    def _streamed(self, asked: list[Any], chunks: Iterator[Any]) -> Iterator[Any]:
+        with self._asking(asked):  # a stream that is never begun asks nothing
+            first = list(itertools.islice(chunks, 1))
+        yield from first
+        yield from chunks
+
+    @contextlib.contextmanager
+    def _asking(self, messages: list[Any]) -> Iterator[None]:
+        """Within, `generate` reads a chat of these messages, if it is called at all."""
+        self._asked = messages
+        try:
+            yield
+        finally:
+            self._asked = None
 
     @property
     def _granularity(self) -> int | None:
@@ -335,7 +361,7 @@ class DeltaMemLlama(Llama):
             seed=self._seed,
             n_kv=text.n_kv,
             history=text.history.copy(),
-            memory=text.state if self.memory.attached else None,
+            memory=self.memory.copy() if self.memory.attached else None,
             write=text.write,
         )
 
@@ -363,10 +389,9 @@ class DeltaMemLlama(Llama):
             raise InputError(
                 f"the state is of a context of {len(state.history.tokens)} tokens, this one has {text.n_ctx}"
             )
-        if state.memory is not None and self.memory.attached and state.memory.shape != self.memory.shape:
-            raise InputError(
-                f"the state holds a memory of shape {state.memory.shape}, the adapter has {self.memory.shape}"
-            )
+        reason = self.memory._misfit(state.memory) if state.memory is not None and self.memory.attached else None
+        if reason:
+            raise InputError(f"the state: {reason}")
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
         if not _llama.llama_state_seq_set_data(self.ctx, data, state.llama_state_size, SEAT):
             self._seats.truncate(SEAT, 0)
@@ -381,7 +406,8 @@ class DeltaMemLlama(Llama):
             text.begin(text.n_tokens)
         elif self.memory.attached:
             text.write = state.write
-            text.put_state(state.memory)
+            text.put_state(state.memory.state)
+            text.since = state.memory.metadata["created"]
         self.scores[: len(state.scores)] = state.scores
         self._seed = state.seed
         self._requires_eval = True
@@ -393,20 +419,24 @@ class DeltaMemLlama(Llama):
         state.update(
             deltamem_path=self.deltamem_path, n_ctx=state["n_ctx"] // self._n_seq_max, n_seq_max=self._n_seq_max
         )
+        state["memory"] = None
         if self.memory.attached:
             state["memory"] = {
                 "state": self.memory.state,
                 "written": self._text.history.n_written,
                 "write": self._text.write,
+                "since": self._text.since,
             }
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        memory = state.pop("memory", None)
+        memory = state.pop("memory")
         super().__setstate__(state)
-        if memory is not None:
+        if memory is None and self.memory.attached:
+            self.memory.detach()
+        elif memory is not None:
             self._text.become(memory["state"], memory["written"])
-            self._text.write = memory["write"]
+            self._text.write, self._text.since = memory["write"], memory["since"]
 
     def close(self) -> None:
         """Frees adapter, context and model. Closing twice is fine."""
@@ -419,7 +449,7 @@ class DeltaMemState(LlamaState):
     """What `DeltaMemLlama.save_state` returns: the text, its KV cache, and the memory."""
 
     def __init__(
-        self, *, n_kv: int, history: History, memory: npt.NDArray[np.float32] | None, write: bool, **kwargs: Any
+        self, *, n_kv: int, history: History, memory: MemorySnapshot | None, write: bool, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.n_kv = n_kv

@@ -154,19 +154,27 @@ class Memory:
         _ = self.shape
         self._restore(MemorySnapshot.load(path), os.fspath(path))
 
-    def _restore(self, snapshot: MemorySnapshot, name: str) -> None:
+    def _misfit(self, snapshot: MemorySnapshot) -> str | None:
+        """Why it is no memory of the attached adapter; None if it is."""
         mine, theirs = self._metadata, snapshot.metadata
         if any(theirs.get(key, "") != mine[key] for key in ("adapter", "architecture")):
-            raise MemoryFileError(f"{name}: the memory of another adapter, {owner(theirs)}; attached is {owner(mine)}")
+            return f"the memory of another adapter, {owner(theirs)}; attached is {owner(mine)}"
         if theirs.get("layers", "") != mine["layers"] or snapshot.state.shape != self.shape:
-            raise MemoryFileError(
-                f"{name}: holds layers {theirs.get('layers', '')} of shape {snapshot.state.shape}; "
+            return (
+                f"holds layers {theirs.get('layers', '')} of shape {snapshot.state.shape}; "
                 f"the adapter has layers {mine['layers']} of shape {self.shape}"
             )
+        return None
+
+    def _restore(self, snapshot: MemorySnapshot, name: str) -> None:
+        mine, theirs = self._metadata, snapshot.metadata
+        reason = self._misfit(snapshot)
+        if reason:
+            raise MemoryFileError(f"{name}: {reason}")
         if theirs.get("base", mine["base"]) != mine["base"]:
             log.warning("%s: written by another base model than %s", name, mine["base_name"] or self._llm.model_path)
         self._text.become(snapshot.state, snapshot.tokens_written)
-        self._text.since = theirs.get("created")
+        self._text.since = theirs.get("created", self._text.since)
 
     def attach(self, path: str | os.PathLike[str] | None = None) -> None:
         """Attaches the adapter again, or another one for this model, with an empty memory for every text.
@@ -182,6 +190,7 @@ class Memory:
         with _lib.errors_held():
             if path is not None:
                 self._llm._attach(os.fspath(path))
+                self._llm.deltamem_path = os.fspath(path)
             else:
                 seats.attach(self._llm._adapter)
 
@@ -205,7 +214,7 @@ class Memory:
         _ = self.shape
         adapter = self._llm._adapter
         name = _lib.meta(adapter, "general.name") or _lib.meta(adapter, "deltamem.source.name")
-        metadata = {
+        return {
             "layers": ",".join(map(str, self.layers)),
             "adapter": _lib.meta(adapter, "deltamem.source.sha256") or "",
             "adapter_name": name or "",
@@ -213,7 +222,5 @@ class Memory:
             "base": self._llm.fingerprint,
             "base_name": self._llm.metadata.get("general.name", ""),
             "tokens_written": str(self.n_written),
+            "created": self._text.since,
         }
-        if self._text.since:
-            metadata["created"] = self._text.since
-        return metadata

@@ -25,8 +25,10 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +36,7 @@ import safetensors
 import safetensors.numpy
 
 from .errors import InputError, MemoryFileError
-from .files import leftovers, replacing
+from .files import is_stream, leftovers, replacing
 
 if sys.platform == "win32":
     import msvcrt
@@ -75,8 +77,9 @@ class MemorySnapshot:
         return cls(*read_memory_file(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a memory file, in one step. Raises MemoryFileError."""
-        write_memory_file(path, self.state, dict(self.metadata))
+        """Writes a memory file, in one step. Raises MemoryFileError, also if another process keeps that file."""
+        with _not_kept_elsewhere(path):
+            write_memory_file(path, self.state, dict(self.metadata))
 
     @property
     def layers(self) -> list[int]:
@@ -122,13 +125,13 @@ def write_memory_file(path: str | os.PathLike[str], state: np.ndarray, metadata:
     `metadata` holds layers, adapter, adapter_name and architecture, and what else is known; the format and the dates
     are added. Raises MemoryFileError.
     """
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    saved = now()
     metadata = {
-        "created": now,
+        "created": saved,
         **metadata,
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
-        "saved": now,
+        "saved": saved,
     }
     data = safetensors.numpy.save({"state": np.ascontiguousarray(state, dtype=np.float32)}, metadata)
     _write(path, lambda temporary: temporary.write_bytes(data))
@@ -175,21 +178,32 @@ def owner(metadata: Mapping[str, str]) -> str:
     return f"{name} for {metadata.get('architecture') or 'an unknown architecture'} ({checksum})"
 
 
+def now() -> str:
+    """ISO 8601, UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises MemoryFileError if a memory cannot be saved at `path` later, e.g. because its folder is missing."""
+    """Raises MemoryFileError if a memory cannot be saved at `path` later: its folder is missing, or another process
+    keeps the file.
+    """
     name = os.fspath(path)
+    if is_stream(Path(name)):
+        return
     folder = os.path.dirname(os.path.realpath(name))
     if not os.path.isdir(folder):
         raise MemoryFileError(f"{name}: the memory cannot be saved: no folder {folder}")
     if os.path.isdir(name) or not os.access(folder, os.W_OK):
         raise MemoryFileError(f"{name}: the memory cannot be saved: not a writable file")
+    with _not_kept_elsewhere(path):
+        pass
 
 
 class MemoryFileLock:
     """Keeps a memory file for one process, and one object in it, as long as it is held: for saving it again and again.
 
     A lock file beside it, `.NAME.lock`, holds the process id. The operating system lets go of it if the process is
-    killed; what is left of the file does not matter then.
+    killed; what is left of the file does not matter then. An object that is gone has let go too.
 
         with MemoryFileLock("ada.memory"):
             ...
@@ -197,19 +211,34 @@ class MemoryFileLock:
     Raises MemoryFileError if somebody else holds it.
     """
 
+    _held_here: ClassVar[weakref.WeakValueDictionary[Path, MemoryFileLock]] = weakref.WeakValueDictionary()
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         target = Path(os.path.realpath(path))
         self._lock = target.with_name(f".{target.name}.lock")
         self._file: int | None = None
+        self._freed: Callable[[], object] | None = None
+
+    @classmethod
+    def is_held_here(cls, path: str | os.PathLike[str]) -> bool:
+        """Whether an object of this process holds the lock of that file."""
+        return cls(path)._lock in cls._held_here
 
     def acquire(self) -> None:
         """Takes the lock, and removes what processes that were killed while saving have left."""
+        try:
+            self._acquire()
+        except OSError as error:
+            raise MemoryFileError(f"{self.path}: the memory cannot be saved: {error.strerror}") from error
+
+    def _acquire(self) -> None:
+        if self._freed is not None:
+            return
         while self._file is None:
-            try:
-                self._file = self._try()
-            except OSError as error:
-                raise MemoryFileError(f"{self.path}: the memory cannot be saved: {error.strerror}") from error
+            self._file = self._try()
+        self._freed = weakref.finalize(self, _free, self._file, self._lock, os.getpid())
+        self._held_here[self._lock] = self
         for leftover in leftovers(self.path):
             with contextlib.suppress(OSError):
                 leftover.unlink()
@@ -220,6 +249,10 @@ class MemoryFileLock:
         try:
             if not _lock(file):
                 holder = os.pread(file, 32, 1).decode("ascii", "replace").strip() if os.name == "posix" else ""
+                if holder == str(os.getpid()):
+                    raise MemoryFileError(
+                        f"{self.path}: in use by a conversation of this process: close it, or use another file"
+                    )
                 who = f"process {holder}" if holder else "another process"
                 raise MemoryFileError(f"{self.path}: in use by {who}: end it, or use another file")
             with contextlib.suppress(FileNotFoundError):
@@ -235,13 +268,10 @@ class MemoryFileLock:
 
     def release(self) -> None:
         """Gives the lock up. Releasing twice is fine."""
-        if self._file is None:
-            return
-        if os.name == "posix":
-            with contextlib.suppress(OSError):
-                self._lock.unlink()  # while it is still ours
-        os.close(self._file)
-        self._file = None
+        if self._freed is not None:
+            self._held_here.pop(self._lock, None)
+            self._freed()
+            self._file = self._freed = None
 
     def __enter__(self) -> MemoryFileLock:
         self.acquire()
@@ -249,6 +279,28 @@ class MemoryFileLock:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+
+def _free(file: int, lock: Path, holder: int) -> None:
+    if os.name == "posix" and os.getpid() == holder:  # not a fork of it
+        with contextlib.suppress(OSError):
+            lock.unlink()  # while it is still ours
+    os.close(file)
+
+
+@contextlib.contextmanager
+def _not_kept_elsewhere(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds the lock of a memory file while it is saved, where there are locks. Raises MemoryFileError if another
+    process holds it; if this one does, it may save there.
+    """
+    lock = MemoryFileLock(path)
+    if not is_stream(Path(os.path.realpath(path))) and not lock.is_held_here(path):
+        with contextlib.suppress(OSError):
+            lock._acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _lock(file: int) -> bool:

@@ -13,6 +13,7 @@ A hook runs whenever its layer does: gradient checkpointing, which runs layers t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -55,8 +56,8 @@ def recurrence(
 def fused_recurrence(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same token by token, with a gradient written by hand: four operations a token forward, three back, the rest for
-    all tokens at once. The states of all tokens are kept, T·H·r² values a sequence. There are no second derivatives.
+    """The same token by token, with a gradient written by hand: four operations a token forward, four back, the rest
+    for all tokens at once. The states of all tokens are kept, T·H·r² values a sequence. It has no second derivative.
     """
     return _FusedRecurrence.apply(state, q, k, v, keep, erase, write)
 
@@ -72,7 +73,7 @@ class _FusedRecurrence(torch.autograd.Function):
         states[0] = state.flatten(0, 1)
         written, k_rows = write * v, k.mT
         change = torch.empty_like(v)
-        for t, (here, after) in enumerate(zip(states, states[1:])):
+        for t, (here, after) in enumerate(itertools.pairwise(states)):
             torch.addcmul(written[t], erase[t], torch.bmm(here, k[t]), value=-1, out=change[t])
             torch.mul(here, keep[t], out=after)
             after.baddbmm_(change[t], k_rows[t])

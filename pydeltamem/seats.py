@@ -42,6 +42,7 @@ class Seats:
         # in the latest llama_decode, by seat
         self.latest: weakref.WeakValueDictionary[int, Text] = weakref.WeakValueDictionary()
         self._n_vocab = _llama.llama_vocab_n_tokens(_llama.llama_model_get_vocab(_llama.llama_get_model(context.ctx)))
+        self._n_swa = _llama.llama_model_n_swa(_llama.llama_get_model(context.ctx))  # 0: no sliding window
         self._texts: list[weakref.ref[Text] | None] = [None] * self.n_seq_max
         self._used: list[int] = [0] * self.n_seq_max  # when, in decodes
         self._n_decodes = 0
@@ -175,10 +176,20 @@ class Seats:
     def truncate(self, seat: int, n: int) -> int:
         """Keeps the first n tokens of a sequence. Returns how many are left: 0 where the model cannot remove some."""
         memory = _llama.llama_get_memory(self.ctx)
-        if memory is None or _llama.llama_memory_seq_rm(memory, seat, n, -1):
+        if memory is None:
+            return n
+        is_shorter = n <= _llama.llama_memory_seq_pos_max(memory, seat)
+        if _llama.llama_memory_seq_rm(memory, seat, n, -1) and not (is_shorter and self._lacks_window(memory, seat, n)):
             return n
         _llama.llama_memory_seq_rm(memory, seat, 0, -1)
         return 0
+
+    def _lacks_window(self, memory: Any, seat: int, n: int) -> bool:
+        """Whether tokens that token n attends to were overwritten: so it is in a cache as short as the sliding window
+        (swa_full=False) after going back.
+        """
+        first = max(0, n - self._n_swa + 1)
+        return self._n_swa > 0 and _llama.llama_memory_seq_pos_min(memory, seat) > first
 
     def shift(self, seat: int, start: int, end: int, n: int) -> bool:
         """Removes tokens [start, end) of n; those behind move up. False, and nothing done, where the model cannot."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from .errors import InputError
 from .history import TOKEN, History
+from .memory_file import now
 
 if TYPE_CHECKING:
     from .seats import Seats
@@ -52,7 +53,7 @@ class Text:
         keep_at: positions that are still to be read, where a checkpoint is wanted.
         scores: if not None, takes the logits of every token, [n_ctx, n_vocab].
         drafted: tokens are guesses: a checkpoint after each.
-        since: when the memory began, ISO 8601; None: with this text.
+        since: when the memory began, ISO 8601, UTC.
     """
 
     def __init__(self, seats: Seats) -> None:
@@ -63,12 +64,13 @@ class Text:
         self.seat: int | None = None
         self.scores: npt.NDArray[np.single] | None = None
         self.drafted = False
-        self.since: str | None = None
+        self.since = now()
         self.n_kv = 0  # tokens that the KV cache holds
         self.n_read_again = 0
         self.keep_at: set[int] = set()
         self._attached = seats.n_attached
         self._away: npt.NDArray[np.float32] | None = None  # the state while there is no seat; None: empty
+        self._ingest: int | None = None  # where an ingest in segments began of which more is to come
 
     @property
     def tokens(self) -> npt.NDArray[np.intc]:
@@ -93,6 +95,7 @@ class Text:
 
     def put_state(self, state: npt.NDArray[np.float32]) -> None:
         """Replaces the state; the record of what it has read is the caller's business."""
+        self._attached = self.seats.n_attached
         if self.seat is not None:
             self.seats.set_state(self.seat, state)
         else:
@@ -100,9 +103,8 @@ class Text:
 
     def become(self, state: npt.NDArray[np.float32], n_written: int = 0) -> None:
         """Another memory from here on: nothing of the present text counts as written into it."""
-        self._attached = self.seats.n_attached
         self.put_state(state)
-        self.since = None
+        self.since = now()
         self.history.wrote[:] = False
         self.history.n_written = n_written
         self.history.begin(self.n_tokens, state)
@@ -181,8 +183,8 @@ class Text:
         if not 0 <= start < end <= self.n_tokens:
             raise InputError(f"cannot drop tokens {start} to {end} of a text of {self.n_tokens}")
         self.catch_up()
-        if self.seats.has_memory and end not in self.history.checkpoints and end == self.n_tokens:
-            self.history.checkpoint(end, self.state)
+        if self.seats.has_memory and not any(p >= end for p in self.history.checkpoints.positions):
+            self.history.checkpoint(self.n_tokens, self.state)  # the others go
         n_moved = min(self.n_kv, self.n_tokens) - end
         if self.seat is not None and n_moved > 0 and self.seats.shift(self.seat, start, end, self.n_kv):
             self.n_kv -= end - start
@@ -220,7 +222,14 @@ class Text:
         self.seat, self.n_kv, self._away = seat, 0, None
 
     def stands(self, state: npt.NDArray[np.float32] | None) -> None:
-        """Called by Seats: the text has lost its seat; it keeps the state."""
+        """Called by Seats: the text has lost its seat; it keeps the state. An ingest in segments that was not at its
+        end has written nothing, and what it had gathered is gone: it is to be read again.
+        """
+        if self._ingest is not None:
+            if self.n_tokens == self.n_kv:  # it was new, not one that is read again after going back
+                self.n_tokens = self._ingest
+            self.history.unread(self._ingest)
+            self._ingest = None
         self.seat, self.n_kv, self._away = None, 0, state
 
     #
@@ -282,6 +291,9 @@ class Text:
         position = self.n_kv
         self.n_kv += len(piece.tokens)
         self.keep_at = {p for p in self.keep_at if p > self.n_kv}
+        if piece.segments is not None:
+            begun = position if piece.begins else self._ingest
+            self._ingest = None if piece.ends else begun
         if position >= self.history.n:
             self.history.read(piece.tokens, piece.write, piece.segments, piece.begins)
             for n, state in checkpoints.items():
@@ -324,6 +336,7 @@ class Text:
 
         def undo() -> None:
             self.n_tokens = n_past
+            self._ingest = None
             if self.seat is not None:
                 self.seats.abandon(self.seat)
             if self.seats.has_memory and found is not None:

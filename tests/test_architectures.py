@@ -129,6 +129,30 @@ def test_architecture(tmp_path, name, results):
     results.append({"model": name, "architecture": architecture, "layers": hooked, **dict(measured)})
 
 
+def test_going_back_where_the_cache_holds_a_window_only(tmp_path, monkeypatch):
+    """swa_full=False: what was overwritten is read again, without writing."""
+    monkeypatch.setitem(SETTINGS, "Gemma3Text", {**SETTINGS["Gemma3Text"], "sliding_window": 16})
+    reference("Gemma3Text", tmp_path)
+    base, adapter = converted(tmp_path)
+    text = tokens(1, 300)[0].tolist()
+    found = []
+    for goes_back in (False, True):
+        llm = pydeltamem.DeltaMemLlama(
+            base, deltamem_path=adapter, n_ctx=512, n_batch=64, n_ubatch=64, n_threads=1, n_threads_batch=1,
+            swa_full=False, type_k=0, type_v=0, verbose=False,
+        )  # fmt: skip
+        if goes_back:
+            llm.eval(text)
+            llm.n_tokens = 100
+            llm.eval([7, 8, 9])
+        else:
+            llm.eval([*text[:100], 7, 8, 9])
+        found.append((llm.logits, llm.memory.state))
+        assert llm.memory.n_written == 103
+        llm.close()
+    assert nmse(found[1][0], found[0][0]) <= BOUND and nmse(found[1][1], found[0][1]) <= BOUND
+
+
 @pytest.mark.skipif("DELTAMEM_ARCHITECTURES" in os.environ, reason="they are being made")
 def test_the_results_in_the_package_are_of_this_library():
     """After another llama-cpp-python, or with other models: `make architectures`."""

@@ -348,6 +348,17 @@ def test_lazy_names():
         _ = pydeltamem.nothing
 
 
+def test_going_back_has_no_logits(llm):
+    llm.eval([14, 17, 40, 99])
+    llm.n_tokens = 2
+    with pytest.raises(InputError, match="eval tokens first"):
+        _ = llm.logits
+    following = next(llm.generate([14, 17], temp=0))
+    llm.reset()
+    llm.memory.reset()
+    assert next(llm.generate([14, 17], temp=0)) == following
+
+
 def test_logits_follow_the_latest_token(base, adapter):
     with_all = DeltaMemLlama(
         model_path=str(base()), deltamem_path=str(adapter("qwen3", "tsw_qo")), n_ctx=64, logits_all=True, verbose=False

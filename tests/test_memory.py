@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -112,6 +113,29 @@ def test_save_and_load(llm, make_llm, tmp_path):
     metadata = read_memory_file(path)[1]
     assert metadata["layers"] == "0,1,2,3" and metadata["architecture"] == "qwen3"
     assert len(metadata["adapter"]) == 64 and metadata["adapter_name"]
+
+
+def test_when_a_memory_began(llm, tmp_path, monkeypatch):
+    """It stays with the memory: in files, states, pickles."""
+
+    def began():
+        return llm.memory.copy().metadata["created"]
+
+    first = began()
+    monkeypatch.setattr("pydeltamem.text.now", lambda: "2030-01-01T00:00:00+00:00")
+    llm.eval([14, 17, 40])
+    llm.memory.save(tmp_path / "a.memory")
+    assert began() == first
+    saved, copy = llm.save_state(), pickle.loads(pickle.dumps(llm))
+    assert copy.memory.copy().metadata["created"] == first
+    copy.close()
+    llm.memory.reset()
+    assert began().startswith("2030")
+    llm.load_state(saved)
+    assert began() == first
+    llm.memory.reset()
+    llm.memory.load(tmp_path / "a.memory")
+    assert began() == first
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)

@@ -11,13 +11,14 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from pydeltamem import InputError, MemoryFileError, MemorySnapshot
-from pydeltamem.files import leftovers
+from pydeltamem.files import leftovers, output
 from pydeltamem.memory_file import MemoryFileLock, check_writable, read_memory_file, write_memory_file
 
 METADATA = {"layers": "2,5", "adapter": "ab" * 32, "adapter_name": "test", "architecture": "qwen3"}
@@ -297,12 +298,64 @@ def test_the_second_in_one_process_is_told(tmp_path):
     (tmp_path / "link.memory").symlink_to(path)
     with MemoryFileLock(path) as lock:
         for name in ("a.memory", "link.memory"):
-            with pytest.raises(MemoryFileError, match=f"{name}: in use by process {os.getpid()}"):
+            with pytest.raises(MemoryFileError, match=f"{name}: in use by a conversation of this process: close it"):
                 MemoryFileLock(tmp_path / name).acquire()
         lock.acquire()  # it has it
     lock.release()
     with MemoryFileLock(path):
         pass
+
+
+def test_who_is_gone_holds_nothing(tmp_path):
+    lock = MemoryFileLock(tmp_path / "a.memory")
+    lock.acquire()
+    del lock
+    with MemoryFileLock(tmp_path / "a.memory"):
+        pass
+
+
+def test_a_file_that_another_process_keeps_is_not_saved_to(tmp_path, holder):
+    path = tmp_path / "a.memory"
+    snapshot = MemorySnapshot(random_state(), METADATA)
+    for call in (lambda: snapshot.save(path), lambda: check_writable(path)):
+        with pytest.raises(MemoryFileError, match=f"in use by process {holder.pid}"):
+            call()
+    assert not path.exists()
+    holder.communicate(b"")
+    snapshot.save(path)
+    with MemoryFileLock(path):
+        snapshot.save(path)  # the process that keeps it may
+        with pytest.raises(MemoryFileError, match="in use"):
+            MemoryFileLock(path).acquire()
+    assert os.listdir(tmp_path) == ["a.memory"]
+
+
+@posix
+def test_a_file_is_saved_where_there_are_no_locks(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(0, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    check_writable(tmp_path / "a.memory")
+    MemorySnapshot(random_state(), METADATA).save(tmp_path / "a.memory")
+    MemorySnapshot.load(tmp_path / "a.memory")
+
+
+@posix
+def test_a_pipe_is_written_to(tmp_path):
+    """A device or a pipe stays what it is: /dev/null too."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    check_writable(path)
+    MemorySnapshot(random_state(), METADATA).save(path)
+    (tmp_path / "a.memory").write_bytes(os.read(reader, 1 << 20))
+    os.close(reader)
+    np.testing.assert_array_equal(MemorySnapshot.load(tmp_path / "a.memory").state, random_state())
+    assert path.is_fifo()
+    with output(os.devnull) as write:
+        write("{}")
+    assert not Path(os.devnull).is_file() and sorted(os.listdir(tmp_path)) == ["a.memory", "pipe"]
 
 
 def test_no_folder_no_lock(tmp_path):

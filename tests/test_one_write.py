@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from llama_cpp import LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
 from pydeltamem import InputError
+from pydeltamem.history import Checkpoint, Checkpoints
+from pydeltamem.text import Text
 
 TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88, 200, 31]
 OTHER = [9, 8, 77, 6, 50, 4]
@@ -250,6 +253,34 @@ def test_another_chat(make, read_once):
     assert different(llm.memory.state, state)
 
 
+@pytest.mark.parametrize("how", ["too long", "a stream that is not begun"])
+def test_another_chat_after_one_that_was_not_read(make, how):
+    """It is another one still: the memory goes on."""
+    written = []
+    for comes_between in (False, True):
+        llm = make()
+        answer(llm, user("my name is ada"))
+        if comes_between and how == "too long":
+            with pytest.raises(ValueError, match="exceed context window"):
+                answer(llm, user("hello", "hi", "x " * 700))
+        elif comes_between:
+            llm.create_chat_completion(user("hello", "hi", "what is my name"), stream=True)
+        answer(llm, user("hello", "hi", "what is my name"))
+        written.append((llm.memory.n_written, llm.memory.state))
+    assert written[0][0] == written[1][0]
+    np.testing.assert_array_equal(written[0][1], written[1][1])
+
+
+def test_a_streamed_chat_grows(llm, read_once):
+    messages = user("hello there")
+    for question in ("how are you", "good bye"):
+        chunks = llm.create_chat_completion(messages, stream=True, **GREEDY)
+        reply = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
+        assert llm.memory.n_written == llm.n_tokens
+        messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": question}]
+
+
 def test_a_chat_asked_anew_after_reset(llm, read_once):
     answer(llm, user("hello there"))
     state = llm.memory.state
@@ -359,6 +390,24 @@ def test_prompt_lookup(make, read_once):
         np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
 
 
+def test_drafts_after_a_text(make, read_once):
+    llm = make(draft_model=LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=5))
+    llm.eval(TOKENS)
+    generator = llm.generate(OTHER, temp=0, reset=False)
+    taken = take(generator, 3)
+    generator.close()
+    assert texts(llm)[:20] == [*TOKENS, *OTHER, *taken[:2]]
+    np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
+
+
+def test_drafts_after_a_prompt_of_several_batches(make, read_once):
+    prompt = np.random.default_rng(5).integers(3, 250, 150).tolist()
+    llm = make(n_batch=64, draft_model=LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=5))
+    plain = make(n_batch=64)
+    assert take(llm.generate(prompt, temp=0), 8) == take(plain.generate(prompt, temp=0), 8)
+    np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
+
+
 # states that are saved
 
 
@@ -394,6 +443,45 @@ def test_a_state_of_another_context_is_refused(make):
         larger.load_state(llm.save_state())
     np.testing.assert_array_equal(larger.memory.state, state)
     assert texts(larger) == OTHER
+
+
+def test_a_saved_state_after_attaching_again(make, read_once):
+    llm = make()
+    llm.eval(TOKENS)
+    saved = llm.save_state()
+    llm.memory.attach()
+    llm.load_state(saved)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS), **SAME)
+    assert llm.memory.n_written == len(TOKENS)
+
+
+def test_a_state_of_another_adapter_is_refused(make, adapter):
+    llm = make()
+    llm.eval(TOKENS)
+    saved, state = llm.save_state(), llm.memory.state
+    llm.memory.attach(adapter("qwen3", "ssw_message"))  # of the same shape
+    assert llm.memory.shape == state.shape
+    llm.eval(OTHER)
+    present = llm.memory.state
+    with pytest.raises(InputError, match="the state: the memory of another adapter"):
+        llm.load_state(saved)
+    np.testing.assert_array_equal(llm.memory.state, present)
+
+
+def test_pickle_brings_back_the_adapter_that_is_attached(make, adapter):
+    llm = make()
+    llm.memory.attach(adapter("qwen3", "msw4_qo"))
+    llm.eval(TOKENS)
+    copy = pickle.loads(pickle.dumps(llm))
+    np.testing.assert_array_equal(copy.memory.state, llm.memory.state)
+    assert copy.memory.copy().metadata == llm.memory.copy().metadata
+    copy.close()
+    llm.memory.detach()
+    copy = pickle.loads(pickle.dumps(llm))
+    assert not copy.memory.attached
+    copy.memory.attach()
+    assert copy.memory.shape[1] == 4
+    copy.close()
 
 
 def test_pickle_carries_the_memory(make):
@@ -439,6 +527,31 @@ def test_an_ingest_in_segments_is_taken_back_as_a_whole(make, case):
     np.testing.assert_allclose(llm.memory.state, once.memory.state, **SAME)
 
 
+def test_an_ingest_that_loses_its_place_in_the_middle_is_read_again(make):
+    llm = make("ssw_message", n_batch=4)
+    other, segments = Text(llm._seats), np.zeros(len(TOKENS), dtype=np.int32)
+    text = llm._text
+    for again in (False, True):  # also where the memory reads it again after going back
+        if again:
+            text.n_tokens = len(TOKENS) - 1
+        pieces = text.pieces([] if again else TOKENS, None if again else segments)
+        first, _ = next(piece for piece in pieces if piece.segments is not None).split(4)
+        llm._seats.decode([(text, first)])
+        llm._seats.take(other, 0)
+        other.eval(OTHER)
+        llm._seats.take(text, 0)
+        if again:
+            text.eval([])
+        else:
+            assert text.n_tokens == 0 and text.history.n_written == 0
+            text.eval(TOKENS, segments)
+        once = make("ssw_message", n_batch=4)
+        n = text.n_tokens
+        once.eval(TOKENS[:n], segments=[0] * n)
+        np.testing.assert_allclose(text.state, once.memory.state, **SAME)
+        assert text.history.n_written == n
+
+
 # the text is shortened
 
 
@@ -460,3 +573,52 @@ def test_dropping_text_keeps_what_it_wrote(make):
     np.testing.assert_allclose(llm.memory.state, after, **SAME)
     with pytest.raises(InputError, match="began anew"):
         llm.memory.rollback(5)
+
+
+def test_dropping_text_before_which_all_checkpoints_are(make):
+    llm = make("ssw_message")
+    tokens = np.random.default_rng(3).integers(3, 250, 60).tolist()
+    llm.eval(tokens, segments=[0] * 60)  # an ingest: no checkpoint in it
+    state = llm.memory.state
+    llm._text.shift(5, 30)
+    llm.n_tokens = 20
+    llm.eval(OTHER)  # goes back to where the memory cannot
+    assert texts(llm) == tokens[:5] + tokens[30:45] + OTHER
+    llm._text.reset()
+    assert different(llm.memory.state, state)
+
+
+def test_an_interrupt_leaves_no_position_without_its_checkpoint():
+    """Wherever it comes: after each line of Checkpoints."""
+    state = np.zeros((1, 1, 2, 2), dtype=np.float32)
+
+    def run(stop_after):
+        checkpoints, left = Checkpoints(n_bytes=64, n_last=2), [stop_after]
+
+        def interrupt(frame, event, argument):
+            if event == "line" and frame.f_code.co_filename == Checkpoints.add.__code__.co_filename:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            for position in (0, 5, 6, 9, 12, 13, 14, 20):
+                checkpoints.add(position, Checkpoint(state, position))
+            checkpoints.shift(6, 9)
+            checkpoints.drop_after(9)
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+        finally:
+            sys.settrace(None)
+        for position in range(22):
+            checkpoints.newest(position)
+        checkpoints.add(4, Checkpoint(state, 4), keep=True)
+        assert checkpoints.newest(4)[0] == 4
+        checkpoints.drop_after(-1)
+        return finished
+
+    n = next(n for n in range(1, 1000) if run(n))
+    assert n > 50

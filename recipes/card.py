@@ -1,0 +1,41 @@
+"""Prints what the model's card shows of `deltamem eval recall --json FILE`: the table, in Markdown, and the ratios.
+
+    deltamem eval recall --seed 7 --json recall.json && python recipes/card.py recall.json
+
+Of several files, runs with other seeds, it prints the means.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from pydeltamem.evaluate import wilson
+
+
+def main() -> None:
+    runs = [json.loads(Path(path).read_text(encoding="utf-8")) for path in sys.argv[1:]]
+    if not runs:
+        sys.exit(__doc__)
+    right: dict[tuple, dict[str, list[float]]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            of_kind = right.setdefault((row["task"], row["facts"], row["distance"]), {})
+            count = of_kind.setdefault(row["method"], [0, 0])
+            count[0] += row["accuracy"] * row["n"]
+            count[1] += row["n"]
+    methods = list(next(iter(right.values())))
+    print(f"| % right | {' | '.join(methods)} |")
+    print("| --- " * (len(methods) + 1) + "|")
+    for (task, facts, distance), of_kind in right.items():
+        detail = f"{distance} tokens" if distance else f"{facts} fact{'s' if facts > 1 else ''}"
+        shares = (wilson(round(of_kind[method][0]), of_kind[method][1]) for method in methods)
+        cells = (f"{100 * p:.0f} ({100 * low:.0f}–{100 * high:.0f})" for p, low, high in shares)
+        print(f"| {task.replace('_', ' ')}, {detail} | {' | '.join(cells)} |")
+    for run in runs:
+        print({name: ratio if isinstance(ratio, str) else round(ratio, 3) for name, ratio in run["ratios"].items()})
+
+
+if __name__ == "__main__":
+    main()
