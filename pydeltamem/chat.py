@@ -96,19 +96,25 @@ class Chat:
         from .stream import interruptible
 
         conversation = self.conversation
-        n_dropped = conversation.n_dropped
-        with contextlib.closing(pieces):
-            try:
-                for piece in interruptible(pieces):
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
-            except KeyboardInterrupt:
-                note(" [stopped]")
-            else:
-                if conversation.finish_reason == "length" and conversation.options.get("n_predict", -1) <= 0:
-                    note(" [the context is full: the reply was cut]")
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        n_dropped, n_predict = conversation.n_dropped, conversation.options.get("n_predict")
+        begun = False
+        try:
+            with contextlib.closing(pieces):
+                try:
+                    for piece in interruptible(pieces):
+                        begun = True
+                        sys.stdout.write(piece)
+                        sys.stdout.flush()
+                except KeyboardInterrupt:
+                    note(" [stopped]")
+                else:
+                    if conversation.finish_reason == "length" and (n_predict is None or n_predict < 0):
+                        note(" [the context is full: the reply was cut]")
+                begun = True
+        finally:
+            if begun:  # also if the memory could not be saved then
+                sys.stdout.write("\n")
+                sys.stdout.flush()
         n_dropped = conversation.n_dropped - n_dropped
         if n_dropped:
             note(f"[the context is full: the oldest {n_dropped} messages left the text, the memory keeps]")
@@ -132,13 +138,19 @@ class Chat:
             conversation.undo()
             note("the last turn is taken back")
         elif name == "save":
-            memory.save(self._file(argument))
-            note(f"memory saved to {self.memory_file}")
+            file = self._file(argument)
+            memory.save(file)
+            self.memory_file = file
+            note(f"memory saved to {file}")
         elif name == "load":
-            memory.load(self._file(argument))
-            note(f"memory loaded from {self.memory_file}")
+            file = self._file(argument)
+            memory.load(file)
+            self.memory_file = file
+            conversation.save()
+            note(f"memory loaded from {file}")
         elif name == "reset":
             memory.reset()
+            conversation.save()
             note("the memory is empty")
         elif name == "clear":
             conversation.clear()
@@ -155,10 +167,10 @@ class Chat:
         return True
 
     def _file(self, name: str) -> str:
-        self.memory_file = name or self.memory_file
-        if not self.memory_file:
+        file = name or self.memory_file
+        if not file:
             raise InputError("name a file")
-        return self.memory_file
+        return file
 
 
 def describe(memory: Any) -> str:

@@ -5,13 +5,16 @@ The rule of one write, and what happens to text and memory in each case, is in d
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
-from .errors import InputError
+from .errors import InputError, MemoryFileError
 from .memory import Memory
 from .memory_file import MemoryFileLock
 from .stream import Assembler
@@ -34,6 +37,9 @@ class Conversation:
     A model holds n_seq_max texts at once. A conversation takes a place when it is its turn, and gives it up to another
     that needs one; its memory moves at once, its text is read again, without writing, when it goes on.
 
+    It may be used while a stream of it is open: that reply ends there, what was said so far counts, and the stream has
+    no more pieces. It cannot be pickled or copied: `fork` makes a second one; messages and memory file can be kept.
+
     Args:
         llm: the model.
         system: system prompt, "" for none.
@@ -45,7 +51,9 @@ class Conversation:
         finish_reason: of the latest reply, "stop" or "length".
         n_dropped: messages that have left the text because the context was full.
 
-    Raises MemoryFileError if the memory file is in use, damaged or of another adapter.
+    Raises MemoryFileError if the memory file is in use, damaged or of another adapter. If saving fails after a turn,
+    the turn stays, and its reply is in `messages`. Once an adapter was attached or detached, the memory file is left as
+    it is, and turns are refused until `open` or `close`.
     """
 
     def __init__(
@@ -62,7 +70,9 @@ class Conversation:
         self.finish_reason = "stop"
         self.n_dropped = 0
         self._text = Text(llm._seats)
+        self._reply: Reply | None = None  # in the making
         self._lock: MemoryFileLock | None = None
+        self._n_attached = 0  # when the memory file was opened
         self.memory_file: str | None = None
         if memory_file is not None:
             self.open(memory_file)
@@ -84,15 +94,15 @@ class Conversation:
     def say(self, content: str, **options: Any) -> str:
         """One turn: says `content` and returns the reply.
 
-        Options: `n_predict` (tokens at most; -1: until the reply ends), `stop` (strings), `seed`, and sampling as
-        `Llama.generate` (temp, top_k, …, grammar). Raises InputError if it does not fit in the context.
+        Options: `n_predict` (tokens at most; 0: only read; -1 or None: until the reply ends), `stop` (a string, or
+        several), `seed`, and sampling as `Llama.generate` (temp, top_k, …, grammar). Raises InputError if it does not
+        fit in the context, MemoryFileError if the memory cannot be saved.
         """
         return "".join(self.stream(content, **options))
 
     def stream(self, content: str, **options: Any) -> Iterator[str]:
         """As `say`, in pieces as they come. Closing the iterator ends the reply; what was said so far counts."""
-        for _, piece in stream_together({self: content}, **options):
-            yield piece
+        yield from self._stream(content, options)
 
     def regenerate(self, **options: Any) -> str:
         """Another reply in place of the latest: text and memory go back to before it."""
@@ -100,7 +110,8 @@ class Conversation:
 
     def stream_again(self, **options: Any) -> Iterator[str]:
         """As `regenerate`, in pieces."""
-        yield from self._instead(self.messages[self._said_last()]["content"], options)
+        self._ready()
+        yield from self._stream(self.messages[self._said_last()]["content"], options, instead=True)
 
     def edit(self, content: str, **options: Any) -> str:
         """Says `content` in place of what was said last: text and memory go back to before that."""
@@ -108,28 +119,33 @@ class Conversation:
 
     def stream_edited(self, content: str, **options: Any) -> Iterator[str]:
         """As `edit`, in pieces."""
-        yield from self._instead(content, options)
+        yield from self._stream(content, options, instead=True)
 
-    def _instead(self, content: str, options: dict[str, Any]) -> Iterator[str]:
-        """Says `content` in place of what was said last. If nothing comes of it, the messages are as they were."""
-        before, n_dropped = list(self.messages), self.n_dropped
-        del self.messages[self._said_last() :]
-        n = len(self.messages)
-        try:
-            yield from self.stream(content, **options)
-        except BaseException:
-            if len(self.messages) + self.n_dropped - n_dropped == n:  # no turn was added
-                self.messages = before[self.n_dropped - n_dropped :]
-            raise
+    def _stream(self, content: str, options: dict[str, Any], instead: bool = False) -> Iterator[str]:
+        with contextlib.closing(_speak([Reply(self, content, options, instead)])) as pieces:
+            for _, piece in pieces:
+                yield piece
 
     def undo(self) -> None:
-        """Takes back the latest turn, what was said and the reply: text and memory are as before it."""
-        del self.messages[self._said_last() :]
-        n = self._text.history.common(0, self._ended_tokens())
-        self._text.back(min(n, self._text.n_tokens))
+        """Takes back the latest turn, what was said and the reply: text and memory are as before it.
+
+        Raises InputError if there is none, or if another memory was put in place of this one since.
+        """
+        self._ready()
+        start = self._said_last()
+        taken = self.messages[start:]
+        del self.messages[start:]
+        try:
+            n = self._text.history.common(0, self._ended_tokens())
+            self._text.back(min(n, self._text.n_tokens))
+        except BaseException:
+            self.messages += taken
+            raise
+        self.save()
 
     def add(self, role: str, content: str) -> None:
         """Reads a message without replying: "user", "assistant" or "system". Raises InputError if it does not fit."""
+        self._ready()
         self.messages.append({"role": role, "content": content})
         try:
             self._make_room(0)
@@ -144,15 +160,32 @@ class Conversation:
 
     def clear(self) -> None:
         """Forgets the text and keeps the memory, and the system prompt."""
+        self._ready()
         self.messages = self._system()
         self._text.reset()
+        self.save()
 
     def fork(self) -> Conversation:
         """A second conversation that goes on from here by itself, with a memory of its own and no memory file."""
+        self._end_reply()
         other = Conversation(self.llm, **self.options)
         other.messages = [dict(message) for message in self.messages]
+        other.finish_reason, other.n_dropped = self.finish_reason, self.n_dropped
         other._text = self._text.fork()
         return other
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Conversation cannot be pickled or copied: keep its messages and memory file, or fork() it")
+
+    def _end_reply(self) -> None:
+        """If a stream is open, it ends here."""
+        if self._reply is not None:
+            self._reply.fail()
+
+    def _ready(self) -> None:
+        """Before anything is done with it."""
+        self._end_reply()
+        self._check_file()
 
     #
     # the memory file
@@ -160,35 +193,65 @@ class Conversation:
 
     def open(self, path: str | os.PathLike[str]) -> None:
         """From here on the memory is saved to `path` after each turn. If the file exists, it is loaded now."""
-        lock = MemoryFileLock(path)
-        lock.acquire()
+        self._end_reply()
+        is_open = self._lock is not None and os.path.realpath(path) == os.path.realpath(self._lock.path)
+        lock = self._lock if is_open else MemoryFileLock(path)
+        if not is_open:
+            lock.acquire()
         try:
             if os.path.exists(path):
                 self.memory.load(path)
             else:
                 self.memory.save(path)
         except BaseException:
-            lock.release()
+            if not is_open:
+                lock.release()
             raise
-        if self._lock is not None:
+        if self._lock is not None and not is_open:
             self._lock.release()
         self._lock, self.memory_file = lock, os.fspath(path)
+        self._n_attached = self.llm._seats.n_attached
 
     def save(self) -> None:
-        """Saves the memory to the memory file, if there is one."""
+        """Saves the memory to the memory file, if there is one. Raises MemoryFileError if it cannot be saved, or if an
+        adapter was attached or detached since the file was opened.
+        """
+        self._check_file()
         if self.memory_file is not None:
             self.memory.save(self.memory_file)
 
     def close(self) -> None:
-        """Saves the memory, and gives up the memory file and the place in the context. Closing twice is fine."""
+        """Saves the memory, and gives up the memory file and the place in the context. Closing twice is fine.
+
+        The file is left as it is if an adapter was attached or detached, or the model closed, since it was opened.
+        """
         try:
-            self.save()
+            self._end_reply()
+            if self._keeps_file:
+                self.save()
         finally:
             if self._lock is not None:
                 self._lock.release()
             self._lock = self.memory_file = None
             if self.llm.ctx is not None:
                 self.llm._seats.leave(self._text)
+
+    @property
+    def _keeps_file(self) -> bool:
+        """Whether there is a memory file, and the memory is still the one that was opened with it: an adapter that is
+        attached, also the same one again, begins with empty memories.
+        """
+        seats = self.llm._seats
+        return self.memory_file is not None and seats.has_memory and seats.n_attached == self._n_attached
+
+    def _check_file(self) -> None:
+        """Raises MemoryFileError if there is a memory file that the memory must not be saved to any more."""
+        _ = self.llm._seats.ctx  # a closed model says so
+        if self.memory_file is not None and not self._keeps_file:
+            raise MemoryFileError(
+                f"{self.memory_file}: no longer saved, as an adapter was attached or detached since the file was "
+                "opened: open() it again, or close() the conversation"
+            )
 
     def __enter__(self) -> Conversation:
         return self
@@ -294,35 +357,61 @@ class Conversation:
 
 
 class Reply:
-    """A reply in the making: what is to be decoded next, and the text so far."""
+    """A reply: what is to be decoded next, and the text so far. It is in the making from `begin` until it has ended, or
+    its conversation is used for something else.
 
-    def __init__(self, conversation: Conversation, content: str, options: Mapping[str, Any]) -> None:
-        options = {**conversation.options, **options}
+    Args:
+        content: what is said.
+        options: of `Conversation.say`.
+        instead: in place of what was said last.
+    """
+
+    def __init__(
+        self, conversation: Conversation, content: str, options: Mapping[str, Any], instead: bool = False
+    ) -> None:
         self.conversation = conversation
+        self.said = content
+        self.options = {**conversation.options, **options}
+        self.instead = instead
         self.content = ""
-        self.n_predict: int = options.pop("n_predict", -1)
         self.n_tokens = 0
         self.finish_reason: str | None = None
-        stop = options.pop("stop", ())
-        seed = options.pop("seed", None)
-        llm = conversation.llm
+        self.pieces: list[Piece] = []
+        self.undo: Callable[[], None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is in the making."""
+        return self.conversation._reply is self
+
+    def begin(self) -> None:
+        """Enters what is said into the conversation. If that fails, the messages are as before."""
+        conversation, options = self.conversation, dict(self.options)
+        conversation._ready()
+        llm, text, messages = conversation.llm, conversation._text, conversation.messages
+        n_predict, stop, seed = (options.pop(name, None) for name in ("n_predict", "stop", "seed"))
+        self.n_predict: int = -1 if n_predict is None else n_predict
+        stop = [stop] if isinstance(stop, str) else list(stop or ())
+        if options.get("logits_processor") is not None:
+            options["logits_processor"] = [functools.partial(_process, text, p) for p in options["logits_processor"]]
         if seed is not None:
             llm.set_seed(seed)
         self.sampler = llm._init_sampler(**options)
 
-        conversation.messages.append({"role": "user", "content": content})
+        start = conversation._said_last() if self.instead else len(messages)
+        self.replaced = messages[start:]
+        messages[start:] = [{"role": "user", "content": self.said}]
         try:
-            n_ctx = conversation._text.n_ctx
-            conversation._make_room(min(n_ctx // 4, self.n_predict if self.n_predict > 0 else 256))
-            prompt, ends = chat_prompt(llm, conversation.messages)
+            conversation._make_room(min(text.n_ctx // 4, self.n_predict if self.n_predict >= 0 else 256))
+            prompt, ends = chat_prompt(llm, messages)
+            self.assembler = Assembler(llm._model.vocab, [*stop, *ends["stop"]])
+            self.criteria = ends["stopping_criteria"]
+            self._read_next(conversation._unread(prompt), conversation._segments)
+            conversation._reply = self
         except BaseException:
-            conversation.messages.pop()
+            conversation._reply = None
+            messages[-1:] = self.replaced
             raise
-        self.assembler = Assembler(llm._model.vocab, [*stop, *ends["stop"]])
-        self.criteria = ends["stopping_criteria"]
-        self._read_next(conversation._unread(prompt), conversation._segments)
-        self.pieces: list[Piece] = []
-        self.undo: Any = None
 
     def _read_next(self, tokens: list[int], segments: Any = None) -> None:
         self.tokens, self.segments = tokens, segments(tokens) if segments else None
@@ -336,7 +425,8 @@ class Reply:
         n_read = text.n_tokens - self.n_past  # more than 0 if the text lost its place in the middle
         segments = None if self.segments is None else self.segments[n_read:]
         self.pieces = text.pieces(self.tokens[n_read:], segments, staying)
-        self.undo = text.undone_on_failure(text.n_tokens)
+        if self.undo is None:  # else the place was lost in the middle: back to where it began
+            self.undo = text.undone_on_failure(text.n_tokens)
 
     def take(self, n_max: int) -> Piece:
         """The next piece, or the beginning of it."""
@@ -349,6 +439,9 @@ class Reply:
         """Takes the token sampled after all that was read. Returns text; sets finish_reason at the end."""
         llm, text = self.conversation.llm, self.conversation._text
         self.undo = None
+        if self.n_predict == 0:
+            self.finish_reason = "length"
+            return ""
         if llm._seats.is_end(token):
             self.finish_reason = "stop"
             return self.assembler.finish()
@@ -357,7 +450,7 @@ class Reply:
         if self.assembler.stopped:
             self.finish_reason = "stop"
             return piece
-        if self.n_tokens == self.n_predict or not self._has_room():
+        if 0 < self.n_predict <= self.n_tokens or not self._has_room():
             self.finish_reason = "length"
             return piece + self.assembler.finish()
         self._read_next([token])
@@ -378,24 +471,43 @@ class Reply:
         return text.n_tokens < text.n_ctx
 
     def end(self) -> None:
-        """Enters what was said so far into the conversation."""
-        self.conversation.messages.append({"role": "assistant", "content": self.content})
-        self.conversation.finish_reason = self.finish_reason or "stop"
-        self.conversation.save()
+        """Enters what was said so far into the conversation, and saves its memory."""
+        self._enter()
+        self._save()
 
     def fail(self) -> None:
-        """What could not be decoded is as if it had not been read; what was said so far counts."""
+        """Ends it before its end: what could not be decoded is as if it had not been read; what was said so far counts.
+        Nothing happens if it is no longer in the making.
+        """
+        if not self.is_open:
+            return
+        if self.n_tokens > 0:
+            self.content += self.assembler.finish()
+            self._enter()
+        else:
+            self.conversation._reply = None
+            self.conversation.messages[-1:] = self.replaced
         if self.undo is not None:
             self.undo()
         if self.n_tokens > 0:
-            self.content += self.assembler.finish()
-            self.end()
-        else:
-            self.conversation.messages.pop()
+            self._save()
+
+    def _enter(self) -> None:
+        conversation = self.conversation
+        conversation._reply = None
+        conversation.messages.append({"role": "assistant", "content": self.content})
+        conversation.finish_reason = self.finish_reason or "stop"
+
+    def _save(self) -> None:
+        if self.conversation._keeps_file:  # else the next turn says so
+            self.conversation.save()
 
 
 def say_together(asked: Mapping[Conversation, str], **options: Any) -> dict[Conversation, str]:
-    """One turn of several conversations at once, in common batches. Returns the replies. Options as `say`."""
+    """One turn of several conversations at once, in common batches. Returns the replies. Options as `say`.
+
+    If the memory of one cannot be saved, all turns are made nevertheless, and MemoryFileError is raised at the end.
+    """
     replies = dict.fromkeys(asked, "")
     for conversation, piece in stream_together(asked, **options):
         replies[conversation] += piece
@@ -411,13 +523,25 @@ def stream_together(asked: Mapping[Conversation, str], **options: Any) -> Iterat
     llm = next(iter(asked)).llm
     if any(conversation.llm is not llm for conversation in asked):
         raise InputError("conversations of different models cannot be decoded together")
+    yield from _speak([Reply(conversation, content, options) for conversation, content in asked.items()])
+
+
+def _speak(waiting: list[Reply]) -> Iterator[tuple[Conversation, str]]:
+    """Makes replies, of conversations of one model, and yields their pieces.
+
+    Between two pieces any of the conversations may be used; its reply has then ended.
+    """
+    llm = waiting[0].conversation.llm
     seats = llm._seats
-    waiting = list(asked.items())
+    for reply in waiting:
+        reply.conversation._ready()
     active: list[Reply] = []
+    errors: list[Exception] = []  # of saving: no reason to cut the other replies off
     try:
         while waiting or active:
             while waiting and len(active) < seats.n_seq_max:
-                active.append(Reply(*waiting.pop(0), options))
+                active.append(waiting.pop(0))
+                active[-1].begin()
             jobs, room = [], seats.n_batch
             for reply in active:
                 reply.prepare([other.conversation._text for other in active if other is not reply])
@@ -426,22 +550,40 @@ def stream_together(asked: Mapping[Conversation, str], **options: Any) -> Iterat
                     room -= len(piece.tokens)
                     jobs.append((reply.conversation._text, piece))
             rows = seats.decode(jobs)
-            for reply in list(active):
+            said: list[tuple[Reply, str]] = []
+            for reply in active:
                 row = rows.get(reply.conversation._text)
                 if row is None or reply.pieces:
                     continue
                 piece = reply.push(reply.sampler.sample(llm._ctx, row))
                 reply.content += piece
+                said.append((reply, piece))
+            for reply, _ in said:
                 if reply.finish_reason:
-                    active.remove(reply)
-                    reply.end()
-                if piece:
+                    try:
+                        reply.end()
+                    except Exception as error:
+                        errors.append(error)
+            # only now that nothing is to be sampled any more: others may decode in between
+            for reply, piece in said:
+                if piece and (reply.is_open or reply.finish_reason):  # not if it was used for something else by now
                     yield reply.conversation, piece
-            active = active[1:] + active[:1]  # a long prompt keeps nobody waiting
-    except BaseException:
+            active = [reply for reply in active[1:] + active[:1] if reply.is_open]  # a long prompt keeps nobody waiting
+    except BaseException as error:
         for reply in active:
-            reply.fail()
-        raise
+            try:
+                reply.fail()
+            except Exception as failure:
+                errors.append(failure)
+        if not isinstance(error, GeneratorExit):
+            raise
+    if errors:
+        raise errors[0]
+
+
+def _process(text: Text, processor: Callable[..., Any], _: Any, scores: npt.NDArray[np.single]) -> Any:
+    """A logits processor, called with the tokens of `text`: llama_cpp gives it those of the model's own text."""
+    return processor(text.tokens, scores)
 
 
 def chat_prompt(llm: DeltaMemLlama, messages: list[dict[str, str]]) -> tuple[list[int], dict[str, Any]]:

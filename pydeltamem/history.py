@@ -115,6 +115,7 @@ class History:
         self.n = 0
         self.floor = 0  # the memory cannot go back before: there the text began for it
         self.n_written = 0  # tokens that the memory was ever written
+        self.n_begun = 0  # how often another text or memory began
         self.tokens: npt.NDArray[np.intc] = np.zeros(n_ctx, dtype=np.intc)
         self.wrote: npt.NDArray[np.bool_] = np.zeros(n_ctx, dtype=np.bool_)
         # of tokens read in segments: their id, -1 for none; and whether an ingest begins
@@ -161,21 +162,25 @@ class History:
         later = int(np.count_nonzero(self.wrote[position : self.n]))
         self.checkpoints.add(position, Checkpoint(state, self.n_written - later), keep)
 
-    def back(self, position: int) -> Checkpoint:
-        """Takes the record back to the newest checkpoint at or before `position`; what was read after it is to be read
-        again. Before `floor` there is none: the one at `floor` stands for the memory that the text began with.
+    def checkpoint_before(self, position: int) -> Checkpoint:
+        """The newest one at or before `position`. Before `floor` there is none: that at `floor` stands for the memory that
+        the text began with.
         """
+        return self.checkpoints.newest(max(position, self.floor))[1]
+
+    def back(self, position: int) -> None:
+        """Takes the record back to `checkpoint_before(position)`; what was read after it is to be read again."""
         at, checkpoint = self.checkpoints.newest(max(position, self.floor))
         self.checkpoints.drop_after(at)
         self.n = min(at, position)
         self.n_written = checkpoint.n_written
         if position < self.floor:
             self.begin(position, checkpoint.state)
-        return checkpoint
 
     def begin(self, position: int, state: npt.NDArray[np.float32] | None) -> None:
         """The memory cannot go back before `position` from here on: another text begins there, or another memory."""
         self.n = self.floor = position
+        self.n_begun += 1
         self.checkpoints.clear()
         if state is not None:
             self.checkpoints.add(position, Checkpoint(state, self.n_written))

@@ -162,7 +162,9 @@ class Text:
         history = self.history
         if self.n_tokens < history.n:
             if self.seats.has_memory:
-                self.put_state(history.back(self.n_tokens).state)
+                # in this order: after an interrupt in between it goes back once more
+                self.put_state(history.checkpoint_before(self.n_tokens).state)
+                history.back(self.n_tokens)
                 again = self.n_tokens - history.n
                 self.n_read_again += again
                 if again > history.checkpoints.n_last:
@@ -331,10 +333,13 @@ class Text:
 
     def undone_on_failure(self, n_past: int) -> Callable[[], None]:
         """After `pieces`: what takes text and memory back to where they are now, if the pieces cannot be decoded."""
-        history, n_read = self.history, self.history.n
+        history, n_read, n_begun = self.history, self.history.n, self.history.n_begun
         found = history.checkpoints.newest(n_read)
 
         def undo() -> None:
+            self._renew()
+            if history.n_begun != n_begun:  # another memory by now: what it has read stays
+                return
             self.n_tokens = n_past
             self._ingest = None
             if self.seat is not None:

@@ -15,6 +15,7 @@ import pytest
 
 from pydeltamem.chat import Chat
 from pydeltamem.conversation import Conversation
+from pydeltamem.errors import InputError, MemoryFileError
 from pydeltamem.memory_file import read_memory_file
 
 OPTIONS = ["-n", "12", "--temp", "0", "-c", "512", "-t", "1", "-tb", "1"]
@@ -113,6 +114,14 @@ def test_going_back(piped, tmp_path):
     assert "there is nothing to take back" in piped(["/undo", "/again", "/edit"]).stderr
 
 
+def test_reading_only(piped, tmp_path):
+    path = tmp_path / "a.memory"
+    result = piped(["hello there"], "-n", "0", "--save-memory", path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "\n" and result.stderr == ""
+    assert read_memory_file(path)[0].any()
+
+
 def test_undo(piped, tmp_path):
     undone, plain = tmp_path / "undone.memory", tmp_path / "plain.memory"
     # what follows the reply, the end of the message, is read with the next one: so both go on
@@ -200,6 +209,58 @@ def test_clear_forgets_the_text_only(llm):
     assert chat.command("/clear")
     assert [m["role"] for m in chat.conversation.messages] == ["system"] and chat.conversation.n_tokens == 0
     np.testing.assert_array_equal(chat.conversation.memory.state, state)
+
+
+def test_a_file_that_failed_is_not_the_default(llm, tmp_path):
+    chat, path, typo = chat_of(llm), tmp_path / "a.memory", tmp_path / "typo.memory"
+    chat.say("hello")
+    chat.command(f"/save {path}")
+    chat.say("how are you")
+    for line in (f"/load {typo}", f"/save {tmp_path / 'no' / 'where'}"):
+        with pytest.raises(MemoryFileError):
+            chat.command(line)
+    chat.command("/save")
+    assert os.listdir(tmp_path) == ["a.memory"]
+    np.testing.assert_array_equal(read_memory_file(path)[0], chat.conversation.memory.state)
+
+
+def test_an_undo_that_is_refused(llm):
+    chat = chat_of(llm)
+    chat.say("hello")
+    chat.say("there")
+    chat.command("/reset")
+    messages = list(chat.conversation.messages)
+    with pytest.raises(InputError, match="began anew"):
+        chat.command("/undo")
+    assert chat.conversation.messages == messages
+
+
+def test_commands_are_saved(llm, tmp_path):
+    """Killed after a command, the memory file holds what the command did."""
+    path, other = tmp_path / "a.memory", tmp_path / "other.memory"
+    chat = chat_of(llm)
+    chat.conversation.open(path)
+    chat.say("hello")
+    chat.command(f"/save {other}")
+    chat.say("a secret")
+    for line in ("/undo", "/reset", f"/load {other}"):
+        before = read_memory_file(path)[0]
+        chat.command(line)
+        state = read_memory_file(path)[0]
+        assert (state != before).any()
+        np.testing.assert_array_equal(state, chat.conversation.memory.state)
+    chat.conversation.close()
+
+
+def test_a_reply_that_cannot_be_saved_is_shown(llm, tmp_path, capsys):
+    path = tmp_path / "a.memory"
+    chat = chat_of(llm)
+    chat.conversation.open(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(MemoryFileError, match="cannot be saved"):
+        chat.say("hello")
+    assert capsys.readouterr().out == chat.conversation.messages[-1]["content"] + "\n"
 
 
 # the terminal

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 
 import numpy as np
 import pytest
-from llama_cpp import LLAMA_POOLING_TYPE_MEAN
+from llama_cpp import LLAMA_POOLING_TYPE_MEAN, LogitsProcessorList
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from pydeltamem import Conversation, InputError, MemoryFileError, ModelError, say_together
@@ -42,6 +44,16 @@ def read_once(make):
 
 def tokens(conversation):
     return conversation._text.tokens.tolist()
+
+
+def roles(conversation):
+    return "".join(message["role"][0] for message in conversation.messages)
+
+
+def cannot_be_saved(path):
+    """Nothing can be saved at `path` from here on."""
+    path.unlink()
+    path.mkdir()
 
 
 # one conversation
@@ -208,6 +220,166 @@ def test_a_closed_model(make):
     with pytest.raises(ModelError, match="closed"):
         conversation.say("hello")
     conversation.close()
+
+
+def test_an_undo_that_fails_changes_nothing(llm):
+    conversation = Conversation(llm, **GREEDY)
+    conversation.say("hello there")
+    conversation.say("how are you")
+    conversation.memory.reset()
+    messages, text, state = list(conversation.messages), tokens(conversation), conversation.memory.state
+    with pytest.raises(InputError, match="began anew"):
+        conversation.undo()
+    assert conversation.messages == messages and tokens(conversation) == text
+    np.testing.assert_array_equal(conversation.memory.state, state)
+
+
+def test_stop_strings(llm):
+    reply = Conversation(llm, n_predict=30, temp=0.0).say("hello there")
+    stop = reply[3:6]
+    assert len(stop) == 3
+    cut = reply[: reply.index(stop)]
+    for given in (stop, [stop], (stop,)):
+        conversation = Conversation(llm, n_predict=30, temp=0.0)
+        assert conversation.say("hello there", stop=given) == cut and conversation.finish_reason == "stop"
+    assert Conversation(llm, n_predict=30, temp=0.0).say("hello there", stop=None) == reply
+    with pytest.raises(TypeError):
+        conversation.say("how are you", stop=5)
+    assert roles(conversation) == "ua"
+
+
+def test_how_much_is_predicted(llm, read_once):
+    conversation = Conversation(llm, temp=0.0)
+    assert conversation.say("hello there", n_predict=0) == "" and conversation.finish_reason == "length"
+    assert tokens(conversation) == chat_prompt(llm, conversation.messages[:1])[0]
+    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    assert roles(conversation) == "ua"
+    llm._seats.is_end = lambda token: conversation.n_tokens > 100
+    n = {n_predict: len(Conversation(llm).say("hello there", seed=1, n_predict=n_predict)) for n_predict in (2, 20)}
+    assert n[2] < n[20]
+    for unlimited in (None, -1, -2):
+        conversation = Conversation(llm)
+        conversation.say("hello there", n_predict=unlimited)
+        assert conversation.n_tokens > 100 and conversation.finish_reason == "stop"
+
+
+def test_logits_processors_get_the_text_of_the_conversation(llm):
+    seen = []
+
+    def process(ids, scores):
+        seen.append(ids.tolist())
+        assert ids.dtype == np.intc
+        return scores
+
+    conversation = Conversation(llm, n_predict=3, temp=0.0)
+    llm.eval([5, 6, 7, 8])
+    conversation.say("hello there", logits_processor=LogitsProcessorList([process]))
+    text, prompt = tokens(conversation), chat_prompt(llm, conversation.messages[:1])[0]
+    assert seen == [text[:n] for n in range(len(prompt), len(prompt) + 3)]
+
+
+def test_it_cannot_be_pickled(llm):
+    for act in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be pickled or copied"):
+            act(Conversation(llm))
+
+
+# a conversation whose stream is still open
+
+
+@pytest.mark.parametrize("end", ["go on", "close"])
+@pytest.mark.parametrize(
+    ("use", "expected"),
+    [
+        (lambda c: c.say("other"), "uaua"),
+        (lambda c: "".join(c.stream("other")), "uaua"),
+        (lambda c: c.regenerate(), "ua"),
+        (lambda c: c.edit("other"), "ua"),
+        (lambda c: c.add("user", "a note"), "uau"),
+        (lambda c: c.undo(), ""),
+        (lambda c: c.clear(), ""),
+        (lambda c: c.fork().say("other"), "ua"),
+        (lambda c: c.close(), "ua"),
+    ],
+    ids=["say", "stream", "regenerate", "edit", "add", "undo", "clear", "fork", "close"],
+)
+def test_it_is_used_while_it_speaks(llm, read_once, use, expected, end):
+    """What was said so far is the reply; the stream ends, and leaves alone what came after it."""
+    conversation = Conversation(llm, n_predict=20, temp=0.0)
+    stream = conversation.stream("hello there")
+    next(stream)
+    use(conversation)
+    assert roles(conversation) == expected
+    messages, text, state = list(conversation.messages), tokens(conversation), conversation.memory.state
+    if end == "close":
+        stream.close()
+    assert list(stream) == []
+    assert conversation.messages == messages and tokens(conversation) == text
+    np.testing.assert_array_equal(conversation.memory.state, state)
+    if text:
+        np.testing.assert_allclose(state, read_once(text), **SAME)
+        conversation.say("good bye")
+        assert conversation.memory.n_written == conversation.n_tokens
+
+
+def test_a_stale_reply_in_place_of_another(llm):
+    conversation = Conversation(llm, system="be short", **GREEDY)
+    conversation.say("hello there")
+    messages = list(conversation.messages)
+    conversation.say("how are you")
+    stream = conversation.stream_again()
+    next(stream)
+    conversation.undo()
+    stream.close()
+    assert conversation.messages == messages
+
+
+@pytest.mark.parametrize("end", ["go on", "close"])
+def test_one_is_used_while_several_are_told(make, read_once, end):
+    """It is still reading what it was told: as if that had not been said. The others go on."""
+    llm = make(n_seq_max=3, n_batch=16)
+    one, other = Conversation(llm, **GREEDY), Conversation(llm, **GREEDY)
+    stream = stream_together({one: "a very long message that needs many batches " * 4, other: "hello"})
+    pieces = [next(stream)]
+    assert pieces[0][0] is other and one.n_tokens > 0
+    one.say("i live in lima")
+    messages, text = list(one.messages), tokens(one)
+    if end == "close":
+        stream.close()
+    pieces += stream
+    assert all(conversation is other for conversation, _ in pieces)
+    assert other.messages[-1]["content"].startswith("".join(piece for _, piece in pieces))
+    assert one.messages == messages and roles(one) == "ua" and tokens(one) == text
+    assert one.memory.n_written == one.n_tokens
+    np.testing.assert_allclose(one.memory.state, read_once(text), **SAME)
+
+
+def test_others_speak_between_two_pieces(make):
+    """What is sampled for one is not from the batch of another that spoke in between."""
+    llm = make(n_seq_max=3)
+    contents = ["hello there", "how are you today my friend"]
+    together, other = [Conversation(llm, **GREEDY) for _ in contents], Conversation(llm, **GREEDY)
+    replies = dict.fromkeys(together, "")
+    for conversation, piece in stream_together(dict(zip(together, contents))):
+        replies[conversation] += piece
+        other.say("well")
+    for conversation, content in zip(together, contents):
+        assert replies[conversation] == Conversation(make(), **GREEDY).say(content)
+
+
+def test_a_prompt_that_lost_its_place_is_not_read_by_halves(make):
+    llm = make(n_seq_max=2, n_batch=16)
+    one, other, *more = (Conversation(llm, **GREEDY) for _ in range(4))
+    stream = stream_together({one: "a very long message that needs many batches " * 4, other: "hello"})
+    next(stream)
+    for conversation in more:
+        conversation.say("well")
+    assert one._text.seat is None and one.n_tokens > 0
+    next(stream)
+    assert one._text.seat is not None
+    stream.close()
+    assert one.messages == [] and one.memory.n_written == 0 and one.n_tokens == 0
+    assert not one.memory.state.any()
 
 
 # the context runs over
@@ -458,7 +630,7 @@ def test_a_memory_file_is_kept_up_to_date(llm, tmp_path):
             other = Conversation(llm)
             other.memory.load(path)
             np.testing.assert_array_equal(other.memory.state, conversation.memory.state)
-        with pytest.raises(MemoryFileError, match="in use by process"):
+        with pytest.raises(MemoryFileError, match="in use by"):
             Conversation(llm, memory_file=path)
         n = conversation.memory.n_written
     assert os.listdir(tmp_path) == ["a.memory"]
@@ -485,3 +657,90 @@ def test_copies_are_restored(llm, make):
     assert conversation.memory.n_written == copy.tokens_written
     with pytest.raises(MemoryFileError, match="the copy: the memory of another adapter"):
         make("msw4_qo").memory.restore(copy)
+
+
+def test_going_back_is_saved(llm, tmp_path):
+    path = tmp_path / "a.memory"
+
+    def saved():
+        other = Conversation(llm)
+        other.memory.load(path)
+        return other.memory
+
+    with Conversation(llm, memory_file=path, **GREEDY) as conversation:
+        conversation.say("hello there")
+        conversation.say("a secret")
+        conversation.undo()
+        np.testing.assert_array_equal(saved().state, conversation.memory.state)
+        assert saved().n_written == conversation.memory.n_written
+        conversation.memory.reset()
+        conversation.clear()
+        assert not saved().state.any()
+
+
+@pytest.mark.parametrize("change", ["other", "again", "detach"])
+def test_a_memory_file_outlives_the_adapter(make, adapter, tmp_path, change):
+    """The file is not overwritten by what another adapter, or none, made of the memory."""
+    path, llm = tmp_path / "a.memory", make()
+    conversation = Conversation(llm, memory_file=path, **GREEDY)
+    conversation.say("my name is ada")
+    before, messages, state = path.read_bytes(), list(conversation.messages), conversation.memory.state
+    if change == "detach":
+        llm.memory.detach()
+    else:
+        llm.memory.attach(adapter("qwen3", "msw4_qo") if change == "other" else None)
+    for act in (
+        lambda: conversation.say("hello"),
+        lambda: conversation.regenerate(),
+        lambda: conversation.add("user", "hello"),
+        lambda: conversation.undo(),
+        lambda: conversation.clear(),
+        lambda: conversation.save(),
+        lambda: say_together({Conversation(llm): "a", conversation: "b"}),
+    ):
+        with pytest.raises(MemoryFileError, match=r"a\.memory: no longer saved"):
+            act()
+        assert conversation.messages == messages and path.read_bytes() == before
+    if change == "again":
+        conversation.open(path)
+        np.testing.assert_array_equal(conversation.memory.state, state)
+        conversation.say("hello")
+        assert path.read_bytes() != before
+    elif change == "other":
+        with pytest.raises(MemoryFileError, match="another adapter"):
+            conversation.open(path)
+    conversation.close()
+    assert os.listdir(tmp_path) == ["a.memory"]
+    assert change == "again" or path.read_bytes() == before
+    assert conversation.say("hello") is not None
+
+
+def test_a_save_that_fails_takes_no_turn_back(llm, make, tmp_path):
+    path = tmp_path / "a.memory"
+    one, other = Conversation(llm, memory_file=path, n_predict=2), Conversation(llm, n_predict=12, temp=0.0)
+    cannot_be_saved(path)
+    pieces = dict.fromkeys((one, other), "")
+    with pytest.raises(MemoryFileError, match=r"a\.memory: the memory cannot be saved"):
+        for conversation, piece in stream_together({one: "x", other: "tell me"}):
+            pieces[conversation] += piece
+    assert roles(one) == roles(other) == "ua"
+    for conversation, reply in pieces.items():
+        assert conversation.messages[-1]["content"] == reply
+    assert pieces[other] == Conversation(make(), n_predict=12, temp=0.0).say("tell me")
+    pieces = []
+    with pytest.raises(MemoryFileError):
+        pieces.extend(one.stream("y"))
+    assert roles(one) == "uaua"
+
+
+def test_a_save_that_fails_while_several_are_ended(llm, tmp_path):
+    paths = [tmp_path / "a.memory", tmp_path / "b.memory"]
+    conversations = [Conversation(llm, memory_file=path, n_predict=20) for path in paths]
+    stream = stream_together(dict.fromkeys(conversations, "hello there"))
+    for _ in range(4):
+        next(stream)
+    for path in paths:
+        cannot_be_saved(path)
+    with pytest.raises(MemoryFileError, match=r"[ab]\.memory: the memory cannot be saved"):
+        stream.close()
+    assert [roles(conversation) for conversation in conversations] == ["ua", "ua"]

@@ -622,3 +622,34 @@ def test_an_interrupt_leaves_no_position_without_its_checkpoint():
 
     n = next(n for n in range(1, 1000) if run(n))
     assert n > 50
+
+
+def test_a_failure_after_another_memory_came_keeps_that(make):
+    """What was in the making when the memory was replaced does not bring the old one back."""
+    llm = make(n_batch=4)
+    llm.eval(OTHER)
+    text = llm._text
+    pieces = text.pieces(TOKENS)
+    undo = text.undone_on_failure(text.n_tokens)
+    llm._seats.decode([(text, pieces[0].split(4)[0])])
+    llm.memory.reset()
+    undo()
+    assert not llm.memory.state.any() and llm.memory.n_written == 0
+
+
+def test_an_interrupt_while_going_back(make, read_once, monkeypatch):
+    llm = make()
+    llm.eval(TOKENS)
+    llm.eval(OTHER)
+    llm.n_tokens = len(TOKENS)
+
+    def interrupted(self, state):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pydeltamem.text.Text.put_state", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.memory.rollback(len(TOKENS))
+    llm.memory.rollback(len(TOKENS))
+    llm.eval(OTHER)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS + OTHER), **SAME)
