@@ -163,9 +163,7 @@ class History:
         self.checkpoints.add(position, Checkpoint(state, self.n_written - later), keep)
 
     def checkpoint_before(self, position: int) -> Checkpoint:
-        """The newest one at or before `position`. Before `floor` there is none: that at `floor` stands for the memory that
-        the text began with.
-        """
+        """The newest one at or before `position`; for what is before `floor`, that with which the text began."""
         return self.checkpoints.newest(max(position, self.floor))[1]
 
     def back(self, position: int) -> None:
