@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from jinja2 import TemplateError
 
 from . import _lib
 from ._lib import BaseLlamaCache, Llama, LlamaState
@@ -74,6 +75,7 @@ class DeltaMemLlama(Llama):
         model_path = os.fspath(model_path)
         self.deltamem_path = None if deltamem_path is None else os.fspath(deltamem_path)
         self._adapter: _lib.llama_deltamem_adapter_p | None = None
+        self._adapters: list[_lib.llama_deltamem_adapter_p] = []  # that one, to be freed
         self._text: Text | None = None
         if not 1 <= n_seq_max <= _llama.llama_max_parallel_sequences():
             raise InputError(f"n_seq_max is 1 to {_llama.llama_max_parallel_sequences()}, not {n_seq_max}")
@@ -87,6 +89,9 @@ class DeltaMemLlama(Llama):
         with _lib.errors_held() as log:
             try:
                 super().__init__(model_path, n_ctx=n_ctx * n_seq_max, **kwargs)
+            except TemplateError as error:
+                self.close()
+                raise ModelError(f"{model_path}: its chat template cannot be read: {error}") from error
             except (RuntimeError, ValueError) as error:
                 self.close()
                 if str(error).startswith("Failed to "):
@@ -96,6 +101,7 @@ class DeltaMemLlama(Llama):
                 # a null pointer, which llama_cpp takes for an adapter and llama.cpp would follow
                 if self._lora_adapter is not None and not self._lora_adapter:
                     raise ModelError(f"{self.lora_path}: the LoRA adapter cannot be loaded{_lib.reason(log)}")
+                self._stack.callback(_free, self._adapters)  # before context and model
                 self._seats = Seats(self._ctx, self._batch, self.n_batch, model_path)
                 self._attach_first()
             except (AdapterError, ModelError):
@@ -129,7 +135,8 @@ class DeltaMemLlama(Llama):
             _lib.llama_deltamem_adapter_free(adapter)
             raise AdapterError(_naming(path, str(error))) from None
         self._adapter = adapter
-        self._stack.callback(_lib.llama_deltamem_adapter_free, adapter)  # before context and model
+        _free(self._adapters)  # the one before: contexts keep what they need of it
+        self._adapters.append(adapter)
 
     @property
     def memory(self) -> Memory:
@@ -483,6 +490,11 @@ class _TextCache(BaseLlamaCache):
 
     def __setitem__(self, key: Sequence[int], value: LlamaState) -> None:
         self.cache[key] = value
+
+
+def _free(adapters: list[_lib.llama_deltamem_adapter_p]) -> None:
+    while adapters:
+        _lib.llama_deltamem_adapter_free(adapters.pop())
 
 
 def _agree(before: list[Any], messages: list[Any]) -> bool:

@@ -268,6 +268,15 @@ def test_bad_model(base, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_chat_template_that_cannot_be_read(base, tmp_path):
+    path = tmp_path / "bad.gguf"
+    template = "{% for m in messages %}{{ m['content'] }}"
+    script = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", template]
+    subprocess.run([*script, str(base()), str(path)], check=True, capture_output=True)
+    with pytest.raises(ModelError, match="bad.gguf: its chat template cannot be read: Unexpected end of template"):
+        DeltaMemLlama(path, n_ctx=64, verbose=False)
+
+
 def test_an_adapter_is_no_model(adapter):
     with pytest.raises(ModelError, match="cannot be loaded"):
         DeltaMemLlama(adapter("qwen3", "tsw_qo"), verbose=False)

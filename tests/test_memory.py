@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from pydeltamem import AdapterError, DeltaMemError, InputError, MemoryFileError, ModelError
+from pydeltamem import AdapterError, DeltaMemError, InputError, MemoryFileError, ModelError, _lib
 from pydeltamem.memory_file import read_memory_file, write_memory_file
 from test_memory_file import BAD_FILES, bad_file
 
@@ -196,6 +196,21 @@ def test_detach_and_attach(make_llm):
     llm.reset()
     llm.eval(TOKENS)
     np.testing.assert_allclose(llm._scores, with_memory, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_is_freed_when_another_takes_its_place(make_llm, adapter, monkeypatch):
+    freed, free = [], _lib.llama_deltamem_adapter_free
+    monkeypatch.setattr(_lib, "llama_deltamem_adapter_free", lambda adapter: (freed.append(adapter), free(adapter)))
+    llm, other = make_llm(), make_llm("msw4_qo")
+    for case in ("msw4_qo", "tsw_qo", "msw4_qo"):
+        llm.memory.attach(adapter("qwen3", case))
+    assert len(freed) == 3
+    for one in (llm, other):
+        one.eval(TOKENS)
+    np.testing.assert_array_equal(llm.memory.state, other.memory.state)
+    llm.memory.attach()  # the same again
+    llm.close()
+    assert len(freed) == 4
 
 
 def test_without_adapter(make_llm, tmp_path):
