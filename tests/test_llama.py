@@ -273,7 +273,7 @@ def test_a_chat_template_that_cannot_be_read(base, tmp_path):
     template = "{% for m in messages %}{{ m['content'] }}"
     script = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", template]
     subprocess.run([*script, str(base()), str(path)], check=True, capture_output=True)
-    with pytest.raises(ModelError, match="bad.gguf: its chat template cannot be read: Unexpected end of template"):
+    with pytest.raises(ModelError, match=r"bad\.gguf: its chat template cannot be read: Unexpected end of template"):
         DeltaMemLlama(path, n_ctx=64, verbose=False)
 
 
