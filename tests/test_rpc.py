@@ -17,7 +17,7 @@ from pydeltamem.errors import InputError
 from pydeltamem.rpc import connect
 from test_golden import BOUND, F32, expected_of, nmse
 
-LAYERS = {"all": -1, "half": 2}  # of four
+LAYERS = {"all": -1, "half": 3}  # two of four: llama.cpp counts the output layer too
 
 
 def free_port() -> int:
@@ -133,6 +133,67 @@ def test_several_sequences(server, base, adapter, tmp_path):
         assert there["a"].any() and not np.array_equal(there["a"], there["b"])
         for name in here:
             assert nmse(there[name], here[name]) <= BOUND
+
+
+OVERRIDE = """
+import ctypes
+import sys
+from pathlib import Path
+import llama_cpp.llama as high
+from pydeltamem import DeltaMemLlama
+from pydeltamem.rpc import connect
+from test_golden import F32, errors_of, expected_of
+
+endpoint, base, adapter, golden = sys.argv[1:]
+connect(endpoint)
+
+class Override(ctypes.Structure):
+    _fields_ = [("pattern", ctypes.c_char_p), ("type", ctypes.c_void_p)]
+
+llama = high.llama_cpp
+here = llama._lib.ggml_backend_cpu_buffer_type
+here.restype = ctypes.c_void_p
+overrides = (Override * 2)(Override(rb"attn_q\\.weight", here()))
+defaults = llama.llama_model_default_params
+
+def with_overrides():
+    params = defaults()
+    params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p).value
+    return params
+
+llama.llama_model_default_params = with_overrides
+llm = DeltaMemLlama(base, deltamem_path=adapter, n_gpu_layers=-1, n_ubatch=1, **F32)
+print("worst", max(errors_of(llm, expected_of(Path(golden), "qwen3", "ssw_message")).values()))
+llm.close()
+"""
+
+
+def test_weights_on_another_device_than_their_layer(server, golden_dir, base, adapter):
+    """Attention weights kept here (llama.cpp's -ot), layers there: what the operator needs comes to it unharmed."""
+    said = in_process(OVERRIDE, server[0], base("qwen3"), adapter("qwen3", "ssw_message"), golden_dir)
+    assert float(re.search(r"worst (\S+)", said)[1]) <= BOUND
+
+
+SPLIT = """
+import sys
+import llama_cpp
+from pydeltamem import DeltaMemLlama
+from pydeltamem.errors import AdapterError
+
+endpoint, base, adapter = sys.argv[1:]
+options = dict(rpc_servers=endpoint, n_gpu_layers=-1, n_ctx=64, verbose=False)
+try:
+    DeltaMemLlama(base, deltamem_path=adapter, split_mode=llama_cpp.LLAMA_SPLIT_MODE_TENSOR, flash_attn=True, **options)
+except AdapterError as error:
+    print(error)
+"""
+
+
+def test_split_by_tensors_is_refused(server, base, adapter):
+    """llama.cpp has no rule for cutting the operator in pieces: it would abort the process."""
+    path = adapter("qwen3", "tsw_qo")
+    said = in_process(SPLIT, server[0], base("qwen3"), path)
+    assert f"{path} cannot be used with split mode 'tensor': load the model with split mode 'layer'" in said
 
 
 @pytest.mark.parametrize("endpoints", ["nowhere", "host:0", ":50052", "127.0.0.1:1"])

@@ -104,14 +104,15 @@ GGML_API struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct gg
 // out + weight^T read: a correction and its addition in one pass over `out`, where a product of so few columns followed by
 // an addition would take three.
 //
-// out        F32 [n_out, n_tokens]          n_out != H*r; the result may be allocated in its place
+// out        F32 [n_out, n_tokens]          the result may be allocated in its place
 // weight     F32, F16 or BF16 [n_out, H*r]  by columns of the correction, so that outputs are lanes
 // read       F32 [H*r, n_tokens]
 // returns    F32 [n_out, n_tokens]
 GGML_API struct ggml_tensor * ggml_deltamem_correct(struct ggml_context * ctx, struct ggml_tensor * out,
                                                     struct ggml_tensor * weight, struct ggml_tensor * read);
 
-// Both are GGML_OP_DELTAMEM; a node says which.
+// Both are GGML_OP_DELTAMEM; a node says which. The allocator (patched) puts a result in the place of its first source at most:
+// the others are needed after it begins to be written.
 enum ggml_deltamem_kind {
     GGML_DELTAMEM_READ    = 0,
     GGML_DELTAMEM_CORRECT = 1,

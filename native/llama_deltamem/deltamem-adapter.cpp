@@ -295,8 +295,7 @@ public:
                 type = part_type;
             }
         }
-        // nor may the output have the shape of the read: see ggml_deltamem_correct
-        by_columns = by_columns && ggml_blck_size(type) == 1 && n_rows != n_read;
+        by_columns = by_columns && ggml_blck_size(type) == 1;
 
         ggml_tensor * t = by_columns ? ggml_new_tensor_2d(context(buft), type, n_rows, n_read)
                                      : ggml_new_tensor_2d(context(buft), type, n_read, n_rows);
@@ -394,6 +393,11 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
 
     llama_deltamem_check_attention(model.arch);
 
+    // llama.cpp cuts every node in pieces there, knows no rule for this operator and would abort
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        file.fail("cannot be used with split mode 'tensor': load the model with split mode 'layer'");
+    }
+
     const int64_t  n_embd  = model.hparams.n_embd;
     const uint32_t n_layer = model.hparams.n_layer();
     if (const uint32_t n = file.u32("deltamem.base.embedding_length"); n != n_embd) {
@@ -476,8 +480,10 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
             fallback  = true;
         }
 
-        lw.in        = load.add_matrix(buft, name("in.weight"), n_embd, ggml_deltamem_n_proj(&params));
-        lw.gate_bias = load.add_vector(buft, name("gate.bias"), ggml_deltamem_n_gates(&params));
+        lw.in = load.add_matrix(buft, name("in.weight"), n_embd, ggml_deltamem_n_proj(&params));
+        // where the operator is, which may be another device than its weights': no copy per token
+        lw.gate_bias = load.add_vector(ggml_backend_dev_buffer_type(lw.device), name("gate.bias"),
+                                       ggml_deltamem_n_gates(&params));
 
         const auto correction = [&](const char * what, int64_t n_out, bool by_columns) {
             return load.add_correction(buft, name(what), n_read, { { name(what), n_out } }, by_columns);

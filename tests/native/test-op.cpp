@@ -26,11 +26,36 @@ struct shape {
     int rank, n_head, n_seqs, n_tokens, lambda, flags;
 };
 
+// A graph that the allocator of llama.cpp's has laid out, which may put a node in the place of a source of its shape.
+class allocated_graph {
+public:
+    allocated_graph(ggml_backend_t backend, ggml_context * ctx, ggml_tensor * node) :
+        backend(backend),
+        cgraph(ggml_new_graph(ctx)),
+        galloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend))) {
+        ggml_set_output(node);
+        ggml_build_forward_expand(cgraph, node);
+        check(ggml_gallocr_alloc_graph(galloc.get(), cgraph), "the graph cannot be allocated");
+    }
+
+    bool compute() { return ggml_backend_graph_compute(backend, cgraph) == GGML_STATUS_SUCCESS; }
+
+private:
+    struct deleter {
+        void operator()(ggml_gallocr * g) const { ggml_gallocr_free(g); }
+    };
+
+    ggml_backend_t                         backend;
+    ggml_cgraph *                          cgraph;
+    std::unique_ptr<ggml_gallocr, deleter> galloc;
+};
+
 // One graph with one node. The state is a view of a wider tensor with more slots than sequences; slots and columns are
-// dealt out at random; the sequences are of different lengths.
+// dealt out at random; the sequences are of different lengths. The gate bias is the graph's own, as where the scheduler
+// copies it to the node's device: for one token it has the shape of the result, and is needed after its first store.
 class graph {
 public:
-    graph(ggml_backend_t backend, const shape & s, uint64_t seed) : backend(backend), random(seed) {
+    graph(ggml_backend_t backend, const shape & s, uint64_t seed) : random(seed) {
         p.rank   = s.rank;
         p.n_head = s.n_head;
         p.n_seqs = s.n_seqs;
@@ -41,20 +66,19 @@ public:
         n_slots  = s.n_seqs + 2;
         n_row    = s.n_head * ggml_deltamem_n_record(&p);
 
-        ctx.reset(ggml_init({ ggml_tensor_overhead() * 16 + ggml_graph_overhead(), nullptr, true }));
+        ctx.reset(ggml_init({ ggml_tensor_overhead() * 8, nullptr, true }));
+        nodes.reset(ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true }));
 
         proj  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_proj(&p), n_tokens);
         bias  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_gates(&p));
         state = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_row + PADDING, n_slots);
         plan  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, ggml_deltamem_n_plan(s.n_seqs, n_tokens));
 
-        node = ggml_deltamem(ctx.get(), proj, bias, ggml_view_2d(ctx.get(), state, n_row, n_slots, state->nb[1], 0),
-                             plan, p);
-        ggml_set_output(node);
-
-        cgraph = ggml_new_graph(ctx.get());
-        ggml_build_forward_expand(cgraph, node);
+        ggml_tensor * rows = ggml_view_2d(ctx.get(), state, n_row, n_slots, state->nb[1], 0);
         buffer.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
+
+        node = ggml_deltamem(nodes.get(), proj, ggml_cont(nodes.get(), bias), rows, plan, p);
+        allocated.reset(new allocated_graph(backend, nodes.get(), node));
 
         make_inputs();
         set_inputs();
@@ -67,7 +91,7 @@ public:
         ggml_backend_tensor_set(plan, plan_data.data(), 0, ggml_nbytes(plan));
     }
 
-    bool compute() { return ggml_backend_graph_compute(backend, cgraph) == GGML_STATUS_SUCCESS; }
+    bool compute() { return allocated->compute(); }
 
     std::vector<float> reads() const { return values(node); }
     std::vector<float> states() const { return values(state); }
@@ -167,41 +191,44 @@ private:
         for (int seq = 0, first = 0; seq < p.n_seqs; first += counts[seq++]) {
             plan_data.insert(plan_data.end(), { slots[seq], first, counts[seq] });
         }
+        const int ingest = GGML_DELTAMEM_TOKEN_BEGIN | GGML_DELTAMEM_TOKEN_ACCUMULATE | GGML_DELTAMEM_TOKEN_COMMIT;
         for (int column : columns) {
-            plan_data.insert(plan_data.end(), { column, segments              ? random.below(32)
-                                                        : random.chance(0.8f) ? GGML_DELTAMEM_TOKEN_WRITE
-                                                                              : 0 });
+            plan_data.insert(plan_data.end(), { column, segments && n_tokens == 1 ? ingest
+                                                        : segments                ? random.below(32)
+                                                        : random.chance(0.8f)     ? GGML_DELTAMEM_TOKEN_WRITE
+                                                                                  : 0 });
         }
     }
 
-    ggml_backend_t       backend;
     random_source        random;
     ggml_deltamem_params p = {};
     int                  n_tokens, n_slots;
     int64_t              n_row;
 
-    std::unique_ptr<ggml_context, deleter>        ctx;
+    std::unique_ptr<ggml_context, deleter>        ctx, nodes; // what is given, what is computed
     std::unique_ptr<ggml_backend_buffer, deleter> buffer;
+    std::unique_ptr<allocated_graph>              allocated;
     ggml_tensor *                                 proj, *bias, *state, *plan, *node;
-    ggml_cgraph *                                 cgraph;
 
     std::vector<float>   proj_data, bias_data, state_data;
     std::vector<int32_t> plan_data;
 };
 
-// A correction of one type against double precision; every number of threads gives the same bits.
+// A correction of one type against double precision; every number of threads gives the same bits. Weights and reads are the
+// graph's own, as the gate bias above.
 static void test_correction(const tested & on, ggml_type type, int n_out, int n_read, int n_tokens) {
     ggml_backend_t backend = on.backend;
     random_source  random(n_out + 7 * n_read + 31 * n_tokens);
 
-    ggml_context * ctx    = ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true });
+    ggml_context * ctx    = ggml_init({ ggml_tensor_overhead() * 8, nullptr, true });
+    ggml_context * nodes  = ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true });
     ggml_tensor *  out    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, n_tokens);
     ggml_tensor *  weight = ggml_new_tensor_2d(ctx, type, n_out, n_read);
     ggml_tensor *  read   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_read, n_tokens);
-    ggml_tensor *  node   = ggml_deltamem_correct(ctx, out, weight, read);
-    ggml_cgraph *  cgraph = ggml_new_graph(ctx);
-    ggml_build_forward_expand(cgraph, node);
+    ggml_tensor *  node   = ggml_deltamem_correct(nodes, out, ggml_cont(nodes, weight), ggml_cont(nodes, read));
+
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
+    allocated_graph       graph(backend, nodes, node);
 
     const auto fill = [&random](ggml_tensor * t) {
         std::vector<float> x(ggml_nelements(t));
@@ -228,7 +255,7 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
     std::vector<float> first;
     for (int way = 1; way <= on.n_ways; ++way) {
         on.set_way(way);
-        check(ggml_backend_graph_compute(backend, cgraph) == GGML_STATUS_SUCCESS, "computing a correction failed");
+        check(graph.compute(), "computing a correction failed");
         std::vector<float> got(out_data.size());
         ggml_backend_tensor_get(node, got.data(), 0, ggml_nbytes(node));
         if (way == 1) {
@@ -252,6 +279,7 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
            n_tokens, "", error.value());
 
     ggml_backend_buffer_free(buffer);
+    ggml_free(nodes);
     ggml_free(ctx);
 }
 
@@ -419,6 +447,8 @@ static void test(const tested & on) {
         { 16, 16, 2, 33, GGML_DELTAMEM_LAMBDA_NONE, 0 },
         { 1, 3, 5, 50, GGML_DELTAMEM_LAMBDA_COUPLED, ROWS | OUTSIDE },
         { 5, 2, 1, 17, GGML_DELTAMEM_LAMBDA_SEPARATE, NORMALIZE | SEGMENTS },
+        { 8, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, NORMALIZE | ROWS | SEGMENTS },
+        { 2, 4, 1, 1, GGML_DELTAMEM_LAMBDA_SEPARATE, NORMALIZE | SEGMENTS },
         { 8, 2, 3, 1000, GGML_DELTAMEM_LAMBDA_COUPLED, NORMALIZE | ROWS | SEGMENTS },
         { 24, 3, 2, 90, GGML_DELTAMEM_LAMBDA_SEPARATE, ROWS | OUTSIDE | SEGMENTS },
         { 64, 2, 2, 70, GGML_DELTAMEM_LAMBDA_NONE, NORMALIZE | ROWS | SEGMENTS },
@@ -434,6 +464,7 @@ static void test(const tested & on) {
             test_correction(on, type, 97, 32, n_tokens);
             test_correction(on, type, 1000, 128, n_tokens);
         }
+        test_correction(on, type, 1000, 32, 32);
         for (int flags : { NORMALIZE | ROWS, NORMALIZE | ROWS | SEGMENTS }) {
             test_projected_read(on, type, 2560, flags);
             test_projected_read(on, type, 100, flags);
