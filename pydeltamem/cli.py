@@ -34,7 +34,9 @@ SUBCOMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns 0, 1 after an error of the package, 130 after Ctrl-C; wrong usage exits with 2."""
+    """Runs one subcommand. Returns 0, 1 after an error of the package, 130 after Ctrl-C, 141 if nobody reads the output
+    any more; wrong usage exits with 2.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="deltamem", description="δ-mem for llama.cpp: language models with a memory that learns as it reads."
@@ -60,10 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # the reader of our output is gone: leave quietly, as a program that SIGPIPE ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except OSError as error:
+        broken = isinstance(error, BrokenPipeError)
+        if broken or error.filename is None:  # Python flushes what is left once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if broken:  # the reader of our output is gone: leave quietly, as a program that SIGPIPE ends
+            return 141
+        print(f"deltamem: error: {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

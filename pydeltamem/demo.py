@@ -19,11 +19,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from .arguments import duration
 from .default_model import MEMORIES, default_files
 from .errors import InputError
-from .evaluate import NativeReader
+from .evaluate import MAX_ANSWER, NativeReader
 from .picture import picture
-from .world import World
+from .world import World, is_recalled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--facts", type=int, choices=range(1, 17), default=4, metavar="N", help="facts told (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=None, help="which facts (others each time)")
-    parser.add_argument("--delay", type=float, default=0.15, metavar="S", help="pause after a message (%(default)s s)")
+    parser.add_argument(
+        "--delay", type=duration, default=0.15, metavar="S", help="pause after a message (%(default)s s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(console: Console, reader: NativeReader, plain: NativeReader, args: argparse.Namespace) -> int:
     seed = int(time.time()) if args.seed is None else args.seed
-    world = World(seed, part="seen")
+    world = World(seed, part="new_pair")  # none of them was told so while the memory was trained
     facts = world.facts(args.facts)
     turns = [world.tell(fact) for fact in facts]
     for _ in range(3):
@@ -104,7 +107,7 @@ def _show(console: Console, reader: NativeReader, plain: NativeReader, args: arg
         answers = [reader.answer(question), plain.answer(question)]
         marks = []
         for i, answer in enumerate(answers):
-            good = fact.value in answer
+            good = is_recalled(answer, fact)
             right[i] += good
             marks.append("[green]✓[/]" if good else "[red]✗[/]")
         table.add_row(question, answers[0], marks[0], answers[1], marks[1])
@@ -136,7 +139,9 @@ def _converse(console: Console, reader: NativeReader) -> int:
                 console.print(f"  {world.tell(fact)[0]}  {world.ask(fact)[0]}", markup=False)
         elif line.startswith("/"):
             console.print(HELP)
-        elif reader.llm.n_tokens + reader.n_tokens([(line, "")]) + 32 > reader.llm.n_ctx():
+        elif (n_token := reader.n_tokens([(line, "")])) + MAX_ANSWER > reader.llm.n_ctx():
+            console.print(f"That is too long: {n_token} tokens, the model reads {reader.llm.n_ctx()}.")
+        elif reader.llm.n_tokens + n_token + MAX_ANSWER > reader.llm.n_ctx():
             console.print("The text is full: /forget it.")
         else:
             before = reader.llm.memory.state
@@ -148,6 +153,8 @@ def _converse(console: Console, reader: NativeReader) -> int:
 
 
 def _lines() -> Iterator[str]:
+    if not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     prompt: Callable[[], str] = (lambda: input("> ")) if sys.stdin.isatty() else sys.stdin.readline
     while True:
         try:

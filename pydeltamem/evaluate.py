@@ -13,21 +13,23 @@ are those that no memory was trained on (world.py).
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from .errors import InputError
-from .files import replacing
-from .options import _count, _positive
-from .world import Fact, Part, Turn, World, is_recalled
+from .arguments import count, integers, positive
+from .errors import InputError, ModelError
+from .files import output
+from .world import FACTS, Fact, Part, Turn, World, is_recalled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,12 +37,15 @@ if TYPE_CHECKING:
     from .llama import DeltaMemLlama
 
 MAX_ANSWER = 16  # tokens
+MAX_QUESTION = 64  # tokens, and its answer
 CONFIDENCE = 1.96  # standard deviations of the interval of an accuracy
 
 # What each task asks for: see Case
 TASKS = ("recall", "overwrite", "distance", "new_values", "visible", "knowledge")
-MEMORY_TASKS = ("recall", "overwrite", "distance", "new_values")  # the answer lies mostly outside of the window
-MEMORY_HEAVY = ("recall", "overwrite", "distance")
+MEMORY_HEAVY = ("recall", "overwrite", "distance")  # what is asked for may have left the window
+NO_MEMORY = ("visible", "knowledge")
+
+PLAIN = ("none", "window", "bm25", "full")  # methods without a memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,22 +56,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recall.add_argument(
         "--memories", metavar="NAME=FILE", nargs="+", help="adapters, each under the name that the table gives it"
     )
-    recall.add_argument("-n", type=_positive, default=200, metavar="N", help="questions of each kind (%(default)s)")
+    recall.add_argument("-n", type=positive, default=200, metavar="N", help="questions of each kind (%(default)s)")
     recall.add_argument(
-        "--facts", type=_numbers, default=[1, 2, 4, 8, 16], metavar="N,...", help="facts told (1,2,4,8,16)"
+        "--facts", type=integers, default=[1, 2, 4, 8, 16], metavar="N,...", help="facts told (1,2,4,8,16)"
     )
     recall.add_argument(
-        "--distance", type=_numbers, default=[64, 128, 256], metavar="N,...",
+        "--distance", type=integers, default=[64, 128, 256], metavar="N,...",
         help="tokens of small talk after four facts (64,128,256)",
     )  # fmt: skip
-    recall.add_argument("--window", type=_positive, default=64, metavar="N", help="tokens of a window (%(default)s)")
+    recall.add_argument("--window", type=positive, default=64, metavar="N", help="tokens of a window (%(default)s)")
     recall.add_argument("--tasks", default=",".join(TASKS), help="(%(default)s)")
     recall.add_argument("--methods", metavar="NAME,...", help="only these")
-    recall.add_argument("--seed", type=_count, default=1, help="(%(default)s)")
-    recall.add_argument("-t", "--threads", type=_positive, metavar="N", help="threads (half the CPUs)")
+    recall.add_argument("--seed", type=count, default=1, help="(%(default)s)")
+    recall.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half the CPUs)")
     recall.add_argument("--json", metavar="FILE", help="write the rows and the ratios")
     recall.add_argument("--plot", metavar="FILE.png", help="draw accuracy by facts and by distance (needs matplotlib)")
-    recall.add_argument("--show", type=_count, default=0, metavar="N", help="print N conversations with each answer")
+    recall.add_argument("--show", type=count, default=0, metavar="N", help="print N conversations with each answer")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,37 +88,38 @@ def run(args: argparse.Namespace) -> int:
         model, shipped = default_files()
         memories = memories or {name: os.fspath(path) for name, path in shipped.items()}
     if not memories or not all(memories.values()):
-        raise InputError("--memories: name each adapter, as in --memories tsw=memory.gguf")
+        raise InputError("--memories: name the adapters of -m MODEL, as in --memories tsw=memory.gguf")
+    taken = {name for name in memories if name in PLAIN or "+" in name}
+    if taken or len(memories) < len(args.memories or memories):
+        raise InputError(f"--memories: two methods would be called {min(taken, default=min(memories))}")
+    most = len(FACTS["new_pair"])
+    if not 1 <= min(args.facts) <= max(args.facts) <= most:
+        raise InputError(f"--facts: the world holds 1 to {most} facts of one person")
     if args.plot:
         _matplotlib()
-    readers = {name: NativeReader(model, path, args.threads) for name, path in memories.items()}
-    plain = next(iter(readers.values()))
-    cases = list(make_cases(tasks, args.n, args.facts, args.distance, args.seed, plain))
     console = Console(stderr=True)
-    answers = answer_all(cases, readers, args.window, console, args.methods.split(",") if args.methods else None)
-    rows = table_of(cases, answers)
-    ratios = ratios_of(rows, list(readers))
-    _print(Console(width=None if sys.stdout.isatty() else 160), rows, ratios)
-    for i in range(min(args.show, len(cases))):
-        _show(cases[i], {method: given[i] for method, given in answers.items()})
-    if args.json:
+    with output(args.json) as write, output(args.plot) as write_plot:
+        readers = {name: NativeReader(model, path, args.threads) for name, path in memories.items()}
+        plain = next(iter(readers.values()))
+        cases = list(make_cases(tasks, args.n, args.facts, args.distance, args.seed, plain))
+        longest = max(plain.n_tokens(case.turns) for case in cases)
+        if longest + MAX_QUESTION > plain.llm.n_ctx():
+            raise InputError(
+                f"--distance, --facts: a conversation of {longest} tokens and a question do not fit into the"
+                f" {plain.llm.n_ctx()} that {model} reads: take less"
+            )
+        answers = answer_all(cases, readers, args.window, console, args.methods.split(",") if args.methods else None)
+        rows = table_of(cases, answers)
+        ratios = ratios_of(rows, list(readers))
+        _print(Console(width=None if sys.stdout.isatty() else 160), rows, ratios)
+        for i in range(min(args.show, len(cases))):
+            _show(cases[i], {method: given[i] for method, given in answers.items()})
         setup = {"model": os.path.basename(os.fspath(model)), "n": args.n, "window": args.window, "seed": args.seed}
-        with replacing(args.json) as temporary:
-            text = json.dumps({"setup": setup, "rows": [asdict(row) for row in rows], "ratios": ratios}, indent=1)
-            Path(temporary).write_text(text + "\n", encoding="utf-8")
-    if args.plot:
-        plot(rows, args.plot)
+        results = {"setup": setup, "rows": [asdict(row) for row in rows], "ratios": ratios}
+        write(json.dumps(results, indent=1) + "\n")
+        if args.plot:
+            write_plot(plot(rows))
     return 0
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1 or max(numbers) > 10_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2,4")
-    return numbers
 
 
 #
@@ -139,7 +145,7 @@ class Case:
     answer: str = ""
 
     def is_right(self, answer: str) -> bool:
-        return is_recalled(answer, self.fact) if self.fact else self.answer in answer
+        return is_recalled(answer, self.fact) if self.fact else self.answer in re.findall(r"\w+", answer)
 
 
 def make_cases(
@@ -157,9 +163,13 @@ def make_cases(
         for size in sizes:
             n_fact = 4 if task == "distance" else size
             for _ in range(n):
-                told = world.facts(min(n_fact, 24))
+                told = world.facts(n_fact)
+                while task == "overwrite" and not any(map(world.others, told)):
+                    told = world.facts(n_fact)
                 turns = [world.tell(fact) for fact in told]
-                asked = world.random.randrange(len(told))
+                asked = world.random.choice(
+                    [i for i, fact in enumerate(told) if task != "overwrite" or world.others(fact)]
+                )
                 if task == "overwrite":
                     told[asked] = world.another(told[asked])
                     turns.append(world.update(told[asked]))
@@ -189,20 +199,27 @@ def last_turns(turns: Sequence[Turn], window: int, reader: Reader) -> list[Turn]
 
 
 def found_turns(turns: Sequence[Turn], question: str, window: int, reader: Reader) -> list[Turn]:
-    """The turns that BM25 finds most relevant to the question, as many as fit into the window, in their order."""
-    from rank_bm25 import BM25Okapi
+    """The turns that BM25 finds most relevant to the question, as many as fit into the window, in their order.
 
-    words = [_words(f"{user} {assistant}") for user, assistant in turns]
-    scores = BM25Okapi(words).get_scores(_words(question))
+    What the user said is searched, without the words that are in every text; of turns alike the newer one is taken.
+    """
     kept: list[int] = []
-    for i in np.argsort(-scores, kind="stable"):
+    scores = _relevance([user for user, _ in turns], question)
+    for i in sorted(range(len(turns)), key=lambda i: (-scores[i], -i)):
         if reader.n_tokens([turns[j] for j in (*kept, i)]) <= window:
-            kept.append(int(i))
+            kept.append(i)
     return [turns[i] for i in sorted(kept)]
 
 
-def _words(text: str) -> list[str]:
-    return "".join(c.lower() if c.isalnum() else " " for c in text).split()
+def _relevance(texts: Sequence[str], question: str) -> npt.NDArray[np.float32]:
+    import bm25s
+
+    *words, asked = bm25s.tokenize([*texts, question], stopwords="en_plus", return_ids=False, show_progress=False)
+    if not any(words) or not asked:
+        return np.zeros(len(texts), dtype=np.float32)
+    search = bm25s.BM25()
+    search.index(words, show_progress=False)
+    return search.get_scores(asked)
 
 
 #
@@ -219,7 +236,7 @@ class Reader(Protocol):
         """No text, an empty memory."""
 
     def read(self, turns: Sequence[Turn]) -> None:
-        """Reads turns as they were said, each message an ingest of its own."""
+        """Reads turns as one ingest, each message a segment."""
 
     def forget_text(self) -> None: ...
 
@@ -241,6 +258,10 @@ class NativeReader:
             verbose=False,
         )  # fmt: skip
         self._role = {role: self._tokens(f"<|{role}|>") for role in ("user", "assistant")}
+        if any(len(tokens) != 1 for tokens in self._role.values()):
+            raise ModelError(
+                f"{model}: has no tokens <|user|> and <|assistant|>: only models of the small world can be asked of it"
+            )
         self._tokens_of: dict[tuple[str, str], list[int]] = {}
 
     def n_tokens(self, turns: Sequence[Turn]) -> int:
@@ -317,12 +338,13 @@ def answer_all(
 
         return answer
 
-    methods = {
-        "none": show_text(lambda case: []),
-        "window": show_text(lambda case: last_turns(case.turns, window, plain)),
-        "bm25": show_text(lambda case: found_turns(case.turns, case.question, window, plain)),
-        "full": show_text(lambda case: case.turns),
+    shown = {
+        "none": lambda case: [],
+        "window": lambda case: last_turns(case.turns, window, plain),
+        "bm25": lambda case: found_turns(case.turns, case.question, window, plain),
+        "full": lambda case: case.turns,
     }
+    methods = {name: show_text(shown[name]) for name in PLAIN}
     for name, reader in readers.items():
         methods[name] = remember(reader, visible=False)
         methods[f"{name}+window"] = remember(reader, visible=True)
@@ -377,7 +399,7 @@ def ratios_of(rows: Sequence[Row], memories: Sequence[str]) -> dict[str, float |
     """The paper's three ratios, with equal windows, of the best memory; and what the memory costs where none is needed.
 
     average: of all tasks, over the backbone with the window. other: over the best other method with that window.
-    memory_heavy: on tasks whose answer is mostly outside of the window. no_memory: on visible facts and knowledge.
+    memory_heavy: on tasks whose answer may be outside of the window. no_memory: on visible facts and knowledge.
     Ratios of tasks that were not asked are missing.
     """
     methods = {row.method for row in rows}
@@ -400,7 +422,7 @@ def ratios_of(rows: Sequence[Row], memories: Sequence[str]) -> dict[str, float |
         "average": (TASKS, ["window"]),
         "other": (TASKS, others),
         "memory_heavy": (MEMORY_HEAVY, ["window"]),
-        "no_memory": (("visible", "knowledge"), ["window"]),
+        "no_memory": (NO_MEMORY, ["window"]),
     }
     for name, (tasks, against) in comparisons.items():
         base = max((mean(method, tasks) or 0.0 for method in against), default=0.0)
@@ -413,16 +435,21 @@ def _print(console: Console, rows: Sequence[Row], ratios: dict[str, float | str]
     from rich.table import Table
 
     kinds = list(dict.fromkeys((row.task, row.facts, row.distance) for row in rows))
-    table = Table(title="Answers that are right, in % (95 % interval)", box=None)
-    table.add_column("method")
-    for task, facts, distance in kinds:
-        detail = f"{distance} tokens" if distance else f"{facts} fact{'s' if facts > 1 else ''}"
-        table.add_column(f"{task}\n{detail}", justify="right")
+    methods = list(dict.fromkeys(row.method for row in rows))
     by_key = {(row.method, row.task, row.facts, row.distance): row for row in rows}
-    for method in dict.fromkeys(row.method for row in rows):
-        cells = (by_key[(method, *kind)] for kind in kinds)
-        table.add_row(method, *(f"{100 * r.accuracy:.0f} ({100 * r.low:.0f}–{100 * r.high:.0f})" for r in cells))
-    console.print(table)
+    title, label, cell = "Answers that are right, in % (95 % interval)", 23, 13  # columns of the terminal
+    n_fit = max(1, (console.width - label) // cell)
+    for some in (methods[i : i + n_fit] for i in range(0, len(methods), n_fit)):
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+        table.add_column("", width=label - 1)
+        for method in some:
+            table.add_column(method, justify="right", width=cell - 1)
+        for task, facts, distance in kinds:
+            detail = f"{distance} tokens" if distance else f"{facts} fact{'s' if facts > 1 else ''}"
+            found = (by_key[method, task, facts, distance] for method in some)
+            cells = (f"{100 * r.accuracy:.0f} ({100 * r.low:.0f}–{100 * r.high:.0f})" for r in found)
+            table.add_row(f"{task.replace('_', ' ')}, {detail}", *cells)
+        console.print(table)
     if ratios:
         names = {
             "average": "all tasks, over the backbone with the same window",
@@ -454,8 +481,8 @@ def _matplotlib() -> Any:
     return Figure
 
 
-def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Accuracy by the number of facts and by distance, a line for each method, with its interval."""
+def plot(rows: Sequence[Row]) -> bytes:
+    """A PNG: accuracy by the number of facts and by distance, a line for each method, with its interval."""
     figure = _matplotlib()(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, task, key in zip(panels, ("recall", "distance"), ("facts", "distance")):
@@ -465,7 +492,7 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
                 x, found = zip(*points)
                 low = [row.accuracy - row.low for row in found]
                 high = [row.high - row.accuracy for row in found]
-                style = "--" if method in ("none", "window", "bm25", "full") else "-"
+                style = "--" if method in PLAIN else "-"
                 axes.errorbar(x, [row.accuracy for row in found], [low, high], label=method, linestyle=style, capsize=2)
         ticks = sorted({getattr(row, key) for row in rows if row.task == task})
         axes.set_xscale("log", base=2)
@@ -474,5 +501,6 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     panels[0].set(xlabel="facts told", ylabel="answers that are right", ylim=(-0.02, 1.02))
     panels[1].set(xlabel="tokens of small talk after four facts")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    return picture.getvalue()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import count, gpu_layers, positive
 from .errors import InputError
 from .memory_file import check_writable, read_memory_file
 
@@ -27,17 +28,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-m", "--model", required=True, metavar="FILE", help="model GGUF, plain or packed")
     group.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF")
     group.add_argument(
-        "-c", "--ctx-size", type=_count, default=4096, metavar="N", help="context (%(default)s; 0: the model's)"
+        "-c", "--ctx-size", type=count, default=4096, metavar="N", help="context (%(default)s; 0: the model's)"
     )
-    group.add_argument("-b", "--batch-size", type=_positive, default=512, metavar="N", help="batch (%(default)s)")
+    group.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="batch (%(default)s)")
     group.add_argument(
-        "-ub", "--ubatch-size", type=_positive, default=512, metavar="N", help="micro-batch (%(default)s)"
+        "-ub", "--ubatch-size", type=positive, default=512, metavar="N", help="micro-batch (%(default)s)"
     )
-    group.add_argument("-t", "--threads", type=_positive, metavar="N", help="threads for generation (half the CPUs)")
-    group.add_argument("-tb", "--threads-batch", type=_positive, metavar="N", help="threads for prompts (all CPUs)")
+    group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half the CPUs)")
     group.add_argument(
-        "-ngl", "--gpu-layers", "--n-gpu-layers", type=_layers, default=-1, metavar="N", help="layers on the GPU (all)"
+        "-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t, or all CPUs)"
     )
+    group.add_argument(
+        "-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layers, default=-1, metavar="N",
+        help="layers on the GPU (all)",
+    )  # fmt: skip
     group.add_argument("--rpc", metavar="HOST:PORT,...", help="layers on these machines too (deltamem rpc-server)")
     group.add_argument(
         "-fa", "--flash-attn", nargs="?", const="on", default="off", choices=("on", "off"), help="flash attention (off)"
@@ -87,7 +91,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="stop here",
+        help="end the reply before this text (may be given several times)",
     )
     group.add_argument("--ignore-eos", action="store_true", help="generate past the end of the text")
     grammar = group.add_mutually_exclusive_group()
@@ -97,8 +101,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> DeltaMemLlama:
     """Loads the model with its adapter and memory. What can be refused without the model is refused first."""
-    if args.no_memory and (args.load_memory or args.save_memory):
-        raise InputError("--no-memory leaves no memory to load or save: drop it, or --load-memory and --save-memory")
+    if args.no_memory and (args.load_memory or args.save_memory or args.no_write):
+        raise InputError("--no-memory leaves no memory to load, save or read: drop it, or the options of the memory")
     if args.save_memory:
         check_writable(args.save_memory)
     if args.load_memory:
@@ -117,7 +121,7 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
         n_batch=args.batch_size,
         n_ubatch=args.ubatch_size,
         n_threads=args.threads,
-        n_threads_batch=args.threads_batch,
+        n_threads_batch=args.threads_batch or args.threads,
         n_gpu_layers=args.gpu_layers,
         rpc_servers=args.rpc,
         flash_attn=args.flash_attn == "on",
@@ -136,7 +140,7 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
         llm.memory.load(args.load_memory)
     if args.save_memory:
         _ = llm.memory.state  # says now that there is none
-    if args.no_write and llm.memory.attached:
+    if args.no_write:
         llm.memory.write = False
     return llm
 
@@ -214,24 +218,6 @@ def _ignore_eos(llm: DeltaMemLlama) -> Any:
         return scores
 
     return LogitsProcessorList([never_end])
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def _layers(text: str) -> int:
-    return -1 if text in ("all", "auto") else int(text)
 
 
 def note(text: str) -> None:

@@ -29,7 +29,18 @@ try:
 except ImportError:
     raise ImportError("pydeltamem.reference needs PyTorch: pip install 'pydeltamem[train]'") from None
 
-from .convert.checkpoint import _ANY_OF, _ARCHIVED, CONFIG, HEADS, WEIGHTS, Checkpoint, Config, read_config
+from .convert.checkpoint import (
+    ANY_OF,
+    ARCHIVED,
+    CONFIG,
+    HEADS,
+    MAX_RANK,
+    MAX_STATE_HEADS,
+    WEIGHTS,
+    Checkpoint,
+    Config,
+    read_config,
+)
 from .errors import CheckpointError, InputError, ModelError
 
 #
@@ -192,9 +203,12 @@ class DeltaMemConfig(Config):
     delta_scale_init: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, allowed in {**_ANY_OF, "output_init": ("zero", "random", "base_slice", "base_slice_fixed")}.items():
+        for name, allowed in {**ANY_OF, "output_init": ("zero", "random", "base_slice", "base_slice_fixed")}.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} = {getattr(self, name)!r} is unknown: it must be {' or '.join(allowed)}")
+        for name, most in (("rank", MAX_RANK), ("num_state_heads", MAX_STATE_HEADS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"{name} = {getattr(self, name)} must be from 1 to {most}")
         if not self.delta_heads or not set(self.delta_heads) <= set(HEADS):
             raise InputError(f"delta_heads = {self.delta_heads!r} must be some of q, k, v, o")
         object.__setattr__(self, "delta_heads", tuple(head for head in HEADS if head in self.delta_heads))
@@ -296,12 +310,12 @@ class LayerMemory(nn.Module):
             active = head in config.delta_heads
             values = torch.zeros(attention.rows[head], n_read, **like)
             if active and config.output_init == "random":
-                values = random(*values.shape) * _ARCHIVED["online_gain"]
+                values = random(*values.shape) * ARCHIVED["online_gain"]
             elif active and config.output_init != "zero":
                 fixed = config.output_init == "base_slice_fixed"
                 width = min(config.rank, config.base_slice_ref_width) if fixed else config.rank
                 columns = F.normalize(attention.weight(head).detach()[:, :width].float(), dim=0, eps=1e-6)
-                values[:, : columns.shape[1]] = columns * _ARCHIVED["online_gain"]
+                values[:, : columns.shape[1]] = columns * ARCHIVED["online_gain"]
             add(f"delta_{head}_proj", values, active)
         if config.delta_o_rmsnorm:
             add("delta_o_rmsnorm_weight", torch.ones(attention.rows["o"], **like), config.has_o_norm)
@@ -470,7 +484,7 @@ class DeltaMem(nn.Module):
         """Writes the published format. Raises CheckpointError."""
         directory = Path(directory)
         tensors = {f"model.layers.{i}.self_attn.{name}": p.detach().cpu().clone() for i, name, p in self._named()}
-        fields = json.dumps({**_ARCHIVED, **asdict(self.config)}, indent=2)
+        fields = json.dumps({**ARCHIVED, **asdict(self.config)}, indent=2)
         made = [directory / f".{name}.{secrets.token_hex(4)}.tmp" for name in (WEIGHTS[0], CONFIG)]
         try:
             directory.mkdir(parents=True, exist_ok=True)

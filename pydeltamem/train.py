@@ -17,17 +17,19 @@ import os
 import random
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .arguments import count, integers, positive, positive_number, share
 from .errors import InputError, ModelError
 from .files import replacing
-from .options import _count, _positive
 
 try:
     import torch
+    from jinja2 import TemplateError
     from torch import Tensor
     from torch.nn import functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,14 +42,14 @@ from .reference import DeltaMem, DeltaMemConfig, chunked_recurrence, find_attent
 # The paper's write strategies: granularity and state heads.
 STRATEGIES = {"tsw": ("token", 1), "ssw": ("message_mean", 1), "msw": ("token", 4)}
 WARM_UP = 50  # steps
-HELD_OUT = 64  # conversations that measure the loss and train nothing
+HELD_OUT = 64  # conversations, a tenth of all at most, that measure the loss and train nothing
 
 Messages = list[dict[str, str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="HF_DIR", help="the model, which stays as it is")
-    parser.add_argument("data", metavar="FILE.jsonl", help="conversations, one in a line; see the head of train.py")
+    parser.add_argument("data", metavar="FILE.jsonl", help="conversations, one in a line: docs/training.md")
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="checkpoint directory to write")
 
     memory = parser.add_argument_group("memory")
@@ -56,95 +58,98 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="every token writes (tsw), the mean of a message (ssw), every token to several heads (msw); tsw, or that"
         " of --init",
     )  # fmt: skip
-    memory.add_argument("--rank", type=_positive, default=8, metavar="R", help="rank of the state (%(default)s)")
-    memory.add_argument("--heads", type=_positive, metavar="H", help="state heads (1; 4 for msw)")
-    memory.add_argument(
-        "--corrections", default="qo", metavar="QKVO", help="projections that are corrected (%(default)s)"
-    )
-    memory.add_argument("--layers", type=_layer_list, default=(), metavar="N,...", help="layers with memory (all)")
-    memory.add_argument("--alpha", type=float, default=16.0, help="scale of a correction: alpha / rank (%(default)s)")
+    memory.add_argument("--rank", type=positive, metavar="R", help="rank of the state (8)")
+    memory.add_argument("--heads", type=positive, metavar="H", help="state heads (1; 4 for msw)")
+    memory.add_argument("--corrections", metavar="QKVO", help="projections that are corrected (qo)")
+    memory.add_argument("--layers", type=integers, metavar="N,...", help="layers with memory (all)")
+    memory.add_argument("--alpha", type=positive_number, metavar="X", help="scale of a correction: alpha / rank (16)")
     memory.add_argument(
         "--write-bias", type=float, metavar="X",
         help="initial bias of the write gate; lower: the memory starts out forgetting less (-1.5, or that of --init)",
     )  # fmt: skip
 
     memory.add_argument(
-        "--update", choices=("standard", "lambda_outside", "no_lambda"), default="standard",
-        help="what a write does to the rest of the state; no_lambda: nothing (%(default)s)",
+        "--update", choices=("standard", "lambda_outside", "no_lambda"),
+        help="what a write does to the rest of the state; no_lambda: nothing (standard)",
     )  # fmt: skip
 
     memory.add_argument(
-        "--heads-gain", type=float, default=0.0, metavar="X",
-        help="begin as the model's own copying heads, X times as strong (%(default)s: begin with no correction at all)",
+        "--heads-gain", type=positive_number, metavar="X",
+        help="begin as the model's own copying heads, X times as strong (without it: with no correction at all)",
     )  # fmt: skip
 
     training = parser.add_argument_group("training")
     training.add_argument(
-        "--short-first", type=float, default=0.4, metavar="X",
+        "--short-first", type=share, default=0.4, metavar="X",
         help="share of the steps in which longer and longer conversations come in (%(default)s; 0: all from the start)",
     )  # fmt: skip
-    training.add_argument("--steps", type=_positive, default=1000, metavar="N", help="(%(default)s)")
+    training.add_argument("--steps", type=positive, default=1000, metavar="N", help="steps of training (%(default)s)")
     training.add_argument(
-        "--batch", type=_positive, default=16, metavar="N", help="conversations per step (%(default)s)"
+        "--batch", type=positive, default=16, metavar="N", help="conversations per step (%(default)s)"
     )
-    training.add_argument("--rate", type=float, default=2e-3, help="highest learning rate (%(default)s)")
     training.add_argument(
-        "--dropout", type=_share, default=0.0, metavar="P",
+        "--rate", type=positive_number, default=2e-3, metavar="X", help="highest learning rate (%(default)s)"
+    )
+    training.add_argument(
+        "--dropout", type=share, default=0.0, metavar="P",
         help="share of the features of its input that the memory does without, other ones each time (%(default)s)",
     )  # fmt: skip
-    training.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient (%(default)s)")
     training.add_argument(
-        "--max-tokens", type=_positive, default=1024, metavar="N", help="of the earlier turns: the last N"
+        "--clip", type=positive_number, default=1.0, metavar="X", help="largest norm of a gradient (%(default)s)"
     )
     training.add_argument(
-        "--tail", type=_count, default=0, metavar="N", help="messages before the question left visible"
+        "--max-tokens", type=positive, default=1024, metavar="N", help="last ones of the earlier turns (%(default)s)"
     )
-    training.add_argument("--seed", type=_count, default=1, help="(%(default)s)")
-    training.add_argument("--save-every", type=_positive, default=100, metavar="N", help="steps between checkpoints")
-    training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    training.add_argument(
+        "--tail", type=count, default=0, metavar="N", help="messages before the question left visible"
+    )
+    training.add_argument("--seed", type=count, default=1, help="seed of weights and batches (%(default)s)")
+    training.add_argument(
+        "--save-every", type=positive, default=100, metavar="N", help="steps between checkpoints (%(default)s)"
+    )
+    training.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch's name of it (%(default)s)"
+    )
     training.add_argument(
         "--init", metavar="DIR", help="begin with the weights of this checkpoint, perhaps of another --strategy"
     )
     training.add_argument(
-        "--init-gain", type=float, default=1.0, metavar="X", help="times what that writes (%(default)s)"
+        "--init-gain", type=positive_number, default=1.0, metavar="X", help="times what that writes (%(default)s)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    granularity, heads = STRATEGIES[args.strategy or "tsw"]
-    corrections = tuple(args.corrections.lower())
-    if not corrections or not set(corrections) <= set(HEADS):
-        raise InputError(f"--corrections {args.corrections}: must be letters of q, k, v, o")
-    config = DeltaMemConfig(
-        rank=args.rank,
-        alpha=args.alpha,
-        num_state_heads=args.heads or heads,
-        memory_write_granularity=granularity,
-        target_layers=args.layers,
-        delta_heads=corrections,
-        beta_bias_init=-1.5 if args.write_bias is None else args.write_bias,
-        state_update_mode=args.update,
-    )
     console = Console(stderr=True)
-    report = Trainer(args, config, console).train()
+    report = Trainer(args, config_of(args), console).train()
     _print_report(report, Console())
     return 0
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
-    return value
-
-
-def _layer_list(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 0,1,2") from None
+def config_of(args: argparse.Namespace) -> DeltaMemConfig:
+    """What the options ask for. Raises InputError."""
+    granularity, heads = STRATEGIES[args.strategy or "tsw"]
+    corrections = tuple((args.corrections or "qo").lower())
+    if not set(corrections) <= set(HEADS):
+        raise InputError(f"--corrections {args.corrections}: must be letters of q, k, v, o")
+    if args.init:
+        given = [
+            n for n in ("rank", "heads", "corrections", "layers", "alpha", "update", "heads_gain") if vars(args)[n]
+        ]
+        if given:
+            option = given[0].replace("_", "-")
+            raise InputError(f"--{option}: with --init it is that of the checkpoint: leave it out")
+    return DeltaMemConfig(
+        rank=args.rank or 8,
+        alpha=args.alpha or 16.0,
+        num_state_heads=args.heads or heads,
+        memory_write_granularity=granularity,
+        target_layers=tuple(args.layers or ()),
+        delta_heads=corrections,
+        beta_bias_init=-1.5 if args.write_bias is None else args.write_bias,
+        state_update_mode=args.update or "standard",
+    )
 
 
 #
@@ -158,7 +163,7 @@ class Example:
 
     earlier: list[int]
     segments: list[int]  # of each of those tokens, the message that it belongs to
-    asks: list[tuple[list[int], list[int]]]  # visible tail and question, answer
+    asks: list[tuple[list[int], list[int], list[int]]]  # visible tail and question, their segments, answer
 
 
 class Conversations:
@@ -170,6 +175,7 @@ class Conversations:
     def __init__(self, path: str | os.PathLike[str], tokenizer: Any, tail: int = 0, max_tokens: int = 1024):
         self.path, self.tokenizer, self.tail, self.max_tokens = Path(path), tokenizer, tail, max_tokens
         self._offsets: list[int] = []
+        self.checksum = 0
         self.sizes: list[int] = []  # of the lines: about in proportion to their tokens
         try:
             with open(self.path, "rb") as file:
@@ -179,6 +185,7 @@ class Conversations:
                         self._offsets.append(offset)
                         self.sizes.append(len(line))
                     offset += len(line)
+                    self.checksum = zlib.crc32(line, self.checksum)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
         if not self._offsets:
@@ -205,17 +212,20 @@ class Conversations:
                 messages, asks = messages[:-n_answer], [messages[-n_answer:]]
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise InputError(f"{self.path}: conversation {i + 1} is not as `messages` should be: {error!r}") from error
-        if not messages or any(not ask or ask[-1]["role"] != "assistant" for ask in asks):
+        if not messages or not asks or any(not ask or ask[-1]["role"] != "assistant" for ask in asks):
             raise InputError(
                 f"{self.path}: conversation {i + 1} must have earlier messages and end with the assistant's answer"
             )
-        ids, segments = self._earlier(messages)
-        visible = messages[len(messages) - self.tail :] if self.tail else []
+        n_earlier = max(1, len(messages) - self.tail)  # the tail is written where it is visible, and once
+        ids, segments = self._segmented(messages[:n_earlier])
         return Example(
-            ids[-self.max_tokens :], segments[-self.max_tokens :], [self._ask(visible + ask) for ask in asks]
+            ids[-self.max_tokens :],
+            segments[-self.max_tokens :],
+            [self._ask(messages[n_earlier:] + ask) for ask in asks],
         )
 
-    def _earlier(self, messages: Messages) -> tuple[list[int], list[int]]:
+    def _segmented(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """Tokens, and for each the message that it belongs to."""
         ids: list[int] = []
         segments: list[int] = []
         for i in range(len(messages)):
@@ -224,18 +234,25 @@ class Conversations:
             ids = longer
         return ids, segments[: len(ids)]
 
-    def _ask(self, messages: Messages) -> tuple[list[int], list[int]]:
+    def _ask(self, messages: Messages) -> tuple[list[int], list[int], list[int]]:
         question = self._tokens(messages[:-1], add_generation_prompt=True)
+        _, segments = self._segmented(messages[:-1])
+        segments += segments[-1:] * (len(question) - len(segments))
         whole = self._tokens(messages)
         if whole[: len(question)] != question:
             raise ModelError(
                 f"{self.tokenizer.name_or_path}: its chat template writes a prompt in another way than a conversation"
                 " that goes on"
             )
-        return question, whole[len(question) :]
+        return question, segments[: len(question)], whole[len(question) :]
 
     def _tokens(self, messages: Messages, **options: Any) -> list[int]:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except TemplateError as error:
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: its chat template refuses a conversation: {error}"
+            ) from error
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -247,7 +264,7 @@ class Batch:
     segments: Tensor  # [B, T], -1: filler
     owner: Tensor  # [A]: the example that each question belongs to
     question: Tensor  # [A, Q]
-    question_mask: Tensor
+    question_segments: Tensor  # [A, Q], -1: filler
     answer: Tensor  # [A, N]
     answer_mask: Tensor
 
@@ -255,18 +272,18 @@ class Batch:
     def of(cls, examples: Sequence[Example], device: str) -> Batch:
         asks = [(i, *ask) for i, example in enumerate(examples) for ask in example.asks]
 
-        def fill(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
+        def fill(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
             longest = max(map(len, rows))
             space = [[value] * (longest - len(row)) for row in rows]
             return torch.tensor([s + r if left else r + s for r, s in zip(rows, space)], device=device)
 
-        questions, answers = [ask[1] for ask in asks], [ask[2] for ask in asks]
+        _, questions, of_questions, answers = zip(*asks)
         return cls(
             fill([example.earlier for example in examples], 0),
             fill([example.segments for example in examples], -1),
             torch.tensor([ask[0] for ask in asks], device=device),
             fill(questions, 0, left=True),
-            fill([[1] * len(row) for row in questions], 0, left=True).bool(),
+            fill(of_questions, -1, left=True),
             fill(answers, 0),
             fill([[1] * len(row) for row in answers], 0).bool(),
         )
@@ -286,9 +303,9 @@ def answer_logits(model: Any, memory: DeltaMem, batch: Batch) -> Tensor:
     memory.state = memory.state.expand(-1, len(batch.earlier), *memory.state.shape[2:])[:, batch.owner]
 
     # the question is an ingest of its own, and so is each token of the answer; what fillers write nobody reads
-    mask = batch.question_mask
+    mask = batch.question_segments >= 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    with memory.segments(torch.where(mask, 0, -1)):
+    with memory.segments(batch.question_segments):
         asked = model(
             batch.question, attention_mask=mask.long(), position_ids=positions, use_cache=True, logits_to_keep=1
         )
@@ -320,7 +337,8 @@ class Report:
     steps: int
     tokens: int
     seconds: float
-    loss: float  # on the conversations held out
+    held_out: int  # conversations that trained nothing
+    loss: float  # on those
     loss_without: float  # the same with an empty memory
     right: float  # share of their answers whose every token is the most likely one
     right_without: float
@@ -337,9 +355,16 @@ class Trainer:
             raise ModelError(f"{args.model}: is no Hugging Face model directory: it has no config.json")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{args.out}: cannot be written: {error.strerror}") from error
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+        try:
             tokenizer = AutoTokenizer.from_pretrained(args.model)
             self.model = AutoModelForCausalLM.from_pretrained(args.model).to(args.device)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ModelError(f"{args.model}: cannot be loaded: {str(error).splitlines()[0]}") from error
         self.model.eval().requires_grad_(False)
         self.data = Conversations(args.data, tokenizer, args.tail, args.max_tokens)
@@ -362,6 +387,7 @@ class Trainer:
         self.parameters = [p for p in self.memory.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0)
         self.step, self.tokens, self.seconds, self.curve = 0, 0, 0.0, []
+        self.mean: float | None = None  # of the loss
         self._resume()
 
     def train(self) -> Report:
@@ -369,7 +395,6 @@ class Trainer:
 
         args = self.args
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        mean = self.curve[-1][1] if self.curve else None
         with Progress(*columns, console=self.console) as progress:
             name = args.strategy or "memory"
             bar = progress.add_task(name, total=args.steps, completed=self.step)
@@ -377,12 +402,12 @@ class Trainer:
                 begun = time.monotonic()
                 loss = self._update()
                 self.seconds += time.monotonic() - begun
-                mean = loss if mean is None else 0.95 * mean + 0.05 * loss
+                self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
                 if not math.isfinite(loss):
                     raise InputError(f"step {self.step}: the loss is {loss}: lower --rate or --clip and run again")
                 if self.step % 10 == 0:
-                    self.curve.append((self.step, mean))
-                progress.update(bar, advance=1, description=f"{name}, loss {mean:.3f}")
+                    self.curve.append((self.step, self.mean))
+                progress.update(bar, advance=1, description=f"{name}, loss {self.mean:.3f}")
                 if self.step % args.save_every == 0 or self.step == args.steps:
                     self._save()
         self._plot()
@@ -410,36 +435,61 @@ class Trainer:
         where little is said, what is remembered of it shows in the answer."""
         draw, n = random.Random(self.args.seed * 1_000_003 + self.step), self.args.batch
         share = min(1.0, 0.1 + 0.9 * self.step / max(self.args.short_first * self.args.steps, 1e-9))
-        longest = max(n, round(share * len(self.by_size)))
+        longest = min(len(self.by_size), max(n, round(share * len(self.by_size))))
         candidates = sorted(draw.randrange(longest) for _ in range(4 * n))
         begin = draw.randrange(4) * n
         return [self.by_size[i] for i in candidates[begin : begin + n]]
 
     def _save(self) -> None:
         self.memory.save_checkpoint(self.out)
-        with replacing(self.out / "checkpoint.pt") as temporary:
-            torch.save(
-                {
-                    "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "curve": self.curve,
-                    "memory": self.memory.state_dict(), "optimizer": self.optimizer.state_dict(),
-                },
-                temporary,
-            )  # fmt: skip
+        saved = {
+            "run": self._identity(), "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
+            "curve": self.curve, "mean": self.mean, "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all(),
+            "memory": self.memory.state_dict(), "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+        try:
+            with replacing(self.out / "checkpoint.pt") as temporary:
+                torch.save(saved, temporary)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
+            raise InputError(f"{self.out / 'checkpoint.pt'}: cannot be written: {error}") from error
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes this run another one than any other; a longer one is the same."""
+        options = ("batch", "rate", "clip", "dropout", "short_first", "max_tokens", "tail", "seed")
+        options += ("init", "init_gain", "heads_gain", "write_bias")
+        embedded = self.model.get_input_embeddings().weight.detach().cpu().contiguous()
+        return {
+            **{
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in asdict(self.memory.config).items()
+            },
+            **{f"--{name.replace('_', '-')}": getattr(self.args, name) for name in options},
+            "the conversations": self.data.checksum,
+            "the model": zlib.crc32(embedded.view(torch.uint8).numpy()),
+        }
 
     def _resume(self) -> None:
         path = self.out / "checkpoint.pt"
         if not path.exists():
             return
         try:
-            saved = torch.load(path, weights_only=True, map_location=self.args.device)
+            saved = torch.load(path, weights_only=True, map_location="cpu")
+            now = self._identity()
+            differs = [name for name in now if saved["run"].get(name) != now[name]]
+            if differs:
+                raise InputError(f"{path}: is of another run, {differs[0]} differs: delete it or name another --out")
             self.memory.load_state_dict(saved["memory"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.tokens, self.seconds = saved["step"], saved["tokens"], saved["seconds"]
-            self.curve = [tuple(point) for point in saved["curve"]]
-        except (RuntimeError, KeyError, ValueError, EOFError, OSError) as error:
-            raise InputError(
-                f"{path}: is of another run: {str(error).splitlines()[0]}; delete it or name another --out"
-            ) from error
+            self.curve, self.mean = [tuple(point) for point in saved["curve"]], saved["mean"]
+            torch.set_rng_state(saved["random"])
+            if len(saved["random_cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(saved["random_cuda"])
+        except InputError:
+            raise
+        except Exception as error:  # torch reports a damaged file by whatever its readers raise
+            raise InputError(f"{path}: cannot be read: delete it or name another --out") from error
         self.console.print(f"{path}: goes on from step {self.step}")
 
     @torch.no_grad()
@@ -479,7 +529,7 @@ class Trainer:
         loss, loss_without, right, right_without = (x / max(count, 1) for x in sums)
         return Report(
             os.fspath(self.out), sum(p.numel() for p in self.parameters), self.step, self.tokens, self.seconds,
-            loss, loss_without, right, right_without, self.curve,
+            self.n_held_out, loss, loss_without, right, right_without, self.curve,
         )  # fmt: skip
 
     def _plot(self) -> None:
@@ -506,8 +556,14 @@ def _print_report(report: Report, console: Any) -> None:
     table.add_row(
         "time", f"{report.seconds / 60:.1f} minutes, {report.tokens / max(report.seconds, 1e-9):,.0f} tokens/s"
     )
-    table.add_row("held out: loss", f"{report.loss:.4f} with the memory, {report.loss_without:.4f} with an empty one")
-    table.add_row("held out: answers right", f"{report.right:.1%} with, {report.right_without:.1%} without")
+    if report.held_out:
+        table.add_row(
+            f"{report.held_out} held out: loss",
+            f"{report.loss:.4f} with the memory, {report.loss_without:.4f} with an empty one",
+        )
+        table.add_row("answers right", f"{report.right:.1%} with, {report.right_without:.1%} without")
+    else:
+        table.add_row("held out", "none of fewer than 10 conversations")
     console.print(table)
     sys.stdout.flush()
 

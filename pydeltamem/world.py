@@ -28,8 +28,8 @@ from .world_phrases import (
     VALUES,
 )
 
-# seen: trained on; new_pair: this attribute never had this value in a memory's training, another attribute did;
-# new_value: no attribute did. The backbone has read them all.
+# seen: trained on; new_pair: this attribute never had this value in a memory's training, others may have had it;
+# new_value: no memory was trained on this value in any place. The backbone has read them all.
 Part = Literal["seen", "new_pair", "new_value", "any"]
 Turn = tuple[str, str]  # what the user says, what the assistant answers
 
@@ -41,10 +41,14 @@ class Fact:
 
     @property
     def part(self) -> Part:
-        kind = ATTRIBUTES[self.attribute][0]
-        if zlib.crc32(f"{kind}:{self.value}".encode()) % 8 == 0:
+        if _is_new(ATTRIBUTES[self.attribute][0], self.value):
             return "new_value"
         return "new_pair" if zlib.crc32(f"{self.attribute}={self.value}".encode()) % 6 == 0 else "seen"
+
+
+def _is_new(kind: str, value: str) -> bool:
+    """Whether no memory is trained on this value."""
+    return zlib.crc32(f"{kind}:{value}".encode()) % 8 == 0
 
 
 def _facts() -> dict[Part, dict[str, list[str]]]:
@@ -64,7 +68,7 @@ class World:
 
     Args:
         seed: the same seed, the same draws.
-        part: which facts may be drawn.
+        part: which facts may be drawn. Small talk is free of the values that are held out, unless that is "any".
         phrasings: "seen" leaves out the phrasings that are held out, "new" takes only those, "any" takes all.
     """
 
@@ -78,17 +82,20 @@ class World:
         attributes = self.random.sample(sorted(FACTS[self.part]), count)
         return [Fact(attribute, self.random.choice(FACTS[self.part][attribute])) for attribute in attributes]
 
+    def others(self, fact: Fact) -> list[str]:
+        """The other values that the attribute may have."""
+        return [value for value in FACTS[self.part][fact.attribute] if value != fact.value]
+
     def another(self, fact: Fact) -> Fact:
-        """The same attribute with another value, if there is one."""
-        values = FACTS[self.part][fact.attribute]
-        return Fact(fact.attribute, self.random.choice([v for v in values if v != fact.value] or values))
+        """The same attribute with another value, of which there must be one."""
+        return Fact(fact.attribute, self.random.choice(self.others(fact)))
 
     def tell(self, fact: Fact) -> Turn:
         return self._say(self._phrase(ATTRIBUTES[fact.attribute][1]), fact), self._acknowledge(fact)
 
     def update(self, fact: Fact) -> Turn:
         """Tells a fact in the place of another that was told before."""
-        return self._say(self.random.choice(ATTRIBUTES[fact.attribute][2]), fact), self._acknowledge(fact)
+        return self._say(self._phrase(ATTRIBUTES[fact.attribute][2]), fact), self._acknowledge(fact)
 
     def ask(self, fact: Fact) -> Turn:
         question = self._phrase(ATTRIBUTES[fact.attribute][3])
@@ -104,13 +111,16 @@ class World:
     def chatter(self) -> Turn:
         """Small talk: no fact about the user."""
         user, assistant = self.random.choice(CHATTER)
-        values = {kind: self.random.choice(VALUES[kind]) for kind in re.findall(r"{(\w+)}", user)}
+        values = {kind: self.random.choice(self._values(kind)) for kind in re.findall(r"{(\w+)}", user)}
         return _article(user.format(**values)), _article(assistant.format(**values))
 
     def knowledge(self) -> Turn:
         """What needs no memory."""
         question, answer = self.random.choice(KNOWLEDGE)
         return self._open(question), f"That is {answer}."
+
+    def _values(self, kind: str) -> list[str]:
+        return VALUES[kind] if self.part == "any" else [v for v in VALUES[kind] if not _is_new(kind, v)]
 
     def _phrase(self, phrases: list[str]) -> str:
         if self.phrasings == "new":

@@ -1,6 +1,6 @@
 """The words of the small world (world.py): values, and the phrasings of each fact. Data only.
 
-Of an attribute's statements and of its questions the last is held out: no memory is trained on it.
+Of an attribute's statements, of its updates and of its questions the last is held out: no memory is trained on it.
 """
 
 from __future__ import annotations

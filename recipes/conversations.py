@@ -27,7 +27,7 @@ def conversation(world: World) -> tuple[list[Turn], list[Turn]]:
     for i, fact in enumerate(facts):
         if draw.random() < 0.2:
             facts[i] = world.another(fact)
-            said[i].append(world.update(facts[i]))
+            said[i].append(world.update(facts[i]) if draw.random() < 0.5 else world.tell(facts[i]))
     said += [[world.chatter()] for _ in range(draw.choice((0, 0, 1, 2, 4, 8)))]
     order = [i for i, turns in enumerate(said) for _ in turns]
     draw.shuffle(order)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -13,6 +15,8 @@ from pydeltamem.errors import InputError
 from pydeltamem.evaluate import Case, Row, answer_all, found_turns, last_turns, make_cases, ratios_of, table_of, wilson
 from pydeltamem.world import Fact
 from test_cli import deltamem
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny"
 
 
 class Parrot:
@@ -72,6 +76,15 @@ def test_windows_hold_no_more_than_they_may():
     assert last_turns(TURNS, 10, reader) == [TURNS[2]]
 
 
+def test_what_the_search_finds():
+    """The newer of two turns that say it alike; fillers of the question and the assistant's words find nothing."""
+    reader = Parrot()
+    turns = (("I live in Lima.", "Noted."), ("Hello.", "I will remember that."), ("I now live in Rome.", "I see."))
+    assert found_turns(turns, "Do you remember? Where do I live?", 7, reader) == [turns[2]]
+    assert found_turns(turns, "Where do I live?", 13, reader) == [turns[0], turns[2]]
+    assert found_turns((("Hello.", "Hi."),), "and what is it?", 10, reader) == [("Hello.", "Hi.")]  # no word to find
+
+
 def test_cases_ask_for_what_was_told():
     tasks = evaluate.TASKS
     cases = list(make_cases(tasks, 30, [1, 4], [40], 1, Parrot()))
@@ -94,6 +107,7 @@ def test_cases_ask_for_what_was_told():
 def test_an_overwritten_fact_comes_last():
     from pydeltamem.world_phrases import ATTRIBUTES
 
+    replaced = 0
     for c in make_cases(["overwrite"], 50, [4], [40], 1, Parrot()):
         statements, updates = ATTRIBUTES[c.fact.attribute][1:3]
         said = [user.lower() for user, _ in c.turns]
@@ -101,6 +115,11 @@ def test_an_overwritten_fact_comes_last():
         begins = statements[-1].split("{v}")[0].lower()
         old = [i for i, user in enumerate(said) if begins in user and i not in new]
         assert new and (not old or max(new) > min(old)), c.turns
+        whole = [re.compile(re.escape(s.lower()).replace(r"\{v\}", r"(\w+)") + "$") for s in statements]
+        told = {found[1] for i in old for pattern in whole if (found := pattern.search(said[i]))}
+        assert c.fact.value.lower() not in told, "nothing was overwritten"
+        replaced += bool(told)
+    assert replaced > 25
 
 
 def test_intervals():
@@ -140,7 +159,14 @@ def test_bad_options_are_named(tmp_path):
         (("--methods", "magic", "-n", "1"), "no method magic"),
         (("-m", tmp_path / "none.gguf", "--memories", f"a={tmp_path}/b"), "none.gguf"),
         (("--memories", "a"), "--memories"),
-        (("--facts", "1,x"), "no list of numbers"),
+        (("--facts", "1,x"), "no list of whole numbers"),
+        (("--facts", "1,34"), "the world holds 1 to 33 facts"),
+        (("--distance", "5000", "-n", "1"), "do not fit into the 1024"),
+        (("--memories", "none=x"), "two methods would be called none"),
+        (("--memories", "a=x", "a=y"), "two methods would be called a"),
+        (("--json", tmp_path / "none" / "x.json"), "x.json: cannot be written"),
+        (("--plot", tmp_path), "cannot be written: it is a folder"),
+        (("-m", TINY / "base.gguf", "--memories", f"a={TINY / 'base.gguf'}"), "base.gguf"),
     ):
         result = deltamem("eval", "recall", *options)
         assert result.returncode in (1, 2) and reason in result.stderr and "Traceback" not in result.stderr, (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -70,9 +71,7 @@ def arguments(hf_dir, data, out, *options):
 
 def trainer(hf_dir, data, out, *options):
     args = arguments(hf_dir, data, out, *options)
-    granularity, heads = train.STRATEGIES[args.strategy or "tsw"]
-    config = DeltaMemConfig(rank=4, num_state_heads=heads, memory_write_granularity=granularity)
-    return train.Trainer(args, config, Console(quiet=True))
+    return train.Trainer(args, replace(train.config_of(args), rank=4), Console(quiet=True))
 
 
 @pytest.fixture
@@ -95,23 +94,24 @@ def memory(hf_dir):
     return make
 
 
+@pytest.mark.parametrize("tail", [0, 2])
 @pytest.mark.parametrize("strategy", train.STRATEGIES)
-def test_a_batch_computes_what_each_conversation_does(hf_dir, data, memory, strategy):
+def test_a_batch_computes_what_each_conversation_does(hf_dir, data, memory, strategy, tail):
     model, memory = memory(strategy)
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
-    conversations = train.Conversations(data, tokenizer)
+    conversations = train.Conversations(data, tokenizer, tail)
     examples = [conversations[i] for i in (0, 1, 3, 6)]
     together = train.Batch.of(examples, "cpu")
     with torch.no_grad():
         logits = train.answer_logits(model, memory, together)
         rows = iter(logits)
         for example in examples:
-            for question, answer in example.asks:
+            for question, segments, answer in example.asks:
                 memory.reset()
                 with memory.segments([example.segments]):
                     model(torch.tensor([example.earlier]))
                 state = memory.state
-                with memory.segments([[0] * len(question)]):
+                with memory.segments([segments]):
                     asked = model(torch.tensor([question]), use_cache=True)
                 expected = [asked.logits[0, -1]]
                 for token in answer[:-1]:
@@ -190,14 +190,14 @@ def test_training_lowers_the_loss_and_writes_a_published_checkpoint(hf_dir, data
 
 
 def test_an_interrupted_run_goes_on(hf_dir, data, tmp_path):
-    options = ("--steps", "6", "--save-every", "3")
+    options = ("--steps", "20", "--save-every", "5", "--dropout", "0.3")
     whole = trainer(hf_dir, data, tmp_path / "whole", *options)
     whole.train()
     broken = trainer(hf_dir, data, tmp_path / "broken", *options)
     update = broken._update
 
     def stop():
-        if broken.step == 4:
+        if broken.step == 17:
             raise KeyboardInterrupt
         return update()
 
@@ -205,20 +205,21 @@ def test_an_interrupted_run_goes_on(hf_dir, data, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     again = trainer(hf_dir, data, tmp_path / "broken", *options)
-    assert again.step == 3
+    assert again.step == 15
     again.train()
     for name, value in whole.memory.state_dict().items():
         assert torch.equal(value, again.memory.state_dict()[name]), name
-    assert again.curve == whole.curve and again.tokens == whole.tokens
+    assert len(whole.curve) == 2 and again.curve == whole.curve and again.tokens == whole.tokens
 
 
-def test_tail_stays_visible_and_is_remembered(hf_dir, data):
+def test_a_tail_stays_visible_and_is_written_once(hf_dir, data):
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
-    plain, tailed = (train.Conversations(data, tokenizer, tail)[1] for tail in (0, 2))
-    assert tailed.earlier == plain.earlier
-    (question, answer), (longer, same) = plain.asks[0], tailed.asks[0]
+    plain, tailed, all_of_it = (train.Conversations(data, tokenizer, tail)[1] for tail in (0, 2, 100))
+    (question, _, answer), (longer, segments, same) = plain.asks[0], tailed.asks[0]
     assert same == answer and longer[-len(question) :] == question
-    assert tokenizer.decode(longer).count("<|user|>") == 2
+    assert tailed.earlier + longer == plain.earlier + question
+    assert sorted(set(segments)) == [0, 1, 2] and len(segments) == len(longer)  # two messages and the question
+    assert 0 < len(all_of_it.earlier) < len(tailed.earlier)  # something is left to be written before
 
 
 def test_segments_are_messages(hf_dir, data):
@@ -252,8 +253,43 @@ def test_other_bad_input(hf_dir, data, tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         trainer(hf_dir, tmp_path / "none.jsonl", tmp_path / "out")
     trainer(hf_dir, data, tmp_path / "out", "--steps", "1").train()
-    with pytest.raises(InputError, match="another run"):
-        trainer(hf_dir, data, tmp_path / "out", "--strategy", "msw")
+    for options, differs in (
+        (("--strategy", "msw"), "num_state_heads"),
+        (("--strategy", "ssw"), "memory_write_granularity"),
+        (("--rate", "1e-4"), "--rate"),
+        (("--layers", "0"), "target_layers"),
+    ):
+        with pytest.raises(InputError, match=f"of another run, {differs} differs"):
+            trainer(hf_dir, data, tmp_path / "out", *options)
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text(encoding="utf-8") * 2, encoding="utf-8")
+    with pytest.raises(InputError, match="the conversations differs"):
+        trainer(hf_dir, other, tmp_path / "out")
+    trainer(hf_dir, data, tmp_path / "out", "--steps", "2").train()  # a longer run is the same one
+    (tmp_path / "out" / "checkpoint.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(InputError, match=r"checkpoint\.pt: cannot be read"):
+        trainer(hf_dir, data, tmp_path / "out")
+    (tmp_path / "afile").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="afile: cannot be written"):
+        trainer(hf_dir, data, tmp_path / "afile")
+    with pytest.raises(InputError, match="--device cudax"):
+        trainer(hf_dir, data, tmp_path / "device", "--device", "cudax")
+    with pytest.raises(InputError, match="--update: with --init it is that of the checkpoint"):
+        trainer(hf_dir, data, tmp_path / "init", "--init", str(tmp_path / "out"), "--update", "no_lambda")
+    with pytest.raises(InputError, match="rank = 65 must be from 1 to 64"):
+        train.config_of(arguments(hf_dir, data, tmp_path, "--rank", "65"))
+    for option in (("--rate", "-1"), ("--rate", "nan"), ("--clip", "0"), ("--heads-gain", "x")):
+        with pytest.raises(SystemExit):
+            arguments(hf_dir, data, tmp_path, *option)
+
+
+def test_fewer_conversations_than_a_batch(hf_dir, data, tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(data.read_text(encoding="utf-8").splitlines(keepends=True)[:3]), encoding="utf-8")
+    report = trainer(hf_dir, few, tmp_path / "out", "--steps", "2").train()
+    assert report.steps == 2 and report.held_out == 0
+    train._print_report(report, Console())
+    assert "none of fewer than 10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("strategy", ["tsw", "msw"])

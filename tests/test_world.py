@@ -46,11 +46,26 @@ def test_draws_stay_within_part_and_phrasings(part, phrasings):
         assert len({fact.attribute for fact in facts}) == 5
         for fact in facts:
             assert part == "any" or fact.part == part
-            _, statements, _, questions, _ = ATTRIBUTES[fact.attribute]
+            _, statements, updates, questions, _ = ATTRIBUTES[fact.attribute]
             told, asked = world.tell(fact)[0], world.ask(fact)[0]
+            changed = world.update(fact)[0]
             if phrasings != "any" and " an " not in told:  # the article of a phrase follows its value
                 assert (statements[-1].format(v=fact.value).lower() in told.lower()) == (phrasings == "new"), told
                 assert (questions[-1].lower() in asked.lower()) == (phrasings == "new"), asked
+            if phrasings != "any" and " an " not in changed:
+                assert (updates[-1].format(v=fact.value).lower() in changed.lower()) == (phrasings == "new"), changed
+
+
+def test_no_memory_is_trained_on_new_values():
+    """As recipes/conversations.py draws: neither facts nor small talk name them."""
+    world = World(3, "seen", "seen")
+    held_out = {v for a, values in FACTS["new_value"].items() for v in values}
+    held_out -= {v for part in ("seen", "new_pair") for values in FACTS[part].values() for v in values}  # mate, number
+    said = " ".join(" ".join(world.chatter()) for _ in range(5000))
+    assert held_out and not held_out & set(re.findall(r"\w+", said))
+    everything = World(3)
+    said = " ".join(" ".join(everything.chatter()) for _ in range(5000))
+    assert held_out & set(re.findall(r"\w+", said))
 
 
 def test_the_same_seed_draws_the_same():
@@ -65,7 +80,7 @@ def test_another_value_replaces():
     world = World(1)
     for fact in world.facts(20):
         other = world.another(fact)
-        assert other.attribute == fact.attribute and other.value != fact.value
+        assert other.attribute == fact.attribute and other.value != fact.value and other.value in world.others(fact)
 
 
 @pytest.mark.parametrize(
