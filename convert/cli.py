@@ -7,6 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from pydeltamem.outfile import check_target, files_of
+
 from .base import Base
 from .checkpoint import Checkpoint
 from .hf import convert_base
@@ -30,17 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _base(path: str) -> Base:
     """What the adapter has to fit. Of a directory a GGUF is made to look at, and thrown away."""
-    if not os.path.isfile(os.path.join(path, "config.json")):
+    if not os.path.isdir(path):
         return Base(path)
     with tempfile.TemporaryDirectory() as folder:
         made = os.path.join(folder, "base.gguf")
         convert_base(path, made, "q8_0")
         base = Base(made)
-    base.path = Path(path)
+    base.path, base.files = Path(path), files_of(path)
     return base
 
 
 def run(args: argparse.Namespace) -> int:
+    check_target(args.outfile)  # a base may take long to convert
     checkpoint, base = Checkpoint(args.checkpoint), _base(args.base)
     write_adapter(checkpoint, base, args.outfile, args.outtype, args.name)
 

@@ -15,7 +15,11 @@ from pathlib import Path
 
 import pydeltamem
 from pydeltamem.errors import LibraryError, ModelError
-from pydeltamem.files import replacing
+from pydeltamem.gguf_header import Header
+from pydeltamem.outfile import check_disk, files_of, refuse_inputs, writing
+
+# drafts take the embeddings of another model, a decoder of audio has other names for its layers
+OTHERWISE = frozenset({"dflash", "eagle3", "gemma4-assistant", "wavtokenizer-dec"})
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 
@@ -51,25 +55,43 @@ def convert_base(
     name: str | None = None,
     verbose: bool = False,
 ) -> None:
-    """Writes the model of a Hugging Face directory as GGUF, in one step. Raises ModelError."""
+    """Writes the model of a Hugging Face directory as GGUF, in one step.
+
+    Raises ModelError, and InputError if `path` is a file of that directory or cannot be written.
+    """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory}: is no Hugging Face model directory: it has no config.json")
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(f"{directory}: converting it needs {' and '.join(missing)}: pip install 'pydeltamem[convert]'")
-    try:
-        with replacing(path) as temporary:
-            command = [sys.executable, str(converter()), str(directory), "--outfile", str(temporary)]
-            command += ["--outtype", outtype, *(["--model-name", name] if name else [])]
-            done = subprocess.run(command, stderr=None if verbose else subprocess.PIPE, stdout=subprocess.DEVNULL)
-            if done.returncode != 0:
-                raise ModelError(f"{directory}: llama.cpp's converter refuses it{_reason(done.stderr)}")
-    except OSError as error:
-        raise ModelError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+    refuse_inputs(path, files_of(directory))
+    with writing(path) as temporary:
+        command = [sys.executable, str(converter()), str(directory), "--outfile", str(temporary)]
+        command += ["--outtype", outtype, *(["--model-name", name] if name else [])]
+        done = subprocess.run(command, stderr=None if verbose else subprocess.PIPE, stdout=subprocess.DEVNULL)
+        if done.returncode != 0:
+            check_disk(path, temporary)
+            raise ModelError(f"{directory}: llama.cpp's converter refuses it{_reason(done.stderr)}")
+        _check_whole(directory, temporary)
+
+
+def _check_whole(directory: Path, path: Path) -> None:
+    """Raises ModelError if the file lacks weights: the converter takes those that it finds."""
+    header = Header(path)
+    if not header.tensors:
+        raise ModelError(f"{directory}: has no weights")
+    architecture = header.keys.get("general.architecture")
+    if architecture in OTHERWISE:
+        return
+    n_layer, n_nextn = (header.keys.get(f"{architecture}.{key}", 0) for key in ("block_count", "nextn_predict_layers"))
+    for name in ("token_embd.", f"blk.{n_layer - n_nextn - 1}."):
+        if not any(name in tensor for tensor in header.tensors):
+            raise ModelError(f"{directory}: is not whole, it makes no tensor {name}*: are files missing?")
 
 
 def _reason(log: bytes | None) -> str:
     """The last line, which names the error, without what logged it."""
-    lines = [line.strip() for line in (log or b"").decode("utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in (log or b"").decode("utf-8", errors="replace").splitlines()]
+    lines = [line for line in lines if line and "%|" not in line]  # that is a bar
     return f": {lines[-1].removeprefix('ERROR:hf-to-gguf:').strip()}" if lines else ": see --verbose"

@@ -10,8 +10,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from pydeltamem.errors import CheckpointError, InputError
-from pydeltamem.files import replacing
+from pydeltamem.errors import CheckpointError, ModelError
+from pydeltamem.outfile import files_of, refuse_inputs, writing
 
 from .base import Base
 from .checkpoint import HEADS, Checkpoint
@@ -34,13 +34,16 @@ _LIMITS = {
 
 
 def layers_of(checkpoint: Checkpoint, base: Base) -> list[int]:
-    """The base's layers that carry memory, ascending."""
-    layers = checkpoint.config.target_layers or tuple(range(base.n_layer))
+    """The base's layers that carry memory, ascending: those that the configuration names, or all with attention."""
+    layers = checkpoint.config.target_layers
     for layer in layers:
         if layer >= base.n_layer:
             raise CheckpointError(
                 f"{checkpoint.directory}: target_layers names layer {layer}, {base.path} has {base.n_layer} layers"
             )
+    layers = layers or [i for i, layer in enumerate(base.layers) if layer.has_attention]
+    if not layers:
+        raise ModelError(f"{base.path}: has no layer with attention projections, a memory needs one")
     return list(layers)
 
 
@@ -99,10 +102,11 @@ def _check_fit(checkpoint: Checkpoint, base: Base) -> None:
         raise CheckpointError(
             f"{checkpoint.path}: is for a model of width {min(wrong)}, the width of {base.path} is {base.n_embd}"
         )
-    layers = checkpoint.layers
-    if not checkpoint.config.target_layers and layers and layers[-1] + 1 != base.n_layer:
+    saved, layers = checkpoint.layers, layers_of(checkpoint, base)
+    if not checkpoint.config.target_layers and saved and saved[-1] != layers[-1]:
+        of_base = "" if len(layers) == base.n_layer else f", its last attention in layer {layers[-1]}"
         raise CheckpointError(
-            f"{checkpoint.path}: is for a model of {layers[-1] + 1} layers, {base.path} has {base.n_layer}"
+            f"{checkpoint.path}: is for a model of {saved[-1] + 1} layers, {base.path} has {base.n_layer}{of_base}"
         )
 
 
@@ -133,19 +137,12 @@ def write_adapter(
 ) -> None:
     """Writes the adapter GGUF in one step: at `path` there is the old file or the whole new one.
 
-    Raises CheckpointError, and InputError if `path` is one of the files that are read.
+    Raises CheckpointError or ModelError, and InputError if `path` is a file that is read or cannot be written.
     """
-    path = Path(os.path.realpath(path))
-    for source in (base.path, checkpoint.path):
-        if path.exists() and path.samefile(source):
-            raise InputError(f"{path}: is read for the conversion; name another file to write")
-    tensors = list(packed_tensors(checkpoint, base))
-
-    try:
-        with replacing(path) as temporary:
-            _write(temporary, checkpoint, base, tensors, outtype, name or checkpoint.directory.resolve().name)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+    refuse_inputs(path, (*base.files, *files_of(checkpoint.directory)))
+    with writing(path) as temporary:
+        tensors = list(packed_tensors(checkpoint, base))
+        _write(temporary, checkpoint, base, tensors, outtype, name or checkpoint.directory.resolve().name)
 
 
 def _write(

@@ -67,7 +67,7 @@ def names() -> list[str]:
 def describe(wanted: Sequence[str] = ()) -> dict[str, Any]:
     """What the library makes of these architectures, or of all, as values that JSON can hold. Raises InputError."""
     from . import _lib
-    from .convert.base import IN_ORDER, PERMUTED
+    from .convert.base import converts
 
     known = names()
     for name in wanted:
@@ -83,8 +83,7 @@ def describe(wanted: Sequence[str] = ()) -> dict[str, Any]:
         rows.append({
             "architecture": name,
             "status": _status(answer, models),
-            # the converter must know the order of the rows of q and k (convert/base.py)
-            "converts": HEADS if name in PERMUTED | IN_ORDER else "vo",
+            "converts": converts(name),
             **answer,
             "verified": models,
         })  # fmt: skip

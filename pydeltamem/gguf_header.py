@@ -82,6 +82,8 @@ class Header:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        if self.path.is_dir():
+            raise ModelError(f"{self.path}: is a folder; name a GGUF file")
         if not self.path.is_file():
             raise ModelError(f"{self.path}: no such file")
         try:

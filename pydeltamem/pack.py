@@ -14,15 +14,17 @@ import re
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import gguf
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .arguments import positive
+from .convert.base import Base
 from .errors import AdapterError, InputError, ModelError
-from .files import replacing
 from .gguf_header import MAGIC, Header, Tensor
-from .options import _positive
+from .outfile import disk_errors, refuse_inputs, writing
 
 PREFIX = "deltamem."
 OTHERS = "deltamem.packed."  # before the adapter's keys that are not its own
@@ -30,7 +32,14 @@ SPLIT = "split."  # before the keys that tell shards apart
 PIECE = 8 << 20  # bytes that are copied at a time
 MAX_SHARDS = 65535  # split.count has 16 bits
 
-Part = tuple[list[bytes], list[Tensor]]  # of one file: its keys as bytes, its tensors
+
+class Part(NamedTuple):
+    """What one file gets: its keys as bytes, its tensors."""
+
+    keys: list[bytes]
+    tensors: list[Tensor]
+    version: int
+    alignment: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     split.add_argument(
         "--split-max-size", type=_size, metavar="N(M|G)", help="in shards, of at most so many bytes of tensors"
     )
-    split.add_argument("--split-max-tensors", type=_positive, metavar="N", help="in shards, of at most N tensors")
+    split.add_argument("--split-max-tensors", type=positive, metavar="N", help="in shards, of at most N tensors")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +84,7 @@ def pack(
     Returns the files that it wrote.
 
     Raises ModelError or AdapterError if they are damaged or do not belong together, InputError if `path` is one of
-    them.
+    them or cannot be written.
     """
     model, memory = Header.of_model(base), Header(adapter)
     if model.keys.get("general.type") == "adapter":
@@ -84,27 +93,37 @@ def pack(
         raise ModelError(f"{model.path}: is packed already: unpack it first")
     if memory.keys.get("adapter.type") != "deltamem":
         raise AdapterError(f"{memory.path}: is no δ-mem adapter")
-    architecture = model.keys.get("general.architecture")
-    for key, mine, theirs in (
-        ("architecture", architecture, memory.keys.get("general.architecture")),
-        *(
-            (name, model.keys.get(f"{architecture}.{name}"), memory.keys.get(f"deltamem.base.{name}"))
-            for name in ("embedding_length", "block_count")
-        ),
-    ):
-        if mine != theirs:
-            raise AdapterError(f"{memory.path}: is for another model than {model.path}: {key} {theirs}, not {mine}")
+    _check_fit(Base(base), memory)
     keys = [_key(model, key) for key in model.keys if not key.startswith(SPLIT)]
     keys += [_key(memory, key, key if key.startswith(PREFIX) else OTHERS + key) for key in memory.keys]
     tensors = [*model.tensors.values(), *memory.tensors.values()]
     if max_size is None and max_tensors is None:
-        parts = {Path(path): (keys, tensors)}
+        parts = {Path(path): Part(keys, tensors, model.version, model.alignment)}
     else:
-        parts = _shards(path, keys, tensors, model.alignment, max_size, max_tensors)
+        parts = _shards(path, keys, tensors, model, max_size, max_tensors)
     for part in parts:
-        _check_target(part, *model.files, memory.path)
-    _write(parts, model.version, model.alignment, advance)
+        refuse_inputs(part, (*model.files, memory.path))
+    _write(parts, advance)
     return list(parts)
+
+
+def _check_fit(base: Base, memory: Header) -> None:
+    """Raises AdapterError if the adapter is for another model, as loading it would."""
+    for key, mine, theirs in (
+        ("architecture", base.architecture, memory.keys.get("general.architecture")),
+        ("embedding_length", base.n_embd, memory.keys.get("deltamem.base.embedding_length")),
+        ("block_count", base.n_layer, memory.keys.get("deltamem.base.block_count")),
+    ):
+        if mine != theirs:
+            raise AdapterError(f"{memory.path}: is for another model than {base.path}: {key} {theirs}, not {mine}")
+    for i, layer in enumerate(base.layers):
+        for head in "qkvo":
+            tensor = memory.tensors.get(f"blk.{i}.deltamem_{head}.weight")
+            if tensor and tensor.shape[0] != layer.rows(head):
+                raise AdapterError(
+                    f"{memory.path}: is for another model than {base.path}: {tensor.name} has {tensor.shape[0]} rows, "
+                    f"the projection {layer.rows(head)}"
+                )
 
 
 def unpack(
@@ -113,12 +132,14 @@ def unpack(
     adapter: str | os.PathLike[str],
     advance: Callable[[int, int], None] = lambda n, total: None,
 ) -> None:
-    """Writes the base and the adapter of a packed model. Raises ModelError if it is none, InputError as `pack`."""
+    """Writes the base and the adapter of a packed model, both or none. Raises ModelError if it is none, InputError as
+    `pack`.
+    """
     model = Header.of_model(packed)
     if "deltamem.version" not in model.keys or model.keys.get("general.type") == "adapter":
         raise ModelError(f"{model.path}: is no packed model")
     for path in (base, adapter):
-        _check_target(path, *model.files)
+        refuse_inputs(path, model.files)
     if os.path.realpath(base) == os.path.realpath(adapter):
         raise InputError(f"{os.fspath(base)}: is named for both, base and adapter: name two files")
 
@@ -128,15 +149,18 @@ def unpack(
     for name, tensor in model.tensors.items():
         tensors[".deltamem_" in name].append(tensor)
     alignment = model.keys.get(OTHERS + "general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-    _write({Path(base): (of_base, tensors[0])}, model.version, model.alignment, advance)
-    _write({Path(adapter): (of_adapter, tensors[1])}, gguf.GGUF_VERSION, alignment, advance)
+    parts = {
+        Path(base): Part(of_base, tensors[0], model.version, model.alignment),
+        Path(adapter): Part(of_adapter, tensors[1], gguf.GGUF_VERSION, alignment),
+    }
+    _write(parts, advance)
 
 
 def _shards(
     path: str | os.PathLike[str],
     keys: list[bytes],
     tensors: list[Tensor],
-    alignment: int,
+    model: Header,
     max_size: int | None,
     max_tensors: int | None,
 ) -> dict[Path, Part]:
@@ -144,7 +168,7 @@ def _shards(
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
-        padded = _padded(tensor.n_bytes, alignment)
+        padded = _padded(tensor.n_bytes, model.alignment)
         full = size + padded > max_size if max_size is not None else len(shards[-1]) == max_tensors
         if full and shards[-1]:
             shards.append([])
@@ -158,22 +182,17 @@ def _shards(
     parts = {}
     for i, shard in enumerate(shards):
         of_shard = keys if i == 0 else []
-        if i and alignment != gguf.GGUF_DEFAULT_ALIGNMENT:
-            of_shard = [_scalar("general.alignment", "I", gguf.GGUFValueType.UINT32, alignment)]
+        if i and model.alignment != gguf.GGUF_DEFAULT_ALIGNMENT:
+            of_shard = [_scalar("general.alignment", "I", gguf.GGUFValueType.UINT32, model.alignment)]
         of_shard = [
             *of_shard,
             _scalar("split.no", "H", gguf.GGUFValueType.UINT16, i),
             _scalar("split.count", "H", gguf.GGUFValueType.UINT16, n),
             _scalar("split.tensors.count", "i", gguf.GGUFValueType.INT32, len(tensors)),
         ]
-        parts[path.with_name(f"{path.name.removesuffix('.gguf')}-{i + 1:05}-of-{n:05}.gguf")] = of_shard, shard
+        file = path.with_name(f"{path.name.removesuffix('.gguf')}-{i + 1:05}-of-{n:05}.gguf")
+        parts[file] = Part(of_shard, shard, model.version, model.alignment)
     return parts
-
-
-def _check_target(path: str | os.PathLike[str], *sources: Path) -> None:
-    for source in sources:
-        if os.path.exists(path) and source.samefile(path):
-            raise InputError(f"{os.fspath(path)}: is read: name another file to write")
 
 
 def _string(text: str) -> bytes:
@@ -202,40 +221,37 @@ def _entry(tensor: Tensor, offset: int) -> bytes:
     return _string(tensor.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, int(tensor.type), offset)
 
 
-def _write(parts: dict[Path, Part], version: int, alignment: int, advance: Callable[[int, int], None]) -> None:
-    """Writes files of keys and tensors, all or none."""
-    tensors = [tensor for _, of_part in parts.values() for tensor in of_part]
+def _write(parts: dict[Path, Part], advance: Callable[[int, int], None]) -> None:
+    """Writes the files, all or none."""
+    tensors = [tensor for part in parts.values() for tensor in part.tensors]
     for tensor in tensors:
         if tensor.n_bytes == 0 and tensor.n_elements:
             raise ModelError(f"{tensor.path}: tensor {tensor.name} is of a type that is too new: upgrade gguf")
     done, total = 0, sum(tensor.n_bytes for tensor in tensors)
-    path = next(iter(parts))
-    try:
-        with contextlib.ExitStack() as stack:  # they take their names when all are written, the first shard last
-            for path, (keys, of_part) in parts.items():
-                with open(stack.enter_context(replacing(path)), "wb") as out:
-                    for n in _written(out, keys, of_part, version, alignment):
-                        done += n
-                        advance(done, total)
-    except OSError as error:
-        raise ModelError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+    with contextlib.ExitStack() as stack:  # they take their names when all are written, the first shard last
+        temporaries = [stack.enter_context(writing(path)) for path in parts]
+        for temporary, (path, part) in zip(temporaries, parts.items()):
+            with disk_errors(path), open(temporary, "wb") as out:
+                for n in _written(out, part):
+                    done += n
+                    advance(done, total)
 
 
-def _written(out: BinaryIO, keys: list[bytes], tensors: list[Tensor], version: int, alignment: int) -> Iterable[int]:
+def _written(out: BinaryIO, part: Part) -> Iterable[int]:
     """Writes a file. Yields bytes of tensors as they are written."""
     entries, offset = [], 0
-    for tensor in tensors:
+    for tensor in part.tensors:
         entries.append(_entry(tensor, offset))
-        offset += _padded(tensor.n_bytes, alignment)
-    out.write(MAGIC + struct.pack("<IQQ", version, len(tensors), len(keys)))
-    for data in (*keys, *entries):
+        offset += _padded(tensor.n_bytes, part.alignment)
+    out.write(MAGIC + struct.pack("<IQQ", part.version, len(part.tensors), len(part.keys)))
+    for data in (*part.keys, *entries):
         out.write(data)
-    out.write(bytes(-out.tell() % alignment))
-    for tensor in tensors:
+    out.write(bytes(-out.tell() % part.alignment))
+    for tensor in part.tensors:
         with open(tensor.path, "rb") as source:
             source.seek(tensor.offset)
             yield from _copied(source, out, tensor.n_bytes)
-        out.write(bytes(-tensor.n_bytes % alignment))
+        out.write(bytes(-tensor.n_bytes % part.alignment))
 
 
 def _copied(source: BinaryIO, out: BinaryIO, n_bytes: int) -> Iterable[int]:
@@ -253,7 +269,8 @@ class progress:
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, transient=True)
+        console = Console(stderr=True)  # elsewhere than on a terminal a bar leaves an empty line
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
     def __enter__(self) -> Callable[[int, int], None]:
         self._bar.__enter__()

@@ -6,8 +6,8 @@ import argparse
 import os
 
 from .errors import InputError, ModelError
-from .files import replacing
 from .gguf_header import Header
+from .outfile import check_disk, refuse_inputs, writing
 
 _PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
 
@@ -48,7 +48,10 @@ def quantize(
     allow_requantize: bool = False,
     verbose: bool = False,
 ) -> None:
-    """Writes `model` in another type, in one step. Raises ModelError, or InputError if there is no such type."""
+    """Writes `model` in another type, in one step.
+
+    Raises ModelError, or InputError if there is no such type, or `path` is a file of the model or cannot be written.
+    """
     from llama_cpp._logger import set_verbose
 
     from . import _lib
@@ -59,22 +62,16 @@ def quantize(
     header = Header.of_model(model)
     if header.keys.get("general.type") == "adapter":
         raise ModelError(f"{header.path}: is an adapter: convert it again with --outtype, or pack it first")
-    if os.path.exists(path) and any(source.samefile(path) for source in header.files):
-        raise InputError(f"{os.fspath(path)}: is read: name another file to write")
-
-    if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
-        raise ModelError(f"{os.fspath(path)}: cannot be written: there is no such folder")
+    refuse_inputs(path, header.files)
     params = _lib.llama_cpp.llama_model_quantize_default_params()
     params.ftype = known[type.lower()]
     params.nthread = n_threads
     params.allow_requantize = allow_requantize
     set_verbose(verbose)
-    try:
-        with replacing(path) as temporary, _lib.errors_held() as log:
-            if _lib.llama_cpp.llama_model_quantize(os.fsencode(header.path), os.fsencode(temporary), params) != 0:
-                reason = _lib.reason(log)
-                log.clear()
-                hint = ": --allow-requantize takes it all the same" if "requantizing" in reason else ""
-                raise ModelError(f"{header.path}: cannot be quantised{reason}{hint}")
-    except OSError as error:
-        raise ModelError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+    with writing(path) as temporary, _lib.errors_held() as log:
+        if _lib.llama_cpp.llama_model_quantize(os.fsencode(header.path), os.fsencode(temporary), params) != 0:
+            reason = _lib.reason(log)
+            log.clear()
+            check_disk(path, temporary)
+            hint = ": --allow-requantize takes it all the same" if "requantizing" in reason else ""
+            raise ModelError(f"{header.path}: cannot be quantised{reason}{hint}")

@@ -19,8 +19,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType
 
 from .errors import CheckpointError, InputError, ModelError
-from .files import replacing
 from .gguf_header import Header
+from .outfile import writing
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def write_model(
         seed: the same seed gives the same file.
         progress: called with (bytes of weights written, bytes of all) after each piece.
 
-    Raises ModelError if the vocabulary does not fit or the file cannot be written, InputError for an unknown name.
+    Raises ModelError if the vocabulary does not fit, InputError for an unknown name or a file that cannot be written.
     """
     for name, known in ((shape, SHAPES), (ftype, FTYPES)):
         if isinstance(name, str) and name not in known:
@@ -90,22 +90,19 @@ def write_model(
         raise ModelError(f"{header.path}: has {n_tokens} tokens, the model needs {shape.n_vocab or 'some'}")
 
     tensors = [(name, dims, _type(name, shape, ftype)) for name, dims in _tensors(shape, n_tokens)]
-    try:
-        with replacing(path) as temporary:
-            _write_header(temporary, shape, header, ftype, tensors)
-            rng = np.random.default_rng(seed)
-            total, done = sum(_n_bytes(dims, kind) for _, dims, kind in tensors), 0
-            with open(temporary, "ab") as file:
+    with writing(path) as temporary:
+        _write_header(temporary, shape, header, ftype, tensors)
+        rng = np.random.default_rng(seed)
+        total, done = sum(_n_bytes(dims, kind) for _, dims, kind in tensors), 0
+        with open(temporary, "ab") as file:
+            _pad(file)
+            for _, dims, kind in tensors:
+                for piece in _values(rng, dims, kind):
+                    piece.tofile(file)
+                    done += piece.nbytes
+                    if progress:
+                        progress(done, total)
                 _pad(file)
-                for _, dims, kind in tensors:
-                    for piece in _values(rng, dims, kind):
-                        piece.tofile(file)
-                        done += piece.nbytes
-                        if progress:
-                            progress(done, total)
-                    _pad(file)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def write_adapter_checkpoint(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import resource
 import subprocess
 import sys
 
@@ -16,6 +15,7 @@ from pydeltamem import AdapterError, DeltaMemLlama, InputError, ModelError, cli
 from pydeltamem.gguf_header import Header
 from pydeltamem.pack import pack, unpack
 from pydeltamem.quantize import quantize, types
+from test_with_others import write_like
 
 TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88]
 
@@ -57,22 +57,28 @@ def test_unpacking_gives_back_both_files(base, adapter, packed, tmp_path, outtyp
     assert (tmp_path / "memory.gguf").read_bytes() == adapter("qwen3", "tsw_qo", outtype).read_bytes()
 
 
-def test_other_alignment(adapter, base, tmp_path):
-    """A base whose tensors are aligned otherwise than the adapter's."""
-    aligned = tmp_path / "aligned.gguf"
-    reader, writer = Header(base()), gguf.GGUFWriter(aligned, "qwen3")
-    for key, value in reader.keys.items():
+@pytest.fixture
+def aligned(base, tmp_path):
+    """The golden backbone with its tensors aligned otherwise than the adapter's."""
+    path = tmp_path / "aligned.gguf"
+    header, writer = Header(base()), gguf.GGUFWriter(path, "qwen3")
+    for key, value in header.keys.items():
         if key.startswith("qwen3."):
-            writer.add_key_value(key, value, reader.types[key])
-    writer.add_custom_alignment(128)
-    for name in list(reader.tensors)[:3]:
-        writer.add_tensor(name, reader.read(name)[..., :33].copy())
+            writer.add_key_value(key, value, header.types[key])
+    writer.add_custom_alignment(256)
+    for name in header.tensors:
+        writer.add_tensor(name, header.read(name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    assert any(tensor.n_bytes % 256 for tensor in Header(path).tensors.values())
+    return path
+
+
+def test_other_alignment(adapter, aligned, tmp_path):
     pack(aligned, adapter("qwen3", "tsw_qo"), tmp_path / "packed.gguf")
-    assert all(tensor.offset % 128 == 0 for tensor in Header(tmp_path / "packed.gguf").tensors.values())
+    assert all(tensor.offset % 256 == 0 for tensor in Header(tmp_path / "packed.gguf").tensors.values())
     unpack(tmp_path / "packed.gguf", tmp_path / "base.gguf", tmp_path / "memory.gguf")
     assert (tmp_path / "base.gguf").read_bytes() == aligned.read_bytes()
     assert (tmp_path / "memory.gguf").read_bytes() == adapter("qwen3", "tsw_qo").read_bytes()
@@ -105,8 +111,10 @@ def test_what_cannot_be_packed(base, adapter, packed, tmp_path):
         (AdapterError, "is for another model than .*: architecture qwen3, not smollm3", (base("smollm3"), memory, out)),
         (ModelError, "is not a GGUF file", (text, memory, out)),
         (ModelError, "no such file", (base(), tmp_path / "none", out)),
-        (InputError, "is read: name another file", (base(), memory, memory)),
-        (ModelError, "cannot be written", (base(), memory, tmp_path / "no" / "out.gguf")),
+        (InputError, "is read for the conversion; name another file", (base(), memory, memory)),
+        (InputError, "cannot be written: No such file", (base(), memory, tmp_path / "no" / "out.gguf")),
+        (InputError, "cannot be written: it is a folder", (base(), memory, tmp_path)),
+        (ModelError, "is a folder; name a GGUF file", (tmp_path, memory, out)),
     ):
         with pytest.raises(error, match=says) as info:
             pack(*arguments)
@@ -118,15 +126,93 @@ def test_what_cannot_be_packed(base, adapter, packed, tmp_path):
         unpack(packed(), tmp_path / "a", tmp_path / "a")
 
 
+def test_an_adapter_of_other_shapes_is_not_packed(base, adapter, tmp_path):
+    """Sizes of the base that it names are right; loading refuses it."""
+    header = Header(adapter("qwen3", "tsw_qo"))
+    tensors = {name: header.read(name) for name in header.tensors}
+    tensors["blk.2.deltamem_q.weight"] = np.concatenate([tensors["blk.2.deltamem_q.weight"]] * 2)
+    write_like(tmp_path / "memory.gguf", header, tensors)
+    with pytest.raises(AdapterError):
+        DeltaMemLlama(base(), deltamem_path=tmp_path / "memory.gguf", n_ctx=64, verbose=False)
+    with pytest.raises(AdapterError, match=r"blk\.2\.deltamem_q\.weight has 384 rows, the projection 192"):
+        pack(base(), tmp_path / "memory.gguf", tmp_path / "out.gguf")
+
+
+def test_layers_that_predict_further_tokens_are_not_counted(base, adapter, tmp_path):
+    """As llama.cpp counts: what loads, packs."""
+    header = Header(base())
+    header.keys["qwen3.block_count"] += 1
+    header.keys["qwen3.nextn_predict_layers"] = 1
+    header.types["qwen3.nextn_predict_layers"] = gguf.GGUFValueType.UINT32
+    write_like(tmp_path / "base.gguf", header, {name: header.read(name) for name in header.tensors})
+    pack(tmp_path / "base.gguf", adapter("qwen3", "tsw_qo"), tmp_path / "packed.gguf")
+    same(logits_and_state(tmp_path / "packed.gguf"), logits_and_state(base(), adapter("qwen3", "tsw_qo")))
+
+
+def test_unpacking_writes_both_files_or_none(packed, tmp_path):
+    model, old = packed(), tmp_path / "base.gguf"
+    old.write_bytes(b"what was there before")
+    with pytest.raises(InputError, match="memory: cannot be written: No such file"):
+        unpack(model, old, tmp_path / "no" / "memory")
+
+    def advance(done, total):
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unpack(model, old, tmp_path / "memory.gguf", advance)
+    assert old.read_bytes() == b"what was there before"
+    assert set(tmp_path.iterdir()) == {model, old}
+
+
+def test_progress_is_not_on_the_output(base, adapter, tmp_path):
+    command = [sys.executable, "-m", "pydeltamem.cli", "pack", str(base()), str(adapter("qwen3", "tsw_qo"))]
+    done = subprocess.run([*command, "-o", str(tmp_path / "model.gguf")], capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1 and done.stdout.startswith(f"{tmp_path / 'model.gguf'}: ")
+    assert done.stderr == ""
+
+
+FULL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+from pydeltamem.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def on_a_full_disk(*arguments):
+    """The error of a command that can write no more than 200 kB into a file."""
+    command = [sys.executable, "-c", FULL, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit of POSIX")
+def test_a_full_disk_is_named(base, adapter, packed, tmp_path):
+    memory, model, folder = adapter("qwen3", "tsw_qo"), packed(), tmp_path / "out"
+    folder.mkdir()
+    out = folder / "out.gguf"
+    for arguments in (
+        ("pack", base(), memory, "-o", out),
+        ("unpack", model, "--base", out, "--adapter", folder / "memory.gguf"),
+        ("quantize", base(), out, "q8_0"),
+    ):
+        assert on_a_full_disk(*arguments) == f"deltamem: error: {out}: cannot be written: File too large\n"
+        assert not list(folder.iterdir())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory as Linux reports it")
 def test_packing_holds_neither_file_in_memory(base, adapter, tmp_path):
     """A base of 300 MB, packed by a process whose memory does not grow by a tenth of that."""
     large = tmp_path / "large.gguf"
     header, writer = Header(base()), gguf.GGUFWriter(large, "qwen3")
-    for key in ("qwen3.embedding_length", "qwen3.block_count"):
-        writer.add_key_value(key, header.keys[key], header.types[key])
-    for i in range(3):
-        writer.add_tensor(f"blk.{i}.ffn_up.weight", np.zeros((25_000, 1000), dtype=np.float32))
+    for key, value in header.keys.items():
+        if key.startswith("qwen3."):
+            writer.add_key_value(key, value, header.types[key])
+    for name in header.tensors:
+        more = "ffn_up" in name
+        writer.add_tensor(name, np.zeros((20_000, 1000), np.float32) if more else header.read(name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -142,7 +228,6 @@ def test_packing_holds_neither_file_in_memory(base, adapter, tmp_path):
     grown = int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout) * 1024
     assert grown < 30e6
     assert os.path.getsize(tmp_path / "out.gguf") > 300e6
-    assert resource.getpagesize() > 0
 
 
 # shards
@@ -238,21 +323,9 @@ def test_a_base_in_shards(base, adapter, packed, sharded, tmp_path):
     assert describe(str(files[0]))["adapter"] == describe(str(checkpoint))["adapter"]
 
 
-def test_shards_of_another_alignment(base, adapter, tmp_path):
-    aligned = tmp_path / "aligned.gguf"
-    header, writer = Header(base()), gguf.GGUFWriter(tmp_path / "aligned.gguf", "qwen3")
-    for key, value in header.keys.items():
-        if key.startswith("qwen3."):
-            writer.add_key_value(key, value, header.types[key])
-    writer.add_custom_alignment(128)
-    for name in list(header.tensors)[:3]:
-        writer.add_tensor(name, header.read(name)[..., :33].copy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    files = pack(aligned, adapter("qwen3", "tsw_qo"), tmp_path / "model.gguf", max_tensors=2)
-    assert all(tensor.offset % 128 == 0 for file in files for tensor in Header(file).tensors.values())
+def test_shards_of_another_alignment(aligned, adapter, tmp_path):
+    files = pack(aligned, adapter("qwen3", "tsw_qo"), tmp_path / "model.gguf", max_tensors=20)
+    assert all(tensor.offset % 256 == 0 for file in files for tensor in Header(file).tensors.values())
     unpack(files[0], tmp_path / "base.gguf", tmp_path / "memory.gguf")
     assert (tmp_path / "base.gguf").read_bytes() == aligned.read_bytes()
     assert (tmp_path / "memory.gguf").read_bytes() == adapter("qwen3", "tsw_qo").read_bytes()
@@ -366,7 +439,9 @@ def test_what_cannot_be_quantised(base, adapter, tmp_path, capfd):
         (ModelError, "is an adapter", (adapter("qwen3", "tsw_qo"), out, "q8_0")),
         (ModelError, "truncated", (cut, out, "q8_0")),
         (InputError, "is read", (base(), base(), "q8_0")),
-        (ModelError, "cannot be written", (base(), tmp_path / "no" / "out.gguf", "q8_0")),
+        (InputError, "cannot be written: No such file", (base(), tmp_path / "no" / "out.gguf", "q8_0")),
+        (InputError, "cannot be written: it is a folder", (base(), tmp_path, "q8_0")),
+        (ModelError, "is a folder; name a GGUF file", (tmp_path, out, "q8_0")),
     ):
         with pytest.raises(error, match=says) as info:
             quantize(*arguments)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from pydeltamem.convert.base import IN_ORDER, PERMUTED, Base
+from pydeltamem.convert.base import IN_ORDER, PERMUTED, RESCALED, Base, converts
+from pydeltamem.convert.hf import converter
 from pydeltamem.errors import ModelError
 
 KEYS = {"block_count": 2, "embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2}
@@ -52,20 +58,54 @@ def test_row_order_is_that_of_the_base(golden_dir, arch):
                 assert (rows != expected).any()
 
 
-def test_an_architecture_has_one_order():
+def test_the_orders_are_those_of_the_converter():
+    """As each of its classes treats rows: those that read a Hugging Face model of a listed architecture."""
+    pytest.importorskip("torch", reason="llama.cpp's converter needs PyTorch")
+    script = Path(__file__).parents[1] / "converter_rows.py"
+    command = [sys.executable, str(script), str(converter().parent)]
+    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    for name in (
+        "UltravoxModel",  # refuses every model
+        "MistralModel",  # reads Mistral's own files, whose rows are in llama.cpp's order already
+        "Mistral3Model",  # leaves it to Ministral3Model
+        "LFM2ColBertModel",  # no decoder
+    ):
+        assert sum(classes.pop(name, None) is not None for classes in found.values()) == 1, name
     assert not PERMUTED & IN_ORDER
-    assert {"qwen3", "qwen2"} <= IN_ORDER and {"smollm3", "llama"} <= PERMUTED
+    for order, architectures in (("permuted", PERMUTED), ("in order", IN_ORDER)):
+        expected = {"q": order, "k": order, "v": "in order", "o": "in order"}
+        for architecture in architectures:
+            assert found[architecture]
+            for name, got in found[architecture].items():
+                assert got == expected, f"{architecture}: {name}"
+    for architecture in RESCALED:
+        assert "other" in [got["v"] for got in found[architecture].values()]
+    assert "glm4" not in PERMUTED | IN_ORDER and found["glm4"]["Glm4Model"]["q"] == "other"
 
 
-def test_unknown_order(tmp_path):
+@pytest.mark.parametrize("architecture", ["glm4", "newarch"])
+def test_unknown_order(tmp_path, architecture):
     """q and k of an architecture whose order nobody stated are refused by name; v and o need none."""
-    base = Base(write(tmp_path / "base.gguf", "xverse"))
+    base = Base(write(tmp_path / "base.gguf", architecture))
     rows = np.ones((64, 8), np.float32)
     for head in "qk":
-        with pytest.raises(ModelError, match=r"base\.gguf: .*architecture 'xverse'"):
+        with pytest.raises(ModelError, match=rf"base\.gguf: .*architecture '{architecture}'"):
             base.permute(head, 0, rows)
     for head in "vo":
         assert base.permute(head, 0, rows) is rows
+    assert converts(architecture) == "vo"
+
+
+def test_rescaled_weights(tmp_path):
+    """Falcon-H1: nothing can be converted, for the memory's own weights would be wrong."""
+    base = Base(write(tmp_path / "base.gguf", "falcon-h1"))
+    for head in "qkvo":
+        with pytest.raises(
+            ModelError,
+            match=r"base\.gguf: no memory can be converted for architecture 'falcon-h1', whose weights are rescaled",
+        ):
+            base.permute(head, 0, np.ones((64, 8), np.float32))
+    assert converts("falcon-h1") == ""
 
 
 def test_heads_per_layer(tmp_path):
@@ -89,6 +129,21 @@ def test_layer_without_attention(tmp_path):
     base = Base(write(tmp_path / "base.gguf", layers=(1,)))
     assert [base.layers[0].rows(head) for head in "qkvo"] == [0, 0, 0, 0]
     assert [base.layers[1].rows(head) for head in "qkvo"] == [64, 32, 32, 64]
+    assert [layer.has_attention for layer in base.layers] == [False, True]
+
+
+def test_layer_with_linear_attention(tmp_path):
+    """Qwen3-Next has a fused projection there too, and another one for the output."""
+    base = Base(write(tmp_path / "base.gguf", tensors={"attn_qkv": 128, "ssm_out": 64}))
+    assert not any(layer.has_attention or layer.rows("q") for layer in base.layers)
+
+
+def test_layers_that_predict_further_tokens(tmp_path):
+    """They are counted in the file, and are no layers of the model to llama.cpp."""
+    base = Base(write(tmp_path / "base.gguf", keys={**KEYS, "nextn_predict_layers": 1}))
+    assert base.n_layer == len(base.layers) == 1
+    with pytest.raises(ModelError, match="has 0 layers"):
+        Base(write(tmp_path / "base.gguf", keys={**KEYS, "nextn_predict_layers": 2}))
 
 
 def test_split_model(tmp_path):

@@ -481,7 +481,10 @@ def test_base_is_missing(job, capsys):
     job.base.unlink()
     refused(job, capsys, ModelError, job.base, "no such base model")
     job.base.mkdir()
-    refused(job, capsys, ModelError, job.base, "no such base model")
+    with pytest.raises(ModelError, match=r"base\.gguf: is a folder; name a GGUF file"):
+        job.convert()
+    assert main(job.arguments()) == 1
+    assert "base.gguf: is no Hugging Face model directory: it has no config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 16, 30, 300, 3000, 0.5, 0.999])
@@ -529,27 +532,33 @@ def test_damaged_base_never_crashes(job):
 
 def test_output_folder_is_missing(job, capsys):
     job.out.parent.rmdir()
-    refused(job, capsys, CheckpointError, job.out, "cannot be written")
+    refused(job, capsys, InputError, job.out, "cannot be written: No such file")
 
 
 def test_output_is_a_folder(job, capsys):
     job.out.mkdir()
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot be written: it is a folder"):
         job.convert()
     assert main(job.arguments()) == 1
     assert [path.name for path in job.out.parent.iterdir()] == [job.out.name]
 
 
-def test_output_is_the_base(job, capsys):
-    before = job.base.read_bytes()
-    for out in (job.base, job.base.parent / "link.gguf"):
-        if out != job.base:
-            out.symlink_to(job.base)
-        job.out = out
-        with pytest.raises(InputError, match=re.escape(f"{job.base}: is read for the conversion")):
+def test_output_is_read(job):
+    """The base, its other shards and the checkpoint's files are not overwritten, by whatever name."""
+    write_base(job.base, split_max_tensors=7)
+    first, *others = sorted(job.base.parent.glob("base-*-of-*.gguf"))
+    job.base = first
+    link = job.base.parent / "link.gguf"
+    link.symlink_to(first)
+    for out in (first, *others, link, job.directory / CONFIG, job.directory / PT):
+        before, job.out = out.read_bytes(), out
+        with pytest.raises(InputError, match=re.escape(f"{out}: is read for the conversion; name another file")):
             job.convert()
         assert main(job.arguments()) == 1
-    assert job.base.read_bytes() == before
+        assert out.read_bytes() == before
+    job.out = job.directory / "memory.gguf"  # beside them it may be, twice too
+    job.convert()
+    job.convert()
 
 
 def test_an_existing_output_stays(job, capsys):
@@ -562,12 +571,14 @@ def test_an_existing_output_stays(job, capsys):
 def test_a_write_that_fails_leaves_the_old_file(job, monkeypatch):
     job.out.write_bytes(b"what was there before")
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+    for error, says in ((OSError(28, "No space left on device"), "No space left"), (OSError("0 written"), "0 written")):
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
-    with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
-        job.convert()
+        def full(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+        with pytest.raises(InputError, match=f"cannot be written: {says}"):
+            job.convert()
     assert [path.read_bytes() for path in job.out.parent.iterdir()] == [b"what was there before"]
 
 

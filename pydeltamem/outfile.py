@@ -1,0 +1,60 @@
+"""Files that a conversion writes: what cannot be is refused before the work, and a full disk told from a bad model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from .errors import InputError
+from .files import is_stream, replacing
+
+
+def refuse_inputs(path: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]]) -> None:
+    """Raises InputError if `path` is one of the files that are read, by whatever name."""
+    for source in sources:
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise InputError(f"{os.fspath(path)}: is read for the conversion; name another file to write")
+
+
+def files_of(folder: str | os.PathLike[str]) -> list[Path]:
+    """What a conversion may read in a folder: all but GGUF, which is what it writes."""
+    return [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".gguf"]
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """OSErrors of writing `path` as InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{os.fspath(path)}: cannot be written: {error.strerror or error}") from error
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raises InputError if no file can be written there."""
+    target = Path(os.path.realpath(path))
+    with disk_errors(path):
+        if target.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        if not is_stream(target):
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix="."):
+                pass
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`replacing`, whose errors are InputErrors: what can be seen before the work is seen before it."""
+    check_target(path)
+    with disk_errors(path), replacing(path) as temporary:
+        yield temporary
+
+
+def check_disk(path: str | os.PathLike[str], temporary: Path) -> None:
+    """After a program failed to write `temporary`: raises InputError if the reason is that the disk takes no more."""
+    with disk_errors(path), open(temporary, "ab") as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,95 @@
+"""deltamem convert-base, and convert with a Hugging Face folder as base: nothing overwritten, nothing half."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("torch", reason="llama.cpp's converter needs PyTorch")
+pytest.importorskip("transformers", reason="llama.cpp's converter needs transformers (extra: convert)")
+
+import safetensors.numpy
+
+from pydeltamem.cli import main
+from pydeltamem.convert.hf import convert_base
+from pydeltamem.errors import InputError, ModelError
+from pydeltamem.gguf_header import Header
+from test_pack import on_a_full_disk
+
+
+@pytest.fixture
+def hf(golden_dir, tmp_path):
+    folder = tmp_path / "hf"
+    shutil.copytree(golden_dir / "qwen3" / "hf", folder)
+    folder.chmod(0o755)
+    return folder
+
+
+def test_a_file_of_the_model_is_not_overwritten(hf, golden_dir, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in hf.iterdir()}
+    checkpoint = golden_dir / "qwen3" / "tsw_qo"
+    for command in (["convert-base", hf], ["convert", checkpoint, "--base", hf]):
+        out = hf / "model.safetensors"
+        assert main([*map(str, command), "-o", str(out)]) == 1
+        assert (
+            capsys.readouterr().err
+            == f"deltamem: error: {out}: is read for the conversion; name another file to write\n"
+        )
+        assert {path.name: path.read_bytes() for path in hf.iterdir()} == before
+    for _ in range(2):  # beside them, and again
+        convert_base(hf, hf / "model.gguf", "f16")
+    assert "token_embd.weight" in Header(hf / "model.gguf").tensors
+
+
+def test_a_folder_without_weights(hf, golden_dir, tmp_path, capsys):
+    (hf / "model.safetensors").unlink()
+    out = tmp_path / "out" / "base.gguf"
+    out.parent.mkdir()
+    with pytest.raises(ModelError, match=r"hf: has no weights"):
+        convert_base(hf, out)
+    assert main(["convert", str(golden_dir / "qwen3" / "tsw_qo"), "--base", str(hf), "-o", str(out)]) == 1
+    assert f"{hf}: has no weights" in capsys.readouterr().err
+    assert not list(out.parent.iterdir())
+
+
+@pytest.mark.parametrize(("there", "missing"), [(0, "blk.3."), (1, "token_embd.")])
+def test_half_of_a_split_model(hf, tmp_path, there, missing):
+    """Without its index the converter takes what it finds."""
+    tensors = safetensors.numpy.load_file(hf / "model.safetensors")
+    (hf / "model.safetensors").unlink()
+    last = "model.layers.3."
+    half = {
+        name: values for name, values in tensors.items() if (name.startswith(last) or "norm" in name) == bool(there)
+    }
+    safetensors.numpy.save_file(half, hf / f"model-0000{there + 1}-of-00002.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"hf: is not whole, it makes no tensor {missing}\*: are files missing\?"):
+        convert_base(hf, tmp_path / "base.gguf")
+    assert not (tmp_path / "base.gguf").exists()
+
+
+def test_where_it_cannot_be_written(hf, tmp_path):
+    for out, says in ((tmp_path / "no" / "base.gguf", "No such file or directory"), (hf, "it is a folder")):
+        with pytest.raises(InputError, match=f"{out}: cannot be written: {says}"):
+            convert_base(hf, out)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    out = folder / "base.gguf"
+    assert (
+        on_a_full_disk("convert-base", hf, "-o", out) == f"deltamem: error: {out}: cannot be written: File too large\n"
+    )
+    assert not list(folder.iterdir())
+
+
+def test_what_the_converter_refuses(hf, tmp_path):
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
+    with pytest.raises(
+        ModelError, match=r"hf: llama\.cpp's converter refuses it: .*NoSuchModel.* is not supported"
+    ) as info:
+        convert_base(hf, tmp_path / "base.gguf")
+    assert "\n" not in str(info.value) and not (tmp_path / "base.gguf").exists()
+    (hf / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"is no Hugging Face model directory: it has no config\.json"):
+        convert_base(hf, tmp_path / "base.gguf")
