@@ -97,7 +97,7 @@ def _model(header: Header) -> dict[str, Any]:
         "heads": get("attention.head_count"),
         "kv_heads": get("attention.head_count_kv"),
         "context": get("context_length"),
-        "vocabulary": get("vocab_size") if tokens is None else len(tokens),
+        "vocabulary": len(tokens) if isinstance(tokens, list) else get("vocab_size"),
         "tensor_types": _tensor_types(tensors),
     }
 

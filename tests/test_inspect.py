@@ -60,6 +60,17 @@ def packed(base, adapter, tmp_path):
 # the header
 
 
+def test_tokens_that_are_no_list(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "qwen3")
+    writer.add_uint32("tokenizer.ggml.tokens", 5)
+    writer.add_uint32("qwen3.vocab_size", 7)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert describe(tmp_path / "odd.gguf")["model"]["vocabulary"] == 7
+
+
 @pytest.mark.parametrize("arch", ["qwen3", "smollm3"])
 def test_header(base, adapter, arch):
     """As gguf.GGUFReader, which is slow on a vocabulary, reads it."""
