@@ -24,8 +24,9 @@ from conftest import ROOT  # noqa: E402
 from pydeltamem import _lib  # noqa: E402
 from pydeltamem.architectures import RESULTS  # noqa: E402
 from pydeltamem.convert import cli, hf  # noqa: E402
+from pydeltamem.errors import ModelError  # noqa: E402
 from pydeltamem.gguf_header import Header  # noqa: E402
-from pydeltamem.reference import DeltaMem, DeltaMemConfig, find_attention  # noqa: E402
+from pydeltamem.reference import DeltaMem, DeltaMemConfig  # noqa: E402
 from session import open_session  # noqa: E402
 from test_reference import ARCHITECTURES, randomise, tiny, tokens  # noqa: E402
 
@@ -49,6 +50,13 @@ SETTINGS = {
 NAMES = [name for name in ARCHITECTURES if name not in ("OPT", "GPTJ", "Qwen3Next")]
 
 
+def row(model):
+    """A line of the table of docs/architectures.md."""
+    layers = ", ".join(map(str, model["layers"]))
+    errors = " | ".join(f"{model[what]:.0e}" for what in ("backbone", "logits", "state"))
+    return f"| {model['model']} | `{model['architecture']}` | {layers} | {errors} |"
+
+
 def bound_of(name):
     return 2.0**-22 if name in GELU else BOUND
 
@@ -61,9 +69,8 @@ def nmse(a, b):
 def reference(name, folder):
     """A tiny model and a memory on it, both saved: tokens, logits [T, n_vocab] and state [L, H, r, r]."""
     model = tiny(name, **{**ARCHITECTURES[name], **SETTINGS.get(name, {})})
-    layers = tuple(find_attention(model))  # of a hybrid not all
-    config = DeltaMemConfig(rank=4, num_state_heads=2, delta_heads=tuple("qkvo"), target_layers=layers)
-    memory = randomise(DeltaMem(model, config))
+    # no target_layers: all with attention, which of a hybrid are not all
+    memory = randomise(DeltaMem(model, DeltaMemConfig(rank=4, num_state_heads=2, delta_heads=tuple("qkvo"))))
     prompt = tokens(1, 14)
     logits = model(prompt).logits[0].numpy()
     state = memory.state[:, 0].numpy()
@@ -115,18 +122,15 @@ def test_architecture(tmp_path, name, results):
         hooked = [_lib.llama_deltamem_layer(session.adapter, i) for i in range(n_layer)]
     architecture = Header(base).keys["general.architecture"]
     errors = nmse(without, plain), nmse(got, logits), nmse(got_state, state)
-    print(
-        f"| {name} | `{architecture}` | {', '.join(map(str, hooked))} | "
-        + " | ".join(f"{error:.0e}" for error in errors)
-        + " |"
-    )
+    measured = dict(zip(("backbone", "logits", "state"), (float(f"{error:.0e}") for error in errors)))
+    result = {"model": name, "architecture": architecture, "layers": hooked, **measured}
+    print(row(result))
     assert hooked == layers
     assert nmse(logits, plain) > 1e-4, "the memory has no effect on the reference"
     bound = bound_of(name)
     assert errors[0] <= bound, "the backbone itself differs"
     assert errors[1] <= bound and errors[2] <= bound
-    measured = zip(("backbone", "logits", "state"), (float(f"{error:.0e}") for error in errors))
-    results.append({"model": name, "architecture": architecture, "layers": hooked, **dict(measured)})
+    results.append(result)
 
 
 def test_going_back_where_the_cache_holds_a_window_only(tmp_path, monkeypatch):
@@ -161,6 +165,8 @@ def test_the_results_in_the_package_are_of_this_library():
     assert [model["model"] for model in shipped["models"]] == NAMES
     for model in shipped["models"]:
         assert max(model["backbone"], model["logits"], model["state"]) <= bound_of(model["model"])
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in page if line.count("|") == 7][2:] == [row(model) for model in shipped["models"]]
 
 
 def test_a_hybrid_that_goes_around_a_hook_is_refused(tmp_path):
@@ -181,15 +187,8 @@ def test_prefill_in_pieces_is_the_same(tmp_path):
         assert nmse(got, logits) <= bound_of("Gemma2") and nmse(session.state(0), state) <= bound_of("Gemma2")
 
 
-def test_convert_base_says_what_is_wrong(tmp_path):
-    from pydeltamem import ModelError
-
-    with pytest.raises(ModelError, match=r"it has no config\.json"):
-        hf.convert_base(tmp_path, tmp_path / "out.gguf")
-    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
-    with pytest.raises(ModelError, match=r"converter refuses it: .*NoSuchModel.* is not supported") as info:
-        hf.convert_base(tmp_path, tmp_path / "out.gguf")
-    assert "\n" not in str(info.value) and not (tmp_path / "out.gguf").exists()
-    reference("Llama", tmp_path)  # a model without a tokenizer
-    with pytest.raises(ModelError, match="converter refuses it"):
+def test_a_model_without_a_tokenizer(tmp_path):
+    reference("Llama", tmp_path)
+    with pytest.raises(ModelError, match="converter refuses it") as info:
         hf.convert_base(tmp_path / "hf", tmp_path / "out.gguf")
+    assert "\n" not in str(info.value) and not (tmp_path / "out.gguf").exists()

@@ -70,7 +70,11 @@ def tiny(name, **config):
     """A random model of few weights: the causal model of transformers' `name`Config."""
     torch.manual_seed(0)
     settings = getattr(transformers, f"{name}Config")(**{**LLAMA, **config})
-    return transformers.AutoModelForCausalLM.from_config(settings).float().eval().requires_grad_(False)
+    model = transformers.AutoModelForCausalLM.from_config(settings).float().eval().requires_grad_(False)
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias") or "norm" in key:  # which begin as zeros and ones: one left out would not show
+            parameter += 0.3 * torch.randn(parameter.shape)
+    return model
 
 
 def randomise(memory, seed=0):
@@ -423,7 +427,7 @@ ARCHITECTURES = {
     "Phi": {},
     "Phi3": {},
     "SmolLM3": {},
-    "Granite": {},
+    "Granite": dict(logits_scaling=3.0, attention_multiplier=0.2, embedding_multiplier=4.0, residual_multiplier=0.5),
     "Olmo2": {},
     "OPT": dict(ffn_dim=64, word_embed_proj_dim=48),
     "GPTJ": dict(n_embd=48, n_layer=2, n_head=4, rotary_dim=8),
@@ -465,7 +469,7 @@ def test_architectures(attach, tmp_path, name):
         assert torch.equal(model(prompt).logits, whole)
         again.remove()
         plain = model(prompt).logits
-        assert nmse(whole, plain) > 1e-6
+        assert nmse(whole, plain) > 1e-7  # float32 alone: 1e-13
         seen.add(whole.sum().item())
     assert len(seen) == 4
     hybrid = "layer_types" in ARCHITECTURES[name]
