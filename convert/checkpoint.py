@@ -22,10 +22,11 @@ WEIGHTS = ("delta_mem_adapter.pt", "delta_mem_adapter.safetensors")
 
 HEADS = ("q", "k", "v", "o")  # also the order of delta_scale_raw at granularity head
 MAX_RANK = 64
+MAX_STATE_HEADS = 1024
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 
 # Fields that decide what is computed, with the types and values that we compute.
-_ANY_OF: dict[str, tuple[str, ...]] = {
+ANY_OF: dict[str, tuple[str, ...]] = {
     "state_update_mode": ("standard", "lambda_outside", "no_lambda"),
     "memory_write_granularity": ("token", "message_mean", "sentence_mean"),
     "delta_scale_granularity": ("layer", "head"),
@@ -38,7 +39,7 @@ _NUMBERS = ("alpha", "delta_o_rmsnorm_eps", "delta_scale_max")
 _INITIAL = ("beta_bias_init", "output_init", "base_slice_ref_width", "delta_scale_init")
 
 # Fields of experiments that the publication has archived, and the only values at which they change nothing.
-_ARCHIVED: dict[str, Any] = {
+ARCHIVED: dict[str, Any] = {
     "online_gain": 0.05,
     "num_memory_partitions": 1,
     "num_global_memory_partitions": 0,
@@ -206,18 +207,18 @@ def read_config(path: Path) -> Config:
     def refuse(name: str, why: str) -> CheckpointError:
         return CheckpointError(f"{path}: {name} = {json.dumps(fields.get(name))} {why}")
 
-    known = {*_ANY_OF, *_FLAGS, *_NUMBERS, *_INITIAL, *_ARCHIVED, *_DEFAULTS, "rank", "alpha"}
+    known = {*ANY_OF, *_FLAGS, *_NUMBERS, *_INITIAL, *ARCHIVED, *_DEFAULTS, "rank", "alpha"}
     for name, value in fields.items():
         if name not in known:
             raise refuse(name, "is a field that this converter does not know")
-        if name in _ARCHIVED and not _equal(value, _ARCHIVED[name]):
-            raise refuse(name, f"is archived in the publication; only {json.dumps(_ARCHIVED[name])} can be converted")
+        if name in ARCHIVED and not _equal(value, ARCHIVED[name]):
+            raise refuse(name, f"is archived in the publication; only {json.dumps(ARCHIVED[name])} can be converted")
     for name in ("rank", "alpha"):
         if name not in fields:
             raise CheckpointError(f"{path}: has no field {name}")
 
     values = {**_DEFAULTS, **{name: fields[name] for name in fields if name in _DEFAULTS or name in ("rank", "alpha")}}
-    for name, allowed in _ANY_OF.items():
+    for name, allowed in ANY_OF.items():
         if values[name] not in allowed:
             raise refuse(name, f"is not supported; it must be {' or '.join(allowed)}")
     for name in _FLAGS:
@@ -226,7 +227,7 @@ def read_config(path: Path) -> Config:
     for name in _NUMBERS:
         if not _is_number(values[name]):
             raise refuse(name, "must be a finite number")
-    for name, most in (("rank", MAX_RANK), ("num_state_heads", 1024)):
+    for name, most in (("rank", MAX_RANK), ("num_state_heads", MAX_STATE_HEADS)):
         if not _is_integer(values[name]) or not 1 <= values[name] <= most:
             raise refuse(name, f"must be an integer from 1 to {most}")
 
