@@ -64,6 +64,10 @@ class Checkpoints:
             self._kept.add(position)
         self._thin(checkpoint.state.nbytes)
 
+    def keep(self, position: int) -> None:
+        """The one at `position` is worth keeping beyond the last `n_last`."""
+        self._kept.add(position)
+
     def newest(self, position: int) -> tuple[int, Checkpoint] | None:
         """The one nearest before or at `position`."""
         i = bisect.bisect_right(self._positions, position)
@@ -134,9 +138,7 @@ class History:
 
     def common(self, position: int, tokens: Sequence[int]) -> int:
         """How many of `tokens` at `position` are those that were read there."""
-        mine = self.tokens[position : min(self.n, position + len(tokens))]
-        differs = np.flatnonzero(mine != np.asarray(tokens[: len(mine)], dtype=np.intc))
-        return int(differs[0]) if len(differs) else len(mine)
+        return n_common(self.tokens[position : self.n], tokens)
 
     def read(
         self, tokens: Sequence[int], wrote: bool, segments: npt.NDArray[np.int32] | None = None, begins: bool = False
@@ -150,6 +152,15 @@ class History:
         self.begins[self.n] = begins
         self.n_written += int(np.count_nonzero(self.wrote[span]))
         self.n += len(tokens)
+
+    def ingest(self, position: int) -> int:
+        """Where the ingest in segments began that the token at `position` was read in; else `position`."""
+        others = np.flatnonzero(self.segment[: position + 1] == TOKEN)
+        first = int(others[-1]) + 1 if len(others) else 0
+        if first > position:
+            return position
+        begun = np.flatnonzero(self.begins[first : position + 1])  # none if it left the text
+        return first + (int(begun[-1]) if len(begun) else 0)
 
     def unread(self, position: int) -> None:
         """What was read from `position` on has not written yet and is to be read again."""
@@ -170,8 +181,8 @@ class History:
         """Takes the record back to `checkpoint_before(position)`; what was read after it is to be read again."""
         at, checkpoint = self.checkpoints.newest(max(position, self.floor))
         self.checkpoints.drop_after(at)
-        self.n = min(at, position)
         self.n_written = checkpoint.n_written
+        self.n = min(at, position)  # last: after an interrupt before it the memory goes back once more
         if position < self.floor:
             self.begin(position, checkpoint.state)
 
@@ -191,3 +202,10 @@ class History:
         self.checkpoints.shift(start, end)
         positions = self.checkpoints.positions
         self.floor = positions[0] if positions else self.n
+
+
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(differs[0]) if len(differs) else n

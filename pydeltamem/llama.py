@@ -20,7 +20,8 @@ from jinja2 import TemplateError
 from . import _lib
 from ._lib import BaseLlamaCache, Llama, LlamaState
 from .errors import AdapterError, InputError, ModelError
-from .history import History
+from .gguf_header import Header
+from .history import History, n_common
 from .memory import Memory
 from .memory_file import MemorySnapshot
 from .rpc import connect
@@ -29,7 +30,10 @@ from .text import Text
 
 SEAT = 0  # the sequence of the context that llama_cpp.Llama evaluates its text in
 
+MAX_THREADS = 512  # GGML_MAX_N_THREADS: arrays of this length stand in ggml
+
 _llama = _lib.llama_cpp
+_GENERATE = inspect.signature(Llama.generate)
 
 
 class DeltaMemLlama(Llama):
@@ -45,13 +49,15 @@ class DeltaMemLlama(Llama):
         model_path: the model as GGUF, plain or packed with an adapter.
         deltamem_path: an adapter GGUF for that model. None: a packed model's own adapter; without one there is no
             memory, and `llm.memory` says so when its state is asked for.
-        n_ctx: tokens of a text, as `llama_cpp.Llama`.
+        n_ctx: tokens of a text; 0: as many as the model was trained on.
         n_seq_max: texts that the context holds at once: this object's own, and those of `Conversation`. With several
             the context is n_seq_max times as large.
-        rpc_servers: `host:port` of machines that run `deltamem rpc-server`, several with commas: layers go there first.
+        rpc_servers: `host:port` of machines that run `deltamem rpc-server`, several with commas: layers go there first,
+            all of them unless n_gpu_layers says how many.
         **kwargs: as `llama_cpp.Llama`.
 
     Raises:
+        InputError: n_seq_max or a number of threads is out of range, or an RPC server does not answer.
         ModelError: the model file is missing or cannot be loaded.
         AdapterError: the adapter is missing, corrupt or made for another model.
 
@@ -80,12 +86,18 @@ class DeltaMemLlama(Llama):
         if not 1 <= n_seq_max <= _llama.llama_max_parallel_sequences():
             raise InputError(f"n_seq_max is 1 to {_llama.llama_max_parallel_sequences()}, not {n_seq_max}")
         self._n_seq_max = n_seq_max
+        for name in ("n_threads", "n_threads_batch"):
+            if not 0 <= (kwargs.get(name) or 0) <= MAX_THREADS:
+                raise InputError(f"{name} is 1 to {MAX_THREADS}, not {kwargs[name]}")
         if not os.path.isfile(model_path):
             raise ModelError(f"{model_path}: no such model file")
         if self.deltamem_path is not None and not os.path.isfile(self.deltamem_path):
             raise AdapterError(f"{self.deltamem_path}: no such adapter file")
         if rpc_servers:
             connect(rpc_servers)
+            kwargs.setdefault("n_gpu_layers", -1)  # llama_cpp's default, 0, would leave the servers idle
+        if n_ctx == 0 and n_seq_max > 1:
+            n_ctx = _trained_context(model_path)  # llama_cpp would divide that among the texts
         with _lib.errors_held() as log:
             try:
                 super().__init__(model_path, n_ctx=n_ctx * n_seq_max, **kwargs)
@@ -95,6 +107,11 @@ class DeltaMemLlama(Llama):
             except (RuntimeError, ValueError) as error:
                 self.close()
                 if str(error).startswith("Failed to "):
+                    if _is_adapter(model_path):
+                        raise ModelError(
+                            f"{model_path}: is a δ-mem adapter: give it as deltamem_path (--deltamem), and the base "
+                            "model as model_path (-m)"
+                        ) from error
                     raise ModelError(f"{model_path}: the model cannot be loaded{_lib.reason(log)}") from error
                 raise
             try:
@@ -212,8 +229,9 @@ class DeltaMemLlama(Llama):
 
         Raises InputError if the arguments do not fit. If llama.cpp fails, text and memory are as before the call.
         """
-        ids = None if segments is None else self._checked_segments(tokens, segments)
         _ = self._seats.ctx
+        tokens = self._checked_tokens(tokens)
+        ids = None if segments is None else self._checked_segments(tokens, segments)
         if len(tokens) == 0:
             return
         self._seats.take(self._text, SEAT)
@@ -229,28 +247,32 @@ class DeltaMemLlama(Llama):
     def logits(self) -> npt.NDArray[np.float32]:
         """Of what may follow the latest token, float32 [n_vocab], a copy. Raises InputError if none was read."""
         if self.n_tokens == 0 or self._requires_eval or self._seats.latest.get(SEAT) is not self._text:
-            raise InputError("there are no logits yet: eval tokens first")
+            raise InputError("there are no logits of the present text and memory: eval tokens first")
         row = _llama.llama_get_logits_ith(self._seats.ctx, -1)
         return np.ctypeslib.as_array(row, (self.n_vocab(),)).copy()
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As `Llama.generate`. Where it ends, text and memory hold nothing that was drafted and not taken."""
+        """As `Llama.generate`. Where it ends, text and memory hold nothing that was drafted and not taken.
+
+        Between two tokens other texts may be read. Raises InputError if it is to go on after this one was changed.
+        """
         text = self._text
         self._seats.take(text, SEAT)
         if self._seats.latest.get(SEAT) is not text:
             self._requires_eval = True  # the logits belong to another text
-        tokens = list(tokens)
+        arguments = _GENERATE.bind(self, list(tokens), *args, **kwargs)
+        whole = list(tokens)
         if self._asked is not None:
             before, self._messages, self._asked = self._messages, self._asked, None
             if before is not None and self.memory.attached and not _agree(before, self._messages):
-                self._begin_after(text.history.common(0, tokens))
-        generator = super().generate(tokens, *args, **kwargs)
-        if self.draft_model is None:
-            yield from generator
-            return
-        arguments = inspect.signature(Llama.generate).bind(self, tokens, *args, **kwargs).arguments
-        whole = tokens if arguments.get("reset", True) else [*text.tokens.tolist(), *tokens]
-        sent = None
+                self._begin_after(text.history.common(0, whole))
+        if arguments.arguments.get("reset", True):
+            arguments.arguments.update(tokens=self._unread(whole), reset=False)
+        else:
+            whole = [*text.tokens.tolist(), *whole]
+        generator = super().generate(*arguments.args[1:], **arguments.kwargs)
+        sent = version = None
+        n_taken = 0
         try:
             while True:
                 try:
@@ -258,15 +280,39 @@ class DeltaMemLlama(Llama):
                 except StopIteration:
                     return
                 whole.append(token)
+                n_taken += 1
+                version = text.version
                 sent = yield token
-                whole += sent or []
+                if text.version != version:
+                    raise InputError("the text was changed while it was being generated: ask again")
+                if self._requires_eval or self._seats.latest.get(SEAT) is not text:
+                    self.n_tokens = len(whole) - 1  # the logits are gone: what was drafted behind is read again
+                version = None
         finally:
             generator.close()
-            n = text.history.common(0, whole)
-            if n < max(text.n_tokens, text.history.n):
-                text.n_tokens = min(text.n_tokens, n)
-                text.back(text.n_tokens)
-                self._requires_eval = True
+            if n_taken > 0 and version in (None, text.version):  # else it is somebody else's by now
+                n = text.history.common(0, whole)
+                if n < max(text.n_tokens, text.history.n):
+                    self.n_tokens = min(text.n_tokens, n)
+                    text.catch_up()
+
+    def _unread(self, tokens: list[int]) -> list[int]:
+        """Goes back to where the text and `tokens` part. Returns those to read, none if the logits are there.
+
+        llama_cpp does so too, but begins anew, and so writes everything again, where the KV cache cannot be cut.
+        """
+        text = self._text
+        n = n_common(text.tokens, tokens)
+        if n == len(tokens) == text.n_tokens and not self._requires_eval:
+            return []
+        n = max(0, min(n, len(tokens) - 1))
+        if n == 0:
+            self.reset()
+        elif text.history.common(0, tokens) == 1:
+            self._begin_after(1)  # the token that begins every text: this is another one
+        else:
+            self.n_tokens = n
+        return tokens[n:]
 
     def create_chat_completion(self, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
         """As `Llama.create_chat_completion`.
@@ -305,6 +351,19 @@ class DeltaMemLlama(Llama):
         text = self._text
         if n < text.n_tokens:
             text.begin(n)
+            self._requires_eval = True
+
+    def _checked_tokens(self, tokens: Sequence[int]) -> npt.NDArray[np.integer]:
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:  # lists of several lengths
+            ids = np.empty((0, 0))
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise InputError("tokens must be a list of token ids, whole numbers")
+        if ids.size and not 0 <= ids.min() <= ids.max() < self._n_vocab:
+            wrong = ids[(ids < 0) | (ids >= self._n_vocab)][0]
+            raise InputError(f"{wrong} is no token id of this model: they are 0 to {self._n_vocab - 1}")
+        return ids
 
     def _checked_segments(self, tokens: Sequence[int], segments: Sequence[int]) -> npt.NDArray[np.int32]:
         if not self.memory.attached:
@@ -324,7 +383,8 @@ class DeltaMemLlama(Llama):
 
     def reset(self) -> None:
         """Forgets the text and keeps the memory."""
-        super().reset()
+        # not Llama's, which for hybrids empties the KV cache of all texts
+        self._requires_eval = True
         if self._text is not None:
             self._text.reset()
 
@@ -370,6 +430,7 @@ class DeltaMemLlama(Llama):
             history=text.history.copy(),
             memory=self.memory.copy() if self.memory.attached else None,
             write=text.write,
+            messages=self._messages,
         )
 
     def set_cache(self, cache: BaseLlamaCache | None) -> None:
@@ -418,7 +479,7 @@ class DeltaMemLlama(Llama):
         self.scores[: len(state.scores)] = state.scores
         self._seed = state.seed
         self._requires_eval = True
-        self._messages = None
+        self._messages = None if state.memory is None else state.messages
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: how to load the model again, and the memory; the text is read again when it is needed."""
@@ -447,8 +508,9 @@ class DeltaMemLlama(Llama):
 
     def close(self) -> None:
         """Frees adapter, context and model. Closing twice is fine."""
-        if hasattr(self, "_stack"):  # not before Llama.__init__ ran
+        if hasattr(self, "model_path"):  # not before Llama.__init__ ran
             super().close()
+            self._ctx = self._model = self.tokenizer_ = _Closed(self.model_path)
         self._adapter = None
 
 
@@ -456,13 +518,31 @@ class DeltaMemState(LlamaState):
     """What `DeltaMemLlama.save_state` returns: the text, its KV cache, and the memory."""
 
     def __init__(
-        self, *, n_kv: int, history: History, memory: MemorySnapshot | None, write: bool, **kwargs: Any
+        self,
+        *,
+        n_kv: int,
+        history: History,
+        memory: MemorySnapshot | None,
+        write: bool,
+        messages: list[Any] | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.n_kv = n_kv
         self.history = history
         self.memory = memory
         self.write = write
+        self.messages = messages  # of the chat that the text is
+
+
+class _Closed:
+    """In place of what a closed model consisted of: llama.cpp would follow pointers to what it has freed."""
+
+    def __init__(self, model_path: str) -> None:
+        self._model_path = model_path
+
+    def __getattr__(self, name: str) -> Any:
+        raise ModelError(f"{self._model_path}: the model is closed")
 
 
 class _TextCache(BaseLlamaCache):
@@ -495,6 +575,23 @@ class _TextCache(BaseLlamaCache):
 def _free(adapters: list[_lib.llama_deltamem_adapter_p]) -> None:
     while adapters:
         _lib.llama_deltamem_adapter_free(adapters.pop())
+
+
+def _trained_context(model_path: str) -> int:
+    """Tokens of a text that the model was trained on. Raises ModelError if its file does not say."""
+    keys = Header(model_path).keys
+    n_ctx = keys.get(f"{keys.get('general.architecture')}.context_length")
+    if not isinstance(n_ctx, int) or n_ctx < 1:
+        raise ModelError(f"{model_path}: does not say how long a context it was trained on: give n_ctx (--ctx-size)")
+    return n_ctx
+
+
+def _is_adapter(path: str) -> bool:
+    """Whether a file is a memory adapter."""
+    try:
+        return Header(path).keys.get("adapter.type") == "deltamem"
+    except ModelError:
+        return False
 
 
 def _agree(before: list[Any], messages: list[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,9 +27,10 @@ class Memory:
     the state raises AdapterError if the model has no memory adapter attached.
     """
 
-    def __init__(self, llm: DeltaMemLlama, text: Text) -> None:
+    def __init__(self, llm: DeltaMemLlama, text: Text, end_reply: Callable[[], None] = lambda: None) -> None:
         self._llm = llm
         self._text = text
+        self._end_reply = end_reply  # before the text goes back
 
     @property
     def attached(self) -> bool:
@@ -76,6 +78,7 @@ class Memory:
         if not np.isfinite(state).all():
             raise InputError("a state must be finite: the array holds NaN or infinite values")
         self._text.become(state)
+        self._logits_are_old()
 
     @property
     def n_written(self) -> int:
@@ -97,6 +100,12 @@ class Memory:
     def reset(self) -> None:
         """Empties the memory. The text stays: `DeltaMemLlama.reset` forgets that."""
         self._text.become(np.zeros(self.shape, dtype=np.float32))
+        self._logits_are_old()
+
+    def _logits_are_old(self) -> None:
+        """What follows the text is to be asked again: the present logits are of another memory, or of another place."""
+        if self._text is self._llm._text:
+            self._llm._requires_eval = True
 
     #
     # going back
@@ -122,7 +131,8 @@ class Memory:
         again. Raises InputError if the text, or this memory, began after `position`.
         """
         _ = self.shape
-        self._llm._requires_eval = True
+        self._end_reply()
+        self._logits_are_old()
         return self._text.back(position)
 
     @property
@@ -175,6 +185,7 @@ class Memory:
             log.warning("%s: written by another base model than %s", name, mine["base_name"] or self._llm.model_path)
         self._text.become(snapshot.state, snapshot.tokens_written)
         self._text.since = theirs.get("created", self._text.since)
+        self._logits_are_old()
 
     def attach(self, path: str | os.PathLike[str] | None = None) -> None:
         """Attaches the adapter again, or another one for this model, with an empty memory for every text.
@@ -193,11 +204,13 @@ class Memory:
                 self._llm.deltamem_path = os.fspath(path)
             else:
                 seats.attach(self._llm._adapter)
+        self._llm._requires_eval = True
 
     def detach(self) -> None:
         """Back to the plain model; the state is lost. `attach` brings memory back."""
         _ = self.shape
         self._llm._seats.detach()
+        self._llm._requires_eval = True
 
     def __repr__(self) -> str:
         if not self.attached:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 _llama = _lib.llama_cpp
 
-NO_ADAPTER = "no memory adapter is attached: load the model with deltamem_path=..."
+NO_ADAPTER = (
+    "no memory adapter is attached: load the model with deltamem_path=... (--deltamem FILE on the command line)"
+)
 
 
 class Seats:
@@ -57,6 +59,11 @@ class Seats:
         self._writes: list[bool | None] = [None] * self.n_seq_max  # as the memory was told
 
     @property
+    def is_open(self) -> bool:
+        """Until the model is closed."""
+        return self._context.ctx is not None
+
+    @property
     def ctx(self) -> _lib.llama_context_p:
         """The native context. Raises ModelError after close."""
         ctx = self._context.ctx
@@ -70,7 +77,7 @@ class Seats:
 
     @property
     def has_memory(self) -> bool:
-        return self._shape is not None and self._context.ctx is not None
+        return self._shape is not None and self.is_open
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -164,6 +171,7 @@ class Seats:
     def lost_kv(self) -> None:
         """The KV cache was emptied behind our back: texts are to be read again."""
         self.latest.clear()
+        self._seq_id = [-1] * self.n_batch  # llama_cpp filled the batch
         for seat in range(self.n_seq_max):
             text = self.text(seat)
             if text is not None:
@@ -174,11 +182,12 @@ class Seats:
     #
 
     def truncate(self, seat: int, n: int) -> int:
-        """Keeps the first n tokens of a sequence. Returns how many are left: 0 where the model cannot remove some."""
+        """Keeps the first n tokens of a sequence. Returns how many there are: 0 where the model cannot remove some."""
         memory = _llama.llama_get_memory(self.ctx)
         if memory is None:
             return n
-        is_shorter = n <= _llama.llama_memory_seq_pos_max(memory, seat)
+        n_held = _llama.llama_memory_seq_pos_max(memory, seat) + 1
+        n, is_shorter = min(n, n_held), n < n_held
         if _llama.llama_memory_seq_rm(memory, seat, n, -1) and not (is_shorter and self._lacks_window(memory, seat, n)):
             return n
         _llama.llama_memory_seq_rm(memory, seat, 0, -1)

@@ -49,7 +49,9 @@ class Text:
         n_tokens: length of the text. Setting it lower goes back: what is read next takes the memory back too.
         write: whether tokens write the memory, or only read it.
         seat: its sequence in the context, None if it has none.
-        n_read_again: tokens that were read again with writing, because no checkpoint stood where the text went back to.
+        n_read_again: tokens that were read again with writing, because no checkpoint stood where the text went back to,
+            or because the model cannot cut its KV cache there.
+        n_decoded: how often some of it was decoded.
         keep_at: positions that are still to be read, where a checkpoint is wanted.
         scores: if not None, takes the logits of every token, [n_ctx, n_vocab].
         drafted: tokens are guesses: a checkpoint after each.
@@ -67,6 +69,7 @@ class Text:
         self.since = now()
         self.n_kv = 0  # tokens that the KV cache holds
         self.n_read_again = 0
+        self.n_decoded = 0
         self.keep_at: set[int] = set()
         self._attached = seats.n_attached
         self._away: npt.NDArray[np.float32] | None = None  # the state while there is no seat; None: empty
@@ -81,6 +84,11 @@ class Text:
     def n_ctx(self) -> int:
         return len(self.history.tokens)
 
+    @property
+    def version(self) -> tuple[int, int, History]:
+        """Another one once the text was read on, gone back in or replaced."""
+        return self.n_decoded, self.n_tokens, self.history
+
     #
     # the memory
     #
@@ -88,7 +96,7 @@ class Text:
     @property
     def state(self) -> npt.NDArray[np.float32]:
         """A copy of the state, [L, H, r, r]."""
-        self._renew()
+        self.renew()
         if self.seat is not None:
             return self.seats.get_state(self.seat)
         return np.zeros(self.seats.shape, dtype=np.float32) if self._away is None else self._away.copy()
@@ -109,7 +117,7 @@ class Text:
         self.history.n_written = n_written
         self.history.begin(self.n_tokens, state)
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
         """If another adapter was attached: an empty memory."""
         if self._attached != self.seats.n_attached and self.seats.has_memory:
             self.become(np.zeros(self.seats.shape, dtype=np.float32))
@@ -158,7 +166,7 @@ class Text:
 
     def _settle(self) -> None:
         """Takes the memory back to where the text is, or before it; what lies between is to be read again."""
-        self._renew()
+        self.renew()
         history = self.history
         if self.n_tokens < history.n:
             if self.seats.has_memory:
@@ -191,7 +199,8 @@ class Text:
         if self.seat is not None and n_moved > 0 and self.seats.shift(self.seat, start, end, self.n_kv):
             self.n_kv -= end - start
         else:
-            self.n_kv = min(self.n_kv, start)
+            n = min(self.n_kv, start)
+            self.n_kv = n if self.seat is None else self.seats.truncate(self.seat, n)
         self.history.shift(start, end)
         self.n_tokens -= end - start
 
@@ -255,22 +264,21 @@ class Text:
             raise InputError(
                 f"{len(tokens)} tokens do not fit after {self.n_tokens} in a context of {self.n_ctx}: raise n_ctx"
             )
-        self._renew()
+        self.renew()
         new = np.asarray(tokens, dtype=np.intc)
         n_past = self.n_tokens
-        if self.seat is not None and n_past == history.n == self.n_kv and segments is None and len(new):
-            seats.truncate(self.seat, n_past)
-            self._keep_state()
-            return [Piece(new, self.write)]
         known = np.zeros(len(new), dtype=np.bool_)  # written before the memory's beginning, in this place
         if n_past < history.n:
             self.keep_at.add(n_past)
             n_known = max(0, min(history.floor - n_past, history.common(n_past, new)))
             known[:n_known] = history.wrote[n_past : n_past + n_known]
-        self._settle()
+            self._settle()
+        if self.seat is not None:
+            self._cut()
         seats.take(self, staying=staying)
-        self._keep_state()
-        self.n_kv = seats.truncate(self.seat, min(self.n_kv, history.n))
+        self._keep_state(len(new) > 1)
+        if n_past == history.n == self.n_kv and segments is None and len(new) and not known.any():
+            return [Piece(new, self.write)]
 
         old = slice(self.n_kv, n_past)
         unread = np.arange(self.n_kv, n_past) >= history.n  # of the old ones, by the memory
@@ -283,15 +291,34 @@ class Text:
             begins[n_past - self.n_kv] = True
         return list(_runs(every, write, segment, begins))
 
-    def _keep_state(self) -> None:
-        """A checkpoint where the memory is, if there is none."""
-        if self.seats.has_memory and self.history.n not in self.history.checkpoints:
-            self.history.checkpoint(self.history.n, self.state)
+    def _cut(self) -> None:
+        """The KV cache ends where the memory is, or before."""
+        n = min(self.n_kv, self.history.n)
+        n_kv = self.seats.truncate(self.seat, n)
+        if n_kv < n and self.seats.has_memory:
+            # The text went back and the model cannot cut its cache, so all is read again. As it was the first time,
+            # with the memory with which the text began and with what it wrote: the tokens then meet what they met then.
+            history = self.history
+            self.put_state(history.checkpoint_before(history.floor).state)
+            self.n_read_again += history.n - history.floor
+            history.back(history.floor)
+        self.n_kv = n_kv  # last: after an interrupt before it all this is done once more
+
+    def _keep_state(self, keep: bool) -> None:
+        """A checkpoint where the memory is, if there is none. `keep`: beyond the last ones."""
+        history = self.history
+        if not self.seats.has_memory:
+            return
+        if history.n not in history.checkpoints:
+            history.checkpoint(history.n, self.state, keep)
+        elif keep:
+            history.checkpoints.keep(history.n)
 
     def did_read(self, piece: Piece, checkpoints: dict[int, npt.NDArray[np.float32]]) -> None:
         """Records a piece that was decoded; `checkpoints` are states by the number of its tokens read."""
         position = self.n_kv
         self.n_kv += len(piece.tokens)
+        self.n_decoded += 1
         self.keep_at = {p for p in self.keep_at if p > self.n_kv}
         if piece.segments is not None:
             begun = position if piece.begins else self._ingest
@@ -337,7 +364,7 @@ class Text:
         found = history.checkpoints.newest(n_read)
 
         def undo() -> None:
-            self._renew()
+            self.renew()
             if history.n_begun != n_begun:  # another memory by now: what it has read stays
                 return
             self.n_tokens = n_past

@@ -11,6 +11,7 @@ from llama_cpp import LLAMA_POOLING_TYPE_MEAN, Llama, LlamaGrammar
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from pydeltamem import AdapterError, DeltaMemError, DeltaMemLlama, InputError, ModelError
+from pydeltamem.gguf_header import Header
 
 TOKENS = [5, 17, 40, 99, 7, 63, 120, 5, 17, 88, 200, 31]
 MESSAGES = [{"role": "system", "content": "short"}, {"role": "user", "content": "hello there"}]
@@ -131,6 +132,34 @@ def test_close(make_llm):
     del llm
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda llm: llm.n_ctx(),
+        lambda llm: llm.n_vocab(),
+        lambda llm: llm.n_embd(),
+        lambda llm: llm.tokenize(b"hello"),
+        lambda llm: llm.detokenize([5]),
+        lambda llm: llm("hello"),
+        lambda llm: llm.create_chat_completion(MESSAGES),
+        lambda llm: next(llm.generate(TOKENS)),
+        lambda llm: llm.eval(TOKENS),
+        lambda llm: llm.embed("hello"),
+        lambda llm: llm.save_state(),
+        lambda llm: llm.load_state(llm.saved),
+    ],
+    ids=lambda use: "",
+)
+def test_a_closed_model_says_so(make_llm, base, use):
+    llm = make_llm(embedding=True)
+    llm.eval(TOKENS)
+    llm.saved = llm.save_state()
+    llm.close()
+    with pytest.raises(ModelError) as info:
+        use(llm)
+    assert str(info.value) == f"{base()}: the model is closed"
+
+
 def test_is_freed_without_the_garbage_collector(base, adapter):
     """No reference cycle keeps a model alive: gigabytes would wait for the collector."""
     import gc
@@ -193,9 +222,59 @@ def test_eval_beyond_the_context(make_llm):
     assert llm.n_tokens == 0 and not llm.memory.state.any()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ([14, -1], "-1 is no token id of this model: they are 0 to "),
+        ([14, 10**6], "1000000 is no token id"),
+        ([2**40], "1099511627776 is no token id"),
+        ([2**70], "whole numbers"),
+        ([14, 1.5], "whole numbers"),
+        (["a"], "whole numbers"),
+        ("abc", "whole numbers"),
+        (None, "whole numbers"),
+        ([[14, 15]], "whole numbers"),
+        ([[14], [15, 16]], "whole numbers"),
+    ],
+)
+def test_what_is_no_token(llm, tokens, says):
+    llm.eval(TOKENS)
+    state = llm.memory.state
+    with pytest.raises(InputError, match=says):
+        llm.eval(tokens)
+    assert llm.n_tokens == len(TOKENS)
+    np.testing.assert_array_equal(llm.memory.state, state)
+
+
 def test_eval_of_nothing(llm):
     llm.eval([])
     assert llm.n_tokens == 0
+
+
+# options of the model
+
+
+def test_the_context_of_several_texts_is_that_of_the_model_each(make_llm, base):
+    trained = Header(base()).keys["qwen3.context_length"]
+    for n_seq_max in (1, 3):
+        assert make_llm(None, n_ctx=0, n_seq_max=n_seq_max).n_ctx() == trained
+
+
+@pytest.mark.parametrize("name", ["n_threads", "n_threads_batch"])
+def test_too_many_threads(make_llm, name):
+    for n in (513, -1):
+        with pytest.raises(InputError, match=f"{name} is 1 to 512, not {n}"):
+            make_llm(**{name: n})
+
+
+def test_servers_get_the_layers(make_llm, monkeypatch):
+    """llama_cpp's default is none of them."""
+    connected = []
+    monkeypatch.setattr("pydeltamem.llama.connect", connected.append)
+    n_all = make_llm(n_gpu_layers=-1).model_params.n_gpu_layers
+    assert make_llm(rpc_servers="host:1").model_params.n_gpu_layers == n_all
+    assert make_llm(rpc_servers="host:1", n_gpu_layers=2).model_params.n_gpu_layers == 2
+    assert make_llm().model_params.n_gpu_layers == 0 and connected == ["host:1"] * 2
 
 
 # segments
@@ -278,7 +357,7 @@ def test_a_chat_template_that_cannot_be_read(base, tmp_path):
 
 
 def test_an_adapter_is_no_model(adapter):
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"tsw_qo.*\.gguf: is a δ-mem adapter: give it as deltamem_path"):
         DeltaMemLlama(adapter("qwen3", "tsw_qo"), verbose=False)
 
 

@@ -11,7 +11,7 @@ import pytest
 from llama_cpp import LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
-from pydeltamem import InputError
+from pydeltamem import Conversation, DeltaMemLlama, InputError
 from pydeltamem.history import Checkpoint, Checkpoints
 from pydeltamem.text import Text
 
@@ -32,6 +32,32 @@ def make(make_llm):
 @pytest.fixture
 def llm(make):
     return make()
+
+
+@pytest.fixture(scope="module")
+def hybrid_files(tmp_path_factory):
+    """A tiny LFM2, whose layers without attention keep a state of their own, and a memory on its attention."""
+    from test_architectures import converted, reference
+
+    folder = tmp_path_factory.mktemp("lfm2")
+    reference("Lfm2", folder)
+    return converted(folder)
+
+
+@pytest.fixture
+def make_hybrid(hybrid_files):
+    """make_hybrid(**kwargs): its KV cache cannot be cut."""
+    base, adapter = hybrid_files
+    made = []
+
+    def make(**kwargs):
+        options = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "type_k": 0, "type_v": 0}
+        made.append(DeltaMemLlama(base, deltamem_path=adapter, **{**options, **kwargs}))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
 
 
 @pytest.fixture
@@ -195,6 +221,86 @@ def test_rollback_where_nothing_is(llm):
         llm.memory.rollback(3)
 
 
+def test_where_a_call_began_is_kept(llm):
+    """Also of one that reads in segments, and one that begins where tokens were read one by one."""
+    for token in TOKENS:
+        llm.eval([token])
+    llm.eval(OTHER)
+    for token in TOKENS * 10:
+        llm.eval([token])
+    assert [p for p in llm.memory.checkpoints if p <= len(TOKENS)] == [0, len(TOKENS)]
+
+
+# a KV cache that cannot be cut
+
+
+HYBRID = [5, 7, 9, 11, 13, 15, 17, 19]
+
+
+def test_going_back_in_a_hybrid(make_hybrid):
+    """All is read again as it was the first time: text, memory and logits are those of a model that read it once."""
+
+    def once(tokens):
+        llm = make_hybrid()
+        llm.eval(tokens)
+        return llm.memory.state, llm.logits
+
+    llm = make_hybrid()
+    take(llm.generate(HYBRID, temp=0), 4)
+    take(llm.generate(HYBRID, temp=0), 1)  # again
+    np.testing.assert_allclose(llm.memory.state, once(HYBRID)[0], **SAME)
+    assert llm.memory.n_written == llm.n_tokens == len(HYBRID)
+    edited = [*HYBRID[:5], 30]
+    take(llm.generate(edited, temp=0), 1)
+    np.testing.assert_allclose(llm.memory.state, once(edited)[0], **SAME)
+    assert llm.memory.n_written == llm.n_tokens == 6
+    assert llm.memory.n_read_again > 0  # reported
+    llm.n_tokens = 4
+    llm.eval([20, 21])
+    llm.memory.checkpoint()
+    llm.eval([22, 23])
+    assert llm.memory.rollback(6) == 0
+    llm.eval([24])
+    state, logits = once([*HYBRID[:4], 20, 21, 24])
+    np.testing.assert_allclose(llm.memory.state, state, **SAME)
+    np.testing.assert_allclose(llm.logits, logits, rtol=0, atol=1e-4)
+
+
+def test_a_hybrid_goes_on(make_hybrid):
+    """A longer prompt, and one that comes after the text was forgotten: nothing but what is new is read."""
+    llm, other = make_hybrid(), make_hybrid()
+    take(llm.generate(HYBRID[:5], temp=0), 1)
+    take(llm.generate(HYBRID, temp=0), 1)
+    assert llm.memory.n_written == len(HYBRID) and llm.memory.n_read_again == 0
+    llm.reset()
+    llm.eval([20, 21])
+    other.eval(HYBRID)
+    other.reset()
+    other.eval([20, 21])
+    np.testing.assert_allclose(llm.memory.state, other.memory.state, **SAME)
+
+
+def test_forgetting_one_text_of_a_hybrid_leaves_the_others(make_hybrid):
+    llm, alone = make_hybrid(n_seq_max=2), make_hybrid()
+    text = Text(llm._seats)
+    text.eval(HYBRID)
+    llm.eval([20, 21])
+    llm.reset()
+    text.eval([22, 23])
+    alone.eval([*HYBRID, 22, 23])
+    np.testing.assert_allclose(text.state, alone.memory.state, **SAME)
+
+
+def test_dropping_text_of_a_hybrid_keeps_what_it_wrote(make_hybrid):
+    llm = make_hybrid()
+    llm.eval(HYBRID)
+    state = llm.memory.state
+    llm._text.shift(2, 5)
+    llm.memory.write = False
+    llm.eval([20])
+    np.testing.assert_array_equal(llm.memory.state, state)
+
+
 # chats
 
 
@@ -341,6 +447,35 @@ def test_detach_and_attach(llm, read_once):
     np.testing.assert_allclose(llm.memory.state, read_once(TOKENS), **SAME)
 
 
+@pytest.mark.parametrize("how", ["set", "reset", "restore", "detach", "attach", "rollback"])
+def test_logits_of_another_memory_are_not_used(llm, make, how):
+    """The prompt's last token is read again, so that the reply is that of the memory of now."""
+    snapshot = llm.memory.copy()
+    llm.memory.state = 3 * np.random.default_rng(0).standard_normal(llm.memory.shape)
+    before = take(llm.generate(TOKENS, temp=0), 1)
+    {
+        "set": lambda: setattr(llm.memory, "state", np.zeros(llm.memory.shape)),
+        "reset": llm.memory.reset,
+        "restore": lambda: llm.memory.restore(snapshot),
+        "detach": llm.memory.detach,
+        "attach": llm.memory.attach,
+        "rollback": lambda: llm.memory.rollback(len(TOKENS)),
+    }[how]()
+    with pytest.raises(InputError, match="no logits of the present text and memory"):
+        _ = llm.logits
+    after = take(llm.generate(TOKENS, temp=0), 1)
+    assert (after == before) == (how == "rollback")
+    assert not llm.memory.attached or llm.memory.n_written == (12 if how == "rollback" else 1)
+
+
+def test_setting_a_conversations_memory_leaves_the_models_logits(make):
+    llm = make(n_seq_max=2)
+    llm.eval(TOKENS)
+    logits = llm.logits
+    Conversation(llm).memory.reset()
+    np.testing.assert_array_equal(llm.logits, logits)
+
+
 # drafts
 
 
@@ -408,7 +543,93 @@ def test_drafts_after_a_prompt_of_several_batches(make, read_once):
     np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
 
 
+# between two tokens
+
+
+@pytest.fixture(params=[False, True], ids=["one by one", "drafted"])
+def streaming(request, make):
+    """streaming(**kwargs): a model, and the text that it generates greedily after TOKENS."""
+    plain = make()
+    expected = TOKENS + take(plain.generate(TOKENS, temp=0), 20)
+
+    def model(**kwargs):
+        if request.param:
+            kwargs |= {"draft_model": WrongDrafts(expected, 5), "logits_all": True}
+        return make(**kwargs), expected
+
+    return model
+
+
+def test_others_speak_between_two_tokens(streaming, read_once):
+    llm, expected = streaming(n_seq_max=2)
+    conversation = Conversation(llm, n_predict=2, temp=0.0)
+    taken = list(TOKENS)
+    for token in llm.generate(TOKENS, temp=0):
+        taken.append(token)
+        conversation.say("well")
+        if len(taken) == 20:
+            break
+    assert taken == expected[:20]
+    np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
+    assert texts(llm) == taken[: llm.n_tokens] and llm.n_tokens >= 19
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda llm: (llm.reset(), llm.eval(OTHER)),
+        lambda llm: llm.eval(OTHER),
+        lambda llm: take(llm.generate(OTHER, temp=0), 1),
+        lambda llm: llm.memory.rollback(5),
+        lambda llm: llm.load_state(llm.save_state()),
+    ],
+    ids=["reset", "eval", "generate", "rollback", "load_state"],
+)
+@pytest.mark.parametrize("end", ["go on", "close"])
+def test_the_text_is_changed_between_two_tokens(streaming, change, end):
+    """It is not generated further, and is left as it is then."""
+    llm, _ = streaming()
+    stream = llm.generate(TOKENS, temp=0)
+    take(stream, 2)
+    change(llm)
+    text, state, n_written = texts(llm), llm.memory.state, llm.memory.n_written
+    if end == "go on":
+        with pytest.raises(InputError, match="the text was changed while it was being generated"):
+            next(stream)
+    stream.close()
+    assert texts(llm) == text and llm.memory.n_written == n_written
+    np.testing.assert_array_equal(llm.memory.state, state)
+
+
+@pytest.mark.parametrize("end", ["go on", "close"])
+def test_the_memory_is_changed_between_two_tokens(streaming, read_once, end):
+    """What comes after is written into the new one, and no more."""
+    llm, _ = streaming()
+    stream = llm.generate(TOKENS, temp=0)
+    taken = TOKENS + take(stream, 2)
+    llm.memory.reset()
+    if end == "close":
+        stream.close()
+        assert not llm.memory.state.any() and texts(llm) == taken[: llm.n_tokens]
+        return
+    taken += take(stream, 5)
+    stream.close()
+    assert texts(llm) == taken[: llm.n_tokens]
+    assert llm.memory.n_written == llm.n_tokens - len(TOKENS) - 1  # the last of the two was still to be read
+
+
 # states that are saved
+
+
+def test_a_saved_state_remembers_the_chat(make):
+    """Another chat after it is another one still: the memory goes on."""
+    llm, elsewhere = make(), make()
+    answer(llm, user("my name is ada"))
+    elsewhere.load_state(pickle.loads(pickle.dumps(llm.save_state())))
+    for model in (llm, elsewhere):
+        answer(model, user("what is my name"))
+    assert elsewhere.memory.n_written == llm.memory.n_written
+    np.testing.assert_allclose(elsewhere.memory.state, llm.memory.state, **SAME)
 
 
 def test_a_saved_state_carries_the_memory(make, read_once):
