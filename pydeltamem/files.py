@@ -17,8 +17,9 @@ from .errors import InputError
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields the temporary name to write to. At the end the file takes the place of `path`, following links; after an
-    error it is gone and what was there stays. Into a device or a pipe it is written. Raises OSError.
+    """Yields the temporary name to write to. At the end the file takes the place of `path`, following links, with the
+    permissions of what was there; after an error it is gone and what was there stays. Into a device or a pipe it is
+    written. Raises OSError.
     """
     target = Path(os.path.realpath(path))
     if is_stream(target):
@@ -30,9 +31,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         return
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        if target.is_file():
+            temporary.touch(0o600)  # nobody reads it meanwhile who may not read what is there
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if target.is_file():
+            shutil.copymode(target, temporary)
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -52,12 +57,12 @@ def is_stream(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def output(path: str | None) -> Iterator[Callable[[str], None]]:
-    """A function that writes the file of `--json FILE`, which appears whole or not at all; - is standard output, None
-    nothing. That it can be written is seen at once. Raises InputError.
+def output(path: str | None) -> Iterator[Callable[[str | bytes], None]]:
+    """A function that writes the file of `--json FILE` or `--plot FILE`, which appears whole or not at all; - is
+    standard output, None nothing. That it can be written is seen at once. Raises InputError.
     """
     if path is None or path == "-":
-        yield (lambda text: None) if path is None else sys.stdout.write
+        yield (lambda data: None) if path is None else _to_stdout
         return
     target = Path(os.path.realpath(path))
     temporary = target if is_stream(target) else target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -69,9 +74,9 @@ def output(path: str | None) -> Iterator[Callable[[str], None]]:
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
-    def write(text: str) -> None:
+    def write(data: str | bytes) -> None:
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
             if temporary != target:
                 os.replace(temporary, target)
         except OSError as error:
@@ -83,6 +88,13 @@ def output(path: str | None) -> Iterator[Callable[[str], None]]:
         if temporary != target:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def _to_stdout(data: str | bytes) -> None:
+    if isinstance(data, str):
+        sys.stdout.write(data)
+    else:
+        sys.stdout.buffer.write(data)
 
 
 def leftovers(path: str | os.PathLike[str]) -> list[Path]:

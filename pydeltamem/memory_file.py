@@ -140,11 +140,16 @@ def write_memory_file(path: str | os.PathLike[str], state: np.ndarray, metadata:
 def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, str]]:
     """Reads a memory file: the state, float32 [L, H, r, r], and its metadata.
 
-    Raises MemoryFileError if the file is missing, cut off, not a memory file, of a newer version or not finite.
+    Raises MemoryFileError if the file is missing, cannot be read, is cut off, not a memory file, of a newer version or
+    not finite.
     """
     name = os.fspath(path)
-    if not os.path.exists(name):
-        raise MemoryFileError(f"{name}: no such memory file")
+    try:
+        open(name, "rb").close()  # safetensors does not say which it is
+    except FileNotFoundError:
+        raise MemoryFileError(f"{name}: no such memory file") from None
+    except OSError as error:
+        raise MemoryFileError(f"{name}: the memory file cannot be read: {error.strerror}") from error
     try:
         with safetensors.safe_open(name, framework="numpy") as file:
             metadata = file.metadata() or {}

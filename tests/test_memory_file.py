@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -17,8 +18,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pydeltamem import InputError, MemoryFileError, MemorySnapshot
-from pydeltamem.files import leftovers, output
+from pydeltamem import Conversation, InputError, MemoryFileError, MemorySnapshot
+from pydeltamem.files import leftovers, output, replacing
 from pydeltamem.memory_file import MemoryFileLock, check_writable, read_memory_file, write_memory_file
 
 METADATA = {"layers": "2,5", "adapter": "ab" * 32, "adapter_name": "test", "architecture": "qwen3"}
@@ -120,7 +121,7 @@ def bad_file(path, kind):
         return "no such memory file"
     if kind == "folder":
         path.mkdir()
-        return "cut off or not a memory file"
+        return "the memory file cannot be read: Is a directory" if os.name == "posix" else "cannot be read"
     if kind == "truncated":
         write_memory_file(path, state, METADATA)
         path.write_bytes(path.read_bytes()[:-100])
@@ -171,6 +172,42 @@ def test_bad_file(tmp_path, kind):
     with pytest.raises(MemoryFileError, match=rf"bad\.memory: .*{says}") as info:
         read_memory_file(path)
     assert "\n" not in str(info.value)
+
+
+@posix
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    """Not taken for a damaged one. Root may read all: so the system's answer is given here."""
+    path = tmp_path / "a.memory"
+    write_memory_file(path, random_state(), METADATA)
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(MemoryFileError, match=r"a\.memory: the memory file cannot be read: Permission denied"):
+        read_memory_file(path)
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_saving_keeps_the_permissions(tmp_path, mode):
+    path = tmp_path / "a.memory"
+    snapshot = MemorySnapshot(random_state(), METADATA)
+    snapshot.save(path)
+    path.chmod(mode)
+    snapshot.save(path)
+    snapshot.to_json(path)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+@posix
+def test_nobody_reads_meanwhile_who_may_not_read_the_file(tmp_path):
+    path = tmp_path / "a.memory"
+    path.write_bytes(b"")
+    path.chmod(0o600)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"a")
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
 
 
 # snapshots
@@ -411,15 +448,21 @@ def test_many_processes_hold_it_in_turn(tmp_path):
 
 
 @posix
-def test_killed_while_saving(tmp_path):
-    """Whenever a process is killed that saves its memory after each turn, the file holds the one state or the other."""
-    path = tmp_path / "a.memory"
-    states = [random_state(0), random_state(1)]
-    write_memory_file(path, states[0], METADATA)
-    start = time.perf_counter()
-    for i in range(10):
-        write_memory_file(path, states[i % 2], METADATA)
-    duration = (time.perf_counter() - start) / 10
+def test_killed_while_saving(make_llm, tmp_path):
+    """Whenever a process is killed whose conversation saves its memory, the file holds the one state or the other."""
+    path, llm = tmp_path / "a.memory", make_llm()
+    states = [random_state(seed, llm.memory.shape) for seed in (0, 1)]
+
+    def save(conversation, i):
+        conversation.memory.state = states[i % 2]
+        conversation.save()
+
+    with Conversation(llm, memory_file=path) as conversation:
+        start = time.perf_counter()
+        for i in range(10):
+            save(conversation, i)
+        duration = (time.perf_counter() - start) / 10
+    adapter = llm.memory.copy().metadata["adapter"]
 
     chance = random.Random(0)
     found, n_leftovers = [0, 0], 0
@@ -428,12 +471,10 @@ def test_killed_while_saving(tmp_path):
         child = os.fork()
         if child == 0:
             try:
-                with MemoryFileLock(path):
-                    os.write(begins, b"!")
-                    i = 0
-                    while True:
-                        i += 1
-                        write_memory_file(path, states[i % 2], METADATA)
+                conversation = Conversation(llm, memory_file=path)
+                os.write(begins, b"!")
+                for i in itertools.count():
+                    save(conversation, i)
             finally:
                 os._exit(1)
         os.read(begun, 1)
@@ -445,7 +486,7 @@ def test_killed_while_saving(tmp_path):
         same = [np.array_equal(state, expected) for expected in states]
         assert any(same), "neither the state before nor the one after"
         found[same.index(True)] += 1
-        assert metadata["adapter"] == METADATA["adapter"]
+        assert metadata["adapter"] == adapter
         n_leftovers += bool(leftovers(path))
     assert min(found) > 0 and n_leftovers > 0, "no process was killed in the middle"
     with MemoryFileLock(path):
