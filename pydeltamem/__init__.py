@@ -23,7 +23,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .conversation import Conversation, say_together
+    from .conversation import Conversation, say_together, stream_together
     from .llama import DeltaMemLlama
     from .memory import Memory
     from .memory_file import MemorySnapshot
@@ -44,6 +44,7 @@ __all__ = [
     "ModelError",
     "__version__",
     "say_together",
+    "stream_together",
 ]
 
 _LAZY = {
@@ -52,6 +53,7 @@ _LAZY = {
     "Memory": ".memory",
     "MemorySnapshot": ".memory_file",
     "say_together": ".conversation",
+    "stream_together": ".conversation",
 }
 
 if "llama_cpp" in sys.modules:

@@ -177,9 +177,10 @@ def describe(memory: Any) -> str:
     """The memory in a few lines: sizes, and the norm of each layer's state."""
     state = memory.state
     n_layer, n_head, rank, _ = state.shape
+    heads = "1 head" if n_head == 1 else f"{n_head} heads"
     lines = [
-        f"{n_layer} layers, {n_head} heads of rank {rank}, {state.nbytes / 1000:.1f} kB, {memory.n_written} tokens "
-        f"written, writes are {'on' if memory.write else 'off'}; norm per layer:"
+        f"{n_layer} layers, {heads} of rank {rank}, {state.nbytes / 1000:.1f} kB, {memory.n_written} tokens written, "
+        f"writes are {'on' if memory.write else 'off'}; norm per layer:"
     ]
     norms = [f"{layer:3d}: {float((s * s).sum()) ** 0.5:<8.4g}" for layer, s in zip(memory.layers, state.astype(float))]
     lines += ["  ".join(norms[i : i + 6]).rstrip() for i in range(0, len(norms), 6)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from . import _lib
 from .errors import InputError, MemoryFileError
+from .history import n_common
 from .memory import Memory
 from .memory_file import MemoryFileLock
-from .stream import Assembler
+from .stream import Assembler, checked_grammar
 from .text import Piece, Text
 
 if TYPE_CHECKING:
@@ -65,7 +68,7 @@ class Conversation:
         **options: Any,
     ) -> None:
         self.llm = llm
-        self.options = options
+        self.options = _checked_options(llm, options)
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self.finish_reason = "stop"
         self.n_dropped = 0
@@ -79,8 +82,12 @@ class Conversation:
 
     @property
     def memory(self) -> Memory:
-        """The memory of this conversation, as `llm.memory`."""
-        return Memory(self.llm, self._text)
+        """The memory of this conversation, as `llm.memory`.
+
+        Its `rollback` ends an open reply and takes text and memory back, but not `messages`: what they still say is
+        read, and written, anew with the next turn. `undo` and `edit` take turns back.
+        """
+        return Memory(self.llm, self._text, self._end_reply)
 
     @property
     def n_tokens(self) -> int:
@@ -95,8 +102,9 @@ class Conversation:
         """One turn: says `content` and returns the reply.
 
         Options: `n_predict` (tokens at most; 0: only read; -1 or None: until the reply ends), `stop` (a string, or
-        several), `seed`, and sampling as `Llama.generate` (temp, top_k, …, grammar). Raises InputError if it does not
-        fit in the context, MemoryFileError if the memory cannot be saved.
+        several), `seed`, and sampling as `Llama.generate` (temp, top_k, …); `grammar` may be text. `max_tokens` and
+        `temperature` are what they are to `create_completion`. Raises InputError if an option is unknown or the turn
+        does not fit in the context, MemoryFileError if the memory cannot be saved.
         """
         return "".join(self.stream(content, **options))
 
@@ -146,11 +154,11 @@ class Conversation:
     def add(self, role: str, content: str) -> None:
         """Reads a message without replying: "user", "assistant" or "system". Raises InputError if it does not fit."""
         self._ready()
-        self.messages.append({"role": role, "content": content})
+        self.messages.append({"role": role, "content": _checked_content(content)})
         try:
             self._make_room(0)
             tokens = self._ended_tokens()
-            if _n_common(self._text.tokens, tokens) < len(tokens):
+            if n_common(self._text.tokens, tokens) < len(tokens):
                 unread = self._unread(tokens)
                 self._text.eval(unread, self._segments(unread))
         except BaseException:
@@ -161,8 +169,10 @@ class Conversation:
     def clear(self) -> None:
         """Forgets the text and keeps the memory, and the system prompt."""
         self._ready()
-        self.messages = self._system()
-        self._text.reset()
+        text, messages = self._text, self._system()
+        # what begins every text stays, as it is written already
+        text.begin(n_common(text.tokens, self._ended_tokens(messages=messages)))
+        self.messages = messages
         self.save()
 
     def fork(self) -> Conversation:
@@ -194,6 +204,7 @@ class Conversation:
     def open(self, path: str | os.PathLike[str]) -> None:
         """From here on the memory is saved to `path` after each turn. If the file exists, it is loaded now."""
         self._end_reply()
+        path = os.path.abspath(path)  # also if the process goes to another folder
         is_open = self._lock is not None and os.path.realpath(path) == os.path.realpath(self._lock.path)
         lock = self._lock if is_open else MemoryFileLock(path)
         if not is_open:
@@ -209,7 +220,7 @@ class Conversation:
             raise
         if self._lock is not None and not is_open:
             self._lock.release()
-        self._lock, self.memory_file = lock, os.fspath(path)
+        self._lock, self.memory_file = lock, path
         self._n_attached = self.llm._seats.n_attached
 
     def save(self) -> None:
@@ -233,7 +244,7 @@ class Conversation:
             if self._lock is not None:
                 self._lock.release()
             self._lock = self.memory_file = None
-            if self.llm.ctx is not None:
+            if self.llm._seats.is_open:
                 self.llm._seats.leave(self._text)
 
     @property
@@ -270,21 +281,24 @@ class Conversation:
         """The messages, and what begins a reply."""
         return chat_prompt(self.llm, self.messages)[0]
 
-    def _whole(self) -> list[int]:
-        """The messages, and what begins the next one."""
-        return self._prompt() if self.messages[-1:] and self.messages[-1]["role"] == "user" else self._ended_tokens()
+    def _whole(self, messages: list[dict[str, str]]) -> list[int]:
+        """Messages, and what begins the next one."""
+        if messages and messages[-1]["role"] == "user":
+            return chat_prompt(self.llm, messages)[0]
+        return self._ended_tokens(messages=messages)
 
-    def _ended_tokens(self, n_messages: int | None = None) -> list[int]:
+    def _ended_tokens(self, n_messages: int | None = None, messages: list[dict[str, str]] | None = None) -> list[int]:
         """The first messages, up to where the content of the next one begins."""
-        messages = self.messages[:n_messages]
-        following = self.messages[len(messages) : len(messages) + 1]
+        whole = self.messages if messages is None else messages
+        messages = whole[:n_messages]
+        following = whole[len(messages) : len(messages) + 1]
         if following:
             role = following[0]["role"]
         else:
             role = "assistant" if messages and messages[-1]["role"] == "user" else "user"
         # what two continuations agree on
         ways = [chat_prompt(self.llm, [*messages, {"role": role, "content": content}])[0] for content in "01"]
-        return ways[0][: _n_common(*ways)]
+        return ways[0][: n_common(*ways)]
 
     def _said_last(self) -> int:
         """Where what the user said last stands in the messages. Raises InputError if there is nothing."""
@@ -296,10 +310,10 @@ class Conversation:
     def _unread(self, tokens: Sequence[int]) -> list[int]:
         """Goes back to where the text and `tokens` part. Returns those to read, at least one."""
         text = self._text
-        n = min(_n_common(text.tokens, tokens), len(tokens) - 1)
-        if n < text.n_tokens and self.memory.by_segment and text.history.n:
-            found = text.history.checkpoints.newest(n)
-            n = found[0] if found else n  # an ingest is read as a whole
+        n = min(n_common(text.tokens, tokens), len(tokens) - 1)
+        if n < min(text.n_tokens, text.history.n):
+            # it is read as a whole; but the memory cannot take back what stands before the floor
+            n = max(text.history.ingest(n), min(n, text.history.floor))
         text.n_tokens = n
         text.keep_at = {len(self._ended_tokens(len(self.messages) - 1))}  # before what is said now, to edit it
         return list(tokens[n:])
@@ -340,20 +354,21 @@ class Conversation:
 
     def _drop(self, n_messages: int) -> None:
         """The oldest messages leave the text."""
-        text, first = self._text, len(self._system())
-        before = self._whole()
-        start, end = len(self._ended_tokens(first)), len(self._ended_tokens(first + n_messages))
-        n_read = _n_common(text.tokens, before)
+        text, messages, first = self._text, self.messages, len(self._system())
+        left = messages[:first] + messages[first + n_messages :]
+        # all is worded before anything is changed: the template may refuse
+        before, after = self._whole(messages), self._whole(left)
+        start, end = (len(self._ended_tokens(n)) for n in (first, first + n_messages))
+        n_read = n_common(text.tokens, before)
         reply = text.tokens[n_read:].tolist() if n_read == len(before) else []  # in the making
-        del self.messages[first : first + n_messages]
-        self.n_dropped += n_messages
-        after = self._whole()
         if end <= n_read and before[:start] + before[end:] == after:
             text.n_tokens = n_read + len(reply)
             text.shift(start, end)
         else:  # a chat format that words the rest differently now: nothing of it is written again
             kept = after[: max(0, len(after) - len(before) + max(n_read, end))] + reply
-            text.replace(kept, _n_common(text.tokens, kept))
+            text.replace(kept, n_common(text.tokens, kept))
+        messages[:] = left
+        self.n_dropped += n_messages
 
 
 class Reply:
@@ -370,13 +385,14 @@ class Reply:
         self, conversation: Conversation, content: str, options: Mapping[str, Any], instead: bool = False
     ) -> None:
         self.conversation = conversation
-        self.said = content
-        self.options = {**conversation.options, **options}
+        self.said = _checked_content(content)
+        self.options = {**conversation.options, **_checked_options(conversation.llm, options)}
         self.instead = instead
         self.content = ""
         self.n_tokens = 0
         self.finish_reason: str | None = None
         self.pieces: list[Piece] = []
+        self.at = 0  # tokens in the KV cache that the pieces follow
         self.undo: Callable[[], None] | None = None
 
     @property
@@ -420,19 +436,23 @@ class Reply:
     def prepare(self, staying: Sequence[Text]) -> None:
         """Makes pieces of the tokens to read, in a place in the context."""
         text = self.conversation._text
-        if self.pieces and text.seat is not None:
+        text.renew()
+        if self.pieces and text.seat is not None and text.n_kv == self.at:
             return
         n_read = text.n_tokens - self.n_past  # more than 0 if the text lost its place in the middle
         segments = None if self.segments is None else self.segments[n_read:]
         self.pieces = text.pieces(self.tokens[n_read:], segments, staying)
+        self.at = text.n_kv
         if self.undo is None:  # else the place was lost in the middle: back to where it began
             self.undo = text.undone_on_failure(text.n_tokens)
 
     def take(self, n_max: int) -> Piece:
         """The next piece, or the beginning of it."""
-        if len(self.pieces[0].tokens) <= n_max:
-            return self.pieces.pop(0)
-        first, self.pieces[0] = self.pieces[0].split(n_max)
+        first = self.pieces.pop(0)
+        if len(first.tokens) > n_max:
+            first, rest = first.split(n_max)
+            self.pieces.insert(0, rest)
+        self.at += len(first.tokens)
         return first
 
     def push(self, token: int) -> str:
@@ -586,6 +606,36 @@ def _process(text: Text, processor: Callable[..., Any], _: Any, scores: npt.NDAr
     return processor(text.tokens, scores)
 
 
+def _checked_content(content: str) -> str:
+    if not isinstance(content, str):
+        raise InputError(f"a message is text, not {type(content).__name__}")
+    return content
+
+
+def _checked_options(llm: DeltaMemLlama, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a turn under their names here: `create_completion` calls some otherwise. Raises InputError."""
+    options = dict(options)
+    for name, other in (("n_predict", "max_tokens"), ("temp", "temperature")):
+        if name in options and other in options:
+            raise InputError(f"{name} and {other} are one option: give one of them")
+    if "max_tokens" in options:
+        options["n_predict"] = options.pop("max_tokens") or -1  # there 0 is no limit
+    if "temperature" in options:
+        options["temp"] = options.pop("temperature")
+    known = ["n_predict", "stop", "seed", *inspect.signature(llm._init_sampler).parameters]
+    for name in options:
+        if name not in known:
+            raise InputError(f"{name} is no option of a turn: there are {', '.join(known)}")
+    if not isinstance(options.get("n_predict") or 0, int):
+        raise InputError(f"n_predict is a number of tokens, not {options['n_predict']!r}")
+    grammar = options.get("grammar")
+    if isinstance(grammar, str):
+        options["grammar"] = checked_grammar(llm, grammar)
+    elif grammar is not None and not isinstance(grammar, _lib.llama_cpp.LlamaGrammar):
+        raise InputError(f"grammar is GBNF text or a LlamaGrammar, not {grammar!r}")
+    return options
+
+
 def chat_prompt(llm: DeltaMemLlama, messages: list[dict[str, str]]) -> tuple[list[int], dict[str, Any]]:
     """The tokens that create_chat_completion evaluates for these messages, and what ends a reply.
 
@@ -621,10 +671,3 @@ class _PromptCatcher:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
-
-
-def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
-    return int(differs[0]) if len(differs) else n

@@ -13,8 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import _lib
+from .errors import InputError
 
 if TYPE_CHECKING:
+    from llama_cpp import LlamaGrammar
+
     from .llama import DeltaMemLlama
 
 _llama = _lib.llama_cpp
@@ -113,6 +116,23 @@ class TextStream:
         piece = text.finish()
         if piece:
             yield piece
+
+
+def checked_grammar(llm: DeltaMemLlama, text: str, name: str = "grammar") -> LlamaGrammar:
+    """A GBNF grammar for sampling. Raises InputError, which calls it `name`, if llama.cpp cannot use it."""
+    from llama_cpp import LlamaGrammar
+    from llama_cpp._utils import suppress_stdout_stderr
+
+    # llama_cpp hands a grammar on unchecked, and llama.cpp's parser prints what it dislikes
+    grammar = LlamaGrammar.from_string(text, verbose=False)
+    with _lib.errors_held() as log, suppress_stdout_stderr(disable=llm.verbose):
+        sampler = _llama.llama_sampler_init_grammar(llm._model.vocab, grammar._grammar.encode(), grammar._root.encode())
+        reason = _lib.reason(log)
+        log.clear()
+    if not sampler:
+        raise InputError(f"{name}: not a valid GBNF grammar with a rule root{reason}")
+    _llama.llama_sampler_free(sampler)
+    return grammar
 
 
 def interruptible(pieces: Iterator[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from pydeltamem.chat import Chat
+from pydeltamem.chat import Chat, describe
 from pydeltamem.conversation import Conversation
 from pydeltamem.errors import InputError, MemoryFileError
 from pydeltamem.memory_file import read_memory_file
@@ -202,12 +202,18 @@ def test_a_full_context_is_told(make_llm, capsys):
     assert chat.conversation.messages[1]["content"] != "this is message number 0"
 
 
+def test_what_is_said_of_a_memory(llm, make_llm):
+    assert describe(llm.memory).startswith("4 layers, 1 head of rank 8, 1.0 kB, 0 tokens written, writes are on; ")
+    assert "4 layers, 4 heads of rank 8" in describe(make_llm("msw4_qo").memory)
+
+
 def test_clear_forgets_the_text_only(llm):
     chat = chat_of(llm)
     chat.say("hello")
     state = chat.conversation.memory.state
     assert chat.command("/clear")
-    assert [m["role"] for m in chat.conversation.messages] == ["system"] and chat.conversation.n_tokens == 0
+    assert [m["role"] for m in chat.conversation.messages] == ["system"]
+    assert chat.conversation.n_tokens == len(chat.conversation._ended_tokens())
     np.testing.assert_array_equal(chat.conversation.memory.state, state)
 
 

@@ -9,11 +9,11 @@ import pickle
 
 import numpy as np
 import pytest
-from llama_cpp import LLAMA_POOLING_TYPE_MEAN, LogitsProcessorList
+from llama_cpp import LLAMA_POOLING_TYPE_MEAN, LLAMA_POOLING_TYPE_NONE, LogitsProcessorList
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from pydeltamem import Conversation, InputError, MemoryFileError, ModelError, say_together
-from pydeltamem.conversation import chat_prompt, stream_together
+from pydeltamem import Conversation, InputError, MemoryFileError, ModelError, say_together, stream_together
+from pydeltamem.conversation import chat_prompt
 
 GREEDY = {"n_predict": 8, "temp": 0.0}
 SAME = {"rtol": 0, "atol": 2e-6}  # float32 sums in another order
@@ -108,15 +108,21 @@ def test_reading_without_replying(llm, read_once):
     assert tokens(conversation) == prompt
 
 
-def test_clear(llm):
-    conversation = Conversation(llm, system="be short", **GREEDY)
+def test_clear(llm, make):
+    """The system prompt stays, and is not written again."""
+    conversation, by_hand = Conversation(llm, system="be short", **GREEDY), make()
     conversation.say("my name is ada")
-    state = conversation.memory.state
+    before, state = tokens(conversation), conversation.memory.state
     conversation.clear()
-    assert conversation.n_tokens == 0 and [m["role"] for m in conversation.messages] == ["system"]
+    system = tokens(conversation)
+    assert roles(conversation) == "s" and 10 < len(system) < len(before) and before[: len(system)] == system
     np.testing.assert_array_equal(conversation.memory.state, state)
     conversation.say("what is my name")
-    assert conversation.memory.n_written > conversation.n_tokens
+    assert conversation.memory.n_written == len(before) + conversation.n_tokens - len(system)
+    by_hand.eval(before)
+    by_hand._text.begin(len(system))
+    by_hand.eval(tokens(conversation)[len(system) :])
+    np.testing.assert_allclose(conversation.memory.state, by_hand.memory.state, **SAME)
 
 
 def test_a_reply_that_is_closed_counts(llm, read_once):
@@ -173,7 +179,7 @@ def test_a_failing_reply_in_place_of_another_keeps_the_messages(llm, read_once, 
             patch.setattr(type(llm._ctx), "decode", fail)
             act()
         assert conversation.messages == messages
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match="tempo is no option of a turn"):
         conversation.say("hello", tempo=1)
     assert conversation.messages == messages
     conversation.say("how are you")
@@ -213,6 +219,29 @@ def test_an_adapter_that_writes_per_segment(make, case):
     np.testing.assert_allclose(conversation.memory.state, by_hand.memory.state, **SAME)
 
 
+@pytest.mark.parametrize("n", [3, 100])
+def test_a_long_reply_again_where_segments_are_written(make, n):
+    """No checkpoint is left near it: back to where the turn began, of which the first segment is what was said."""
+    llm, by_hand = make("ssw_message"), make("ssw_message")
+    llm._seats.is_end = lambda token: False
+    conversation = Conversation(llm, temp=0.0)
+    conversation.say("hello there", n_predict=20)
+    first, prompt = tokens(conversation), chat_prompt(llm, conversation.messages[:1])[0]
+    conversation.say("how are you", n_predict=100)
+    conversation.regenerate(n_predict=n)
+    text, second = tokens(conversation), chat_prompt(llm, conversation.messages[:-1])[0]
+    common = next(i for i, (a, b) in enumerate(zip(first, text)) if a != b)
+    assert len(prompt) <= common < len(second) == len(text) - n + 1
+    by_hand.eval(prompt, segments=[0] * len(prompt))
+    for token in text[len(prompt) : common]:
+        by_hand.eval([token])
+    by_hand.eval(second[common:], segments=[0] * len(second[common:]))
+    for token in text[len(second) :]:
+        by_hand.eval([token])
+    np.testing.assert_allclose(conversation.memory.state, by_hand.memory.state, **SAME)
+    assert conversation.memory.n_written == conversation.n_tokens
+
+
 def test_a_closed_model(make):
     llm = make()
     conversation = Conversation(llm)
@@ -232,6 +261,66 @@ def test_an_undo_that_fails_changes_nothing(llm):
         conversation.undo()
     assert conversation.messages == messages and tokens(conversation) == text
     np.testing.assert_array_equal(conversation.memory.state, state)
+
+
+def test_options_as_create_completion_calls_them(llm):
+    reply = Conversation(llm, n_predict=5, temp=0.0).say("hello there")
+    assert Conversation(llm, max_tokens=5, temperature=0.0).say("hello there") == reply
+    assert Conversation(llm, max_tokens=50, temp=0.0).say("hello there", max_tokens=5) == reply
+    unlimited = Conversation(llm, temp=0.0, max_tokens=0)
+    llm._seats.is_end = lambda token: unlimited.n_tokens > 100
+    assert unlimited.say("hello there").startswith(reply) and unlimited.n_tokens > 100
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tempo": 1}, "tempo is no option of a turn: there are n_predict, stop, seed, top_k"),
+        ({"n_predict": 3, "max_tokens": 3}, "n_predict and max_tokens are one option"),
+        ({"temp": 0, "temperature": 0}, "temp and temperature are one option"),
+        ({"n_predict": "3"}, "n_predict is a number of tokens, not '3'"),
+        ({"max_tokens": 1.5}, "n_predict is a number of tokens, not 1.5"),
+        ({"grammar": "root ::= other"}, "grammar: not a valid GBNF grammar"),
+        ({"grammar": 5}, "grammar is GBNF text or a LlamaGrammar, not 5"),
+    ],
+)
+def test_bad_options(llm, options, says):
+    conversation = Conversation(llm, **GREEDY)
+    conversation.say("hello there")
+    messages, state = list(conversation.messages), conversation.memory.state
+    for act in (
+        lambda: Conversation(llm, **options),
+        lambda: conversation.say("how are you", **options),
+        lambda: conversation.regenerate(**options),
+        lambda: say_together({conversation: "how are you"}, **options),
+    ):
+        with pytest.raises(InputError, match=says):
+            act()
+    assert conversation.messages == messages
+    np.testing.assert_array_equal(conversation.memory.state, state)
+
+
+def test_what_is_said_is_text(llm):
+    conversation = Conversation(llm, **GREEDY)
+    for act in (
+        conversation.say,
+        lambda content: conversation.add("user", content),
+        lambda content: say_together({conversation: content}),
+    ):
+        for content in (None, 5, b"hello"):
+            with pytest.raises(InputError, match=f"a message is text, not {type(content).__name__}"):
+                act(content)
+    assert conversation.messages == [] and conversation.n_tokens == 0
+
+
+def test_a_grammar_as_text(llm, capfd):
+    conversation = Conversation(llm, grammar='root ::= "yes" | "no"', n_predict=8)
+    for content in ("hello there", "how are you"):
+        assert conversation.say(content) in ("yes", "no")
+    assert conversation.say("well", grammar='root ::= "maybe"') == "maybe"
+    with pytest.raises(InputError):
+        conversation.say("well", grammar="root ::= other")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_stop_strings(llm):
@@ -284,6 +373,20 @@ def test_it_cannot_be_pickled(llm):
             act(Conversation(llm))
 
 
+def test_rolling_its_memory_back(llm, read_once):
+    """Text and memory go back; the messages stay, and are read again with the next turn, written once."""
+    conversation = Conversation(llm, system="be short", **GREEDY)
+    conversation.say("hello there")
+    position = conversation.memory.checkpoint()
+    conversation.say("a secret")
+    conversation.memory.rollback(position)
+    np.testing.assert_array_equal(conversation.memory.state, read_once(tokens(conversation)))
+    assert conversation.n_tokens == position and roles(conversation) == "suaua"
+    conversation.say("well")
+    assert roles(conversation) == "suauaua" and conversation.memory.n_written == conversation.n_tokens
+    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+
+
 # a conversation whose stream is still open
 
 
@@ -297,11 +400,11 @@ def test_it_cannot_be_pickled(llm):
         (lambda c: c.edit("other"), "ua"),
         (lambda c: c.add("user", "a note"), "uau"),
         (lambda c: c.undo(), ""),
-        (lambda c: c.clear(), ""),
         (lambda c: c.fork().say("other"), "ua"),
         (lambda c: c.close(), "ua"),
+        (lambda c: c.memory.rollback(c.memory.checkpoint()), "ua"),
     ],
-    ids=["say", "stream", "regenerate", "edit", "add", "undo", "clear", "fork", "close"],
+    ids=["say", "stream", "regenerate", "edit", "add", "undo", "fork", "close", "rollback"],
 )
 def test_it_is_used_while_it_speaks(llm, read_once, use, expected, end):
     """What was said so far is the reply; the stream ends, and leaves alone what came after it."""
@@ -322,6 +425,16 @@ def test_it_is_used_while_it_speaks(llm, read_once, use, expected, end):
         assert conversation.memory.n_written == conversation.n_tokens
 
 
+def test_it_is_cleared_while_it_speaks(llm):
+    conversation = Conversation(llm, n_predict=20, temp=0.0)
+    stream = conversation.stream("hello there")
+    next(stream)
+    written = conversation.memory.state
+    conversation.clear()
+    assert list(stream) == [] and conversation.messages == []
+    np.testing.assert_array_equal(conversation.memory.state, written)
+
+
 def test_a_stale_reply_in_place_of_another(llm):
     conversation = Conversation(llm, system="be short", **GREEDY)
     conversation.say("hello there")
@@ -332,6 +445,33 @@ def test_a_stale_reply_in_place_of_another(llm):
     conversation.undo()
     stream.close()
     assert conversation.messages == messages
+
+
+@pytest.mark.parametrize("what", ["embed", "attach", "rollback"])
+def test_its_text_moves_while_it_is_told(make, read_once, what):
+    """Between two pieces of another's reply, while a long prompt is read: it is read without holes, or not at all."""
+    llm = make(embedding=True, n_seq_max=3, n_batch=16, n_ubatch=16, pooling_type=LLAMA_POOLING_TYPE_NONE)
+    one, other = Conversation(llm, **GREEDY), Conversation(llm, **GREEDY)
+    one.say("hello")
+    messages = list(one.messages)
+    stream = stream_together({one: "a very long message that needs many batches " * 4, other: "hi"})
+    next(stream)
+    n_read = one.n_tokens
+    if what == "embed":
+        llm.embed("x")
+    elif what == "attach":
+        llm.memory.attach()
+    else:
+        one.memory.rollback(4)
+    pieces = list(stream)
+    assert any(conversation is other for conversation, _ in pieces)
+    if what == "rollback":
+        assert one.messages == messages and one.n_tokens == 4
+        np.testing.assert_array_equal(one.memory.state, read_once(tokens(one)))
+    else:
+        prompt = chat_prompt(llm, one.messages[:-1])[0]
+        assert tokens(one)[: len(prompt)] == prompt and len(messages) < len(one.messages)
+        assert one.memory.n_written == one.n_tokens - (n_read if what == "attach" else 0)
 
 
 @pytest.mark.parametrize("end", ["go on", "close"])
@@ -425,6 +565,35 @@ def test_what_left_the_text_is_not_written_again(make, read_once):
         conversation.add("user", "five")
         assert tokens(conversation)[: len(text)] == text
         assert conversation.memory.n_written - n == conversation.n_tokens - len(text)
+
+
+@pytest.mark.parametrize("can_shift", [True, False])
+def test_an_interrupt_while_a_turn_leaves_keeps_it(make, monkeypatch, can_shift):
+    """Also if the chat template refuses what is left: messages and text stay as they were, and it leaves later."""
+    llm = make()
+    conversation = Conversation(llm, system="be short")
+    for role, content in (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")):
+        conversation.add(role, content)
+    if not can_shift:
+        llm._seats.shift = lambda *args: False
+
+    def refuse(llm, messages):
+        if "one" not in [message["content"] for message in messages] and len(messages) > 2:
+            raise KeyboardInterrupt
+        return chat_prompt(llm, messages)
+
+    def present():
+        return list(conversation.messages), tokens(conversation), conversation.memory.n_written, conversation.n_dropped
+
+    before, state = present(), conversation.memory.state
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pydeltamem.conversation.chat_prompt", refuse)
+        conversation._drop(2)
+    assert present() == before
+    conversation._drop(2)
+    assert [m["content"] for m in conversation.messages] == ["be short", "three", "four"]
+    assert conversation.n_dropped == 2 and conversation.memory.n_written == before[2]
+    np.testing.assert_array_equal(conversation.memory.state, state)
 
 
 def test_a_reply_runs_over(make):
@@ -596,6 +765,20 @@ def test_embedding_makes_them_read_again(make_llm):
     np.testing.assert_array_equal(conversation.memory.state, written)
 
 
+def test_embedding_beside_several_sequences(make):
+    """llama_cpp leaves its own sequences in the batch that they share."""
+
+    def run(n_seq_max):
+        llm = make(embedding=True, n_batch=64, n_seq_max=n_seq_max, pooling_type=LLAMA_POOLING_TYPE_MEAN)
+        llm.eval([14, 17, 40] * 8)
+        llm.embed(["one two", "three four", "five"])
+        llm.eval([9, 8, 77, 6, 50, 4] * 4)
+        assert llm.memory.n_written == 48
+        return llm.memory.state
+
+    np.testing.assert_allclose(run(3), run(1), **SAME)
+
+
 def test_saved_states_leave_them_alone(llm):
     conversation = Conversation(llm, **GREEDY)
     conversation.say("hello there")
@@ -637,6 +820,20 @@ def test_a_memory_file_is_kept_up_to_date(llm, tmp_path):
     with Conversation(llm, memory_file=path) as conversation:
         assert conversation.n_tokens == 0 and conversation.memory.n_written == n
         np.testing.assert_array_equal(conversation.memory.state, other.memory.state)
+
+
+def test_a_memory_file_stays_where_it_is(llm, tmp_path, monkeypatch):
+    """Also if the process goes to another folder."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with Conversation(llm, memory_file="a.memory", **GREEDY) as conversation:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        conversation.say("my name is ada")
+        other = Conversation(llm)
+        other.memory.load(tmp_path / "a.memory")
+        np.testing.assert_array_equal(other.memory.state, conversation.memory.state)
+        conversation.open(tmp_path / "a.memory")  # the same one
+    assert os.listdir(tmp_path / "elsewhere") == [] and sorted(os.listdir(tmp_path)) == ["a.memory", "elsewhere"]
 
 
 def test_a_bad_memory_file_is_left_alone(llm, tmp_path):

@@ -92,9 +92,10 @@ class Simple:
         self.states = [self.states[end]] * start + self.states[end:]
         self.floor = max(start, self.floor - (end - start))
 
-    def clear(self):
-        self.cut_kv(0)
-        self.tokens, self.states, self.floor = [], [self.session.state(self.seq)], 0
+    def clear(self, n):
+        """Another text, which begins with the first n tokens of this one."""
+        self.cut_kv(min(self.n_kv, n))
+        self.tokens, self.states, self.floor = self.tokens[:n], [self.states[-1]] * (n + 1), n
 
     def copy_to(self, other, with_kv):
         other.cut_kv(0)
@@ -182,7 +183,7 @@ class World:
             simple.back(conversation.n_tokens)
         elif operation == "clear":
             conversation.clear()
-            simple.clear()
+            simple.clear(common(simple.tokens, conversation._ended_tokens()))
         elif operation == "fork":
             j = (i + 1) % N_CONVERSATIONS
             self.conversations[j] = None  # its place is free
