@@ -364,7 +364,7 @@ def test_layer_out_of_range(job, capsys):
 # the base
 
 
-def write_base(path, architecture="qwen3", n_layer=4, n_embd=96, n_q=192, keys=True, **options):
+def write_base(path, architecture="qwen3", n_layer=4, n_embd=96, n_q=192, keys=True, attention=None, **options):
     """A base of that architecture with just what the converter looks at."""
     writer = gguf.GGUFWriter(path, architecture, **options)
     if keys:
@@ -372,7 +372,7 @@ def write_base(path, architecture="qwen3", n_layer=4, n_embd=96, n_q=192, keys=T
         writer.add_embedding_length(n_embd)
         writer.add_head_count(6)
         writer.add_head_count_kv(2)
-    for i in range(n_layer):
+    for i in range(n_layer) if attention is None else attention:
         for name, rows, columns in (
             ("attn_q", n_q, n_embd),
             ("attn_k", 64, n_embd),
@@ -409,6 +409,17 @@ def test_base_with_other_layers(job, capsys):
     refused(job, capsys, CheckpointError, job.directory / PT, "is for a model of 4 layers")
     write_base(job.base, n_layer=3)
     refused(job, capsys, CheckpointError, job.directory / PT, "is for a model of 4 layers")
+
+
+def test_base_with_attention_in_other_layers(job, capsys):
+    """A memory in every layer, on a hybrid; and on a model that has no attention at all."""
+    write_base(job.base, attention=(1, 2))
+    says = "is for a model of 4 layers, {} has 4, its last attention in layer 2"
+    refused(job, capsys, CheckpointError, job.directory / PT, says.format(job.base))
+    write_base(job.base, attention=(1, 3))
+    refused(job, capsys, CheckpointError, job.directory / PT, "tensor model.layers.0.")
+    write_base(job.base, attention=())
+    refused(job, capsys, ModelError, job.base, "has no layer with attention projections")
 
 
 def test_base_of_another_architecture(job, capsys):
