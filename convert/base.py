@@ -12,7 +12,7 @@ from pydeltamem.gguf_header import Header
 
 # llama.cpp runs RoPE on neighbouring rows for some architectures, where Hugging Face pairs the halves of a head. Its
 # converter then permutes the rows of the q and k projections. What is listed is what its classes do with numbered rows
-# (tests/converter_rows.py); glm4 is not, because it stands for two orders.
+# (tests/converter_rows.py).
 PERMUTED = frozenset({
     "arcee", "arctic", "bailingmoe", "chameleon", "deci", "deepseek", "granite", "granite_swa", "granitehybrid",
     "granitemoe", "internlm2", "llada", "llama", "llama-embed", "minicpm", "mistral3", "muse-glimmer", "nanbeige",
@@ -20,12 +20,12 @@ PERMUTED = frozenset({
 })  # fmt: skip
 IN_ORDER = frozenset({
     "afmoe", "apertus", "cohere2", "cohere2moe", "command-r", "dots1", "ernie4_5", "ernie4_5-moe", "exaone",
-    "exaone-moe", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gemma3n", "glm4moe", "gpt-oss", "gptneox", "grok",
-    "grovemoe", "hunyuan-dense", "hunyuan-moe", "hunyuan_vl", "hy_v3", "jais2", "jamba", "laguna", "lfm2", "lfm2moe",
-    "llada-moe", "llama4", "maincoder", "maple", "mellum", "minimax-01", "minimax-m2", "minimax-m3", "nemotron",
-    "olmo2", "olmoe", "orion", "paddleocr", "pangu-embedded", "phi2", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen2vl",
-    "qwen3", "qwen35", "qwen35moe", "qwen3moe", "qwen3next", "qwen3vl", "qwen3vlmoe", "seed_oss", "smallthinker",
-    "stablelm", "starcoder2", "step35", "talkie",
+    "exaone-moe", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gemma3n", "glm4", "glm4moe", "gpt-oss",
+    "gptneox", "grok", "grovemoe", "hunyuan-dense", "hunyuan-moe", "hunyuan_vl", "hy_v3", "jais2", "jamba", "laguna",
+    "lfm2", "lfm2moe", "llada-moe", "llama4", "maincoder", "maple", "mellum", "minimax-01", "minimax-m2",
+    "minimax-m3", "nemotron", "olmo2", "olmoe", "orion", "paddleocr", "pangu-embedded", "phi2", "phi3", "phimoe",
+    "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen35", "qwen35moe", "qwen3moe", "qwen3next", "qwen3vl", "qwen3vlmoe",
+    "seed_oss", "smallthinker", "stablelm", "starcoder2", "step35", "talkie",
 })  # fmt: skip
 # Its converter multiplies these weights by what Hugging Face multiplies activations by, in front of the projections and
 # behind them: the memory's own weights would need that too.
@@ -90,7 +90,8 @@ class Base:
                 f"{self.path}: no memory can be converted for architecture '{self.architecture}', whose weights are "
                 "rescaled in GGUF files"
             )
-        if head not in ("q", "k") or self.architecture in IN_ORDER:
+        mrope = self.architecture == "glm4" and "glm4.rope.dimension_sections" in self._keys  # has an order of its own
+        if head not in ("q", "k") or (self.architecture in IN_ORDER and not mrope):
             return rows
         if self.architecture not in PERMUTED:
             raise ModelError(

@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from pydeltamem.outfile import check_target, files_of
+from pydeltamem.outfile import check_target, files_of, refuse_inputs
 
 from .base import Base
 from .checkpoint import Checkpoint
@@ -30,21 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name to record in the file (default: that of the directory)")
 
 
-def _base(path: str) -> Base:
+def _base(path: str, outfile: str) -> Base:
     """What the adapter has to fit. Of a directory a GGUF is made to look at, and thrown away."""
+    check_target(outfile)  # before a conversion that may take long
     if not os.path.isdir(path):
         return Base(path)
+    refuse_inputs(outfile, files_of(path))
     with tempfile.TemporaryDirectory() as folder:
         made = os.path.join(folder, "base.gguf")
         convert_base(path, made, "q8_0")
         base = Base(made)
-    base.path, base.files = Path(path), files_of(path)
+    base.path = Path(path)
     return base
 
 
 def run(args: argparse.Namespace) -> int:
-    check_target(args.outfile)  # a base may take long to convert
-    checkpoint, base = Checkpoint(args.checkpoint), _base(args.base)
+    checkpoint, base = Checkpoint(args.checkpoint), _base(args.base, args.outfile)
     write_adapter(checkpoint, base, args.outfile, args.outtype, args.name)
 
     config, n_layer = checkpoint.config, len(layers_of(checkpoint, base))

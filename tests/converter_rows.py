@@ -114,11 +114,10 @@ def main():
         arch = getattr(kind, "model_arch", None)
         if arch is None:
             continue
-        answers = orders(kind)
+        classes = found.setdefault(gguf.MODEL_ARCH_NAMES[arch], {})
+        classes[kind.__name__] = orders(kind)
         if hasattr(kind, "use_mrope"):  # GLM-4's order depends on it
-            other = orders(kind, use_mrope=True)
-            answers = {head: answers[head] if answers[head] == other[head] else "other" for head in answers}
-        found.setdefault(gguf.MODEL_ARCH_NAMES[arch], {})[kind.__name__] = answers
+            classes[f"{kind.__name__} with M-RoPE"] = orders(kind, use_mrope=True)
     print(json.dumps(found))
 
 

@@ -71,6 +71,8 @@ def test_the_orders_are_those_of_the_converter():
         "LFM2ColBertModel",  # no decoder
     ):
         assert sum(classes.pop(name, None) is not None for classes in found.values()) == 1, name
+    # which Base tells apart by a key
+    assert [found["glm4"].pop(f"{name} with M-RoPE")["q"] for name in ("Glm4Model", "GlmOCRModel")] == ["other"] * 2
     assert not PERMUTED & IN_ORDER
     for order, architectures in (("permuted", PERMUTED), ("in order", IN_ORDER)):
         expected = {"q": order, "k": order, "v": "in order", "o": "in order"}
@@ -80,20 +82,24 @@ def test_the_orders_are_those_of_the_converter():
                 assert got == expected, f"{architecture}: {name}"
     for architecture in RESCALED:
         assert "other" in [got["v"] for got in found[architecture].values()]
-    assert "glm4" not in PERMUTED | IN_ORDER and found["glm4"]["Glm4Model"]["q"] == "other"
 
 
-@pytest.mark.parametrize("architecture", ["glm4", "newarch"])
-def test_unknown_order(tmp_path, architecture):
+@pytest.mark.parametrize(
+    ("architecture", "more"), [("newarch", {}), ("glm4", {"rope.dimension_sections": [8, 8, 0, 0]})]
+)
+def test_unknown_order(tmp_path, architecture, more):
     """q and k of an architecture whose order nobody stated are refused by name; v and o need none."""
-    base = Base(write(tmp_path / "base.gguf", architecture))
+    base = Base(write(tmp_path / "base.gguf", architecture, {**KEYS, **more}))
     rows = np.ones((64, 8), np.float32)
     for head in "qk":
         with pytest.raises(ModelError, match=rf"base\.gguf: .*architecture '{architecture}'"):
             base.permute(head, 0, rows)
     for head in "vo":
         assert base.permute(head, 0, rows) is rows
-    assert converts(architecture) == "vo"
+    if more:
+        base = Base(write(tmp_path / "text.gguf", architecture))
+        assert base.permute("q", 0, rows) is rows
+    assert converts(architecture) == ("qkvo" if more else "vo")
 
 
 def test_rescaled_weights(tmp_path):
