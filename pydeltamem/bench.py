@@ -21,11 +21,12 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .arguments import count, gpu_layers, integers, positive
 from .bench_model import cache_folder, synthetic_files
 from .errors import DeltaMemError, InputError, LibraryError, ModelError
 from .files import output
 from .gguf_header import Header
-from .options import CACHE_TYPES, _count, _layers, _positive
+from .options import CACHE_TYPES
 from .synthetic import FTYPES, SHAPES
 
 if TYPE_CHECKING:
@@ -49,49 +50,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"random weights of this shape, model and adapter, kept in {cache_folder()}: {', '.join(SHAPES)}",
     )  # fmt: skip
     model.add_argument("--deltamem", metavar="FILE", help="memory adapter GGUF (not needed for a packed model)")
-    model.add_argument("--ftype", choices=tuple(FTYPES), default="q4_k_m", help="type of --synthetic (%(default)s)")
-    model.add_argument(
-        "--outtype", choices=("f32", "f16", "bf16", "q8_0"), default="f16", help="type of its adapter (%(default)s)"
-    )
+    model.add_argument("--ftype", choices=tuple(FTYPES), help="type of --synthetic (q4_k_m)")
+    model.add_argument("--outtype", choices=("f32", "f16", "bf16", "q8_0"), help="type of its adapter (f16)")
     model.add_argument("--vocab", metavar="FILE", help="GGUF whose vocabulary --synthetic takes")
-    model.add_argument("--rank", type=_positive, metavar="R", help="rank of --synthetic (8) and of --op (8 and 16)")
-    model.add_argument("--heads", type=_positive, default=1, metavar="H", help="state heads of both (%(default)s)")
+    model.add_argument("--rank", type=positive, metavar="R", help="rank of --synthetic (8) and of --op (8 and 16)")
+    model.add_argument("--heads", type=positive, metavar="H", help="state heads of both (1)")
 
     what = parser.add_argument_group("what is timed (the first of several is the one that the JSON names first)")
     what.add_argument(
-        "-p", "--n-prompt", type=_counts, default=[512], metavar="N,...", help="tokens of a prompt (512; 0: no prefill)"
+        "-p",
+        "--n-prompt",
+        type=integers,
+        default=[512],
+        metavar="N,...",
+        help="tokens of a prompt (512; 0: no prefill)",
     )
-    what.add_argument("-n", "--n-gen", type=_count, default=32, metavar="N", help="tokens of decode (32; 0: no decode)")
+    what.add_argument("-n", "--n-gen", type=count, default=32, metavar="N", help="tokens of decode (32; 0: no decode)")
     what.add_argument(
-        "-d", "--n-depth", type=_counts, default=[0], metavar="N,...", help="tokens before those of decode (0)"
+        "-d", "--n-depth", type=integers, default=[0], metavar="N,...", help="tokens before those of decode (0)"
     )
-    what.add_argument("--pairs", type=_positive, default=10, metavar="N", help="pairs of runs (%(default)s)")
+    what.add_argument("--pairs", type=positive, default=10, metavar="N", help="pairs of runs (%(default)s)")
     what.add_argument(
-        "--renew", type=_count, default=5, metavar="N", help="new contexts after every N pairs (%(default)s; 0: never)"
+        "--renew", type=count, default=1, metavar="N", help="new contexts after every N pairs (%(default)s; 0: never)"
     )
     what.add_argument(
         "--against", metavar="DIR", help="folder of another llama library, a build of the same llama.cpp: also timed"
     )
     what.add_argument("--control", action="store_true", help="no adapter on either side: what the measurement can tell")
     what.add_argument(
-        "--rss", type=_count, metavar="N", help="prompt after which resident memory is read (the longest; 0: do not)"
+        "--rss", type=count, metavar="N", help="prompt after which resident memory is read (the longest; 0: do not)"
     )
     what.add_argument(
         "--nodes", action="store_true", help="the least time of each kind of node of the graphs, instead of whole runs"
     )
     what.add_argument("--op", action="store_true", help="the operator alone, one thread, and its floor; no model")
     what.add_argument(
-        "--op-tokens", type=_counts, default=[1, 512], metavar="N,...", help="tokens of a call of --op (1,512)"
+        "--op-tokens", type=integers, default=[1, 512], metavar="N,...", help="tokens of a call of --op (1,512)"
     )
 
     context = parser.add_argument_group("context")
-    context.add_argument("-t", "--threads", type=_positive, metavar="N", help="threads (all CPUs)")
-    context.add_argument("-b", "--batch-size", type=_positive, default=512, metavar="N", help="batch (%(default)s)")
+    context.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (all CPUs)")
+    context.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="batch (%(default)s)")
     context.add_argument(
-        "-ub", "--ubatch-size", type=_positive, default=512, metavar="N", help="micro-batch (%(default)s)"
+        "-ub", "--ubatch-size", type=positive, default=512, metavar="N", help="micro-batch (%(default)s)"
     )
     context.add_argument(
-        "-ngl", "--gpu-layers", "--n-gpu-layers", type=_layers, default=-1, metavar="N", help="layers on the GPU (all)"
+        "-ngl",
+        "--gpu-layers",
+        "--n-gpu-layers",
+        type=gpu_layers,
+        default=-1,
+        metavar="N",
+        help="layers on the GPU (all)",
     )
     context.add_argument(
         "-fa", "--flash-attn", nargs="?", const="on", default="off", choices=("on", "off"), help="flash attention (off)"
@@ -119,11 +129,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    made = {"--ftype": args.ftype, "--outtype": args.outtype, "--vocab": args.vocab}  # by --synthetic
     if args.op:
-        if args.model or args.synthetic or args.against or args.deltamem or args.nodes:
-            raise InputError(
-                "--op runs without a model: drop -m, --synthetic, --deltamem, --against and --nodes, or --op"
-            )
+        others = {"-m": args.model, "--synthetic": args.synthetic, "--deltamem": args.deltamem, **made}
+        others.update({"--against": args.against, "--nodes": args.nodes})
+        if given := [name for name, value in others.items() if value]:
+            raise InputError(f"--op runs without a model: drop {', '.join(given)}, or --op")
         if not all(args.op_tokens):
             raise InputError("--op-tokens: a call has one token at least")
         if args.rank and args.rank > 64:
@@ -133,14 +144,22 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--nodes looks into the graphs of one library: drop --against or --nodes")
     if not args.model and not args.synthetic:
         raise InputError("no model: give one by -m FILE or --synthetic SHAPE, or measure the operator alone by --op")
+    if args.model:
+        made.update({"--rank": args.rank, "--heads": args.heads})
+        if given := [name for name, value in made.items() if value]:
+            raise InputError(f"{', '.join(given)}: of --synthetic alone, {args.model} is as it is: drop it, or -m")
     if args.synthetic and args.deltamem:
         raise InputError("--synthetic makes an adapter of its own: drop --deltamem, or name a model by -m")
     if args.control and args.deltamem:
         raise InputError("--control compares the plain model with itself: drop it or --deltamem")
     if args.cache_type_v not in ("f32", "f16", "bf16") and args.flash_attn == "off":
         raise InputError(f"-ctv {args.cache_type_v}: llama.cpp needs flash attention for it: add -fa on")
-    if not _prompts(args) and not args.n_gen and not args.rss:
+    if not _timed(args) and (not args.rss or args.control or args.nodes):
         raise InputError("-p 0 and -n 0 leave nothing to time")
+
+
+def _timed(args: argparse.Namespace) -> bool:
+    return bool(_prompts(args) or args.n_gen)
 
 
 def _prompts(args: argparse.Namespace) -> list[int]:
@@ -166,6 +185,8 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
         adapter = None
     elif adapter is None and folder is None:
         raise InputError(f"{model}: nothing to compare: name an adapter by --deltamem or a library by --against")
+    elif adapter is None and not _timed(args):
+        raise InputError(f"{model}: nothing to measure: -p 0 and -n 0 time nothing, --rss is for an adapter's memory")
 
     n_rss = max([*_prompts(args), 1]) if args.rss is None else args.rss
     longest = max([*_prompts(args), n_rss + 1, max(args.n_depth) + args.n_gen])
@@ -181,8 +202,11 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
         type_v=args.cache_type_v,
     )
     results: dict[str, Any] = {
-        "setup": {**asdict(options), "deltamem": adapter, "control": args.control, "cpu": _cpu(), "pairs": args.pairs}
-    }
+        "setup": {
+            **asdict(options), "deltamem": adapter, "control": args.control, "cpu": _cpu(),
+            "pairs": args.pairs, "renew": args.renew,
+        }
+    }  # fmt: skip
 
     lib_dir = os.environ["LLAMA_CPP_LIB_PATH"]
     memory: dict[str, Any] = {}
@@ -271,7 +295,8 @@ def _synthetic(args: argparse.Namespace, progress: Progress) -> tuple[str, str]:
         progress.update(task, completed=done, total=total)
         progress.refresh()
 
-    return synthetic_files(args.synthetic, args.ftype, args.outtype, args.rank or 8, args.heads, args.vocab, show)
+    ftype, outtype, rank, n_head = args.ftype or "q4_k_m", args.outtype or "f16", args.rank or 8, args.heads or 1
+    return synthetic_files(args.synthetic, ftype, outtype, rank, n_head, args.vocab, show)
 
 
 def _library_folder(path: str) -> str:
@@ -309,7 +334,7 @@ def _measure(
     """One setting: every side once untimed, then n_pairs rounds in which each runs once, forth and back in turn.
 
     After every n_renew rounds the sides get new contexts: where their buffers lie in physical memory makes one or the
-    other some percent slower for as long as they live.
+    other some percent slower for as long as they live. So rounds between two renewals depend on each other.
     """
     times: dict[str, list[int]] = {name: [] for name in sides}
     n_graphs = 0
@@ -332,20 +357,27 @@ def _measure(
         result["depth"] = arguments[0]
     result.update({name: n_tokens * 1e9 / median(ns) for name, ns in times.items()})
     if ON in sides:
-        result.update(_compare(times[ON], times[OFF]))
+        result.update(_compare(times[ON], times[OFF], n_renew))
         result["graphs_built"] = n_graphs
     if OTHER in sides:
         pairs = [(OFF, OTHER), (OTHER, OFF), *([(ON, OTHER)] if ON in sides else [])]
-        result["ratios"] = {f"{a}/{b}": _compare(times[a], times[b]) for a, b in pairs}
+        result["ratios"] = {f"{a}/{b}": _compare(times[a], times[b], n_renew) for a, b in pairs}
     result["ns"] = times
     return result
 
 
-def _compare(a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
-    """Time a ÷ time b, pair by pair: the median, and the interval of the median."""
+def _compare(a: Sequence[int], b: Sequence[int], n_shared: int) -> dict[str, Any]:
+    """Time a ÷ time b, pair by pair: the median, and the interval of the median.
+
+    n_shared pairs in a row share contexts and so an error of their own: their median counts, as one value. 0: all do,
+    and what is found holds for these contexts.
+    """
     ratios = [x / y for x, y in zip(a, b)]
-    low, high, confidence = median_interval(ratios)
-    return {"ratio": median(ratios), "low": low, "high": high, "confidence": confidence, "pairs": len(ratios)}
+    step = n_shared or 1
+    values = [median(ratios[i : i + step]) for i in range(0, len(ratios), step)]
+    low, high, confidence = median_interval(values)
+    found = {"ratio": median(values), "low": low, "high": high, "confidence": confidence}
+    return {**found, "pairs": len(ratios), "groups": len(values)}
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
@@ -388,18 +420,19 @@ def _bench_op(args: argparse.Namespace, out: Console, err: Console) -> dict[str,
 
     from . import bench_op
 
-    n_runs = max(args.pairs, 10)
+    n_runs, n_head = max(args.pairs, 10), args.heads or 1
     ranks = [args.rank] if args.rank else [8, 16]
     rows = []
     with _progress(err) as progress:
         task = progress.add_task("operator", total=len(ranks) * len(args.op_tokens) + 1)
         cycle, node = bench_op.cycle_ns(n_runs), bench_op.node_ns(n_runs)
-        floors = [bench_op.floor(rank, args.heads, cycle) for rank in ranks]
+        per_cycle = bench_op.per_cycle(n_runs, cycle)
+        floors = [bench_op.floor(rank, n_head, cycle, per_cycle) for rank in ranks]
         for rank in ranks:
             for n_tokens in args.op_tokens:
                 progress.advance(task)
                 progress.refresh()
-                rows.append(bench_op.measure(rank, args.heads, n_tokens, n_runs))
+                rows.append(bench_op.measure(rank, n_head, n_tokens, n_runs))
         progress.advance(task)
 
     _say(out, f"The operator alone, one thread, {bench_op.simd_name()}, per token and layer; {_cpu()}")
@@ -415,7 +448,11 @@ def _bench_op(args: argparse.Namespace, out: Console, err: Console) -> dict[str,
     out.print(table)
     _say(out, f"A node that scales one value takes {node:.0f} ns: what ggml spends on any, and on each call above.")
     if cycle is not None:
-        _say(out, f"A cycle: {cycle:.3f} ns, from a chain of multiply-adds of {bench_op.LATENCY} cycles each.")
+        _say(
+            out,
+            f"A cycle: {cycle:.3f} ns, from a chain of multiply-adds of {bench_op.LATENCY} cycles each; "
+            f"of independent ones at least {per_cycle:.2f} vectors in a cycle.",
+        )
     for floor in floors:
         _say(out, f"Floor, {floor['text']}")
     return {
@@ -466,8 +503,8 @@ def _print(out: Console, results: dict[str, Any]) -> None:
         out.print(table)
         _say(
             out,
-            "tokens/s: median ± half the distance of the quartiles. Ratio: of times, median over "
-            f"{setup['pairs']} pairs; interval of the median by order statistics, {100 * confidence:.1f} %.",
+            f"tokens/s: median ± half the distance of the quartiles. Ratio: of times, {_sample(setup)}; "
+            f"interval of the median by order statistics, {100 * confidence:.1f} %.",
         )
     for test in results.get("nodes", []):
         _print_nodes(out, test)
@@ -493,6 +530,14 @@ def _print(out: Console, results: dict[str, Any]) -> None:
         _say(out, f"Resident bytes after a prompt of {memory['prompt']} tokens, adapter: {'; '.join(parts)}.")
 
 
+def _sample(setup: dict[str, Any]) -> str:
+    """What a ratio is the median of."""
+    n_pairs, n_renew = setup["pairs"], setup["renew"]
+    if n_renew == 0:
+        return f"median over {n_pairs} pairs, which all share contexts"
+    return f"median over {n_pairs} pairs" + (f", by the medians of each {n_renew} that share contexts" * (n_renew > 1))
+
+
 def _print_nodes(out: Console, test: dict[str, Any], least: float = 0.005) -> None:
     """One line per kind of node, of those that make up more than `least` of the time or are the memory's own."""
     from rich.box import SIMPLE_HEAD
@@ -507,7 +552,7 @@ def _print_nodes(out: Console, test: dict[str, Any], least: float = 0.005) -> No
         if row["name"].startswith(OURS) or max(row["on"], row["off"]) > least * test["off"]:
             times = (f"{row['on']:.3f}", f"{row['off']:.3f}", f"{row['on'] - row['off']:+.3f}")
             table.add_row(row["name"], row["op"], str(max(row["n_on"], row["n_off"])), *times)
-    _say(out, f"\n{test['test']}: the least of {test['rounds']} times of each node, computed alone")
+    _say(out, f"\n{test['test']}: the least of {test['times']} times of each node, computed alone")
     out.print(table)
     _say(
         out,
@@ -538,10 +583,3 @@ def _progress(err: Console) -> Progress:
     percent = TextColumn("{task.percentage:.0f} %")
     columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
     return Progress(*columns, console=err, auto_refresh=False, transient=True, disable=not err.is_terminal)
-
-
-def _counts(text: str) -> list[int]:
-    try:
-        return [_count(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers like 128,512") from None

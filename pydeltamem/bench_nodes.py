@@ -7,9 +7,10 @@ What nodes gain by following each other is not in it; that the threads start ane
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter_ns
 from typing import Any
 
@@ -37,12 +38,16 @@ class Nodes:
     """The least time of each node of one side's graphs, over all runs and renewed contexts.
 
     callback: for Session.
-    least: nanoseconds by (name, operator, how many of that name and operator came before it in the graph), in the
-        graph's order.
+    least: nanoseconds by (which graph of the run, name, operator, how many of that name and operator came before it in
+        the graph), in the graphs' order.
+    times: how often each was timed.
     """
 
     def __init__(self) -> None:
-        self.least: dict[tuple[str, str, int], int] = {}
+        self.least: dict[tuple[int, str, str, int], int] = {}
+        self.times: dict[tuple[int, str, str, int], int] = {}
+        self._watching = self._alike = False
+        self._graph = -1
         name_of, op_of = _functions()
         seen: dict[tuple[str, str], int] = {}
         first: tuple[str, str] | None = None
@@ -52,7 +57,7 @@ class Nodes:
         def observe(tensor: int, ask: bool, _: Any) -> bool:
             nonlocal first, start
             if ask:
-                if op_of(tensor) in VIEWS:
+                if not self._watching or op_of(tensor) in VIEWS:
                     return False
                 start = perf_counter_ns()
                 return True
@@ -61,18 +66,28 @@ class Nodes:
             if first is None or node == first:  # a graph begins
                 first = node
                 seen.clear()
+                self._graph += 1
             i = seen[node] = seen.get(node, -1) + 1
-            self.least[(*node, i)] = min(elapsed, self.least.get((*node, i), elapsed))
+            key = (0 if self._alike else self._graph, *node, i)
+            self.least[key] = min(elapsed, self.least.get(key, elapsed))
+            self.times[key] = self.times.get(key, 0) + 1
             return True
 
         self.callback = observe
+
+    @contextlib.contextmanager
+    def watch(self, alike: bool) -> Iterator[None]:
+        """Times the nodes of one run. alike: its graphs do the same, as decode's do; else each has its own place."""
+        self._watching, self._alike, self._graph = True, alike, -1
+        yield
+        self._watching = False
 
 
 def rows(on: Nodes, off: Nodes) -> list[dict[str, Any]]:
     """The nodes of all layers that do the same: {name, op, on, off: milliseconds, n_on, n_off}, the longest first."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for side, nodes in (("on", on), ("off", off)):
-        for (name, op, _), ns in nodes.least.items():
+        for (_, name, op, _), ns in nodes.least.items():
             key = (re.sub(r"[-_ ]?\(?\d.*| \(.*", "", name), op)
             row = groups.setdefault(key, {"name": key[0], "op": op, "on": 0.0, "off": 0.0, "n_on": 0, "n_off": 0})
             row[side] += ns / 1e6
@@ -90,20 +105,25 @@ def measure(
 ) -> dict[str, Any]:
     """The sides "on" and "off" in turn, once uncounted and n_rounds times, with new contexts after every n_renew.
 
-    Returns {on, off: milliseconds of a graph, own: those of the memory's nodes, ratio, rounds, rows}.
+    Returns {on, off: milliseconds of a prompt or of a token of decode, own: those of the memory's nodes, ratio, rounds,
+    times: how often each node was timed at least, rows}.
     """
     for session, nodes in sides.values():
         getattr(session, kind)(*arguments)
         nodes.least.clear()
+        nodes.times.clear()
         advance()
     in_turn = list(sides.values())
     for i in range(n_rounds):
-        for session, _ in in_turn if i % 2 else reversed(in_turn):
+        for session, nodes in in_turn if i % 2 else reversed(in_turn):
             if n_renew and i and i % n_renew == 0:
                 session.renew()
-            getattr(session, kind)(*arguments)
+                getattr(session, kind)(*arguments)
+            with nodes.watch(alike=kind == "decode"):
+                getattr(session, kind)(*arguments)
             advance()
+    times = min(n for _, nodes in in_turn for n in nodes.times.values())
     table = rows(sides["on"][1], sides["off"][1])
     total = {side: sum(row[side] for row in table) for side in ("on", "off")}
     own = sum(row["on"] for row in table if row["name"].startswith(OURS))
-    return {**total, "own": own, "ratio": total["on"] / total["off"], "rounds": n_rounds, "rows": table}
+    return {**total, "own": own, "ratio": total["on"] / total["off"], "rounds": n_rounds, "times": times, "rows": table}

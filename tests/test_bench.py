@@ -57,10 +57,10 @@ def session(options, adapter):
 
 
 def check_comparison(result, times, n_pairs):
-    """A comparison's numbers follow from the times that the JSON lists."""
+    """A comparison's numbers follow from the times that the JSON lists; each pair had contexts of its own."""
     a, b = times
     ratios = [x / y for x, y in zip(a, b)]
-    assert len(a) == len(b) == n_pairs == result["pairs"]
+    assert len(a) == len(b) == n_pairs == result["pairs"] == result["groups"]
     assert result["ratio"] == pytest.approx(statistics.median(ratios))
     assert min(ratios) <= result["low"] <= result["ratio"] <= result["high"] <= max(ratios)
 
@@ -132,17 +132,20 @@ def test_control_has_no_adapter(run_bench):
 def test_nodes(run_bench, tmp_path):
     """Every node that computes is there, on both sides, and the memory's own on one."""
     path = tmp_path / "result.json"
-    result = run_bench("--nodes", "-p", "16", "-n", "3", "-d", "5", "--renew", "1", "--json", path)
+    result = run_bench("--nodes", "-p", "16,40", "-ub", "16", "-n", "3", "-d", "5", "--renew", "1", "--json", path)
     assert result.returncode == 0, result.stderr
     assert "All nodes:" in result.stdout and "deltamem_read" in result.stdout
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert [test["test"] for test in found["nodes"]] == ["prefill 16", "decode 3 at 5"]
-    for test in found["nodes"]:
+    assert [test["test"] for test in found["nodes"]] == ["prefill 16", "prefill 40", "decode 3 at 5"]
+    # a prompt of 40 is three graphs of 16, 16 and 8; in decode the untimed token is one more, and two rounds make eight
+    for test, n_graphs, n_times in zip(found["nodes"], (1, 3, 1), (2, 2, 8)):
+        assert test["times"] == n_times and f"the least of {n_times} times" in result.stdout
         rows = {(row["name"], row["op"]): row for row in test["rows"]}
         assert len(rows) == len(test["rows"])
         assert {op for _, op in rows}.isdisjoint({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
         own = {name: row["n_on"] for (name, _), row in rows.items() if name.startswith("deltamem")}
-        assert own == {"deltamem_in": 4, "deltamem_read": 4, "deltamem_corrected": 8}  # layers; q and o of each
+        layers = 4 * n_graphs
+        assert own == {"deltamem_in": layers, "deltamem_read": layers, "deltamem_corrected": 2 * layers}  # q and o
         for (name, _), row in rows.items():
             assert row["n_off"] == (0 if name in own else row["n_on"])
         for side in ("on", "off"):
@@ -170,6 +173,48 @@ def test_sides_alternate():
     assert result["ns"] == {"on": [2000, 3000, 4000, 5000], "off": [2000, 3000, 4000, 5000]}
     assert result["graphs_built"] == 0
     assert result["on"] == pytest.approx(5e9 / 3500)
+
+
+def test_pairs_that_share_contexts_count_once():
+    """Contexts are new where the groups of _compare end; two values of 0.9 and two of 1.1 are two, not four."""
+    log = []
+
+    class Side:
+        def renew(self):
+            log.append("new")
+
+        def prefill(self, n_tokens):
+            log.append("run")
+            return 1000, 0
+
+    for n_renew, n_groups in ((0, 5), (1, 5), (2, 3), (5, 1)):
+        log.clear()
+        result = bench._measure({"on": Side(), "off": Side()}, "prefill", (5,), 5, lambda: None, n_renew)
+        assert (result["pairs"], result["groups"]) == (5, n_groups)
+        assert log.count("new") == (0 if n_renew == 0 else 2 * (n_groups - 1))
+        # the runs since the contexts are new: untimed ones, then n_renew pairs
+        parts = [part.count("run") for part in " ".join(log).replace("new new", "|").split("|")]
+        assert n_renew == 0 or all(n == 2 + 2 * n_renew for n in parts[:-1])
+
+    shared = bench._compare([9, 9, 11, 11], [10] * 4, 2)
+    assert shared["ratio"] == pytest.approx(1.0) and (shared["low"], shared["high"]) == (0.9, 1.1)
+    assert (shared["groups"], shared["confidence"]) == (2, 0.5)
+
+
+def test_the_interval_covers_where_pairs_share_contexts():
+    """Contexts that differ as much as their runs do: the stated confidence holds in 2,000 benches of 24 pairs."""
+    choice = random.Random(1)
+    hits = 0
+    for _ in range(2000):
+        ratios = []
+        for _ in range(12):
+            offset = choice.gauss(1.0, 0.02)
+            ratios += [offset + choice.gauss(0.0, 0.02) for _ in range(2)]
+        found = bench._compare(ratios, [1.0] * 24, 2)
+        hits += found["low"] <= 1.0 <= found["high"]
+    confidence = found["confidence"]
+    assert confidence >= 0.95
+    assert abs(hits / 2000 - confidence) < 5 * (confidence * (1 - confidence) / 2000) ** 0.5
 
 
 def test_a_run_is_what_it_says(session):
@@ -245,7 +290,12 @@ def test_median_interval_covers_the_median():
         ((), "no model"),
         (("-m", "nothing.gguf"), "nothing.gguf: no such file"),
         (("--op", "-m", "x"), "--op runs without a model"),
-        (("--op", "--nodes"), "--op runs without a model"),
+        (("--op", "--nodes"), "--op runs without a model: drop --nodes"),
+        (("--op", "--ftype", "f16", "--vocab", "x"), "drop --ftype, --vocab"),
+        (
+            ("-m", "x", "--vocab", "y", "--rank", "99", "--ftype", "f16"),
+            "--ftype, --vocab, --rank: of --synthetic alone",
+        ),
         (("-m", "x", "--nodes", "--against", "y"), "graphs of one library"),
         (("--op", "--rank", "65"), "ranks up to 64"),
         (("--op", "--op-tokens", "0"), "one token at least"),
@@ -253,6 +303,8 @@ def test_median_interval_covers_the_median():
         (("-m", "x", "--control", "--deltamem", "y"), "--control"),
         (("-m", "x", "-ctv", "q8_0"), "-fa on"),
         (("-m", "x", "-p", "0", "-n", "0"), "nothing to time"),
+        (("-m", "x", "-p", "0", "-n", "0", "--rss", "64", "--control"), "nothing to time"),
+        (("-m", "x", "-p", "0", "-n", "0", "--rss", "64", "--nodes"), "nothing to time"),
         (("-m", "x", "--against", "no-such-folder/lib"), "holds no llama library"),
         (("-m", "x", "--json", "no-such-folder/x.json"), "no-such-folder/x.json: cannot be written"),
     ],
@@ -284,6 +336,10 @@ def test_refused_by_the_library(run_bench, base, tmp_path):
         (run_bench(*short, "--deltamem", tmp_path / "none", memory=False), "none cannot be opened"),
         (run_bench(*short, "--rss", "0", "--against", broken), f"the llama library in {broken} cannot be used"),
         (run_bench(*short, "-m", cut), f"{cut}: is not a readable GGUF file"),
+        (
+            run_bench("-p", "0", "-n", "0", "--rss", "8", "--against", os.environ["LLAMA_CPP_LIB_PATH"], memory=False),
+            "nothing to measure",
+        ),
     ):
         assert result.returncode == 1
         assert re.fullmatch(r"deltamem: error: .+\n", result.stderr) and message in result.stderr
@@ -332,14 +388,17 @@ def test_op_computes_the_operator(monkeypatch):
 
 def test_floor():
     """The floor by hand: rank 8, one head, at a nanosecond a cycle."""
-    found = bench_op.floor(8, 1, 1.0)
+    found = bench_op.floor(8, 1, 1.0, None)
     operations = 4 * 64 + 16 * 20 + 8 * 18 + 7 * 8
     assert found["vector_instructions"] == operations / bench_op.lanes()
     assert found["issue_cycles"] == operations / bench_op.lanes() / 2
     assert found["chain_cycles"] == 4 * (1 + 3 + 2)
     assert found["ns"] == max(found["issue_cycles"], found["chain_cycles"])
-    assert bench_op.floor(8, 3, 1.0)["vector_instructions"] == 3 * found["vector_instructions"]
-    assert bench_op.floor(8, 1, None)["ns"] is None
+    assert bench_op.floor(8, 3, 1.0, None)["vector_instructions"] == 3 * found["vector_instructions"]
+    assert bench_op.floor(8, 1, None, None)["ns"] is None
+    # a rate is a bound from below, and whole: 0.9 and 1.04 are 1 vector a cycle, 1.4 are 2
+    for rate, starts in ((0.9, 1), (1.04, 1), (1.4, 2), (2.02, 2)):
+        assert bench_op.floor(8, 1, 1.0, rate)["issue_cycles"] == operations / bench_op.lanes() / starts
 
 
 def test_synthetic_files_are_kept(tmp_path, monkeypatch, golden_dir):
