@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pydeltamem.pack import pack
+
 STOCK_LIB = os.environ.get("DELTAMEM_STOCK_LIB")
 OUR_LIB = Path(__file__).resolve().parents[1] / "pydeltamem" / "lib"
 
@@ -61,3 +63,20 @@ def test_no_adapter_no_difference(golden_dir, tmp_path, arch, options):
         logits[lib] = np.load(out)
     ours, stock = logits[str(OUR_LIB)], logits[STOCK_LIB]
     assert stock.any() and np.array_equal(ours, stock)
+
+
+def test_a_packed_model_is_refused(base, adapter, tmp_path):
+    """Better than leaving the memory out in silence, which a plain Llama over our library does."""
+    model, out = tmp_path / "packed.gguf", tmp_path / "logits.npy"
+    pack(base(), adapter("qwen3", "tsw_qo"), model)
+    program = PROGRAM.replace("verbose=False", "verbose=True")  # llama.cpp gives its reason in the log
+    for lib, loads in ((STOCK_LIB, False), (str(OUR_LIB), True)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, model, "1,2,3", out, "{}"],
+            env={**os.environ, "LLAMA_CPP_LIB_PATH": lib},
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+        assert out.exists() == loads
+        assert loads or "wrong number of tensors" in done.stderr
