@@ -273,9 +273,8 @@ class Text:
             n_known = max(0, min(history.floor - n_past, history.common(n_past, new)))
             known[:n_known] = history.wrote[n_past : n_past + n_known]
             self._settle()
-        if self.seat is not None:
-            self._cut()
         seats.take(self, staying=staying)
+        self._cut()
         self._keep_state(len(new) > 1)
         if n_past == history.n == self.n_kv and segments is None and len(new) and not known.any():
             return [Piece(new, self.write)]
@@ -284,7 +283,7 @@ class Text:
         unread = np.arange(self.n_kv, n_past) >= history.n  # of the old ones, by the memory
         every = np.concatenate([history.tokens[old], new])
         write = np.concatenate([history.wrote[old] & unread, ~known & self.write])
-        ids = np.full(len(new), TOKEN, dtype=np.int32) if segments is None else segments
+        ids = np.full(len(new), TOKEN, dtype=np.int32) if segments is None else np.where(known, -1, segments)
         segment = np.concatenate([np.where(unread, history.segment[old], TOKEN), ids])
         begins = np.concatenate([history.begins[old] & unread, np.zeros(len(new), dtype=np.bool_)])
         if segments is not None:
@@ -293,15 +292,17 @@ class Text:
 
     def _cut(self) -> None:
         """The KV cache ends where the memory is, or before."""
-        n = min(self.n_kv, self.history.n)
+        history = self.history
+        n = min(self.n_kv, history.n)
         n_kv = self.seats.truncate(self.seat, n)
-        if n_kv < n and self.seats.has_memory:
-            # The text went back and the model cannot cut its cache, so all is read again. As it was the first time,
-            # with the memory with which the text began and with what it wrote: the tokens then meet what they met then.
-            history = self.history
+        # The text went back and the model cannot cut its cache, or the memory is to read again what follows tokens that
+        # are not there any more. So all is read again as it was the first time, with the memory with which the text
+        # began and with what it wrote: the tokens then meet what they met then.
+        if self.seats.has_memory and (n_kv < n or n_kv < history.n < self.n_tokens):
             self.put_state(history.checkpoint_before(history.floor).state)
             self.n_read_again += history.n - history.floor
             history.back(history.floor)
+            n_kv = self.seats.truncate(self.seat, min(n_kv, history.n))
         self.n_kv = n_kv  # last: after an interrupt before it all this is done once more
 
     def _keep_state(self, keep: bool) -> None:

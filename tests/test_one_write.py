@@ -162,8 +162,9 @@ def test_where_a_message_ends_there_is_a_checkpoint(llm):
 
 
 @pytest.mark.parametrize("how", ["reset", "nothing in common", "the first token in common"])
-def test_another_text(llm, read_once, how):
+def test_another_text(llm, make, read_once, how):
     """The memory goes on."""
+    by_hand = make()
     llm.eval(TOKENS)
     state = llm.memory.state
     other = {"the first token in common": TOKENS[:1] + OTHER}.get(how, OTHER)
@@ -171,7 +172,12 @@ def test_another_text(llm, read_once, how):
         llm.reset()
     take(llm.generate(other, temp=0), 1)
     known = other[:1] == TOKENS[:1]  # it stands there already, and was written
-    if not known:
+    if known:
+        by_hand.eval(TOKENS[:1])
+        by_hand.memory.state = state
+        by_hand.eval(OTHER)
+        np.testing.assert_allclose(llm.memory.state, by_hand.memory.state, **SAME)
+    else:
         np.testing.assert_allclose(llm.memory.state, read_once(other, state), **SAME)
     assert different(llm.memory.state, state)
     assert llm.memory.n_written == len(TOKENS) + len(other) - known
@@ -196,6 +202,18 @@ def test_one_by_one_the_last_64_positions_are_kept(llm, read_once):
         assert llm.memory.rollback(position) == 0
         assert llm.n_tokens == position
         np.testing.assert_allclose(llm.memory.state, read_once(tokens[:position]), **SAME)
+
+
+def test_going_back_after_the_place_was_lost(make, read_once):
+    """Where no checkpoint is, the memory reads the tokens again after those that it read the first time."""
+    llm = make(n_seq_max=1)
+    tokens = np.random.default_rng(2).integers(6, 250, 40).tolist()
+    llm.eval(tokens[:20])
+    llm.eval(tokens[20:])
+    Text(llm._seats).eval(OTHER)
+    llm.memory.rollback(30)
+    np.testing.assert_allclose(llm.memory.state, read_once(tokens[:30]), **SAME)
+    assert llm.memory.n_written == 30 and llm.memory.n_read_again == 30
 
 
 def test_rollback_to_a_checkpoint_of_ones_own(llm, read_once):
@@ -746,6 +764,18 @@ def test_an_ingest_in_segments_is_taken_back_as_a_whole(make, case):
     once.eval(OTHER[:4], segments=segments[:4])
     once.eval([23, 24])
     np.testing.assert_allclose(llm.memory.state, once.memory.state, **SAME)
+
+
+def test_what_another_text_begins_with_is_not_in_its_segments(make):
+    """It stands there and was written: read again after going back, it is not written again."""
+    llm = make("ssw_message")
+    llm.eval(TOKENS, segments=[0] * len(TOKENS))
+    state = llm.memory.state
+    llm._text.begin(len(TOKENS))
+    llm.n_tokens = 8
+    llm.eval(TOKENS[8:], segments=[0] * 4)
+    np.testing.assert_array_equal(llm.memory.state, state)
+    assert llm.memory.n_written == len(TOKENS)
 
 
 def test_an_ingest_that_loses_its_place_in_the_middle_is_read_again(make):

@@ -1,7 +1,7 @@
 """Random schedules over four conversations against a simple model of what each memory should be.
 
 The model knows no checkpoints, records, batches or places: each conversation has a sequence of its own in another
-context, which reads one token per call and keeps the state after every one.
+context, which reads one token per call, or one ingest in segments, and keeps the state after every one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ OPERATIONS = [
     "say", "say", "say together", "add", "regenerate", "edit", "undo", "clear", "fork", "save", "load", "reset", "set",
     "drop", "leave",
 ]  # fmt: skip
+CASES = [("tsw_qo", 512), ("tsw_qo", 16), ("ssw_message", 512), ("ssw_message", 16)]  # adapter and n_batch
 SYSTEMS = ["", "be short", "be kind"]
 WORDS = ["ada", "lima", "red", "7", "who", "why", "tea", "sun"]
 
@@ -30,10 +31,11 @@ WORDS = ["ada", "lima", "red", "7", "who", "why", "tea", "sun"]
 class Simple:
     """What one conversation's memory should be."""
 
-    def __init__(self, session, seq):
-        self.session, self.seq = session, seq
+    def __init__(self, session, seq, by_segment):
+        self.session, self.seq, self.by_segment = session, seq, by_segment
         self.memory = llama.llama_get_memory(session.ctx)
         self.tokens, self.states, self.floor = [], [np.zeros_like(session.state(seq))], 0
+        self.begun = []  # of each token: where the ingest began that it was read in
         self.n_kv = 0
         self.become(self.states[0])
 
@@ -52,31 +54,56 @@ class Simple:
         self.session.decode([(token, self.seq)])
         self.n_kv += 1
 
-    def go_on(self, tokens, lost):
-        """The text is these tokens from now on. `lost`: the KV cache was."""
-        n = common(self.tokens, tokens)
-        if n < self.floor:
-            n = min(n, len(self.tokens))
-        self.back(n)
+    def ingest(self, tokens):
+        """One ingest, of one segment."""
+        n, before = len(tokens), self.states[-1]
+        self.begun += [len(self.tokens)] * n
+        self.tokens += tokens
+        _lib.llama_deltamem_set_write(self.session.ctx, self.seq, True)
+        self.session.decode([(token, self.seq) for token in tokens], [0] * n, [0] * (n - 1) + [1])
+        self.n_kv += n
+        self.states += [before] * (n - 1) + [self.session.state(self.seq)]
+
+    def read_again(self, lost):
+        """What the KV cache lacks, without writing."""
         if lost:
             self.cut_kv(0)
-        for token in self.tokens[self.n_kv :]:  # read again, without writing
+        for token in self.tokens[self.n_kv :]:
             self.decode(token, False)
-        for token in tokens[n:]:
+
+    def go_on(self, prompt, text, lost):
+        """Reads a prompt, at least its last token, and then what follows it in the text. `lost`: the KV cache was."""
+        n = min(common(self.tokens, prompt), len(prompt) - 1)
+        if n < len(self.tokens):
+            n = max(self.begun[n], min(n, self.floor))
+        self.back(n, lost)
+        self.read_again(lost)
+        if self.by_segment:
+            self.ingest(prompt[n:])
+            n = len(prompt)
+        for token in text[n:]:
             self.decode(token, True)
+            self.begun.append(len(self.tokens))
             self.tokens.append(token)
             self.states.append(self.session.state(self.seq))
 
-    def back(self, n):
+    def back(self, n, lost):
+        """Goes back to n. Of an ingest that is cut, what is left is read anew. Returns whether something was read."""
         if n == len(self.tokens):
-            return
-        state = self.states[max(n, self.floor)]
-        self.states = [*self.states[:n], state.copy()]
-        self.tokens = self.tokens[:n]
+            return False
+        begun = max(self.begun[n], min(n, self.floor))
+        left = self.tokens[begun:n]
+        state = self.states[max(begun, self.floor)]
+        self.states = [*self.states[:begun], state.copy()]
+        self.tokens, self.begun = self.tokens[:begun], self.begun[:begun]
         assert not _lib.llama_deltamem_state_set(self.session.ctx, self.seq, pointer(state), state.size)
-        self.floor = min(self.floor, n)
-        if self.n_kv > n:
-            self.cut_kv(n)
+        self.floor = min(self.floor, begun)
+        if self.n_kv > begun:
+            self.cut_kv(begun)
+        if left:
+            self.read_again(lost)
+            self.ingest(left)
+        return bool(left)
 
     def drop(self, start, end, lost):
         if lost:
@@ -88,18 +115,23 @@ class Simple:
             self.session.n_past[self.seq] = self.n_kv
         elif self.n_kv > start:
             self.cut_kv(start)
-        del self.tokens[start:end]
+        # the memory can go back to where an ingest ended
+        boundaries = [i for i, begun in enumerate([*self.begun, len(self.tokens)]) if begun == i >= end]
+        self.floor = max(self.floor, boundaries[0]) - (end - start)
+        del self.tokens[start:end], self.begun[start:end]
+        self.begun = [i if i < start else max(start, i - (end - start)) for i in self.begun]
         self.states = [self.states[end]] * start + self.states[end:]
-        self.floor = max(start, self.floor - (end - start))
 
     def clear(self, n):
         """Another text, which begins with the first n tokens of this one."""
         self.cut_kv(min(self.n_kv, n))
         self.tokens, self.states, self.floor = self.tokens[:n], [self.states[-1]] * (n + 1), n
+        self.begun = self.begun[:n]
 
     def copy_to(self, other, with_kv):
         other.cut_kv(0)
         other.tokens, other.states, other.floor = list(self.tokens), list(self.states), self.floor
+        other.begun = list(self.begun)
         state = self.states[-1]
         assert not _lib.llama_deltamem_state_set(self.session.ctx, other.seq, pointer(state), state.size)
         if with_kv:
@@ -126,7 +158,7 @@ class World:
             Conversation(llm, system=self.random.choice(SYSTEMS), n_predict=self.random.randint(1, 6), temp=1.0)
             for _ in range(N_CONVERSATIONS)
         ]
-        self.simple = [Simple(session, i) for i in range(N_CONVERSATIONS)]
+        self.simple = [Simple(session, i, llm.memory.by_segment) for i in range(N_CONVERSATIONS)]
         for simple in self.simple:
             simple.cut_kv(0)
         self.saved = {}
@@ -141,20 +173,20 @@ class World:
         return text.seat is None or text.n_kv == 0 < text.n_tokens
 
     def goes_on(self, indices, act):
-        """What `act` reads and writes, mirrored in the simple models."""
+        """Turns, mirrored in the simple models."""
         lost = [self.lost(i) for i in indices]
         act()
         for i, was_lost in zip(indices, lost):
             conversation = self.conversations[i]
-            text = conversation._text
-            # where the prompt is known already, its last token is read again
-            said = [m for m in conversation.messages if m["role"] != "assistant"]
-            n = len(conversation.messages) - (conversation.messages[-1]["role"] == "assistant")
-            prompt = chat_prompt(self.llm, conversation.messages[:n])[0] if said else []
-            simple = self.simple[i]
-            if common(simple.tokens, prompt) == len(prompt) and prompt:
-                simple.back(min(len(simple.tokens), len(prompt) - 1))
-            simple.go_on(text.tokens.tolist(), was_lost)
+            prompt = chat_prompt(self.llm, conversation.messages[:-1])[0]
+            self.simple[i].go_on(prompt, conversation._text.tokens.tolist(), was_lost)
+
+    def add(self, i, role):
+        conversation, simple, lost = self.conversations[i], self.simple[i], self.lost(i)
+        conversation.add(role, self.words())
+        read = conversation._ended_tokens()
+        if common(simple.tokens, read) < len(read):
+            simple.go_on(read, read, lost)
 
     def step(self):
         i = self.random.randrange(N_CONVERSATIONS)
@@ -172,15 +204,16 @@ class World:
             self.goes_on(indices, lambda: say_together(asked, **options))
         elif operation == "add":
             for role in ("user", "assistant"):
-                self.goes_on([i], lambda role=role: conversation.add(role, self.words()))
+                self.add(i, role)
         elif operation == "regenerate" and has_turn:
             self.goes_on([i], lambda: conversation.regenerate(**options))
         elif operation == "edit" and has_turn:
             said = [m["content"] for m in conversation.messages if m["role"] == "user"][-1]
             self.goes_on([i], lambda: conversation.edit(self.words(unlike=said), **options))
         elif operation == "undo" and has_turn and simple.floor == 0:
+            lost = self.lost(i)
             conversation.undo()
-            simple.back(conversation.n_tokens)
+            simple.back(conversation.n_tokens, lost)
         elif operation == "clear":
             conversation.clear()
             simple.clear(common(simple.tokens, conversation._ended_tokens()))
@@ -213,7 +246,7 @@ class World:
         """The oldest turn leaves the text, if there is another one and the text has reached it."""
         conversation, simple = self.conversations[i], self.simple[i]
         n, first = conversation._n_oldest_turn(), len(conversation._system())
-        prompt = conversation._prompt()
+        prompt = conversation._whole(conversation.messages)
         start, end = (len(conversation._ended_tokens(k)) for k in (first, first + n))
         n_read = common(simple.tokens, prompt)
         if n == 0 or end > n_read:
@@ -221,7 +254,7 @@ class World:
         lost = self.lost(i)
         conversation._drop(n)
         if n_read < len(prompt):
-            simple.back(n_read)  # what is worded differently now
+            lost = not simple.back(n_read, lost) and lost  # what is worded differently now
         simple.drop(start, end, lost)
 
     def check(self):
@@ -233,17 +266,14 @@ class World:
             )
 
 
-@pytest.fixture(scope="module")
-def session(base, adapter):
-    with open_session(base(), adapter("qwen3", "tsw_qo"), n_seq=N_CONVERSATIONS, n_ctx=2048, unified=False) as session:
-        yield session
-
-
-def test_schedules(make_llm, session, tmp_path):
-    llm = make_llm(n_seq_max=3, n_ctx=512, type_k=0, type_v=0)
-    for seed in range(N_SCHEDULES):
-        world = World(llm, session, tmp_path, seed)
-        for _ in range(N_OPERATIONS):
-            world.step()
-            world.check()
-        world.conversations.clear()
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{case}-{n_batch}" for case, n_batch in CASES])
+def test_schedules(base, adapter, make_llm, tmp_path, case):
+    name, n_batch = CASES[case]
+    llm = make_llm(name, n_seq_max=3, n_ctx=512, n_batch=n_batch, type_k=0, type_v=0)
+    with open_session(base(), adapter("qwen3", name), n_seq=N_CONVERSATIONS, n_ctx=2048, unified=False) as session:
+        for seed in range(case, N_SCHEDULES, len(CASES)):
+            world = World(llm, session, tmp_path, seed)
+            for _ in range(N_OPERATIONS):
+                world.step()
+                world.check()
+            world.conversations.clear()
