@@ -767,15 +767,19 @@ def test_an_ingest_in_segments_is_taken_back_as_a_whole(make, case):
 
 
 def test_what_another_text_begins_with_is_not_in_its_segments(make):
-    """It stands there and was written: read again after going back, it is not written again."""
-    llm = make("ssw_message")
-    llm.eval(TOKENS, segments=[0] * len(TOKENS))
-    state = llm.memory.state
-    llm._text.begin(len(TOKENS))
-    llm.n_tokens = 8
-    llm.eval(TOKENS[8:], segments=[0] * 4)
-    np.testing.assert_array_equal(llm.memory.state, state)
-    assert llm.memory.n_written == len(TOKENS)
+    """It stands there and was written: read again after going back, it is not written again with what is new."""
+    llm, by_hand = make("ssw_message"), make("ssw_message")
+    for model in (llm, by_hand):
+        model.eval(TOKENS, segments=[0] * len(TOKENS))
+        model._text.begin(len(TOKENS))
+        model.n_tokens = 8
+    llm.eval(TOKENS[8:] + OTHER, segments=[0] * 10)
+    by_hand.memory.write = False
+    by_hand.eval(TOKENS[8:])
+    by_hand.memory.write = True
+    by_hand.eval(OTHER, segments=[0] * 6)
+    np.testing.assert_allclose(llm.memory.state, by_hand.memory.state, **SAME)
+    assert llm.memory.n_written == len(TOKENS) + len(OTHER)
 
 
 def test_an_ingest_that_loses_its_place_in_the_middle_is_read_again(make):
