@@ -147,7 +147,6 @@ bench-reference: $(INSTALLED) ## the native side against the memory in PyTorch
 	$(BIN)/python tests/bench_reference.py
 
 cuda-check: $(INSTALLED) ## build for the GPU of this machine, test there, measure (CUDA_ARGS: CMake options)
-	$(BIN)/python -m pip install -q -c constraints.txt nvidia-cublas nvidia-cuda-cccl
 	$(BIN)/python tests/cuda_check.py -- $(CUDA_ARGS)
 
 # Nobody runs this one: nvcc may skip its optimisations (an option since CUDA 12.9), which makes hours minutes. With

@@ -2,28 +2,35 @@
 
     python tests/cuda_check.py [--build build/cuda] [--shape qwen3-4b] [-- CMake options]
 
-1. builds llama.cpp with the operator for this GPU alone, without flash attention (which takes most of a build's time);
+1. builds llama.cpp with the operator for this GPU alone, without flash attention (which takes most of a build's time),
+   and with cuBLAS from pip where the toolkit has none; a build that takes too long goes on in the next run;
 2. runs the operator's tests on it, plain and under compute-sanitizer's memcheck and racecheck where that is installed;
 3. runs the golden cases, memory files, several sequences and the CUDA graph test (tests/test_cuda.py);
 4. times decode and a prompt of 2,048 tokens with and without the memory, F16 and Q4_K_M (`deltamem bench`);
-5. counts kernel launches per token with and without, and the time of our kernels, where nsys is installed.
+5. counts kernel launches per token with and without, and the time of our kernels beside their floors, by nsys or, where
+   that is not installed, by ncu.
 
-All that it prints lies in BUILD/report too. Exits with 1 if a test failed or there is no GPU; times do not count.
+All that it prints lies in BUILD/report too. Exits with 1 if a test failed or was skipped, or if there is no GPU; times
+and profilers do not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PROMPT = 8  # tokens that decode() reads at first
 
 
 class Check:
@@ -32,8 +39,14 @@ class Check:
         self.report.mkdir(parents=True, exist_ok=True)
         self.rows: list[tuple[str, str]] = []
 
-    def run(self, name: str, *command: object, timeout: float | None = None, **environment: str) -> str | None:
-        """Runs a command; its output goes to the report. Returns it, or None if the command failed."""
+    def run(
+        self, name: str, *command: object, timeout: float, counts: bool = True,
+        accept: Callable[[str], bool] = lambda _: True, **environment: str,
+    ) -> str | None:  # fmt: skip
+        """Runs a command; its output goes to the report. Returns it, or None if the command failed.
+
+        counts: whether a failure is one of the whole check. accept: of the output, what a success is besides status 0.
+        """
         print(f"{name} ...", flush=True)
         begun = time.monotonic()
         path = self.report / f"{name}.txt"
@@ -46,61 +59,146 @@ class Check:
             except subprocess.TimeoutExpired:
                 status = f"not done after {timeout:.0f} s"
         seconds = time.monotonic() - begun
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if status == 0 and not accept(text):
+            status = "not all was run"
         self.rows.append((name, f"{'ok' if status == 0 else f'FAILED ({status})'}, {seconds:.0f} s"))
         if status != 0:
-            self.failed.append(name)
-            print("".join(path.read_text(encoding="utf-8", errors="replace").splitlines(True)[-30:]))
+            if counts:
+                self.failed.append(name)
+            print("".join(text.splitlines(True)[-30:]))
             return None
-        return path.read_text(encoding="utf-8", errors="replace")
+        return text
 
     def note(self, name: str, text: str) -> None:
         self.rows.append((name, text))
 
 
+def all_passed(text: str) -> bool:
+    """Whether pytest ran its tests, and skipped none."""
+    summary = (text.strip().splitlines() or [""])[-1]
+    return bool(re.search(r"\d+ passed", summary)) and not re.search(r"skipped|failed|error", summary)
+
+
+def configure(check: Check, options: list[str]) -> bool:
+    """CMake; if it finds no cuBLAS, once more after pip has brought one."""
+    command = [
+        "cmake", "-S", ROOT, "-B", check.build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
+        "-DDELTAMEM_BUILD_TESTS=ON", "-DGGML_CUDA=ON", "-DGGML_CUDA_FA=OFF", "-DGGML_CUDA_NO_VMM=ON",
+        "-DCMAKE_CUDA_ARCHITECTURES=native",
+        # the source that the package was built from, if it was here
+        *(f"-DDELTAMEM_LLAMA_CPP_SOURCE={path}" for path in (ROOT / "build/native/download").glob("*.tar.gz")),
+        *options,
+    ]  # fmt: skip
+    if check.run("configure", *command, timeout=120, counts=False) is not None:
+        return True
+    said = (check.report / "configure.txt").read_text(encoding="utf-8", errors="replace")
+    if "has no cuBLAS" in " ".join(said.split()):
+        packages = ["-c", ROOT / "constraints.txt", "nvidia-cublas", "nvidia-cuda-cccl"]
+        check.run("cublas", sys.executable, "-m", "pip", "install", "-q", *packages, timeout=300)
+    return check.run("configure", *command, timeout=120) is not None
+
+
 def decode(model: str, adapter: str, n_tokens: int) -> None:
-    """What profile() runs under nsys: a short prompt, then token by token."""
+    """What profile() runs under a profiler: a short prompt, then token by token."""
     from pydeltamem import DeltaMemLlama
 
     llm = DeltaMemLlama(model_path=model, deltamem_path=adapter or None, n_gpu_layers=-1, n_ctx=512, verbose=False)
-    llm.eval(list(range(100, 108)))
+    llm.eval(list(range(100, 100 + PROMPT)))
     for token in range(n_tokens):
         llm.eval([100 + token])
     llm.close()
 
 
-def kernels_of(stats: str) -> dict[str, tuple[int, float]]:
-    """Instances and nanoseconds of each kernel, from the CSV of nsys's cuda_gpu_kern_sum."""
-    lines = stats.splitlines()
-    begin = next(i for i, line in enumerate(lines) if line.startswith("Time (%)"))
-    rows = csv.DictReader(lines[begin:])
+Kernels = dict[str, tuple[int, float]]  # instances and nanoseconds of each
+
+
+def table(text: str, begin: str) -> Iterable[dict[str, str]]:
+    """The rows of the CSV in a profiler's output whose head begins so; none if there is no such table."""
+    lines = text.splitlines()
+    head = next((i for i, line in enumerate(lines) if line.startswith(begin)), len(lines))
+    return csv.DictReader(lines[head:])
+
+
+def nsys_kernels(text: str) -> Kernels:
+    """From the CSV of nsys's cuda_gpu_kern_sum."""
+    rows = table(text, "Time (%)")
     return {row["Name"]: (int(row["Instances"]), float(row["Total Time (ns)"])) for row in rows if row.get("Instances")}
 
 
-def profile(check: Check, model: str, adapter: str, environment: dict[str, str]) -> None:
+def ncu_kernels(text: str) -> Kernels:
+    """From the CSV of ncu, a row for each launch."""
+    kernels: Kernels = {}
+    for row in table(text, '"ID"'):
+        if row.get("Metric Name") == "gpu__time_duration.sum":
+            n, total = kernels.get(row["Kernel Name"], (0, 0.0))
+            kernels[row["Kernel Name"]] = (n + 1, total + float(row["Metric Value"].replace(",", "")))
+    return kernels
+
+
+def floors(shape: str) -> dict[str, float]:
+    """Nanoseconds below which a kernel of ours cannot come, adapter weights in F16; empty if the GPU does not tell."""
+    from pydeltamem.synthetic import SHAPES
+
+    try:
+        cuda, device, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
+        if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+            return {}
+        found = []
+        for attribute in (13, 36, 37):  # clock rate, memory clock rate, both in kHz; bits of the memory bus
+            if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+                return {}
+            found.append(value.value)
+    except OSError:
+        return {}
+    clock, bytes_per_ns = found[0] / 1e6, 2 * found[1] * found[2] / 8 / 1e6
+    if not clock or not bytes_per_ns:
+        return {}
+    s, rank = SHAPES[shape], 8
+    n_out = (s.n_head * s.head_dim + s.n_embd) / 2  # a token's q and o, in turn
+    return {
+        "project_read_kernel": (2 * 4 * rank * s.n_embd + 4 * s.n_embd) / bytes_per_ns,
+        "correct_kernel": n_out * (2 * rank + 2 * 4) / bytes_per_ns,
+        "read_kernel": 45 * PROMPT / clock,  # of the prompt: instructions of one warp
+    }
+
+
+def profile(check: Check, shape: str, model: str, adapter: str, environment: dict[str, str]) -> None:
     """Launches per token, with and without, from two lengths each; and how long each of our kernels takes."""
-    if not shutil.which("nsys"):
-        check.note("launches per token", "nsys is not installed: not counted")
+    tool = "nsys" if shutil.which("nsys") else "ncu" if shutil.which("ncu") else None
+    if tool is None:
+        check.note("launches per token", "neither nsys nor ncu is installed: not counted")
         return
+    lengths = (16, 48) if tool == "nsys" else (2, 4)  # ncu takes each launch alone, which is slow
     per_token = {}
     for side, path in (("without", ""), ("with", adapter)):
         kernels = []
-        for n in (16, 48):
-            trace = check.report / f"nsys-{side}-{n}"
-            command = ["nsys", "profile", "--cuda-graph-trace=node", "-t", "cuda", "-f", "true", "-o", trace]
-            command += [sys.executable, __file__, "--decode", model, path, n]
-            if check.run(trace.name, *command, timeout=300, **environment) is None:
+        for n in lengths:
+            trace = check.report / f"{tool}-{side}-{n}"
+            program = [sys.executable, __file__, "--decode", model, path, n]
+            if tool == "nsys":
+                command = ["nsys", "profile", "--cuda-graph-trace=node", "-t", "cuda", "-f", "true", "-o", trace]
+            else:
+                command = ["ncu", "--csv", "--metrics", "gpu__time_duration.sum", "--graph-profiling", "node"]
+                command += ["--print-units", "base", "--print-kernel-base", "demangled", "--clock-control", "none"]
+                command += ["--target-processes", "all"]
+            text = check.run(trace.name, *command, *program, timeout=180, counts=False, **environment)
+            if text is not None and tool == "nsys":
+                stats = ["nsys", "stats", "-q", "-r", "cuda_gpu_kern_sum", "-f", "csv", f"{trace}.nsys-rep"]
+                text = check.run(f"{trace.name}-stats", *stats, timeout=60, counts=False)
+            kernels.append((nsys_kernels if tool == "nsys" else ncu_kernels)(text or ""))
+            if not kernels[-1]:
+                check.note("launches per token", f"{tool} lists no kernels, see {trace.name}.txt: not counted")
                 return
-            stats = ["nsys", "stats", "-q", "-r", "cuda_gpu_kern_sum", "-f", "csv", f"{trace}.nsys-rep"]
-            text = check.run(f"{trace.name}-stats", *stats)
-            if text is None:
-                return
-            kernels.append(kernels_of(text))
         short, long = (sum(instances for instances, _ in of.values()) for of in kernels)
-        per_token[side] = (long - short) / 32
+        per_token[side] = (long - short) / (lengths[1] - lengths[0])
     check.note("launches per token", f"{per_token['without']:.1f} without, {per_token['with']:.1f} with the memory")
+    floor_of = floors(shape)
     for name, (instances, nanoseconds) in kernels[1].items():
-        if "deltamem::" in name:
-            check.note(f"  {name.split('(')[0][-60:]}", f"{nanoseconds / instances / 1000:.2f} µs, {instances} times")
+        if match := re.search(r"deltamem::(\w+)", name):
+            floor = f", floor {floor_of[match[1]] / 1000:.2f} µs" if match[1] in floor_of else ""
+            time_taken = f"{nanoseconds / instances / 1000:.2f} µs, {instances} times{floor}"
+            check.note(f"  {name.split('(const')[0][-60:]}", time_taken)
 
 
 def main() -> int:
@@ -113,54 +211,55 @@ def main() -> int:
     if args.decode:
         decode(args.decode[0], args.decode[1], int(args.decode[2]))
         return 0
-    python = sys.executable
 
     if not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode != 0:
         print("cuda-check: nvidia-smi finds no GPU here: run it on a machine that has one")
         return 1
 
-    build = args.build.resolve()
-    check = Check(build)
-    check.run("gpu", "nvidia-smi")
-    configured = check.run(
-        "configure", "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={python}",
-        "-DDELTAMEM_BUILD_TESTS=ON", "-DGGML_CUDA=ON", "-DGGML_CUDA_FA=OFF", "-DGGML_CUDA_NO_VMM=ON",
-        "-DCMAKE_CUDA_ARCHITECTURES=native", *args.options,
-    )  # fmt: skip
-    if configured is None or check.run("build", "cmake", "--build", build) is None:
-        return summary(check)
+    check = Check(args.build.resolve())
+    try:
+        steps(check, args.shape, args.options)
+    finally:
+        summary(check)
+    return 1 if check.failed else 0
+
+
+def steps(check: Check, shape: str, options: list[str]) -> None:
+    python, build = sys.executable, check.build
+    check.run("gpu", "nvidia-smi", timeout=60)
+    if not configure(check, options) or check.run("build", "cmake", "--build", build, timeout=420) is None:
+        return
 
     test_op = build / "bin" / "test-op"
-    check.run("operator", test_op, "gpu", timeout=300)
+    check.run("operator", test_op, "gpu", timeout=60)
     for tool in ("memcheck", "racecheck"):
         if shutil.which("compute-sanitizer"):
-            check.run(tool, "compute-sanitizer", "--tool", tool, "--error-exitcode", "3", test_op, "gpu", timeout=600)
+            check.run(tool, "compute-sanitizer", "--tool", tool, "--error-exitcode", "3", test_op, "gpu", timeout=180)
         else:
             check.note(tool, "compute-sanitizer is not installed: not run")
 
     environment = {"LLAMA_CPP_LIB_PATH": str(build / "bin")}
-    check.run("golden", python, "-m", "pytest", "-q", "-s", "tests/test_cuda.py", timeout=600, **environment)
+    pytest = [python, "-m", "pytest", "-q", "-s", "tests/test_cuda.py"]
+    check.run("golden", *pytest, timeout=300, accept=all_passed, **environment)
 
     for ftype in ("f16", "q4_k_m"):
         path = check.report / f"bench-{ftype}.json"
-        command = ["bench", "--synthetic", args.shape, "--ftype", ftype, "-p", 2048, "-n", 64, "-b", 2048]
+        command = ["bench", "--synthetic", shape, "--ftype", ftype, "-p", 2048, "-n", 64, "-b", 2048]
         command += ["--pairs", 10, "--rss", 0, "--json", path]
-        if check.run(f"bench-{ftype}", python, "-m", "pydeltamem.cli", *command, timeout=900, **environment) is None:
+        if check.run(f"bench-{ftype}", python, "-m", "pydeltamem.cli", *command, timeout=300, **environment) is None:
             continue
         found = json.loads(path.read_text(encoding="utf-8"))
         for what in ("decode", "prefill"):
             r = found[what]
-            check.note(f"  {args.shape} {ftype}, {what}", f"{r['ratio']:.4f} × ({r['low']:.4f} to {r['high']:.4f})")
+            check.note(f"  {shape} {ftype}, {what}", f"{r['ratio']:.4f} × ({r['low']:.4f} to {r['high']:.4f})")
         if ftype == "q4_k_m":
-            profile(check, found["setup"]["model"], found["setup"]["deltamem"], environment)
-    return summary(check)
+            profile(check, shape, found["setup"]["model"], found["setup"]["deltamem"], environment)
 
 
-def summary(check: Check) -> int:
+def summary(check: Check) -> None:
     text = "\n".join(f"{name:<48} {result}" for name, result in check.rows)
     (check.report / "summary.txt").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nreport: {check.report}")
-    return 1 if check.failed else 0
 
 
 if __name__ == "__main__":

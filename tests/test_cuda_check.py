@@ -1,0 +1,58 @@
+"""`make cuda-check` (tests/cuda_check.py) where there is no GPU: what it makes of other programs' output."""
+
+from __future__ import annotations
+
+import pytest
+
+import cuda_check
+
+NSYS = """\
+Generating SQLite file report.sqlite
+
+Time (%),Total Time (ns),Instances,Avg (ns),Name
+60.0,6000,3,2000.0,"void mul_mat_vec<__half, (int)1>(const T1 *)"
+40.0,4000,2,2000.0,"void deltamem::read_kernel<(int)8, (bool)0>(const deltamem::cuda_read_args)"
+"""
+NCU = """\
+==PROF== Connected to process 1
+loaded
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","void deltamem::correct_kernel<__half, 4, 1>(const T1 *)","gpu__time_duration.sum","ns","1,500"
+"1","1","void deltamem::correct_kernel<__half, 4, 1>(const T1 *)","gpu__time_duration.sum","ns","2,500"
+"2","1","k(int)","gpu__time_duration.sum","ns","100"
+"""
+
+
+def test_profilers_tables():
+    assert list(cuda_check.nsys_kernels(NSYS).values()) == [(3, 6000.0), (2, 4000.0)]
+    assert list(cuda_check.ncu_kernels(NCU).values()) == [(2, 4000.0), (1, 100.0)]
+    for text in ("", "SKIPPED: no CUDA kernel data\n", "==ERROR== ERR_NVGPUCTRPERM\n"):
+        assert cuda_check.nsys_kernels(text) == {} and cuda_check.ncu_kernels(text) == {}
+
+
+@pytest.mark.parametrize(
+    "summary, ok",
+    [
+        ("12 passed in 3.21s", True),
+        ("12 passed, 1 warning in 3.21s", True),
+        ("40 skipped in 0.80s", False),
+        ("12 passed, 1 skipped in 3.21s", False),
+        ("1 failed, 12 passed in 3.21s", False),
+        ("no tests ran in 0.01s", False),
+        ("", False),
+    ],
+)
+def test_a_skip_is_no_pass(summary, ok):
+    assert cuda_check.all_passed(f"...\n{summary}\n") is ok
+
+
+def test_a_step(tmp_path):
+    """Status, time out and what the output must say; a failed profiler fails nothing else."""
+    check = cuda_check.Check(tmp_path)
+    assert check.run("good", "echo", "1 passed", timeout=60, accept=cuda_check.all_passed) == "1 passed\n"
+    assert check.run("skips", "echo", "1 skipped", timeout=60, accept=cuda_check.all_passed) is None
+    assert check.run("profiler", "false", timeout=60, counts=False) is None
+    assert check.run("slow", "sleep", "60", timeout=0.1) is None
+    assert check.failed == ["skips", "slow"]
+    cuda_check.summary(check)
+    assert "FAILED (not all was run)" in (tmp_path / "report" / "summary.txt").read_text()
