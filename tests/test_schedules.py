@@ -1,4 +1,4 @@
-"""Random schedules over four conversations against a simple model of what each memory should be.
+"""Random schedules over four conversations and the model's own text, against a simple model of each memory.
 
 The model knows no checkpoints, records, batches or places: each conversation has a sequence of its own in another
 context, which reads one token per call, or one ingest in segments, and keeps the state after every one.
@@ -21,7 +21,7 @@ N_OPERATIONS = 12
 N_CONVERSATIONS = 4
 OPERATIONS = [
     "say", "say", "say together", "add", "regenerate", "edit", "undo", "clear", "fork", "save", "load", "reset", "set",
-    "drop", "leave",
+    "drop", "leave", "own text", "own text",
 ]  # fmt: skip
 CASES = [("tsw_qo", 512), ("tsw_qo", 16), ("ssw_message", 512), ("ssw_message", 16)]  # adapter and n_batch
 SYSTEMS = ["", "be short", "be kind"]
@@ -139,6 +139,11 @@ class Simple:
             other.n_kv = self.session.n_past[other.seq] = self.n_kv
 
 
+def is_lost(text):
+    """Whether it is to be read again."""
+    return text.seat is None or text.n_kv == 0 < text.n_tokens
+
+
 def pointer(state):
     return np.ascontiguousarray(state, dtype=np.float32).ctypes.data_as(_lib.float_p)
 
@@ -159,7 +164,11 @@ class World:
             for _ in range(N_CONVERSATIONS)
         ]
         self.simple = [Simple(session, i, llm.memory.by_segment) for i in range(N_CONVERSATIONS)]
-        for simple in self.simple:
+        self.was_lost = False  # the own text, since it began
+        self.own = Simple(session, N_CONVERSATIONS, False)  # llm.generate and llm.eval give no segments
+        llm.reset()
+        llm.memory.reset()
+        for simple in (*self.simple, self.own):
             simple.cut_kv(0)
         self.saved = {}
 
@@ -169,8 +178,7 @@ class World:
         return " ".join([first, *self.random.choices(WORDS, k=self.random.randint(0, 3))])
 
     def lost(self, i):
-        text = self.conversations[i]._text
-        return text.seat is None or text.n_kv == 0 < text.n_tokens
+        return is_lost(self.conversations[i]._text)
 
     def goes_on(self, indices, act):
         """Turns, mirrored in the simple models."""
@@ -241,6 +249,42 @@ class World:
             self.llm._seats.leave(conversation._text)
         elif operation == "drop":
             self.drop(i)
+        elif operation == "own text":
+            self.own_text()
+
+    def own_text(self):
+        """llm.generate, llm.eval, n_tokens set back, llm.reset."""
+        llm, simple, lost = self.llm, self.own, is_lost(self.llm._text)
+        operation = self.random.choice(["generate", "generate", "eval", "back", "reset"])
+        new = [self.random.randrange(6, 250) for _ in range(self.random.randint(1, 9))]
+        # Once it has lost its place it only goes on: what it attends to after going back depends on whether there was
+        # a checkpoint, and the simple model knows none.
+        self.was_lost |= lost
+        n = len(simple.tokens) if self.was_lost or operation == "eval" else self.random.randint(0, len(simple.tokens))
+        self.log[-1] += f": {operation} {n}"
+        if operation == "reset":
+            llm.reset()
+            simple.clear(0)
+            self.was_lost = False
+        elif operation == "generate":
+            prompt = simple.tokens[:n] + new
+            n = common(simple.tokens, prompt)
+            generator = llm.generate(prompt, temp=1.0)
+            read = [*prompt, *(token for _, token in zip(range(self.random.randint(1, 5)), generator))][:-1]
+            generator.close()
+            self.own_goes_on(n, read, lost)
+        else:
+            llm.n_tokens = n
+            llm.eval(new)
+            self.own_goes_on(n + common(simple.tokens[n:], new), simple.tokens[:n] + new, lost, n)
+
+    def own_goes_on(self, n_common, tokens, lost, n=None):
+        """Its text is these tokens now, n_common of them as before, and it was set back to n."""
+        simple = self.own
+        n = n_common if n is None else n
+        if n_common <= 1 and n < len(simple.tokens):
+            simple.clear(n)  # another text
+        simple.go_on([*tokens[:n], *tokens[n : n + 1]], tokens, lost)
 
     def drop(self, i):
         """The oldest turn leaves the text, if there is another one and the text has reached it."""
@@ -259,18 +303,24 @@ class World:
 
     def check(self):
         for conversation, simple in zip(self.conversations, self.simple):
-            assert conversation._text.tokens.tolist() == simple.tokens, "; ".join(self.log)
-            # float32 sums in another order, over a text of some hundred tokens
-            np.testing.assert_allclose(
-                conversation.memory.state, simple.states[-1], rtol=0, atol=1e-5, err_msg="; ".join(self.log)
-            )
+            self.agree(conversation, simple)
+        self.agree(self.llm, self.own)
+
+    def agree(self, owner, simple):
+        assert owner._text.tokens.tolist() == simple.tokens, "; ".join(self.log)
+        # float32 sums in another order, over a text of some hundred tokens
+        np.testing.assert_allclose(
+            owner.memory.state, simple.states[-1], rtol=0, atol=1e-5, err_msg="; ".join(self.log)
+        )
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{case}-{n_batch}" for case, n_batch in CASES])
 def test_schedules(base, adapter, make_llm, tmp_path, case):
     name, n_batch = CASES[case]
     llm = make_llm(name, n_seq_max=3, n_ctx=512, n_batch=n_batch, type_k=0, type_v=0)
-    with open_session(base(), adapter("qwen3", name), n_seq=N_CONVERSATIONS, n_ctx=2048, unified=False) as session:
+    with open_session(
+        base(), adapter("qwen3", name), n_seq=N_CONVERSATIONS + 1, n_ctx=5 * 512, unified=False
+    ) as session:
         for seed in range(case, N_SCHEDULES, len(CASES)):
             world = World(llm, session, tmp_path, seed)
             for _ in range(N_OPERATIONS):
