@@ -641,7 +641,7 @@ def test_they_say_together_what_they_say_alone(llm, make):
 
 
 def test_nothing_of_one_shows_in_another(make):
-    """Exact equality of states and logits, whatever the others are told, and beside silent others as alone."""
+    """States and logits are the same to the last bit whatever the others are told, and alone to float32's rounding."""
 
     def run(others):
         llm = make(n_seq_max=3)
