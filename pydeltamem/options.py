@@ -185,26 +185,10 @@ def read_text(path: str) -> str:
 
 
 def _grammar(args: argparse.Namespace, llm: DeltaMemLlama) -> Any:
+    from .stream import checked_grammar
+
     text = read_text(args.grammar_file) if args.grammar_file else args.grammar
-    if not text:
-        return None
-    from llama_cpp import LlamaGrammar
-    from llama_cpp._utils import suppress_stdout_stderr
-
-    from . import _lib
-
-    # llama_cpp hands a grammar on unchecked, and llama.cpp's parser prints what it dislikes
-    grammar = LlamaGrammar.from_string(text, verbose=False)
-    with _lib.errors_held() as log, suppress_stdout_stderr(disable=args.verbose):
-        sampler = _lib.llama_cpp.llama_sampler_init_grammar(
-            llm._model.vocab, grammar._grammar.encode(), grammar._root.encode()
-        )
-        reason = _lib.reason(log)
-        log.clear()
-    if not sampler:
-        raise InputError(f"{args.grammar_file or '--grammar'}: not a valid GBNF grammar with a rule root{reason}")
-    _lib.llama_cpp.llama_sampler_free(sampler)
-    return grammar
+    return checked_grammar(llm, text, args.grammar_file or "--grammar") if text else None
 
 
 def _ignore_eos(llm: DeltaMemLlama) -> Any:
