@@ -50,70 +50,85 @@ static void forward_read(const struct ggml_compute_params * params, struct ggml_
     }
 }
 
-// The outputs in tiles: a tile's weights, as float32, stay in the first-level cache while all tokens pass. A thread has a
-// range of tokens, or of tiles where tokens are few.
+// A thread has a range of outputs, for all tokens; of many tokens it has a range, for all outputs. The outputs come in tiles:
+// a tile's weights, as float32, stay in the first-level cache while the tokens pass. For a few tokens that does not pay, and
+// the kernel takes weights of half precision as they are.
 static void forward_correct(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * out    = dst->src[0];
     const struct ggml_tensor * weight = dst->src[1];
     const struct ggml_tensor * read   = dst->src[2];
 
+    constexpr int64_t UNIT = 64;  // outputs that are not divided: whole cache lines, whole blocks of vectors
     constexpr int64_t TILE = 256; // outputs
     constexpr int64_t COLS = 16;  // columns of the correction at a time
 
     const int64_t n_out    = out->ne[0];
+    const int64_t n_read   = weight->ne[1];
     const int64_t n_tokens = out->ne[1];
-    const int64_t n_tiles  = (n_out + TILE - 1) / TILE;
 
     const bool by_tokens = n_tokens >= 4 * params->nth;
 
-    const auto range = [params](int64_t n) {
-        return std::make_pair(n * params->ith / params->nth, n * (params->ith + 1) / params->nth);
+    // where the k-th of nth ranges of n begins
+    const auto bound = [params](int64_t n, int64_t k) { return n * k / params->nth; };
+
+    const int64_t n_units = (n_out + UNIT - 1) / UNIT;
+    const int64_t t0      = by_tokens ? bound(n_tokens, params->ith) : 0;
+    const int64_t t1      = by_tokens ? bound(n_tokens, params->ith + 1) : n_tokens;
+    const int64_t begin   = by_tokens ? 0 : UNIT * bound(n_units, params->ith);
+    const int64_t end     = by_tokens ? n_out : std::min(n_out, UNIT * bound(n_units, params->ith + 1));
+
+    // outputs [i0, i0 + ni) of this thread's tokens take columns [j0, j0 + nj), whose weights for them lie there
+    const auto correct = [&](int64_t i0, int64_t ni, int64_t j0, int64_t nj, const void * weights, size_t stride,
+                             bool half) {
+        // the first columns are added to `out`, the others to what is there by then
+        const struct ggml_tensor * base = j0 == 0 ? out : dst;
+
+        struct deltamem_correct_args args;
+        args.out           = (const float *) ((const char *) base->data + t0 * base->nb[1]) + i0;
+        args.out_stride    = base->nb[1] / sizeof(float);
+        args.weight        = weights;
+        args.weight_stride = stride;
+        args.read          = (const float *) ((const char *) read->data + t0 * read->nb[1]) + j0;
+        args.read_stride   = read->nb[1] / sizeof(float);
+        args.dst           = (float *) ((char *) dst->data + t0 * dst->nb[1]) + i0;
+        args.dst_stride    = dst->nb[1] / sizeof(float);
+        args.n_out         = ni;
+        args.n_read        = nj;
+        args.n_tokens      = t1 - t0;
+        args.half          = half;
+        deltamem_correct_forward(&args);
     };
-    const auto [t0, t1]       = by_tokens ? range(n_tokens) : std::make_pair((int64_t) 0, n_tokens);
-    const auto [tile0, tile1] = by_tokens ? std::make_pair((int64_t) 0, n_tiles) : range(n_tiles);
+
+    if (t1 - t0 <= 4 && weight->type == GGML_TYPE_F16) {
+        if (begin < end) {
+            const char * column = (const char *) weight->data + begin * weight->nb[0];
+            correct(begin, end - begin, 0, n_read, column, weight->nb[1] / weight->nb[0], true);
+        }
+        return;
+    }
 
     float scratch[COLS * TILE];
 
-    for (int64_t tile = tile0; tile < tile1; ++tile) {
-        const int64_t i0 = tile * TILE;
-        const int64_t ni = std::min(TILE, n_out - i0);
+    for (int64_t i0 = begin; i0 < end; i0 += TILE) {
+        const int64_t ni = std::min(TILE, end - i0);
 
-        for (int64_t j0 = 0; j0 < weight->ne[1]; j0 += COLS) {
-            const int64_t nj = std::min(COLS, weight->ne[1] - j0);
+        for (int64_t j0 = 0; j0 < n_read; j0 += COLS) {
+            const int64_t nj      = std::min(COLS, n_read - j0);
+            const char *  columns = (const char *) weight->data + j0 * weight->nb[1] + i0 * weight->nb[0];
 
-            struct deltamem_correct_args args;
-            args.weight        = scratch;
-            args.weight_stride = TILE;
+            if (weight->type == GGML_TYPE_F32) {
+                correct(i0, ni, j0, nj, columns, weight->nb[1] / sizeof(float), false);
+                continue;
+            }
             for (int64_t j = 0; j < nj; ++j) {
-                const char * column = (const char *) weight->data + (j0 + j) * weight->nb[1] + i0 * weight->nb[0];
-                switch (weight->type) {
-                    case GGML_TYPE_F16:
-                        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) column, scratch + j * TILE, ni);
-                        break;
-                    case GGML_TYPE_BF16:
-                        ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) column, scratch + j * TILE, ni);
-                        break;
-                    default:
-                        if (j == 0) {
-                            args.weight        = (const float *) column;
-                            args.weight_stride = weight->nb[1] / sizeof(float);
-                        }
+                const char * column = columns + j * weight->nb[1];
+                if (weight->type == GGML_TYPE_F16) {
+                    ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) column, scratch + j * TILE, ni);
+                } else {
+                    ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) column, scratch + j * TILE, ni);
                 }
             }
-
-            // the first columns are added to `out`, the others to what is there by then
-            const struct ggml_tensor * base = j0 == 0 ? out : dst;
-            args.out                        = (const float *) ((const char *) base->data + t0 * base->nb[1]) + i0;
-            args.out_stride                 = base->nb[1] / sizeof(float);
-            args.read                       = (const float *) ((const char *) read->data + t0 * read->nb[1]) + j0;
-            args.read_stride                = read->nb[1] / sizeof(float);
-            args.dst                        = (float *) ((char *) dst->data + t0 * dst->nb[1]) + i0;
-            args.dst_stride                 = dst->nb[1] / sizeof(float);
-            args.n_out                      = ni;
-            args.n_read                     = nj;
-            args.n_tokens                   = t1 - t0;
-
-            deltamem_correct_forward(&args);
+            correct(i0, ni, j0, nj, scratch, TILE, false);
         }
     }
 }

@@ -102,9 +102,11 @@ struct cuda_read_args {
     int         n_stage_warps;
     read_layout layout;
 
-    // What follows from the parameters and from the most tokens that a sequence may have: no more tokens at a time than
-    // shared memory holds, no more warps than there is work for.
-    void prepare(const ggml_deltamem_params & p, int64_t n_tokens) {
+    // What follows from the parameters and the number of tokens of all sequences: no more tokens at a time than shared memory
+    // holds, no more warps than there is work for.
+    void prepare(const ggml_deltamem_params & p, int64_t n_tokens_all) {
+        // what the longest sequence has if each has one; a plan with empty ones is computed too, if not as fast
+        const int64_t n_tokens   = n_tokens_all - p.n_seqs >= 0 ? n_tokens_all - p.n_seqs + 1 : 1;
         const bool    registers  = has_kernel_for(p.rank);
         const int64_t n_per_warp = STAGE_TOKENS * (registers ? WARP / p.rank : 1);
         const int64_t n_warps    = (n_tokens + n_per_warp - 1) / n_per_warp;

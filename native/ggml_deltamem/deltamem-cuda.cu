@@ -31,7 +31,7 @@ static cuda_read_args read_args(const ggml_tensor * node) {
 
     cuda_read_args             args = {};
     const ggml_deltamem_params p    = ggml_deltamem_get_params(node);
-    args.prepare(p, node->ne[1] - (p.n_seqs - 1));
+    args.prepare(p, node->ne[1]);
     args.proj        = (const float *) proj->data;
     args.proj_stride = proj->nb[1] / sizeof(float);
     args.gate_bias   = (const float *) node->src[1]->data;
@@ -132,8 +132,8 @@ int ggml_cuda_deltamem_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph *
 
     const int64_t n_embd = input->ne[0];
     const bool    fits   = p.n_head == 1 && p.n_seqs == 1 && p.rank == 8 && input->type == GGML_TYPE_F32 &&
-                           n_embd % 8 == 0 && (uintptr_t) input->data % 16 == 0 && (uintptr_t) weight->data % 16 == 0 &&
-                           weight->nb[1] % 16 == 0;
+                           ggml_is_contiguous(input) && n_embd % 8 == 0 && (uintptr_t) input->data % 16 == 0 &&
+                           (uintptr_t) weight->data % 16 == 0 && weight->nb[1] % 16 == 0;
     // a single multiprocessor reads the weights: more of them are better off with the matrix product of all
     if (!fits || ggml_nbytes(weight) > PROJECT_MAX_BYTES) {
         return 0;

@@ -15,16 +15,20 @@
 namespace deltamem {
 
 static constexpr int MAX_RANK = GGML_DELTAMEM_MAX_RANK;
-static constexpr int CHUNK    = 16; // entries: the arrays below fit a first-level cache at the usual ranks
 static constexpr int PAD      = 16; // floats that a vector may reach past the last row
 
 // What the recurrence needs of each token, activated; token t, row i at [t*r + i]. Gates are per row here in any case.
-struct chunk {
-    alignas(64) float q[CHUNK * MAX_RANK + PAD];
-    alignas(64) float k[CHUNK * MAX_RANK + PAD];
-    alignas(64) float keep[CHUNK * MAX_RANK + PAD];
-    alignas(64) float erase[CHUNK * MAX_RANK + PAD];
-    alignas(64) float value[CHUNK * MAX_RANK + PAD]; // write * v
+// R is the rank where it is known at compile time, 0 for any: all arrays of a head then fit a first-level cache with room to
+// spare (2 KB each), where its lines may lie at will.
+template <int R> struct chunk {
+    static constexpr int N    = R ? 512 / R : 16; // entries
+    static constexpr int SIZE = N * (R ? R : MAX_RANK) + PAD;
+
+    alignas(64) float q[SIZE];
+    alignas(64) float k[SIZE];
+    alignas(64) float keep[SIZE];
+    alignas(64) float erase[SIZE];
+    alignas(64) float value[SIZE]; // write * v
 };
 
 // one head's rows in a column of the packed projections, or in a running sum
@@ -94,7 +98,7 @@ template <typename V, typename Column> static inline V state_times(Column s, con
     return even + odd;
 }
 
-// One head. R is the rank where it is known at compile time, 0 for any.
+// one head
 template <int R> class head {
 public:
     explicit head(const deltamem_head_args & args) :
@@ -153,11 +157,11 @@ private:
     float * const sum; // q, k, v, β, λ
     float * const count;
 
-    chunk c;
+    chunk<R> c;
 
     // gate pre-activations while gathering
-    alignas(64) float beta[CHUNK * MAX_RANK + PAD];
-    alignas(64) float lambda[CHUNK * MAX_RANK + PAD];
+    alignas(64) float beta[chunk<R>::SIZE];
+    alignas(64) float lambda[chunk<R>::SIZE];
 
     int r() const { return R ? R : rank; }
 
@@ -188,7 +192,7 @@ private:
     // after COMMIT. Returns its length.
     int gather_run(const int32_t * run, int64_t n_max) {
         int n = 0;
-        while (n < CHUNK && n < n_max) {
+        while (n < chunk<R>::N && n < n_max) {
             const int32_t * entry = run + n * GGML_DELTAMEM_PLAN_TOKEN;
             if (n > 0 && (entry[1] & GGML_DELTAMEM_TOKEN_BEGIN)) {
                 break;
@@ -254,7 +258,7 @@ private:
 
     // x <- x / max(|x|, 1e-6) per token
     void l2_normalize(float * x, int n_tokens) {
-        alignas(64) float factor[CHUNK + PAD];
+        alignas(64) float factor[chunk<R>::N + PAD];
         zero(factor + n_tokens, PAD);
         for (int t = 0; t < n_tokens; ++t) {
             factor[t] = sum_of_squares(x + t * r(), r());
@@ -286,7 +290,7 @@ private:
     template <typename V> struct row_block {
         V keep, erase, value;
 
-        row_block(const chunk & c, int at) :
+        row_block(const chunk<R> & c, int at) :
             keep(V::load(c.keep + at)), erase(V::load(c.erase + at)), value(V::load(c.value + at)) {}
     };
 
@@ -441,8 +445,8 @@ private:
 // corrections
 //
 
-// n vectors of outputs of one token, held in registers while the columns of the correction pass by
-template <typename V, int n>
+// n vectors of outputs of one token, held in registers while the columns of the correction pass by; weights of type W
+template <typename V, int n, typename W>
 static inline void correct_block(const deltamem_correct_args & args, const float * read, const float * out, float * dst,
                                  int64_t i) {
     V acc[n];
@@ -450,8 +454,8 @@ static inline void correct_block(const deltamem_correct_args & args, const float
         acc[b] = V::load(out + i + b * V::width);
     }
     for (int64_t j = 0; j < args.n_read; ++j) {
-        const float * w = args.weight + j * args.weight_stride + i;
-        const V       x = V::splat(read[j]);
+        const W * w = (const W *) args.weight + j * args.weight_stride + i;
+        const V   x = V::splat(read[j]);
         for (int b = 0; b < n; ++b) {
             acc[b] = V::fma(V::load(w + b * V::width), x, acc[b]);
         }
@@ -461,7 +465,7 @@ static inline void correct_block(const deltamem_correct_args & args, const float
     }
 }
 
-static void correct(const deltamem_correct_args & args) {
+template <typename W> static void correct(const deltamem_correct_args & args) {
     for (int64_t t = 0; t < args.n_tokens; ++t) {
         const float * read = args.read + t * args.read_stride;
         const float * out  = args.out + t * args.out_stride;
@@ -469,13 +473,13 @@ static void correct(const deltamem_correct_args & args) {
 
         int64_t i = 0;
         for (; i + 4 * wide::width <= args.n_out; i += 4 * wide::width) {
-            correct_block<wide, 4>(args, read, out, dst, i);
+            correct_block<wide, 4, W>(args, read, out, dst, i);
         }
         for (; i + narrow::width <= args.n_out; i += narrow::width) {
-            correct_block<narrow, 1>(args, read, out, dst, i);
+            correct_block<narrow, 1, W>(args, read, out, dst, i);
         }
         for (; i < args.n_out; ++i) {
-            correct_block<scalar, 1>(args, read, out, dst, i);
+            correct_block<scalar, 1, W>(args, read, out, dst, i);
         }
     }
 }
@@ -491,7 +495,11 @@ void deltamem_head_forward(const struct deltamem_head_args * args) {
 }
 
 void deltamem_correct_forward(const struct deltamem_correct_args * args) {
-    deltamem::correct(*args);
+    if (args->half) {
+        deltamem::correct<deltamem::float16>(*args);
+    } else {
+        deltamem::correct<float>(*args);
+    }
 }
 
 const char * deltamem_simd_name(void) {

@@ -4,6 +4,7 @@
 
 #include "ggml-deltamem.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -35,7 +36,7 @@ void deltamem_head_forward(const struct deltamem_head_args * args);
 struct deltamem_correct_args {
     const float * out; // [n_tokens][n_out], rows out_stride floats apart
     size_t        out_stride;
-    const float * weight; // [n_read][n_out], rows weight_stride floats apart
+    const void *  weight; // [n_read][n_out] of float32, or of float16 if `half`; rows weight_stride values apart
     size_t        weight_stride;
     const float * read; // [n_tokens][n_read], rows read_stride floats apart
     size_t        read_stride;
@@ -45,6 +46,7 @@ struct deltamem_correct_args {
     int64_t n_out;
     int64_t n_read;
     int64_t n_tokens;
+    bool    half;
 };
 
 // A correction: dst = out + read weight.

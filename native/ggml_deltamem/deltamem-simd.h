@@ -36,16 +36,40 @@
     #include <simde/x86/avx512.h>
     #include <simde/x86/fma.h>
 #elif defined(DELTAMEM_AVX2)
-    #include <immintrin.h>
+    #if defined(DELTAMEM_AVX512) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+        // GCC 12 takes what its unmasked intrinsics are given for the lanes that a mask would keep for uninitialised
+        #pragma GCC diagnostic push
+        #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+        #include <immintrin.h>
+        #pragma GCC diagnostic pop
+    #else
+        #include <immintrin.h>
+    #endif
 #elif defined(DELTAMEM_NEON)
     #include <arm_neon.h>
 #endif
 
 namespace deltamem {
 
+// a float of half precision, as stored
+struct float16 {
+    uint16_t bits;
+};
+
+// exact, for every value
+static inline float widen(float16 x) {
+    const uint32_t twice     = (uint32_t) x.bits << 17; // without the sign
+    const bool     subnormal = twice < 1u << 27;
+    const uint32_t bits      = subnormal ? twice >> 17 | 126u << 23 : (twice >> 4) + (224u << 23);
+    float          magnitude;
+    memcpy(&magnitude, &bits, sizeof(magnitude));
+    magnitude = subnormal ? magnitude - 0.5f : magnitude * 0x1p-112f;
+    return x.bits & 0x8000 ? -magnitude : magnitude;
+}
+
 // Members, for a vector v:
 //     width                     lanes
-//     load, store, splat        unaligned
+//     load, store, splat        unaligned; load also of half precision
 //     + - * /, fma(a, b, c)     fma is a*b + c
 //     min, max                  (a, b): b where either is NaN, so a NaN in b survives
 //     round                     to nearest even
@@ -58,6 +82,7 @@ struct scalar {
     float                v;
 
     DELTAMEM_FN static scalar load(const float * p) { return { *p }; }
+    static scalar             load(const float16 * p) { return { widen(*p) }; }
     DELTAMEM_FN static scalar splat(float x) { return { x }; }
     DELTAMEM_FN void          store(float * p) const { *p = v; }
 
@@ -95,6 +120,17 @@ struct avx2 {
     __m256               v;
 
     static avx2 load(const float * p) { return { _mm256_loadu_ps(p) }; }
+    static avx2 load(const float16 * p) {
+    #if defined(__F16C__) || defined(_MSC_VER)
+        return { _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)) };
+    #else
+        float x[width];
+        for (int i = 0; i < width; ++i) {
+            x[i] = widen(p[i]);
+        }
+        return load(x);
+    #endif
+    }
     static avx2 splat(float x) { return { _mm256_set1_ps(x) }; }
     void        store(float * p) const { _mm256_storeu_ps(p, v); }
 
@@ -130,6 +166,7 @@ struct avx512 {
     __m512               v;
 
     static avx512 load(const float * p) { return { _mm512_loadu_ps(p) }; }
+    static avx512 load(const float16 * p) { return { _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)) }; }
     static avx512 splat(float x) { return { _mm512_set1_ps(x) }; }
     void          store(float * p) const { _mm512_storeu_ps(p, v); }
 
@@ -155,6 +192,9 @@ struct neon {
     float32x4_t          v;
 
     static neon load(const float * p) { return { vld1q_f32(p) }; }
+    static neon load(const float16 * p) {
+        return { vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *) p))) };
+    }
     static neon splat(float x) { return { vdupq_n_f32(x) }; }
     void        store(float * p) const { vst1q_f32(p, v); }
 

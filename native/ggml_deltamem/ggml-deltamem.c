@@ -2,6 +2,8 @@
 
 #include "ggml-deltamem.h"
 
+#include "ggml-impl.h"
+
 #include <string.h>
 
 // op_params: the kind, then the parameters of a read
@@ -51,6 +53,13 @@ struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct ggml_tensor
 
     set_op_params(result, GGML_DELTAMEM_READ, &params);
 
+    return result;
+}
+
+struct ggml_tensor * ggml_deltamem_mul_mat(struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b) {
+    struct ggml_tensor * result = ggml_mul_mat(ctx, a, b);
+    // what ggml_mul_mat_set_prec does, or ggml_prec_set_acc, as later releases call it
+    ggml_set_op_params_i32(result, 0, GGML_PREC_F32);
     return result;
 }
 

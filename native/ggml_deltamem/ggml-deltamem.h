@@ -101,6 +101,11 @@ GGML_API struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct gg
                                             struct ggml_tensor * gate_bias, struct ggml_tensor * state,
                                             struct ggml_tensor * plan, struct ggml_deltamem_params params);
 
+// ggml_mul_mat whose sums are in float32 on every backend: CUDA adds products with half-precision weights in half
+// precision otherwise.
+GGML_API struct ggml_tensor * ggml_deltamem_mul_mat(struct ggml_context * ctx, struct ggml_tensor * a,
+                                                    struct ggml_tensor * b);
+
 // out + weight^T read: a correction and its addition in one pass over `out`, where a product of so few columns followed by
 // an addition would take three.
 //

@@ -30,12 +30,12 @@ void llama_deltamem_context::set_segments(const int32_t * segments, const int8_t
     }
 }
 
-void llama_deltamem_context::begin_batch(const std::vector<llama_deltamem_token> & tokens) {
+void llama_deltamem_context::begin_batch() {
     // consumed whatever happens: it describes one llama_decode
     current = {};
     std::swap(current, next);
 
-    const size_t n_tokens = tokens.size();
+    const size_t n_tokens = batch.size();
     if (!current.checkpoints.empty() && current.checkpoints.back() >= (int64_t) n_tokens) {
         throw std::runtime_error(format("a checkpoint after token %d was asked for, the batch has %zu",
                                         current.checkpoints.back(), n_tokens));
@@ -50,12 +50,12 @@ void llama_deltamem_context::begin_batch(const std::vector<llama_deltamem_token>
         s.n_planned = 0;
     }
     for (size_t i = 0; i < n_tokens; ++i) {
-        if (tokens[i].n_seqs != 1) {
+        if (batch[i].n_seqs != 1) {
             throw std::runtime_error(
                     format("token %zu of the batch belongs to %zu sequences; with a memory it must be one", i,
-                           tokens[i].n_seqs));
+                           batch[i].n_seqs));
         }
-        const llama_seq_id seq_id = tokens[i].seq_id;
+        const llama_seq_id seq_id = batch[i].seq_id;
         if (seq_id < 0 || (uint32_t) seq_id >= n_seqs()) {
             throw std::runtime_error(
                     format("token %zu of the batch belongs to sequence %d, this context has %u memories", i, seq_id,
@@ -91,7 +91,7 @@ void llama_deltamem_context::begin_batch(const std::vector<llama_deltamem_token>
         segment.push_back(s.ingest.open ? s.ingest.segment : -1);
     }
     for (size_t i = 0; i < n_tokens; ++i) {
-        const llama_seq_id seq_id = tokens[i].seq_id;
+        const llama_seq_id seq_id = batch[i].seq_id;
         const int32_t      id     = current.segments[i];
         if (id < -1) {
             throw std::runtime_error(

@@ -21,6 +21,9 @@ struct llama_deltamem_context {
 
     llama_deltamem_state state;
 
+    std::vector<llama_deltamem_token>
+            batch; // the tokens of the batch that begins; kept, so that none is allocated anew
+
     // what the last graph saw of each memory layer; attaching reads it after a dry run
     struct coverage {
         bool        read    = false;
@@ -53,8 +56,8 @@ struct llama_deltamem_context {
     // the slot of the state that the i-th of them left in the last batch that had any; throws std::runtime_error
     uint32_t checkpoint_slot(int32_t i) const;
 
-    // Takes the description for this batch and checks it. Throws std::runtime_error with the reason to refuse the batch.
-    void begin_batch(const std::vector<llama_deltamem_token> & tokens);
+    // Takes the description for `batch` and checks it. Throws std::runtime_error with the reason to refuse the batch.
+    void begin_batch();
 
     // The plan (ggml-deltamem.h) of a micro-batch of the current batch, in the order of computation.
     void make_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan);

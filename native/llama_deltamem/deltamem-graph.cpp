@@ -111,7 +111,7 @@ struct llama_deltamem_graph {
         ggml_deltamem_params params = deltamem.weights->params;
         params.n_seqs               = std::max(1u, ubatch.n_seqs_unq);
 
-        ggml_tensor * proj = ggml_mul_mat(ctx0, lw.in, cur);
+        ggml_tensor * proj = ggml_deltamem_mul_mat(ctx0, lw.in, cur);
         ggml_format_name(proj, "deltamem_in-%d", lw.il);
 
         reads[i] = ggml_deltamem(ctx0, proj, lw.gate_bias, deltamem.state.tensor(i), get_plan(), params);
@@ -155,7 +155,7 @@ struct llama_deltamem_graph {
             return corrected;
         }
 
-        ggml_tensor * delta = ggml_mul_mat(ctx0, correction.weight, reads[i]);
+        ggml_tensor * delta = ggml_deltamem_mul_mat(ctx0, correction.weight, reads[i]);
         if (target == LLAMA_DELTAMEM_O && lw.o_norm) {
             delta = ggml_mul(ctx0, ggml_rms_norm(ctx0, delta, deltamem.weights->o_norm_eps), lw.o_norm);
         }
@@ -186,7 +186,8 @@ bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, con
     if (!deltamem) {
         return true;
     }
-    std::vector<llama_deltamem_token> tokens;
+    std::vector<llama_deltamem_token> & tokens = deltamem->batch;
+    tokens.clear();
     if constexpr (std::is_same_v<batch_type, llama_batch>) {
         for (int32_t i = 0; i < batch.n_tokens; ++i) {
             const int32_t n = batch.n_seq_id ? batch.n_seq_id[i] : 1;
@@ -198,7 +199,7 @@ bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, con
         }
     }
     try {
-        deltamem->begin_batch(tokens);
+        deltamem->begin_batch();
         return true;
     } catch (const std::exception & err) {
         llama_deltamem_set_error(err.what());

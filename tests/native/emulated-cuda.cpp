@@ -2,9 +2,14 @@
 
 #include "cuda-emulation.h"
 #include "deltamem-kernel.h"
+#include "deltamem-simd.h"
 
 static inline float to_float(float x) {
     return x;
+}
+
+static inline float to_float(deltamem::float16 x) {
+    return widen(x);
 }
 
 #include "deltamem-cuda-kernel.cuh"
@@ -15,25 +20,79 @@ using namespace deltamem;
 
 alignas(16) float4 deltamem::deltamem_shared[cuda_emulation::MAX_SHARED / sizeof(float4)];
 
+// values that begin where CUDA's loads of 16 bytes may
+template <typename T> class aligned_values {
+public:
+    explicit aligned_values(size_t n) : all(n + 16 / sizeof(T)) {}
+
+    T * data() { return (T *) (((uintptr_t) all.data() + 15) / 16 * 16); }
+
+    T & operator[](size_t i) { return data()[i]; }
+
+private:
+    std::vector<T> all;
+};
+
+// x as a weight, rounded towards zero
+static void narrow_to(float x, float & to) {
+    to = x;
+}
+
+static void narrow_to(float x, float16 & to) {
+    if (!(std::fabs(x) < 65536.0f)) {
+        to.bits = 0x7e00; // NaN, which equals nothing
+        return;
+    }
+    const int exponent = x == 0.0f ? -14 : std::max(-14, std::ilogb(x));
+    const int mantissa = (int) std::ldexp(std::fabs(x), 10 - exponent);
+    to.bits            = (uint16_t) ((x < 0.0f ? 0x8000 : 0) + ((exponent + 14) << 10) + mantissa);
+}
+
+// A projection whose result is the column, to the bit, although every input and nearly all weights count: in the lanes' first
+// eights of weights products cancel, and the last eight has the value in parts that one type of weights can hold. Returns
+// false if they cannot, with nothing done.
+template <typename W, bool SEGMENTS> static bool run_project_read(const cuda_read_args & args, const float * column) {
+    constexpr int n_embd = 520, last = n_embd - 8; // two eights for every lane and a third for the first
+
+    aligned_values<W>     weight((size_t) args.n_proj * n_embd);
+    aligned_values<float> input(n_embd);
+    for (int i = 0; i < n_embd; ++i) {
+        input[i] = i < last ? std::ldexp(1.0f, i % 3) : std::ldexp(1.0f, -11 * (i - last));
+    }
+    for (int row = 0; row < args.n_proj; ++row) {
+        W * weights = &weight[(size_t) row * n_embd];
+        for (int i = 0; i < last; i += 2) {
+            const float product = (float) ((7 * row + i) % 23 - 11);
+            narrow_to(product / input[i], weights[i]);
+            narrow_to(-product / input[i + 1], weights[i + 1]);
+        }
+        float rest = column[row];
+        for (int i = last; i < n_embd; ++i) {
+            const bool is_part = i < last + (sizeof(W) == 2 ? 3 : 1);
+            narrow_to(is_part ? rest / input[i] : 0.0f, weights[i]);
+            rest -= is_part ? to_float(weights[i]) * input[i] : 0.0f;
+        }
+        if (sizeof(W) == 2 && rest != 0.0f) {
+            return false;
+        }
+    }
+
+    const size_t shared = (n_embd + round_up(args.n_proj, 4) + args.layout.size) * sizeof(float);
+    cuda_emulation::launch({ 1, 1 }, { PROJECT_WARPS * WARP }, deltamem_shared, shared, [&] {
+        project_read_kernel<W, 8, SEGMENTS>(weight.data(), n_embd, input.data(), n_embd, args);
+    });
+    return true;
+}
+
 template <int R, bool SEGMENTS> static void run_read(cuda_read_args & args, int head, int64_t n_tokens) {
     const ggml_deltamem_params & p = args.params;
 
     if (n_tokens == 1 && p.n_head == 1 && R == 8) {
-        // a projection whose result is the column: its first weights are the column's values, its input is (1, 0, ..)
-        constexpr int      n_embd = 8;
-        std::vector<float> weight(args.n_proj * n_embd + 4, 0.0f), input(n_embd + 4, 0.0f);
-        const auto aligned = [](std::vector<float> & x) { return (float *) (((uintptr_t) x.data() + 15) / 16 * 16); };
-
-        const int * entry = args.plan + GGML_DELTAMEM_PLAN_SEQ * p.n_seqs;
-        for (int row = 0; row < args.n_proj; ++row) {
-            aligned(weight)[row * n_embd] = args.proj[entry[0] * args.proj_stride + row];
+        const int * entry  = args.plan + GGML_DELTAMEM_PLAN_SEQ * p.n_seqs;
+        const auto  column = args.proj + entry[0] * args.proj_stride;
+        if (!run_project_read<float16, SEGMENTS>(args, column)) {
+            run_project_read<float, SEGMENTS>(args, column);
         }
-        aligned(input)[0] = 1.0f;
-
-        const size_t shared = (n_embd + round_up(args.n_proj, 4) + args.layout.size) * sizeof(float);
-        cuda_emulation::launch({ 1, 1 }, { PROJECT_WARPS * WARP }, deltamem_shared, shared, [&] {
-            project_read_kernel<float, 8, SEGMENTS>(aligned(weight), n_embd, aligned(input), n_embd, args);
-        });
         return;
     }
 
@@ -55,7 +114,7 @@ void deltamem_head_forward(const deltamem_head_args * head) {
     params.n_seqs               = fused ? 1 : n;
 
     cuda_read_args args = {};
-    args.prepare(params, head->n_entries);
+    args.prepare(params, head->n_entries); // the other sequence is empty
     args.proj        = head->proj;
     args.proj_stride = head->proj_stride;
     args.gate_bias   = head->gate_bias;
@@ -101,25 +160,57 @@ void deltamem_head_forward(const deltamem_head_args * head) {
     }
 }
 
-void deltamem_correct_forward(const deltamem_correct_args * a) {
-    cuda_correct_args args = {};
-    args.out               = a->out;
-    args.out_stride        = a->out_stride;
-    args.weight_stride     = a->weight_stride;
-    args.read              = a->read;
-    args.read_stride       = a->read_stride;
-    args.dst               = a->dst;
-    args.dst_stride        = a->dst_stride;
-    args.n_out             = (int) a->n_out;
-    args.n_read            = (int) a->n_read;
-    args.n_tokens          = (int) a->n_tokens;
+template <typename W> static void run_correct_strided(const deltamem_correct_args * a) {
+    const W *         weight = (const W *) a->weight;
+    cuda_correct_args args   = {};
+    args.out                 = a->out;
+    args.out_stride          = a->out_stride;
+    args.weight_stride       = a->weight_stride;
+    args.read                = a->read;
+    args.read_stride         = a->read_stride;
+    args.dst                 = a->dst;
+    args.dst_stride          = a->dst_stride;
+    args.n_out               = (int) a->n_out;
+    args.n_read              = (int) a->n_read;
+    args.n_tokens            = (int) a->n_tokens;
 
-    args.for_shape(a->weight, [&](auto outputs, auto tokens) {
+    args.for_shape(weight, [&](auto outputs, auto tokens) {
         constexpr int V = decltype(outputs)::value, T = decltype(tokens)::value;
         const dim3    grid = { (unsigned) args.n_blocks_x<V, T>(), (unsigned) args.n_blocks_y<V, T>() };
         cuda_emulation::launch(grid, { CORRECT_THREADS }, deltamem_shared, T * CORRECT_COLUMNS * sizeof(float),
-                               [&] { correct_kernel<float, V, T>(a->weight, args); });
+                               [&] { correct_kernel<W, V, T>(weight, args); });
     });
+}
+
+// Where four outputs may be taken at a time, all is copied to where they are.
+template <typename W> static void run_correct(const deltamem_correct_args * a) {
+    if (a->n_out % 4 != 0) {
+        return run_correct_strided<W>(a);
+    }
+    aligned_values<W>     weight(a->n_read * a->n_out);
+    aligned_values<float> out(a->n_tokens * a->n_out);
+    for (int64_t j = 0; j < a->n_read; ++j) {
+        std::copy_n((const W *) a->weight + j * a->weight_stride, a->n_out, &weight[j * a->n_out]);
+    }
+    for (int64_t t = 0; t < a->n_tokens; ++t) {
+        std::copy_n(a->out + t * a->out_stride, a->n_out, &out[t * a->n_out]);
+    }
+    deltamem_correct_args moved = *a;
+    moved.weight                = weight.data();
+    moved.out = moved.dst = out.data();
+    moved.weight_stride = moved.out_stride = moved.dst_stride = a->n_out;
+    run_correct_strided<W>(&moved);
+    for (int64_t t = 0; t < a->n_tokens; ++t) {
+        std::copy_n(&out[t * a->n_out], a->n_out, a->dst + t * a->dst_stride);
+    }
+}
+
+void deltamem_correct_forward(const deltamem_correct_args * args) {
+    if (args->half) {
+        run_correct<float16>(args);
+    } else {
+        run_correct<float>(args);
+    }
 }
 
 const char * deltamem_simd_name(void) {

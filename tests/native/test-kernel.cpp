@@ -780,22 +780,38 @@ static void test_nan() {
     printf("%-44s%s\n", "a NaN in comes out", n_failed > before ? "  FAILED" : " as it should");
 }
 
-// dst = out + read weight, for widths around every vector's, in place and not, with gaps between rows
+// A value of half precision up to 2 and its bits; one in eight is subnormal.
+static float random_half(random_source & random, uint16_t & bits) {
+    const int sign = random.below(2), exponent = random.below(8) ? 8 + random.below(8) : 0,
+              mantissa = random.below(1024);
+    bits               = (uint16_t) (sign << 15 | exponent << 10 | mantissa);
+    return (sign ? -1.0f : 1.0f) *
+           std::ldexp((float) (exponent ? 1024 + mantissa : mantissa), (exponent ? exponent : 1) - 25);
+}
+
+// dst = out + read weight, weights in float32 or half precision, for widths around every vector's, in place and not, with gaps
+// between rows
 static void test_corrections() {
     const int before = n_failed;
 
     for (int n_out : { 1, 3, 4, 7, 8, 15, 16, 17, 31, 63, 64, 65, 100, 256, 300 }) {
         for (int n_read : { 1, 2, 4, 8, 16, 33 }) {
             for (int n_tokens : { 1, 2, 5 }) {
-                for (bool in_place : { false, true }) {
+                for (int way = 0; way < 4; ++way) {
+                    const bool    in_place = way & 1, half = way & 2;
                     random_source random(1200 * n_out + 10 * n_read + n_tokens);
                     const size_t  weight_stride = n_out + 3, read_stride = n_read + 1, out_stride = n_out + 2;
 
                     guarded weight(n_read * weight_stride), read(n_tokens * read_stride), out(n_tokens * out_stride),
                             other(n_tokens * out_stride);
+                    std::vector<uint16_t> halves(weight.size() + 1, 0x7e00); // NaN; the first is not used
                     for (int j = 0; j < n_read; ++j) {
                         for (int i = 0; i < n_out; ++i) {
-                            weight.data()[j * weight_stride + i] = random.normal();
+                            float & w = weight.data()[j * weight_stride + i];
+                            w         = random.normal();
+                            if (half) {
+                                w = random_half(random, halves[1 + j * weight_stride + i]);
+                            }
                         }
                     }
                     for (int t = 0; t < n_tokens; ++t) {
@@ -812,7 +828,7 @@ static void test_corrections() {
                     deltamem_correct_args args = {};
                     args.out                   = out.data();
                     args.out_stride            = out_stride;
-                    args.weight                = weight.data();
+                    args.weight                = half ? (const void *) (halves.data() + 1) : weight.data();
                     args.weight_stride         = weight_stride;
                     args.read                  = read.data();
                     args.read_stride           = read_stride;
@@ -821,6 +837,7 @@ static void test_corrections() {
                     args.n_out                 = n_out;
                     args.n_read                = n_read;
                     args.n_tokens              = n_tokens;
+                    args.half                  = half;
                     deltamem_correct_forward(&args);
 
                     // 33 terms of normal size: each product and sum rounds by u of some 6, so 50 u at most

@@ -303,7 +303,7 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, i
     ggml_tensor *  bias   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ggml_deltamem_n_gates(&p));
     ggml_tensor *  state  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_record, n_slots);
     ggml_tensor *  plan   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_deltamem_n_plan(1, 1));
-    ggml_tensor *  node   = ggml_deltamem(ctx, ggml_mul_mat(ctx, weight, input), bias, state, plan, p);
+    ggml_tensor *  node   = ggml_deltamem(ctx, ggml_deltamem_mul_mat(ctx, weight, input), bias, state, plan, p);
     ggml_set_output(node);
     ggml_cgraph * cgraph = ggml_new_graph(ctx);
     ggml_build_forward_expand(cgraph, node);
