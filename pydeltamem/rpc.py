@@ -15,8 +15,8 @@ import signal
 import socket
 
 from . import _lib
+from .arguments import positive
 from .errors import InputError, LibraryError
-from .options import _positive
 
 DEFAULT_PORT = 50052
 CPU = 0  # enum ggml_backend_dev_type
@@ -53,9 +53,9 @@ def connect(endpoints: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
-    parser.add_argument("--port", type=_positive, default=DEFAULT_PORT, help="(%(default)s)")
+    parser.add_argument("--port", type=positive, default=DEFAULT_PORT, help="(%(default)s)")
     parser.add_argument(
-        "-t", "--threads", type=_positive, default=max(1, (os.cpu_count() or 2) // 2), metavar="N",
+        "-t", "--threads", type=positive, default=max(1, (os.cpu_count() or 2) // 2), metavar="N",
         help="threads, without a GPU (half the CPUs)",
     )  # fmt: skip
 
