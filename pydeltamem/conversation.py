@@ -312,7 +312,7 @@ class Conversation:
         text = self._text
         n = min(n_common(text.tokens, tokens), len(tokens) - 1)
         if n < min(text.n_tokens, text.history.n):
-            # it is read as a whole; but the memory cannot take back what stands before the floor
+            # an ingest in segments is read as a whole, but for what the memory cannot take back
             n = max(text.history.ingest(n), min(n, text.history.floor))
         text.n_tokens = n
         text.keep_at = {len(self._ended_tokens(len(self.messages) - 1))}  # before what is said now, to edit it

@@ -137,7 +137,9 @@ class Memory:
 
     @property
     def n_read_again(self) -> int:
-        """Tokens that were read again so far, because the text went back to where there was no checkpoint."""
+        """Tokens that were read again with writing so far: the text went back to where there was no checkpoint, or the
+        model cannot cut its KV cache there.
+        """
         return self._text.n_read_again
 
     #
