@@ -63,6 +63,7 @@ class Memory:
         counts as written into the new state, which the text cannot take back.
         """
         _ = self.shape
+        self._text.finish()
         return self._text.state
 
     @state.setter
@@ -84,6 +85,7 @@ class Memory:
     def n_written(self) -> int:
         """Tokens that this memory was ever written."""
         _ = self.shape
+        self._text.finish()
         return self._text.history.n_written
 
     @property

@@ -124,6 +124,7 @@ class Text:
 
     def begin(self, position: int = 0) -> None:
         """Another text begins after `position`; the memory stays, and cannot be taken back before."""
+        self.finish()
         state = self.state if self.seats.has_memory else None
         self.history.begin(position, state)
         self.n_tokens = position
@@ -163,6 +164,11 @@ class Text:
         if n_again > 0:
             self.eval([])
         return n_again
+
+    def finish(self) -> None:
+        """Lets the memory read what it still has to, if it was interrupted on its way back to where the text is."""
+        if self.seats.has_memory and self.n_tokens > self.history.n:
+            self.eval([])
 
     def _settle(self) -> None:
         """Takes the memory back to where the text is, or before it; what lies between is to be read again."""
@@ -206,6 +212,7 @@ class Text:
 
     def replace(self, tokens: Sequence[int], n: int) -> None:
         """The text is these tokens now, the first n of them as before; all count as read and written."""
+        self.finish()
         history = self.history
         span = slice(0, len(tokens))
         history.tokens[span], history.wrote[span], history.segment[span] = tokens, True, TOKEN

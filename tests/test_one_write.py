@@ -892,6 +892,30 @@ def test_a_failure_after_another_memory_came_keeps_that(make):
     assert not llm.memory.state.any() and llm.memory.n_written == 0
 
 
+@pytest.mark.parametrize("then", ["the memory is looked at", "the text is forgotten", "another memory"])
+def test_a_failure_on_the_way_back_loses_nothing(make, read_once, monkeypatch, then):
+    """Where no checkpoint was the memory still has to read; it does before it is saved or goes on."""
+    llm = make()
+    tokens = np.random.default_rng(4).integers(6, 250, 20).tolist()
+    llm.eval(tokens)
+    llm.n_tokens = 10
+
+    def fail(ctx, batch):
+        raise RuntimeError("llama_decode returned 1")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(type(llm._ctx), "decode", fail)
+        llm.eval(OTHER)
+    if then == "another memory":
+        llm.memory.reset()
+        assert not llm.memory.state.any() and llm.memory.n_written == 0
+        return
+    if then == "the text is forgotten":
+        llm.reset()
+    assert llm.memory.n_written == 10
+    np.testing.assert_allclose(llm.memory.state, read_once(tokens[:10]), **SAME)
+
+
 def test_an_interrupt_while_going_back(make, read_once, monkeypatch):
     llm = make()
     llm.eval(TOKENS)
