@@ -67,6 +67,15 @@ static inline float widen(float16 x) {
     return x.bits & 0x8000 ? -magnitude : magnitude;
 }
 
+// for a vector without an instruction that does it
+template <typename V> static inline V load_widened(const float16 * p) {
+    float x[V::width];
+    for (int i = 0; i < V::width; ++i) {
+        x[i] = widen(p[i]);
+    }
+    return V::load(x);
+}
+
 // Members, for a vector v:
 //     width                     lanes
 //     load, store, splat        unaligned; load also of half precision
@@ -124,11 +133,7 @@ struct avx2 {
     #if defined(__F16C__) || defined(_MSC_VER)
         return { _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)) };
     #else
-        float x[width];
-        for (int i = 0; i < width; ++i) {
-            x[i] = widen(p[i]);
-        }
-        return load(x);
+        return load_widened<avx2>(p);
     #endif
     }
     static avx2 splat(float x) { return { _mm256_set1_ps(x) }; }
@@ -166,7 +171,13 @@ struct avx512 {
     __m512               v;
 
     static avx512 load(const float * p) { return { _mm512_loadu_ps(p) }; }
-    static avx512 load(const float16 * p) { return { _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)) }; }
+    static avx512 load(const float16 * p) {
+    #if defined(DELTAMEM_SIMDE)
+        return load_widened<avx512>(p); // SIMDe does not have it
+    #else
+        return { _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)) };
+    #endif
+    }
     static avx512 splat(float x) { return { _mm512_set1_ps(x) }; }
     void          store(float * p) const { _mm512_storeu_ps(p, v); }
 
