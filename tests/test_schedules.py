@@ -6,6 +6,7 @@ context, which reads one token per call, or one ingest in segments, and keeps th
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 
@@ -54,14 +55,18 @@ class Simple:
         self.session.decode([(token, self.seq)])
         self.n_kv += 1
 
+    def decode_segment(self, tokens):
+        n = len(tokens)
+        _lib.llama_deltamem_set_write(self.session.ctx, self.seq, True)
+        self.session.decode([(token, self.seq) for token in tokens], [0] * n, [0] * (n - 1) + [1])
+        self.n_kv += n
+
     def ingest(self, tokens):
         """One ingest, of one segment."""
         n, before = len(tokens), self.states[-1]
         self.begun += [len(self.tokens)] * n
         self.tokens += tokens
-        _lib.llama_deltamem_set_write(self.session.ctx, self.seq, True)
-        self.session.decode([(token, self.seq) for token in tokens], [0] * n, [0] * (n - 1) + [1])
-        self.n_kv += n
+        self.decode_segment(tokens)
         self.states += [before] * (n - 1) + [self.session.state(self.seq)]
 
     def read_again(self, lost):
@@ -70,6 +75,17 @@ class Simple:
             self.cut_kv(0)
         for token in self.tokens[self.n_kv :]:
             self.decode(token, False)
+
+    def start_over(self):
+        """All is read again as it was the first time, with writing."""
+        state = self.states[self.floor]
+        assert not _lib.llama_deltamem_state_set(self.session.ctx, self.seq, pointer(state), state.size)
+        self.cut_kv(0)
+        for token in self.tokens[: self.floor]:
+            self.decode(token, False)
+        starts = [i for i, begun in enumerate(self.begun) if begun == i >= self.floor]
+        for start, end in itertools.pairwise([*starts, len(self.tokens)]):
+            self.decode_segment(self.tokens[start:end])
 
     def go_on(self, prompt, text, lost):
         """Reads a prompt, at least its last token, and then what follows it in the text. `lost`: the KV cache was."""
@@ -101,7 +117,8 @@ class Simple:
         if self.n_kv > begun:
             self.cut_kv(begun)
         if left:
-            self.read_again(lost)
+            if lost:
+                self.start_over()
             self.ingest(left)
         return bool(left)
 
