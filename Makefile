@@ -107,8 +107,7 @@ memcheck: $(DEMO)/memory.gguf ## the same under valgrind
 # One command makes the model of the package again, from a seed; every step goes on where it was broken off.
 DEFAULT  := build/default
 MEMORY_ARGS := --steps 2400 --batch 16 --rate 6e-3 --update no_lambda --write-bias -2 --heads-gain 5
-AGAIN_ARGS  := --steps 700 --batch 16 --rate 6e-3 --short-first 0 --seed 2
-SSW_ARGS    := --steps 1200 --batch 16 --rate 6e-3 --init $(DEFAULT)/tsw-1 --init-gain 10 --write-bias 0
+SSW_ARGS    := --steps 1200 --batch 16 --rate 6e-3 --init $(DEFAULT)/tsw --init-gain 10 --write-bias 0
 MODELS      := pydeltamem/models
 
 default-model: $(INSTALLED) ## train the model of the package and its memories (two CPU cores: about three hours)
@@ -118,9 +117,7 @@ default-model: $(INSTALLED) ## train the model of the package and its memories (
 	$(BIN)/deltamem quantize $(DEFAULT)/base.gguf $(MODELS)/default.gguf q8_0
 	@# products this small gain nothing from a second thread: two memories at once, a thread each
 	printf '%s\n' tsw msw | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(BIN)/deltamem train $(DEFAULT)/hf \
-		$(DEFAULT)/train.jsonl -o $(DEFAULT)/{}-1 --strategy {} $(MEMORY_ARGS)
-	printf '%s\n' tsw msw | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(BIN)/deltamem train $(DEFAULT)/hf \
-		$(DEFAULT)/train.jsonl -o $(DEFAULT)/{} --strategy {} --init $(DEFAULT)/{}-1 $(AGAIN_ARGS)
+		$(DEFAULT)/train.jsonl -o $(DEFAULT)/{} --strategy {} $(MEMORY_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/deltamem train $(DEFAULT)/hf $(DEFAULT)/train.jsonl -o $(DEFAULT)/ssw \
 		--strategy ssw $(SSW_ARGS)
 	for s in tsw msw ssw; do \
