@@ -98,7 +98,7 @@ def plot(samples: list[dict[str, float]], path: Path) -> None:
     ):
         axis.plot(tokens, [scale * sample[key] for sample in samples])
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * axis.dataLim.y1)  # what is flat must not lie on the frame
         axis.grid(alpha=0.3)
     axes[2].set_xlabel("tokens written")
     figure.tight_layout()
