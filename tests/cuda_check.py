@@ -93,9 +93,11 @@ def configure(check: Check, options: list[str]) -> bool:
     if check.run("configure", *command, timeout=120, counts=False) is not None:
         return True
     said = (check.report / "configure.txt").read_text(encoding="utf-8", errors="replace")
-    if "has no cuBLAS" in " ".join(said.split()):
-        packages = ["-c", ROOT / "constraints.txt", "nvidia-cublas", "nvidia-cuda-cccl"]
-        check.run("cublas", sys.executable, "-m", "pip", "install", "-q", *packages, timeout=300)
+    if "has no cuBLAS" not in " ".join(said.split()):
+        check.failed.append("configure")
+        return False
+    packages = ["-c", ROOT / "constraints.txt", "nvidia-cublas", "nvidia-cuda-cccl"]
+    check.run("cublas", sys.executable, "-m", "pip", "install", "-q", *packages, timeout=300)
     return check.run("configure", *command, timeout=120) is not None
 
 
