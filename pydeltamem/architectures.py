@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import InputError
-from .files import output
+from .outfile import output
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -21,12 +21,12 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .arguments import count, gpu_layers, integers, positive
+from .arguments import count, integers, positive
 from .bench_model import cache_folder, synthetic_files
 from .errors import DeltaMemError, InputError, LibraryError, ModelError
-from .files import output
 from .gguf_header import Header
-from .options import CACHE_TYPES
+from .options import add_context_arguments
+from .outfile import output
 from .synthetic import FTYPES, SHAPES
 
 if TYPE_CHECKING:
@@ -90,27 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     context = parser.add_argument_group("context")
     context.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (all CPUs)")
-    context.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="batch (%(default)s)")
-    context.add_argument(
-        "-ub", "--ubatch-size", type=positive, default=512, metavar="N", help="micro-batch (%(default)s)"
-    )
-    context.add_argument(
-        "-ngl",
-        "--gpu-layers",
-        "--n-gpu-layers",
-        type=gpu_layers,
-        default=-1,
-        metavar="N",
-        help="layers on the GPU (all)",
-    )
-    context.add_argument(
-        "-fa", "--flash-attn", nargs="?", const="on", default="off", choices=("on", "off"), help="flash attention (off)"
-    )
-    for letter in "kv":
-        context.add_argument(
-            f"-ct{letter}", f"--cache-type-{letter}", choices=CACHE_TYPES, default="f16", metavar="TYPE",
-            help=f"KV cache type of {letter.upper()} (f16)",
-        )  # fmt: skip
+    add_context_arguments(context)
 
     parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
     parser.add_argument("--json", metavar="FILE", help="write the results there too (-: standard output)")

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from .arguments import count, integers, positive
 from .errors import InputError, ModelError
-from .files import output
+from .outfile import output
 from .world import FACTS, Fact, Part, Turn, World, is_recalled
 
 if TYPE_CHECKING:

@@ -7,12 +7,9 @@ import glob
 import os
 import secrets
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-
-from .errors import InputError
 
 
 @contextlib.contextmanager
@@ -54,47 +51,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def is_stream(path: Path) -> bool:
     """Whether it is there, and neither a file nor a folder: a device, a pipe. A file must not take its place."""
     return path.exists() and not path.is_file() and not path.is_dir()
-
-
-@contextlib.contextmanager
-def output(path: str | None) -> Iterator[Callable[[str | bytes], None]]:
-    """A function that writes the file of `--json FILE` or `--plot FILE`, which appears whole or not at all; - is
-    standard output, None nothing. That it can be written is seen at once. Raises InputError.
-    """
-    if path is None or path == "-":
-        yield (lambda data: None) if path is None else _to_stdout
-        return
-    target = Path(os.path.realpath(path))
-    temporary = target if is_stream(target) else target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        if temporary != target:
-            temporary.touch(exist_ok=False)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-
-    def write(data: str | bytes) -> None:
-        try:
-            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-            if temporary != target:
-                os.replace(temporary, target)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-
-    try:
-        yield write
-    finally:
-        if temporary != target:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-
-
-def _to_stdout(data: str | bytes) -> None:
-    if isinstance(data, str):
-        sys.stdout.write(data)
-    else:
-        sys.stdout.buffer.write(data)
 
 
 def leftovers(path: str | os.PathLike[str]) -> list[Path]:

@@ -30,19 +30,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-c", "--ctx-size", type=count, default=4096, metavar="N", help="context (%(default)s; 0: the model's)"
     )
-    group.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="batch (%(default)s)")
-    group.add_argument(
-        "-ub", "--ubatch-size", type=positive, default=512, metavar="N", help="micro-batch (%(default)s)"
-    )
     group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half the CPUs)")
     group.add_argument(
         "-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t, or all CPUs)"
+    )
+    group.add_argument("--rpc", metavar="HOST:PORT,...", help="layers on these machines too (deltamem rpc-server)")
+    add_context_arguments(group)
+    group.add_argument("--no-mmap", action="store_true", help="read the model instead of mapping it")
+    group.add_argument("--mlock", action="store_true", help="keep the model in RAM")
+    group.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
+
+
+def add_context_arguments(group: argparse._ArgumentGroup) -> None:
+    """Of a context, for every command that makes one."""
+    group.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="batch (%(default)s)")
+    group.add_argument(
+        "-ub", "--ubatch-size", type=positive, default=512, metavar="N", help="micro-batch (%(default)s)"
     )
     group.add_argument(
         "-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layers, default=-1, metavar="N",
         help="layers on the GPU (all)",
     )  # fmt: skip
-    group.add_argument("--rpc", metavar="HOST:PORT,...", help="layers on these machines too (deltamem rpc-server)")
     group.add_argument(
         "-fa", "--flash-attn", nargs="?", const="on", default="off", choices=("on", "off"), help="flash attention (off)"
     )
@@ -51,9 +59,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
             f"-ct{letter}", f"--cache-type-{letter}", choices=CACHE_TYPES, default="f16", metavar="TYPE",
             help=f"KV cache type of {letter.upper()} (f16): {', '.join(CACHE_TYPES)}",
         )  # fmt: skip
-    group.add_argument("--no-mmap", action="store_true", help="read the model instead of mapping it")
-    group.add_argument("--mlock", action="store_true", help="keep the model in RAM")
-    group.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -1,11 +1,12 @@
-"""Files that a conversion writes: what cannot be is refused before the work, and a full disk told from a bad model."""
+"""Files that commands write: what cannot be is refused before the work, and a full disk told from a bad model."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .errors import InputError
@@ -50,6 +51,30 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     check_target(path)
     with disk_errors(path), replacing(path) as temporary:
         yield temporary
+
+
+@contextlib.contextmanager
+def output(path: str | None) -> Iterator[Callable[[str | bytes], None]]:
+    """A function that writes the file of `--json FILE` or `--plot FILE`, as `writing` does; - is standard output, None
+    nothing. That it can be written is seen at once. Raises InputError.
+    """
+    if path is None or path == "-":
+        yield (lambda data: None) if path is None else _to_stdout
+        return
+    check_target(path)
+
+    def write(data: str | bytes) -> None:
+        with writing(path) as temporary:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+    yield write
+
+
+def _to_stdout(data: str | bytes) -> None:
+    if isinstance(data, str):
+        sys.stdout.write(data)
+    else:
+        sys.stdout.buffer.write(data)
 
 
 def check_disk(path: str | os.PathLike[str], temporary: Path) -> None:

@@ -548,15 +548,20 @@ def test_the_oldest_turns_leave_the_text(make, monkeypatch, can_shift):
     assert abs(conversation.memory.n_written - every.memory.n_written) < 60
 
 
+def two_turns(llm, can_shift):
+    """A conversation of two turns, in a context whose text can or cannot be moved up."""
+    conversation = Conversation(llm, system="be short")
+    for role, content in (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")):
+        conversation.add(role, content)
+    if not can_shift:
+        llm._seats.shift = lambda *args: False
+    return conversation
+
+
 def test_what_left_the_text_is_not_written_again(make, read_once):
     """The text is shortened by a turn: the state stays, bit for bit, also where the rest is read again."""
     for can_shift in (True, False):
-        llm = make()
-        conversation = Conversation(llm, system="be short")
-        for role, content in (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")):
-            conversation.add(role, content)
-        if not can_shift:
-            llm._seats.shift = lambda *args: False
+        conversation = two_turns(make(), can_shift)
         state, n = conversation.memory.state, conversation.memory.n_written
         conversation._drop(2)
         np.testing.assert_array_equal(conversation.memory.state, state)
@@ -570,12 +575,7 @@ def test_what_left_the_text_is_not_written_again(make, read_once):
 @pytest.mark.parametrize("can_shift", [True, False])
 def test_an_interrupt_while_a_turn_leaves_keeps_it(make, monkeypatch, can_shift):
     """Also if the chat template refuses what is left: messages and text stay as they were, and it leaves later."""
-    llm = make()
-    conversation = Conversation(llm, system="be short")
-    for role, content in (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")):
-        conversation.add(role, content)
-    if not can_shift:
-        llm._seats.shift = lambda *args: False
+    conversation = two_turns(make(), can_shift)
 
     def refuse(llm, messages):
         if "one" not in [message["content"] for message in messages] and len(messages) > 2:

@@ -60,15 +60,22 @@ def packed(base, adapter, tmp_path):
 # the header
 
 
-def test_tokens_that_are_no_list(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "qwen3")
-    writer.add_uint32("tokenizer.ggml.tokens", 5)
-    writer.add_uint32("qwen3.vocab_size", 7)
+def without_tensors(path, keys):
+    """A GGUF of keys alone."""
+    writer = gguf.GGUFWriter(path, "qwen3")
+    for key, value in keys.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add(key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert describe(tmp_path / "odd.gguf")["model"]["vocabulary"] == 7
+    return path
+
+
+def test_tokens_that_are_no_list(tmp_path):
+    path = without_tensors(tmp_path / "odd.gguf", {"tokenizer.ggml.tokens": 5, "qwen3.vocab_size": 7})
+    assert describe(path)["model"]["vocabulary"] == 7
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "smollm3"])
@@ -319,16 +326,9 @@ def test_adapter_that_lacks_something(adapter, tmp_path, capsys, what):
 
 
 def test_adapter_with_a_key_of_another_type(adapter, tmp_path, capsys):
-    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "qwen3")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "deltamem")
-    writer.add_uint32("deltamem.version", 1)
-    writer.add_uint32("deltamem.layers", 4)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    refused(tmp_path / "odd.gguf", AdapterError, "deltamem.layers of an unexpected type", capsys)
+    keys = {"general.type": "adapter", "adapter.type": "deltamem", "deltamem.version": 1, "deltamem.layers": 4}
+    path = without_tensors(tmp_path / "odd.gguf", keys)
+    refused(path, AdapterError, "deltamem.layers of an unexpected type", capsys)
 
 
 def test_adapter_of_an_unknown_tensor_type(adapter, tmp_path, capsys):

@@ -19,8 +19,9 @@ import pytest
 import safetensors.numpy
 
 from pydeltamem import Conversation, InputError, MemoryFileError, MemorySnapshot
-from pydeltamem.files import leftovers, output, replacing
+from pydeltamem.files import leftovers, replacing
 from pydeltamem.memory_file import MemoryFileLock, check_writable, read_memory_file, write_memory_file
+from pydeltamem.outfile import output
 
 METADATA = {"layers": "2,5", "adapter": "ab" * 32, "adapter_name": "test", "architecture": "qwen3"}
 SHAPE = (2, 1, 8, 8)
