@@ -6,8 +6,12 @@
 #include "deltamem-kernel.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
+#include "ggml-impl.h"
 
 #include <algorithm>
+
+// so many tokens pass the weights as they are stored; for more, weights are converted first
+static constexpr int64_t FEW_TOKENS = 4;
 
 // (sequence, head) pairs over the threads
 static void forward_read(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
@@ -53,10 +57,13 @@ static void forward_read(const struct ggml_compute_params * params, struct ggml_
 // A thread has a range of outputs, for all tokens; of many tokens it has a range, for all outputs. The outputs come in tiles:
 // a tile's weights, as float32, stay in the first-level cache while the tokens pass. For a few tokens that does not pay, and
 // the kernel takes weights of half precision as they are.
-static void forward_correct(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    const struct ggml_tensor * out    = dst->src[0];
-    const struct ggml_tensor * weight = dst->src[1];
-    const struct ggml_tensor * read   = dst->src[2];
+//
+// With `added`, of the shape of the correction, dst = correction + added; dst is the correction otherwise.
+static void forward_correct(const struct ggml_compute_params * params, const struct ggml_tensor * correction,
+                            const struct ggml_tensor * added, struct ggml_tensor * dst) {
+    const struct ggml_tensor * out    = correction->src[0];
+    const struct ggml_tensor * weight = correction->src[1];
+    const struct ggml_tensor * read   = correction->src[2];
 
     constexpr int64_t UNIT = 64;  // outputs that are not divided: whole cache lines, whole blocks of vectors
     constexpr int64_t TILE = 256; // outputs
@@ -83,23 +90,27 @@ static void forward_correct(const struct ggml_compute_params * params, struct gg
         // the first columns are added to `out`, the others to what is there by then
         const struct ggml_tensor * base = j0 == 0 ? out : dst;
 
-        struct deltamem_correct_args args;
-        args.out           = (const float *) ((const char *) base->data + t0 * base->nb[1]) + i0;
-        args.out_stride    = base->nb[1] / sizeof(float);
-        args.weight        = weights;
-        args.weight_stride = stride;
-        args.read          = (const float *) ((const char *) read->data + t0 * read->nb[1]) + j0;
-        args.read_stride   = read->nb[1] / sizeof(float);
-        args.dst           = (float *) ((char *) dst->data + t0 * dst->nb[1]) + i0;
-        args.dst_stride    = dst->nb[1] / sizeof(float);
-        args.n_out         = ni;
-        args.n_read        = nj;
-        args.n_tokens      = t1 - t0;
-        args.half          = half;
+        struct deltamem_correct_args args = {};
+        args.out                          = (const float *) ((const char *) base->data + t0 * base->nb[1]) + i0;
+        args.out_stride                   = base->nb[1] / sizeof(float);
+        args.weight                       = weights;
+        args.weight_stride                = stride;
+        args.read                         = (const float *) ((const char *) read->data + t0 * read->nb[1]) + j0;
+        args.read_stride                  = read->nb[1] / sizeof(float);
+        if (added && j0 == 0) {
+            args.added        = (const float *) ((const char *) added->data + t0 * added->nb[1]) + i0;
+            args.added_stride = added->nb[1] / sizeof(float);
+        }
+        args.dst        = (float *) ((char *) dst->data + t0 * dst->nb[1]) + i0;
+        args.dst_stride = dst->nb[1] / sizeof(float);
+        args.n_out      = ni;
+        args.n_read     = nj;
+        args.n_tokens   = t1 - t0;
+        args.half       = half;
         deltamem_correct_forward(&args);
     };
 
-    if (t1 - t0 <= 4 && weight->type == GGML_TYPE_F16) {
+    if (t1 - t0 <= FEW_TOKENS && weight->type == GGML_TYPE_F16) {
         if (begin < end) {
             const char * column = (const char *) weight->data + begin * weight->nb[0];
             correct(begin, end - begin, 0, n_read, column, weight->nb[1] / weight->nb[0], true);
@@ -136,6 +147,90 @@ static void forward_correct(const struct ggml_compute_params * params, struct gg
 void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     switch (ggml_deltamem_get_kind(dst)) {
         case GGML_DELTAMEM_READ:    forward_read(params, dst); break;
-        case GGML_DELTAMEM_CORRECT: forward_correct(params, dst); break;
+        case GGML_DELTAMEM_CORRECT: forward_correct(params, dst, nullptr, dst); break;
     }
+}
+
+//
+// two nodes at once
+//
+
+// The rows of the projection over the threads. Its activation is taken in float32, where ggml's product would convert it to
+// the weights' type and synchronise.
+static void forward_project(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    const struct ggml_tensor * weight = dst->src[0];
+    const struct ggml_tensor * in     = dst->src[1];
+
+    const int64_t begin = dst->ne[0] * params->ith / params->nth;
+    const int64_t end   = dst->ne[0] * (params->ith + 1) / params->nth;
+
+    struct deltamem_project_args args;
+    args.weight        = (const char *) weight->data + begin * weight->nb[1];
+    args.weight_stride = weight->nb[1] / weight->nb[0];
+    args.in            = (const float *) in->data;
+    args.in_stride     = in->nb[1] / sizeof(float);
+    args.dst           = (float *) dst->data + begin;
+    args.dst_stride    = dst->nb[1] / sizeof(float);
+    args.n_out         = end - begin;
+    args.n_in          = in->ne[0];
+    args.n_tokens      = dst->ne[1];
+    args.half          = weight->type == GGML_TYPE_F16;
+    deltamem_project_forward(&args);
+}
+
+static bool takes_projection(const struct ggml_tensor * mul_mat) {
+    const struct ggml_tensor * weight = mul_mat->src[0];
+    const struct ggml_tensor * in     = mul_mat->src[1];
+    return (weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_F32) && !weight->extra &&
+           in->type == GGML_TYPE_F32 && in->nb[0] == sizeof(float) && ggml_nrows(mul_mat) == mul_mat->ne[1] &&
+           mul_mat->ne[1] <= FEW_TOKENS;
+}
+
+static bool apart(const struct ggml_tensor * a, const struct ggml_tensor * b) {
+    const char * pa = (const char *) a->data;
+    const char * pb = (const char *) b->data;
+    return pa + ggml_nbytes(a) <= pb || pb + ggml_nbytes(b) <= pa;
+}
+
+// whether threads that share out the elements of dst may overwrite those of src, of the same shape
+static bool in_place_or_apart(const struct ggml_tensor * dst, const struct ggml_tensor * src) {
+    return (dst->data == src->data && dst->nb[1] == src->nb[1]) || apart(dst, src);
+}
+
+static bool takes_addition(const struct ggml_tensor * correction, const struct ggml_tensor * add,
+                           const struct ggml_tensor * added) {
+    // the allocator may have given `add` the place of what the correction alone needs
+    return added->type == GGML_TYPE_F32 && add->type == GGML_TYPE_F32 && ggml_are_same_shape(added, correction) &&
+           added->nb[0] == sizeof(float) && add->nb[0] == sizeof(float) && ggml_nrows(add) == add->ne[1] &&
+           in_place_or_apart(add, correction->src[0]) && in_place_or_apart(add, added) &&
+           apart(add, correction->src[1]) && apart(add, correction->src[2]);
+}
+
+int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
+    struct ggml_tensor * node = cgraph->nodes[i];
+    if ((node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_DELTAMEM) || i + 1 >= cgraph->n_nodes) {
+        return 0;
+    }
+    struct ggml_tensor * next = cgraph->nodes[i + 1];
+    if (!(node->flags & next->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+        return 0;
+    }
+
+    if (node->op == GGML_OP_MUL_MAT && next->op == GGML_OP_DELTAMEM && next->src[0] == node &&
+        ggml_deltamem_get_kind(next) == GGML_DELTAMEM_READ && takes_projection(node)) {
+        forward_project(params, node);
+        ggml_barrier(params->threadpool);
+        forward_read(params, next);
+        return 1;
+    }
+
+    if (node->op == GGML_OP_DELTAMEM && ggml_deltamem_get_kind(node) == GGML_DELTAMEM_CORRECT &&
+        ggml_can_fuse(cgraph, i, { GGML_OP_DELTAMEM, GGML_OP_ADD })) {
+        const struct ggml_tensor * added = next->src[next->src[0] == node ? 1 : 0];
+        if (takes_addition(node, next, added)) {
+            forward_correct(params, node, added, next);
+            return 1;
+        }
+    }
+    return 0;
 }

@@ -1,5 +1,5 @@
-// The CPU kernels of GGML_OP_DELTAMEM: a read (gate activations, normalisation and the delta-rule recurrence of one head)
-// and a correction.
+// The CPU kernels of GGML_OP_DELTAMEM: a read (gate activations, normalisation and the delta-rule recurrence of one head),
+// a correction, and the projection that a read of a few tokens takes with it.
 //
 // Entries are taken in short chunks. The activations of a chunk are computed first, over contiguous arrays and so in full
 // vectors whatever the rank. The recurrence then walks the chunk with lanes over the rows of the state: rows evolve
@@ -447,11 +447,16 @@ private:
 
 // n vectors of outputs of one token, held in registers while the columns of the correction pass by; weights of type W
 template <typename V, int n, typename W>
-static inline void correct_block(const deltamem_correct_args & args, const float * read, const float * out, float * dst,
-                                 int64_t i) {
+static inline void correct_block(const deltamem_correct_args & args, const float * read, const float * out,
+                                 const float * added, float * dst, int64_t i) {
     V acc[n];
     for (int b = 0; b < n; ++b) {
         acc[b] = V::load(out + i + b * V::width);
+    }
+    if (added) {
+        for (int b = 0; b < n; ++b) {
+            acc[b] = acc[b] + V::load(added + i + b * V::width);
+        }
     }
     for (int64_t j = 0; j < args.n_read; ++j) {
         const W * w = (const W *) args.weight + j * args.weight_stride + i;
@@ -467,19 +472,63 @@ static inline void correct_block(const deltamem_correct_args & args, const float
 
 template <typename W> static void correct(const deltamem_correct_args & args) {
     for (int64_t t = 0; t < args.n_tokens; ++t) {
-        const float * read = args.read + t * args.read_stride;
-        const float * out  = args.out + t * args.out_stride;
-        float *       dst  = args.dst + t * args.dst_stride;
+        const float * read  = args.read + t * args.read_stride;
+        const float * out   = args.out + t * args.out_stride;
+        const float * added = args.added ? args.added + t * args.added_stride : nullptr;
+        float *       dst   = args.dst + t * args.dst_stride;
 
         int64_t i = 0;
         for (; i + 4 * wide::width <= args.n_out; i += 4 * wide::width) {
-            correct_block<wide, 4, W>(args, read, out, dst, i);
+            correct_block<wide, 4, W>(args, read, out, added, dst, i);
         }
         for (; i + narrow::width <= args.n_out; i += narrow::width) {
-            correct_block<narrow, 1, W>(args, read, out, dst, i);
+            correct_block<narrow, 1, W>(args, read, out, added, dst, i);
         }
         for (; i < args.n_out; ++i) {
-            correct_block<scalar, 1, W>(args, read, out, dst, i);
+            correct_block<scalar, 1, W>(args, read, out, added, dst, i);
+        }
+    }
+}
+
+//
+// projections
+//
+
+template <typename W> static float dot(const W * w, const float * x, int64_t n) {
+    constexpr int N = 4; // sums at a time
+
+    wide acc[N] = { wide::splat(0.0f), wide::splat(0.0f), wide::splat(0.0f), wide::splat(0.0f) };
+
+    int64_t i = 0;
+    for (; i + N * wide::width <= n; i += N * wide::width) {
+        for (int b = 0; b < N; ++b) {
+            acc[b] = wide::fma(wide::load(w + i + b * wide::width), wide::load(x + i + b * wide::width), acc[b]);
+        }
+    }
+    for (; i + wide::width <= n; i += wide::width) {
+        acc[0] = wide::fma(wide::load(w + i), wide::load(x + i), acc[0]);
+    }
+
+    alignas(64) float lanes[wide::width];
+    ((acc[0] + acc[1]) + (acc[2] + acc[3])).store(lanes);
+    narrow half = narrow::load(lanes);
+    for (int j = narrow::width; j < wide::width; j += narrow::width) {
+        half = half + narrow::load(lanes + j);
+    }
+
+    float sum = half.sum();
+    for (; i < n; ++i) {
+        sum += scalar::load(w + i).v * x[i];
+    }
+    return sum;
+}
+
+// A row's weights come from memory for the first token and from the cache for the others.
+template <typename W> static void project(const deltamem_project_args & args) {
+    for (int64_t row = 0; row < args.n_out; ++row) {
+        const W * w = (const W *) args.weight + row * args.weight_stride;
+        for (int64_t t = 0; t < args.n_tokens; ++t) {
+            args.dst[t * args.dst_stride + row] = dot(w, args.in + t * args.in_stride, args.n_in);
         }
     }
 }
@@ -499,6 +548,14 @@ void deltamem_correct_forward(const struct deltamem_correct_args * args) {
         deltamem::correct<deltamem::float16>(*args);
     } else {
         deltamem::correct<float>(*args);
+    }
+}
+
+void deltamem_project_forward(const struct deltamem_project_args * args) {
+    if (args->half) {
+        deltamem::project<deltamem::float16>(*args);
+    } else {
+        deltamem::project<float>(*args);
     }
 }
 

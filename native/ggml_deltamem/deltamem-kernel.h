@@ -40,7 +40,9 @@ struct deltamem_correct_args {
     size_t        weight_stride;
     const float * read; // [n_tokens][n_read], rows read_stride floats apart
     size_t        read_stride;
-    float *       dst; // [n_tokens][n_out], rows dst_stride floats apart; may be `out`
+    const float * added; // [n_tokens][n_out], rows added_stride floats apart: added too; or NULL
+    size_t        added_stride;
+    float *       dst; // [n_tokens][n_out], rows dst_stride floats apart; may be `out` or `added`
     size_t        dst_stride;
 
     int64_t n_out;
@@ -49,8 +51,25 @@ struct deltamem_correct_args {
     bool    half;
 };
 
-// A correction: dst = out + read weight.
+// A correction: dst = out + added + read weight.
 void deltamem_correct_forward(const struct deltamem_correct_args * args);
+
+struct deltamem_project_args {
+    const void *  weight; // [n_out][n_in] of float32, or of float16 if `half`; rows weight_stride values apart
+    size_t        weight_stride;
+    const float * in; // [n_tokens][n_in], rows in_stride floats apart
+    size_t        in_stride;
+    float *       dst; // [n_tokens][n_out], rows dst_stride floats apart
+    size_t        dst_stride;
+
+    int64_t n_out;
+    int64_t n_in;
+    int64_t n_tokens;
+    bool    half;
+};
+
+// A projection of a few tokens: dst = in weight^T, in float32.
+void deltamem_project_forward(const struct deltamem_project_args * args);
 
 // "AVX-512", "AVX2", "NEON" or "scalar": what this translation unit was compiled for
 const char * deltamem_simd_name(void);

@@ -789,21 +789,21 @@ static float random_half(random_source & random, uint16_t & bits) {
            std::ldexp((float) (exponent ? 1024 + mantissa : mantissa), (exponent ? exponent : 1) - 25);
 }
 
-// dst = out + read weight, weights in float32 or half precision, for widths around every vector's, in place and not, with gaps
-// between rows
+// dst = out + added + read weight, weights in float32 or half precision, for widths around every vector's, in place and not,
+// with gaps between rows
 static void test_corrections() {
     const int before = n_failed;
 
     for (int n_out : { 1, 3, 4, 7, 8, 15, 16, 17, 31, 63, 64, 65, 100, 256, 300 }) {
         for (int n_read : { 1, 2, 4, 8, 16, 33 }) {
             for (int n_tokens : { 1, 2, 5 }) {
-                for (int way = 0; way < 4; ++way) {
-                    const bool    in_place = way & 1, half = way & 2;
+                for (int way = 0; way < 8; ++way) {
+                    const bool    in_place = way & 1, half = way & 2, addition = way & 4;
                     random_source random(1200 * n_out + 10 * n_read + n_tokens);
                     const size_t  weight_stride = n_out + 3, read_stride = n_read + 1, out_stride = n_out + 2;
 
                     guarded weight(n_read * weight_stride), read(n_tokens * read_stride), out(n_tokens * out_stride),
-                            other(n_tokens * out_stride);
+                            other(n_tokens * out_stride), added(n_tokens * out_stride);
                     std::vector<uint16_t> halves(weight.size() + 1, 0x7e00); // NaN; the first is not used
                     for (int j = 0; j < n_read; ++j) {
                         for (int i = 0; i < n_out; ++i) {
@@ -819,7 +819,8 @@ static void test_corrections() {
                             read.data()[t * read_stride + j] = random.normal();
                         }
                         for (int i = 0; i < n_out; ++i) {
-                            out.data()[t * out_stride + i] = random.normal();
+                            out.data()[t * out_stride + i]   = random.normal();
+                            added.data()[t * out_stride + i] = addition ? random.normal() : 0.0f;
                         }
                     }
                     const std::vector<float> base(out.data(), out.data() + out.size());
@@ -832,6 +833,8 @@ static void test_corrections() {
                     args.weight_stride         = weight_stride;
                     args.read                  = read.data();
                     args.read_stride           = read_stride;
+                    args.added                 = addition ? added.data() : nullptr;
+                    args.added_stride          = out_stride;
                     args.dst                   = dst.data();
                     args.dst_stride            = out_stride;
                     args.n_out                 = n_out;
@@ -840,7 +843,7 @@ static void test_corrections() {
                     args.half                  = half;
                     deltamem_correct_forward(&args);
 
-                    // 33 terms of normal size: each product and sum rounds by u of some 6, so 50 u at most
+                    // 35 terms of normal size: each product and sum rounds by u of some 6, so 50 u at most
                     double worst  = 0.0;
                     bool   intact = dst.guards_intact() && out.guards_intact();
                     for (int t = 0; t < n_tokens; ++t) {
@@ -850,7 +853,7 @@ static void test_corrections() {
                                 intact = intact && is_guard(got);
                                 continue;
                             }
-                            double expected = base[t * out_stride + i];
+                            double expected = (double) base[t * out_stride + i] + added.data()[t * out_stride + i];
                             for (int j = 0; j < n_read; ++j) {
                                 expected += (double) weight.data()[j * weight_stride + i] *
                                             read.data()[t * read_stride + j];
@@ -867,6 +870,75 @@ static void test_corrections() {
         }
     }
     printf("%-44s%s\n", "corrections", n_failed > before ? "  FAILED" : " within 50 u");
+}
+
+// dst = in weight^T, likewise
+static void test_projections() {
+    const int before = n_failed;
+
+    for (int n_in : { 1, 7, 8, 16, 31, 63, 64, 65, 100, 256, 2560 }) {
+        for (int n_out : { 1, 2, 13 }) {
+            for (int n_tokens : { 1, 3 }) {
+                for (bool half : { false, true }) {
+                    random_source random(1300 * n_in + 10 * n_out + n_tokens);
+                    const size_t  weight_stride = n_in + 3, in_stride = n_in + 1, dst_stride = n_out + 2;
+
+                    guarded weight(n_out * weight_stride), in(n_tokens * in_stride), dst(n_tokens * dst_stride);
+                    std::vector<uint16_t> halves(weight.size() + 1, 0x7e00); // NaN; the first is not used
+                    for (int row = 0; row < n_out; ++row) {
+                        for (int i = 0; i < n_in; ++i) {
+                            float & w = weight.data()[row * weight_stride + i];
+                            w = half ? random_half(random, halves[1 + row * weight_stride + i]) : random.normal();
+                        }
+                    }
+                    for (int t = 0; t < n_tokens; ++t) {
+                        for (int i = 0; i < n_in; ++i) {
+                            in.data()[t * in_stride + i] = random.normal();
+                        }
+                    }
+
+                    deltamem_project_args args = {};
+                    args.weight                = half ? (const void *) (halves.data() + 1) : weight.data();
+                    args.weight_stride         = weight_stride;
+                    args.in                    = in.data();
+                    args.in_stride             = in_stride;
+                    args.dst                   = dst.data();
+                    args.dst_stride            = dst_stride;
+                    args.n_out                 = n_out;
+                    args.n_in                  = n_in;
+                    args.n_tokens              = n_tokens;
+                    args.half                  = half;
+                    deltamem_project_forward(&args);
+
+                    // relative to the sum of the terms' sizes, a sum of n terms is off by n u at most
+                    double worst  = 0.0;
+                    bool   intact = dst.guards_intact();
+                    for (int t = 0; t < n_tokens; ++t) {
+                        for (size_t row = 0; row < dst_stride; ++row) {
+                            const float got = dst.data()[t * dst_stride + row];
+                            if (row >= (size_t) n_out) {
+                                intact = intact && is_guard(got);
+                                continue;
+                            }
+                            double expected = 0.0, size = 1e-30;
+                            for (int i = 0; i < n_in; ++i) {
+                                const double term =
+                                        (double) weight.data()[row * weight_stride + i] * in.data()[t * in_stride + i];
+                                expected += term;
+                                size += std::fabs(term);
+                            }
+                            worst = std::max(worst, std::fabs(got - expected) / size);
+                        }
+                    }
+                    check(worst <= n_in * 6e-8, "inputs %d, outputs %d, tokens %d: a projection is off by %g", n_in,
+                          n_out, n_tokens, worst);
+                    check(intact, "inputs %d, outputs %d, tokens %d: a projection writes past its rows", n_in, n_out,
+                          n_tokens);
+                }
+            }
+        }
+    }
+    printf("%-44s%s\n", "projections", n_failed > before ? "  FAILED" : " within n u");
 }
 
 int main(int argc, char ** argv) {
@@ -897,6 +969,7 @@ int main(int argc, char ** argv) {
     test_checkpoints();
     test_nan();
     test_corrections();
+    test_projections();
 
     return finish(argv[1]);
 }

@@ -20,6 +20,7 @@ struct tested {
     int                      n_ways;
     std::function<void(int)> set_way;
     double                   tol; // greatest NMSE of reads and states
+    bool takes_float; // a packed projection of up to four tokens takes its activation as it is, not rounded to the weights' type
 };
 
 struct shape {
@@ -214,9 +215,16 @@ private:
     std::vector<int32_t> plan_data;
 };
 
+// what follows a correction
+enum addition {
+    NOTHING,
+    ADDED_BEHIND,
+    ADDED_BEFORE
+};
+
 // A correction of one type against double precision; every number of threads gives the same bits. Weights and reads are the
-// graph's own, as the gate bias above.
-static void test_correction(const tested & on, ggml_type type, int n_out, int n_read, int n_tokens) {
+// graph's own, as the gate bias above. An addition may be computed with it.
+static void test_correction(const tested & on, ggml_type type, int n_out, int n_read, int n_tokens, addition add) {
     ggml_backend_t backend = on.backend;
     random_source  random(n_out + 7 * n_read + 31 * n_tokens);
 
@@ -225,7 +233,11 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
     ggml_tensor *  out    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, n_tokens);
     ggml_tensor *  weight = ggml_new_tensor_2d(ctx, type, n_out, n_read);
     ggml_tensor *  read   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_read, n_tokens);
+    ggml_tensor *  other  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, n_tokens);
     ggml_tensor *  node   = ggml_deltamem_correct(nodes, out, ggml_cont(nodes, weight), ggml_cont(nodes, read));
+    if (add != NOTHING) {
+        node = add == ADDED_BEHIND ? ggml_add(nodes, node, other) : ggml_add(nodes, ggml_cont(nodes, other), node);
+    }
 
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
     allocated_graph       graph(backend, nodes, node);
@@ -238,10 +250,14 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
         return x;
     };
     const std::vector<float> out_data = fill(out), read_data = fill(read);
-    std::vector<float>       weight_data = fill(weight);
+    std::vector<float>       weight_data = fill(weight), other_data(out_data.size(), 0.0f);
+    if (add != NOTHING) {
+        other_data = fill(other);
+    }
 
     ggml_backend_tensor_set(out, out_data.data(), 0, ggml_nbytes(out));
     ggml_backend_tensor_set(read, read_data.data(), 0, ggml_nbytes(read));
+    ggml_backend_tensor_set(other, other_data.data(), 0, ggml_nbytes(other));
     if (type == GGML_TYPE_F32) {
         ggml_backend_tensor_set(weight, weight_data.data(), 0, ggml_nbytes(weight));
     } else {
@@ -262,7 +278,7 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
             first = got;
             for (int t = 0; t < n_tokens; ++t) {
                 for (int i = 0; i < n_out; ++i) {
-                    double expected = out_data[(size_t) t * n_out + i];
+                    double expected = (double) out_data[(size_t) t * n_out + i] + other_data[(size_t) t * n_out + i];
                     for (int j = 0; j < n_read; ++j) {
                         expected += (double) weight_data[(size_t) j * n_out + i] * read_data[(size_t) t * n_read + j];
                     }
@@ -272,10 +288,11 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
         }
         check(same_bits(got, first), "correction: %d threads change the result", way);
     }
-    // sums of up to 129 terms: an rms error of some 12 u, 17 u allowed
-    check(error.value() <= 1e-12, "correction %s, outputs %d, columns %d, tokens %d: NMSE is %g", ggml_type_name(type),
+    const char * name = add == NOTHING ? "correction" : "correction, addition";
+    // sums of up to 130 terms: an rms error of some 12 u, 17 u allowed
+    check(error.value() <= 1e-12, "%s %s, outputs %d, columns %d, tokens %d: NMSE is %g", name, ggml_type_name(type),
           n_out, n_read, n_tokens, error.value());
-    printf("correction %-5s outputs %5d, columns %3d, tokens %4d %15s NMSE %.1e\n", ggml_type_name(type), n_out, n_read,
+    printf("%-20s %-5s outputs %5d, columns %3d, tokens %4d %5s NMSE %.1e\n", name, ggml_type_name(type), n_out, n_read,
            n_tokens, "", error.value());
 
     ggml_backend_buffer_free(buffer);
@@ -283,26 +300,28 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
     ggml_free(ctx);
 }
 
-// A packed projection and the read of its one token, which a backend may compute as one: against double precision, twice
-// in a row. Inputs are multiples of 1/32, so that no backend rounds them.
-static void test_projected_read(const tested & on, ggml_type type, int n_embd, int flags) {
-    random_source random(n_embd + flags);
+// A packed projection and the read of its tokens, one of each sequence, which a backend may compute as one: against double
+// precision, twice in a row; every number of threads gives the same bits. Where a backend may round its inputs they are
+// multiples of 1/32, which no type rounds.
+static void test_projected_read(const tested & on, ggml_type type, int n_embd, const shape & s) {
+    random_source random(n_embd + s.flags + 10 * s.n_seqs + 100 * s.rank);
 
     ggml_deltamem_params p = {};
-    p.rank                 = 8;
-    p.n_head               = 1;
-    p.n_seqs               = 1;
-    p.lambda               = GGML_DELTAMEM_LAMBDA_COUPLED;
-    p.flags                = flags;
+    p.rank                 = s.rank;
+    p.n_head               = s.n_head;
+    p.n_seqs               = s.n_seqs;
+    p.lambda               = s.lambda;
+    p.flags                = s.flags;
 
-    const int64_t n_proj = ggml_deltamem_n_proj(&p), n_record = ggml_deltamem_n_record(&p), n_slots = 2;
+    const int64_t n_proj = ggml_deltamem_n_proj(&p), n_record = ggml_deltamem_n_record(&p), n_slots = s.n_seqs + 1;
+    const int64_t n_read = s.n_head * s.rank, n_slot = s.n_head * n_record;
 
     ggml_context * ctx    = ggml_init({ ggml_tensor_overhead() * 16 + ggml_graph_overhead(), nullptr, true });
     ggml_tensor *  weight = ggml_new_tensor_2d(ctx, type, n_embd, n_proj);
-    ggml_tensor *  input  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd, 1);
+    ggml_tensor *  input  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd, s.n_seqs);
     ggml_tensor *  bias   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ggml_deltamem_n_gates(&p));
-    ggml_tensor *  state  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_record, n_slots);
-    ggml_tensor *  plan   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_deltamem_n_plan(1, 1));
+    ggml_tensor *  state  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_slot, n_slots);
+    ggml_tensor *  plan   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_deltamem_n_plan(s.n_seqs, s.n_seqs));
     ggml_tensor *  node   = ggml_deltamem(ctx, ggml_deltamem_mul_mat(ctx, weight, input), bias, state, plan, p);
     ggml_set_output(node);
     ggml_cgraph * cgraph = ggml_new_graph(ctx);
@@ -312,32 +331,42 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, i
     const auto set = [&](ggml_tensor * t, const std::vector<float> & x) {
         ggml_backend_tensor_set(t, x.data(), 0, ggml_nbytes(t));
     };
-    std::vector<float> weights(n_embd * n_proj), x(n_embd), biases(ggml_nelements(bias)), record(n_record, 0.0f);
+    const bool exact = on.takes_float && s.n_seqs <= 4 && type != GGML_TYPE_BF16;
+
+    std::vector<float> weights(n_embd * n_proj), x(n_embd * s.n_seqs), biases(ggml_nelements(bias));
+    std::vector<float> slots(n_slot * n_slots, 0.0f);
     for (float & w : weights) {
         w = random.normal() / sqrtf((float) n_embd);
     }
     for (float & value : x) {
-        value = (random.below(65) - 32) / 32.0f;
+        value = exact ? random.normal() : (random.below(65) - 32) / 32.0f;
     }
     for (float & b : biases) {
         b = random.normal();
     }
-    for (int i = 0; i < p.rank * p.rank; ++i) {
-        record[i] = random.normal();
+    for (int64_t i = 0; i < n_slots * s.n_head; ++i) {
+        for (int j = 0; j < p.rank * p.rank; ++j) {
+            slots[i * n_record + j] = random.normal();
+        }
     }
-    std::vector<float> slots = record;
-    slots.insert(slots.end(), record.begin(), record.end());
 
-    const bool    segments = flags & GGML_DELTAMEM_SEGMENTS;
+    // sequence i has slot i + 1 and token i; nobody has slot 0
+    const bool    segments = s.flags & GGML_DELTAMEM_SEGMENTS;
     const int32_t bits =
             segments ? GGML_DELTAMEM_TOKEN_BEGIN | GGML_DELTAMEM_TOKEN_ACCUMULATE | GGML_DELTAMEM_TOKEN_COMMIT
                      : GGML_DELTAMEM_TOKEN_WRITE;
-    const int32_t plan_data[] = { 1, 0, 1, 0, bits };
+    std::vector<int32_t> plan_data;
+    for (int seq = 0; seq < s.n_seqs; ++seq) {
+        plan_data.insert(plan_data.end(), { seq + 1, seq, 1 });
+    }
+    for (int seq = 0; seq < s.n_seqs; ++seq) {
+        plan_data.insert(plan_data.end(), { seq, bits });
+    }
+    const int32_t * entries = plan_data.data() + GGML_DELTAMEM_PLAN_SEQ * s.n_seqs;
 
     set(input, x);
     set(bias, biases);
-    set(state, slots);
-    ggml_backend_tensor_set(plan, plan_data, 0, sizeof(plan_data));
+    ggml_backend_tensor_set(plan, plan_data.data(), 0, ggml_nbytes(plan));
     if (type == GGML_TYPE_F32) {
         set(weight, weights);
     } else {
@@ -347,38 +376,60 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, i
         ggml_backend_tensor_set(weight, bytes.data(), 0, bytes.size());
     }
 
-    std::vector<float> proj(n_proj);
-    for (int64_t row = 0; row < n_proj; ++row) {
-        double sum = 0.0;
-        for (int i = 0; i < n_embd; ++i) {
-            sum += (double) weights[row * n_embd + i] * x[i];
+    std::vector<float> proj(n_proj * s.n_seqs);
+    for (int64_t i = 0; i < n_proj * s.n_seqs; ++i) {
+        const float * row = &weights[i % n_proj * n_embd];
+        const float * in  = &x[i / n_proj * n_embd];
+        double        sum = 0.0;
+        for (int j = 0; j < n_embd; ++j) {
+            sum += (double) row[j] * in[j];
         }
-        proj[row] = (float) sum;
+        proj[i] = (float) sum;
     }
 
-    char name[96];
-    snprintf(name, sizeof(name), "projection %s of %d and its read, flags %d", ggml_type_name(type), n_embd, flags);
+    char name[128];
+    snprintf(name, sizeof(name), "projection %s of %d, read: rank %d, heads %d, sequences %d, flags %d",
+             ggml_type_name(type), n_embd, s.rank, s.n_head, s.n_seqs, s.flags);
 
-    reference_head      ref(p, 0, record.data());
-    std::vector<double> read(p.rank);
-    std::vector<float>  got(p.rank), got_slots(slots.size());
-    nmse                error;
-    for (int turn = 0; turn < 2; ++turn) {
-        ref.forward(proj.data(), n_proj, biases.data(), plan_data + GGML_DELTAMEM_PLAN_SEQ, 1, read.data(), p.rank);
-        check(ggml_backend_graph_compute(on.backend, cgraph) == GGML_STATUS_SUCCESS, "%s: computing failed", name);
-        ggml_backend_tensor_get(node, got.data(), 0, ggml_nbytes(node));
-        ggml_backend_tensor_get(state, got_slots.data(), 0, ggml_nbytes(state));
-        for (int i = 0; i < p.rank; ++i) {
-            error.add(got[i], read[i]);
+    nmse               error;
+    std::vector<float> first[2];
+    for (int way = 1; way <= on.n_ways; ++way) {
+        on.set_way(way);
+        set(state, slots);
+        std::vector<reference_head> references;
+        for (int i = 0; i < s.n_seqs * s.n_head; ++i) {
+            references.emplace_back(p, i % s.n_head, &slots[n_slot + i * n_record]);
         }
-        for (int i = 0; i < p.rank * p.rank; ++i) {
-            error.add(got_slots[n_record + i], ref.record[i]);
+        for (int turn = 0; turn < 2; ++turn) {
+            check(ggml_backend_graph_compute(on.backend, cgraph) == GGML_STATUS_SUCCESS, "%s: computing failed", name);
+            std::vector<float> got(n_read * s.n_seqs), got_slots(slots.size());
+            ggml_backend_tensor_get(node, got.data(), 0, ggml_nbytes(node));
+            ggml_backend_tensor_get(state, got_slots.data(), 0, ggml_nbytes(state));
+            check(std::equal(slots.begin(), slots.begin() + n_slot, got_slots.begin()), "%s: another slot was written",
+                  name);
+            if (way == 1) {
+                std::vector<double> read(got.size());
+                for (int i = 0; i < s.n_seqs * s.n_head; ++i) {
+                    references[i].forward(proj.data(), n_proj, biases.data(),
+                                          entries + GGML_DELTAMEM_PLAN_TOKEN * (i / s.n_head), 1, read.data(), n_read);
+                    for (int j = 0; j < p.rank * p.rank; ++j) {
+                        error.add(got_slots[n_slot + i * n_record + j], references[i].record[j]);
+                    }
+                }
+                for (size_t i = 0; i < got.size(); ++i) {
+                    error.add(got[i], read[i]);
+                }
+            }
+            got.insert(got.end(), got_slots.begin(), got_slots.end());
+            if (way == 1) {
+                first[turn] = got;
+            }
+            check(same_bits(got, first[turn]), "%s: %d threads change the result", name, way);
         }
-        check(std::equal(record.begin(), record.end(), got_slots.begin()), "%s: another slot was written", name);
     }
     // sums of thousands of products: an rms error of some sqrt(n) u
     check(error.value() <= 1e-10, "%s: NMSE is %g", name, error.value());
-    printf("%-64s NMSE %.1e\n", name, error.value());
+    printf("%-72s NMSE %.1e\n", name, error.value());
 
     ggml_backend_buffer_free(buffer);
     ggml_free(ctx);
@@ -459,15 +510,21 @@ static void test(const tested & on) {
         test_read(on, s, seed++);
     }
     for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16 }) {
-        for (int n_tokens : { 1, 3, 16, 100 }) {
-            test_correction(on, type, 4096, 8, n_tokens);
-            test_correction(on, type, 97, 32, n_tokens);
-            test_correction(on, type, 1000, 128, n_tokens);
+        for (addition add : { NOTHING, ADDED_BEHIND, ADDED_BEFORE }) {
+            for (int n_tokens : { 1, 3, 16, 100 }) {
+                test_correction(on, type, 4096, 8, n_tokens, add);
+                test_correction(on, type, 97, 32, n_tokens, add);
+                test_correction(on, type, 1000, 128, n_tokens, add);
+            }
+            test_correction(on, type, 1000, 32, 32, add);
         }
-        test_correction(on, type, 1000, 32, 32);
         for (int flags : { NORMALIZE | ROWS, NORMALIZE | ROWS | SEGMENTS }) {
-            test_projected_read(on, type, 2560, flags);
-            test_projected_read(on, type, 100, flags);
+            for (int n_embd : { 2560, 100 }) {
+                test_projected_read(on, type, n_embd, { 8, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, flags });
+                test_projected_read(on, type, n_embd, { 8, 4, 4, 4, GGML_DELTAMEM_LAMBDA_NONE, flags });
+                test_projected_read(on, type, n_embd, { 16, 2, 3, 3, GGML_DELTAMEM_LAMBDA_SEPARATE, flags });
+                test_projected_read(on, type, n_embd, { 5, 3, 6, 6, GGML_DELTAMEM_LAMBDA_COUPLED, flags });
+            }
         }
     }
 }
@@ -488,7 +545,7 @@ int main(int argc, char ** argv) {
             } else {
                 printf("%s\n", ggml_backend_dev_description(device));
                 // fast-math: denormals are zero, square roots have one more unit of error
-                test({ device, backend, 1, [](int) {}, 1e-10 });
+                test({ device, backend, 1, [](int) {}, 1e-10, false });
                 n_tested++;
             }
             ggml_backend_free(backend);
@@ -508,7 +565,7 @@ int main(int argc, char ** argv) {
     const auto     set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
             ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads");
 
-    test({ device, backend, 4, [&](int n_threads) { set_n_threads(backend, n_threads); }, 1e-11 });
+    test({ device, backend, 4, [&](int n_threads) { set_n_threads(backend, n_threads); }, 1e-11, true });
 
     ggml_backend_free(backend);
     return finish("operator");
