@@ -15,6 +15,7 @@ static inline float to_float(deltamem::float16 x) {
 #include "deltamem-cuda-kernel.cuh"
 
 #include <algorithm>
+#include <cstdlib>
 
 using namespace deltamem;
 
@@ -211,6 +212,11 @@ void deltamem_correct_forward(const deltamem_correct_args * args) {
     } else {
         run_correct<float>(args);
     }
+}
+
+// no kernel of its own: a part of the one that reads
+void deltamem_project_forward(const deltamem_project_args *) {
+    abort();
 }
 
 const char * deltamem_simd_name(void) {

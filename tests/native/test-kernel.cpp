@@ -24,7 +24,8 @@ static const int RANKS[]  = { 1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32
 static const int HEADS[]  = { 1, 2, 3, 4, 16 };
 static const int TOKENS[] = { 1, 2, 7, 16, 17, 64 };
 
-static bool quick = false;
+static bool quick   = false;
+static bool is_cuda = false; // what has no kernel of its own there is not tested
 
 static double tolerance(int n_tokens) {
     return 1e-12 * std::max(1.0, n_tokens / 64.0);
@@ -797,7 +798,7 @@ static void test_corrections() {
     for (int n_out : { 1, 3, 4, 7, 8, 15, 16, 17, 31, 63, 64, 65, 100, 256, 300 }) {
         for (int n_read : { 1, 2, 4, 8, 16, 33 }) {
             for (int n_tokens : { 1, 2, 5 }) {
-                for (int way = 0; way < 8; ++way) {
+                for (int way = 0; way < (is_cuda ? 4 : 8); ++way) {
                     const bool    in_place = way & 1, half = way & 2, addition = way & 4;
                     random_source random(1200 * n_out + 10 * n_read + n_tokens);
                     const size_t  weight_stride = n_out + 3, read_stride = n_read + 1, out_stride = n_out + 2;
@@ -957,6 +958,7 @@ int main(int argc, char ** argv) {
         }
     }
 
+    is_cuda = strcmp(argv[1], "CUDA") == 0;
     printf("instruction set: %s\n", deltamem_simd_name());
     check(strcmp(deltamem_simd_name(), argv[1]) == 0, "compiled for %s, expected %s", deltamem_simd_name(), argv[1]);
 
@@ -969,7 +971,9 @@ int main(int argc, char ** argv) {
     test_checkpoints();
     test_nan();
     test_corrections();
-    test_projections();
+    if (!is_cuda) {
+        test_projections();
+    }
 
     return finish(argv[1]);
 }
