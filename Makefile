@@ -39,7 +39,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize memcheck default-model architectures schedules soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize memcheck default-model default-tsw default-msw default-ssw architectures schedules soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -116,15 +116,18 @@ default-model: $(INSTALLED) ## train the model of the package and its memories (
 	$(BIN)/deltamem convert-base $(DEFAULT)/hf -o $(DEFAULT)/base.gguf --outtype f32 --name "deltamem default"
 	$(BIN)/deltamem quantize $(DEFAULT)/base.gguf $(MODELS)/default.gguf q8_0
 	@# products this small gain nothing from a second thread: two memories at once, a thread each
-	printf '%s\n' tsw msw | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(BIN)/deltamem train $(DEFAULT)/hf \
-		$(DEFAULT)/train.jsonl -o $(DEFAULT)/{} --strategy {} $(MEMORY_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/deltamem train $(DEFAULT)/hf $(DEFAULT)/train.jsonl -o $(DEFAULT)/ssw \
-		--strategy ssw $(SSW_ARGS)
+	OMP_NUM_THREADS=1 $(MAKE) -j 2 default-msw default-ssw
 	for s in tsw msw ssw; do \
 		$(BIN)/deltamem convert $(DEFAULT)/$$s --base $(MODELS)/default.gguf --outtype f16 -o $(MODELS)/default-$$s.gguf \
 			|| exit 1; \
 	done
 	$(BIN)/python recipes/compare.py $(DEFAULT)
+
+default-tsw default-msw: default-%:
+	$(BIN)/deltamem train $(DEFAULT)/hf $(DEFAULT)/train.jsonl -o $(DEFAULT)/$* --strategy $* $(MEMORY_ARGS)
+
+default-ssw: default-tsw
+	$(BIN)/deltamem train $(DEFAULT)/hf $(DEFAULT)/train.jsonl -o $(DEFAULT)/ssw --strategy ssw $(SSW_ARGS)
 
 architectures: $(INSTALLED) ## hooks against the PyTorch reference: docs/architectures.md's table, pydeltamem/architectures.json
 	DELTAMEM_ARCHITECTURES=$(CURDIR)/pydeltamem/architectures.json \
