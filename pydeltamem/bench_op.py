@@ -56,6 +56,8 @@ class _CorrectArgs(ctypes.Structure):
         ("weight_stride", ctypes.c_size_t),
         ("read", ctypes.c_void_p),
         ("read_stride", ctypes.c_size_t),
+        ("added", ctypes.c_void_p),
+        ("added_stride", ctypes.c_size_t),
         ("dst", ctypes.c_void_p),
         ("dst_stride", ctypes.c_size_t),
         ("n_out", ctypes.c_int64),

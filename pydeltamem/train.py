@@ -26,6 +26,7 @@ from typing import Any
 from .arguments import count, integers, positive, positive_number, share
 from .errors import InputError, ModelError
 from .files import replacing
+from .outfile import writing
 
 try:
     import torch
@@ -542,7 +543,7 @@ class Trainer:
         axes = figure.add_subplot(xlabel="step", ylabel="loss of the answers")
         axes.plot(*zip(*self.curve)) if self.curve else None
         axes.grid(alpha=0.3)
-        with replacing(self.out / "loss.png") as temporary:
+        with writing(self.out / "loss.png") as temporary:
             figure.savefig(temporary, dpi=120, format="png")
 
 

@@ -10,7 +10,8 @@
 
 #include <algorithm>
 
-// so many tokens pass the weights as they are stored; for more, weights are converted first
+// so many tokens pass the weights as they are stored; for more, a correction converts its weights first, and a projection is
+// ggml's product
 static constexpr int64_t FEW_TOKENS = 4;
 
 // (sequence, head) pairs over the threads
@@ -201,9 +202,8 @@ static bool takes_addition(const struct ggml_tensor * correction, const struct g
                            const struct ggml_tensor * added) {
     // the allocator may have given `add` the place of what the correction alone needs
     return added->type == GGML_TYPE_F32 && add->type == GGML_TYPE_F32 && ggml_are_same_shape(added, correction) &&
-           added->nb[0] == sizeof(float) && add->nb[0] == sizeof(float) && ggml_nrows(add) == add->ne[1] &&
-           in_place_or_apart(add, correction->src[0]) && in_place_or_apart(add, added) &&
-           apart(add, correction->src[1]) && apart(add, correction->src[2]);
+           added->nb[0] == sizeof(float) && add->nb[0] == sizeof(float) && in_place_or_apart(add, correction->src[0]) &&
+           in_place_or_apart(add, added) && apart(add, correction->src[1]) && apart(add, correction->src[2]);
 }
 
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
@@ -212,7 +212,7 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
         return 0;
     }
     struct ggml_tensor * next = cgraph->nodes[i + 1];
-    if (!(node->flags & next->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+    if (!(node->flags & next->flags & GGML_TENSOR_FLAG_COMPUTE) || ggml_is_empty(node) || ggml_is_empty(next)) {
         return 0;
     }
 

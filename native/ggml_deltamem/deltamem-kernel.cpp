@@ -511,12 +511,12 @@ template <typename W> static float dot(const W * w, const float * x, int64_t n) 
 
     alignas(64) float lanes[wide::width];
     ((acc[0] + acc[1]) + (acc[2] + acc[3])).store(lanes);
-    narrow half = narrow::load(lanes);
+    narrow lower = narrow::load(lanes);
     for (int j = narrow::width; j < wide::width; j += narrow::width) {
-        half = half + narrow::load(lanes + j);
+        lower = lower + narrow::load(lanes + j);
     }
 
-    float sum = half.sum();
+    float sum = lower.sum();
     for (; i < n; ++i) {
         sum += scalar::load(w + i).v * x[i];
     }

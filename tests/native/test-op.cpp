@@ -215,11 +215,14 @@ private:
     std::vector<int32_t> plan_data;
 };
 
-// what follows a correction
+// What follows a correction: c, c + x, x + c; and two that must not be computed with it, c + x for one x of all tokens and
+// (c + x) c.
 enum addition {
     NOTHING,
     ADDED_BEHIND,
-    ADDED_BEFORE
+    ADDED_BEFORE,
+    ADDED_ROW,
+    ADDED_AND_USED
 };
 
 // A correction of one type against double precision; every number of threads gives the same bits. Weights and reads are the
@@ -233,10 +236,14 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
     ggml_tensor *  out    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, n_tokens);
     ggml_tensor *  weight = ggml_new_tensor_2d(ctx, type, n_out, n_read);
     ggml_tensor *  read   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_read, n_tokens);
-    ggml_tensor *  other  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, n_tokens);
+    ggml_tensor *  other  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, add == ADDED_ROW ? 1 : n_tokens);
     ggml_tensor *  node   = ggml_deltamem_correct(nodes, out, ggml_cont(nodes, weight), ggml_cont(nodes, read));
-    if (add != NOTHING) {
-        node = add == ADDED_BEHIND ? ggml_add(nodes, node, other) : ggml_add(nodes, ggml_cont(nodes, other), node);
+    switch (add) {
+        case NOTHING:        break;
+        case ADDED_BEHIND:
+        case ADDED_ROW:      node = ggml_add(nodes, node, other); break;
+        case ADDED_BEFORE:   node = ggml_add(nodes, ggml_cont(nodes, other), node); break;
+        case ADDED_AND_USED: node = ggml_mul(nodes, ggml_add(nodes, node, other), node); break;
     }
 
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
@@ -250,7 +257,7 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
         return x;
     };
     const std::vector<float> out_data = fill(out), read_data = fill(read);
-    std::vector<float>       weight_data = fill(weight), other_data(out_data.size(), 0.0f);
+    std::vector<float>       weight_data = fill(weight), other_data(ggml_nelements(other), 0.0f);
     if (add != NOTHING) {
         other_data = fill(other);
     }
@@ -278,18 +285,19 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
             first = got;
             for (int t = 0; t < n_tokens; ++t) {
                 for (int i = 0; i < n_out; ++i) {
-                    double expected = (double) out_data[(size_t) t * n_out + i] + other_data[(size_t) t * n_out + i];
+                    double expected = out_data[(size_t) t * n_out + i];
                     for (int j = 0; j < n_read; ++j) {
                         expected += (double) weight_data[(size_t) j * n_out + i] * read_data[(size_t) t * n_read + j];
                     }
-                    error.add(got[(size_t) t * n_out + i], expected);
+                    const double added = expected + other_data[add == ADDED_ROW ? i : (size_t) t * n_out + i];
+                    error.add(got[(size_t) t * n_out + i], add == ADDED_AND_USED ? added * expected : added);
                 }
             }
         }
         check(same_bits(got, first), "correction: %d threads change the result", way);
     }
     const char * name = add == NOTHING ? "correction" : "correction, addition";
-    // sums of up to 130 terms: an rms error of some 12 u, 17 u allowed
+    // sums of up to 130 terms, twice in a product: an rms error of some 12 u, 17 u allowed
     check(error.value() <= 1e-12, "%s %s, outputs %d, columns %d, tokens %d: NMSE is %g", name, ggml_type_name(type),
           n_out, n_read, n_tokens, error.value());
     printf("%-20s %-5s outputs %5d, columns %3d, tokens %4d %5s NMSE %.1e\n", name, ggml_type_name(type), n_out, n_read,
@@ -301,8 +309,8 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
 }
 
 // A packed projection and the read of its tokens, one of each sequence, which a backend may compute as one: against double
-// precision, twice in a row; every number of threads gives the same bits. Where a backend may round its inputs they are
-// multiples of 1/32, which no type rounds.
+// precision, twice in a row; every number of threads gives the same bits. Where a backend may round, its inputs are
+// multiples of 1/32 and its weights of half precision, which no type of a product rounds.
 static void test_projected_read(const tested & on, ggml_type type, int n_embd, const shape & s) {
     random_source random(n_embd + s.flags + 10 * s.n_seqs + 100 * s.rank);
 
@@ -337,6 +345,7 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
     std::vector<float> slots(n_slot * n_slots, 0.0f);
     for (float & w : weights) {
         w = random.normal() / sqrtf((float) n_embd);
+        w = exact ? w : ggml_fp16_to_fp32(ggml_fp32_to_fp16(w));
     }
     for (float & value : x) {
         value = exact ? random.normal() : (random.below(65) - 32) / 32.0f;
@@ -510,7 +519,7 @@ static void test(const tested & on) {
         test_read(on, s, seed++);
     }
     for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16 }) {
-        for (addition add : { NOTHING, ADDED_BEHIND, ADDED_BEFORE }) {
+        for (addition add : { NOTHING, ADDED_BEHIND, ADDED_BEFORE, ADDED_ROW, ADDED_AND_USED }) {
             for (int n_tokens : { 1, 3, 16, 100 }) {
                 test_correction(on, type, 4096, 8, n_tokens, add);
                 test_correction(on, type, 97, 32, n_tokens, add);
