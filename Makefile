@@ -107,7 +107,7 @@ memcheck: $(DEMO)/memory.gguf ## the same under valgrind
 # One command makes the model of the package again, from a seed; every step goes on where it was broken off.
 DEFAULT  := build/default
 MEMORY_ARGS := --steps 2400 --batch 16 --rate 6e-3 --update no_lambda --write-bias -2 --heads-gain 5
-SSW_ARGS    := --steps 2400 --batch 16 --rate 6e-3 --init $(DEFAULT)/tsw --init-gain 10 --write-bias 0
+SSW_ARGS    := --steps 1600 --batch 16 --rate 6e-3 --init $(DEFAULT)/tsw --init-gain 10 --write-bias 0
 MODELS      := pydeltamem/models
 
 default-model: $(INSTALLED) ## train the model of the package and its memories (two CPU cores: about three hours)
