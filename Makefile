@@ -110,7 +110,7 @@ MEMORY_ARGS := --steps 2400 --batch 16 --rate 6e-3 --update no_lambda --write-bi
 SSW_ARGS    := --steps 1600 --batch 16 --rate 6e-3 --init $(DEFAULT)/tsw --init-gain 10 --write-bias 0
 MODELS      := pydeltamem/models
 
-default-model: $(INSTALLED) ## train the model of the package and its memories (two CPU cores: about three hours)
+default-model: $(INSTALLED) ## train the model of the package and its memories (two CPU cores: about two hours)
 	$(BIN)/python recipes/backbone.py $(DEFAULT)/hf
 	$(BIN)/python recipes/conversations.py $(DEFAULT)/train.jsonl
 	$(BIN)/deltamem convert-base $(DEFAULT)/hf -o $(DEFAULT)/base.gguf --outtype f32 --name "deltamem default"
