@@ -1,15 +1,22 @@
 // CPU forward of GGML_OP_DELTAMEM, called by ggml-cpu's dispatch.
 #pragma once
 
+#include "ggml-deltamem.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 struct ggml_cgraph;
 struct ggml_compute_params;
-struct ggml_tensor;
 
 void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+// Whether ggml_cpu_deltamem_fuse has anything to do with a node.
+static inline bool ggml_cpu_deltamem_fuses(const struct ggml_tensor * node) {
+    return node->op == GGML_OP_DELTAMEM ||
+           (node->op == GGML_OP_MUL_MAT && node->op_params[GGML_DELTAMEM_MUL_MAT_MARK] == GGML_OP_DELTAMEM);
+}
 
 // Computes node i of the graph together with the next one where that spares a synchronisation of all threads: a packed
 // projection of a few tokens with its read, a correction with the addition that follows. Returns the nodes computed beside

@@ -60,6 +60,7 @@ struct ggml_tensor * ggml_deltamem_mul_mat(struct ggml_context * ctx, struct ggm
     struct ggml_tensor * result = ggml_mul_mat(ctx, a, b);
     // what ggml_mul_mat_set_prec does, or ggml_prec_set_acc, as later releases call it
     ggml_set_op_params_i32(result, 0, GGML_PREC_F32);
+    result->op_params[GGML_DELTAMEM_MUL_MAT_MARK] = GGML_OP_DELTAMEM;
     return result;
 }
 

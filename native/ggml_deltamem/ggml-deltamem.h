@@ -106,6 +106,10 @@ GGML_API struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct gg
 GGML_API struct ggml_tensor * ggml_deltamem_mul_mat(struct ggml_context * ctx, struct ggml_tensor * a,
                                                     struct ggml_tensor * b);
 
+// Which of its op_params says that a product is one of these: a backend that asks every node whether it belongs to a memory
+// must not touch anything else, which would be in no cache.
+#define GGML_DELTAMEM_MUL_MAT_MARK 15
+
 // out + weight^T read: a correction and its addition in one pass over `out`, where a product of so few columns followed by
 // an addition would take three.
 //
