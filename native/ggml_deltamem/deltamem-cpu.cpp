@@ -208,7 +208,7 @@ static bool takes_addition(const struct ggml_tensor * correction, const struct g
 
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
     struct ggml_tensor * node = cgraph->nodes[i];
-    if (!ggml_cpu_deltamem_fuses(node) || i + 1 >= cgraph->n_nodes) {
+    if (i + 1 >= cgraph->n_nodes) {
         return 0;
     }
     struct ggml_tensor * next = cgraph->nodes[i + 1];

@@ -790,6 +790,29 @@ static float random_half(random_source & random, uint16_t & bits) {
            std::ldexp((float) (exponent ? 1024 + mantissa : mantissa), (exponent ? exponent : 1) - 25);
 }
 
+// Rows of weights, stored in float32 or half precision; NaN in the gaps between them.
+class random_weights {
+public:
+    random_weights(random_source & random, int n_rows, int n, size_t stride, bool half) :
+        half(half), values(n_rows * stride), halves(values.size() + 1, 0x7e00) {
+        for (int row = 0; row < n_rows; ++row) {
+            for (int i = 0; i < n; ++i) {
+                float & w = values.data()[row * stride + i];
+                w         = half ? random_half(random, halves[1 + row * stride + i]) : random.normal();
+            }
+        }
+    }
+
+    const float * data() const { return values.data(); }
+
+    const void * stored() const { return half ? (const void *) (halves.data() + 1) : data(); }
+
+private:
+    bool                  half;
+    guarded               values;
+    std::vector<uint16_t> halves; // the first is not used
+};
+
 // std::max loses a NaN, which is what stands where nothing was written
 static double greater(double worst, double error) {
     return std::isnan(error) ? INFINITY : std::max(worst, error);
@@ -812,18 +835,9 @@ static void test_corrections() {
                     random_source random(1200 * n_out + 10 * n_read + n_tokens);
                     const size_t  weight_stride = n_out + 3, read_stride = n_read + 1, out_stride = n_out + 2;
 
-                    guarded weight(n_read * weight_stride), read(n_tokens * read_stride), out(n_tokens * out_stride),
-                            other(n_tokens * out_stride), added(n_tokens * out_stride);
-                    std::vector<uint16_t> halves(weight.size() + 1, 0x7e00); // NaN; the first is not used
-                    for (int j = 0; j < n_read; ++j) {
-                        for (int i = 0; i < n_out; ++i) {
-                            float & w = weight.data()[j * weight_stride + i];
-                            w         = random.normal();
-                            if (half) {
-                                w = random_half(random, halves[1 + j * weight_stride + i]);
-                            }
-                        }
-                    }
+                    const random_weights weight(random, n_read, n_out, weight_stride, half);
+                    guarded read(n_tokens * read_stride), out(n_tokens * out_stride), other(n_tokens * out_stride),
+                            added(n_tokens * out_stride);
                     for (int t = 0; t < n_tokens; ++t) {
                         for (int j = 0; j < n_read; ++j) {
                             read.data()[t * read_stride + j] = random.normal();
@@ -840,7 +854,7 @@ static void test_corrections() {
                     deltamem_correct_args args = {};
                     args.out                   = out.data();
                     args.out_stride            = out_stride;
-                    args.weight                = half ? (const void *) (halves.data() + 1) : weight.data();
+                    args.weight                = weight.stored();
                     args.weight_stride         = weight_stride;
                     args.read                  = read.data();
                     args.read_stride           = read_stride;
@@ -894,14 +908,8 @@ static void test_projections() {
                     random_source random(1300 * n_in + 10 * n_out + n_tokens);
                     const size_t  weight_stride = n_in + 3, in_stride = n_in + 1, dst_stride = n_out + 2;
 
-                    guarded weight(n_out * weight_stride), in(n_tokens * in_stride), dst(n_tokens * dst_stride);
-                    std::vector<uint16_t> halves(weight.size() + 1, 0x7e00); // NaN; the first is not used
-                    for (int row = 0; row < n_out; ++row) {
-                        for (int i = 0; i < n_in; ++i) {
-                            float & w = weight.data()[row * weight_stride + i];
-                            w = half ? random_half(random, halves[1 + row * weight_stride + i]) : random.normal();
-                        }
-                    }
+                    const random_weights weight(random, n_out, n_in, weight_stride, half);
+                    guarded              in(n_tokens * in_stride), dst(n_tokens * dst_stride);
                     for (int t = 0; t < n_tokens; ++t) {
                         for (int i = 0; i < n_in; ++i) {
                             in.data()[t * in_stride + i] = random.normal();
@@ -909,7 +917,7 @@ static void test_projections() {
                     }
 
                     deltamem_project_args args = {};
-                    args.weight                = half ? (const void *) (halves.data() + 1) : weight.data();
+                    args.weight                = weight.stored();
                     args.weight_stride         = weight_stride;
                     args.in                    = in.data();
                     args.in_stride             = in_stride;

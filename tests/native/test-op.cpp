@@ -215,6 +215,18 @@ private:
     std::vector<int32_t> plan_data;
 };
 
+// Stores values in the tensor's type; they become what is stored.
+static void set_weights(ggml_tensor * weight, std::vector<float> & values) {
+    if (weight->type == GGML_TYPE_F32) {
+        ggml_backend_tensor_set(weight, values.data(), 0, ggml_nbytes(weight));
+        return;
+    }
+    std::vector<uint8_t> bytes(ggml_nbytes(weight));
+    ggml_quantize_chunk(weight->type, values.data(), bytes.data(), 0, weight->ne[1], weight->ne[0], nullptr);
+    ggml_get_type_traits(weight->type)->to_float(bytes.data(), values.data(), values.size());
+    ggml_backend_tensor_set(weight, bytes.data(), 0, bytes.size());
+}
+
 // What follows a correction: c, c + x, x + c; and two that must not be computed with it, c + x for one x of all tokens and
 // (c + x) c.
 enum addition {
@@ -265,14 +277,7 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
     ggml_backend_tensor_set(out, out_data.data(), 0, ggml_nbytes(out));
     ggml_backend_tensor_set(read, read_data.data(), 0, ggml_nbytes(read));
     ggml_backend_tensor_set(other, other_data.data(), 0, ggml_nbytes(other));
-    if (type == GGML_TYPE_F32) {
-        ggml_backend_tensor_set(weight, weight_data.data(), 0, ggml_nbytes(weight));
-    } else {
-        std::vector<uint8_t> bytes(ggml_nbytes(weight));
-        ggml_quantize_chunk(type, weight_data.data(), bytes.data(), 0, n_read, n_out, nullptr);
-        ggml_get_type_traits(type)->to_float(bytes.data(), weight_data.data(), weight_data.size()); // what is stored
-        ggml_backend_tensor_set(weight, bytes.data(), 0, bytes.size());
-    }
+    set_weights(weight, weight_data);
 
     nmse               error;
     std::vector<float> first;
@@ -376,14 +381,7 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
     set(input, x);
     set(bias, biases);
     ggml_backend_tensor_set(plan, plan_data.data(), 0, ggml_nbytes(plan));
-    if (type == GGML_TYPE_F32) {
-        set(weight, weights);
-    } else {
-        std::vector<uint8_t> bytes(ggml_nbytes(weight));
-        ggml_quantize_chunk(type, weights.data(), bytes.data(), 0, n_proj, n_embd, nullptr);
-        ggml_get_type_traits(type)->to_float(bytes.data(), weights.data(), weights.size());
-        ggml_backend_tensor_set(weight, bytes.data(), 0, bytes.size());
-    }
+    set_weights(weight, weights);
 
     std::vector<float> proj(n_proj * s.n_seqs);
     for (int64_t i = 0; i < n_proj * s.n_seqs; ++i) {
