@@ -2,7 +2,7 @@
 
 Two contexts of one loaded model, one with the adapter and one without, take turns in one process. The runs of a pair
 follow each other directly and their order alternates, so that a drift of the machine falls on both. Another llama
-library, which needs a process of its own, takes its turn in the same way.
+library needs a process of its own; it takes turns with this one, without the adapter, in a process that is just alike.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 
-ON, OFF, OTHER = "on", "off", "against"
+ON, OFF, PLAIN, OTHER = "on", "off", "plain", "against"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,12 +71,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--pairs", type=positive, default=10, metavar="N", help="pairs of runs (%(default)s)")
     what.add_argument(
-        "--renew", type=count, default=1, metavar="N", help="new contexts after every N pairs (%(default)s; 0: never)"
-    )
+        "--renew", type=count, default=1, metavar="N",
+        help="new contexts, and processes of --against, after every N pairs (%(default)s; 0: never)",
+    )  # fmt: skip
     what.add_argument(
         "--against", metavar="DIR", help="folder of another llama library, a build of the same llama.cpp: also timed"
     )
-    what.add_argument("--control", action="store_true", help="no adapter on either side: what the measurement can tell")
+    what.add_argument(
+        "--control", action="store_true", help="no adapter: what the measurement can tell, or --against alone"
+    )
     what.add_argument(
         "--rss", type=count, metavar="N", help="prompt after which resident memory is read (the longest; 0: do not)"
     )
@@ -131,7 +134,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.synthetic and args.deltamem:
         raise InputError("--synthetic makes an adapter of its own: drop --deltamem, or name a model by -m")
     if args.control and args.deltamem:
-        raise InputError("--control compares the plain model with itself: drop it or --deltamem")
+        raise InputError("--control is without an adapter: drop it or --deltamem")
     if args.cache_type_v not in ("f32", "f16", "bf16") and args.flash_attn == "off":
         raise InputError(f"-ctv {args.cache_type_v}: llama.cpp needs flash attention for it: add -fa on")
     if not _timed(args) and (not args.rss or args.control or args.nodes):
@@ -195,14 +198,16 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
 
     with contextlib.ExitStack() as stack:
         nodes = {name: Nodes() for name in (ON, OFF)} if args.nodes else {}
-        sides: dict[str, Session | Worker] = _open(stack, options, adapter, args.control, nodes)
-        llama = _lib.llama_cpp
-        results["setup"]["model_info"] = sides[OFF].model.describe()
-        results["setup"]["system"] = llama.llama_print_system_info().decode()
+        sides: dict[str, Session | Worker] = {}
+        if folder is None or adapter is not None:
+            sides |= _open(stack, options, adapter, nodes)
+            results["setup"].update(sides[OFF].model.describe())
         if folder is not None:
-            sides[OTHER] = Worker(folder, options)
-            stack.callback(sides[OTHER].close)
-            results["setup"]["against"] = {"folder": folder, "system": sides[OTHER].system}
+            for name, of in ((PLAIN, lib_dir), (OTHER, folder)):
+                sides[name] = Worker(of, options)
+                stack.callback(sides[name].close)
+            results["setup"].update(sides[PLAIN].description)
+            results["setup"]["against"] = {"folder": folder, "system": sides[OTHER].description["system"]}
         if adapter is not None:
             memory = {**{f"{key}_bytes": n for key, n in sides[ON].n_bytes.items()}, **memory}
             memory["adapter_file_bytes"] = os.path.getsize(adapter) if adapter != model else None
@@ -235,9 +240,9 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
 
 
 def _open(
-    stack: contextlib.ExitStack, options: Any, adapter: str | None, control: bool, nodes: dict[str, Nodes]
-) -> dict[str, Any]:
-    """The sides of this process: OFF, and ON unless there is neither an adapter nor a control."""
+    stack: contextlib.ExitStack, options: Any, adapter: str | None, nodes: dict[str, Nodes]
+) -> dict[str, Session]:
+    """The two sides of this process; without an adapter they are alike."""
     from . import _lib
     from .bench_run import Model, Session
 
@@ -246,7 +251,7 @@ def _open(
             model = Model(_lib.llama_cpp, options)
             stack.callback(model.close)
             sides = {}
-            for name in (ON, OFF) if adapter is not None or control else (OFF,):
+            for name in (ON, OFF):
                 observer = nodes[name].callback if nodes else None
                 sides[name] = Session(model, adapter if name == ON else None, observer)
                 stack.callback(sides[name].close)
@@ -313,19 +318,21 @@ def _measure(
 ) -> dict[str, Any]:
     """One setting: every side once untimed, then n_pairs rounds in which each runs once, forth and back in turn.
 
-    After every n_renew rounds the sides get new contexts: where their buffers lie in physical memory makes one or the
-    other some percent slower for as long as they live. So rounds between two renewals depend on each other.
+    After every n_renew rounds the sides get new contexts, a worker a new process: where their buffers lie in physical
+    memory makes one or the other some percent slower for as long as they live. So rounds between two renewals depend
+    on each other.
     """
     times: dict[str, list[int]] = {name: [] for name in sides}
     n_graphs = 0
+    forth, back = list(sides), list(reversed(sides))
     for i in range(n_pairs + 1):
-        in_turn = list(sides) if i % 2 else list(reversed(list(sides)))
         if n_renew and i > 1 and (i - 1) % n_renew == 0:
+            in_turn = forth if (i - 1) // n_renew % 2 else back
             for name in in_turn:
                 sides[name].renew()
             for name in in_turn:
                 getattr(sides[name], kind)(*arguments)
-        for name in in_turn:
+        for name in forth if i % 2 else back:
             nanoseconds, built = getattr(sides[name], kind)(*arguments)
             advance()
             if i > 0:
@@ -340,7 +347,7 @@ def _measure(
         result.update(_compare(times[ON], times[OFF], n_renew))
         result["graphs_built"] = n_graphs
     if OTHER in sides:
-        pairs = [(OFF, OTHER), (OTHER, OFF), *([(ON, OTHER)] if ON in sides else [])]
+        pairs = ((PLAIN, OTHER), (OTHER, PLAIN))
         result["ratios"] = {f"{a}/{b}": _compare(times[a], times[b], n_renew) for a, b in pairs}
     result["ns"] = times
     return result
@@ -461,8 +468,9 @@ def _print(out: Console, results: dict[str, Any]) -> None:
         f"flash attention {'on' if setup['flash_attn'] else 'off'}; KV cache {setup['type_k']}, {setup['type_v']}",
     )
     if "against" in setup:
-        _say(out, f"against: {setup['against']['folder']}, in a process of its own that takes turns with this one")
-    if setup["control"]:
+        folder = setup["against"]["folder"]
+        _say(out, f"against: {folder}; plain: this library, no adapter; each in a process of its own")
+    elif setup["control"]:
         _say(out, "control: the side 'on' has no adapter either")
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)

@@ -52,12 +52,16 @@ class Model:
         self.n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.pointer))
 
     def describe(self) -> dict[str, Any]:
+        """The model, and what the library says of this system."""
         buf = ctypes.create_string_buffer(256)
         self.llama.llama_model_desc(self.pointer, buf, len(buf))
         return {
-            "description": buf.value.decode("utf-8", errors="replace"),
-            "n_params": self.llama.llama_model_n_params(self.pointer),
-            "n_bytes": self.llama.llama_model_size(self.pointer),
+            "model_info": {
+                "description": buf.value.decode("utf-8", errors="replace"),
+                "n_params": self.llama.llama_model_n_params(self.pointer),
+                "n_bytes": self.llama.llama_model_size(self.pointer),
+            },
+            "system": self.llama.llama_print_system_info().decode(),
         }
 
     def close(self) -> None:
@@ -232,7 +236,7 @@ class Worker:
     """
 
     def __init__(self, folder: str | os.PathLike[str], options: Options, adapter: str | None = None) -> None:
-        self.folder = os.fspath(folder)
+        self.folder, self._options, self._adapter = os.fspath(folder), options, adapter
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pydeltamem.bench_run"],
             env={**os.environ, "LLAMA_CPP_LIB_PATH": self.folder},
@@ -242,7 +246,7 @@ class Worker:
         )
         try:
             ours = self.folder == os.environ.get("LLAMA_CPP_LIB_PATH")
-            self.system = self._call(options=asdict(options), adapter=adapter, ours=ours)["system"]
+            self.description = self._call(options=asdict(options), adapter=adapter, ours=ours)["result"]
         except BaseException:
             self.close()
             raise
@@ -254,7 +258,9 @@ class Worker:
         return tuple(self._call(run="decode", arguments=[depth, n_tokens])["result"])
 
     def renew(self) -> None:
-        self._call(run="renew", arguments=[])
+        """Another process like this one: the weights lie elsewhere in memory too."""
+        self.close()
+        self.__init__(self.folder, self._options, self._adapter)
 
     def resident(self) -> dict[str, int]:
         """As resident(), of the worker."""
@@ -304,12 +310,10 @@ def _serve(requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
 
         llama.llama_log_set(keep_errors, ctypes.c_void_p(0))
         session = Session(Model(llama, Options(**request["options"])), request["adapter"])
-        reply({"system": llama.llama_print_system_info().decode()})
+        reply({"result": session.model.describe()})
         for line in requests:
             request = json.loads(line)
-            runs = {
-                "prefill": session.prefill, "decode": session.decode, "renew": session.renew, "resident": resident
-            }  # fmt: skip
+            runs = {"prefill": session.prefill, "decode": session.decode, "resident": resident}
             reply({"result": runs[request["run"]](*request["arguments"])})
     except DeltaMemError as error:
         text = str(error)

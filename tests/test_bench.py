@@ -115,12 +115,13 @@ def test_against_another_library(run_bench, tmp_path):
     assert found["setup"]["against"]["folder"] == str(other)
     for kind in ("prefill", "decode"):
         run = found[kind]["runs"][0]
-        assert set(run["ratios"]) == {"off/against", "against/off", "on/against"}
+        assert set(run["ratios"]) == {"plain/against", "against/plain"}
         for name, ratio in run["ratios"].items():
             check_comparison(ratio, [run["ns"][side] for side in name.split("/")], 2)
-    plain = run_bench("-p", "8", "-n", "0", "--against", other, memory=False)
-    assert plain.returncode == 0, plain.stderr
-    assert "off ÷ against" in plain.stdout and "on ÷ off" not in plain.stdout
+    for choice in ((), ("--control",)):
+        alone = run_bench("-p", "8", "-n", "0", "--against", other, *choice, memory=False)
+        assert alone.returncode == 0, alone.stderr
+        assert "plain ÷ against" in alone.stdout and "on ÷ off" not in alone.stdout
 
 
 def test_control_has_no_adapter(run_bench):
@@ -254,6 +255,11 @@ def test_worker_does_what_a_session_does(options, adapter):
         nanoseconds, built = worker.decode(20, 3)
         assert nanoseconds > 0 and built == 0
         assert worker.resident()["peak"] > 1 << 20
+        first = worker._process
+        worker.renew()
+        assert first.poll() == 0 and worker._process.pid != first.pid
+        assert worker.prefill(20)[0] > 0
+        assert worker.description["model_info"]["n_params"] > 0 and "CPU" in worker.description["system"]
         worker._process.kill()
         with pytest.raises(LibraryError, match="ended with status -9"):
             worker.prefill(20)
