@@ -27,7 +27,7 @@ from .errors import DeltaMemError, InputError, LibraryError, ModelError
 from .gguf_header import Header
 from .options import add_context_arguments
 from .outfile import output
-from .synthetic import FTYPES, SHAPES
+from .synthetic import SHAPES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"random weights of this shape, model and adapter, kept in {cache_folder()}: {', '.join(SHAPES)}",
     )  # fmt: skip
     model.add_argument("--deltamem", metavar="FILE", help="memory adapter GGUF (not needed for a packed model)")
-    model.add_argument("--ftype", choices=tuple(FTYPES), help="type of --synthetic (q4_k_m)")
+    model.add_argument("--ftype", metavar="TYPE", help="type of --synthetic, any of llama.cpp's (q4_k_m)")
     model.add_argument("--outtype", choices=("f32", "f16", "bf16", "q8_0"), help="type of its adapter (f16)")
     model.add_argument("--vocab", metavar="FILE", help="GGUF whose vocabulary --synthetic takes")
     model.add_argument("--rank", type=positive, metavar="R", help="rank of --synthetic (8) and of --op (8 and 16)")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from . import __version__
 from .errors import InputError
-from .synthetic import SHAPES, write_adapter_checkpoint, write_model
+from .quantize import file_type, quantize
+from .synthetic import FTYPES, SHAPES, write_adapter_checkpoint, write_model
 
 # the vocabulary of each architecture, in llama.cpp's folder models
 VOCABULARIES = {"qwen3": "ggml-vocab-qwen2.gguf", "smollm3": "ggml-vocab-llama-bpe.gguf"}
@@ -36,25 +37,28 @@ def synthetic_files(
     """Paths of a random model and of an adapter for it, made if they are not there.
 
     Args:
-        shape, ftype: as write_model() of pydeltamem.synthetic takes them.
+        shape: one of SHAPES.
+        ftype: any of llama.cpp's, by llama-quantize's name. Those that write_model() cannot make are quantised from F16.
         outtype: type of the adapter's weights, as `deltamem convert --outtype`.
         rank, n_head: of the adapter, which otherwise is as the released one.
         vocab: GGUF whose vocabulary the model takes; None: that of the build in this checkout.
         progress: called with (bytes, bytes in all) while the model is written.
 
-    Raises InputError if there is no vocabulary or the cache cannot be written, ModelError or CheckpointError.
+    Raises InputError if there is no such type or no vocabulary or the cache cannot be written, ModelError or
+    CheckpointError.
     """
     from .convert.base import Base
     from .convert.checkpoint import Checkpoint
     from .convert.pack import write_adapter
 
-    cache = cache_folder()
+    file_type(ftype)
+    cache, ftype = cache_folder(), ftype.lower()
     model = cache / f"{shape}-{ftype}.gguf"
     adapter = cache / f"{shape}-memory-r{rank}-h{n_head}-{outtype}.gguf"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if not model.exists():
-            write_model(model, shape, vocab or _vocabulary(SHAPES[shape].architecture), ftype, progress=progress)
+            _write_model(model, shape, ftype, vocab or _vocabulary(SHAPES[shape].architecture), progress)
         if not adapter.exists():
             with tempfile.TemporaryDirectory(dir=cache) as folder:
                 write_adapter_checkpoint(
@@ -71,6 +75,20 @@ def synthetic_files(
     except OSError as error:
         raise InputError(f"{cache}: --synthetic keeps its files there, and it cannot: {error.strerror}") from error
     return str(model), str(adapter)
+
+
+def _write_model(
+    path: Path, shape: str, ftype: str, vocab: str | Path, progress: Callable[[int, int], None] | None
+) -> None:
+    if ftype in FTYPES:
+        write_model(path, shape, vocab, ftype, progress=progress)
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        source = path.with_name(f"{shape}-f16.gguf")
+        if not source.exists():
+            source = Path(folder) / source.name
+            write_model(source, shape, vocab, "f16", progress=progress)
+        quantize(source, path, ftype)
 
 
 def _vocabulary(architecture: str) -> Path:

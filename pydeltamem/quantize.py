@@ -28,16 +28,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def types() -> dict[str, int]:
-    """llama.cpp's types by the names that llama-quantize has for them."""
+def file_type(name: str) -> int:
+    """llama.cpp's number of a type by the name that llama-quantize has for it. Raises InputError if there is none."""
     from . import _lib
 
-    return {
-        name.removeprefix(prefix).lower(): value
-        for name, value in vars(_lib.llama_cpp).items()
+    known = {
+        key.removeprefix(prefix).lower(): value
+        for key, value in vars(_lib.llama_cpp).items()
         for prefix in _PREFIXES
-        if name.startswith(prefix)
+        if key.startswith(prefix)
     }
+    if name.lower() not in known:
+        raise InputError(f"'{name}' is no type of llama.cpp: it is one of {', '.join(sorted(known))}")
+    return known[name.lower()]
 
 
 def quantize(
@@ -56,15 +59,13 @@ def quantize(
 
     from . import _lib
 
-    known = types()
-    if type.lower() not in known:
-        raise InputError(f"'{type}' is no type of llama.cpp: it is one of {', '.join(sorted(known))}")
+    ftype = file_type(type)
     header = Header.of_model(model)
     if header.keys.get("general.type") == "adapter":
         raise ModelError(f"{header.path}: is an adapter: convert it again with --outtype, or pack it first")
     refuse_inputs(path, header.files)
     params = _lib.llama_cpp.llama_model_quantize_default_params()
-    params.ftype = known[type.lower()]
+    params.ftype = ftype
     params.nthread = n_threads
     params.allow_requantize = allow_requantize
     set_verbose(verbose)

@@ -1,9 +1,10 @@
 """The native side against `pydeltamem.reference`, the memory in PyTorch, on one shape (`make bench-reference`).
 
-    python tests/bench_reference.py --shape qwen3-0.6b --pairs 10 [--ftype q4_k_m f16] [--json FILE]
+    python tests/bench_reference.py --shape qwen3-0.6b --pairs 10 [--ftype q4_k_m f16] [--flash-attn off on]
 
-Random weights; PyTorch in bfloat16, with the KV cache of transformers. In turns, a prompt into an empty cache and
-single tokens after it. Prints tokens per second, and the ratio of times as a median over the pairs.
+Random weights; PyTorch in bfloat16, with the KV cache and the fused attention of transformers, and the recurrence of a
+prompt both token by token, as it is published, and in chunks. In turns, a prompt into an empty cache and single tokens
+after it. Prints tokens per second, and the ratio of times as a median over the pairs.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from pydeltamem import _lib
 from pydeltamem.bench import median_interval
 from pydeltamem.bench_model import synthetic_files
 from pydeltamem.bench_run import Model, Options, Session
-from pydeltamem.reference import DeltaMem
+from pydeltamem.reference import DeltaMem, chunked_recurrence, recurrence
 from pydeltamem.synthetic import SHAPES
+
+FORMS = {"token by token": recurrence, "in chunks": chunked_recurrence}
 
 
 class Reference:
@@ -44,8 +47,9 @@ class Reference:
         self.n_vocab = shape.n_vocab
 
     @torch.inference_mode()
-    def run(self, n_prompt: int, n_decode: int) -> tuple[float, float]:
+    def run(self, form: str, n_prompt: int, n_decode: int) -> tuple[float, float]:
         """Seconds of the prompt, and of the single tokens after it."""
+        self.memory.recurrence = FORMS[form]
         self.memory.reset()
         prompt = torch.randint(0, self.n_vocab, (1, n_prompt))
         start = perf_counter()
@@ -56,9 +60,9 @@ class Reference:
         return middle - start, perf_counter() - middle
 
 
-def native(shape: str, ftype: str, n_ctx: int, n_threads: int) -> Session:
+def native(shape: str, ftype: str, flash_attn: bool, n_ctx: int, n_threads: int) -> Session:
     path, adapter = synthetic_files(shape, ftype, "f16", 8, 1)
-    options = Options(path, n_ctx, 512, 512, n_threads, 0, False, "f16", "f16")
+    options = Options(path, n_ctx, 512, 512, n_threads, 0, flash_attn, "f16", "f16")
     return Session(Model(_lib.llama_cpp, options), adapter)
 
 
@@ -66,6 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="qwen3-0.6b", choices=[name for name in SHAPES if name.startswith("qwen3")])
     parser.add_argument("--ftype", nargs="+", default=["q4_k_m", "f16"])
+    parser.add_argument("--flash-attn", nargs="+", default=["off", "on"], choices=("off", "on"))
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--decode", type=int, default=16)
@@ -75,13 +80,20 @@ def main() -> int:
 
     torch.set_num_threads(args.threads)
     reference = Reference(args.shape)
-    sessions = {ftype: native(args.shape, ftype, args.prompt + args.decode + 1, args.threads) for ftype in args.ftype}
-    seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in ("torch", *sessions)}
+    n_ctx = args.prompt + args.decode + 1
+    sessions = {
+        f"{ftype}, flash attention {choice}": native(args.shape, ftype, choice == "on", n_ctx, args.threads)
+        for ftype in args.ftype
+        for choice in args.flash_attn
+    }
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {"prefill": [], "decode": []} for name in (*FORMS, *sessions)
+    }  # fmt: skip
     for pair in range(-1, args.pairs):  # the first one warms up
-        times = {"torch": reference.run(args.prompt, args.decode)}
-        for ftype, session in sessions.items():
+        times = {form: reference.run(form, args.prompt, args.decode) for form in FORMS}
+        for name, session in sessions.items():
             prefill = session.prefill(args.prompt)[0] / 1e9
-            times[ftype] = prefill, session.decode(args.prompt, args.decode)[0] / 1e9
+            times[name] = prefill, session.decode(args.prompt, args.decode)[0] / 1e9
         if pair >= 0:
             for name, (prefill, decode) in times.items():
                 seconds[name]["prefill"].append(prefill)
@@ -91,15 +103,18 @@ def main() -> int:
 
     results = {}
     for what, n_tokens in (("prefill", args.prompt), ("decode", args.decode)):
-        print(f"{what} of {n_tokens} tokens: PyTorch bf16 {n_tokens / median(seconds['torch'][what]):.2f} tokens/s")
-        for ftype in sessions:
-            ratios = [theirs / ours for theirs, ours in zip(seconds["torch"][what], seconds[ftype][what])]
-            low, high, _ = median_interval(ratios)
-            print(
-                f"  {ftype:8} {n_tokens / median(seconds[ftype][what]):8.2f} tokens/s, {median(ratios):.2f} × as fast "
-                f"({low:.2f} to {high:.2f}, {args.pairs} pairs)"
-            )
-            results[f"{what} {ftype}"] = {"ratio": median(ratios), "low": low, "high": high, "pairs": args.pairs}
+        print(f"{what} of {n_tokens} tokens")
+        for form in FORMS:
+            print(f"  PyTorch bf16, {form}: {n_tokens / median(seconds[form][what]):.2f} tokens/s")
+            for name in sessions:
+                ratios = [theirs / ours for theirs, ours in zip(seconds[form][what], seconds[name][what])]
+                low, high, _ = median_interval(ratios)
+                print(
+                    f"    {name:28} {n_tokens / median(seconds[name][what]):8.2f} tokens/s, {median(ratios):.2f} × as"
+                    f" fast ({low:.2f} to {high:.2f}, {args.pairs} pairs)"
+                )
+                found = {"ratio": median(ratios), "low": low, "high": high, "pairs": args.pairs}
+                results.setdefault(f"{what}, {name}", {})[form] = found
     if args.json:
         args.json.write_text(json.dumps({"results": results, "seconds": seconds}, indent=1))
     return 0

@@ -17,6 +17,8 @@ import pytest
 from pydeltamem import bench, bench_op, bench_run
 from pydeltamem.bench import median_interval
 from pydeltamem.errors import AdapterError, InputError, LibraryError
+from pydeltamem.gguf_header import Header
+from pydeltamem.quantize import file_type
 from test_cli import deltamem
 
 SMALL = ["-t", "1", "--pairs", "2"]
@@ -423,6 +425,13 @@ def test_synthetic_files_are_kept(tmp_path, monkeypatch, golden_dir):
     result = deltamem("bench", "-m", files[0], "--deltamem", files[1], *SMALL, "-p", "8", "-n", "2", "--rss", "0")
     assert result.returncode == 0, result.stderr
     assert f"{17 * 2 * 4 * 4 * 2 * 4:,} bytes of states and checkpoints" in result.stdout
+
+    # a type that is made by llama.cpp's quantiser; what it was made from does not stay
+    quantised, adapter = bench_model.synthetic_files("tiny", "IQ4_NL", *arguments[2:])
+    assert adapter == files[1] and Header(quantised).keys["general.file_type"] == file_type("iq4_nl")
+    assert {str(path) for path in bench_model.cache_folder().iterdir()} == {*files, quantised}
+    with pytest.raises(InputError, match="'q9' is no type of llama.cpp"):
+        bench_model.synthetic_files("tiny", "q9", *arguments[2:])
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
