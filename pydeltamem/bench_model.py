@@ -38,7 +38,7 @@ def synthetic_files(
 
     Args:
         shape: one of SHAPES.
-        ftype: any of llama.cpp's, by llama-quantize's name. Those that write_model() cannot make are quantised from F16.
+        ftype: any of llama.cpp's, by llama-quantize's name; what write_model() cannot make is quantised from F16.
         outtype: type of the adapter's weights, as `deltamem convert --outtype`.
         rank, n_head: of the adapter, which otherwise is as the released one.
         vocab: GGUF whose vocabulary the model takes; None: that of the build in this checkout.

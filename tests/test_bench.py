@@ -430,7 +430,7 @@ def test_synthetic_files_are_kept(tmp_path, monkeypatch, golden_dir):
     quantised, adapter = bench_model.synthetic_files("tiny", "IQ4_NL", *arguments[2:])
     assert adapter == files[1] and Header(quantised).keys["general.file_type"] == file_type("iq4_nl")
     assert {str(path) for path in bench_model.cache_folder().iterdir()} == {*files, quantised}
-    with pytest.raises(InputError, match="'q9' is no type of llama.cpp"):
+    with pytest.raises(InputError, match="'q9' is no type of"):
         bench_model.synthetic_files("tiny", "q9", *arguments[2:])
 
     (tmp_path / "file").touch()
