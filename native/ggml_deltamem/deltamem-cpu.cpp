@@ -9,13 +9,13 @@
 #include "ggml-impl.h"
 
 #include <algorithm>
+#include <cstring>
 
 // so many tokens pass the weights as they are stored; for more, a correction converts its weights first, and a projection is
 // ggml's product
 static constexpr int64_t FEW_TOKENS = 4;
 
-// (sequence, head) pairs over the threads
-static void forward_read(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+static struct deltamem_head_args head_args(const struct ggml_tensor * dst, int64_t i_seq, int64_t head) {
     const struct ggml_tensor * proj      = dst->src[0];
     const struct ggml_tensor * gate_bias = dst->src[1];
     const struct ggml_tensor * state     = dst->src[2];
@@ -24,33 +24,36 @@ static void forward_read(const struct ggml_compute_params * params, struct ggml_
     const struct ggml_deltamem_params p = ggml_deltamem_get_params(dst);
 
     const int32_t * seqs    = (const int32_t *) plan->data;
+    const int32_t * seq     = seqs + GGML_DELTAMEM_PLAN_SEQ * i_seq;
     const int32_t * entries = seqs + (int64_t) GGML_DELTAMEM_PLAN_SEQ * p.n_seqs;
 
-    const int64_t n_record = ggml_deltamem_n_record(&p);
-    const int64_t n_items  = (int64_t) p.n_seqs * p.n_head;
+    const int32_t slot = seq[0];
+    GGML_ASSERT(slot >= 0 && slot < state->ne[1]);
+    GGML_ASSERT(seq[1] >= 0 && seq[2] >= 0 && (int64_t) seq[1] + seq[2] <= dst->ne[1]);
 
+    struct deltamem_head_args args;
+    args.params      = p;
+    args.head        = (int32_t) head;
+    args.proj        = (const float *) proj->data;
+    args.proj_stride = proj->nb[1] / sizeof(float);
+    args.gate_bias   = (const float *) gate_bias->data;
+    args.slots       = (float *) state->data + head * ggml_deltamem_n_record(&p);
+    args.slot_stride = state->nb[1] / sizeof(float);
+    args.record      = args.slots + slot * args.slot_stride;
+    args.read        = (float *) dst->data;
+    args.read_stride = dst->nb[1] / sizeof(float);
+    args.entries     = entries + (int64_t) GGML_DELTAMEM_PLAN_TOKEN * seq[1];
+    args.n_entries   = seq[2];
+    return args;
+}
+
+// (sequence, head) pairs over the threads
+static void forward_read(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    const struct ggml_deltamem_params p = ggml_deltamem_get_params(dst);
+
+    const int64_t n_items = (int64_t) p.n_seqs * p.n_head;
     for (int64_t item = params->ith; item < n_items; item += params->nth) {
-        const int64_t   head = item % p.n_head;
-        const int32_t * seq  = seqs + GGML_DELTAMEM_PLAN_SEQ * (item / p.n_head);
-
-        const int32_t slot = seq[0];
-        GGML_ASSERT(slot >= 0 && slot < state->ne[1]);
-        GGML_ASSERT(seq[1] >= 0 && seq[2] >= 0 && (int64_t) seq[1] + seq[2] <= dst->ne[1]);
-
-        struct deltamem_head_args args;
-        args.params      = p;
-        args.head        = (int32_t) head;
-        args.proj        = (const float *) proj->data;
-        args.proj_stride = proj->nb[1] / sizeof(float);
-        args.gate_bias   = (const float *) gate_bias->data;
-        args.slots       = (float *) state->data + head * n_record;
-        args.slot_stride = state->nb[1] / sizeof(float);
-        args.record      = args.slots + slot * args.slot_stride;
-        args.read        = (float *) dst->data;
-        args.read_stride = dst->nb[1] / sizeof(float);
-        args.entries     = entries + (int64_t) GGML_DELTAMEM_PLAN_TOKEN * seq[1];
-        args.n_entries   = seq[2];
-
+        const struct deltamem_head_args args = head_args(dst, item / p.n_head, item % p.n_head);
         deltamem_head_forward(&args);
     }
 }
@@ -59,12 +62,13 @@ static void forward_read(const struct ggml_compute_params * params, struct ggml_
 // a tile's weights, as float32, stay in the first-level cache while the tokens pass. For a few tokens that does not pay, and
 // the kernel takes weights of half precision as they are.
 //
-// With `added`, of the shape of the correction, dst = correction + added; dst is the correction otherwise.
+// `reads` are those of correction->src[2], rows read_stride floats apart. With `added`, of the shape of the correction,
+// dst = correction + added; dst is the correction otherwise.
 static void forward_correct(const struct ggml_compute_params * params, const struct ggml_tensor * correction,
-                            const struct ggml_tensor * added, struct ggml_tensor * dst) {
+                            const float * reads, size_t read_stride, const struct ggml_tensor * added,
+                            struct ggml_tensor * dst) {
     const struct ggml_tensor * out    = correction->src[0];
     const struct ggml_tensor * weight = correction->src[1];
-    const struct ggml_tensor * read   = correction->src[2];
 
     constexpr int64_t UNIT = 64;  // outputs that are not divided: whole cache lines, whole blocks of vectors
     constexpr int64_t TILE = 256; // outputs
@@ -96,8 +100,8 @@ static void forward_correct(const struct ggml_compute_params * params, const str
         args.out_stride                   = base->nb[1] / sizeof(float);
         args.weight                       = weights;
         args.weight_stride                = stride;
-        args.read                         = (const float *) ((const char *) read->data + t0 * read->nb[1]) + j0;
-        args.read_stride                  = read->nb[1] / sizeof(float);
+        args.read                         = reads + t0 * read_stride + j0;
+        args.read_stride                  = read_stride;
         if (added && j0 == 0) {
             args.added        = (const float *) ((const char *) added->data + t0 * added->nb[1]) + i0;
             args.added_stride = added->nb[1] / sizeof(float);
@@ -145,6 +149,12 @@ static void forward_correct(const struct ggml_compute_params * params, const str
     }
 }
 
+static void forward_correct(const struct ggml_compute_params * params, const struct ggml_tensor * correction,
+                            const struct ggml_tensor * added, struct ggml_tensor * dst) {
+    const struct ggml_tensor * read = correction->src[2];
+    forward_correct(params, correction, (const float *) read->data, read->nb[1] / sizeof(float), added, dst);
+}
+
 void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     switch (ggml_deltamem_get_kind(dst)) {
         case GGML_DELTAMEM_READ:    forward_read(params, dst); break;
@@ -153,7 +163,7 @@ void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, st
 }
 
 //
-// two nodes at once
+// two or three nodes at once
 //
 
 // The rows of the projection over the threads. Its activation is taken in float32, where ggml's product would convert it to
@@ -206,6 +216,58 @@ static bool takes_addition(const struct ggml_tensor * correction, const struct g
            in_place_or_apart(add, added) && apart(add, correction->src[1]) && apart(add, correction->src[2]);
 }
 
+// Of one token, a projection, its read, and a correction by it. Every thread reads for itself what it corrects by, instead of
+// waiting for the one that has the head; that one alone writes.
+static constexpr int64_t OWN_HEADS = 4, OWN_STATES = 1024; // heads and floats of S that a thread has of its own
+
+static void forward_project_read_correct(const struct ggml_compute_params * params, struct ggml_tensor * proj,
+                                         struct ggml_tensor * read, struct ggml_tensor * correction) {
+    const struct ggml_deltamem_params p = ggml_deltamem_get_params(read);
+
+    const int64_t n_state = (int64_t) p.rank * p.rank;
+
+    alignas(64) float states[OWN_STATES];
+    alignas(64) float reads[OWN_HEADS * GGML_DELTAMEM_MAX_RANK];
+
+    // before the barrier, behind which the state is written
+    for (int64_t head = 0; head < p.n_head; ++head) {
+        memcpy(states + head * n_state, head_args(read, 0, head).record, n_state * sizeof(float));
+    }
+    forward_project(params, proj);
+    ggml_barrier(params->threadpool);
+
+    for (int64_t head = 0; head < p.n_head; ++head) {
+        struct deltamem_head_args args = head_args(read, 0, head);
+        if (head % params->nth == params->ith) {
+            deltamem_head_forward(&args);
+            memcpy(reads + head * p.rank, args.read + head * p.rank, p.rank * sizeof(float));
+            continue;
+        }
+        const int32_t only_read[GGML_DELTAMEM_PLAN_TOKEN] = { 0, 0 };
+
+        args.record  = states + head * n_state;
+        args.read    = reads;
+        args.entries = only_read;
+        deltamem_head_forward(&args);
+    }
+    forward_correct(params, correction, reads, p.n_head * p.rank, nullptr, correction);
+}
+
+static bool takes_correction(const struct ggml_tensor * read, const struct ggml_tensor * correction) {
+    if (!(correction->flags & GGML_TENSOR_FLAG_COMPUTE) || correction->op != GGML_OP_DELTAMEM ||
+        ggml_deltamem_get_kind(correction) != GGML_DELTAMEM_CORRECT || correction->src[2] != read) {
+        return false;
+    }
+    for (int i = 0; i < 4; ++i) {
+        if (!apart(correction, read->src[i])) {
+            return false; // the allocator has given the correction the place of what the read alone needs
+        }
+    }
+    const struct ggml_deltamem_params p = ggml_deltamem_get_params(read);
+    return read->ne[1] == 1 && p.n_seqs == 1 && ((const int32_t *) read->src[3]->data)[2] == 1 &&
+           p.n_head <= OWN_HEADS && p.n_head * p.rank * p.rank <= OWN_STATES;
+}
+
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
     struct ggml_tensor * node = cgraph->nodes[i];
     if (i + 1 >= cgraph->n_nodes) {
@@ -218,6 +280,10 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
 
     if (node->op == GGML_OP_MUL_MAT && next->op == GGML_OP_DELTAMEM && next->src[0] == node &&
         ggml_deltamem_get_kind(next) == GGML_DELTAMEM_READ && takes_projection(node)) {
+        if (i + 2 < cgraph->n_nodes && takes_correction(next, cgraph->nodes[i + 2])) {
+            forward_project_read_correct(params, node, next, cgraph->nodes[i + 2]);
+            return 2;
+        }
         forward_project(params, node);
         ggml_barrier(params->threadpool);
         forward_read(params, next);

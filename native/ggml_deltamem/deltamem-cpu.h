@@ -18,9 +18,9 @@ static inline bool ggml_cpu_deltamem_fuses(const struct ggml_tensor * node) {
            (node->op == GGML_OP_MUL_MAT && node->op_params[GGML_DELTAMEM_MUL_MAT_MARK] == GGML_OP_DELTAMEM);
 }
 
-// For those: computes node i of the graph together with the next one where that spares a synchronisation of all threads: a packed
-// projection of a few tokens with its read, a correction with the addition that follows. Returns the nodes computed beside
-// i: 1, or 0 if nothing was done.
+// For those: computes node i of the graph together with the next ones where that spares a synchronisation of all threads: a packed
+// projection of a few tokens with its read, of one token also with the correction that follows; a correction with the
+// addition that follows. Returns the nodes computed beside i: 1 or 2, or 0 if nothing was done.
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i);
 
 #ifdef __cplusplus

@@ -118,8 +118,9 @@ struct llama_deltamem_graph {
         ggml_format_name(reads[i], "deltamem_read-%d", lw.il);
 
         pin(reads[i], lw.device);
-        // it writes the state even where nothing depends on its read
-        ggml_build_forward_expand(gf, reads[i]);
+        if (!lw.q && !lw.qkv) {
+            ggml_build_forward_expand(gf, reads[i]); // it writes the state even where nothing depends on its read
+        } // else it comes right before the correction, which may then be computed with it
 
         deltamem.covered[i].read = true;
     }

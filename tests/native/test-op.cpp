@@ -313,10 +313,17 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
     ggml_free(ctx);
 }
 
-// A packed projection and the read of its tokens, one of each sequence, which a backend may compute as one: against double
-// precision, twice in a row; every number of threads gives the same bits. Where a backend may round, its inputs are
-// multiples of 1/32 and its weights of half precision, which no type of a product rounds.
-static void test_projected_read(const tested & on, ggml_type type, int n_embd, const shape & s) {
+// A packed projection, the read of its tokens, one of each sequence, and a correction by it, which a backend may compute as
+// one: against double precision, twice in a row; every number of threads gives the same bits. Where a backend may round, its
+// inputs are multiples of 1/32 and its weights of half precision, which no type of a product rounds. The correction has as
+// many outputs as the projection, whose place the allocator then gives it if the input must stay, or 1000.
+enum correction {
+    NO_CORRECTION,
+    CORRECTION,
+    CORRECTION_IN_THE_PLACE_OF_THE_PROJECTION
+};
+
+static void test_projected_read(const tested & on, ggml_type type, int n_embd, const shape & s, correction corrected) {
     random_source random(n_embd + s.flags + 10 * s.n_seqs + 100 * s.rank);
 
     ggml_deltamem_params p = {};
@@ -335,11 +342,20 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
     ggml_tensor *  bias   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ggml_deltamem_n_gates(&p));
     ggml_tensor *  state  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_slot, n_slots);
     ggml_tensor *  plan   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_deltamem_n_plan(s.n_seqs, s.n_seqs));
-    ggml_tensor *  node   = ggml_deltamem(ctx, ggml_deltamem_mul_mat(ctx, weight, input), bias, state, plan, p);
+    const int64_t  n_out  = corrected == CORRECTION_IN_THE_PLACE_OF_THE_PROJECTION ? n_proj : 1000;
+    ggml_tensor *  out    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, s.n_seqs);
+    ggml_tensor *  delta  = ggml_new_tensor_2d(ctx, type, n_out, n_read);
+    ggml_context * nodes  = ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true });
+    ggml_tensor *  proj_t = ggml_deltamem_mul_mat(nodes, weight, input);
+    ggml_tensor *  node   = ggml_deltamem(nodes, proj_t, bias, state, plan, p);
+    ggml_tensor *  last   = corrected ? ggml_deltamem_correct(nodes, out, delta, node) : node;
     ggml_set_output(node);
-    ggml_cgraph * cgraph = ggml_new_graph(ctx);
-    ggml_build_forward_expand(cgraph, node);
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, on.backend);
+    allocated_graph       graph(on.backend, nodes, last);
+    if (corrected == CORRECTION_IN_THE_PLACE_OF_THE_PROJECTION) {
+        check(last->data == proj_t->data,
+              "the correction has another place than the projection: the test tests nothing");
+    }
 
     const auto set = [&](ggml_tensor * t, const std::vector<float> & x) {
         ggml_backend_tensor_set(t, x.data(), 0, ggml_nbytes(t));
@@ -378,8 +394,18 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
     }
     const int32_t * entries = plan_data.data() + GGML_DELTAMEM_PLAN_SEQ * s.n_seqs;
 
+    std::vector<float> outs(n_out * s.n_seqs), deltas(n_out * n_read);
+    for (float & value : outs) {
+        value = random.normal();
+    }
+    for (float & value : deltas) {
+        value = random.normal();
+    }
+
     set(input, x);
     set(bias, biases);
+    set(out, outs);
+    set_weights(delta, deltas);
     ggml_backend_tensor_set(plan, plan_data.data(), 0, ggml_nbytes(plan));
     set_weights(weight, weights);
 
@@ -395,8 +421,8 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
     }
 
     char name[128];
-    snprintf(name, sizeof(name), "projection %s of %d, read: rank %d, heads %d, sequences %d, flags %d",
-             ggml_type_name(type), n_embd, s.rank, s.n_head, s.n_seqs, s.flags);
+    snprintf(name, sizeof(name), "projection %s of %d, read%s: rank %d, heads %d, sequences %d, flags %d",
+             ggml_type_name(type), n_embd, corrected ? ", correction" : "", s.rank, s.n_head, s.n_seqs, s.flags);
 
     nmse               error;
     std::vector<float> first[2];
@@ -408,9 +434,12 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
             references.emplace_back(p, i % s.n_head, &slots[n_slot + i * n_record]);
         }
         for (int turn = 0; turn < 2; ++turn) {
-            check(ggml_backend_graph_compute(on.backend, cgraph) == GGML_STATUS_SUCCESS, "%s: computing failed", name);
-            std::vector<float> got(n_read * s.n_seqs), got_slots(slots.size());
+            check(graph.compute(), "%s: computing failed", name);
+            std::vector<float> got(n_read * s.n_seqs), got_slots(slots.size()), got_outs(outs.size());
             ggml_backend_tensor_get(node, got.data(), 0, ggml_nbytes(node));
+            if (corrected) {
+                ggml_backend_tensor_get(last, got_outs.data(), 0, ggml_nbytes(last));
+            }
             ggml_backend_tensor_get(state, got_slots.data(), 0, ggml_nbytes(state));
             check(std::equal(slots.begin(), slots.begin() + n_slot, got_slots.begin()), "%s: another slot was written",
                   name);
@@ -426,8 +455,16 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
                 for (size_t i = 0; i < got.size(); ++i) {
                     error.add(got[i], read[i]);
                 }
+                for (int64_t i = 0; corrected && i < n_out * s.n_seqs; ++i) {
+                    double expected = outs[i];
+                    for (int64_t j = 0; j < n_read; ++j) {
+                        expected += (double) deltas[j * n_out + i % n_out] * read[i / n_out * n_read + j];
+                    }
+                    error.add(got_outs[i], expected);
+                }
             }
             got.insert(got.end(), got_slots.begin(), got_slots.end());
+            got.insert(got.end(), got_outs.begin(), got_outs.end());
             if (way == 1) {
                 first[turn] = got;
             }
@@ -439,6 +476,7 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
     printf("%-72s NMSE %.1e\n", name, error.value());
 
     ggml_backend_buffer_free(buffer);
+    ggml_free(nodes);
     ggml_free(ctx);
 }
 
@@ -527,10 +565,15 @@ static void test(const tested & on) {
         }
         for (int flags : { NORMALIZE | ROWS, NORMALIZE | ROWS | SEGMENTS }) {
             for (int n_embd : { 2560, 100 }) {
-                test_projected_read(on, type, n_embd, { 8, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, flags });
-                test_projected_read(on, type, n_embd, { 8, 4, 4, 4, GGML_DELTAMEM_LAMBDA_NONE, flags });
-                test_projected_read(on, type, n_embd, { 16, 2, 3, 3, GGML_DELTAMEM_LAMBDA_SEPARATE, flags });
-                test_projected_read(on, type, n_embd, { 5, 3, 6, 6, GGML_DELTAMEM_LAMBDA_COUPLED, flags });
+                for (correction c : { NO_CORRECTION, CORRECTION, CORRECTION_IN_THE_PLACE_OF_THE_PROJECTION }) {
+                    test_projected_read(on, type, n_embd, { 8, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, flags }, c);
+                    test_projected_read(on, type, n_embd, { 8, 4, 1, 1, GGML_DELTAMEM_LAMBDA_SEPARATE, flags }, c);
+                    test_projected_read(on, type, n_embd, { 7, 3, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, flags }, c);
+                    test_projected_read(on, type, n_embd, { 64, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, flags }, c);
+                    test_projected_read(on, type, n_embd, { 8, 4, 4, 4, GGML_DELTAMEM_LAMBDA_NONE, flags }, c);
+                    test_projected_read(on, type, n_embd, { 16, 2, 3, 3, GGML_DELTAMEM_LAMBDA_SEPARATE, flags }, c);
+                    test_projected_read(on, type, n_embd, { 5, 3, 6, 6, GGML_DELTAMEM_LAMBDA_COUPLED, flags }, c);
+                }
             }
         }
     }
