@@ -28,6 +28,9 @@ endif()
 
 if (DELTAMEM_CUBLAS_INCLUDE)
     message(STATUS "cuBLAS: ${CUDA_cublas_LIBRARY}")
+    # by name: what CMake adds by itself leaves out folders in the source tree, where .venv is
+    get_filename_component(library_dir ${CUDA_cublas_LIBRARY} DIRECTORY)
+    list(APPEND CMAKE_INSTALL_RPATH ${library_dir})
     set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} -isystem ${DELTAMEM_CUBLAS_INCLUDE}")
     set(CMAKE_CXX_FLAGS  "${CMAKE_CXX_FLAGS} -isystem ${DELTAMEM_CUBLAS_INCLUDE}")
 endif()
