@@ -1,28 +1,33 @@
 """`make cuda-check`: builds for the GPU of this machine, tests there, and measures. One run, a table at the end.
 
-    python tests/cuda_check.py [--build build/cuda] [--shape qwen3-4b] [-- CMake options]
+    python tests/cuda_check.py [--build build/cuda] [--shape qwen3-4b] [--minutes 10] [-- CMake options]
 
 1. builds llama.cpp with the operator for this GPU alone, without flash attention (which takes most of a build's time),
-   and with cuBLAS from pip where the toolkit has none; a build that takes too long goes on in the next run;
+   and with cuBLAS from pip where the toolkit has none; the random models of step 4 are written meanwhile;
 2. runs the operator's tests on it, plain and under compute-sanitizer's memcheck and racecheck where that is installed;
-3. runs the golden cases, memory files, several sequences and the CUDA graph test (tests/test_cuda.py);
+3. runs the golden cases, memory files, several sequences and the CUDA graph test (tests/test_cuda.py), with products of
+   float32 as such, not as TF32;
 4. times decode and a prompt of 2,048 tokens with and without the memory, F16 and Q4_K_M (`deltamem bench`);
 5. counts kernel launches per token with and without, and the time of our kernels beside their floors, by nsys or, where
-   that is not installed, by ncu.
+   that is not installed, by ncu;
+6. runs the golden cases with TF32.
 
-All that it prints lies in BUILD/report too. Exits with 1 if a test failed or was skipped, or if there is no GPU; times
-and profilers do not count.
+It ends after --minutes; another run goes on with the build that is there. All that it prints lies in BUILD/report too,
+the table from the first step on. Exits with 1 if a test failed, was skipped or was not reached, or if there is no GPU;
+times and profilers do not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,10 +39,13 @@ PROMPT = 8  # tokens that decode() reads at first
 
 
 class Check:
-    def __init__(self, build: Path):
+    """What was run, and what came of it. No step goes on after `seconds` from now."""
+
+    def __init__(self, build: Path, seconds: float = 600):
         self.build, self.report, self.failed = build, build / "report", []
         self.report.mkdir(parents=True, exist_ok=True)
         self.rows: list[tuple[str, str]] = []
+        self.end = time.monotonic() + seconds
 
     def run(
         self, name: str, *command: object, timeout: float, counts: bool = True,
@@ -47,31 +55,51 @@ class Check:
 
         counts: whether a failure is one of the whole check. accept: of the output, what a success is besides status 0.
         """
-        print(f"{name} ...", flush=True)
         begun = time.monotonic()
+        timeout = min(timeout, self.end - begun)
         path = self.report / f"{name}.txt"
-        with open(path, "w", encoding="utf-8") as file:
-            try:
-                status = subprocess.run(
-                    [str(part) for part in command], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, timeout=timeout,
-                    env={**os.environ, **environment},
-                ).returncode  # fmt: skip
-            except subprocess.TimeoutExpired:
-                status = f"not done after {timeout:.0f} s"
+        status: int | str = "no time was left"
+        if timeout > 0:
+            print(f"{name} ...", flush=True)
+            with open(path, "w", encoding="utf-8") as file:
+                try:
+                    process = start(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+                    status = process.wait(timeout)
+                except subprocess.TimeoutExpired:
+                    stop(process)
+                    status = f"not done after {timeout:.0f} s"
+                except OSError as error:
+                    status = f"{command[0]}: {error.strerror}"
         seconds = time.monotonic() - begun
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace") if timeout > 0 else ""
         if status == 0 and not accept(text):
             status = "not all was run"
-        self.rows.append((name, f"{'ok' if status == 0 else f'FAILED ({status})'}, {seconds:.0f} s"))
+        if status != 0 and counts:
+            self.failed.append(name)
+        self.note(name, f"{'ok' if status == 0 else f'FAILED ({status})'}, {seconds:.0f} s")
         if status != 0:
-            if counts:
-                self.failed.append(name)
             print("".join(text.splitlines(True)[-30:]))
             return None
         return text
 
     def note(self, name: str, text: str) -> None:
+        """A line of the table, which is written at once: whoever ends this program early has what there is."""
         self.rows.append((name, text))
+        (self.report / "summary.txt").write_text(self.table() + "\n", encoding="utf-8")
+
+    def table(self) -> str:
+        return "\n".join(f"{name:<48} {result}" for name, result in self.rows)
+
+
+def start(command: Iterable[object], **options: object) -> subprocess.Popen:
+    """A program in a group of its own, so that stop() reaches what it has started."""
+    return subprocess.Popen([str(part) for part in command], cwd=ROOT, start_new_session=True, **options)
+
+
+def stop(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def all_passed(text: str) -> bool:
@@ -207,6 +235,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "cuda")
     parser.add_argument("--shape", default="qwen3-4b")
+    parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--decode", nargs=3, metavar=("MODEL", "ADAPTER", "N"), help=argparse.SUPPRESS)
     parser.add_argument("options", nargs="*", help="for CMake, after --")
     args = parser.parse_args()
@@ -218,36 +247,60 @@ def main() -> int:
         print("cuda-check: nvidia-smi finds no GPU here: run it on a machine that has one")
         return 1
 
-    check = Check(args.build.resolve())
+    golden = Path(os.environ.get("DELTAMEM_GOLDEN") or ROOT.parent / "shared" / "golden")
+    if not golden.is_dir():
+        print(f"cuda-check: no golden data in {golden}, so their tests will be skipped: set DELTAMEM_GOLDEN")
+    check = Check(args.build.resolve(), 60 * args.minutes)
     try:
         steps(check, args.shape, args.options)
     finally:
-        summary(check)
+        print(f"\n{check.table()}\n\nreport: {check.report}")
     return 1 if check.failed else 0
 
 
 def steps(check: Check, shape: str, options: list[str]) -> None:
     python, build = sys.executable, check.build
     check.run("gpu", "nvidia-smi", timeout=60)
-    if not configure(check, options) or check.run("build", "cmake", "--build", build, timeout=420) is None:
+    if not configure(check, options):
         return
+    vocab = build / "llama.cpp" / "models" / "ggml-vocab-qwen2.gguf"
+    write = (
+        "import sys; from pydeltamem.bench_model import synthetic_files;"
+        " synthetic_files(*sys.argv[1:4], 8, 1, sys.argv[4])"
+    )
+    writers = [start([python, "-c", write, shape, ftype, "f16", vocab]) for ftype in ("f16", "q4_k_m")]
+    try:
+        if check.run("build", "cmake", "--build", build, timeout=420) is not None:
+            measure(check, shape, vocab, writers)
+    finally:
+        for writer in writers:
+            stop(writer)
+
+
+def measure(check: Check, shape: str, vocab: Path, writers: list[subprocess.Popen]) -> None:
+    python, build = sys.executable, check.build
 
     test_op = build / "bin" / "test-op"
     check.run("operator", test_op, "gpu", timeout=60)
     for tool in ("memcheck", "racecheck"):
         if shutil.which("compute-sanitizer"):
-            check.run(tool, "compute-sanitizer", "--tool", tool, "--error-exitcode", "3", test_op, "gpu", timeout=180)
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", test_op, "gpu"]
+            # memcheck takes for an error that an old CUDA graph cannot become the next one, which ggml counts on
+            check.run(tool, *command, timeout=180, GGML_CUDA_DISABLE_GRAPHS="1")
         else:
             check.note(tool, "compute-sanitizer is not installed: not run")
 
     environment = {"LLAMA_CPP_LIB_PATH": str(build / "bin")}
     pytest = [python, "-m", "pytest", "-q", "-s", "tests/test_cuda.py"]
-    check.run("golden", *pytest, timeout=300, accept=all_passed, **environment)
+    check.run("golden", *pytest, timeout=300, accept=all_passed, NVIDIA_TF32_OVERRIDE="0", **environment)
 
+    for writer in writers:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            writer.wait(max(0, check.end - time.monotonic()))
     for ftype in ("f16", "q4_k_m"):
         path = check.report / f"bench-{ftype}.json"
-        command = ["bench", "--synthetic", shape, "--ftype", ftype, "-p", 2048, "-n", 64, "-b", 2048]
-        command += ["--pairs", 10, "--rss", 0, "--json", path]
+        command = ["bench", "--synthetic", shape, "--ftype", ftype, "--vocab", vocab, "-p", 2048, "-n", 64]
+        command += ["-b", 2048, "-ub", 2048, "--pairs", 10, "--rss", 0, "--json", path]
         if check.run(f"bench-{ftype}", python, "-m", "pydeltamem.cli", *command, timeout=300, **environment) is None:
             continue
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -257,11 +310,7 @@ def steps(check: Check, shape: str, options: list[str]) -> None:
         if ftype == "q4_k_m":
             profile(check, shape, found["setup"]["model"], found["setup"]["deltamem"], environment)
 
-
-def summary(check: Check) -> None:
-    text = "\n".join(f"{name:<48} {result}" for name, result in check.rows)
-    (check.report / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n\nreport: {check.report}")
+    check.run("golden-tf32", *pytest, timeout=300, counts=False, accept=all_passed, **environment)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 
 import cuda_check
@@ -53,6 +56,25 @@ def test_a_step(tmp_path):
     assert check.run("skips", "echo", "1 skipped", timeout=60, accept=cuda_check.all_passed) is None
     assert check.run("profiler", "false", timeout=60, counts=False) is None
     assert check.run("slow", "sleep", "60", timeout=0.1) is None
-    assert check.failed == ["skips", "slow"]
-    cuda_check.summary(check)
-    assert "FAILED (not all was run)" in (tmp_path / "report" / "summary.txt").read_text()
+    assert check.run("missing", tmp_path / "no-program", timeout=60) is None
+    assert check.failed == ["skips", "slow", "missing"]
+    table = (tmp_path / "report" / "summary.txt").read_text()
+    assert "FAILED (not all was run)" in table and "no-program: No such file" in table
+
+
+def test_what_a_step_started_ends_with_it(tmp_path):
+    """A build's compilers must not go on beside those of the next run."""
+    check = cuda_check.Check(tmp_path)
+    pid = tmp_path / "pid"
+    assert check.run("slow", "sh", "-c", f"sleep 60 & echo $! > {pid}; wait", timeout=1) is None
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int(pid.read_text()), 0)
+            time.sleep(0.05)  # until whoever inherits it has taken its status
+
+
+def test_no_step_after_the_time_is_up(tmp_path):
+    check = cuda_check.Check(tmp_path, seconds=0)
+    assert check.run("late", "touch", tmp_path / "touched", timeout=60) is None
+    assert check.failed == ["late"] and not (tmp_path / "touched").exists()
+    assert "late" in (tmp_path / "report" / "summary.txt").read_text()

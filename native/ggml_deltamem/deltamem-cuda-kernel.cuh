@@ -804,7 +804,7 @@ static __global__ void __launch_bounds__(CORRECT_THREADS)
     const int t0    = T * blockIdx.y;
     const int n     = min(T, args.n_tokens - t0);
 
-    float acc[T][V];
+    alignas(16) float acc[T][V];
 #pragma unroll
     for (int t = 0; t < T; ++t) {
         const float * out = args.out + (t0 + t) * args.out_stride + i;

@@ -87,6 +87,12 @@ struct llama_deltamem_graph {
         return plan;
     }
 
+    // Which weights it has stands in a node's name: CUDA launches a captured graph again if names, shapes and addresses are
+    // what they were, and of another adapter's weights the type alone may differ.
+    static void name(ggml_tensor * node, const char * what, ggml_type type, int il) {
+        ggml_format_name(node, "deltamem_%s-%d (%s)", what, il, ggml_type_name(type));
+    }
+
     // The state is updated in place, so the operator must not be moved away from it.
     void pin(ggml_tensor * node, ggml_backend_dev_t device) {
         for (int b = 0; b < ggml_backend_sched_get_n_backends(sched); ++b) {
@@ -112,7 +118,7 @@ struct llama_deltamem_graph {
         params.n_seqs               = std::max(1u, ubatch.n_seqs_unq);
 
         ggml_tensor * proj = ggml_deltamem_mul_mat(ctx0, lw.in, cur);
-        ggml_format_name(proj, "deltamem_in-%d", lw.il);
+        name(proj, "in", lw.in->type, lw.il);
 
         reads[i] = ggml_deltamem(ctx0, proj, lw.gate_bias, deltamem.state.tensor(i), get_plan(), params);
         ggml_format_name(reads[i], "deltamem_read-%d", lw.il);
@@ -152,7 +158,7 @@ struct llama_deltamem_graph {
 
         if (correction.by_columns) {
             ggml_tensor * corrected = ggml_deltamem_correct(ctx0, out, correction.weight, reads[i]);
-            ggml_format_name(corrected, "deltamem_corrected-%d", lw.il);
+            name(corrected, "corrected", correction.weight->type, lw.il);
             return corrected;
         }
 
@@ -160,7 +166,7 @@ struct llama_deltamem_graph {
         if (target == LLAMA_DELTAMEM_O && lw.o_norm) {
             delta = ggml_mul(ctx0, ggml_rms_norm(ctx0, delta, deltamem.weights->o_norm_eps), lw.o_norm);
         }
-        ggml_format_name(delta, "deltamem_delta-%d", lw.il);
+        name(delta, "delta", correction.weight->type, lw.il);
         return ggml_add(ctx0, out, delta);
     }
 };
