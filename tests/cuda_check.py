@@ -30,8 +30,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +47,7 @@ class Check:
         self.build, self.report, self.failed = build, build / "report", []
         self.report.mkdir(parents=True, exist_ok=True)
         self.rows: list[tuple[str, str]] = []
+        self.lock = threading.Lock()
         self.end = time.monotonic() + seconds
 
     def run(
@@ -84,8 +87,9 @@ class Check:
 
     def note(self, name: str, text: str) -> None:
         """A line of the table, which is written at once: whoever ends this program early has what there is."""
-        self.rows.append((name, text))
-        (self.report / "summary.txt").write_text(self.table() + "\n", encoding="utf-8")
+        with self.lock:
+            self.rows.append((name, text))
+            (self.report / "summary.txt").write_text(self.table() + "\n", encoding="utf-8")
 
     def table(self) -> str:
         return "\n".join(f"{name:<48} {result}" for name, result in self.rows)
@@ -280,19 +284,28 @@ def steps(check: Check, shape: str, options: list[str]) -> None:
 def measure(check: Check, shape: str, vocab: Path, writers: list[subprocess.Popen]) -> None:
     python, build = sys.executable, check.build
 
+    environment = {"LLAMA_CPP_LIB_PATH": str(build / "bin")}
+    pytest = [python, "-m", "pytest", "-q", "-s", "tests/test_cuda.py"]
     test_op = build / "bin" / "test-op"
-    check.run("operator", test_op, "gpu", timeout=60)
-    for tool in ("memcheck", "racecheck"):
+
+    def sanitize(tool: str) -> None:
         if shutil.which("compute-sanitizer"):
             command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", test_op, "gpu"]
             # memcheck takes for an error that an old CUDA graph cannot become the next one, which ggml counts on
-            check.run(tool, *command, timeout=180, GGML_CUDA_DISABLE_GRAPHS="1")
+            check.run(tool, *command, timeout=240, GGML_CUDA_DISABLE_GRAPHS="1")
         else:
             check.note(tool, "compute-sanitizer is not installed: not run")
 
-    environment = {"LLAMA_CPP_LIB_PATH": str(build / "bin")}
-    pytest = [python, "-m", "pytest", "-q", "-s", "tests/test_cuda.py"]
-    check.run("golden", *pytest, timeout=300, accept=all_passed, NVIDIA_TF32_OVERRIDE="0", **environment)
+    check.run("operator", test_op, "gpu", timeout=60)
+    with ThreadPoolExecutor() as together:  # nothing in them is timed
+        tests = [together.submit(sanitize, tool) for tool in ("memcheck", "racecheck")]
+        tests.append(
+            together.submit(
+                check.run, "golden", *pytest, timeout=240, accept=all_passed, NVIDIA_TF32_OVERRIDE="0", **environment
+            )
+        )
+    for test in tests:
+        test.result()
 
     for writer in writers:
         with contextlib.suppress(subprocess.TimeoutExpired):
