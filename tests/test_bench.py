@@ -14,7 +14,7 @@ import statistics
 
 import pytest
 
-from pydeltamem import bench, bench_op, bench_run
+from pydeltamem import _lib, bench, bench_nodes, bench_op, bench_run
 from pydeltamem.bench import median_interval
 from pydeltamem.errors import AdapterError, InputError, LibraryError
 from pydeltamem.gguf_header import Header
@@ -43,8 +43,6 @@ def options(base):
 @pytest.fixture
 def session(options, adapter):
     """session(with_adapter): a Session of the golden Qwen3."""
-    from pydeltamem import _lib
-
     model = bench_run.Model(_lib.llama_cpp, options)
     made = []
 
@@ -236,9 +234,24 @@ def test_a_run_is_what_it_says(session):
         assert side._length() == 51
 
 
-def test_the_adapter_is_attached_and_writes(session):
-    from pydeltamem import _lib
+def test_what_is_computed_as_one_follows_each_other(options, adapter):
+    """A layer's projection, read and correction of q: only neighbours are computed together."""
+    nodes = bench_nodes.Nodes()
+    model = bench_run.Model(_lib.llama_cpp, options)
+    side = bench_run.Session(model, str(adapter("qwen3", "tsw_qo")), nodes.callback)
+    with nodes.watch(alike=True):
+        side.decode(0, 1)
+    names = [name for _, name, _, _ in nodes.least]
+    first = [i for i, name in enumerate(names) if name.startswith("deltamem_in")]
+    assert len(first) == 4
+    for layer, i in enumerate(first):
+        found = [name.split(" ")[0] for name in names[i : i + 3]]
+        assert found == [f"deltamem_{what}-{layer}" for what in ("in", "read", "corrected")]
+    side.close()
+    model.close()
 
+
+def test_the_adapter_is_attached_and_writes(session):
     on, off = session(True), session(False)
     for side in (on, off):
         side.prefill(10)

@@ -152,6 +152,7 @@ struct llama_deltamem_graph {
                     out->ne[0] == correction.n_out() && out->ne[1] == ubatch.n_tokens &&
                             ggml_nrows(out) == ubatch.n_tokens,
                     "a projection's output does not have one row per token")) {
+            ggml_build_forward_expand(gf, reads[i]);
             return out;
         }
         deltamem.covered[i].targets |= 1u << target;

@@ -315,8 +315,9 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
 
 // A packed projection, the read of its tokens, one of each sequence, and a correction by it, which a backend may compute as
 // one: against double precision, twice in a row; every number of threads gives the same bits. Where a backend may round, its
-// inputs are multiples of 1/32 and its weights of half precision, which no type of a product rounds. The correction has as
-// many outputs as the projection, whose place the allocator then gives it if the input must stay, or 1000.
+// inputs are multiples of 1/32 and its weights of half precision, which no type of a product rounds. What is corrected is the
+// graph's own, so that the result takes its place, or it must stay and is as large as the projection, whose place the result
+// then takes: there the three cannot be computed as one.
 enum correction {
     NO_CORRECTION,
     CORRECTION,
@@ -348,10 +349,12 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
     ggml_context * nodes  = ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true });
     ggml_tensor *  proj_t = ggml_deltamem_mul_mat(nodes, weight, input);
     ggml_tensor *  node   = ggml_deltamem(nodes, proj_t, bias, state, plan, p);
-    ggml_tensor *  last   = corrected ? ggml_deltamem_correct(nodes, out, delta, node) : node;
+    ggml_tensor *  own    = corrected == CORRECTION ? ggml_cont(nodes, out) : out;
+    ggml_tensor *  last   = corrected ? ggml_deltamem_correct(nodes, own, delta, node) : node;
     ggml_set_output(node);
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, on.backend);
     allocated_graph       graph(on.backend, nodes, last);
+    check(corrected != CORRECTION || last->data == own->data, "the correction is not in place: the test tests nothing");
     if (corrected == CORRECTION_IN_THE_PLACE_OF_THE_PROJECTION) {
         check(last->data == proj_t->data,
               "the correction has another place than the projection: the test tests nothing");
@@ -569,6 +572,9 @@ static void test(const tested & on) {
                     test_projected_read(on, type, n_embd, { 8, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, flags }, c);
                     test_projected_read(on, type, n_embd, { 8, 4, 1, 1, GGML_DELTAMEM_LAMBDA_SEPARATE, flags }, c);
                     test_projected_read(on, type, n_embd, { 7, 3, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, flags }, c);
+                    test_projected_read(on, type, n_embd, { 8, 5, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, flags }, c);
+                    test_projected_read(on, type, n_embd, { 16, 4, 1, 1, GGML_DELTAMEM_LAMBDA_NONE, flags }, c);
+                    test_projected_read(on, type, n_embd, { 32, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, flags }, c);
                     test_projected_read(on, type, n_embd, { 64, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, flags }, c);
                     test_projected_read(on, type, n_embd, { 8, 4, 4, 4, GGML_DELTAMEM_LAMBDA_NONE, flags }, c);
                     test_projected_read(on, type, n_embd, { 16, 2, 3, 3, GGML_DELTAMEM_LAMBDA_SEPARATE, flags }, c);
