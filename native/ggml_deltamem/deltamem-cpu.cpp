@@ -229,22 +229,24 @@ static void forward_project_read_correct(const struct ggml_compute_params * para
     alignas(64) float states[OWN_STATES];
     alignas(64) float reads[OWN_HEADS * GGML_DELTAMEM_MAX_RANK];
 
+    struct deltamem_head_args heads[OWN_HEADS];
+
     // before the barrier, behind which the state is written
     for (int64_t head = 0; head < p.n_head; ++head) {
-        memcpy(states + head * n_state, head_args(read, 0, head).record, n_state * sizeof(float));
+        heads[head] = head_args(read, 0, head);
+        memcpy(states + head * n_state, heads[head].record, n_state * sizeof(float));
     }
     forward_project(params, proj);
     ggml_barrier(params->threadpool);
 
+    const int32_t only_read[GGML_DELTAMEM_PLAN_TOKEN] = { 0, 0 };
     for (int64_t head = 0; head < p.n_head; ++head) {
-        struct deltamem_head_args args = head_args(read, 0, head);
+        struct deltamem_head_args & args = heads[head];
         if (head % params->nth == params->ith) {
             deltamem_head_forward(&args);
             memcpy(reads + head * p.rank, args.read + head * p.rank, p.rank * sizeof(float));
             continue;
         }
-        const int32_t only_read[GGML_DELTAMEM_PLAN_TOKEN] = { 0, 0 };
-
         args.record  = states + head * n_state;
         args.read    = reads;
         args.entries = only_read;
