@@ -1,0 +1,42 @@
+# GCC 12 takes all but the first bytes of what ldtilecfg loads for dead and drops their stores; and there are virtual machines
+# that report AMX and do not execute it. Either way ggml's products would end a quantised model's first prompt with an
+# illegal instruction. -march=native is for this machine, so what ggml does can be tried here. Sets DELTAMEM_AMX_FLAGS.
+if ((DEFINED GGML_NATIVE AND NOT GGML_NATIVE) OR CMAKE_CROSSCOMPILING OR NOT CMAKE_SYSTEM_NAME STREQUAL "Linux" OR
+        NOT CMAKE_C_COMPILER_ID MATCHES "GNU|Clang" OR NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+    return()
+endif()
+
+include(CheckCXXSourceRuns)
+
+set(CMAKE_REQUIRED_FLAGS "-march=native -O3")
+check_cxx_source_runs([[
+#ifdef __AMX_TILE__
+#include <cstdint>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+struct tile_config { uint8_t palette_id, start_row, reserved[14]; uint16_t colsb[16]; uint8_t rows[16]; };
+
+int main() {
+    if (syscall(SYS_arch_prctl, 0x1023, 18)) {
+        return 0; // ggml asks, too, and does without
+    }
+    alignas(64) tile_config tc = {};
+    tc.palette_id = 1;
+    tc.rows[4]    = 16;
+    tc.colsb[4]   = 64;
+    _tile_loadconfig(&tc);
+    _tile_zero(4);
+    _tile_release();
+}
+#else
+int main() {}
+#endif
+]] DELTAMEM_AMX_RUNS)
+unset(CMAKE_REQUIRED_FLAGS)
+
+if (NOT DELTAMEM_AMX_RUNS)
+    message(STATUS "AMX is left out: this machine does not run what this compiler makes of it")
+    set(DELTAMEM_AMX_FLAGS -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+endif()
