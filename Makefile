@@ -32,6 +32,9 @@ BENCH_ARGS   ?= $(if $(wildcard build/stock/bin/libllama.*),--against build/stoc
 # versions of llama-cpp-python for `make upstream-check`; empty: the three newest
 UPSTREAM_RELEASES ?=
 
+# random inputs that `make fuzz` gives each test
+FUZZ         ?= 20000
+
 # the LoCoMo dialogues, which are not ours to ship
 SOAK_DATA    ?= ../shared/data/locomo10.json
 
@@ -39,7 +42,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize memcheck default-model default-tsw default-msw default-ssw architectures schedules soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize memcheck default-model default-tsw default-msw default-ssw architectures schedules fuzz soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -56,7 +59,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.llama-cpp-pyth
 	@touch $@.begun # what is edited from here on is newer than the stamp
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.11"
 	@echo "Building llama.cpp and the package: the first time takes some minutes, later what changed is compiled."
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[convert,train,test,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[convert,train,eval,test,dev]'
 	@mv $@.begun $@
 
 $(TOOLS): constraints.txt | $(BIN)/python
@@ -135,6 +138,9 @@ architectures: $(INSTALLED) ## hooks against the PyTorch reference: docs/archite
 
 schedules: $(INSTALLED) ## 1,000 random schedules over four conversations against a simple model (`make test` runs 40)
 	DELTAMEM_SCHEDULES=1000 $(BIN)/python -m pytest tests/test_schedules.py
+
+fuzz: $(DEMO)/memory.gguf ## random and damaged inputs for whatever reads files or commands (FUZZ: how many a test; docs/fuzzing.md)
+	DELTAMEM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/fuzz
 
 soak: $(DEMO)/memory.gguf ## 100,000 tokens of dialogue (SOAK_DATA: locomo10.json) through a window of 1,024, with a plot
 	$(BIN)/python tests/soak.py --data $(SOAK_DATA) --model $(TINY)/base.gguf --deltamem $(DEMO)/memory.gguf --out build/soak

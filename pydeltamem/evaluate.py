@@ -95,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
     most = len(FACTS["new_pair"])
     if not 1 <= min(args.facts) <= max(args.facts) <= most:
         raise InputError(f"--facts: the world holds 1 to {most} facts of one person")
+    methods = args.methods.split(",") if args.methods else None
+    if methods is None or "bm25" in methods:
+        _bm25s()
     if args.plot:
         _matplotlib()
     console = Console(stderr=True)
@@ -108,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
                 f"--distance, --facts: a conversation of {longest} tokens and a question do not fit into the"
                 f" {plain.llm.n_ctx()} that {model} reads: take less"
             )
-        answers = answer_all(cases, readers, args.window, console, args.methods.split(",") if args.methods else None)
+        answers = answer_all(cases, readers, args.window, console, methods)
         rows = table_of(cases, answers)
         ratios = ratios_of(rows, list(readers))
         _print(Console(width=None if sys.stdout.isatty() else 160), rows, ratios)
@@ -212,8 +215,7 @@ def found_turns(turns: Sequence[Turn], question: str, window: int, reader: Reade
 
 
 def _relevance(texts: Sequence[str], question: str) -> npt.NDArray[np.float32]:
-    import bm25s
-
+    bm25s = _bm25s()
     *words, asked = bm25s.tokenize([*texts, question], stopwords="en_plus", return_ids=False, show_progress=False)
     if not any(words) or not asked:
         return np.zeros(len(texts), dtype=np.float32)
@@ -473,11 +475,21 @@ def _show(case: Case, answers: dict[str, str]) -> None:
         print(f"{'+' if case.is_right(answer) else '-'} {method}: {answer}")
 
 
+def _bm25s() -> Any:
+    try:
+        import bm25s
+    except ImportError:
+        raise InputError(
+            "the method bm25 needs bm25s: pip install 'pydeltamem[eval]', or name other methods by --methods"
+        ) from None
+    return bm25s
+
+
 def _matplotlib() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+        raise InputError("--plot needs matplotlib: pip install 'pydeltamem[eval]'") from None
     return Figure
 
 

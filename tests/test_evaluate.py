@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from pydeltamem import evaluate
+from pydeltamem.cli import main
 from pydeltamem.default_model import default_files
 from pydeltamem.errors import InputError
 from pydeltamem.evaluate import Case, Row, answer_all, found_turns, last_turns, make_cases, ratios_of, table_of, wilson
@@ -172,6 +175,18 @@ def test_bad_options_are_named(tmp_path):
         assert result.returncode in (1, 2) and reason in result.stderr and "Traceback" not in result.stderr, (
             result.stderr
         )
+
+
+def test_the_search_is_an_extra(monkeypatch, capsys):
+    """Without bm25s nothing is lost but that method, and what brings it is said before the work."""
+    monkeypatch.setitem(sys.modules, "bm25s", None)  # as if it were not installed
+    options = ["eval", "recall", "-n", "1", "--tasks", "recall", "--facts", "1"]
+    for chosen in ([], ["--methods", "none,bm25"]):
+        assert main([*options, *chosen]) == 1
+        assert "pydeltamem[eval]" in capsys.readouterr().err
+    assert main([*options, "--methods", "none,window"]) == 0
+    needed = importlib.metadata.requires("pydeltamem")
+    assert not [line for line in needed if line.startswith("bm25s") and "extra" not in line]
 
 
 def test_the_package_model_remembers(tmp_path):
