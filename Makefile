@@ -10,7 +10,7 @@ TINY      := examples/tiny
 # llama-cpp-python brings its Python half only: the libraries are ours
 LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 
-NATIVE    := $(shell find native cmake -type f -not -path '*/__pycache__/*') CMakeLists.txt
+NATIVE    := $(shell find native cmake -type f -not -path '*/__pycache__/*') CMakeLists.txt pydeltamem.pth
 CXX_FILES  = $(shell find native tests/native -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 NATIVE_TESTS := -DDELTAMEM_BUILD_TESTS=ON \

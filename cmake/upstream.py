@@ -42,8 +42,8 @@ PINS = (
     "CMakeLists.txt",
     "Makefile",
     "README.md",
+    "_pydeltamem_startup.py",
     "cmake/fetch_llama_cpp.py",
-    "pydeltamem/_lib.py",
     "pyproject.toml",
     "tests/test_llama.py",
 )

@@ -1,16 +1,16 @@
 """δ-mem for llama.cpp: `DeltaMemLlama` is `llama_cpp.Llama` with a memory that learns as it reads.
 
 The names below load llama.cpp when they are first used, so that `deltamem convert` and `deltamem inspect` start without
-it. Importing the package points llama-cpp-python at the library that is built with it.
+it. Once the package is imported, llama-cpp-python loads the library that is built with it (_pydeltamem_startup.py).
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import _pydeltamem_startup  # noqa: F401 - also where no .pth file did it, in a checkout that is not installed
 
 from .errors import (
     AdapterError,
@@ -58,8 +58,6 @@ _LAZY = {
 
 if "llama_cpp" in sys.modules:
     importlib.import_module("._lib", __name__)  # says so if the library loaded before is not ours
-else:
-    os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(Path(__file__).resolve().parent / "lib"))
 
 
 def __getattr__(name: str) -> Any:

@@ -11,26 +11,31 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from _pydeltamem_startup import LLAMA_CPP_VERSION
+
 from .errors import LibraryError
 
 LIB_DIR = Path(__file__).resolve().parent / "lib"
-LLAMA_CPP_VERSION = "0.3.36"  # the bindings mirror the structs of the llama.cpp that this version vendors
 
 
 def _import_llama_cpp():
     """Imports llama_cpp over the library that has δ-mem in it; raises LibraryError if another one is in the way."""
     loaded_before = "llama_cpp" in sys.modules
-    folder = os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(LIB_DIR))
+    folder = os.environ.get("LLAMA_CPP_LIB_PATH")
     try:
         import llama_cpp
         import llama_cpp.llama_cpp
+    except ModuleNotFoundError:
+        raise
+    except ImportError as error:  # from _pydeltamem_startup
+        raise LibraryError(str(error)) from error
     except (FileNotFoundError, RuntimeError) as error:  # from llama_cpp's load_shared_library
         raise LibraryError(
-            f"the native library cannot be loaded from {folder} ({error}): "
+            f"the native library cannot be loaded from {folder or LIB_DIR} ({error}): "
             + (
-                "reinstall pydeltamem, which builds it"
-                if Path(folder) == LIB_DIR
-                else "unset LLAMA_CPP_LIB_PATH to use the library of pydeltamem"
+                "unset LLAMA_CPP_LIB_PATH to use the library of pydeltamem"
+                if folder
+                else "reinstall pydeltamem, which builds it"
             )
         ) from error
 
@@ -42,7 +47,7 @@ def _import_llama_cpp():
 
     lib = llama_cpp.llama_cpp._lib
     if not hasattr(lib, "llama_deltamem_adapter_load"):
-        if loaded_before:
+        if loaded_before or not folder:
             raise LibraryError(
                 f"llama_cpp was imported first and loaded {lib._name}, which has no memory: "
                 "import pydeltamem before llama_cpp"
@@ -55,6 +60,12 @@ def _import_llama_cpp():
 
 
 llama_cpp = _import_llama_cpp()
+
+
+def library_folder() -> str:
+    """The folder of the library that is loaded."""
+    return os.path.dirname(llama_cpp.llama_cpp._lib._name)
+
 
 from llama_cpp import BaseLlamaCache, Llama, LlamaState  # noqa: E402, F401 - for .llama
 from llama_cpp._ctypes_extensions import ctypes_function_for_shared_library  # noqa: E402

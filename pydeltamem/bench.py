@@ -191,7 +191,7 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
         }
     }  # fmt: skip
 
-    lib_dir = os.environ["LLAMA_CPP_LIB_PATH"]
+    lib_dir = _lib.library_folder()
     memory: dict[str, Any] = {}
     if n_rss and adapter is not None and not args.nodes:
         memory = {"prompt": n_rss, **_resident(lib_dir, options, adapter, n_rss, err)}

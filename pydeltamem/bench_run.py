@@ -245,7 +245,9 @@ class Worker:
             encoding="utf-8",
         )
         try:
-            ours = self.folder == os.environ.get("LLAMA_CPP_LIB_PATH")
+            from . import _lib  # not in the worker
+
+            ours = self.folder == _lib.library_folder()
             self.description = self._call(options=asdict(options), adapter=adapter, ours=ours)["result"]
         except BaseException:
             self.close()

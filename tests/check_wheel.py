@@ -43,7 +43,7 @@ def check_contents(wheel: Path) -> None:
         names = archive.namelist()
         info = f"pydeltamem-{version}.dist-info"
         tops = {entry.split("/")[0] for entry in names}
-        assert tops == {"pydeltamem", info}, tops
+        assert tops == {"pydeltamem", info, "pydeltamem.pth", "_pydeltamem_startup.py"}, tops
 
         libraries = [entry for entry in names if entry.startswith("pydeltamem/lib/") and "/converter/" not in entry]
         stems = [entry.rsplit("/", 1)[1].split(".")[0] for entry in libraries]
@@ -72,6 +72,9 @@ def check_loading(wheel: Path) -> None:
 
         clean = {key: value for key, value in os.environ.items() if key not in ("LLAMA_CPP_LIB_PATH", "PYTHONPATH")}
         subprocess.run([python, "-c", LOAD.format(root=str(ROOT))], check=True, cwd=folder, env=clean)
+        for first in ("llama_cpp", "pydeltamem"):  # whichever comes first, in a program that was not told
+            load = f"import {first}, llama_cpp; llama_cpp.llama_cpp._lib.llama_deltamem_adapter_load"
+            subprocess.run([python, "-c", load], check=True, cwd=folder, env=clean)
         command = python.with_name("deltamem.exe" if os.name == "nt" else "deltamem")
         subprocess.run([command, "--help"], check=True, cwd=folder, env=clean, stdout=subprocess.DEVNULL)
 

@@ -6,7 +6,6 @@ import ctypes
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -107,7 +106,7 @@ def test_json_to_standard_output(run_bench):
 def test_against_another_library(run_bench, tmp_path):
     """The other library runs in its own process: here a copy of ours, so that the test needs no second build."""
     other = tmp_path / "lib"
-    shutil.copytree(os.environ["LLAMA_CPP_LIB_PATH"], other)
+    shutil.copytree(_lib.library_folder(), other)
     path = tmp_path / "result.json"
     result = run_bench("-p", "8", "-n", "2", "--rss", "0", "--against", other, "--json", path, "--renew", "1")
     assert result.returncode == 0, result.stderr
@@ -264,7 +263,7 @@ def test_the_adapter_is_attached_and_writes(session):
 
 
 def test_worker_does_what_a_session_does(options, adapter):
-    worker = bench_run.Worker(os.environ["LLAMA_CPP_LIB_PATH"], options, str(adapter("qwen3", "tsw_qo")))
+    worker = bench_run.Worker(_lib.library_folder(), options, str(adapter("qwen3", "tsw_qo")))
     try:
         assert worker.prefill(20)[0] > 0
         nanoseconds, built = worker.decode(20, 3)
@@ -281,7 +280,7 @@ def test_worker_does_what_a_session_does(options, adapter):
     finally:
         worker.close()
     with pytest.raises(AdapterError, match="not a δ-mem adapter"):
-        bench_run.Worker(os.environ["LLAMA_CPP_LIB_PATH"], options, options.model)
+        bench_run.Worker(_lib.library_folder(), options, options.model)
 
 
 def test_median_interval_covers_the_median():
@@ -358,7 +357,7 @@ def test_refused_by_the_library(run_bench, base, tmp_path):
         (run_bench(*short, "--rss", "0", "--against", broken), f"the llama library in {broken} cannot be used"),
         (run_bench(*short, "-m", cut), f"{cut}: is not a readable GGUF file"),
         (
-            run_bench("-p", "0", "-n", "0", "--rss", "8", "--against", os.environ["LLAMA_CPP_LIB_PATH"], memory=False),
+            run_bench("-p", "0", "-n", "0", "--rss", "8", "--against", _lib.library_folder(), memory=False),
             "nothing to measure",
         ),
     ):

@@ -1,0 +1,72 @@
+"""Lets llama-cpp-python find the library of pydeltamem, whichever of the two is imported first.
+
+pydeltamem.pth imports this whenever Python starts, so it is small, and does nothing until llama_cpp is imported. It
+tells llama_cpp by its own loader and not by the environment, which child processes would inherit.
+"""
+
+import sys
+
+LLAMA_CPP_VERSION = "0.3.36"  # the bindings mirror the structs of the llama.cpp that this version vendors
+
+
+class _Finder:
+    """Finds the module of llama_cpp that loads libraries, and puts `_load` before its function."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "llama_cpp._ctypes_extensions":
+            return None
+        import functools
+        from importlib.machinery import PathFinder
+
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            module.load_shared_library = functools.partial(_load, module.load_shared_library)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def _load(load, name, folder):
+    """As llama_cpp's load_shared_library. Where it would look into its own folder, ours is taken: always once
+    pydeltamem is imported, before that only if llama_cpp brought no library. LLAMA_CPP_LIB_PATH is obeyed.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    own = Path(sys.modules["llama_cpp"].__path__[0]).absolute() / "lib"
+    package = find_spec("pydeltamem")
+    if Path(folder) != own or package is None:
+        return load(name, folder)
+    ours = Path(package.origin).resolve().parent / "lib"
+    has_own = _holds(own, name)
+    if has_own and "pydeltamem" not in sys.modules:
+        return load(name, folder)
+    try:
+        installed = version("llama_cpp_python")
+    except PackageNotFoundError:  # not by pip
+        installed = LLAMA_CPP_VERSION
+    if installed != LLAMA_CPP_VERSION:
+        if has_own:
+            return load(name, folder)
+        raise ImportError(
+            f"llama-cpp-python {installed} has no library of its own, and that of pydeltamem is for "
+            f"{LLAMA_CPP_VERSION}: pip install llama-cpp-python=={LLAMA_CPP_VERSION}"
+        )
+    if name == "llama" and not has_own and not _holds(ours, name):
+        raise ImportError(f"{ours}: the library of pydeltamem is missing: reinstall pydeltamem, which builds it")
+    return load(name, ours if _holds(ours, name) else folder)
+
+
+def _holds(folder, name):
+    files = (f"lib{name}.so", f"lib{name}.dylib", f"{name}.dll", f"lib{name}.dll")
+    return any((folder / file).exists() for file in files)
+
+
+sys.meta_path.insert(0, _Finder)

@@ -1,0 +1,91 @@
+"""Which library is loaded, whoever imports what first, and what child processes see of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pydeltamem import _lib
+
+LIB_DIR = _lib.LIB_DIR
+IS_OURS = "import llama_cpp; llama_cpp.llama_cpp._lib.llama_deltamem_adapter_load; "
+CLEAN = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
+
+
+def python(*arguments, **environment):
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**CLEAN, **environment})
+
+
+@pytest.mark.parametrize("first", ["pydeltamem", "llama_cpp"])
+def test_the_order_of_imports_does_not_matter(first):
+    second = {"pydeltamem": "llama_cpp", "llama_cpp": "pydeltamem"}[first]
+    result = python("-c", f"import {first}, {second}; {IS_OURS} pydeltamem.DeltaMemLlama")
+    assert result.returncode == 0, result.stderr
+
+
+def test_modules_of_llama_cpp_run():
+    result = python("-c", "import runpy; runpy.run_module('llama_cpp.llama_grammar', run_name='other')")
+    assert result.returncode == 0, result.stderr
+
+
+def test_child_processes_are_told_nothing():
+    """Another llama-cpp-python that they import would load our library by its own bindings."""
+    show = "import os; print(os.environ.get('LLAMA_CPP_LIB_PATH'))"
+    code = f"import subprocess, sys, pydeltamem; {IS_OURS} subprocess.run([sys.executable, '-c', {show!r}], check=True)"
+    result = python("-c", code)
+    assert result.stdout == "None\n", result.stderr
+
+
+def test_a_named_folder_is_obeyed(tmp_path):
+    result = python("-c", "import llama_cpp", LLAMA_CPP_LIB_PATH=str(tmp_path))
+    assert "FileNotFoundError" in result.stderr
+
+
+def fake(tmp_path, version, library):
+    """A llama-cpp-python in tmp_path, with or without a library of its own, that prints which one it would load."""
+    package = tmp_path / "llama_cpp"
+    (package / "lib").mkdir(parents=True)
+    if library:
+        (package / "lib" / "libllama.so").touch()
+    (package / "__init__.py").write_text("from . import llama_cpp\n")
+    (package / "_ctypes_extensions.py").write_text("def load_shared_library(name, folder):\n    print(folder)\n")
+    (package / "llama_cpp.py").write_text(
+        "import pathlib\n"
+        "from llama_cpp._ctypes_extensions import load_shared_library\n"
+        "load_shared_library('llama', pathlib.Path(__file__).absolute().parent / 'lib')\n"
+    )
+    info = tmp_path / f"llama_cpp_python-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {version}\n")
+    return package / "lib"
+
+
+@pytest.mark.parametrize(
+    ("imported", "version", "library", "takes"),
+    [
+        ("llama_cpp", _lib.LLAMA_CPP_VERSION, False, "ours"),
+        ("llama_cpp", _lib.LLAMA_CPP_VERSION, True, "its own"),  # a program that knows nothing of us
+        ("pydeltamem, llama_cpp", _lib.LLAMA_CPP_VERSION, True, "ours"),
+        ("pydeltamem, llama_cpp", _lib.LLAMA_CPP_VERSION, False, "ours"),
+        ("pydeltamem, llama_cpp", "0.1.0", True, "its own"),  # bindings that are not of our library
+        ("pydeltamem, llama_cpp", "0.1.0", False, "nothing"),
+        ("llama_cpp", "0.1.0", False, "nothing"),
+    ],
+)
+def test_which_library(tmp_path, imported, version, library, takes):
+    own = fake(tmp_path, version, library)
+    result = python("-c", f"import {imported}", PYTHONPATH=f"{tmp_path}{os.pathsep}{LIB_DIR.parent.parent}")
+    if takes == "nothing":
+        assert result.returncode and not result.stdout
+        assert "ImportError" in result.stderr and version in result.stderr
+    else:
+        assert result.stdout == f"{LIB_DIR if takes == 'ours' else own}\n", result.stderr
+
+
+def test_starting_python_loads_nothing():
+    result = python("-c", "import sys; print(sorted({'pydeltamem', 'llama_cpp', 'numpy'} & set(sys.modules)))")
+    assert result.stdout == "[]\n", result.stderr
