@@ -297,38 +297,63 @@ def meta(adapter: llama_deltamem_adapter_p, key: str) -> str | None:
         size = length + 1
 
 
-# llama.cpp says only in its log why a file does not load. This callback keeps error lines while errors_held() is
-# active, so that they end up in the sentence of an exception. Without verbose=True it prints errors and nothing else.
-_LOG_LEVEL_ERROR = 4  # enum ggml_log_level; llama_cpp._logger takes 3, a warning, for an error
-_held: list[str] | None = None
+# What llama.cpp logs goes to Python's logging, line by line. llama_cpp's verbose=True prints it as it comes instead.
+log = logging.getLogger("pydeltamem.llama_cpp")
+
+# enum ggml_log_level; llama_cpp._logger takes the numbers for others, a warning for an error
+_LOG_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+_LOG_LEVEL_CONT = 5  # goes on with the line before
+
+_level, _line = logging.DEBUG, ""  # of the line that has not ended yet
+_held: list[str] | None = None  # errors, within errors_held()
+_waiting: list[logging.LogRecord] = []
 
 
 @llama_cpp.llama_log_callback
 def _log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+    global _level, _line
     if logger.level <= logging.DEBUG:  # set by llama_cpp's set_verbose
         llama_log_callback(level, text, user_data)
-    elif level == _LOG_LEVEL_ERROR:
-        line = text.decode("utf-8", errors="replace").strip()
-        if _held is not None:
-            _held.append(line)
-        else:
-            print(line, file=sys.stderr)
+        return
+    if level != _LOG_LEVEL_CONT:
+        _level = _LOG_LEVELS.get(level, logging.INFO)
+    *lines, _line = (_line + text.decode("utf-8", errors="replace")).split("\n")
+    for line in lines:
+        if line := line.strip():
+            _add(_level, line)
 
 
 llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
 
 
+def _add(level: int, line: str) -> None:
+    if level >= logging.ERROR and _held is not None:
+        _held.append(line)
+    # where logging was not set up Python prints warnings; most loads have one that nobody needs
+    elif log.isEnabledFor(level) and (level >= logging.ERROR or log.hasHandlers()):
+        record = log.makeRecord(log.name, level, "llama.cpp", 0, line, (), None)
+        if _held is None:
+            log.handle(record)
+        else:
+            _waiting.append(record)
+
+
 @contextlib.contextmanager
 def errors_held() -> Iterator[list[str]]:
-    """Keeps llama.cpp's error lines in the list that it yields, and prints them after all if nothing is raised."""
+    """Keeps llama.cpp's error lines in the list that it yields, so that they end up in the sentence of an exception,
+    and logs them after all if nothing is raised. Other lines are logged at the end, as llama_cpp sends what is written
+    to stderr to nowhere while it loads a model.
+    """
     global _held
     lines = _held = []
     try:
         yield lines
     finally:
         _held = None
+        while _waiting:
+            log.handle(_waiting.pop(0))
     for line in lines:
-        print(line, file=sys.stderr)
+        _add(logging.ERROR, line)
 
 
 def _reason(line: str) -> str:

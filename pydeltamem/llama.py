@@ -24,6 +24,7 @@ from .gguf_header import Header
 from .history import History, n_common
 from .memory import Memory
 from .memory_file import MemorySnapshot
+from .names import nearest
 from .rpc import connect
 from .seats import Seats
 from .text import Text
@@ -34,6 +35,7 @@ MAX_THREADS = 512  # GGML_MAX_N_THREADS: arrays of this length stand in ggml
 
 _llama = _lib.llama_cpp
 _GENERATE = inspect.signature(Llama.generate)
+_KEYWORDS = [name for name, of in inspect.signature(Llama.__init__).parameters.items() if of.kind == of.KEYWORD_ONLY]
 
 
 class DeltaMemLlama(Llama):
@@ -54,10 +56,12 @@ class DeltaMemLlama(Llama):
             the context is n_seq_max times as large.
         rpc_servers: `host:port` of machines that run `deltamem rpc-server`, several with commas: layers go there first,
             all of them unless n_gpu_layers says how many.
+        verbose: print llama.cpp's log as it comes. Else it goes to the logger `pydeltamem.llama_cpp`.
         **kwargs: as `llama_cpp.Llama`.
 
     Raises:
-        InputError: n_seq_max or a number of threads is out of range, or an RPC server does not answer.
+        InputError: a keyword is unknown, n_seq_max or a number of threads is out of range, or an RPC server does not
+            answer.
         ModelError: the model file is missing or cannot be loaded.
         AdapterError: the adapter is missing, corrupt or made for another model.
 
@@ -76,8 +80,13 @@ class DeltaMemLlama(Llama):
         n_ctx: int = 512,
         n_seq_max: int = 1,
         rpc_servers: str | None = None,
+        verbose: bool = False,
         **kwargs: Any,
     ) -> None:
+        for name in kwargs:  # llama_cpp takes any and forgets it
+            if name not in _KEYWORDS:
+                known = ("model_path", "deltamem_path", "n_seq_max", "rpc_servers", *_KEYWORDS)
+                raise InputError(f"{name} is no keyword of DeltaMemLlama{nearest(name, known)}")
         model_path = os.fspath(model_path)
         self.deltamem_path = None if deltamem_path is None else os.fspath(deltamem_path)
         self._adapter: _lib.llama_deltamem_adapter_p | None = None
@@ -100,7 +109,7 @@ class DeltaMemLlama(Llama):
             n_ctx = _trained_context(model_path)  # llama_cpp would divide that among the texts
         with _lib.errors_held() as log:
             try:
-                super().__init__(model_path, n_ctx=n_ctx * n_seq_max, **kwargs)
+                super().__init__(model_path, n_ctx=n_ctx * n_seq_max, verbose=verbose, **kwargs)
             except TemplateError as error:
                 self.close()
                 raise ModelError(f"{model_path}: its chat template cannot be read: {error}") from error

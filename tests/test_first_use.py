@@ -1,0 +1,113 @@
+"""What a first user meets: keywords that are misspelt, and how much is said without being asked."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from pydeltamem import DeltaMemLlama, InputError, ModelError
+from pydeltamem.default_model import default_files
+
+MODEL, MEMORIES = default_files()
+PLAIN = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("deltamem", "deltamem_path"),
+        ("deltamem_file", "deltamem_path"),
+        ("nctx", "n_ctx"),
+        ("n_thread", "n_threads"),
+        ("lora", "lora_path"),
+        ("n_seqs_max", "n_seq_max"),
+        ("verbos", "verbose"),
+    ],
+)
+def test_unknown_keywords_are_refused_with_the_nearest(wrong, right):
+    with pytest.raises(InputError) as info:
+        DeltaMemLlama(MODEL, **{wrong: None})
+    assert wrong in str(info.value) and right in str(info.value)
+
+
+def test_an_unknown_keyword_that_is_near_to_none():
+    with pytest.raises(InputError, match="xyzzy"):
+        DeltaMemLlama(MODEL, xyzzy=1)
+
+
+def test_every_keyword_of_llama_cpp_is_known():
+    import inspect
+
+    from llama_cpp import Llama
+
+    names = [
+        parameter.name
+        for parameter in inspect.signature(Llama.__init__).parameters.values()
+        if parameter.kind == parameter.KEYWORD_ONLY
+    ]
+    defaults = {name: inspect.signature(Llama.__init__).parameters[name].default for name in names}
+    llm = DeltaMemLlama(MODEL, **{**defaults, **PLAIN, "verbose": False})
+    llm.close()
+
+
+def script(code, *before):
+    """Output and errors of Python lines that have a model as `llm`."""
+    lines = [*before, "from pydeltamem import DeltaMemLlama, Conversation", f"options = {PLAIN!r}", code]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+USE = (
+    f"llm = DeltaMemLlama({str(MODEL)!r}, deltamem_path={str(MEMORIES['msw'])!r}, **options)\n"
+    "llm.create_completion('hello', max_tokens=2)\n"
+    "llm.create_chat_completion([{'role': 'user', 'content': 'hello'}], max_tokens=2)\n"
+    "Conversation(llm).say('hello', n_predict=2)\n"
+    "llm.close()"
+)
+
+
+def test_nothing_is_said_without_being_asked():
+    result = script(USE)
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_verbose_shows_the_log():
+    result = script(f"options['verbose'] = True\n{USE}")
+    assert "llama_model_loader" in result.stderr
+
+
+def test_the_log_goes_to_logging(caplog):
+    """At the levels of llama.cpp, whose numbers llama_cpp takes for others."""
+    with caplog.at_level(logging.DEBUG, "pydeltamem.llama_cpp"):
+        DeltaMemLlama(MODEL, **PLAIN).close()
+    records = [record for record in caplog.records if record.name == "pydeltamem.llama_cpp"]
+    loader = [record for record in records if "llama_model_loader" in record.getMessage()]
+    assert loader and {record.levelno for record in loader} == {logging.INFO}
+    assert not any("\n" in record.getMessage() for record in records)
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO])
+def test_the_log_is_as_detailed_as_logging_says(caplog, level):
+    with caplog.at_level(level, "pydeltamem.llama_cpp"):
+        DeltaMemLlama(MODEL, **PLAIN).close()
+    assert min(record.levelno for record in caplog.records) == level
+
+
+def test_the_log_reaches_a_handler_on_stderr():
+    """While it loads a model llama_cpp sends what is written to stderr to nowhere."""
+    result = script(USE, "import logging", "logging.basicConfig(level=logging.INFO)")
+    assert "INFO:pydeltamem.llama_cpp:llama_model_loader" in result.stderr
+
+
+def test_what_is_raised_is_not_logged_too(tmp_path, caplog, capfd):
+    path = tmp_path / "text.gguf"
+    path.write_text("no model")
+    with pytest.raises(ModelError, match=r"text\.gguf"):
+        DeltaMemLlama(path)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert capfd.readouterr().err == ""
