@@ -57,7 +57,7 @@ def convert_base(
 ) -> None:
     """Writes the model of a Hugging Face directory as GGUF, in one step.
 
-    Raises ModelError, and InputError if `path` is a file of that directory or cannot be written.
+    Raises ModelError, InputError if `path` is a file of that directory, OutputError if it cannot be written.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():

@@ -137,7 +137,8 @@ def write_adapter(
 ) -> None:
     """Writes the adapter GGUF in one step: at `path` there is the old file or the whole new one.
 
-    Raises CheckpointError or ModelError, and InputError if `path` is a file that is read or cannot be written.
+    Raises CheckpointError or ModelError, InputError if `path` is a file that is read, OutputError if it cannot be
+    written.
     """
     refuse_inputs(path, (*base.files, *files_of(checkpoint.directory)))
     with writing(path) as temporary:

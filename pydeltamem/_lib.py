@@ -8,12 +8,13 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from _pydeltamem_startup import LLAMA_CPP_VERSION
 
-from .errors import LibraryError
+from .errors import DecodeError, LibraryError
 
 LIB_DIR = Path(__file__).resolve().parent / "lib"
 
@@ -304,38 +305,44 @@ log = logging.getLogger("pydeltamem.llama_cpp")
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _LOG_LEVEL_CONT = 5  # goes on with the line before
 
-_level, _line = logging.DEBUG, ""  # of the line that has not ended yet
-_held: list[str] | None = None  # errors, within errors_held()
-_waiting: list[logging.LogRecord] = []
+
+class _Thread(threading.local):
+    """What a thread logs."""
+
+    level, line = logging.DEBUG, ""  # of the line that has not ended yet
+    held: list[str] | None = None  # errors, within errors_held()
+    waiting: tuple[logging.LogRecord, ...] = ()
+
+
+_thread = _Thread()
 
 
 @llama_cpp.llama_log_callback
 def _log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-    global _level, _line
     if logger.level <= logging.DEBUG:  # set by llama_cpp's set_verbose
         llama_log_callback(level, text, user_data)
         return
     if level != _LOG_LEVEL_CONT:
-        _level = _LOG_LEVELS.get(level, logging.INFO)
-    *lines, _line = (_line + text.decode("utf-8", errors="replace")).split("\n")
+        _thread.level = _LOG_LEVELS.get(level, logging.INFO)
+    *lines, _thread.line = (_thread.line + text.decode("utf-8", errors="replace")).split("\n")
     for line in lines:
         if line := line.strip():
-            _add(_level, line)
+            _add(_thread.level, line)
 
 
 llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
 
 
 def _add(level: int, line: str) -> None:
-    if level >= logging.ERROR and _held is not None:
-        _held.append(line)
+    if level >= logging.ERROR and _thread.held is not None:
+        _thread.held.append(line)
     # where logging was not set up Python prints warnings; most loads have one that nobody needs
     elif log.isEnabledFor(level) and (level >= logging.ERROR or log.hasHandlers()):
         record = log.makeRecord(log.name, level, "llama.cpp", 0, line, (), None)
-        if _held is None:
+        if _thread.held is None:
             log.handle(record)
         else:
-            _waiting.append(record)
+            _thread.waiting += (record,)
 
 
 @contextlib.contextmanager
@@ -344,20 +351,39 @@ def errors_held() -> Iterator[list[str]]:
     and logs them after all if nothing is raised. Other lines are logged at the end, as llama_cpp sends what is written
     to stderr to nowhere while it loads a model.
     """
-    global _held
-    lines = _held = []
+    before, lines = _thread.held, []
+    _thread.held = lines
     try:
         yield lines
     finally:
-        _held = None
-        while _waiting:
-            log.handle(_waiting.pop(0))
+        _thread.held = before
+        if before is None:
+            waiting, _thread.waiting = _thread.waiting, ()
+            for record in waiting:
+                log.handle(record)
     for line in lines:
         _add(logging.ERROR, line)
 
 
+_STATUS = {"1": ", the KV cache has no room for the batch", "2": ", it was stopped"}  # as llama.h has it
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """Within, what llama_cpp raises if a decode or encode fails is a DecodeError, with llama.cpp's reason in it."""
+    try:
+        with errors_held() as lines:
+            yield
+    except DecodeError:
+        raise
+    except RuntimeError as error:
+        said = [line for line in lines if "failed to decode, ret" not in line and "failed to encode, ret" not in line]
+        status = _STATUS.get(str(error).rpartition(" ")[2], "")
+        raise DecodeError(f"llama.cpp failed to compute the tokens: {error}{status}{reason(said)}") from error
+
+
 def _reason(line: str) -> str:
-    return re.sub(r"^(\w+: )+", "", line).rstrip(" .\n")
+    return " ".join(re.sub(r"^(\w+: )+", "", line).split()).rstrip(" .:")
 
 
 def reason(lines: list[str]) -> str:

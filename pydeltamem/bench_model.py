@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
-from .errors import InputError
+from .errors import InputError, OutputError
 from .quantize import file_type, quantize
 from .synthetic import FTYPES, SHAPES, write_adapter_checkpoint, write_model
 
@@ -44,8 +44,8 @@ def synthetic_files(
         vocab: GGUF whose vocabulary the model takes; None: that of the build in this checkout.
         progress: called with (bytes, bytes in all) while the model is written.
 
-    Raises InputError if there is no such type or no vocabulary or the cache cannot be written, ModelError or
-    CheckpointError.
+    Raises InputError if there is no such type or no vocabulary, OutputError if the cache cannot be written, ModelError
+    or CheckpointError.
     """
     from .convert.base import Base
     from .convert.checkpoint import Checkpoint
@@ -73,7 +73,7 @@ def synthetic_files(
                 )
                 write_adapter(Checkpoint(folder), Base(model), adapter, outtype, f"random, {shape}")
     except OSError as error:
-        raise InputError(f"{cache}: --synthetic keeps its files there, and it cannot: {error.strerror}") from error
+        raise OutputError(f"{cache}: --synthetic keeps its files there, and it cannot: {error.strerror}") from error
     return str(model), str(adapter)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
-from .errors import AdapterError, DeltaMemError, LibraryError, ModelError
+from .errors import AdapterError, DecodeError, DeltaMemError, LibraryError, ModelError
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Session:
         synchronize(ctx)
         elapsed = perf_counter_ns() - start
         if status != 0:
-            raise ModelError(f"{self.model.options.model}: llama_decode failed with status {status}")
+            raise DecodeError(f"{self.model.options.model}: llama_decode failed with status {status}")
         return elapsed, self.n_graphs - n_graphs
 
     def _prompt(self, n_tokens: int) -> list[Any]:
@@ -278,7 +278,7 @@ class Worker:
             raise LibraryError(f"the worker over the library in {self.folder} ended with status {self._process.wait()}")
         reply = json.loads(line)
         if "error" in reply:
-            kinds = {kind.__name__: kind for kind in (AdapterError, LibraryError, ModelError)}
+            kinds = {kind.__name__: kind for kind in (AdapterError, DecodeError, LibraryError, ModelError)}
             raise kinds.get(reply["kind"], DeltaMemError)(reply["error"])
         return reply
 
@@ -319,7 +319,7 @@ def _serve(requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
             reply({"result": runs[request["run"]](*request["arguments"])})
     except DeltaMemError as error:
         text = str(error)
-        if isinstance(error, ModelError):  # an adapter's reason is in the sentence
+        if isinstance(error, (DecodeError, ModelError)):  # an adapter's reason is in the sentence
             reasons = (re.sub(r"^(\w+: )+", "", line) for line in errors)
             text += next((f": {reason}" for reason in reasons if reason), "")
         reply({"error": text, "kind": type(error).__name__})

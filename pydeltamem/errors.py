@@ -27,5 +27,21 @@ class MemoryFileError(DeltaMemError, ValueError):
     """A memory file cannot be read or written, or belongs to another adapter."""
 
 
+class MemoryFileInUse(MemoryFileError):
+    """Somebody else keeps the memory file: another process, or a conversation of this one."""
+
+
 class ModelError(DeltaMemError, ValueError):
     """A model file is missing or cannot be loaded."""
+
+
+class OutputError(DeltaMemError):
+    """A file cannot be written: the disk is full, the folder is missing, or a file of another kind is there."""
+
+
+class TrainingError(DeltaMemError):
+    """A training run cannot go on: its loss is not finite any more."""
+
+
+class DecodeError(DeltaMemError, RuntimeError):
+    """llama.cpp failed to compute a batch of tokens."""

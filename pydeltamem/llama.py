@@ -402,7 +402,8 @@ class DeltaMemLlama(Llama):
         self._seats.take(self._text, SEAT)
         if not self.memory.attached:
             self._seats.lost_kv()
-            return super().embed(input, *args, **kwargs)
+            with _lib.decoding():
+                return super().embed(input, *args, **kwargs)
         n_inputs = 1 if isinstance(input, str) else len(input)
         seats = range(1, min(n_inputs, self.context_params.n_seq_max))
         for seat in seats:
@@ -413,7 +414,8 @@ class DeltaMemLlama(Llama):
         _lib.llama_deltamem_set_write(self.ctx, -1, False)
         self._seats.forget_writes()
         self._seats.lost_kv()
-        return super().embed(input, *args, **kwargs)
+        with _lib.decoding():
+            return super().embed(input, *args, **kwargs)
 
     #
     # saving

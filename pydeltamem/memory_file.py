@@ -24,6 +24,8 @@ import dataclasses
 import datetime
 import json
 import os
+import re
+import stat
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +37,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from .errors import InputError, MemoryFileError
+from .errors import InputError, MemoryFileError, MemoryFileInUse
 from .files import is_stream, leftovers, replacing
 
 if sys.platform == "win32":
@@ -77,7 +79,7 @@ class MemorySnapshot:
         return cls(*read_memory_file(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a memory file, in one step. Raises MemoryFileError, also if another process keeps that file."""
+        """Writes a memory file, in one step. Raises MemoryFileError; MemoryFileInUse if another process keeps it."""
         with _not_kept_elsewhere(path):
             write_memory_file(path, self.state, dict(self.metadata))
 
@@ -208,12 +210,13 @@ class MemoryFileLock:
     """Keeps a memory file for one process, and one object in it, as long as it is held: for saving it again and again.
 
     A lock file beside it, `.NAME.lock`, holds the process id. The operating system lets go of it if the process is
-    killed; what is left of the file does not matter then. An object that is gone has let go too.
+    killed; what is left of the file does not matter then. An object that is gone has let go too. A forked child holds
+    nothing: the file stays its parent's.
 
         with MemoryFileLock("ada.memory"):
             ...
 
-    Raises MemoryFileError if somebody else holds it.
+    Raises MemoryFileInUse if somebody else holds it, MemoryFileError if there can be no lock.
     """
 
     _held_here: ClassVar[weakref.WeakValueDictionary[Path, MemoryFileLock]] = weakref.WeakValueDictionary()
@@ -223,7 +226,7 @@ class MemoryFileLock:
         target = Path(os.path.realpath(path))
         self._lock = target.with_name(f".{target.name}.lock")
         self._file: int | None = None
-        self._freed: Callable[[], object] | None = None
+        self._freed: weakref.finalize | None = None
 
     @classmethod
     def is_held_here(cls, path: str | os.PathLike[str]) -> bool:
@@ -242,34 +245,63 @@ class MemoryFileLock:
             return
         while self._file is None:
             self._file = self._try()
-        self._freed = weakref.finalize(self, _free, self._file, self._lock, os.getpid())
+        self._freed = weakref.finalize(self, _free, self._file, self._lock)
         self._held_here[self._lock] = self
         for leftover in leftovers(self.path):
             with contextlib.suppress(OSError):
                 leftover.unlink()
 
     def _try(self) -> int | None:
-        """The lock file, locked; None if the holder before removed it between our opening and locking it."""
-        file = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)
+        """The lock file, locked; None if the holder before removed it while we opened and locked it."""
+        try:
+            file, is_ours = self._open()
+        except FileNotFoundError:
+            if self._lock.parent.is_dir():
+                return None
+            raise
         try:
             if not _lock(file):
+                is_ours = False
                 holder = os.pread(file, 32, 1).decode("ascii", "replace").strip() if os.name == "posix" else ""
                 if holder == str(os.getpid()):
-                    raise MemoryFileError(
+                    raise MemoryFileInUse(
                         f"{self.path}: in use by a conversation of this process: close it, or use another file"
                     )
                 who = f"process {holder}" if holder else "another process"
-                raise MemoryFileError(f"{self.path}: in use by {who}: end it, or use another file")
+                raise MemoryFileInUse(f"{self.path}: in use by {who}: end it, or use another file")
+            is_ours = False
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file), os.stat(self._lock)):
-                    os.truncate(file, 0)
+                if os.path.samestat(os.fstat(file), os.lstat(self._lock)):
+                    if not re.fullmatch(rb"( \d*\n?)?", os.read(file, 64)):
+                        raise self._no_lock()
+                    is_ours = True
+                    os.ftruncate(file, 0)
+                    os.lseek(file, 0, os.SEEK_SET)
                     os.write(file, f" {os.getpid()}\n".encode("ascii"))  # the first byte is what Windows locks
                     return file
         except BaseException:
+            if is_ours and os.name == "posix":
+                with contextlib.suppress(OSError):
+                    self._lock.unlink()
             os.close(file)
             raise
         os.close(file)
         return None
+
+    def _open(self) -> tuple[int, bool]:
+        """The lock file, never through a link, and whether it was made for this."""
+        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+        with contextlib.suppress(FileExistsError):
+            return os.open(self._lock, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+        if not stat.S_ISREG(os.lstat(self._lock).st_mode):
+            raise self._no_lock()
+        return os.open(self._lock, flags), False
+
+    def _no_lock(self) -> MemoryFileError:
+        return MemoryFileError(
+            f"{self._lock}: is no lock of pydeltamem's, and stands where that of {self.path} belongs: "
+            "remove it, or save to another file"
+        )
 
     def release(self) -> None:
         """Gives the lock up. Releasing twice is fine."""
@@ -277,6 +309,15 @@ class MemoryFileLock:
             self._held_here.pop(self._lock, None)
             self._freed()
             self._file = self._freed = None
+
+    @classmethod
+    def _forget_all(cls) -> None:
+        """In a forked child: the locks are the parent's, and must end with it."""
+        for lock in list(cls._held_here.values()):
+            lock._freed.detach()
+            os.close(lock._file)
+            lock._file = lock._freed = None
+        cls._held_here.clear()
 
     def __enter__(self) -> MemoryFileLock:
         self.acquire()
@@ -286,8 +327,12 @@ class MemoryFileLock:
         self.release()
 
 
-def _free(file: int, lock: Path, holder: int) -> None:
-    if os.name == "posix" and os.getpid() == holder:  # not a fork of it
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=MemoryFileLock._forget_all)
+
+
+def _free(file: int, lock: Path) -> None:
+    if os.name == "posix":
         with contextlib.suppress(OSError):
             lock.unlink()  # while it is still ours
     os.close(file)

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, OutputError
 from .files import is_stream, replacing
 
 
@@ -27,15 +27,15 @@ def files_of(folder: str | os.PathLike[str]) -> list[Path]:
 
 @contextlib.contextmanager
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """OSErrors of writing `path` as InputError."""
+    """OSErrors of writing `path` as OutputError."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{os.fspath(path)}: cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"{os.fspath(path)}: cannot be written: {error.strerror or error}") from error
 
 
 def check_target(path: str | os.PathLike[str]) -> None:
-    """Raises InputError if no file can be written there."""
+    """Raises OutputError if no file can be written there."""
     target = Path(os.path.realpath(path))
     with disk_errors(path):
         if target.is_dir():
@@ -47,7 +47,7 @@ def check_target(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """`replacing`, whose errors are InputErrors: what can be seen before the work is seen before it."""
+    """`replacing`, whose errors are OutputErrors: what can be seen before the work is seen before it."""
     check_target(path)
     with disk_errors(path), replacing(path) as temporary:
         yield temporary
@@ -56,7 +56,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextlib.contextmanager
 def output(path: str | None) -> Iterator[Callable[[str | bytes], None]]:
     """A function that writes the file of `--json FILE` or `--plot FILE`, as `writing` does; - is standard output, None
-    nothing. That it can be written is seen at once. Raises InputError.
+    nothing. That it can be written is seen at once. Raises OutputError.
     """
     if path is None or path == "-":
         yield (lambda data: None) if path is None else _to_stdout
@@ -78,7 +78,7 @@ def _to_stdout(data: str | bytes) -> None:
 
 
 def check_disk(path: str | os.PathLike[str], temporary: Path) -> None:
-    """After a program failed to write `temporary`: raises InputError if the reason is that the disk takes no more."""
+    """After a program failed to write `temporary`: raises OutputError if the reason is that the disk takes no more."""
     with disk_errors(path), open(temporary, "ab") as file:
         file.write(bytes(1 << 20))
         file.flush()

@@ -84,7 +84,7 @@ def pack(
     Returns the files that it wrote.
 
     Raises ModelError or AdapterError if they are damaged or do not belong together, InputError if `path` is one of
-    them or cannot be written.
+    them, OutputError if it cannot be written.
     """
     model, memory = Header.of_model(base), Header(adapter)
     if model.keys.get("general.type") == "adapter":
@@ -132,8 +132,8 @@ def unpack(
     adapter: str | os.PathLike[str],
     advance: Callable[[int, int], None] = lambda n, total: None,
 ) -> None:
-    """Writes the base and the adapter of a packed model, both or none. Raises ModelError if it is none, InputError as
-    `pack`.
+    """Writes the base and the adapter of a packed model, both or none. Raises ModelError if it is none, InputError and
+    OutputError as `pack`.
     """
     model = Header.of_model(packed)
     if "deltamem.version" not in model.keys or model.keys.get("general.type") == "adapter":

@@ -53,7 +53,8 @@ def quantize(
 ) -> None:
     """Writes `model` in another type, in one step.
 
-    Raises ModelError, or InputError if there is no such type, or `path` is a file of the model or cannot be written.
+    Raises ModelError, InputError if there is no such type or `path` is a file of the model, OutputError if it cannot be
+    written.
     """
     from llama_cpp._logger import set_verbose
 

@@ -41,7 +41,7 @@ from .convert.checkpoint import (
     Config,
     read_config,
 )
-from .errors import CheckpointError, InputError, ModelError
+from .errors import InputError, ModelError, OutputError
 
 #
 # the recurrence
@@ -481,7 +481,7 @@ class DeltaMem(nn.Module):
         return memory
 
     def save_checkpoint(self, directory: str | Path) -> None:
-        """Writes the published format. Raises CheckpointError."""
+        """Writes the published format. Raises CheckpointError, and OutputError if it cannot be written."""
         directory = Path(directory)
         tensors = {f"model.layers.{i}.self_attn.{name}": p.detach().cpu().clone() for i, name, p in self._named()}
         fields = json.dumps({**ARCHIVED, **asdict(self.config)}, indent=2)
@@ -494,7 +494,7 @@ class DeltaMem(nn.Module):
             for path, name in zip(made, (WEIGHTS[0], CONFIG)):
                 os.replace(path, directory / name)
         except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
-            raise CheckpointError(f"{directory}: cannot be written: {error}") from error
+            raise OutputError(f"{directory}: cannot be written: {error}") from error
         finally:
             for path in made:
                 path.unlink(missing_ok=True)

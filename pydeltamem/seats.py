@@ -216,7 +216,7 @@ class Seats:
         """One llama_decode: one piece of each text, n_batch tokens at most together. Returns for each text the row of
         its last token, to sample from until the next call.
 
-        Raises RuntimeError as llama_cpp does if llama.cpp fails.
+        Raises DecodeError if llama.cpp fails.
         """
         ctx, batch = self.ctx, self._batch.batch
         n_tokens = sum(len(piece.tokens) for _, piece in jobs)
@@ -243,7 +243,8 @@ class Seats:
         if self.has_memory:
             self._describe(jobs, marks)
         self.latest.clear()
-        self._context.decode(self._batch)
+        with _lib.decoding():
+            self._context.decode(self._batch)
         self.latest.update({text.seat: text for text, _ in jobs})
         self._n_decodes += 1
 

@@ -18,7 +18,7 @@ import safetensors.numpy
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType
 
-from .errors import CheckpointError, InputError, ModelError
+from .errors import InputError, ModelError, OutputError
 from .gguf_header import Header
 from .outfile import writing
 
@@ -78,7 +78,8 @@ def write_model(
         seed: the same seed gives the same file.
         progress: called with (bytes of weights written, bytes of all) after each piece.
 
-    Raises ModelError if the vocabulary does not fit, InputError for an unknown name or a file that cannot be written.
+    Raises ModelError if the vocabulary does not fit, InputError for an unknown name, OutputError if the file cannot be
+    written.
     """
     for name, known in ((shape, SHAPES), (ftype, FTYPES)):
         if isinstance(name, str) and name not in known:
@@ -112,7 +113,7 @@ def write_adapter_checkpoint(
 
     `config` are fields of delta_mem_config.json; rank 8 and alpha 16 as in the released adapter, the rest as the
     converter defaults them. Weights are delta_mem_adapter.safetensors. A read changes a projection by about a tenth of
-    its size. Raises CheckpointError or ModelError.
+    its size. Raises CheckpointError, ModelError or OutputError.
     """
     from .convert.base import Base
     from .convert.checkpoint import CONFIG, WEIGHTS, read_config
@@ -143,7 +144,7 @@ def write_adapter_checkpoint(
             tensors.update({f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in layer.items()})
         safetensors.numpy.save_file(tensors, directory / WEIGHTS[1])
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{directory}: cannot be written: {error}") from error
+        raise OutputError(f"{directory}: cannot be written: {error}") from error
 
 
 def _tensors(shape: Shape, n_vocab: int) -> Iterator[tuple[str, tuple[int, ...]]]:

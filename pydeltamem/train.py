@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import count, integers, positive, positive_number, share
-from .errors import InputError, ModelError
+from .errors import InputError, ModelError, OutputError, TrainingError
 from .files import replacing
 from .outfile import writing
 
@@ -357,7 +357,7 @@ class Trainer:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{args.out}: cannot be written: {error.strerror}") from error
+            raise OutputError(f"{args.out}: cannot be written: {error.strerror}") from error
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:
@@ -405,7 +405,7 @@ class Trainer:
                 self.seconds += time.monotonic() - begun
                 self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
                 if not math.isfinite(loss):
-                    raise InputError(f"step {self.step}: the loss is {loss}: lower --rate or --clip and run again")
+                    raise TrainingError(f"step {self.step}: the loss is {loss}: lower --rate or --clip and run again")
                 if self.step % 10 == 0:
                     self.curve.append((self.step, self.mean))
                 progress.update(bar, advance=1, description=f"{name}, loss {self.mean:.3f}")
@@ -453,7 +453,7 @@ class Trainer:
             with replacing(self.out / "checkpoint.pt") as temporary:
                 torch.save(saved, temporary)
         except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
-            raise InputError(f"{self.out / 'checkpoint.pt'}: cannot be written: {error}") from error
+            raise OutputError(f"{self.out / 'checkpoint.pt'}: cannot be written: {error}") from error
 
     def _identity(self) -> dict[str, Any]:
         """What makes this run another one than any other; a longer one is the same."""

@@ -15,7 +15,7 @@ import pytest
 
 from pydeltamem import _lib, bench, bench_nodes, bench_op, bench_run
 from pydeltamem.bench import median_interval
-from pydeltamem.errors import AdapterError, InputError, LibraryError
+from pydeltamem.errors import AdapterError, InputError, LibraryError, OutputError
 from pydeltamem.gguf_header import Header
 from pydeltamem.quantize import file_type
 from test_cli import deltamem
@@ -447,5 +447,5 @@ def test_synthetic_files_are_kept(tmp_path, monkeypatch, golden_dir):
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(InputError, match="--synthetic keeps its files there"):
+    with pytest.raises(OutputError, match="--synthetic keeps its files there"):
         bench_model.synthetic_files(*arguments)

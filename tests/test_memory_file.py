@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pydeltamem import Conversation, InputError, MemoryFileError, MemorySnapshot
+from pydeltamem import Conversation, InputError, MemoryFileError, MemoryFileInUse, MemorySnapshot
 from pydeltamem.files import leftovers, replacing
 from pydeltamem.memory_file import MemoryFileLock, check_writable, read_memory_file, write_memory_file
 from pydeltamem.outfile import output
@@ -310,7 +310,7 @@ def holder(tmp_path):
 
 def test_the_second_process_is_told(tmp_path, holder):
     path = tmp_path / "a.memory"
-    with pytest.raises(MemoryFileError) as info:
+    with pytest.raises(MemoryFileInUse) as info:
         MemoryFileLock(path).acquire()
     assert str(info.value) == f"{path}: in use by process {holder.pid}: end it, or use another file"
     with MemoryFileLock(tmp_path / "b.memory"):
@@ -336,7 +336,7 @@ def test_the_second_in_one_process_is_told(tmp_path):
     (tmp_path / "link.memory").symlink_to(path)
     with MemoryFileLock(path) as lock:
         for name in ("a.memory", "link.memory"):
-            with pytest.raises(MemoryFileError, match=f"{name}: in use by a conversation of this process: close it"):
+            with pytest.raises(MemoryFileInUse, match=f"{name}: in use by a conversation of this process: close it"):
                 MemoryFileLock(tmp_path / name).acquire()
         lock.acquire()  # it has it
     lock.release()
@@ -356,14 +356,14 @@ def test_a_file_that_another_process_keeps_is_not_saved_to(tmp_path, holder):
     path = tmp_path / "a.memory"
     snapshot = MemorySnapshot(random_state(), METADATA)
     for call in (lambda: snapshot.save(path), lambda: check_writable(path)):
-        with pytest.raises(MemoryFileError, match=f"in use by process {holder.pid}"):
+        with pytest.raises(MemoryFileInUse, match=f"in use by process {holder.pid}"):
             call()
     assert not path.exists()
     holder.communicate(b"")
     snapshot.save(path)
     with MemoryFileLock(path):
         snapshot.save(path)  # the process that keeps it may
-        with pytest.raises(MemoryFileError, match="in use"):
+        with pytest.raises(MemoryFileInUse, match="in use"):
             MemoryFileLock(path).acquire()
     assert os.listdir(tmp_path) == ["a.memory"]
 
@@ -377,6 +377,7 @@ def test_a_file_is_saved_where_there_are_no_locks(tmp_path, monkeypatch):
     check_writable(tmp_path / "a.memory")
     MemorySnapshot(random_state(), METADATA).save(tmp_path / "a.memory")
     MemorySnapshot.load(tmp_path / "a.memory")
+    assert os.listdir(tmp_path) == ["a.memory"]
 
 
 @posix
@@ -417,6 +418,136 @@ def test_a_lock_that_cannot_be_had_is_not_in_use(tmp_path, monkeypatch, module, 
     assert str(info.value) == f"{path}: the memory cannot be saved: the reason"
     with MemoryFileLock(path):
         pass
+    assert os.listdir(tmp_path) == []
+
+
+def planted(what, path):
+    """Something that is no lock, where the lock of a.memory belongs; what it leads to, if anything."""
+    lock, victim = path.with_name(".a.memory.lock"), path.with_name("victim")
+    victim.write_bytes(b"precious")
+    if what == "link":
+        lock.symlink_to(victim)
+    elif what == "link to nothing":
+        lock.symlink_to(path.with_name("nothing"))
+    elif what == "hard link":
+        os.link(victim, lock)
+    elif what == "file":
+        lock.write_bytes(b"notes of 12 pages\n")
+    elif what == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.mkdir()
+    return lock, victim
+
+
+@posix
+@pytest.mark.parametrize("what", ["link", "link to nothing", "hard link", "file", "pipe", "folder"])
+@pytest.mark.parametrize("act", ["lock", "save", "check"])
+def test_what_is_no_lock_is_left_alone(tmp_path, what, act):
+    """A planted link would have emptied what it leads to."""
+    path = tmp_path / "a.memory"
+    lock, victim = planted(what, path)
+    names, kept = sorted(os.listdir(tmp_path)), lock.lstat()
+    snapshot = MemorySnapshot(random_state(), METADATA)
+    acts = {
+        "lock": MemoryFileLock(path).acquire,
+        "save": lambda: snapshot.save(path),
+        "check": lambda: check_writable(path),
+    }
+    with pytest.raises(MemoryFileError, match=re.escape(str(lock))):
+        acts[act]()
+    assert sorted(os.listdir(tmp_path)) == names
+    assert os.path.samestat(lock.lstat(), kept) and victim.read_bytes() == b"precious"
+    if what == "file":
+        assert lock.read_bytes() == b"notes of 12 pages\n"
+
+
+def in_a_fork(act):
+    """What a forked child returns, as text."""
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(into, act().encode())
+        finally:
+            os._exit(0)
+    os.close(into)
+    with open(out, "rb") as file:
+        said = file.read().decode()
+    os.waitpid(child, 0)
+    return said
+
+
+def outcome(act):
+    try:
+        act()
+    except MemoryFileInUse as error:
+        return f"in use: {error}"
+    return "done"
+
+
+@posix
+def test_a_forked_child_does_not_hold_the_lock(tmp_path):
+    path = tmp_path / "a.memory"
+    snapshot, other = MemorySnapshot(random_state(), METADATA), MemorySnapshot(random_state(1), METADATA)
+    with MemoryFileLock(path) as lock:
+        snapshot.save(path)
+        for act in (lambda: other.save(path), lock.acquire, MemoryFileLock(path).acquire):
+            said = in_a_fork(lambda act=act: outcome(act))
+            assert said.startswith("in use") and f"process {os.getpid()}" in said
+        assert in_a_fork(lambda: outcome(lock.release)) == "done"
+        assert os.path.exists(tmp_path / ".a.memory.lock"), "the child let go of its parent's lock"
+        with pytest.raises(MemoryFileInUse):
+            MemoryFileLock(path).acquire()
+        np.testing.assert_array_equal(MemorySnapshot.load(path).state, snapshot.state)
+    assert os.listdir(tmp_path) == ["a.memory"]
+
+
+@posix
+def test_a_child_does_not_keep_the_lock_of_a_parent_that_is_gone(tmp_path):
+    code = (
+        "import os, sys, time\n"
+        "from pydeltamem.memory_file import MemoryFileLock\n"
+        "lock = MemoryFileLock(sys.argv[1])\n"
+        "lock.acquire()\n"
+        "if os.fork():\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "print('child', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    path = tmp_path / "a.memory"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )  # fmt: skip
+    assert process.stdout.readline() == b"child\n"
+    process.wait()
+    with MemoryFileLock(path):
+        pass
+    process.stdin.close()
+    process.stdout.read()
+
+
+@posix
+@pytest.mark.parametrize("act", ["lock", "save"])
+def test_a_full_disk_leaves_no_lock(tmp_path, act):
+    """Files that may hold nothing are as a disk that is full."""
+    code = (
+        "import resource, sys\n"
+        "import numpy as np\n"
+        "from pydeltamem import MemoryFileError, MemorySnapshot\n"
+        "from pydeltamem.memory_file import MemoryFileLock\n"
+        "snapshot = MemorySnapshot(np.ones((1, 1, 8, 8)), {'layers': '0'})\n"
+        "act = MemoryFileLock(sys.argv[1]).acquire if sys.argv[2] == 'lock' else lambda: snapshot.save(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "try:\n"
+        "    act()\n"
+        "except MemoryFileError as error:\n"
+        "    assert sys.argv[1] in str(error), error\n"
+        "else:\n"
+        "    raise SystemExit('nothing was raised')\n"
+    )
+    path = tmp_path / "a.memory"
+    subprocess.run([sys.executable, "-c", code, str(path), act], check=True)
     assert os.listdir(tmp_path) == []
 
 

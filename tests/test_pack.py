@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from pydeltamem import AdapterError, DeltaMemLlama, InputError, ModelError, cli
+from pydeltamem import AdapterError, DeltaMemLlama, InputError, ModelError, OutputError, cli
 from pydeltamem.gguf_header import Header
 from pydeltamem.pack import pack, unpack
 from pydeltamem.quantize import file_type, quantize
@@ -112,8 +112,8 @@ def test_what_cannot_be_packed(base, adapter, packed, tmp_path):
         (ModelError, "is not a GGUF file", (text, memory, out)),
         (ModelError, "no such file", (base(), tmp_path / "none", out)),
         (InputError, "is read for the conversion; name another file", (base(), memory, memory)),
-        (InputError, "cannot be written: No such file", (base(), memory, tmp_path / "no" / "out.gguf")),
-        (InputError, "cannot be written: it is a folder", (base(), memory, tmp_path)),
+        (OutputError, "cannot be written: No such file", (base(), memory, tmp_path / "no" / "out.gguf")),
+        (OutputError, "cannot be written: it is a folder", (base(), memory, tmp_path)),
         (ModelError, "is a folder; name a GGUF file", (tmp_path, memory, out)),
     ):
         with pytest.raises(error, match=says) as info:
@@ -156,7 +156,7 @@ def test_layers_that_predict_further_tokens_are_not_counted(base, adapter, tmp_p
 def test_unpacking_writes_both_files_or_none(packed, tmp_path):
     model, old = packed(), tmp_path / "base.gguf"
     old.write_bytes(b"what was there before")
-    with pytest.raises(InputError, match="memory: cannot be written: No such file"):
+    with pytest.raises(OutputError, match="memory: cannot be written: No such file"):
         unpack(model, old, tmp_path / "no" / "memory")
 
     def advance(done, total):
@@ -443,8 +443,8 @@ def test_what_cannot_be_quantised(base, adapter, tmp_path, capfd):
         (ModelError, "is an adapter", (adapter("qwen3", "tsw_qo"), out, "q8_0")),
         (ModelError, "truncated", (cut, out, "q8_0")),
         (InputError, "is read", (base(), base(), "q8_0")),
-        (InputError, "cannot be written: No such file", (base(), tmp_path / "no" / "out.gguf", "q8_0")),
-        (InputError, "cannot be written: it is a folder", (base(), tmp_path, "q8_0")),
+        (OutputError, "cannot be written: No such file", (base(), tmp_path / "no" / "out.gguf", "q8_0")),
+        (OutputError, "cannot be written: it is a folder", (base(), tmp_path, "q8_0")),
         (ModelError, "is a folder; name a GGUF file", (tmp_path, out, "q8_0")),
     ):
         with pytest.raises(error, match=says) as info:

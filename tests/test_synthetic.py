@@ -10,7 +10,7 @@ import pytest
 
 from pydeltamem import DeltaMemLlama
 from pydeltamem.convert import cli as convert
-from pydeltamem.errors import InputError, ModelError
+from pydeltamem.errors import InputError, ModelError, OutputError
 from pydeltamem.gguf_header import Header
 from pydeltamem.synthetic import FTYPES, SHAPES, Shape, write_adapter_checkpoint, write_model
 
@@ -170,7 +170,7 @@ def test_refused(golden_dir, adapter, tmp_path):
         ((tmp_path / "m.gguf", "qwen4", vocab), "'qwen4' is none of qwen3-0.6b"),
         ((tmp_path / "m.gguf", TINY["qwen3"], vocab, "q2_k"), "'q2_k' is none of f32, f16"),
     ):
-        with pytest.raises((ModelError, InputError), match=says):
+        with pytest.raises((ModelError, InputError, OutputError), match=says):
             write_model(*arguments)
     assert not list(tmp_path.iterdir())
 

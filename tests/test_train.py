@@ -15,7 +15,7 @@ from rich.console import Console  # noqa: E402
 
 from pydeltamem import train  # noqa: E402
 from pydeltamem.convert.checkpoint import Checkpoint  # noqa: E402
-from pydeltamem.errors import InputError, ModelError  # noqa: E402
+from pydeltamem.errors import InputError, ModelError, OutputError, TrainingError  # noqa: E402
 from pydeltamem.reference import DeltaMem, DeltaMemConfig  # noqa: E402
 
 WORDS = ["<|user|>", "<|assistant|>", "<|end|>", "red", "green", "blue", "my", "door", "is", "what", "colour", "yours"]
@@ -270,7 +270,7 @@ def test_other_bad_input(hf_dir, data, tmp_path):
     with pytest.raises(InputError, match=r"checkpoint\.pt: cannot be read"):
         trainer(hf_dir, data, tmp_path / "out")
     (tmp_path / "afile").write_text("", encoding="utf-8")
-    with pytest.raises(InputError, match="afile: cannot be written"):
+    with pytest.raises(OutputError, match="afile: cannot be written"):
         trainer(hf_dir, data, tmp_path / "afile")
     with pytest.raises(InputError, match="--device cudax"):
         trainer(hf_dir, data, tmp_path / "device", "--device", "cudax")
@@ -281,6 +281,31 @@ def test_other_bad_input(hf_dir, data, tmp_path):
     for option in (("--rate", "-1"), ("--rate", "nan"), ("--clip", "0"), ("--heads-gain", "x")):
         with pytest.raises(SystemExit):
             arguments(hf_dir, data, tmp_path, *option)
+
+
+def test_a_loss_that_diverges(hf_dir, data, tmp_path):
+    """The run ends, and what was saved before stays."""
+    trainer(hf_dir, data, tmp_path / "sound", "--steps", "1").train()
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "sound").iterdir()}
+    run = trainer(hf_dir, data, tmp_path / "sound", "--steps", "9", "--save-every", "1")
+    with torch.no_grad():
+        run.parameters[0].fill_(torch.inf)
+    with pytest.raises(TrainingError, match="step 2"):
+        run.train()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "sound").iterdir()} == saved
+
+
+@pytest.mark.parametrize("full", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+def test_a_full_disk(hf_dir, data, tmp_path, monkeypatch, full):
+    run = trainer(hf_dir, data, tmp_path / "out", "--steps", "1")
+
+    def fail(*args):
+        raise full
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OutputError, match="cannot be written"):
+        run.train()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_fewer_conversations_than_a_batch(hf_dir, data, tmp_path, capsys):

@@ -1,0 +1,81 @@
+"""Errors of kinds: each has a class of its own, and says what llama.cpp said."""
+
+from __future__ import annotations
+
+import ctypes
+
+import llama_cpp
+import pytest
+
+import pydeltamem
+from pydeltamem import (
+    DecodeError,
+    DeltaMemError,
+    InputError,
+    MemoryFileError,
+    MemoryFileInUse,
+    OutputError,
+    TrainingError,
+)
+
+
+def test_every_error_is_of_the_package():
+    found = [value for value in map(pydeltamem.__dict__.get, pydeltamem.__all__) if isinstance(value, type)]
+    errors = {value for value in found if issubclass(value, Exception)}
+    assert errors >= {DecodeError, MemoryFileInUse, OutputError, TrainingError}
+    assert all(issubclass(error, DeltaMemError) for error in errors)
+    assert issubclass(MemoryFileInUse, MemoryFileError)  # as before
+    assert issubclass(DecodeError, RuntimeError)  # as llama_cpp's own
+    for error in (DecodeError, OutputError, TrainingError):  # none of them is a matter of the input
+        assert not issubclass(error, InputError)
+
+
+def test_a_failed_decode_says_why(llm, monkeypatch, capfd):
+    """llama.cpp gives its reason in the log alone."""
+    decode = llama_cpp._internals.LlamaContext.decode
+
+    def decode_elsewhere(ctx, batch):
+        batch.batch.pos[0] += 7
+        decode(ctx, batch)
+
+    llm.eval([5, 17, 40])
+    capfd.readouterr()
+    monkeypatch.setattr("llama_cpp._internals.LlamaContext.decode", decode_elsewhere)
+    with pytest.raises(DecodeError) as info:
+        llm.eval([99])
+    assert "llama_decode returned -1" in str(info.value) and "inconsistent sequence positions" in str(info.value)
+    assert "\n" not in str(info.value)
+    assert "inconsistent" not in capfd.readouterr().err  # said once
+
+
+def test_a_decode_that_was_stopped(llm):
+    callback = llama_cpp.ggml_abort_callback(lambda data: True)
+    llama_cpp.llama_set_abort_callback(llm.ctx, callback, None)
+    with pytest.raises(DecodeError, match="llama_decode returned 2"):
+        llm.eval([5, 17, 40])
+    llama_cpp.llama_set_abort_callback(llm.ctx, ctypes.cast(None, llama_cpp.ggml_abort_callback), None)
+    llm.eval([5, 17, 40])
+    assert llm.n_tokens == 3
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_failed_embedding_says_so(make_llm, pooled):
+    kwargs = {"pooling_type": llama_cpp.LLAMA_POOLING_TYPE_MEAN} if pooled else {}
+    llm = make_llm(embedding=True, **kwargs)
+    callback = llama_cpp.ggml_abort_callback(lambda data: True)
+    llama_cpp.llama_set_abort_callback(llm.ctx, callback, None)
+    with pytest.raises(DecodeError):
+        llm.embed("hello")
+
+
+def test_a_failed_decode_on_the_command_line(base, adapter, monkeypatch, capsys):
+    from pydeltamem.cli import main
+
+    def fail(ctx, batch):
+        raise RuntimeError("llama_decode returned 1")
+
+    monkeypatch.setattr("llama_cpp._internals.LlamaContext.decode", fail)
+    arguments = ["-m", str(base()), "--deltamem", str(adapter("qwen3", "tsw_qo")), "-p", "hello"]
+    assert main(["generate", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "deltamem: error:" in error and "llama_decode returned 1" in error and "Traceback" not in error
