@@ -77,6 +77,7 @@ from llama_cpp.llama_cpp import (  # noqa: E402
     llama_model_p,
     llama_model_p_ctypes,
 )
+from llama_cpp.llama_tokenizer import LlamaTokenizer  # noqa: E402, F401 - for .tokenizer
 
 ctypes_function = ctypes_function_for_shared_library(llama_cpp.llama_cpp._lib)
 

@@ -619,7 +619,7 @@ def _checked_options(llm: DeltaMemLlama, options: Mapping[str, Any]) -> dict[str
         if name in options and other in options:
             raise InputError(f"{name} and {other} are one option: give one of them")
     if "max_tokens" in options:
-        options["n_predict"] = options.pop("max_tokens") or -1  # there 0 is no limit
+        options["n_predict"] = options.pop("max_tokens")
     if "temperature" in options:
         options["temp"] = options.pop("temperature")
     known = ["n_predict", "stop", "seed", *inspect.signature(llm._init_sampler).parameters]

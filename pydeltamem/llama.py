@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import itertools
 import os
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from jinja2 import TemplateError
 
 from . import _lib
 from ._lib import BaseLlamaCache, Llama, LlamaState
+from .completion import Completion
 from .errors import AdapterError, InputError, ModelError
 from .gguf_header import Header
 from .history import History, n_common
@@ -28,6 +30,7 @@ from .names import nearest
 from .rpc import connect
 from .seats import Seats
 from .text import Text
+from .tokenizer import Tokenizer
 
 SEAT = 0  # the sequence of the context that llama_cpp.Llama evaluates its text in
 
@@ -36,6 +39,7 @@ MAX_THREADS = 512  # GGML_MAX_N_THREADS: arrays of this length stand in ggml
 _llama = _lib.llama_cpp
 _GENERATE = inspect.signature(Llama.generate)
 _KEYWORDS = [name for name, of in inspect.signature(Llama.__init__).parameters.items() if of.kind == of.KEYWORD_ONLY]
+_COMPLETE = inspect.signature(Llama.create_completion)
 
 
 class DeltaMemLlama(Llama):
@@ -134,10 +138,12 @@ class DeltaMemLlama(Llama):
                 self.close()
                 raise
 
+        if type(self.tokenizer_) is _lib.LlamaTokenizer:
+            self.tokenizer_ = self.tokenizer()
         self._text = Text(self._seats)
+        # llama_cpp has rows that nothing is ever written to, and with a draft model only n_batch
+        self.scores = np.empty((self.n_ctx() if self._logits_all else 0, self.n_vocab()), dtype=np.single)
         if self._logits_all:
-            if len(self.scores) < self.n_ctx():  # with a draft model llama_cpp has rows for n_batch tokens only
-                self.scores = np.empty((self.n_ctx(), self.n_vocab()), dtype=np.single)
             self._text.scores = self.scores
         self._seats.take(self._text, SEAT)
         self._messages: list[Any] | None = None  # of the latest chat completion that was read
@@ -255,14 +261,28 @@ class DeltaMemLlama(Llama):
     @property
     def logits(self) -> npt.NDArray[np.float32]:
         """Of what may follow the latest token, float32 [n_vocab], a copy. Raises InputError if none was read."""
-        if self.n_tokens == 0 or self._requires_eval or self._seats.latest.get(SEAT) is not self._text:
-            raise InputError("there are no logits of the present text and memory: eval tokens first")
+        self._check_logits()
         row = _llama.llama_get_logits_ith(self._seats.ctx, -1)
         return np.ctypeslib.as_array(row, (self.n_vocab(),)).copy()
+
+    def _check_logits(self) -> None:
+        if self.n_tokens == 0 or self._requires_eval or self._seats.latest.get(SEAT) is not self._text:
+            raise InputError("there are no logits of the present text and memory: eval tokens first")
+
+    @property
+    def eval_logits(self) -> deque[list[float]]:
+        """As `Llama.eval_logits`: of every token with logits_all, else of the latest one, if they are there."""
+        if self._logits_all:
+            return deque(self._scores.tolist(), maxlen=self._n_ctx)
+        try:
+            return deque([self.logits.tolist()], maxlen=1)
+        except InputError:
+            return deque(maxlen=1)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As `Llama.generate`. Where it ends, text and memory hold nothing that was drafted and not taken.
 
+        `stopping_criteria` are called with the tokens read, [n], and the logits that the next one was sampled from.
         Between two tokens other texts may be read. Raises InputError if it is to go on after this one was changed.
         """
         text = self._text
@@ -279,6 +299,7 @@ class DeltaMemLlama(Llama):
             arguments.arguments.update(tokens=self._unread(whole), reset=False)
         else:
             whole = [*text.tokens.tolist(), *whole]
+        criteria = arguments.arguments.pop("stopping_criteria", None)
         generator = super().generate(*arguments.args[1:], **arguments.kwargs)
         sent = version = None
         n_taken = 0
@@ -287,6 +308,8 @@ class DeltaMemLlama(Llama):
                 try:
                     token = generator.send(sent)
                 except StopIteration:
+                    return
+                if criteria is not None and criteria(np.array(whole, dtype=np.intc), self._logits_after(len(whole))):
                     return
                 whole.append(token)
                 n_taken += 1
@@ -304,6 +327,15 @@ class DeltaMemLlama(Llama):
                 if n < max(text.n_tokens, text.history.n):
                     self.n_tokens = min(text.n_tokens, n)
                     text.catch_up()
+
+    def _logits_after(self, n: int) -> npt.NDArray[np.float32]:
+        """Those from which the token behind the first n was just sampled."""
+        return self.scores[n - 1].copy() if self._logits_all else self.logits
+
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """As `Llama.sample`. Raises InputError if there are no logits of the present text and memory."""
+        self._check_logits()
+        return super().sample(*args, **kwargs)
 
     def _unread(self, tokens: list[int]) -> list[int]:
         """Goes back to where the text and `tokens` part. Returns those to read, none if the logits are there.
@@ -323,17 +355,49 @@ class DeltaMemLlama(Llama):
             self.n_tokens = n
         return tokens[n:]
 
+    def create_completion(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        """As `Llama.create_completion`, with `max_tokens=0` and with log probabilities as follows.
+
+        Args:
+            prompt: text, or token ids that are read as they are.
+            max_tokens: tokens to generate at most. 0: the prompt is read; negative or None: to the end of the context.
+            logprobs: how many of the likeliest tokens to list for each token of the text; needs `logits_all=True`.
+            echo: whether the text begins with the prompt; its tokens then have log probabilities too. A token's is None
+                where nothing stands before it.
+
+        Tokens are listed one by one, the sampled ones and with `echo` those of the prompt: all that were given as ids,
+        of a text those that are its characters. `top_logprobs` lists the likeliest first, and the token itself.
+        A token's logits are those of when it was read: where a prompt begins as the present text, as the memory was
+        then. `reset()` before reads all of it anew.
+
+        Raises InputError if the arguments do not fit or the prompt does not fit in the context.
+        """
+        arguments = _COMPLETE.bind(self, prompt, *args, **kwargs)
+        arguments.apply_defaults()
+        del arguments.arguments["self"]
+        stream = arguments.arguments.pop("stream")
+        completion = Completion(self, **arguments.arguments)
+        return completion.streamed() if stream else completion.whole()
+
     def create_chat_completion(self, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
         """As `Llama.create_chat_completion`.
 
         Messages that begin as those of the latest call continue that conversation, or go back in it, and the memory
         with them. If only system prompts agree, or nothing, it is another conversation: the memory goes on, and what
         agrees is not read again.
+
+        `logprobs=True` gives the log probability of each token of the reply, `top_logprobs` how many of the likeliest
+        beside it; needs `logits_all=True`.
         """
         asked = copy.deepcopy(messages)
+        n_top = kwargs.get("top_logprobs") or 0
+        if kwargs.get("logprobs"):
+            kwargs["top_logprobs"] = n_top  # None would be no log probabilities at all
         with self._asking(asked):
             answer = super().create_chat_completion(messages, *args, **kwargs)
-        return self._streamed(asked, answer) if isinstance(answer, Iterator) else answer
+        if not isinstance(answer, Iterator):
+            return _with_best(answer, n_top)
+        return (_with_best(chunk, n_top) for chunk in self._streamed(asked, answer))
 
     def _streamed(self, asked: list[Any], chunks: Iterator[Any]) -> Iterator[Any]:
         with self._asking(asked):  # a stream that is never begun asks nothing
@@ -396,6 +460,10 @@ class DeltaMemLlama(Llama):
         self._requires_eval = True
         if self._text is not None:
             self._text.reset()
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return Tokenizer(self)
 
     def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
         """As `Llama.embed`. Every text reads this object's memory; nothing is written."""
@@ -603,6 +671,14 @@ def _is_adapter(path: str) -> bool:
         return Header(path).keys.get("adapter.type") == "deltamem"
     except ModelError:
         return False
+
+
+def _with_best(answer: Any, n_top: int) -> Any:
+    """A chat answer with n_top tokens beside each, at most: there is one more where another one was sampled."""
+    for choice in answer["choices"]:
+        for token in (choice.get("logprobs") or {}).get("content") or ():
+            token["top_logprobs"] = token["top_logprobs"][:n_top]
+    return answer
 
 
 def _agree(before: list[Any], messages: list[Any]) -> bool:

@@ -1,19 +1,18 @@
 """Text as it is generated, for the terminal: UTF-8 split over tokens, stop strings, and Ctrl-C.
 
-`Llama.create_completion(stream=True)` waits for ever on a byte that is no UTF-8, decodes the whole reply again for each
-token, and drops tokens longer than 32 bytes.
+llama_cpp's own stream waits for ever on a byte that is no UTF-8 and decodes the whole reply again for each token.
 """
 
 from __future__ import annotations
 
 import codecs
-import ctypes
 import signal
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import _lib
 from .errors import InputError
+from .tokenizer import piece as _piece
 
 if TYPE_CHECKING:
     from llama_cpp import LlamaGrammar
@@ -26,20 +25,31 @@ _llama = _lib.llama_cpp
 class Assembler:
     """Text out of tokens: UTF-8 split over tokens, and stop strings, which are not part of the text.
 
+    Args:
+        errors: what becomes of bytes that are no UTF-8, as `bytes.decode`.
+
     Attributes:
         stopped: a stop string was found.
+        n_chars: characters so far, those of stop strings too.
     """
 
-    def __init__(self, vocab: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, vocab: Any, stop: Sequence[str] = (), errors: str = "replace") -> None:
         self.vocab = vocab
         self.stop = [text for text in stop if text]
         self.stopped = False
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.n_chars = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
         self._held = ""  # it may be the beginning of a stop string
 
     def push(self, token: int) -> str:
         """The text that a token makes certain, often none."""
-        text = self._held + self._decoder.decode(_piece(self.vocab, token))
+        return self.push_bytes(_piece(self.vocab, token))
+
+    def push_bytes(self, data: bytes) -> str:
+        """The text that these bytes make certain."""
+        new = self._decoder.decode(data)
+        self.n_chars += len(new)
+        text = self._held + new
         found = [at for at in map(text.find, self.stop) if at >= 0]
         if found:
             self.stopped, self._held = True, ""
@@ -157,13 +167,3 @@ def interruptible(pieces: Iterator[str]) -> Iterator[str]:
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)
-
-
-def _piece(vocab: Any, token: int) -> bytes:
-    size = 64
-    while True:
-        buffer = ctypes.create_string_buffer(size)
-        n = _llama.llama_token_to_piece(vocab, token, buffer, size, 0, False)
-        if n >= 0:
-            return buffer.raw[:n]
-        size = -n

@@ -267,7 +267,8 @@ def test_options_as_create_completion_calls_them(llm):
     reply = Conversation(llm, n_predict=5, temp=0.0).say("hello there")
     assert Conversation(llm, max_tokens=5, temperature=0.0).say("hello there") == reply
     assert Conversation(llm, max_tokens=50, temp=0.0).say("hello there", max_tokens=5) == reply
-    unlimited = Conversation(llm, temp=0.0, max_tokens=0)
+    assert Conversation(llm, max_tokens=0, temp=0.0).say("hello there") == ""
+    unlimited = Conversation(llm, temp=0.0, max_tokens=None)
     llm._seats.is_end = lambda token: unlimited.n_tokens > 100
     assert unlimited.say("hello there").startswith(reply) and unlimited.n_tokens > 100
 
