@@ -21,6 +21,7 @@ from jinja2 import TemplateError
 from . import _lib
 from ._lib import BaseLlamaCache, Llama, LlamaState
 from .completion import Completion
+from .embedding import tokenized, vectors
 from .errors import AdapterError, InputError, ModelError
 from .gguf_header import Header
 from .history import History, n_common
@@ -28,7 +29,7 @@ from .memory import Memory
 from .memory_file import MemorySnapshot
 from .names import nearest
 from .rpc import connect
-from .seats import Seats
+from .seats import Seats, check
 from .text import Text
 from .tokenizer import Tokenizer
 
@@ -214,7 +215,10 @@ class DeltaMemLlama(Llama):
     @property
     def context_params(self) -> Any:
         """llama_context_params, with the sequences that were asked for."""
-        return self._context_params
+        params = self._context_params
+        if params.embeddings:  # llama_cpp wants a sequence for each token of a batch; llama.cpp ends the process
+            params.n_seq_max = min(params.n_seq_max, params.n_ubatch or params.n_batch)
+        return params
 
     @context_params.setter
     def context_params(self, value: Any) -> None:
@@ -465,25 +469,44 @@ class DeltaMemLlama(Llama):
         """The model's tokenizer."""
         return Tokenizer(self)
 
-    def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
-        """As `Llama.embed`. Every text reads this object's memory; nothing is written."""
+    def embed(
+        self, input: str | Sequence[str], normalize: bool = False, truncate: bool = True, return_count: bool = False
+    ) -> Any:
+        """The vector of a text, a list of floats, or one of each text of several. Without pooling a vector of each
+        token instead: a list of those a text.
+
+        Every text reads this object's memory; nothing is written, and the present text is forgotten.
+
+        Args:
+            normalize: whether vectors have length 1.
+            truncate: whether a text is cut after as many tokens as fit: n_batch, or n_ubatch where a text must be read
+                in one piece (pooling other than that of the last token, models that look ahead). Else InputError.
+            return_count: whether to return the number of tokens too.
+
+        Raises InputError if the model was not loaded with `embedding=True`, or a text has no tokens to be pooled.
+        """
+        _ = self._seats.ctx
+        if not self.context_params.embeddings:
+            raise InputError("embed needs a model that was loaded with embedding=True")
+        texts = tokenized(self, [input] if isinstance(input, str) else list(input), truncate)
         self._seats.take(self._text, SEAT)
-        if not self.memory.attached:
-            self._seats.lost_kv()
-            with _lib.decoding():
-                return super().embed(input, *args, **kwargs)
-        n_inputs = 1 if isinstance(input, str) else len(input)
-        seats = range(1, min(n_inputs, self.context_params.n_seq_max))
-        for seat in seats:
-            sitting = self._seats.text(seat)
-            if sitting is not None:
-                self._seats.leave(sitting)
-            _lib.llama_deltamem_state_copy(self.ctx, SEAT, seat)
-        _lib.llama_deltamem_set_write(self.ctx, -1, False)
-        self._seats.forget_writes()
+        if self.memory.attached:
+            for seat in range(1, min(len(texts), self._seats.n_seq_max)):
+                sitting = self._seats.text(seat)
+                if sitting is not None:
+                    self._seats.leave(sitting)
+                check(_lib.llama_deltamem_state_copy(self.ctx, SEAT, seat))
+            check(_lib.llama_deltamem_set_write(self.ctx, -1, False))
+            self._seats.forget_writes()
         self._seats.lost_kv()
-        with _lib.decoding():
-            return super().embed(input, *args, **kwargs)
+        try:
+            with _lib.decoding():
+                embedded = vectors(self, texts, normalize)
+        finally:
+            self._ctx.kv_cache_clear()
+            self.reset()
+        result = embedded[0] if isinstance(input, str) else embedded
+        return (result, sum(map(len, texts))) if return_count else result
 
     #
     # saving
