@@ -521,15 +521,17 @@ class DeltaMemLlama(Llama):
         size = _llama.llama_state_seq_get_size(self.ctx, SEAT)
         data = (ctypes.c_uint8 * size)()
         n = _llama.llama_state_seq_get_data(self.ctx, data, size, SEAT)
+        history = text.history.copy()
+        history.tokens[max(history.n, text.n_tokens) :] = 0  # of earlier texts
         return DeltaMemState(
-            input_ids=self.input_ids.copy(),
-            scores=self._scores.copy(),
+            input_ids=self._input_ids.copy(),
+            scores=self._scores.copy(),  # none without logits_all
             n_tokens=self.n_tokens,
             llama_state=bytes(data)[:n],
             llama_state_size=n,
             seed=self._seed,
             n_kv=text.n_kv,
-            history=text.history.copy(),
+            history=history,
             memory=self.memory.copy() if self.memory.attached else None,
             write=text.write,
             messages=self._messages,
@@ -544,44 +546,62 @@ class DeltaMemLlama(Llama):
     def load_state(self, state: LlamaState) -> None:
         """As `Llama.load_state`: text and memory as they were saved. A state without a memory, as plain llama_cpp saves
         it, leaves the present one, and its tokens count as written.
+
+        Raises InputError if the state is of another model, adapter or context; text and memory are then as before.
         """
-        text = self._text
+        text, is_ours = self._text, isinstance(state, DeltaMemState)
         self._seats.take(text, SEAT)
-        if not isinstance(state, DeltaMemState):
-            if self._n_seq_max > 1:
-                raise InputError("a state that plain llama_cpp saved is for a context of one sequence")
-            super().load_state(state)
-            text.n_kv = state.n_tokens
-            text.history.wrote[: state.n_tokens] = True
-            text.history.begin(state.n_tokens, text.state if self.memory.attached else None)
-            return
-        if len(state.history.tokens) != text.n_ctx:
-            raise InputError(
-                f"the state is of a context of {len(state.history.tokens)} tokens, this one has {text.n_ctx}"
-            )
-        reason = self.memory._misfit(state.memory) if state.memory is not None and self.memory.attached else None
+        if not is_ours and self._n_seq_max > 1:
+            raise InputError("a state that plain llama_cpp saved is for a context of one sequence")
+        tokens = self._checked_tokens(state.input_ids[: state.n_tokens])
+        n_ctx = len(state.history.tokens) if is_ours else len(state.input_ids)
+        if n_ctx != text.n_ctx if is_ours else len(tokens) > text.n_ctx:
+            raise InputError(f"the state is of a context of {n_ctx} tokens, this one has {text.n_ctx}")
+        if state.scores.ndim != 2 or state.scores.shape[1] != self.n_vocab():
+            raise InputError("the state is of another model: its tokens are not those of this one")
+        attached = self.memory.attached
+        reason = self.memory._misfit(state.memory) if is_ours and state.memory is not None and attached else None
         if reason:
             raise InputError(f"the state: {reason}")
-        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
-        if not _llama.llama_state_seq_set_data(self.ctx, data, state.llama_state_size, SEAT):
-            self._seats.truncate(SEAT, 0)
-            text.n_kv = 0
-            raise RuntimeError("Failed to set llama state data")
-        n_written = text.history.n_written
-        text.history = state.history.copy()
-        text.n_tokens, text.n_kv = state.n_tokens, state.n_kv
-        if state.memory is None:
-            text.history.wrote[: text.n_tokens] = True
-            text.history.n_written = n_written
-            text.begin(text.n_tokens)
-        elif self.memory.attached:
-            text.write = state.write
-            text.put_state(state.memory.state)
-            text.since = state.memory.metadata["created"]
-        self.scores[: len(state.scores)] = state.scores
+        self._load_kv(state, is_ours)
+        # plain llama_cpp does not say whether its rows hold logits; NaN: not kept
+        n_scored = min(len(state.scores), len(tokens)) if is_ours and self._logits_all else 0
+        self.scores[:n_scored] = state.scores[:n_scored]
+        self.scores[n_scored : len(tokens)] = np.nan
+        if is_ours:
+            n_written = text.history.n_written
+            text.history = state.history.copy()
+            text.n_tokens, text.n_kv = state.n_tokens, state.n_kv
+            if state.memory is None:
+                text.history.wrote[: text.n_tokens] = True
+                text.history.n_written = n_written
+                text.begin(text.n_tokens)
+            elif attached:
+                text.write = state.write
+                text.put_state(state.memory.state)
+                text.since = state.memory.metadata["created"]
+        else:
+            self.input_ids = tokens
+            text.n_tokens = text.n_kv = len(tokens)
+            text.history.wrote[: len(tokens)] = True
+            text.history.begin(len(tokens), text.state if attached else None)
         self._seed = state.seed
         self._requires_eval = True
-        self._messages = None if state.memory is None else state.messages
+        self._messages = state.messages if is_ours and state.memory is not None else None
+
+    def _load_kv(self, state: LlamaState, is_ours: bool) -> None:
+        """Takes the KV cache from a state. Raises InputError; the present text is then to be read again."""
+        size, text = len(state.llama_state), self._text
+        data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
+        if is_ours:
+            n_read = _llama.llama_state_seq_set_data(self.ctx, data, size, SEAT)
+        else:
+            n_read = _llama.llama_state_set_data(self.ctx, data, size)
+        if not n_read:
+            self._seats.truncate(SEAT, 0)
+            text.n_kv = 0
+            self._requires_eval = True
+            raise InputError("the state is of another model, or damaged: llama.cpp cannot read its KV cache")
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: how to load the model again, and the memory; the text is read again when it is needed."""
