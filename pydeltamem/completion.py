@@ -23,7 +23,7 @@ from . import _lib
 from .errors import InputError
 from .history import n_common
 from .stream import Assembler
-from .tokenizer import Tokenizer, piece, token_text
+from .tokenizer import Tokenizer, encoded, piece, token_text
 
 if TYPE_CHECKING:
     from .llama import DeltaMemLlama
@@ -124,7 +124,7 @@ class Completion:
         before, after, middle = ([token] if infill else [] for token in fill)
         if isinstance(prompt, str):
             if prompt:
-                before += llm.tokenize(prompt.encode(), add_bos=False, special=not infill)
+                before += llm.tokenize(encoded(prompt, "the prompt"), add_bos=False, special=not infill)
         else:
             before += prompt
         if infill and suffix:
@@ -154,7 +154,7 @@ class Completion:
     def _without_space(self, text: str) -> list[int]:
         """Tokens of a text that goes on: without the space that some tokenizers put before it."""
         mark = self.llm.tokenize("☺".encode(), add_bos=False)
-        tokens = self.llm.tokenize(f"☺{text}".encode(), add_bos=False)
+        tokens = self.llm.tokenize(encoded(f"☺{text}", "the suffix"), add_bos=False)
         if tokens[: len(mark)] == mark:
             return tokens[len(mark) :]
         return self.llm.tokenize(text.encode(), add_bos=False)

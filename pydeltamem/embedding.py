@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from . import _lib
 from .errors import InputError
+from .tokenizer import encoded
 
 if TYPE_CHECKING:
     from .llama import DeltaMemLlama
@@ -28,7 +29,7 @@ def tokenized(llm: DeltaMemLlama, texts: list[str], truncate: bool) -> list[list
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"text {i} to embed is a {type(text).__name__}: texts are str")
-        ids = llm.tokenize(text.encode("utf-8"))
+        ids = llm.tokenize(encoded(text, f"text {i} to embed"))
         if len(ids) > limit and not truncate:
             raise InputError(
                 f"text {i} to embed has {len(ids)} tokens, {limit} fit: raise n_ctx, n_batch and n_ubatch, or truncate"

@@ -10,6 +10,8 @@ import hashlib
 import inspect
 import itertools
 import os
+import types
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
@@ -29,7 +31,9 @@ from .memory import Memory
 from .memory_file import MemorySnapshot
 from .names import nearest
 from .rpc import connect
+from .sampling import Guard, Sampler
 from .seats import Seats, check
+from .stream import checked_grammar
 from .text import Text
 from .tokenizer import Tokenizer
 
@@ -40,6 +44,7 @@ MAX_THREADS = 512  # GGML_MAX_N_THREADS: arrays of this length stand in ggml
 _llama = _lib.llama_cpp
 _GENERATE = inspect.signature(Llama.generate)
 _KEYWORDS = [name for name, of in inspect.signature(Llama.__init__).parameters.items() if of.kind == of.KEYWORD_ONLY]
+_SAMPLER = inspect.signature(Llama._init_sampler)
 _COMPLETE = inspect.signature(Llama.create_completion)
 
 
@@ -100,9 +105,12 @@ class DeltaMemLlama(Llama):
         if not 1 <= n_seq_max <= _llama.llama_max_parallel_sequences():
             raise InputError(f"n_seq_max is 1 to {_llama.llama_max_parallel_sequences()}, not {n_seq_max}")
         self._n_seq_max = n_seq_max
+        self._rpc_servers = rpc_servers
         for name in ("n_threads", "n_threads_batch"):
             if not 0 <= (kwargs.get(name) or 0) <= MAX_THREADS:
                 raise InputError(f"{name} is 1 to {MAX_THREADS}, not {kwargs[name]}")
+        if kwargs.get("n_batch", n_seq_max) < n_seq_max:
+            raise InputError(f"n_batch is n_seq_max, {n_seq_max}, at least, not {kwargs['n_batch']}")
         if not os.path.isfile(model_path):
             raise ModelError(f"{model_path}: no such model file")
         if self.deltamem_path is not None and not os.path.isfile(self.deltamem_path):
@@ -139,6 +147,8 @@ class DeltaMemLlama(Llama):
                 self.close()
                 raise
 
+        if kwargs.get("seed") == 0:
+            self._seed = 0  # llama_cpp takes it for none given
         if type(self.tokenizer_) is _lib.LlamaTokenizer:
             self.tokenizer_ = self.tokenizer()
         self._text = Text(self._seats)
@@ -147,6 +157,7 @@ class DeltaMemLlama(Llama):
         if self._logits_all:
             self._text.scores = self.scores
         self._seats.take(self._text, SEAT)
+        self._n_read = 0  # tokens before the one that is sampled
         self._messages: list[Any] | None = None  # of the latest chat completion that was read
         self._asked: list[Any] | None = None  # of the one that is about to be
 
@@ -336,10 +347,44 @@ class DeltaMemLlama(Llama):
         """Those from which the token behind the first n was just sampled."""
         return self.scores[n - 1].copy() if self._logits_all else self.logits
 
-    def sample(self, *args: Any, **kwargs: Any) -> int:
-        """As `Llama.sample`. Raises InputError if there are no logits of the present text and memory."""
+    def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
+        """As `Llama.sample`: a token from the logits of the latest token, or with logits_all from those of token `idx`.
+
+        Raises InputError if there are no logits of the present text and memory, and what logits processors raise.
+        """
         self._check_logits()
-        return super().sample(*args, **kwargs)
+        row: int | npt.NDArray[np.float32] = -1
+        if idx is None:  # not by `generate`: with a sampler of these options, not with the one of a reply
+            sampler = self._init_sampler(*args, **kwargs)
+        else:
+            if idx != self.n_tokens - 1:
+                if not self._logits_all or not 0 <= idx < self.n_tokens:
+                    raise InputError(f"the logits of token {idx} are not there: load the model with logits_all=True")
+                row = self.scores[idx]  # of an earlier llama_decode perhaps, where llama.cpp has them no more
+            sampler = self._sampler or self._init_sampler(*args, **kwargs)
+        self._n_read = self.n_tokens if idx is None else idx + 1
+        return sampler.sample(self._ctx, row)
+
+    @functools.wraps(Llama._init_sampler)
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
+        options = _SAMPLER.bind(self, *args, **kwargs).arguments
+        del options["self"]
+        processors, guard = options.pop("logits_processor", None), None
+        if options.get("grammar") is not None:
+            options["grammar"] = checked_grammar(self, options["grammar"])
+        if processors:
+            guard = Guard(processors, functools.partial(_tokens_before, weakref.ref(self)))
+            options["logits_processor"] = [guard]
+        # not self: a sampler with processors would keep it alive until the garbage collector comes
+        names = ("_n_vocab", "_model", "_seed", "last_n_tokens_size")
+        owner = types.SimpleNamespace(_input_ids=None, **{name: getattr(self, name) for name in names})
+        return Sampler(Llama._init_sampler(owner, **options), self._candidates, guard)
+
+    def set_seed(self, seed: int) -> None:
+        """As `Llama.set_seed`; -1: another one each time. Raises InputError if it is no whole number."""
+        if not isinstance(seed, int):
+            raise InputError(f"seed is a whole number, not {seed!r}")
+        super().set_seed(seed)
 
     def _unread(self, tokens: list[int]) -> list[int]:
         """Goes back to where the text and `tokens` part. Returns those to read, none if the logits are there.
@@ -607,7 +652,11 @@ class DeltaMemLlama(Llama):
         """For pickle: how to load the model again, and the memory; the text is read again when it is needed."""
         state = super().__getstate__()
         state.update(
-            deltamem_path=self.deltamem_path, n_ctx=state["n_ctx"] // self._n_seq_max, n_seq_max=self._n_seq_max
+            deltamem_path=self.deltamem_path,
+            n_ctx=state["n_ctx"] // self._n_seq_max,
+            n_seq_max=self._n_seq_max,
+            rpc_servers=self._rpc_servers,
+            tokenizer=None if isinstance(self.tokenizer_, Tokenizer) else self.tokenizer_,
         )
         state["memory"] = None
         if self.memory.attached:
@@ -714,6 +763,11 @@ def _is_adapter(path: str) -> bool:
         return Header(path).keys.get("adapter.type") == "deltamem"
     except ModelError:
         return False
+
+
+def _tokens_before(llm: weakref.ref[DeltaMemLlama]) -> npt.NDArray[np.intc]:
+    """The tokens before the one that is sampled."""
+    return llm().input_ids[: llm()._n_read]
 
 
 def _with_best(answer: Any, n_top: int) -> Any:

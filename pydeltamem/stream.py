@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import signal
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .llama import DeltaMemLlama
 
 _llama = _lib.llama_cpp
+
+_checked_grammars: weakref.WeakSet[LlamaGrammar] = weakref.WeakSet()
 
 
 class Assembler:
@@ -128,13 +131,17 @@ class TextStream:
             yield piece
 
 
-def checked_grammar(llm: DeltaMemLlama, text: str, name: str = "grammar") -> LlamaGrammar:
+def checked_grammar(llm: DeltaMemLlama, text: str | LlamaGrammar, name: str = "grammar") -> LlamaGrammar:
     """A GBNF grammar for sampling. Raises InputError, which calls it `name`, if llama.cpp cannot use it."""
     from llama_cpp import LlamaGrammar
     from llama_cpp._utils import suppress_stdout_stderr
 
     # llama_cpp hands a grammar on unchecked, and llama.cpp's parser prints what it dislikes
-    grammar = LlamaGrammar.from_string(text, verbose=False)
+    grammar = LlamaGrammar.from_string(text, verbose=False) if isinstance(text, str) else text
+    if not isinstance(grammar, LlamaGrammar):
+        raise InputError(f"{name} is GBNF text or a LlamaGrammar, not {grammar!r}")
+    if grammar in _checked_grammars:
+        return grammar
     with _lib.errors_held() as log, suppress_stdout_stderr(disable=llm.verbose):
         sampler = _llama.llama_sampler_init_grammar(llm._model.vocab, grammar._grammar.encode(), grammar._root.encode())
         reason = _lib.reason(log)
@@ -142,6 +149,7 @@ def checked_grammar(llm: DeltaMemLlama, text: str, name: str = "grammar") -> Lla
     if not sampler:
         raise InputError(f"{name}: not a valid GBNF grammar with a rule root{reason}")
     _llama.llama_sampler_free(sampler)
+    _checked_grammars.add(grammar)
     return grammar
 
 

@@ -36,6 +36,14 @@ def token_text(vocab: Any, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
+def encoded(text: str, what: str) -> bytes:
+    """Raises InputError, which calls the text `what`, if it holds half a character (a lone surrogate)."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is no Unicode text: {error.reason} at character {error.start}") from None
+
+
 class Tokenizer(_lib.LlamaTokenizer):
     """The tokenizer of a model."""
 
