@@ -1,0 +1,379 @@
+"""The public names of llama_cpp.Llama: docs/llama-methods.md lists them, and what is inherited works on our class."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import re
+import sys
+import types
+import weakref
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from llama_cpp import Llama, LlamaGrammar, LlamaRAMCache, LogitsProcessorList
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from llama_cpp.llama_tokenizer import LlamaHFTokenizer, LlamaTokenizer
+
+from pydeltamem import DeltaMemLlama, InputError, ModelError
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "llama-methods.md"
+TOKENS = [5, 17, 40, 99, 7, 63, 120, 5, 17, 88, 200, 31]
+PUBLIC = [name for name in dir(Llama) if not name.startswith("_")] + [
+    "__call__",
+    "__init__",
+    "__getstate__",
+    "__setstate__",
+]
+
+
+def rows():
+    """name: how it is, as the tables of the page say."""
+    found = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_the_page_lists_every_public_name(base):
+    plain = Llama(str(base()), n_ctx=64, verbose=False)
+    attributes = [name for name in vars(plain) if not name.startswith("_")]
+    plain.close()
+    assert set(rows()) == {*PUBLIC, *attributes}
+
+
+def test_the_page_says_which_are_our_own():
+    overridden = {name for name, how in rows().items() if how == "overridden"}
+    assert overridden == {name for name in rows() if name in vars(DeltaMemLlama)}
+    assert set(rows().values()) == {"overridden", "inherited", "inherited and wrong"}
+
+
+# tokens
+
+
+def test_tokens_and_bytes(llm):
+    for data in (b"hello there", "grün – €".encode(), b"a\0b", b""):
+        tokens = llm.tokenize(data)
+        assert llm.detokenize(tokens).removeprefix(b" ") == data
+        assert llm.tokenizer().detokenize(tokens) == llm.detokenize(tokens)
+        assert llm.tokenizer().tokenize(data) == llm.tokenize(data, special=True)
+    assert llm.tokenize(b"\xff\xfe")  # no UTF-8
+    assert isinstance(llm.tokenizer(), LlamaTokenizer)
+    assert llm.tokenizer().decode(llm.tokenizer().encode("hello")) in ("hello", " hello")
+
+
+def test_special_tokens(llm):
+    end = llm.tokenize(b"<|im_end|>", add_bos=False, special=True)
+    assert len(end) == 1 and llm.detokenize(end) == b"" and llm.detokenize(end, special=True) == b"<|im_end|>"
+    assert len(llm.tokenize(b"<|im_end|>", special=False)) > 1
+
+
+@pytest.mark.parametrize("token", [-1, 320, 10**6])
+def test_bytes_of_no_token(llm, token):
+    for detokenize in (llm.detokenize, llm.tokenizer().detokenize):
+        with pytest.raises(InputError, match=str(token)):
+            detokenize([5, token])
+
+
+def test_long_tokens(base, tmp_path):
+    """llama_cpp drops what is longer than 32 bytes."""
+    token, long = 300, b"there and back again, and once more to be sure"
+    reader = gguf.GGUFReader(base())
+    field, data = reader.get_field("tokenizer.ggml.tokens"), base().read_bytes()
+    texts = [bytes(field.parts[i]) for i in field.data]
+    before, after = (
+        b"".join(len(text).to_bytes(8, "little") + text for text in each)
+        for each in (texts, [*texts[:token], long, *texts[token + 1 :]])
+    )
+    header = data[: reader.data_offset].rstrip(b"\0").replace(before, after)
+    path = tmp_path / "long.gguf"
+    path.write_bytes(header + bytes(-len(header) % 32) + data[reader.data_offset :])
+    llm = DeltaMemLlama(path, n_ctx=256)
+    try:
+        assert llm.detokenize([token]) == llm.tokenizer().detokenize([token]) == long
+        answer = llm.create_completion([7, 8], max_tokens=1, temperature=0, logit_bias={token: 1e6})
+        assert answer["choices"][0]["text"] == long.decode()
+    finally:
+        llm.close()
+
+
+# sizes and ids
+
+
+def test_sizes(llm, base):
+    from pydeltamem.gguf_header import Header
+
+    keys = Header(base()).keys
+    assert llm.token_bos() == keys["tokenizer.ggml.bos_token_id"]
+    assert llm.token_eos() == keys["tokenizer.ggml.eos_token_id"]
+    assert llm.detokenize([llm.token_nl()]) == b"\n"
+    assert llm.n_vocab() == len(keys["tokenizer.ggml.tokens"]) == 320
+    assert llm.n_embd() == keys["qwen3.embedding_length"] and llm.n_ctx() == 512
+    assert llm.pooling_type() == 0
+
+
+def test_pointers(make_llm):
+    llm = make_llm()
+    assert llm.ctx and llm.model
+    llm.close()
+    for name in ("ctx", "model"):
+        with pytest.raises(ModelError, match="closed"):
+            getattr(llm, name)
+
+
+# the text
+
+
+@pytest.mark.parametrize("logits_all", [False, True])
+def test_what_was_read(make_llm, logits_all):
+    llm = make_llm(logits_all=logits_all, n_batch=5)
+    assert not llm.eval_tokens and not llm.eval_logits
+    llm.eval(TOKENS)
+    assert list(llm.eval_tokens) == TOKENS and llm.eval_tokens.maxlen == 512
+    assert len(llm.eval_logits) == (12 if logits_all else 1)
+    np.testing.assert_array_equal(llm.eval_logits[-1], llm.logits)
+    llm.reset()
+    assert not llm.eval_tokens and not llm.eval_logits and llm.n_tokens == 0
+
+
+def test_call_is_create_completion(llm):
+    options = dict(max_tokens=5, temperature=0)
+    answers = []
+    for ask in (llm, llm.create_completion):
+        llm.reset()
+        llm.memory.reset()
+        answers.append(ask("hello", **options))
+    assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["usage"] == answers[1]["usage"]
+
+
+def test_set_cache(llm):
+    llm.set_cache(LlamaRAMCache())
+    first = llm("hello", max_tokens=3, temperature=0)
+    assert llm.cache.cache_size > 0
+    llm.set_cache(None)
+    assert llm.cache is None and first["usage"]["completion_tokens"] > 0
+
+
+# sampling
+
+
+def test_sample(make_llm):
+    llm = make_llm(None)
+    with pytest.raises(InputError, match="no logits"):
+        llm.sample()
+    llm.eval(TOKENS)
+    assert llm.sample(temp=0) == llm.sample(temp=1.0, top_k=1) == llm.logits.argmax()
+    with pytest.raises(InputError, match="logits_all"):
+        llm.sample(idx=3)
+    llm.n_tokens = 5
+    with pytest.raises(InputError, match="no logits"):
+        llm.sample()
+
+
+def test_sample_is_of_its_options_after_a_reply(make_llm):
+    llm = make_llm(None)
+    next(llm.generate(TOKENS, temp=5.0, top_k=0, top_p=1.0, min_p=0.0))
+    assert {llm.sample(temp=0) for _ in range(20)} == {llm.logits.argmax()}
+
+
+def test_sample_of_an_earlier_token(make_llm):
+    """It may be of another batch than the latest one."""
+    llm = make_llm(None, logits_all=True, n_batch=5)
+    llm.eval(TOKENS)
+    for i in range(len(TOKENS)):
+        assert llm.sample(idx=i, temp=0) == llm.scores[i].argmax()
+        grammar = LlamaGrammar.from_string('root ::= "l" "l"', verbose=False)
+        assert llm.detokenize([llm.sample(idx=i, temp=0, grammar=grammar)]) in (b"l", b"ll")
+    for i in (-1, 12, 500):
+        with pytest.raises(InputError, match=f"token {i} "):
+            llm.sample(idx=i)
+
+
+@pytest.mark.parametrize("n_batch", [3, 512])
+def test_drafts_that_are_longer_than_a_batch(make_llm, n_batch):
+    prompt = [*range(15, 25)] * 3
+    seen = []
+
+    def processor(ids, scores):
+        seen.append(len(ids))
+        wanted = scores.copy()
+        wanted[15 + len(ids) % 10] += 1000  # as in the prompt
+        wanted[200] += 2000 * (len(ids) % 7 == 0)  # but for some
+        return wanted
+
+    options = dict(max_tokens=25, temperature=0, logits_processor=LogitsProcessorList([processor]))
+    plain = make_llm(None)
+    plain.create_completion(prompt, **options)
+    expected, order = plain._input_ids.tolist(), list(seen)
+    seen.clear()
+    llm = make_llm(None, n_batch=n_batch, draft_model=LlamaPromptLookupDecoding(2, 10))
+    llm.create_completion(prompt, **options)
+    assert llm._input_ids.tolist()[: len(expected)] == expected and seen == order and len(seen) == 25
+
+
+def test_what_a_processor_raises_is_raised(llm):
+    def fails(ids, scores):
+        raise KeyError("mine")
+
+    def short(ids, scores):
+        return scores[:7]
+
+    for processor, error in ((fails, KeyError), (short, ValueError)):
+        options = dict(logits_processor=LogitsProcessorList([processor]))
+        with pytest.raises(error):
+            llm.create_completion("hello", **options)
+        with pytest.raises(error):
+            list(llm.create_completion("hello", stream=True, **options))
+        with pytest.raises(error):
+            next(llm.generate(TOKENS, **options))
+        llm.eval([5])
+        with pytest.raises(error):
+            llm.sample(**options)
+
+
+def test_a_processor_keeps_nobody_alive(base):
+    gc.disable()
+    try:
+        llm = DeltaMemLlama(base(), n_ctx=256)
+        llm.create_completion("hello", max_tokens=2, logits_processor=LogitsProcessorList([lambda ids, scores: scores]))
+        reference = weakref.ref(llm)
+        del llm
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_a_grammar_that_is_none(make_llm):
+    """llama_cpp follows a null pointer."""
+    llm = make_llm(None)
+    broken = LlamaGrammar.from_string("root ::= other", verbose=False)
+    for grammar in (broken, "root ::= other", 5):
+        with pytest.raises(InputError, match="grammar"):
+            llm.create_completion("hello", grammar=grammar)
+        with pytest.raises(InputError, match="grammar"):
+            llm.create_chat_completion([{"role": "user", "content": "hello"}], grammar=grammar)
+    assert llm.create_completion("hello", grammar='root ::= "yes"', max_tokens=9)["choices"][0]["text"] == "yes"
+
+
+def test_seeds(make_llm):
+    llm, zero = make_llm(None), make_llm(None, seed=0)
+
+    def three(model, **options):
+        tokens = model.generate(TOKENS, temp=3.0, top_k=0, top_p=1.0, min_p=0.0, **options)
+        return [next(tokens) for _ in range(3)]
+
+    llm.set_seed(0)
+    assert three(llm) == three(zero) == three(zero)
+    llm.set_seed(1)
+    assert three(llm) == three(llm) != three(zero)
+    for seed in ("1", None, 1.5):
+        with pytest.raises(InputError, match="seed"):
+            llm.set_seed(seed)
+    with pytest.raises(InputError, match="seed"):
+        llm.create_completion("hello", seed="1")
+
+
+def test_static_methods():
+    logits = np.array([[1, 2, 3], [-np.inf, 0, -np.inf]], dtype=np.single)
+    with np.errstate(divide="ignore"):
+        expected = np.log(np.exp(logits) / np.exp(logits).sum(1, keepdims=True, dtype=np.float64))
+    np.testing.assert_allclose(DeltaMemLlama.logits_to_logprobs(logits), expected, rtol=0, atol=1e-6)
+    assert DeltaMemLlama.logits_to_logprobs([0, 0]) == pytest.approx([-np.log(2)] * 2)
+    assert DeltaMemLlama.longest_token_prefix([1, 2, 3], [1, 2, 4]) == 2
+    assert DeltaMemLlama.longest_token_prefix([], [1]) == 0
+
+
+# other packages
+
+
+class Hub:
+    """Stands in for huggingface_hub: a repository in a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.utils = types.SimpleNamespace(validate_repo_id=lambda name: None)
+
+    def HfFileSystem(self):
+        names = [f"me/model/{path.name}" for path in self.folder.iterdir()]
+        return types.SimpleNamespace(ls=lambda repo, recursive: names)
+
+    def hf_hub_download(self, filename, **options):
+        return str(self.folder / filename)
+
+
+def test_from_pretrained(base, adapter, monkeypatch, tmp_path):
+    (tmp_path / "model-f32.gguf").symlink_to(base())
+    hub = Hub(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.utils", hub.utils)
+    memory = adapter("qwen3", "tsw_qo")
+    llm = DeltaMemLlama.from_pretrained("me/model", "*f32.gguf", deltamem_path=memory, n_ctx=256)
+    assert type(llm) is DeltaMemLlama and llm.memory.attached and llm.n_ctx() == 256
+    llm.close()
+    with pytest.raises(ValueError, match="No file found"):
+        DeltaMemLlama.from_pretrained("me/model", "*q4.gguf")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openai_v1(llm, monkeypatch, stream):
+    class Model(dict):
+        pass
+
+    module = types.ModuleType("openai.types.chat")
+    module.ChatCompletion, module.ChatCompletionChunk = Model, Model
+    for name in ("openai", "openai.types"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "openai.types.chat", module)
+    messages = [{"role": "user", "content": "hello"}]
+    answer = llm.create_chat_completion_openai_v1(messages, max_tokens=4, temperature=0, stream=stream)
+    chunks = list(answer) if stream else [answer]
+    assert all(isinstance(chunk, Model) for chunk in chunks)
+    llm.reset()
+    llm.memory.reset()
+    expected = llm.create_chat_completion(messages, max_tokens=4, temperature=0)["choices"][0]["message"]["content"]
+    key = "delta" if stream else "message"
+    assert "".join(chunk["choices"][0][key].get("content") or "" for chunk in chunks) == expected
+
+
+# the constructor and pickles
+
+
+def test_a_batch_smaller_than_the_number_of_texts(make_llm):
+    """llama.cpp ends the process."""
+    with pytest.raises(InputError, match="n_batch"):
+        make_llm(n_batch=2, n_seq_max=4)
+    assert make_llm(n_batch=4, n_seq_max=4).n_batch == 4
+
+
+class Words:
+    def encode(self, text, add_special_tokens=True):
+        return [7] * len(text.split())
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return "x " * len(tokens)
+
+
+def test_a_pickle_keeps_the_tokenizer_and_the_servers(make_llm, monkeypatch):
+    connected = []
+    monkeypatch.setattr("pydeltamem.llama.connect", connected.append)
+    llm = make_llm(tokenizer=LlamaHFTokenizer(Words()), rpc_servers="host:1")
+    copy = pickle.loads(pickle.dumps(llm))
+    try:
+        assert copy.tokenize(b"one two") == [7, 7] and connected == ["host:1"] * 2
+    finally:
+        copy.close()
+    plain = make_llm(seed=0, n_batch=64)
+    copy = pickle.loads(pickle.dumps(plain))
+    try:
+        assert copy.tokenize(b"one two") == plain.tokenize(b"one two") and copy.n_batch == 64
+    finally:
+        copy.close()
+
+
+def test_half_a_character(make_llm):
+    llm = make_llm(None)
+    with pytest.raises(InputError, match="the prompt"):
+        llm.create_completion("hello \ud800")
+    with pytest.raises(InputError, match="text 1 "):
+        make_llm(None, embedding=True).embed(["hello", "\udfff"])
