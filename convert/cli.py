@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from pydeltamem.kinds import ADAPTER
 from pydeltamem.outfile import check_target, files_of, refuse_inputs
 
 from .base import Base
@@ -32,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _base(path: str, outfile: str) -> Base:
     """What the adapter has to fit. Of a directory a GGUF is made to look at, and thrown away."""
-    check_target(outfile)  # before a conversion that may take long
+    refuse_inputs(outfile, files_of(path) if os.path.isdir(path) else [path])
+    check_target(outfile, ADAPTER)  # before a conversion that may take long
     if not os.path.isdir(path):
         return Base(path)
-    refuse_inputs(outfile, files_of(path))
     with tempfile.TemporaryDirectory() as folder:
         made = os.path.join(folder, "base.gguf")
         convert_base(path, made, "q8_0")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pydeltamem
 from pydeltamem.errors import LibraryError, ModelError
 from pydeltamem.gguf_header import Header
+from pydeltamem.kinds import MODEL
 from pydeltamem.outfile import check_disk, files_of, refuse_inputs, writing
 
 # drafts take the embeddings of another model, a decoder of audio has other names for its layers
@@ -66,7 +67,7 @@ def convert_base(
     if missing:
         raise ModelError(f"{directory}: converting it needs {' and '.join(missing)}: pip install 'pydeltamem[convert]'")
     refuse_inputs(path, files_of(directory))
-    with writing(path) as temporary:
+    with writing(path, MODEL) as temporary:
         command = [sys.executable, str(converter()), str(directory), "--outfile", str(temporary)]
         command += ["--outtype", outtype, *(["--model-name", name] if name else [])]
         done = subprocess.run(command, stderr=None if verbose else subprocess.PIPE, stdout=subprocess.DEVNULL)

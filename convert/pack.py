@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 
 from pydeltamem.errors import CheckpointError, ModelError
+from pydeltamem.kinds import ADAPTER
 from pydeltamem.outfile import files_of, refuse_inputs, writing
 
 from .base import Base
@@ -141,7 +142,7 @@ def write_adapter(
     written.
     """
     refuse_inputs(path, (*base.files, *files_of(checkpoint.directory)))
-    with writing(path) as temporary:
+    with writing(path, ADAPTER) as temporary:
         tensors = list(packed_tensors(checkpoint, base))
         _write(temporary, checkpoint, base, tensors, outtype, name or checkpoint.directory.resolve().name)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import InputError
+from .kinds import json_of
 from .outfile import output
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 HEADS = "qkvo"
 RESULTS = Path(__file__).with_name("architectures.json")
+REPORT = json_of("a report of deltamem architectures", {"version", "statuses", "architectures"})
 
 # what is said of an architecture, and on what that rests
 STATUSES = {
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     plain = {"highlight": False, "markup": False}
     err = Console(stderr=True, width=None if sys.stderr.isatty() else 160, **plain)
     out = err if args.json == "-" else Console(width=None if sys.stdout.isatty() else 160, **plain)
-    with output(args.json) as write:
+    with output(args.json, REPORT) as write:
         description = describe(args.names)
         _print(out, description)
         write(json.dumps(description, indent=2, ensure_ascii=False) + "\n")

@@ -25,6 +25,7 @@ from .arguments import count, integers, positive
 from .bench_model import cache_folder, synthetic_files
 from .errors import DeltaMemError, InputError, LibraryError, ModelError
 from .gguf_header import Header
+from .kinds import json_of
 from .options import add_context_arguments
 from .outfile import output
 from .synthetic import SHAPES
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .bench_run import Session, Worker
 
 CONFIDENCE = 0.95
+REPORT = json_of("a report of deltamem bench", {"version", "setup"}, {"version", "op"})
 
 ON, OFF, PLAIN, OTHER = "on", "off", "plain", "against"
 
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     err = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     out = err if args.json == "-" else Console(width=None if sys.stdout.isatty() else 120)
-    with output(args.json) as write:
+    with output(args.json, REPORT) as write:
         results = _bench_op(args, out, err) if args.op else _bench(args, out, err)
         write(json.dumps({"version": __version__, **results}, indent=2, ensure_ascii=False) + "\n")
     return 0

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from .arguments import count, integers, positive
 from .errors import InputError, ModelError
+from .kinds import PNG, json_of
 from .outfile import output
 from .world import FACTS, Fact, Part, Turn, World, is_recalled
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from .llama import DeltaMemLlama
 
+REPORT = json_of("a report of deltamem eval", {"setup", "rows", "ratios"})
 MAX_ANSWER = 16  # tokens
 MAX_QUESTION = 64  # tokens, and its answer
 CONFIDENCE = 1.96  # standard deviations of the interval of an accuracy
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         _matplotlib()
     console = Console(stderr=True)
-    with output(args.json) as write, output(args.plot) as write_plot:
+    with output(args.json, REPORT) as write, output(args.plot, PNG) as write_plot:
         readers = {name: NativeReader(model, path, args.threads) for name, path in memories.items()}
         plain = next(iter(readers.values()))
         cases = list(make_cases(tasks, args.n, args.facts, args.distance, args.seed, plain))

@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from .kinds import Kind
+
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
     """Yields the temporary name to write to. At the end the file takes the place of `path`, following links, with the
     permissions of what was there; after an error it is gone and what was there stays. Into a device or a pipe it is
-    written. Raises OSError.
+    written. Raises OSError, also if a file of another kind is there.
     """
     target = Path(os.path.realpath(path))
     if is_stream(target):
@@ -26,13 +28,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             with open(temporary, "rb") as file, open(target, "wb") as stream:
                 shutil.copyfileobj(file, stream)
         return
+    kind.check(target)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    mode = 0o600 if target.is_file() else 0o666  # nobody reads it meanwhile who may not read what is there
+    temporary.touch(mode, exist_ok=False)
     try:
-        if target.is_file():
-            temporary.touch(0o600)  # nobody reads it meanwhile who may not read what is there
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        kind.check(target)  # it may have come meanwhile
         if target.is_file():
             shutil.copymode(target, temporary)
         os.replace(temporary, target)

@@ -39,13 +39,14 @@ import safetensors.numpy
 
 from .errors import InputError, MemoryFileError, MemoryFileInUse
 from .files import is_stream, leftovers, replacing
+from .kinds import MEMORY, MEMORY_JSON, MEMORY_NPZ, Kind
+from .kinds import MEMORY_FORMAT as FORMAT
 
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
 
-FORMAT = "deltamem-memory"
 FORMAT_VERSION = 1
 
 
@@ -113,12 +114,12 @@ class MemorySnapshot:
             with open(temporary, "wb") as file:
                 np.savez(file, state=self.state, metadata=np.array(json.dumps(self.metadata)))
 
-        _write(path, write)
+        _write(path, MEMORY_NPZ, write)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Exports an object with `metadata` and `state`, nested lists [L][H][r][r]. Raises MemoryFileError."""
         text = json.dumps({"metadata": self.metadata, "state": self.state.tolist()})
-        _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        _write(path, MEMORY_JSON, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_memory_file(path: str | os.PathLike[str], state: np.ndarray, metadata: dict[str, str]) -> None:
@@ -136,7 +137,7 @@ def write_memory_file(path: str | os.PathLike[str], state: np.ndarray, metadata:
         "saved": saved,
     }
     data = safetensors.numpy.save({"state": np.ascontiguousarray(state, dtype=np.float32)}, metadata)
-    _write(path, lambda temporary: temporary.write_bytes(data))
+    _write(path, MEMORY, lambda temporary: temporary.write_bytes(data))
 
 
 def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, str]]:
@@ -191,8 +192,8 @@ def now() -> str:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises MemoryFileError if a memory cannot be saved at `path` later: its folder is missing, or another process
-    keeps the file.
+    """Raises MemoryFileError if a memory cannot be saved at `path` later: its folder is missing, what is there is no
+    memory file, or another process keeps it.
     """
     name = os.fspath(path)
     if is_stream(Path(name)):
@@ -202,6 +203,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise MemoryFileError(f"{name}: the memory cannot be saved: no folder {folder}")
     if os.path.isdir(name) or not os.access(folder, os.W_OK):
         raise MemoryFileError(f"{name}: the memory cannot be saved: not a writable file")
+    with _save_errors(path):
+        MEMORY.check(path)
     with _not_kept_elsewhere(path):
         pass
 
@@ -235,10 +238,8 @@ class MemoryFileLock:
 
     def acquire(self) -> None:
         """Takes the lock, and removes what processes that were killed while saving have left."""
-        try:
+        with _save_errors(self.path):
             self._acquire()
-        except OSError as error:
-            raise MemoryFileError(f"{self.path}: the memory cannot be saved: {error.strerror}") from error
 
     def _acquire(self) -> None:
         if self._freed is not None:
@@ -370,9 +371,14 @@ def _is_shape_of_state(shape: Sequence[int]) -> bool:
     return len(shape) == 4 and shape[2] == shape[3] and 0 not in shape
 
 
-def _write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+def _write(path: str | os.PathLike[str], kind: Kind, write: Callable[[Path], object]) -> None:
+    with _save_errors(path), replacing(path, kind) as temporary:
+        write(temporary)
+
+
+@contextlib.contextmanager
+def _save_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
-        with replacing(path) as temporary:
-            write(temporary)
+        yield
     except OSError as error:
-        raise MemoryFileError(f"{os.fspath(path)}: the memory cannot be saved: {error.strerror}") from error
+        raise MemoryFileError(f"{os.fspath(path)}: the memory cannot be saved: {error.strerror or error}") from error

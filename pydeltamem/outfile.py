@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .errors import InputError, OutputError
 from .files import is_stream, replacing
+from .kinds import Kind
 
 
 def refuse_inputs(path: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]]) -> None:
@@ -34,37 +35,38 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OutputError(f"{os.fspath(path)}: cannot be written: {error.strerror or error}") from error
 
 
-def check_target(path: str | os.PathLike[str]) -> None:
-    """Raises OutputError if no file can be written there."""
+def check_target(path: str | os.PathLike[str], kind: Kind) -> None:
+    """Raises OutputError if no file can be written there, or one of another kind is there."""
     target = Path(os.path.realpath(path))
     with disk_errors(path):
         if target.is_dir():
             raise IsADirectoryError(0, "it is a folder")
         if not is_stream(target):
+            kind.check(target)
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix="."):
                 pass
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def writing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
     """`replacing`, whose errors are OutputErrors: what can be seen before the work is seen before it."""
-    check_target(path)
-    with disk_errors(path), replacing(path) as temporary:
+    check_target(path, kind)
+    with disk_errors(path), replacing(path, kind) as temporary:
         yield temporary
 
 
 @contextlib.contextmanager
-def output(path: str | None) -> Iterator[Callable[[str | bytes], None]]:
+def output(path: str | None, kind: Kind) -> Iterator[Callable[[str | bytes], None]]:
     """A function that writes the file of `--json FILE` or `--plot FILE`, as `writing` does; - is standard output, None
     nothing. That it can be written is seen at once. Raises OutputError.
     """
     if path is None or path == "-":
         yield (lambda data: None) if path is None else _to_stdout
         return
-    check_target(path)
+    check_target(path, kind)
 
     def write(data: str | bytes) -> None:
-        with writing(path) as temporary:
+        with writing(path, kind) as temporary:
             temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
     yield write

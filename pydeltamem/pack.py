@@ -24,6 +24,7 @@ from .arguments import positive
 from .convert.base import Base
 from .errors import AdapterError, InputError, ModelError
 from .gguf_header import MAGIC, Header, Tensor
+from .kinds import ADAPTER, MODEL, SHARD, Kind
 from .outfile import disk_errors, refuse_inputs, writing
 
 PREFIX = "deltamem."
@@ -34,12 +35,13 @@ MAX_SHARDS = 65535  # split.count has 16 bits
 
 
 class Part(NamedTuple):
-    """What one file gets: its keys as bytes, its tensors."""
+    """What one file gets: its keys as bytes, its tensors. And what it is."""
 
     keys: list[bytes]
     tensors: list[Tensor]
     version: int
     alignment: int
+    kind: Kind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +100,7 @@ def pack(
     keys += [_key(memory, key, key if key.startswith(PREFIX) else OTHERS + key) for key in memory.keys]
     tensors = [*model.tensors.values(), *memory.tensors.values()]
     if max_size is None and max_tensors is None:
-        parts = {Path(path): Part(keys, tensors, model.version, model.alignment)}
+        parts = {Path(path): Part(keys, tensors, model.version, model.alignment, MODEL)}
     else:
         parts = _shards(path, keys, tensors, model, max_size, max_tensors)
     for part in parts:
@@ -150,8 +152,8 @@ def unpack(
         tensors[".deltamem_" in name].append(tensor)
     alignment = model.keys.get(OTHERS + "general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     parts = {
-        Path(base): Part(of_base, tensors[0], model.version, model.alignment),
-        Path(adapter): Part(of_adapter, tensors[1], gguf.GGUF_VERSION, alignment),
+        Path(base): Part(of_base, tensors[0], model.version, model.alignment, MODEL),
+        Path(adapter): Part(of_adapter, tensors[1], gguf.GGUF_VERSION, alignment, ADAPTER),
     }
     _write(parts, advance)
 
@@ -191,7 +193,7 @@ def _shards(
             _scalar("split.tensors.count", "i", gguf.GGUFValueType.INT32, len(tensors)),
         ]
         file = path.with_name(f"{path.name.removesuffix('.gguf')}-{i + 1:05}-of-{n:05}.gguf")
-        parts[file] = Part(of_shard, shard, model.version, model.alignment)
+        parts[file] = Part(of_shard, shard, model.version, model.alignment, SHARD)
     return parts
 
 
@@ -229,7 +231,7 @@ def _write(parts: dict[Path, Part], advance: Callable[[int, int], None]) -> None
             raise ModelError(f"{tensor.path}: tensor {tensor.name} is of a type that is too new: upgrade gguf")
     done, total = 0, sum(tensor.n_bytes for tensor in tensors)
     with contextlib.ExitStack() as stack:  # they take their names when all are written, the first shard last
-        temporaries = [stack.enter_context(writing(path)) for path in parts]
+        temporaries = [stack.enter_context(writing(path, part.kind)) for path, part in parts.items()]
         for temporary, (path, part) in zip(temporaries, parts.items()):
             with disk_errors(path), open(temporary, "wb") as out:
                 for n in _written(out, part):

@@ -7,6 +7,7 @@ import os
 
 from .errors import InputError, ModelError
 from .gguf_header import Header
+from .kinds import MODEL
 from .outfile import check_disk, refuse_inputs, writing
 
 _PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
@@ -70,7 +71,7 @@ def quantize(
     params.nthread = n_threads
     params.allow_requantize = allow_requantize
     set_verbose(verbose)
-    with writing(path) as temporary, _lib.errors_held() as log:
+    with writing(path, MODEL) as temporary, _lib.errors_held() as log:
         if _lib.llama_cpp.llama_model_quantize(os.fsencode(header.path), os.fsencode(temporary), params) != 0:
             reason = _lib.reason(log)
             log.clear()

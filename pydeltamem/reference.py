@@ -16,8 +16,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ try:
 except ImportError:
     raise ImportError("pydeltamem.reference needs PyTorch: pip install 'pydeltamem[train]'") from None
 
+from . import kinds
 from .convert.checkpoint import (
     ANY_OF,
     ARCHIVED,
@@ -42,6 +41,7 @@ from .convert.checkpoint import (
     read_config,
 )
 from .errors import InputError, ModelError, OutputError
+from .outfile import writing
 
 #
 # the recurrence
@@ -485,19 +485,17 @@ class DeltaMem(nn.Module):
         directory = Path(directory)
         tensors = {f"model.layers.{i}.self_attn.{name}": p.detach().cpu().clone() for i, name, p in self._named()}
         fields = json.dumps({**ARCHIVED, **asdict(self.config)}, indent=2)
-        made = [directory / f".{name}.{secrets.token_hex(4)}.tmp" for name in (WEIGHTS[0], CONFIG)]
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            torch.save(tensors, made[0])
-            made[1].write_text(fields, encoding="utf-8")
-            read_config(made[1])
-            for path, name in zip(made, (WEIGHTS[0], CONFIG)):
-                os.replace(path, directory / name)
+            with (
+                writing(directory / WEIGHTS[0], kinds.PYTORCH) as weights,
+                writing(directory / CONFIG, kinds.CONFIG) as config,
+            ):
+                torch.save(tensors, weights)
+                config.write_text(fields, encoding="utf-8")
+                read_config(config)
         except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
             raise OutputError(f"{directory}: cannot be written: {error}") from error
-        finally:
-            for path in made:
-                path.unlink(missing_ok=True)
 
     def _named(self) -> Iterator[tuple[int, str, nn.Parameter]]:
         for layer, memory in zip(self.layers, self.memories):

@@ -18,9 +18,10 @@ import safetensors.numpy
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType
 
+from . import kinds
 from .errors import InputError, ModelError, OutputError
 from .gguf_header import Header
-from .outfile import writing
+from .outfile import check_target, writing
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def write_model(
         raise ModelError(f"{header.path}: has {n_tokens} tokens, the model needs {shape.n_vocab or 'some'}")
 
     tensors = [(name, dims, _type(name, shape, ftype)) for name, dims in _tensors(shape, n_tokens)]
-    with writing(path) as temporary:
+    with writing(path, kinds.MODEL) as temporary:
         _write_header(temporary, shape, header, ftype, tensors)
         rng = np.random.default_rng(seed)
         total, done = sum(_n_bytes(dims, kind) for _, dims, kind in tensors), 0
@@ -121,7 +122,9 @@ def write_adapter_checkpoint(
     directory, model, rng = Path(directory), Base(base), np.random.default_rng(seed)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG).write_text(json.dumps({"rank": 8, "alpha": 16.0, **config}, indent=2), encoding="utf-8")
+        check_target(directory / WEIGHTS[1], kinds.WEIGHTS)
+        with writing(directory / CONFIG, kinds.CONFIG) as temporary:
+            temporary.write_text(json.dumps({"rank": 8, "alpha": 16.0, **config}, indent=2), encoding="utf-8")
         settings = read_config(directory / CONFIG)
 
         def normal(*dims: int, std: float) -> np.ndarray:
@@ -142,7 +145,8 @@ def write_adapter_checkpoint(
             if settings.trainable_delta_scale:
                 layer["delta_scale_raw"] = normal(4 if settings.delta_scale_granularity == "head" else 1, std=1.0)
             tensors.update({f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in layer.items()})
-        safetensors.numpy.save_file(tensors, directory / WEIGHTS[1])
+        with writing(directory / WEIGHTS[1], kinds.WEIGHTS) as temporary:
+            safetensors.numpy.save_file(tensors, temporary)
     except (OSError, safetensors.SafetensorError) as error:
         raise OutputError(f"{directory}: cannot be written: {error}") from error
 

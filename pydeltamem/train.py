@@ -23,10 +23,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from . import kinds
 from .arguments import count, integers, positive, positive_number, share
 from .errors import InputError, ModelError, OutputError, TrainingError
 from .files import replacing
-from .outfile import writing
+from .outfile import check_target, writing
 
 try:
     import torch
@@ -37,7 +38,7 @@ try:
 except ImportError:
     raise InputError("deltamem train needs torch and transformers: pip install 'pydeltamem[train]'") from None
 
-from .convert.checkpoint import HEADS
+from .convert.checkpoint import CONFIG, HEADS, WEIGHTS
 from .reference import DeltaMem, DeltaMemConfig, chunked_recurrence, find_attention, fused_recurrence
 
 # The paper's write strategies: granularity and state heads.
@@ -358,6 +359,8 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{args.out}: cannot be written: {error.strerror}") from error
+        for name, kind in ((WEIGHTS[0], kinds.PYTORCH), (CONFIG, kinds.CONFIG), ("loss.png", kinds.PNG)):
+            check_target(self.out / name, kind)
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:
@@ -450,7 +453,7 @@ class Trainer:
             "memory": self.memory.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
         try:
-            with replacing(self.out / "checkpoint.pt") as temporary:
+            with replacing(self.out / "checkpoint.pt", kinds.PYTORCH) as temporary:
                 torch.save(saved, temporary)
         except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
             raise OutputError(f"{self.out / 'checkpoint.pt'}: cannot be written: {error}") from error
@@ -543,7 +546,7 @@ class Trainer:
         axes = figure.add_subplot(xlabel="step", ylabel="loss of the answers")
         axes.plot(*zip(*self.curve)) if self.curve else None
         axes.grid(alpha=0.3)
-        with writing(self.out / "loss.png") as temporary:
+        with writing(self.out / "loss.png", kinds.PNG) as temporary:
             figure.savefig(temporary, dpi=120, format="png")
 
 

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pydeltamem.files import replacing
+from pydeltamem.kinds import PYTORCH, TOKENIZER
 from pydeltamem.world import Turn, World
 
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
@@ -147,7 +148,7 @@ def train_tokenizer(
         num_threads=1,
         minloglevel=2,
     )
-    with replacing(directory / "tokenizer.model") as temporary:
+    with replacing(directory / "tokenizer.model", TOKENIZER) as temporary:
         Path(temporary).write_bytes(model.getvalue())
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
@@ -312,7 +313,7 @@ def main() -> None:
                 row["recall"] = {n: recall(model, text, 7, n) for n in (1, 4, 8)}
                 model.train()
                 print(json.dumps(row), file=log, flush=True)
-                with replacing(checkpoint) as temporary:
+                with replacing(checkpoint, PYTORCH) as temporary:
                     states = [stepper.state_dict() for stepper in steppers]
                     torch.save({"step": step, "model": model.state_dict(), "optimizers": states}, temporary)
     model.save_pretrained(args.directory)

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from pydeltamem.files import replacing
+from pydeltamem.kinds import CONVERSATIONS
 from pydeltamem.world import Turn, World
 
 N_FACTS = (1, 1, 2, 2, 3, 4, 4, 6, 8, 12)
@@ -61,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     world = World(args.seed, part="seen", phrasings="seen")
-    with replacing(args.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with replacing(args.out, CONVERSATIONS) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for _ in range(args.count):
             turns, asks = conversation(world)
             json.dump({"messages": messages(turns), "asks": [messages([ask]) for ask in asks]}, file)

@@ -177,7 +177,7 @@ def test_a_bad_memory_file_is_refused(piped, tmp_path):
     path = tmp_path / "a.memory"
     path.write_text("no memory")
     result = piped(["hello"], "--memory", path)
-    assert result.returncode == 1 and "a.memory: cut off or not a memory file" in result.stderr
+    assert result.returncode == 1 and "a.memory" in result.stderr and "not a memory file" in result.stderr
     assert path.read_text() == "no memory"
     for option in (["--no-memory"], ["--load-memory", path], ["--save-memory", path]):
         result = piped([], "--memory", path, *option)

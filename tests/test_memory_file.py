@@ -20,6 +20,7 @@ import safetensors.numpy
 
 from pydeltamem import Conversation, InputError, MemoryFileError, MemoryFileInUse, MemorySnapshot
 from pydeltamem.files import leftovers, replacing
+from pydeltamem.kinds import MEMORY, MEMORY_JSON
 from pydeltamem.memory_file import MemoryFileLock, check_writable, read_memory_file, write_memory_file
 from pydeltamem.outfile import output
 
@@ -192,13 +193,14 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 @posix
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
 def test_saving_keeps_the_permissions(tmp_path, mode):
-    path = tmp_path / "a.memory"
+    path = tmp_path / "a"
     snapshot = MemorySnapshot(random_state(), METADATA)
-    snapshot.save(path)
-    path.chmod(mode)
-    snapshot.save(path)
-    snapshot.to_json(path)
-    assert stat.S_IMODE(path.stat().st_mode) == mode
+    for save in (snapshot.save, snapshot.to_json):
+        save(path)
+        path.chmod(mode)
+        save(path)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+        path.unlink()
 
 
 @posix
@@ -206,7 +208,7 @@ def test_nobody_reads_meanwhile_who_may_not_read_the_file(tmp_path):
     path = tmp_path / "a.memory"
     path.write_bytes(b"")
     path.chmod(0o600)
-    with replacing(path) as temporary:
+    with replacing(path, MEMORY) as temporary:
         temporary.write_bytes(b"a")
         assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
 
@@ -392,7 +394,7 @@ def test_a_pipe_is_written_to(tmp_path):
     os.close(reader)
     np.testing.assert_array_equal(MemorySnapshot.load(tmp_path / "a.memory").state, random_state())
     assert path.is_fifo()
-    with output(os.devnull) as write:
+    with output(os.devnull, MEMORY_JSON) as write:
         write("{}")
     assert not Path(os.devnull).is_file() and sorted(os.listdir(tmp_path)) == ["a.memory", "pipe"]
 

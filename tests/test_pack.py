@@ -153,9 +153,10 @@ def test_layers_that_predict_further_tokens_are_not_counted(base, adapter, tmp_p
     same(logits_and_state(tmp_path / "packed.gguf"), logits_and_state(base(), adapter("qwen3", "tsw_qo")))
 
 
-def test_unpacking_writes_both_files_or_none(packed, tmp_path):
+def test_unpacking_writes_both_files_or_none(base, packed, tmp_path):
     model, old = packed(), tmp_path / "base.gguf"
-    old.write_bytes(b"what was there before")
+    quantize(base(), old, "f16")
+    before = old.read_bytes()
     with pytest.raises(OutputError, match="memory: cannot be written: No such file"):
         unpack(model, old, tmp_path / "no" / "memory")
 
@@ -165,7 +166,7 @@ def test_unpacking_writes_both_files_or_none(packed, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         unpack(model, old, tmp_path / "memory.gguf", advance)
-    assert old.read_bytes() == b"what was there before"
+    assert old.read_bytes() == before
     assert set(tmp_path.iterdir()) == {model, old}
 
 

@@ -335,3 +335,14 @@ def test_a_memory_that_begins_as_a_head_adds_what_the_head_does(hf_dir, strategy
         assert any(torch.allclose(added, 0.5 * out, atol=1e-6) for out in outputs), layer
         keys = parameters.memory_k_proj @ h
         assert keys.abs().max() > 0 and torch.isfinite(keys).all()
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "delta_mem_adapter.pt", "delta_mem_config.json", "loss.png"])
+def test_a_file_of_another_kind_stays(hf_dir, data, tmp_path, name):
+    path = tmp_path / name
+    run = trainer(hf_dir, data, tmp_path, "--steps", "1")
+    path.write_bytes(b"a diary")
+    for act in (run.train, lambda: trainer(hf_dir, data, tmp_path, "--steps", "1")):  # later, and before the work
+        with pytest.raises((InputError, OutputError), match=name.replace(".", r"\.")):
+            act()
+        assert path.read_bytes() == b"a diary"

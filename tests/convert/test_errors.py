@@ -21,7 +21,7 @@ from pydeltamem.cli import main
 from pydeltamem.convert.base import Base
 from pydeltamem.convert.checkpoint import Checkpoint
 from pydeltamem.convert.pack import write_adapter
-from pydeltamem.errors import CheckpointError, InputError, ModelError
+from pydeltamem.errors import CheckpointError, InputError, ModelError, OutputError
 
 CONFIG, PT, SAFETENSORS = "delta_mem_config.json", "delta_mem_adapter.pt", "delta_mem_adapter.safetensors"
 LAYER = "model.layers.1.self_attn."
@@ -543,12 +543,12 @@ def test_damaged_base_never_crashes(job):
 
 def test_output_folder_is_missing(job, capsys):
     job.out.parent.rmdir()
-    refused(job, capsys, InputError, job.out, "cannot be written: No such file")
+    refused(job, capsys, OutputError, job.out, "cannot be written: No such file")
 
 
 def test_output_is_a_folder(job, capsys):
     job.out.mkdir()
-    with pytest.raises(InputError, match="cannot be written: it is a folder"):
+    with pytest.raises(OutputError, match="cannot be written: it is a folder"):
         job.convert()
     assert main(job.arguments()) == 1
     assert [path.name for path in job.out.parent.iterdir()] == [job.out.name]
@@ -573,14 +573,16 @@ def test_output_is_read(job):
 
 
 def test_an_existing_output_stays(job, capsys):
-    job.out.write_bytes(b"what was there before")
+    job.convert()
+    before = job.out.read_bytes()
     job.tensors(lambda tensors: {**tensors, LAYER + "beta_bias": torch.full((8,), float("nan"))})
     refused(job, capsys, CheckpointError, job.directory / PT, "not finite")
-    assert job.out.read_bytes() == b"what was there before"
+    assert job.out.read_bytes() == before
 
 
 def test_a_write_that_fails_leaves_the_old_file(job, monkeypatch):
-    job.out.write_bytes(b"what was there before")
+    job.convert()
+    before = job.out.read_bytes()
 
     for error, says in ((OSError(28, "No space left on device"), "No space left"), (OSError("0 written"), "0 written")):
 
@@ -588,14 +590,16 @@ def test_a_write_that_fails_leaves_the_old_file(job, monkeypatch):
             raise error
 
         monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
-        with pytest.raises(InputError, match=f"cannot be written: {says}"):
+        with pytest.raises(OutputError, match=f"cannot be written: {says}"):
             job.convert()
-    assert [path.read_bytes() for path in job.out.parent.iterdir()] == [b"what was there before"]
+    assert [path.read_bytes() for path in job.out.parent.iterdir()] == [before]
 
 
 def test_a_new_output_replaces_the_old(job):
-    job.out.write_bytes(b"what was there before")
+    write_adapter(Checkpoint(job.directory), Base(job.base), job.out, name="old")
+    before = job.out.read_bytes()
     job.convert()
+    assert job.out.read_bytes() != before
     assert gguf.GGUFReader(job.out).tensors
     assert [path.name for path in job.out.parent.iterdir()] == [job.out.name]
 

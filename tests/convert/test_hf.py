@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from pydeltamem.cli import main
 from pydeltamem.convert.hf import convert_base
-from pydeltamem.errors import InputError, ModelError
+from pydeltamem.errors import ModelError, OutputError
 from pydeltamem.gguf_header import Header
 from test_pack import on_a_full_disk
 
@@ -71,7 +71,7 @@ def test_half_of_a_split_model(hf, tmp_path, there, missing):
 
 def test_where_it_cannot_be_written(hf, tmp_path):
     for out, says in ((tmp_path / "no" / "base.gguf", "No such file or directory"), (hf, "it is a folder")):
-        with pytest.raises(InputError, match=f"{out}: cannot be written: {says}"):
+        with pytest.raises(OutputError, match=f"{out}: cannot be written: {says}"):
             convert_base(hf, out)
     folder = tmp_path / "out"
     folder.mkdir()
