@@ -295,7 +295,7 @@ class Text:
         begins = np.concatenate([history.begins[old] & unread, np.zeros(len(new), dtype=np.bool_)])
         if segments is not None:
             begins[n_past - self.n_kv] = True
-        return list(_runs(every, write, segment, begins))
+        return list(_runs(every, write, segment, begins, history.n - self.n_kv))
 
     def _cut(self) -> None:
         """The KV cache ends where the memory is, or before."""
@@ -394,10 +394,14 @@ def _runs(
     write: npt.NDArray[np.bool_],
     segment: npt.NDArray[np.int32],
     begins: npt.NDArray[np.bool_],
+    n_read: int,
 ) -> Iterator[Piece]:
-    """Cuts at every change between writing and not, and where an ingest in segments begins or ends."""
+    """Cuts at every change between writing and not, where an ingest in segments begins or ends, and behind the first
+    `n_read` tokens, which the memory knows.
+    """
     in_segments = segment != TOKEN
     cuts = (in_segments[1:] != in_segments[:-1]) | begins[1:] | (~in_segments[1:] & (write[1:] != write[:-1]))
+    cuts[n_read - 1 : n_read] = True
     bounds = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(tokens)]
     for start, end in itertools.pairwise(bounds):
         if start == end:

@@ -432,6 +432,21 @@ def test_reading_only(llm, read_once):
     np.testing.assert_allclose(llm.memory.state, read_once(TOKENS[:6] + OTHER), **SAME)
 
 
+def test_reading_only_after_the_cache_was_lost(make, read_once):
+    """What is read again and what is new, neither of which writes, are not one."""
+    llm = make(n_seq_max=1)
+    llm.eval(TOKENS[:6])
+    llm.memory.write = False
+    Conversation(llm, n_predict=1).say("hello")  # takes the place
+    llm.eval(OTHER)
+    assert llm.n_tokens == 6 + len(OTHER)
+    assert llm.input_ids[: llm.n_tokens].tolist() == TOKENS[:6] + OTHER
+    llm.memory.write = True
+    llm.n_tokens = 6
+    llm.eval(TOKENS[6:])
+    assert llm.memory.n_written == len(TOKENS)
+
+
 @pytest.mark.parametrize("how", ["set", "reset", "load"])
 def test_another_memory_in_the_middle(llm, read_once, tmp_path, how):
     """No token before it counts as written, and the text cannot take it back."""
