@@ -160,9 +160,9 @@ def llama_deltamem_n_bytes(adapter: llama_deltamem_adapter_p, /) -> int: ...
 def llama_deltamem_attach(ctx: llama_context_p, adapter: llama_deltamem_adapter_p, /) -> int: ...
 
 
-# int32_t llama_deltamem_detach(struct llama_context * ctx);
-@ctypes_function("llama_deltamem_detach", [llama_context_p_ctypes], ctypes.c_int32)
-def llama_deltamem_detach(ctx: llama_context_p, /) -> int: ...
+# void llama_deltamem_detach(struct llama_context * ctx);
+@ctypes_function("llama_deltamem_detach", [llama_context_p_ctypes], None)
+def llama_deltamem_detach(ctx: llama_context_p, /) -> None: ...
 
 
 # bool llama_deltamem_is_attached(const struct llama_context * ctx);
@@ -344,6 +344,10 @@ def _add(level: int, line: str) -> None:
             log.handle(record)
         else:
             _thread.waiting += (record,)
+
+
+# llama_cpp sends the output of the process to nowhere while it loads a model. Two at once would leave it there.
+silencing = threading.RLock()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -18,10 +18,11 @@ import numpy.typing as npt
 from . import _lib
 from .errors import InputError, MemoryFileError
 from .history import n_common
+from .lock import all_of, holding
 from .memory import Memory
 from .memory_file import MemoryFileLock
 from .stream import Assembler, checked_grammar
-from .text import Piece, Text
+from .text import Reading, Text
 
 if TYPE_CHECKING:
     from .llama import DeltaMemLlama
@@ -42,6 +43,9 @@ class Conversation:
 
     It may be used while a stream of it is open: that reply ends there, what was said so far counts, and the stream has
     no more pieces. It cannot be pickled or copied: `fork` makes a second one; messages and memory file can be kept.
+
+    Threads may share it, and its model (docs/conversations.md). Each call is whole: others of this one wait for
+    its end. Those of other conversations go on meanwhile, decode by decode.
 
     Args:
         llm: the model.
@@ -98,6 +102,7 @@ class Conversation:
     # talking
     #
 
+    @holding("_text.turn")
     def say(self, content: str, **options: Any) -> str:
         """One turn: says `content` and returns the reply.
 
@@ -110,30 +115,32 @@ class Conversation:
 
     def stream(self, content: str, **options: Any) -> Iterator[str]:
         """As `say`, in pieces as they come. Closing the iterator ends the reply; what was said so far counts."""
-        yield from self._stream(content, options)
+        yield from self._stream(_checked_content(content), options)
 
+    @holding("_text.turn")
     def regenerate(self, **options: Any) -> str:
         """Another reply in place of the latest: text and memory go back to before it."""
         return "".join(self.stream_again(**options))
 
     def stream_again(self, **options: Any) -> Iterator[str]:
         """As `regenerate`, in pieces."""
-        self._ready()
-        yield from self._stream(self.messages[self._said_last()]["content"], options, instead=True)
+        yield from self._stream(None, options, instead=True)
 
+    @holding("_text.turn")
     def edit(self, content: str, **options: Any) -> str:
         """Says `content` in place of what was said last: text and memory go back to before that."""
         return "".join(self.stream_edited(content, **options))
 
     def stream_edited(self, content: str, **options: Any) -> Iterator[str]:
         """As `edit`, in pieces."""
-        yield from self._stream(content, options, instead=True)
+        yield from self._stream(_checked_content(content), options, instead=True)
 
-    def _stream(self, content: str, options: dict[str, Any], instead: bool = False) -> Iterator[str]:
+    def _stream(self, content: str | None, options: dict[str, Any], instead: bool = False) -> Iterator[str]:
         with contextlib.closing(_speak([Reply(self, content, options, instead)])) as pieces:
             for _, piece in pieces:
                 yield piece
 
+    @holding("_text.turn")
     def undo(self) -> None:
         """Takes back the latest turn, what was said and the reply: text and memory are as before it.
 
@@ -151,6 +158,7 @@ class Conversation:
             raise
         self.save()
 
+    @holding("_text.turn")
     def add(self, role: str, content: str) -> None:
         """Reads a message without replying: "user", "assistant" or "system". Raises InputError if it does not fit."""
         self._ready()
@@ -166,6 +174,7 @@ class Conversation:
             raise
         self.save()
 
+    @holding("_text.turn")
     def clear(self) -> None:
         """Forgets the text and keeps the memory, and the system prompt."""
         self._ready()
@@ -175,6 +184,7 @@ class Conversation:
         self.messages = messages
         self.save()
 
+    @holding("_text.turn")
     def fork(self) -> Conversation:
         """A second conversation that goes on from here by itself, with a memory of its own and no memory file."""
         self._end_reply()
@@ -201,6 +211,7 @@ class Conversation:
     # the memory file
     #
 
+    @holding("_text.turn")
     def open(self, path: str | os.PathLike[str]) -> None:
         """From here on the memory is saved to `path` after each turn. If the file exists, it is loaded now."""
         self._end_reply()
@@ -223,6 +234,7 @@ class Conversation:
         self._lock, self.memory_file = lock, path
         self._n_attached = self.llm._seats.n_attached
 
+    @holding("_text.turn")
     def save(self) -> None:
         """Saves the memory to the memory file, if there is one. Raises MemoryFileError if it cannot be saved, or if an
         adapter was attached or detached since the file was opened.
@@ -231,6 +243,7 @@ class Conversation:
         if self.memory_file is not None:
             self.memory.save(self.memory_file)
 
+    @holding("_text.turn")
     def close(self) -> None:
         """Saves the memory, and gives up the memory file and the place in the context. Closing twice is fine.
 
@@ -244,8 +257,9 @@ class Conversation:
             if self._lock is not None:
                 self._lock.release()
             self._lock = self.memory_file = None
-            if self.llm._seats.is_open:
-                self.llm._seats.leave(self._text)
+            with self._text.lock:
+                if self.llm._seats.is_open:
+                    self.llm._seats.leave(self._text)
 
     @property
     def _keeps_file(self) -> bool:
@@ -376,24 +390,21 @@ class Reply:
     its conversation is used for something else.
 
     Args:
-        content: what is said.
+        content: what is said; None: what was said last.
         options: of `Conversation.say`.
         instead: in place of what was said last.
     """
 
     def __init__(
-        self, conversation: Conversation, content: str, options: Mapping[str, Any], instead: bool = False
+        self, conversation: Conversation, content: str | None, options: Mapping[str, Any], instead: bool = False
     ) -> None:
         self.conversation = conversation
-        self.said = _checked_content(content)
+        self.said = content
         self.options = {**conversation.options, **_checked_options(conversation.llm, options)}
         self.instead = instead
         self.content = ""
         self.n_tokens = 0
         self.finish_reason: str | None = None
-        self.pieces: list[Piece] = []
-        self.at = 0  # tokens in the KV cache that the pieces follow
-        self.undo: Callable[[], None] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -410,55 +421,30 @@ class Reply:
         stop = [stop] if isinstance(stop, str) else list(stop or ())
         if options.get("logits_processor") is not None:
             options["logits_processor"] = [functools.partial(_process, text, p) for p in options["logits_processor"]]
-        if seed is not None:
-            llm.set_seed(seed)
-        self.sampler = llm._init_sampler(**options)
+        with text.lock:
+            self.sampler = llm._seeded_sampler(llm._seed if seed is None else seed, **options)
 
         start = conversation._said_last() if self.instead else len(messages)
         self.replaced = messages[start:]
-        messages[start:] = [{"role": "user", "content": self.said}]
+        said = self.replaced[0]["content"] if self.said is None else self.said
+        messages[start:] = [{"role": "user", "content": said}]
         try:
             conversation._make_room(min(text.n_ctx // 4, self.n_predict if self.n_predict >= 0 else 256))
             prompt, ends = chat_prompt(llm, messages)
             self.assembler = Assembler(llm._model.vocab, [*stop, *ends["stop"]])
             self.criteria = ends["stopping_criteria"]
-            self._read_next(conversation._unread(prompt), conversation._segments)
+            unread = conversation._unread(prompt)
+            self.reading = Reading(text, unread, conversation._segments(unread))
             conversation._reply = self
         except BaseException:
             conversation._reply = None
             messages[-1:] = self.replaced
             raise
 
-    def _read_next(self, tokens: list[int], segments: Any = None) -> None:
-        self.tokens, self.segments = tokens, segments(tokens) if segments else None
-        self.n_past = self.conversation._text.n_tokens
-
-    def prepare(self, staying: Sequence[Text]) -> None:
-        """Makes pieces of the tokens to read, in a place in the context."""
-        text = self.conversation._text
-        text.renew()
-        if self.pieces and text.seat is not None and text.n_kv == self.at:
-            return
-        n_read = text.n_tokens - self.n_past  # more than 0 if the text lost its place in the middle
-        segments = None if self.segments is None else self.segments[n_read:]
-        self.pieces = text.pieces(self.tokens[n_read:], segments, staying)
-        self.at = text.n_kv
-        if self.undo is None:  # else the place was lost in the middle: back to where it began
-            self.undo = text.undone_on_failure(text.n_tokens)
-
-    def take(self, n_max: int) -> Piece:
-        """The next piece, or the beginning of it."""
-        first = self.pieces.pop(0)
-        if len(first.tokens) > n_max:
-            first, rest = first.split(n_max)
-            self.pieces.insert(0, rest)
-        self.at += len(first.tokens)
-        return first
-
     def push(self, token: int) -> str:
         """Takes the token sampled after all that was read. Returns text; sets finish_reason at the end."""
         llm, text = self.conversation.llm, self.conversation._text
-        self.undo = None
+        self.reading.succeed()
         if self.n_predict == 0:
             self.finish_reason = "length"
             return ""
@@ -473,7 +459,7 @@ class Reply:
         if 0 < self.n_predict <= self.n_tokens or not self._has_room():
             self.finish_reason = "length"
             return piece + self.assembler.finish()
-        self._read_next([token])
+        self.reading = Reading(text, [token])
         if self.criteria is not None and self.criteria(text.tokens, np.zeros(0, dtype=np.single)):
             self.finish_reason = "stop"
         return piece
@@ -499,16 +485,25 @@ class Reply:
         """Ends it before its end: what could not be decoded is as if it had not been read; what was said so far counts.
         Nothing happens if it is no longer in the making.
         """
-        if not self.is_open:
+        # The garbage collector may end a stream in any thread at any moment, where nobody must wait for ever. Whoever
+        # has the turn ends this reply anyway.
+        turn = self.conversation._text.turn
+        if not turn.acquire(timeout=1):
             return
+        try:
+            if self.is_open:
+                self._fail()
+        finally:
+            turn.release()
+
+    def _fail(self) -> None:
         if self.n_tokens > 0:
             self.content += self.assembler.finish()
             self._enter()
         else:
             self.conversation._reply = None
             self.conversation.messages[-1:] = self.replaced
-        if self.undo is not None:
-            self.undo()
+        self.reading.fail()
         if self.n_tokens > 0:
             self._save()
 
@@ -529,8 +524,9 @@ def say_together(asked: Mapping[Conversation, str], **options: Any) -> dict[Conv
     If the memory of one cannot be saved, all turns are made nevertheless, and MemoryFileError is raised at the end.
     """
     replies = dict.fromkeys(asked, "")
-    for conversation, piece in stream_together(asked, **options):
-        replies[conversation] += piece
+    with all_of(conversation._text.turn for conversation in asked):
+        for conversation, piece in stream_together(asked, **options):
+            replies[conversation] += piece
     return replies
 
 
@@ -543,7 +539,9 @@ def stream_together(asked: Mapping[Conversation, str], **options: Any) -> Iterat
     llm = next(iter(asked)).llm
     if any(conversation.llm is not llm for conversation in asked):
         raise InputError("conversations of different models cannot be decoded together")
-    yield from _speak([Reply(conversation, content, options) for conversation, content in asked.items()])
+    yield from _speak(
+        [Reply(conversation, _checked_content(content), options) for conversation, content in asked.items()]
+    )
 
 
 def _speak(waiting: list[Reply]) -> Iterator[tuple[Conversation, str]]:
@@ -551,39 +549,28 @@ def _speak(waiting: list[Reply]) -> Iterator[tuple[Conversation, str]]:
 
     Between two pieces any of the conversations may be used; its reply has then ended.
     """
-    llm = waiting[0].conversation.llm
-    seats = llm._seats
-    for reply in waiting:
-        reply.conversation._ready()
+    seats = waiting[0].conversation.llm._seats
+    with _turns(waiting):
+        for reply in waiting:
+            reply.conversation._ready()
     active: list[Reply] = []
     errors: list[Exception] = []  # of saving: no reason to cut the other replies off
     try:
         while waiting or active:
-            while waiting and len(active) < seats.n_seq_max:
-                active.append(waiting.pop(0))
-                active[-1].begin()
-            jobs, room = [], seats.n_batch
-            for reply in active:
-                reply.prepare([other.conversation._text for other in active if other is not reply])
-                if room > 0:
-                    piece = reply.take(room)
-                    room -= len(piece.tokens)
-                    jobs.append((reply.conversation._text, piece))
-            rows = seats.decode(jobs)
-            said: list[tuple[Reply, str]] = []
-            for reply in active:
-                row = rows.get(reply.conversation._text)
-                if row is None or reply.pieces:
-                    continue
-                piece = reply.push(reply.sampler.sample(llm._ctx, row))
-                reply.content += piece
-                said.append((reply, piece))
-            for reply, _ in said:
-                if reply.finish_reason:
-                    try:
-                        reply.end()
-                    except Exception as error:
-                        errors.append(error)
+            begins = waiting[: seats.n_seq_max - len(active)]
+            del waiting[: len(begins)]
+            active += begins
+            with _turns(active):
+                for reply in begins:
+                    reply.begin()
+                active = [reply for reply in active if reply.is_open]  # others were used for something else by now
+                said = _decode(active)
+                for reply, _ in said:
+                    if reply.finish_reason:
+                        try:
+                            reply.end()
+                        except Exception as error:
+                            errors.append(error)
             # only now that nothing is to be sampled any more: others may decode in between
             for reply, piece in said:
                 if piece and (reply.is_open or reply.finish_reason):  # not if it was used for something else by now
@@ -599,6 +586,40 @@ def _speak(waiting: list[Reply]) -> Iterator[tuple[Conversation, str]]:
             raise
     if errors:
         raise errors[0]
+
+
+def _decode(active: list[Reply]) -> list[tuple[Reply, str]]:
+    """One decode for replies of one model. Returns those that have read all that they had to, with what each says."""
+    said: list[tuple[Reply, str]] = []
+    if not active:
+        return said
+    llm = active[0].conversation.llm
+    seats = llm._seats
+    with seats.lock:
+        while not said:
+            jobs, room = [], seats.n_batch
+            for reply in active:
+                reply.reading.prepare([other.conversation._text for other in active if other is not reply])
+                if room > 0:
+                    piece = reply.reading.take(room)
+                    room -= len(piece.tokens)
+                    jobs.append((reply.conversation._text, piece))
+            rows = seats.decode(jobs)
+            for reply in active:
+                row = rows.get(reply.conversation._text)
+                if row is None or reply.reading.pieces:
+                    continue
+                piece = reply.push(reply.sampler.sample(llm._ctx, row))
+                reply.content += piece
+                said.append((reply, piece))
+            if not seats.is_crowded:
+                break
+            active = active[1:] + active[:1]
+    return said
+
+
+def _turns(replies: Iterable[Reply]) -> contextlib.AbstractContextManager[None]:
+    return all_of(reply.conversation._text.turn for reply in replies)
 
 
 def _process(text: Text, processor: Callable[..., Any], _: Any, scores: npt.NDArray[np.single]) -> Any:

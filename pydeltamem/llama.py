@@ -13,7 +13,7 @@ import os
 import types
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from .embedding import tokenized, vectors
 from .errors import AdapterError, InputError, ModelError
 from .gguf_header import Header
 from .history import History, n_common
+from .lock import holding
 from .memory import Memory
 from .memory_file import MemorySnapshot
 from .names import nearest
@@ -77,6 +78,10 @@ class DeltaMemLlama(Llama):
 
     Memory and text are independent: `reset()` forgets the text and keeps the memory, `memory.reset()` the reverse.
 
+    Threads may share it (docs/conversations.md). Each call is whole: others that use this object's own text wait for
+    its end. They come in between two pieces of a stream, which ends with InputError if they change its text. A
+    `Conversation` has a text of its own, and goes on beside it.
+
     Each token of a text is written once (docs/conversations.md). A text that goes back, to be asked again, edited or
     because drafted tokens were wrong, takes the memory back with it; one that shares nothing with the present text, or
     in a chat only the system prompt, is another one: the memory goes on.
@@ -120,7 +125,7 @@ class DeltaMemLlama(Llama):
             kwargs.setdefault("n_gpu_layers", -1)  # llama_cpp's default, 0, would leave the servers idle
         if n_ctx == 0 and n_seq_max > 1:
             n_ctx = _trained_context(model_path)  # llama_cpp would divide that among the texts
-        with _lib.errors_held() as log:
+        with _lib.silencing, _lib.errors_held() as log:
             try:
                 super().__init__(model_path, n_ctx=n_ctx * n_seq_max, verbose=verbose, **kwargs)
             except TemplateError as error:
@@ -151,12 +156,12 @@ class DeltaMemLlama(Llama):
             self._seed = 0  # llama_cpp takes it for none given
         if type(self.tokenizer_) is _lib.LlamaTokenizer:
             self.tokenizer_ = self.tokenizer()
-        self._text = Text(self._seats)
+        self._text = Text(self._seats, home=SEAT)
         # llama_cpp has rows that nothing is ever written to, and with a draft model only n_batch
         self.scores = np.empty((self.n_ctx() if self._logits_all else 0, self.n_vocab()), dtype=np.single)
         if self._logits_all:
             self._text.scores = self.scores
-        self._seats.take(self._text, SEAT)
+        self._seats.take(self._text)
         self._n_read = 0  # tokens before the one that is sampled
         self._messages: list[Any] | None = None  # of the latest chat completion that was read
         self._asked: list[Any] | None = None  # of the one that is about to be
@@ -168,6 +173,7 @@ class DeltaMemLlama(Llama):
         if path is not None:
             self._attach(path)
 
+    @holding("_seats.lock")
     def _attach(self, path: str) -> None:
         """Attaches an adapter in place of the present one. Raises AdapterError; the present one stays then."""
         adapter = _lib.llama_deltamem_adapter_load(self.model, os.fsencode(path))
@@ -245,6 +251,7 @@ class DeltaMemLlama(Llama):
     # reading
     #
 
+    @holding("_text.turn")
     def eval(self, tokens: Sequence[int], segments: Sequence[int] | None = None) -> None:
         """Evaluates tokens after the present text: one ingest, in pieces of n_batch.
 
@@ -259,21 +266,34 @@ class DeltaMemLlama(Llama):
 
         Raises InputError if the arguments do not fit. If llama.cpp fails, text and memory are as before the call.
         """
+        self._eval(tokens, segments)
+
+    def _eval(
+        self,
+        tokens: Sequence[int],
+        segments: Sequence[int] | None = None,
+        then: Callable[[], object] = lambda: None,
+    ) -> None:
+        """As `eval`. `then` is called before others may decode: what it does with the logits."""
         _ = self._seats.ctx
         tokens = self._checked_tokens(tokens)
         ids = None if segments is None else self._checked_segments(tokens, segments)
         if len(tokens) == 0:
             return
-        self._seats.take(self._text, SEAT)
         self._text.drafted = self.draft_model is not None
         self._requires_eval = True  # until it succeeds
         n_past, history = self._text.n_tokens, self._text.history
         if n_past < history.n and n_past + history.common(n_past, tokens) <= 1:
             self._text.begin(n_past)  # at most the token that begins every text agrees: another one
-        self._text.eval(tokens, ids)
-        self._requires_eval = False
+
+        def read() -> None:
+            self._requires_eval = False
+            then()
+
+        self._text.eval(tokens, ids, read)
 
     @property
+    @holding("_seats.lock")
     def logits(self) -> npt.NDArray[np.float32]:
         """Of what may follow the latest token, float32 [n_vocab], a copy. Raises InputError if none was read."""
         self._check_logits()
@@ -300,53 +320,82 @@ class DeltaMemLlama(Llama):
         `stopping_criteria` are called with the tokens read, [n], and the logits that the next one was sampled from.
         Between two tokens other texts may be read. Raises InputError if it is to go on after this one was changed.
         """
+        text, whole = self._text, list(tokens)
+        arguments = _GENERATE.bind(self, [], *args, **kwargs)
+        is_all = arguments.arguments.get("reset", True)
+        arguments.arguments["reset"] = False
+        criteria = arguments.arguments.pop("stopping_criteria", None)
+        generator = super().generate(*arguments.args[1:], **arguments.kwargs)
+        version, n_taken = text.version, 0
+        token: int | None = None
+
+        def step(sent: Sequence[int] | None = None) -> None:
+            nonlocal token
+            token = _send(generator, sent)
+            if token is None or criteria is None:
+                return
+            if criteria(np.array(whole, dtype=np.intc), self._logits_after(len(whole))):
+                token = None
+
+        try:
+            with text.turn:
+                with text.lock:
+                    unread = self._begin(whole) if is_all else whole
+                    whole = whole if is_all else [*text.tokens.tolist(), *whole]
+                    if not unread:
+                        step()
+                if unread:
+                    self._eval(unread, then=step)
+                version = text.version
+            while token is not None:
+                whole.append(token)
+                n_taken += 1
+                sent = yield token
+                with text.turn, text.lock:
+                    if text.version != version:
+                        raise InputError("the text was changed while it was being generated: ask again")
+                    if self._requires_eval or self._seats.latest.get(SEAT) is not text:
+                        self.n_tokens = len(whole) - 1  # the logits are gone: what was drafted behind is read again
+                    try:
+                        step(sent)
+                    finally:
+                        version = text.version
+        finally:
+            generator.close()
+            # not for ever, see Reply.fail
+            if n_taken > 0 and text.turn.acquire(timeout=1):
+                try:
+                    if version == text.version:  # else it is somebody else's by now
+                        self._take_back(whole)
+                finally:
+                    text.turn.release()
+
+    def _begin(self, whole: list[int]) -> list[int]:
+        """Takes the text to where a prompt parts from it. Returns the tokens to read, none if the logits are there."""
         text = self._text
-        self._seats.take(text, SEAT)
+        self._seats.take(text)
         if self._seats.latest.get(SEAT) is not text:
             self._requires_eval = True  # the logits belong to another text
-        arguments = _GENERATE.bind(self, list(tokens), *args, **kwargs)
-        whole = list(tokens)
         if self._asked is not None:
             before, self._messages, self._asked = self._messages, self._asked, None
             if before is not None and self.memory.attached and not _agree(before, self._messages):
                 self._begin_after(text.history.common(0, whole))
-        if arguments.arguments.get("reset", True):
-            arguments.arguments.update(tokens=self._unread(whole), reset=False)
-        else:
-            whole = [*text.tokens.tolist(), *whole]
-        criteria = arguments.arguments.pop("stopping_criteria", None)
-        generator = super().generate(*arguments.args[1:], **arguments.kwargs)
-        sent = version = None
-        n_taken = 0
-        try:
-            while True:
-                try:
-                    token = generator.send(sent)
-                except StopIteration:
-                    return
-                if criteria is not None and criteria(np.array(whole, dtype=np.intc), self._logits_after(len(whole))):
-                    return
-                whole.append(token)
-                n_taken += 1
-                version = text.version
-                sent = yield token
-                if text.version != version:
-                    raise InputError("the text was changed while it was being generated: ask again")
-                if self._requires_eval or self._seats.latest.get(SEAT) is not text:
-                    self.n_tokens = len(whole) - 1  # the logits are gone: what was drafted behind is read again
-                version = None
-        finally:
-            generator.close()
-            if n_taken > 0 and version in (None, text.version):  # else it is somebody else's by now
-                n = text.history.common(0, whole)
-                if n < max(text.n_tokens, text.history.n):
-                    self.n_tokens = min(text.n_tokens, n)
-                    text.catch_up()
+        return self._unread(whole)
+
+    def _take_back(self, whole: list[int]) -> None:
+        """What was drafted beyond these tokens leaves the text."""
+        text = self._text
+        n = text.history.common(0, whole)
+        if n < max(text.n_tokens, text.history.n):
+            self.n_tokens = min(text.n_tokens, n)
+            text.catch_up()
 
     def _logits_after(self, n: int) -> npt.NDArray[np.float32]:
         """Those from which the token behind the first n was just sampled."""
         return self.scores[n - 1].copy() if self._logits_all else self.logits
 
+    @holding("_text.turn")
+    @holding("_seats.lock")
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """As `Llama.sample`: a token from the logits of the latest token, or with logits_all from those of token `idx`.
 
@@ -367,6 +416,10 @@ class DeltaMemLlama(Llama):
 
     @functools.wraps(Llama._init_sampler)
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
+        return self._seeded_sampler(self._seed, *args, **kwargs)
+
+    def _seeded_sampler(self, seed: int, *args: Any, **kwargs: Any) -> Sampler:
+        """As `_init_sampler`, for a reply whose seed is not that of the model."""
         options = _SAMPLER.bind(self, *args, **kwargs).arguments
         del options["self"]
         processors, guard = options.pop("logits_processor", None), None
@@ -376,15 +429,15 @@ class DeltaMemLlama(Llama):
             guard = Guard(processors, functools.partial(_tokens_before, weakref.ref(self)))
             options["logits_processor"] = [guard]
         # not self: a sampler with processors would keep it alive until the garbage collector comes
-        names = ("_n_vocab", "_model", "_seed", "last_n_tokens_size")
-        owner = types.SimpleNamespace(_input_ids=None, **{name: getattr(self, name) for name in names})
+        names = ("_n_vocab", "_model", "last_n_tokens_size")
+        owner = types.SimpleNamespace(
+            _input_ids=None, _seed=_checked_seed(seed), **{name: getattr(self, name) for name in names}
+        )
         return Sampler(Llama._init_sampler(owner, **options), self._candidates, guard)
 
     def set_seed(self, seed: int) -> None:
         """As `Llama.set_seed`; -1: another one each time. Raises InputError if it is no whole number."""
-        if not isinstance(seed, int):
-            raise InputError(f"seed is a whole number, not {seed!r}")
-        super().set_seed(seed)
+        super().set_seed(_checked_seed(seed))
 
     def _unread(self, tokens: list[int]) -> list[int]:
         """Goes back to where the text and `tokens` part. Returns those to read, none if the logits are there.
@@ -425,8 +478,19 @@ class DeltaMemLlama(Llama):
         arguments.apply_defaults()
         del arguments.arguments["self"]
         stream = arguments.arguments.pop("stream")
-        completion = Completion(self, **arguments.arguments)
-        return completion.streamed() if stream else completion.whole()
+        with self._text.turn:
+            completion = self._seats.call(Completion, self, **arguments.arguments)
+            return self._stepwise(completion.streamed()) if stream else self._seats.call(completion.whole)
+
+    def _stepwise(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        """A stream that is whole between two pieces."""
+        with contextlib.closing(chunks):
+            while True:
+                with self._text.turn:
+                    chunk = self._seats.call(next, chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
 
     def create_chat_completion(self, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
         """As `Llama.create_chat_completion`.
@@ -442,14 +506,14 @@ class DeltaMemLlama(Llama):
         n_top = kwargs.get("top_logprobs") or 0
         if kwargs.get("logprobs"):
             kwargs["top_logprobs"] = n_top  # None would be no log probabilities at all
-        with self._asking(asked):
+        with self._text.turn, self._asking(asked):
             answer = super().create_chat_completion(messages, *args, **kwargs)
         if not isinstance(answer, Iterator):
             return _with_best(answer, n_top)
         return (_with_best(chunk, n_top) for chunk in self._streamed(asked, answer))
 
     def _streamed(self, asked: list[Any], chunks: Iterator[Any]) -> Iterator[Any]:
-        with self._asking(asked):  # a stream that is never begun asks nothing
+        with self._text.turn, self._asking(asked):  # a stream that is never begun asks nothing
             first = list(itertools.islice(chunks, 1))
         yield from first
         yield from chunks
@@ -464,6 +528,7 @@ class DeltaMemLlama(Llama):
             self._asked = None
 
     @property
+    @holding("_seats.lock")
     def _granularity(self) -> int | None:
         """LLAMA_DELTAMEM_TOKEN, …; None without a memory."""
         return _lib.llama_deltamem_write_granularity(self._adapter) if self._seats.has_memory else None
@@ -503,17 +568,28 @@ class DeltaMemLlama(Llama):
             raise InputError("segment ids must not fall from one token to the next")
         return ids.astype(np.int32)
 
+    def tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
+        """As `Llama.tokenize`."""
+        return self._seats.call(super().tokenize, *args, **kwargs)
+
+    def detokenize(self, *args: Any, **kwargs: Any) -> bytes:
+        """As `Llama.detokenize`."""
+        return self._seats.call(super().detokenize, *args, **kwargs)
+
     def reset(self) -> None:
         """Forgets the text and keeps the memory."""
         # not Llama's, which for hybrids empties the KV cache of all texts
         self._requires_eval = True
         if self._text is not None:
-            self._text.reset()
+            with self._text.turn:
+                self._text.reset()
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return Tokenizer(self)
 
+    @holding("_text.turn")
+    @holding("_seats.lock")  # the KV cache of all texts is emptied, batch after batch
     def embed(
         self, input: str | Sequence[str], normalize: bool = False, truncate: bool = True, return_count: bool = False
     ) -> Any:
@@ -534,7 +610,7 @@ class DeltaMemLlama(Llama):
         if not self.context_params.embeddings:
             raise InputError("embed needs a model that was loaded with embedding=True")
         texts = tokenized(self, [input] if isinstance(input, str) else list(input), truncate)
-        self._seats.take(self._text, SEAT)
+        self._seats.take(self._text)
         if self.memory.attached:
             for seat in range(1, min(len(texts), self._seats.n_seq_max)):
                 sitting = self._seats.text(seat)
@@ -557,10 +633,12 @@ class DeltaMemLlama(Llama):
     # saving
     #
 
+    @holding("_text.turn")
+    @holding("_seats.lock")
     def save_state(self) -> DeltaMemState:
         """As `Llama.save_state`: the text with its KV cache, and the memory with it."""
         text = self._text
-        self._seats.take(text, SEAT)
+        self._seats.take(text)
         if self.memory.attached:
             text.catch_up()
         size = _llama.llama_state_seq_get_size(self.ctx, SEAT)
@@ -588,6 +666,8 @@ class DeltaMemLlama(Llama):
         """
         super().set_cache(None if cache is None else _TextCache(cache))
 
+    @holding("_text.turn")
+    @holding("_seats.lock")
     def load_state(self, state: LlamaState) -> None:
         """As `Llama.load_state`: text and memory as they were saved. A state without a memory, as plain llama_cpp saves
         it, leaves the present one, and its tokens count as written.
@@ -595,7 +675,7 @@ class DeltaMemLlama(Llama):
         Raises InputError if the state is of another model, adapter or context; text and memory are then as before.
         """
         text, is_ours = self._text, isinstance(state, DeltaMemState)
-        self._seats.take(text, SEAT)
+        self._seats.take(text)
         if not is_ours and self._n_seq_max > 1:
             raise InputError("a state that plain llama_cpp saved is for a context of one sequence")
         tokens = self._checked_tokens(state.input_ids[: state.n_tokens])
@@ -678,10 +758,11 @@ class DeltaMemLlama(Llama):
             self._text.write, self._text.since = memory["write"], memory["since"]
 
     def close(self) -> None:
-        """Frees adapter, context and model. Closing twice is fine."""
+        """Frees adapter, context and model. Closing twice is fine. What other threads are at ends with ModelError."""
         if hasattr(self, "model_path"):  # not before Llama.__init__ ran
-            super().close()
-            self._ctx = self._model = self.tokenizer_ = _Closed(self.model_path)
+            with self._seats.closing() if hasattr(self, "_seats") else contextlib.nullcontext():
+                super().close()
+                self._ctx = self._model = self.tokenizer_ = _Closed(self.model_path)
         self._adapter = None
 
 
@@ -743,6 +824,14 @@ class _TextCache(BaseLlamaCache):
         self.cache[key] = value
 
 
+def _send(generator: Generator[int, Sequence[int] | None, None], value: Sequence[int] | None) -> int | None:
+    """The next token, None at the end."""
+    try:
+        return generator.send(value)
+    except StopIteration:
+        return None
+
+
 def _free(adapters: list[_lib.llama_deltamem_adapter_p]) -> None:
     while adapters:
         _lib.llama_deltamem_adapter_free(adapters.pop())
@@ -768,6 +857,12 @@ def _is_adapter(path: str) -> bool:
 def _tokens_before(llm: weakref.ref[DeltaMemLlama]) -> npt.NDArray[np.intc]:
     """The tokens before the one that is sampled."""
     return llm().input_ids[: llm()._n_read]
+
+
+def _checked_seed(seed: int) -> int:
+    if not isinstance(seed, int):
+        raise InputError(f"seed is a whole number, not {seed!r}")
+    return seed
 
 
 def _with_best(answer: Any, n_top: int) -> Any:

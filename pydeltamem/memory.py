@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from . import _lib
 from .errors import AdapterError, InputError, MemoryFileError
+from .lock import holding
 from .memory_file import MemorySnapshot, owner
 from .seats import NO_ADAPTER
 from .text import log
@@ -38,11 +39,13 @@ class Memory:
         return self._llm._seats.has_memory
 
     @property
+    @holding("_text.lock")
     def by_segment(self) -> bool:
         """Whether the adapter writes once per segment, so that `DeltaMemLlama.eval` takes segment ids."""
         return self._llm._granularity not in (None, _lib.LLAMA_DELTAMEM_TOKEN)
 
     @property
+    @holding("_text.lock")
     def layers(self) -> list[int]:
         """The model layers that carry memory, ascending; empty without an adapter."""
         adapter = self._llm._adapter
@@ -56,6 +59,7 @@ class Memory:
         return self._llm._seats.shape
 
     @property
+    @holding("_text.turn")
     def state(self) -> npt.NDArray[np.float32]:
         """The state, float32 [L, H, r, r] with S[i, j] = [row (value), column (key)]. Reading copies it out.
 
@@ -67,6 +71,7 @@ class Memory:
         return self._text.state
 
     @state.setter
+    @holding("_text.turn")
     def state(self, value: npt.ArrayLike) -> None:
         shape = self.shape
         try:
@@ -82,6 +87,7 @@ class Memory:
         self._logits_are_old()
 
     @property
+    @holding("_text.turn")
     def n_written(self) -> int:
         """Tokens that this memory was ever written."""
         _ = self.shape
@@ -99,6 +105,7 @@ class Memory:
         _ = self.shape
         self._text.write = bool(value)
 
+    @holding("_text.turn")
     def reset(self) -> None:
         """Empties the memory. The text stays: `DeltaMemLlama.reset` forgets that."""
         self._text.become(np.zeros(self.shape, dtype=np.float32))
@@ -113,6 +120,7 @@ class Memory:
     # going back
     #
 
+    @holding("_text.turn")
     def checkpoint(self) -> int:
         """Keeps the memory as it is at the end of the text, beyond the checkpoints that are made by themselves.
 
@@ -126,6 +134,7 @@ class Memory:
         """The positions of the text, in tokens, that the memory can go back to at once."""
         return self._text.history.checkpoints.positions
 
+    @holding("_text.turn")
     def rollback(self, position: int) -> int:
         """Takes memory and text back to `position`, tokens from the beginning of the text.
 
@@ -148,6 +157,7 @@ class Memory:
     # copies and files
     #
 
+    @holding("_text.turn")
     def copy(self) -> MemorySnapshot:
         """The memory as it is, by itself: to save, export, compare or restore later."""
         return MemorySnapshot(self.state, self._metadata)
@@ -180,6 +190,7 @@ class Memory:
             )
         return None
 
+    @holding("_text.turn")
     def _restore(self, snapshot: MemorySnapshot, name: str) -> None:
         mine, theirs = self._metadata, snapshot.metadata
         reason = self._misfit(snapshot)
@@ -191,6 +202,7 @@ class Memory:
         self._text.since = theirs.get("created", self._text.since)
         self._logits_are_old()
 
+    @holding("_text.lock")
     def attach(self, path: str | os.PathLike[str] | None = None) -> None:
         """Attaches the adapter again, or another one for this model, with an empty memory for every text.
 
@@ -210,6 +222,7 @@ class Memory:
                 seats.attach(self._llm._adapter)
         self._llm._requires_eval = True
 
+    @holding("_text.lock")
     def detach(self) -> None:
         """Back to the plain model; the state is lost. `attach` brings memory back."""
         _ = self.shape
@@ -226,18 +239,21 @@ class Memory:
         )
 
     @property
+    @holding("_text.turn")
     def _metadata(self) -> dict[str, str]:
         """Of a memory file."""
-        _ = self.shape
-        adapter = self._llm._adapter
-        name = _lib.meta(adapter, "general.name") or _lib.meta(adapter, "deltamem.source.name")
-        return {
-            "layers": ",".join(map(str, self.layers)),
-            "adapter": _lib.meta(adapter, "deltamem.source.sha256") or "",
-            "adapter_name": name or "",
-            "architecture": _lib.meta(adapter, "general.architecture") or "",
-            "base": self._llm.fingerprint,
-            "base_name": self._llm.metadata.get("general.name", ""),
-            "tokens_written": str(self.n_written),
-            "created": self._text.since,
-        }
+        tokens_written = str(self.n_written)
+        with self._text.lock:
+            _ = self.shape
+            adapter = self._llm._adapter
+            name = _lib.meta(adapter, "general.name") or _lib.meta(adapter, "deltamem.source.name")
+            return {
+                "layers": ",".join(map(str, self.layers)),
+                "adapter": _lib.meta(adapter, "deltamem.source.sha256") or "",
+                "adapter_name": name or "",
+                "architecture": _lib.meta(adapter, "general.architecture") or "",
+                "base": self._llm.fingerprint,
+                "base_name": self._llm.metadata.get("general.name", ""),
+                "tokens_written": tokens_written,
+                "created": self._text.since,
+            }

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import threading
+import time
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _lib
 from .errors import AdapterError, InputError, ModelError
+from .lock import FairLock, holding
 
 if TYPE_CHECKING:
     from .text import Piece, Text
 
 _llama = _lib.llama_cpp
+
+_T = TypeVar("_T")
 
 NO_ADAPTER = (
     "no memory adapter is attached: load the model with deltamem_path=... (--deltamem FILE on the command line)"
@@ -30,9 +36,18 @@ class Seats:
         context: llama_cpp's wrapper of the context.
         batch: llama_cpp's wrapper of a batch of n_batch tokens.
         model_path: for errors.
+
+    Attributes:
+        lock: whoever touches the context holds it, for one decode and what is made of its logits. What a text has in
+            the context (its seat, KV cache and state) changes only under it, also by others that take its seat.
+        texts: all that there are, with or without a seat.
     """
 
     def __init__(self, context: Any, batch: Any, n_batch: int, model_path: str) -> None:
+        self.lock = FairLock()
+        self.texts: weakref.WeakSet[Text] = weakref.WeakSet()
+        self._is_closing = False
+        self._calls: set[tuple[int, object]] = set()  # thread and call
         self._context = context
         self._batch = batch
         self.n_batch = n_batch
@@ -61,15 +76,42 @@ class Seats:
     @property
     def is_open(self) -> bool:
         """Until the model is closed."""
-        return self._context.ctx is not None
+        return self._context.ctx is not None and not self._is_closing
 
     @property
     def ctx(self) -> _lib.llama_context_p:
         """The native context. Raises ModelError after close."""
-        ctx = self._context.ctx
-        if ctx is None:
+        if not self.is_open:
             raise ModelError(f"{self.model_path}: the model is closed")
-        return ctx
+        return self._context.ctx
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether texts have to take each other's seats. Then one that is read in several decodes is read in one go: it
+        would begin again and again if others took its seat in the middle.
+        """
+        return len(self.texts) > self.n_seq_max
+
+    def call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """Calls what uses the model, also without the lock: `closing` waits for its end. Raises ModelError once it is
+        closed.
+        """
+        call = threading.get_ident(), object()
+        try:
+            self._calls.add(call)
+            _ = self.ctx
+            return function(*args, **kwargs)
+        finally:
+            self._calls.discard(call)
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Within it nobody uses model and context, nor afterwards: replies in the making end with ModelError."""
+        self._is_closing = True
+        while any(thread != threading.get_ident() for thread, _ in tuple(self._calls)):
+            time.sleep(0.001)
+        with self.lock:
+            yield
 
     #
     # memories
@@ -87,6 +129,7 @@ class Seats:
             raise AdapterError(NO_ADAPTER)
         return self._shape
 
+    @holding("lock")
     def attach(self, adapter: _lib.llama_deltamem_adapter_p) -> None:
         """Attaches an adapter, with an empty state in every seat. Raises AdapterError."""
         check(_lib.llama_deltamem_attach(self.ctx, adapter))
@@ -95,23 +138,27 @@ class Seats:
         self.n_attached += 1
         self.forget_writes()
 
+    @holding("lock")
     def detach(self) -> None:
         """The states are lost."""
-        check(_lib.llama_deltamem_detach(self.ctx))
+        _lib.llama_deltamem_detach(self.ctx)
         self._shape = None
 
     def forget_writes(self) -> None:
         """The memory may have been told by others what writes."""
         self._writes = [None] * self.n_seq_max
 
+    @holding("lock")
     def get_state(self, seat: int) -> npt.NDArray[np.float32]:
         state = np.empty(self.shape, dtype=np.float32)
         check(_lib.llama_deltamem_state_get(self.ctx, seat, _floats(state), state.size))
         return state
 
+    @holding("lock")
     def set_state(self, seat: int, state: npt.NDArray[np.float32]) -> None:
         check(_lib.llama_deltamem_state_set(self.ctx, seat, _floats(np.ascontiguousarray(state)), state.size))
 
+    @holding("lock")
     def abandon(self, seat: int) -> None:
         """Drops what an unfinished ingest has gathered."""
         if self.has_memory:
@@ -125,12 +172,14 @@ class Seats:
         reference = self._texts[seat]
         return None if reference is None else reference()
 
-    def take(self, text: Text, seat: int | None = None, staying: Sequence[Text] = ()) -> int:
-        """Gives the text a seat, the one that it has, a free one or that of the text decoded longest ago, except those
-        that are `staying`. A text that loses its seat keeps its memory.
+    @holding("lock")
+    def take(self, text: Text, staying: Sequence[Text] = ()) -> int:
+        """Gives the text a seat: the one that it has, its home, a free one, or that of the text decoded longest ago
+        except those that are `staying`. A text that loses its seat keeps its memory.
         """
-        if text.seat is not None and (seat is None or text.seat == seat):
+        if text.seat is not None:
             return text.seat
+        seat = text.home
         if seat is None:
             free = [s for s in range(self.n_seq_max) if self.text(s) not in staying]
             if not free:
@@ -141,8 +190,6 @@ class Seats:
         if sitting is not None:
             self.leave(sitting)
         state = text.state if self.has_memory else None
-        if text.seat is not None:
-            self.leave(text)
         self._texts[seat] = weakref.ref(text)
         self.truncate(seat, 0)
         text.sits(seat)
@@ -150,6 +197,7 @@ class Seats:
             self.set_state(seat, state)
         return seat
 
+    @holding("lock")
     def leave(self, text: Text) -> None:
         """Takes the text's memory out of its seat."""
         seat = text.seat
@@ -160,6 +208,7 @@ class Seats:
         self.latest.pop(seat, None)
         self.truncate(seat, 0)
 
+    @holding("lock")
     def fork(self, text: Text, other: Text) -> None:
         """Gives a fork of a text its KV cache, if there is a free seat; else it will be read again."""
         if text.seat is not None and None in map(self.text, range(self.n_seq_max)):
@@ -168,6 +217,7 @@ class Seats:
             _llama.llama_memory_seq_cp(memory, text.seat, seat, -1, -1)
             other.n_kv = text.n_kv
 
+    @holding("lock")
     def lost_kv(self) -> None:
         """The KV cache was emptied behind our back: texts are to be read again."""
         self.latest.clear()
@@ -181,6 +231,7 @@ class Seats:
     # KV cache
     #
 
+    @holding("lock")
     def truncate(self, seat: int, n: int) -> int:
         """Keeps the first n tokens of a sequence. Returns how many there are: 0 where the model cannot remove some."""
         memory = _llama.llama_get_memory(self.ctx)
@@ -200,6 +251,7 @@ class Seats:
         first = max(0, n - self._n_swa + 1)
         return self._n_swa > 0 and _llama.llama_memory_seq_pos_min(memory, seat) > first
 
+    @holding("lock")
     def shift(self, seat: int, start: int, end: int, n: int) -> bool:
         """Removes tokens [start, end) of n; those behind move up. False, and nothing done, where the model cannot."""
         memory = _llama.llama_get_memory(self.ctx)
@@ -212,6 +264,7 @@ class Seats:
     # decoding
     #
 
+    @holding("lock")
     def decode(self, jobs: Sequence[tuple[Text, Piece]]) -> dict[Text, int]:
         """One llama_decode: one piece of each text, n_batch tokens at most together. Returns for each text the row of
         its last token, to sample from until the next call.
@@ -295,8 +348,9 @@ class Seats:
     def is_end(self, token: int) -> bool:
         """Whether the token ends a message or a text."""
         if token not in self._is_end:
-            vocab = _llama.llama_model_get_vocab(_llama.llama_get_model(self.ctx))
-            self._is_end[token] = bool(_llama.llama_vocab_is_eog(vocab, token))
+            with self.lock:
+                vocab = _llama.llama_model_get_vocab(_llama.llama_get_model(self.ctx))
+                self._is_end[token] = bool(_llama.llama_vocab_is_eog(vocab, token))
         return self._is_end[token]
 
 

@@ -114,11 +114,11 @@ class TextStream:
             self.llm.set_seed(self.seed)
         text = Assembler(self.llm._model.vocab, self.stop)
         for token in self.llm.generate(self.prompt, **self.options):
-            if _llama.llama_vocab_is_eog(self.llm._model.vocab, token):
+            if self.llm._seats.is_end(token):
                 self.finish_reason = "stop"
                 break
             self.n_tokens += 1
-            piece = text.push(token)
+            piece = self.llm._seats.call(text.push, token)
             if piece:
                 yield piece
             if text.stopped:
@@ -142,8 +142,12 @@ def checked_grammar(llm: DeltaMemLlama, text: str | LlamaGrammar, name: str = "g
         raise InputError(f"{name} is GBNF text or a LlamaGrammar, not {grammar!r}")
     if grammar in _checked_grammars:
         return grammar
-    with _lib.errors_held() as log, suppress_stdout_stderr(disable=llm.verbose):
-        sampler = _llama.llama_sampler_init_grammar(llm._model.vocab, grammar._grammar.encode(), grammar._root.encode())
+    with _lib.silencing, _lib.errors_held() as log, suppress_stdout_stderr(disable=llm.verbose):
+        sampler = llm._seats.call(
+            lambda: _llama.llama_sampler_init_grammar(
+                llm._model.vocab, grammar._grammar.encode(), grammar._root.encode()
+            )
+        )
         reason = _lib.reason(log)
         log.clear()
     if not sampler:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from .errors import InputError
 from .history import TOKEN, History
+from .lock import FairLock, holding
 from .memory_file import now
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Text:
         n_tokens: length of the text. Setting it lower goes back: what is read next takes the memory back too.
         write: whether tokens write the memory, or only read it.
         seat: its sequence in the context, None if it has none.
+        home: the only sequence that it may have; None: any.
         n_read_again: tokens that were read again with writing, because no checkpoint stood where the text went back to,
             or because the model cannot cut its KV cache there.
         n_decoded: how often some of it was decoded.
@@ -56,10 +58,15 @@ class Text:
         scores: if not None, takes the logits of every token, [n_ctx, n_vocab].
         drafted: tokens are guesses: a checkpoint after each.
         since: when the memory began, ISO 8601, UTC.
+        turn: whoever uses the text holds it, for all of a call or for one piece of a stream; the lock of the context is
+            taken after it, and let go of between two decodes.
     """
 
-    def __init__(self, seats: Seats) -> None:
+    def __init__(self, seats: Seats, home: int | None = None) -> None:
         self.seats = seats
+        self.home = home
+        self.lock = seats.lock
+        self.turn = FairLock(before=seats.lock)
         self.history = History(seats.n_ctx)
         self.n_tokens = 0
         self.write = True
@@ -74,6 +81,7 @@ class Text:
         self._attached = seats.n_attached
         self._away: npt.NDArray[np.float32] | None = None  # the state while there is no seat; None: empty
         self._ingest: int | None = None  # where an ingest in segments began of which more is to come
+        seats.texts.add(self)
 
     @property
     def tokens(self) -> npt.NDArray[np.intc]:
@@ -94,6 +102,7 @@ class Text:
     #
 
     @property
+    @holding("lock")
     def state(self) -> npt.NDArray[np.float32]:
         """A copy of the state, [L, H, r, r]."""
         self.renew()
@@ -101,6 +110,7 @@ class Text:
             return self.seats.get_state(self.seat)
         return np.zeros(self.seats.shape, dtype=np.float32) if self._away is None else self._away.copy()
 
+    @holding("lock")
     def put_state(self, state: npt.NDArray[np.float32]) -> None:
         """Replaces the state; the record of what it has read is the caller's business."""
         self._attached = self.seats.n_attached
@@ -109,6 +119,7 @@ class Text:
         else:
             self._away = state.copy()
 
+    @holding("lock")
     def become(self, state: npt.NDArray[np.float32], n_written: int = 0) -> None:
         """Another memory from here on: nothing of the present text counts as written into it."""
         self.put_state(state)
@@ -117,6 +128,7 @@ class Text:
         self.history.n_written = n_written
         self.history.begin(self.n_tokens, state)
 
+    @holding("lock")
     def renew(self) -> None:
         """If another adapter was attached: an empty memory."""
         if self._attached != self.seats.n_attached and self.seats.has_memory:
@@ -125,10 +137,11 @@ class Text:
     def begin(self, position: int = 0) -> None:
         """Another text begins after `position`; the memory stays, and cannot be taken back before."""
         self.finish()
-        state = self.state if self.seats.has_memory else None
-        self.history.begin(position, state)
-        self.n_tokens = position
-        self.n_kv = min(self.n_kv, position)
+        with self.lock:
+            state = self.state if self.seats.has_memory else None
+            self.history.begin(position, state)
+            self.n_tokens = position
+            self.n_kv = min(self.n_kv, position)
 
     def reset(self) -> None:
         """Forgets the text and keeps the memory."""
@@ -170,6 +183,7 @@ class Text:
         if self.seats.has_memory and self.n_tokens > self.history.n:
             self.eval([])
 
+    @holding("lock")
     def _settle(self) -> None:
         """Takes the memory back to where the text is, or before it; what lies between is to be read again."""
         self.renew()
@@ -199,16 +213,17 @@ class Text:
         if not 0 <= start < end <= self.n_tokens:
             raise InputError(f"cannot drop tokens {start} to {end} of a text of {self.n_tokens}")
         self.catch_up()
-        if self.seats.has_memory and not any(p >= end for p in self.history.checkpoints.positions):
-            self.history.checkpoint(self.n_tokens, self.state)  # the others go
-        n_moved = min(self.n_kv, self.n_tokens) - end
-        if self.seat is not None and n_moved > 0 and self.seats.shift(self.seat, start, end, self.n_kv):
-            self.n_kv -= end - start
-        else:
-            n = min(self.n_kv, start)
-            self.n_kv = n if self.seat is None else self.seats.truncate(self.seat, n)
-        self.history.shift(start, end)
-        self.n_tokens -= end - start
+        with self.lock:
+            if self.seats.has_memory and not any(p >= end for p in self.history.checkpoints.positions):
+                self.history.checkpoint(self.n_tokens, self.state)  # the others go
+            n_moved = min(self.n_kv, self.n_tokens) - end
+            if self.seat is not None and n_moved > 0 and self.seats.shift(self.seat, start, end, self.n_kv):
+                self.n_kv -= end - start
+            else:
+                n = min(self.n_kv, start)
+                self.n_kv = n if self.seat is None else self.seats.truncate(self.seat, n)
+            self.history.shift(start, end)
+            self.n_tokens -= end - start
 
     def replace(self, tokens: Sequence[int], n: int) -> None:
         """The text is these tokens now, the first n of them as before; all count as read and written."""
@@ -217,8 +232,9 @@ class Text:
         span = slice(0, len(tokens))
         history.tokens[span], history.wrote[span], history.segment[span] = tokens, True, TOKEN
         history.begins[span] = False
-        history.begin(len(tokens), self.state if self.seats.has_memory else None)
-        self.n_tokens, self.n_kv = len(tokens), min(self.n_kv, n)
+        with self.lock:
+            history.begin(len(tokens), self.state if self.seats.has_memory else None)
+            self.n_tokens, self.n_kv = len(tokens), min(self.n_kv, n)
 
     def fork(self) -> Text:
         """A second text that goes on from here by itself, with a memory of its own."""
@@ -226,9 +242,10 @@ class Text:
         other = Text(self.seats)
         other.history = self.history.copy()
         other.n_tokens, other.write, other.since = self.n_tokens, self.write, self.since
-        if self.seats.has_memory:
-            other._away = self.state
-        self.seats.fork(self, other)
+        with self.lock:
+            if self.seats.has_memory:
+                other._away = self.state
+            self.seats.fork(self, other)
         return other
 
     #
@@ -254,6 +271,7 @@ class Text:
     # reading
     #
 
+    @holding("lock")
     def pieces(
         self,
         tokens: Sequence[int],
@@ -351,19 +369,31 @@ class Text:
             i for i, token in enumerate(piece.tokens.tolist()) if i >= n - 2 or i in wanted or self.seats.is_end(token)
         ]
 
-    def eval(self, tokens: Sequence[int], segments: npt.NDArray[np.int32] | None = None) -> None:
-        """Reads tokens after the text: one ingest. If llama.cpp fails, text and memory are as before."""
-        n_past = self.n_tokens
-        pieces = self.pieces(tokens, segments)
-        undo = self.undone_on_failure(n_past)
+    def eval(
+        self,
+        tokens: Sequence[int],
+        segments: npt.NDArray[np.int32] | None = None,
+        then: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Reads tokens after the text: one ingest. If llama.cpp fails, text and memory are as before.
+
+        Others may be decoded between two decodes. `then` is called before they may be: what it does with the logits.
+        """
+        reading = Reading(self, tokens, segments)
+        seats = self.seats
         try:
-            for piece in pieces:
-                while len(piece.tokens) > self.seats.n_batch:
-                    first, piece = piece.split(self.seats.n_batch)
-                    self.seats.decode([(self, first)])
-                self.seats.decode([(self, piece)])
+            while True:
+                with self.lock:
+                    reading.prepare()
+                    while reading.pieces:
+                        seats.decode([(self, reading.take(seats.n_batch))])
+                        if reading.pieces and not seats.is_crowded:
+                            break
+                    else:
+                        then()
+                        return
         except BaseException:
-            undo()
+            reading.fail()
             raise
 
     def undone_on_failure(self, n_past: int) -> Callable[[], None]:
@@ -372,21 +402,71 @@ class Text:
         found = history.checkpoints.newest(n_read)
 
         def undo() -> None:
-            self.renew()
-            if history.n_begun != n_begun:  # another memory by now: what it has read stays
-                return
-            self.n_tokens = n_past
-            self._ingest = None
-            if self.seat is not None:
-                self.seats.abandon(self.seat)
-            if self.seats.has_memory and found is not None:
-                self.put_state(found[1].state)
-                history.n_written = found[1].n_written
-                history.checkpoints.drop_after(n_read)
-            history.n = min(history.n, n_read)
-            self.n_kv = min(self.n_kv, history.n)
+            with self.lock:
+                self.renew()
+                if history.n_begun != n_begun:  # another memory by now: what it has read stays
+                    return
+                self.n_tokens = n_past
+                self._ingest = None
+                if self.seat is not None:
+                    self.seats.abandon(self.seat)
+                if self.seats.has_memory and found is not None:
+                    self.put_state(found[1].state)
+                    history.n_written = found[1].n_written
+                    history.checkpoints.drop_after(n_read)
+                history.n = min(history.n, n_read)
+                self.n_kv = min(self.n_kv, history.n)
 
         return undo
+
+
+class Reading:
+    """Tokens on their way into a text, one ingest. Between two of its decodes others may be decoded, also in the text's
+    seat: it goes on where it was.
+
+    Attributes:
+        pieces: what is to be decoded now, none at the end.
+    """
+
+    def __init__(self, text: Text, tokens: Sequence[int], segments: npt.NDArray[np.int32] | None = None) -> None:
+        self.text = text
+        self.tokens = tokens
+        self.segments = segments
+        self.pieces: list[Piece] = []
+        self._n_past = text.n_tokens
+        self._at = 0  # tokens in the KV cache that the pieces follow
+        self._undo: Callable[[], None] | None = None
+
+    def prepare(self, staying: Sequence[Text] = ()) -> None:
+        """Makes pieces of what is to be read, in a seat, none that belongs to the texts `staying`."""
+        text = self.text
+        text.renew()
+        if self.pieces and text.seat is not None and text.n_kv == self._at:
+            return
+        n_read = text.n_tokens - self._n_past  # more than 0 if the text lost its place in the middle
+        segments = None if self.segments is None else self.segments[n_read:]
+        self.pieces = text.pieces(self.tokens[n_read:], segments, staying)
+        self._at = text.n_kv
+        if self._undo is None:  # else the place was lost in the middle: back to where it began
+            self._undo = text.undone_on_failure(text.n_tokens)
+
+    def take(self, n_max: int) -> Piece:
+        """The next piece, or the beginning of it."""
+        first = self.pieces.pop(0)
+        if len(first.tokens) > n_max:
+            first, rest = first.split(n_max)
+            self.pieces.insert(0, rest)
+        self._at += len(first.tokens)
+        return first
+
+    def succeed(self) -> None:
+        """All was read: it stays."""
+        self._undo = None
+
+    def fail(self) -> None:
+        """Text and memory are as before what could not be read."""
+        if self._undo is not None:
+            self._undo()
 
 
 def _runs(

@@ -807,9 +807,9 @@ def test_an_ingest_that_loses_its_place_in_the_middle_is_read_again(make):
         pieces = text.pieces([] if again else TOKENS, None if again else segments)
         first, _ = next(piece for piece in pieces if piece.segments is not None).split(4)
         llm._seats.decode([(text, first)])
-        llm._seats.take(other, 0)
+        llm._seats.take(other)
         other.eval(OTHER)
-        llm._seats.take(text, 0)
+        llm._seats.take(text)
         if again:
             text.eval([])
         else:

@@ -81,14 +81,6 @@ public:
         return current->voted;
     }
 
-    // ends the thread and, once all that can run have, the launch
-    static void trap() {
-        trapped = true;
-        current->wait(DONE);
-    }
-
-    static inline bool trapped = false; // was a launch, since this was set to false
-
     static void sync_warp() { current->wait(AT_WARP); }
 
     static float shuffle_xor(float value, int mask) {
@@ -200,7 +192,7 @@ private:
             }
         }
         for (const status s : statuses) {
-            if (s != DONE && !trapped) {
+            if (s != DONE) {
                 fail("a barrier that not all threads reach");
             }
         }
@@ -229,10 +221,6 @@ inline void __syncthreads() {
 
 inline int __syncthreads_or(int vote) {
     return cuda_emulation::sync_threads(vote != 0);
-}
-
-inline void __trap() {
-    cuda_emulation::trap();
 }
 
 inline void __syncwarp() {
