@@ -57,12 +57,9 @@ def run(args: argparse.Namespace) -> int:
             if not args.no_display_prompt:
                 out.write(prompt)
                 out.flush()
-            if args.n_predict == 0:
-                llm.eval(tokens)
-            else:
-                for piece in interruptible(iter(stream)):
-                    out.write(piece)
-                    out.flush()
+            for piece in interruptible(iter(stream)):
+                out.write(piece)
+                out.flush()
         except KeyboardInterrupt:
             note("")
             raise

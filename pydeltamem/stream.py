@@ -6,6 +6,7 @@ llama_cpp's own stream waits for ever on a byte that is no UTF-8 and decodes the
 from __future__ import annotations
 
 import codecs
+import contextlib
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,7 @@ class TextStream:
     Args:
         llm: the model.
         prompt: token ids.
-        n_predict: tokens to generate; none or negative: until the end of the text or the context.
+        n_predict: tokens to generate. 0: the prompt is read; negative: until the end of the text or the context.
         stop: strings that end the text; they are not part of it.
         **options: sampling, as `Llama.generate`, and `seed`.
 
@@ -100,7 +101,8 @@ class TextStream:
         self.llm = llm
         self.prompt = list(prompt)
         room = llm.n_ctx() - len(self.prompt)
-        self.limit = min(n_predict, room) if n_predict > 0 else room
+        self.limit = room if n_predict < 0 else min(n_predict, room)
+        self.reads_only = n_predict == 0
         self.stop = stop
         self.seed = seed
         self.options = options
@@ -108,6 +110,9 @@ class TextStream:
         self.finish_reason = "length"
 
     def __iter__(self) -> Iterator[str]:
+        if self.reads_only:
+            with contextlib.closing(self.llm.generate(self.prompt, **self.options)) as tokens:
+                next(tokens, None)
         if self.limit <= 0:
             return
         if self.seed is not None:

@@ -159,6 +159,9 @@ def test_stream_ends(llm):
     llm.memory.reset()
     tokens = list(itertools.islice(llm.generate(llm.tokenize(b"hello"), temp=0), 7))
     assert llm.detokenize(tokens).decode(errors="replace") == whole
+    nothing = TextStream(llm, llm.tokenize(b"hello there"), n_predict=0, temp=0)
+    assert list(nothing) == [] and nothing.n_tokens == 0 and nothing.finish_reason == "length"
+    assert list(llm.eval_tokens) == llm.tokenize(b"hello there")
     full = TextStream(llm, [5] * (llm.n_ctx() - 3), temp=0)
     assert "".join(full)
     assert (full.n_tokens, full.finish_reason) in ((3, "length"), (full.n_tokens, "stop"))
