@@ -76,6 +76,9 @@ class DeltaMemLlama(Llama):
         ModelError: the model file is missing or cannot be loaded.
         AdapterError: the adapter is missing, corrupt or made for another model.
 
+    Attributes:
+        finish_reason: why the latest `generate` ended, "length" or "stop"; None before its end, or if it was left.
+
     Memory and text are independent: `reset()` forgets the text and keeps the memory, `memory.reset()` the reverse.
 
     Threads may share it (docs/conversations.md). Each call is whole: others that use this object's own text wait for
@@ -163,6 +166,7 @@ class DeltaMemLlama(Llama):
             self._text.scores = self.scores
         self._seats.take(self._text)
         self._n_read = 0  # tokens before the one that is sampled
+        self.finish_reason: str | None = None
         self._messages: list[Any] | None = None  # of the latest chat completion that was read
         self._asked: list[Any] | None = None  # of the one that is about to be
 
@@ -319,6 +323,8 @@ class DeltaMemLlama(Llama):
 
         `stopping_criteria` are called with the tokens read, [n], and the logits that the next one was sampled from.
         Between two tokens other texts may be read. Raises InputError if it is to go on after this one was changed.
+
+        Where it ends by itself `finish_reason` says why: "length" in a full context, "stop" after a stopping criterion.
         """
         text, whole = self._text, list(tokens)
         arguments = _GENERATE.bind(self, [], *args, **kwargs)
@@ -335,10 +341,11 @@ class DeltaMemLlama(Llama):
             if token is None or criteria is None:
                 return
             if criteria(np.array(whole, dtype=np.intc), self._logits_after(len(whole))):
-                token = None
+                token, self.finish_reason = None, "stop"
 
         try:
             with text.turn:
+                self.finish_reason = None
                 with text.lock:
                     unread = self._begin(whole) if is_all else whole
                     whole = whole if is_all else [*text.tokens.tolist(), *whole]
@@ -351,6 +358,9 @@ class DeltaMemLlama(Llama):
                 whole.append(token)
                 n_taken += 1
                 sent = yield token
+                if len(whole) > text.n_ctx:  # the token cannot be read
+                    self.finish_reason = "length"
+                    return
                 with text.turn, text.lock:
                     if text.version != version:
                         raise InputError("the text was changed while it was being generated: ask again")
