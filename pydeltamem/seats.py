@@ -141,7 +141,7 @@ class Seats:
     @holding("lock")
     def detach(self) -> None:
         """The states are lost."""
-        _lib.llama_deltamem_detach(self.ctx)
+        check(_lib.llama_deltamem_detach(self.ctx))
         self._shape = None
 
     def forget_writes(self) -> None:

@@ -51,13 +51,13 @@ class Simple:
         self.n_kv = self.session.n_past[self.seq] = n
 
     def decode(self, token, write):
-        _lib.llama_deltamem_set_write(self.session.ctx, self.seq, write)
+        assert not _lib.llama_deltamem_set_write(self.session.ctx, self.seq, write)
         self.session.decode([(token, self.seq)])
         self.n_kv += 1
 
     def decode_segment(self, tokens):
         n = len(tokens)
-        _lib.llama_deltamem_set_write(self.session.ctx, self.seq, True)
+        assert not _lib.llama_deltamem_set_write(self.session.ctx, self.seq, True)
         self.session.decode([(token, self.seq) for token in tokens], [0] * n, [0] * (n - 1) + [1])
         self.n_kv += n
 

@@ -28,8 +28,10 @@ template <typename F> static int32_t guarded(F f) {
         return f();
     } catch (const std::exception & err) {
         llama_deltamem_set_error(err.what());
-        return -1;
+    } catch (...) {
+        llama_deltamem_set_error("an error of an unknown kind");
     }
+    return -1;
 }
 
 static llama_deltamem_context & attached(const llama_context * ctx) {
@@ -184,8 +186,11 @@ int32_t llama_deltamem_attach(llama_context * ctx, llama_deltamem_adapter * adap
     });
 }
 
-void llama_deltamem_detach(llama_context * ctx) {
-    ctx->set_deltamem(nullptr);
+int32_t llama_deltamem_detach(llama_context * ctx) {
+    return guarded([&] {
+        ctx->set_deltamem(nullptr);
+        return 0;
+    });
 }
 
 bool llama_deltamem_is_attached(const llama_context * ctx) {
@@ -218,6 +223,7 @@ int32_t llama_deltamem_state_get(llama_context * ctx, llama_seq_id seq_id, float
     return guarded([&] {
         const llama_deltamem_context & deltamem = attached(ctx, seq_id);
         check_size(deltamem, n);
+        deltamem.check_whole(seq_id);
         ctx->synchronize();
         deltamem.state.get(seq_id, dst);
         return 0;
@@ -235,16 +241,16 @@ int32_t llama_deltamem_state_set(llama_context * ctx, llama_seq_id seq_id, const
         }
         ctx->synchronize();
         deltamem.state.set(seq_id, src);
-        deltamem.abandon_ingest(seq_id);
+        deltamem.renew(seq_id);
         return 0;
     });
 }
 
 int32_t llama_deltamem_state_reset(llama_context * ctx, llama_seq_id seq_id) {
-    ctx->synchronize();
-    return for_sequences(ctx, seq_id, [](llama_deltamem_context & deltamem, llama_seq_id s) {
+    return for_sequences(ctx, seq_id, [ctx](llama_deltamem_context & deltamem, llama_seq_id s) {
+        ctx->synchronize();
         deltamem.state.reset(s);
-        deltamem.abandon_ingest(s);
+        deltamem.renew(s);
     });
 }
 
@@ -252,10 +258,11 @@ int32_t llama_deltamem_state_copy(llama_context * ctx, llama_seq_id seq_id_src, 
     return guarded([&] {
         llama_deltamem_context & deltamem = attached(ctx, seq_id_src);
         attached(ctx, seq_id_dst);
+        deltamem.check_whole(seq_id_src);
         if (seq_id_src != seq_id_dst) {
             ctx->synchronize();
             deltamem.state.copy(seq_id_src, seq_id_dst);
-            deltamem.abandon_ingest(seq_id_dst);
+            deltamem.renew(seq_id_dst);
         }
         return 0;
     });

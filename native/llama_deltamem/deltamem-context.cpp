@@ -35,6 +35,9 @@ void llama_deltamem_context::begin_batch() {
     current = {};
     std::swap(current, next);
 
+    n_checkpoints = 0;
+    failed        = true;
+
     const size_t n_tokens = batch.size();
     if (!current.checkpoints.empty() && current.checkpoints.back() >= (int64_t) n_tokens) {
         throw std::runtime_error(format("a checkpoint after token %d was asked for, the batch has %zu",
@@ -61,6 +64,12 @@ void llama_deltamem_context::begin_batch() {
                     format("token %zu of the batch belongs to sequence %d, this context has %u memories", i, seq_id,
                            n_seqs()));
         }
+        check_whole(seq_id);
+        if (sequences[seq_id].ingest.torn) {
+            throw std::runtime_error(
+                    format("the ingest of sequence %d was broken off by a llama_decode that failed; abandon it first",
+                           seq_id));
+        }
         if (!current.given && sequences[seq_id].ingest.open && sequences[seq_id].write) {
             throw std::runtime_error(
                     format("sequence %d is in the middle of an ingest, this batch gives it no segments; "
@@ -69,8 +78,6 @@ void llama_deltamem_context::begin_batch() {
         }
         sequences[seq_id].tokens.push_back((int32_t) i);
     }
-
-    n_checkpoints = (int32_t) current.checkpoints.size();
 
     if (!current.given) {
         return;
@@ -107,7 +114,28 @@ void llama_deltamem_context::begin_batch() {
     }
 }
 
+void llama_deltamem_context::end_batch() {
+    n_checkpoints = (int32_t) current.checkpoints.size();
+    failed        = false;
+    for (sequence & s : sequences) {
+        if (!s.tokens.empty()) {
+            s.torn = s.ingest.torn = false;
+        }
+    }
+}
+
+void llama_deltamem_context::check_whole(llama_seq_id seq_id) const {
+    if (sequences[seq_id].torn) {
+        throw std::runtime_error(format("the state of sequence %d is between two, since a llama_decode of it failed; "
+                                        "set, reset or copy over it first",
+                                        seq_id));
+    }
+}
+
 uint32_t llama_deltamem_context::checkpoint_slot(int32_t i) const {
+    if (failed) {
+        throw std::runtime_error("the last llama_decode failed and left no checkpoints");
+    }
     if (i < 0 || i >= n_checkpoints) {
         throw std::runtime_error(format("the last batch left %d checkpoints, there is no number %d", n_checkpoints, i));
     }
@@ -165,6 +193,10 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
                     bits |= GGML_DELTAMEM_TOKEN_CHECKPOINT((int32_t) (this->n_seqs() + (it - marks.begin())));
                 }
             }
+
+            // until the batch ends well
+            sq.torn |= (bits & (GGML_DELTAMEM_TOKEN_WRITE | GGML_DELTAMEM_TOKEN_COMMIT)) != 0;
+            sq.ingest.torn |= current.given && at >= 0;
 
             entry[0] = (int32_t) i;
             entry[1] = bits;

@@ -45,6 +45,15 @@ struct llama_deltamem_context {
     void set_write(llama_seq_id seq_id, bool write) { sequences[seq_id].write = write; }
     void abandon_ingest(llama_seq_id seq_id) { sequences[seq_id].ingest = {}; }
 
+    // The sequence has another state now, whatever a failed batch made of the one before.
+    void renew(llama_seq_id seq_id) {
+        sequences[seq_id].torn = false;
+        abandon_ingest(seq_id);
+    }
+
+    // throws std::runtime_error if a failed batch has left the sequence's state between two
+    void check_whole(llama_seq_id seq_id) const;
+
     // describes the next batch; see llama_deltamem_set_segments
     void set_segments(const int32_t * segments, const int8_t * ends, int32_t n_tokens);
 
@@ -53,11 +62,14 @@ struct llama_deltamem_context {
         next.checkpoints.assign(tokens, tokens + n_tokens);
     }
 
-    // the slot of the state that the i-th of them left in the last batch that had any; throws std::runtime_error
+    // the slot of the state that the i-th of them left in the last batch; throws std::runtime_error
     uint32_t checkpoint_slot(int32_t i) const;
 
     // Takes the description for `batch` and checks it. Throws std::runtime_error with the reason to refuse the batch.
     void begin_batch();
+
+    // The batch was computed. One that is begun and never ended has failed.
+    void end_batch();
 
     // The plan (ggml-deltamem.h) of a micro-batch of the current batch, in the order of computation.
     void make_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan);
@@ -66,11 +78,13 @@ private:
     // one call of the model over text that reads the state as it was before
     struct ingest {
         bool    open    = false;
-        int32_t segment = -1; // the one that the running sum belongs to, -1 if none
+        int32_t segment = -1;    // the one that the running sum belongs to, -1 if none
+        bool    torn    = false; // a batch that has not ended, or failed, has gathered some of it
     };
 
     struct sequence {
         bool          write = true;
+        bool          torn  = false; // a batch that has not ended, or failed, has written some of its layers
         struct ingest ingest;
 
         // its tokens in the current batch, and how many of them micro-batches have had, which keep their order
@@ -89,5 +103,6 @@ private:
     std::vector<sequence> sequences;
     description           next;
     description           current;
-    int32_t               n_checkpoints = 0; // that the last batch left
+    int32_t               n_checkpoints = 0;     // that the last batch left
+    bool                  failed        = false; // the last batch, unless it is being computed
 };

@@ -93,15 +93,17 @@ struct llama_deltamem_graph {
         ggml_format_name(node, "deltamem_%s-%d (%s)", what, il, ggml_type_name(type));
     }
 
-    // The state is updated in place, so the operator must not be moved away from it.
-    void pin(ggml_tensor * node, ggml_backend_dev_t device) {
+    // The state is updated in place, so the operator must not be moved away from it. False if the context does not compute
+    // on that device.
+    bool pin(ggml_tensor * node, ggml_backend_dev_t device) {
         for (int b = 0; b < ggml_backend_sched_get_n_backends(sched); ++b) {
             ggml_backend_t backend = ggml_backend_sched_get_backend(sched, b);
             if (ggml_backend_get_device(backend) == device) {
                 ggml_backend_sched_set_tensor_backend(sched, node, backend);
-                return;
+                return true;
             }
         }
+        return false;
     }
 
     void read(ggml_tensor * cur, int i) {
@@ -123,7 +125,9 @@ struct llama_deltamem_graph {
         reads[i] = ggml_deltamem(ctx0, proj, lw.gate_bias, deltamem.state.tensor(i), get_plan(), params);
         ggml_format_name(reads[i], "deltamem_read-%d", lw.il);
 
-        pin(reads[i], lw.device);
+        if (!expect(i, pin(reads[i], lw.device), "the context does not compute on the device of its memory")) {
+            return;
+        }
         if (!lw.q && !lw.qkv) {
             ggml_build_forward_expand(gf, reads[i]); // it writes the state even where nothing depends on its read
         } // else it comes right before the correction, which may then be computed with it
@@ -212,6 +216,12 @@ bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, con
     } catch (const std::exception & err) {
         llama_deltamem_set_error(err.what());
         return false;
+    }
+}
+
+void llama_deltamem_end_batch(const llama_deltamem_context_ptr & deltamem) {
+    if (deltamem) {
+        deltamem->end_batch();
     }
 }
 

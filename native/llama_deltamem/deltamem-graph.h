@@ -38,5 +38,8 @@ ggml_tensor * llama_deltamem_correct(const llama_deltamem_graph_ptr & graph, lla
 template <typename batch_type>
 bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, const batch_type & batch);
 
+// Called when the batch was computed; not called if that failed.
+void llama_deltamem_end_batch(const llama_deltamem_context_ptr & deltamem);
+
 // an upper bound of the nodes that the hooks add to a graph
 uint32_t llama_deltamem_n_nodes(const llama_deltamem_context_ptr & deltamem);

@@ -72,8 +72,8 @@ LLAMA_API size_t llama_deltamem_n_bytes(const struct llama_deltamem_adapter * ad
 // every layer that the adapter names; the context is then as it was.
 LLAMA_API int32_t llama_deltamem_attach(struct llama_context * ctx, struct llama_deltamem_adapter * adapter);
 
-// Back to the plain model. The states are lost.
-LLAMA_API void llama_deltamem_detach(struct llama_context * ctx);
+// Back to the plain model. The states are lost. Returns 0, or -1 if the device failed while it was waited for.
+LLAMA_API int32_t llama_deltamem_detach(struct llama_context * ctx);
 
 LLAMA_API bool llama_deltamem_is_attached(const struct llama_context * ctx);
 
@@ -87,12 +87,19 @@ LLAMA_API int64_t llama_deltamem_n_graphs(const struct llama_context * ctx);
 //
 // states: independent of the text; llama_memory_seq_rm and the like never touch them
 //
+// A llama_decode that fails in the middle has written the states of some layers, or of some tokens, of the sequences in its
+// batch: such a state is not the one before and not the one after. Until it is set, reset or copied over,
+// llama_deltamem_state_get, llama_deltamem_state_copy from it and llama_decode with it fail. Sequences that were not in the
+// batch, or only read, and batches that were refused before anything was computed (llama_decode returns 1 or -1) leave
+// states as they were. What an unfinished ingest had gathered is lost likewise: llama_deltamem_abandon_ingest goes on.
+//
 
 // floats of one sequence's state, L*H*r*r; 0 if no adapter is attached
 LLAMA_API size_t llama_deltamem_state_size(const struct llama_context * ctx);
 
 // Copies a state out or in, [L, H, r, r] with S[i, j] = [row (value), column (key)]. `n` must be llama_deltamem_state_size.
-// Setting refuses non-finite values and changes nothing then. Returns 0 or -1.
+// Getting refuses a state that a failed llama_decode left, setting refuses non-finite values and changes nothing then.
+// Returns 0 or -1.
 LLAMA_API int32_t llama_deltamem_state_get(struct llama_context * ctx, llama_seq_id seq_id, float * dst, size_t n);
 LLAMA_API int32_t llama_deltamem_state_set(struct llama_context * ctx, llama_seq_id seq_id, const float * src,
                                            size_t n);
@@ -100,7 +107,7 @@ LLAMA_API int32_t llama_deltamem_state_set(struct llama_context * ctx, llama_seq
 // Empties a state; all of them if seq_id < 0. Returns 0 or -1.
 LLAMA_API int32_t llama_deltamem_state_reset(struct llama_context * ctx, llama_seq_id seq_id);
 
-// Copies one sequence's state over another's, on the device. Returns 0 or -1.
+// Copies one sequence's state over another's, on the device; not one that a failed llama_decode left. Returns 0 or -1.
 LLAMA_API int32_t llama_deltamem_state_copy(struct llama_context * ctx, llama_seq_id seq_id_src,
                                             llama_seq_id seq_id_dst);
 
@@ -115,7 +122,7 @@ LLAMA_API int32_t llama_deltamem_state_copy(struct llama_context * ctx, llama_se
 LLAMA_API int32_t llama_deltamem_set_checkpoints(struct llama_context * ctx, const int32_t * tokens, int32_t n_tokens);
 
 // Copies out the state that the i-th of them left, until the next llama_decode. `n` as for llama_deltamem_state_get.
-// Returns 0 or -1.
+// Returns 0, or -1, also after a llama_decode that failed: it leaves none.
 LLAMA_API int32_t llama_deltamem_checkpoint_get(struct llama_context * ctx, int32_t i, float * dst, size_t n);
 
 //

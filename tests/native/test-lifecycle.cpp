@@ -234,6 +234,151 @@ static void test_segments(llama_context * ctx, const llama_deltamem_adapter * ad
     check(same_bits(get_state(ctx, 0), whole), "an abandoned ingest changes the state");
 }
 
+// ends a computation after so many nodes; -1: never
+struct node_limit {
+    int  n_left = -1;
+    int  n_seen = 0;
+    bool over() {
+        n_seen++;
+        return n_left >= 0 && n_left-- == 0;
+    }
+};
+
+static bool is_over(void * limit) {
+    return ((node_limit *) limit)->over();
+}
+
+// A decode that ends in the middle: what it left is no state, and no checkpoint, until somebody says what the state is.
+static void test_failed_decode(llama_context * ctx, int n_vocab) {
+    const std::vector<llama_token> tokens  = prompt(n_vocab, 5);
+    const int32_t                  marks[] = { 3, N_PROMPT - 1 };
+
+    const auto start = [&](const std::vector<float> & state) {
+        llama_memory_clear(llama_get_memory(ctx), true);
+        check(llama_deltamem_state_set(ctx, 0, state.data(), state.size()) == 0, "state_set fails");
+        check(llama_deltamem_set_checkpoints(ctx, marks, 2) == 0, "set_checkpoints fails");
+    };
+
+    check(llama_deltamem_state_reset(ctx, -1) == 0, "state_reset fails");
+    check(decode(ctx, prompt(n_vocab, 6), 0, 1), "another sequence does not decode");
+    const std::vector<float> before(llama_deltamem_state_size(ctx), 0.01f), other = get_state(ctx, 1);
+    std::vector<float>       state = before;
+    const size_t             n     = state.size();
+
+    // as it should be, and how many nodes that takes
+    node_limit limit;
+    llama_set_abort_callback(ctx, is_over, &limit);
+    start(before);
+    check(decode(ctx, tokens, 0, 0), "the prompt does not decode");
+    const std::vector<float> after   = get_state(ctx, 0);
+    const int                n_nodes = limit.n_seen;
+    check(n_nodes > 20, "the computation had %d nodes", n_nodes);
+    check(llama_deltamem_checkpoint_get(ctx, 1, state.data(), n) == 0 && same_bits(state, after),
+          "the last checkpoint is not the state");
+
+    // ends in the first micro-batch, between layers, and in the second one
+    for (int n_left : { n_nodes / 8, n_nodes / 4, 3 * n_nodes / 4, n_nodes - 1 }) {
+        start(before);
+        limit.n_left = n_left;
+        check(!decode(ctx, tokens, 0, 0), "a decode that was aborted after %d nodes succeeds", n_left);
+        limit.n_left = -1;
+        logged_errors.clear();
+
+        expect_reason(llama_deltamem_checkpoint_get(ctx, 0, state.data(), n) < 0, "checkpoint_get after a failure");
+        expect_reason(llama_deltamem_state_get(ctx, 0, state.data(), n) < 0, "state_get after a failure");
+        expect_reason(llama_deltamem_state_copy(ctx, 0, 2) < 0, "state_copy after a failure");
+        expect_reason(!decode(ctx, tokens, N_PROMPT, 0), "decoding on after a failure");
+        check(same_bits(get_state(ctx, 1), other), "a failure touches another sequence");
+        expect_reason(llama_deltamem_checkpoint_get(ctx, 0, state.data(), n) < 0, "checkpoint_get after a refusal");
+
+        // other sequences go on, and so does this one from a state that is known
+        check(llama_deltamem_set_write(ctx, 1, false) == 0 && decode(ctx, { 1 }, N_PROMPT, 1),
+              "another sequence does not decode after a failure");
+        check(llama_deltamem_set_write(ctx, 1, true) == 0, "set_write fails");
+        expect_reason(llama_deltamem_state_get(ctx, 0, state.data(), n) < 0, "state_get, others decoded since");
+        start(before);
+        check(decode(ctx, tokens, 0, 0) && same_bits(get_state(ctx, 0), after),
+              "from the state before, it comes to another one");
+        check(llama_deltamem_checkpoint_get(ctx, 1, state.data(), n) == 0 && same_bits(state, after),
+              "no checkpoint after a failure");
+        check(decode(ctx, prompt(n_vocab, 6), 0, 1), "another sequence does not decode");
+        check(llama_deltamem_state_set(ctx, 1, other.data(), n) == 0, "state_set fails");
+        llama_memory_clear(llama_get_memory(ctx), true);
+    }
+
+    // a state copied over, or emptied, is whole too
+    for (const bool copied : { true, false }) {
+        start(before);
+        limit.n_left = n_nodes / 2;
+        check(!decode(ctx, tokens, 0, 0), "an aborted decode succeeds");
+        limit.n_left = -1;
+        check((copied ? llama_deltamem_state_copy(ctx, 1, 0) : llama_deltamem_state_reset(ctx, 0)) == 0,
+              "no state after a failure");
+        check(same_bits(get_state(ctx, 0), copied ? other : std::vector<float>(n, 0.0f)), "another state");
+    }
+
+    // what only reads changes nothing, however it ends
+    start(before);
+    check(llama_deltamem_set_write(ctx, 0, false) == 0, "set_write fails");
+    limit.n_left = n_nodes / 2;
+    check(!decode(ctx, tokens, 0, 0), "an aborted decode succeeds");
+    limit.n_left = -1;
+    check(same_bits(get_state(ctx, 0), before), "a failed decode without writes changes the state");
+    check(llama_deltamem_set_write(ctx, 0, true) == 0, "set_write fails");
+
+    // a decode that is refused before it begins touches no state, and leaves no checkpoints of an earlier one
+    start(before);
+    check(decode(ctx, tokens, 0, 0), "the prompt does not decode");
+    check(llama_deltamem_set_checkpoints(ctx, marks, 2) == 0, "set_checkpoints fails");
+    logged_errors.clear();
+    expect_reason(!decode(ctx, { 1 }, N_PROMPT, 0), "a checkpoint after a token that the batch has not");
+    expect_reason(llama_deltamem_checkpoint_get(ctx, 0, state.data(), n) < 0, "checkpoint_get after a refusal");
+    check(same_bits(get_state(ctx, 0), after), "a refused decode changes the state");
+
+    llama_set_abort_callback(ctx, nullptr, nullptr);
+    llama_memory_clear(llama_get_memory(ctx), true);
+    check(llama_deltamem_state_reset(ctx, -1) == 0, "state_reset fails");
+}
+
+// An ingest that fails in the middle has written nothing; what it had gathered is to be dropped.
+static void test_failed_ingest(llama_context * ctx, const llama_deltamem_adapter * adapter, int n_vocab) {
+    if (llama_deltamem_write_granularity(adapter) == LLAMA_DELTAMEM_TOKEN) {
+        return;
+    }
+    const std::vector<llama_token> tokens = prompt(n_vocab, 7);
+    const std::vector<int32_t>     segments(N_PROMPT, 0);
+    std::vector<int8_t>            ends(N_PROMPT, 0);
+
+    const std::vector<float> before(llama_deltamem_state_size(ctx), 0.01f);
+    std::vector<float>       state = before;
+    check(llama_deltamem_state_set(ctx, 0, before.data(), before.size()) == 0, "state_set fails");
+
+    node_limit limit;
+    llama_set_abort_callback(ctx, is_over, &limit);
+    for (const bool whole : { false, true }) {
+        ends.back() = whole;
+        llama_memory_clear(llama_get_memory(ctx), true);
+        check(llama_deltamem_set_segments(ctx, segments.data(), ends.data(), N_PROMPT) == 0, "set_segments fails");
+        limit.n_seen = 0;
+        limit.n_left = 0; // in the first of two micro-batches: none has ended the ingest
+        check(!decode(ctx, tokens, 0, 0), "an aborted ingest succeeds");
+        limit.n_left = -1;
+        logged_errors.clear();
+        check(same_bits(get_state(ctx, 0), before), "an ingest that failed has written");
+        check(llama_deltamem_set_segments(ctx, segments.data(), ends.data(), N_PROMPT) == 0, "set_segments fails");
+        expect_reason(!decode(ctx, tokens, 0, 0), "an ingest that goes on after a failure");
+        check(llama_deltamem_abandon_ingest(ctx, 0) == 0, "abandon_ingest fails");
+        check(same_bits(get_state(ctx, 0), before), "an abandoned ingest has written");
+    }
+    llama_set_abort_callback(ctx, nullptr, nullptr);
+
+    llama_memory_clear(llama_get_memory(ctx), true);
+    check(llama_deltamem_set_segments(ctx, segments.data(), ends.data(), N_PROMPT) == 0, "set_segments fails");
+    check(decode(ctx, tokens, 0, 0), "an ingest after an abandoned one does not decode");
+    llama_memory_clear(llama_get_memory(ctx), true);
+    check(llama_deltamem_state_reset(ctx, -1) == 0, "state_reset fails");
+}
+
 static void test_bad_calls(llama_context * ctx) {
     std::vector<float>       state  = get_state(ctx, 0);
     const std::vector<float> before = state;
@@ -322,7 +467,7 @@ static std::vector<llama_token> run(const char * base, const char * adapter_path
     check(!llama_deltamem_is_attached(ctx) && llama_deltamem_state_size(ctx) == 0, "attached from the start");
     expect_reason(llama_deltamem_state_get(ctx, 0, &nothing, 1) < 0, "state_get, nothing attached");
     expect_reason(llama_deltamem_state_reset(ctx, -1) < 0, "state_reset, nothing attached");
-    llama_deltamem_detach(ctx); // does nothing
+    check(llama_deltamem_detach(ctx) == 0, "detach fails, nothing attached"); // does nothing
 
     // attached
     check(llama_deltamem_attach(ctx, adapter) == 0, "attach fails: %s", llama_deltamem_last_error());
@@ -338,11 +483,13 @@ static std::vector<llama_token> run(const char * base, const char * adapter_path
     const std::vector<llama_token> generated = generate(ctx, n_vocab, 0);
     test_states(ctx, n_vocab);
     test_segments(ctx, adapter, n_vocab);
+    test_failed_decode(ctx, n_vocab);
+    test_failed_ingest(ctx, adapter, n_vocab);
     test_bad_calls(ctx);
     check(llama_deltamem_state_n_bytes(ctx) == n_bytes, "the states grow with use");
 
     // detached, and attached again: an empty memory and the same answer
-    llama_deltamem_detach(ctx);
+    check(llama_deltamem_detach(ctx) == 0, "detach fails");
     check(!llama_deltamem_is_attached(ctx) && llama_deltamem_state_size(ctx) == 0, "detached, but attached");
     llama_memory_clear(llama_get_memory(ctx), true);
     generate(ctx, n_vocab, 0);
