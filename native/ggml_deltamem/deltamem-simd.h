@@ -106,7 +106,13 @@ struct scalar {
 #endif
     }
 
-    DELTAMEM_FN static scalar fma(scalar a, scalar b, scalar c) { return { a.v * b.v + c.v }; }
+    DELTAMEM_FN static scalar fma(scalar a, scalar b, scalar c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+        return { fmaf(a.v, b.v, c.v) }; // whether a compiler makes one of the expression differs from loop to loop
+#else
+        return { a.v * b.v + c.v };
+#endif
+    }
     DELTAMEM_FN static scalar min(scalar a, scalar b) { return { a.v < b.v ? a.v : b.v }; }
     DELTAMEM_FN static scalar max(scalar a, scalar b) { return { a.v > b.v ? a.v : b.v }; }
     DELTAMEM_FN static scalar sqrt(scalar a) { return { sqrtf(a.v) }; }
