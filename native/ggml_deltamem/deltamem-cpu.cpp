@@ -27,9 +27,7 @@ static struct deltamem_head_args head_args(const struct ggml_tensor * dst, int64
     const int32_t * seq     = seqs + GGML_DELTAMEM_PLAN_SEQ * i_seq;
     const int32_t * entries = seqs + (int64_t) GGML_DELTAMEM_PLAN_SEQ * p.n_seqs;
 
-    const int32_t slot = seq[0];
-    GGML_ASSERT(slot >= 0 && slot < state->ne[1]);
-    GGML_ASSERT(seq[1] >= 0 && seq[2] >= 0 && (int64_t) seq[1] + seq[2] <= dst->ne[1]);
+    GGML_ASSERT(deltamem_sequence_fits(seqs, p.n_seqs, i_seq, dst->ne[1], state->ne[1]));
 
     struct deltamem_head_args args;
     args.params      = p;
@@ -39,7 +37,7 @@ static struct deltamem_head_args head_args(const struct ggml_tensor * dst, int64
     args.gate_bias   = (const float *) gate_bias->data;
     args.slots       = (float *) state->data + head * ggml_deltamem_n_record(&p);
     args.slot_stride = state->nb[1] / sizeof(float);
-    args.record      = args.slots + slot * args.slot_stride;
+    args.record      = args.slots + seq[0] * args.slot_stride;
     args.read        = (float *) dst->data;
     args.read_stride = dst->nb[1] / sizeof(float);
     args.entries     = entries + (int64_t) GGML_DELTAMEM_PLAN_TOKEN * seq[1];
@@ -156,6 +154,7 @@ static void forward_correct(const struct ggml_compute_params * params, const str
 }
 
 void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    ggml_deltamem_check(dst);
     switch (ggml_deltamem_get_kind(dst)) {
         case GGML_DELTAMEM_READ:    forward_read(params, dst); break;
         case GGML_DELTAMEM_CORRECT: forward_correct(params, dst, nullptr, dst); break;
@@ -189,12 +188,18 @@ static void forward_project(const struct ggml_compute_params * params, struct gg
     deltamem_project_forward(&args);
 }
 
+// what is not a product as ggml makes it is left to ggml's, which says so
 static bool takes_projection(const struct ggml_tensor * mul_mat) {
     const struct ggml_tensor * weight = mul_mat->src[0];
     const struct ggml_tensor * in     = mul_mat->src[1];
+    if (!weight || !in || !mul_mat->data || !weight->data || !in->data) {
+        return false;
+    }
     return (weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_F32) && !weight->extra &&
-           in->type == GGML_TYPE_F32 && in->nb[0] == sizeof(float) && ggml_nrows(mul_mat) == mul_mat->ne[1] &&
-           mul_mat->ne[1] <= FEW_TOKENS;
+           in->type == GGML_TYPE_F32 && mul_mat->type == GGML_TYPE_F32 && ggml_is_contiguous_rows(in) &&
+           ggml_is_contiguous_rows(weight) && ggml_is_contiguous_rows(mul_mat) && ggml_is_matrix(in) &&
+           ggml_is_matrix(weight) && ggml_is_matrix(mul_mat) && weight->ne[0] == in->ne[0] &&
+           weight->ne[1] == mul_mat->ne[0] && in->ne[1] == mul_mat->ne[1] && mul_mat->ne[1] <= FEW_TOKENS;
 }
 
 static bool apart(const struct ggml_tensor * a, const struct ggml_tensor * b) {
@@ -211,9 +216,10 @@ static bool in_place_or_apart(const struct ggml_tensor * dst, const struct ggml_
 static bool takes_addition(const struct ggml_tensor * correction, const struct ggml_tensor * add,
                            const struct ggml_tensor * added) {
     // the allocator may have given `add` the place of what the correction alone needs
-    return added->type == GGML_TYPE_F32 && add->type == GGML_TYPE_F32 && ggml_are_same_shape(added, correction) &&
-           added->nb[0] == sizeof(float) && add->nb[0] == sizeof(float) && in_place_or_apart(add, correction->src[0]) &&
-           in_place_or_apart(add, added) && apart(add, correction->src[1]) && apart(add, correction->src[2]);
+    return added && added->data && add->data && added->type == GGML_TYPE_F32 && add->type == GGML_TYPE_F32 &&
+           ggml_are_same_shape(added, correction) && added->nb[0] == sizeof(float) && add->nb[0] == sizeof(float) &&
+           in_place_or_apart(add, correction->src[0]) && in_place_or_apart(add, added) &&
+           apart(add, correction->src[1]) && apart(add, correction->src[2]);
 }
 
 // Of one token, a projection, its read, and a correction by it. Every thread reads for itself what it corrects by, instead of
@@ -260,6 +266,7 @@ static bool takes_correction(const struct ggml_tensor * read, const struct ggml_
         ggml_deltamem_get_kind(correction) != GGML_DELTAMEM_CORRECT || correction->src[2] != read) {
         return false;
     }
+    ggml_deltamem_check(correction);
     for (int i = 0; i < 4; ++i) {
         if (!apart(correction, read->src[i])) {
             return false; // the allocator has given the correction the place of what the read alone needs
@@ -282,6 +289,7 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
 
     if (node->op == GGML_OP_MUL_MAT && next->op == GGML_OP_DELTAMEM && next->src[0] == node &&
         ggml_deltamem_get_kind(next) == GGML_DELTAMEM_READ && takes_projection(node)) {
+        ggml_deltamem_check(next);
         if (i + 2 < cgraph->n_nodes && takes_correction(next, cgraph->nodes[i + 2])) {
             forward_project_read_correct(params, node, next, cgraph->nodes[i + 2]);
             return 2;
@@ -295,6 +303,7 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
     if (node->op == GGML_OP_DELTAMEM && ggml_deltamem_get_kind(node) == GGML_DELTAMEM_CORRECT &&
         ggml_can_fuse(cgraph, i, { GGML_OP_DELTAMEM, GGML_OP_ADD })) {
         const struct ggml_tensor * added = next->src[next->src[0] == node ? 1 : 0];
+        ggml_deltamem_check(node);
         if (takes_addition(node, next, added)) {
             forward_correct(params, node, added, next);
             return 1;

@@ -89,6 +89,8 @@ struct cuda_read_args {
     const float * gate_bias;
     float *       state;
     size_t        slot_stride;
+    int           n_slots;
+    int           n_tokens; // columns of proj and of the result
     const int *   plan;
     float *       read;
     size_t        read_stride;
@@ -363,6 +365,14 @@ static __device__ __forceinline__ void activate(const ggml_deltamem_params & p, 
 
 extern __shared__ float4 deltamem_shared[];
 
+// A plan may come from an RPC client: what it says beyond the tensors ends the kernel, as GGML_ASSERT ends the CPU's
+// (deltamem_sequence_fits).
+static __device__ __forceinline__ void require(bool fits) {
+    if (!fits) {
+        __trap();
+    }
+}
+
 template <int R, bool SEGMENTS> class read_block {
 public:
     __device__ read_block(const cuda_read_args & args, float * shared, int head, int sequence) :
@@ -379,7 +389,11 @@ public:
         slots(args.state + head * args.n_record),
         record(slots + args.plan[GGML_DELTAMEM_PLAN_SEQ * sequence] * args.slot_stride),
         state(shared + layout.state, p.rank),
-        pending(shared + layout.pending, p.rank) {}
+        pending(shared + layout.pending, p.rank) {
+        const int slot  = args.plan[GGML_DELTAMEM_PLAN_SEQ * sequence];
+        const int first = args.plan[GGML_DELTAMEM_PLAN_SEQ * sequence + 1];
+        require(slot >= 0 && slot < args.n_slots && first >= 0 && n_entries >= 0 && n_entries <= args.n_tokens - first);
+    }
 
     __device__ void forward() {
         const bool recurs = warp < args.n_recur_warps;
@@ -529,6 +543,8 @@ private:
                 const int t = t0 + m * step + group;
                 token[m]    = t < n ? from[GGML_DELTAMEM_PLAN_TOKEN * t] : -1;
                 bits[m]     = t < n ? from[GGML_DELTAMEM_PLAN_TOKEN * t + 1] : 0;
+                require(t >= n || (token[m] >= 0 && token[m] < args.n_tokens && bits[m] >= 0 &&
+                                   GGML_DELTAMEM_TOKEN_CHECKPOINT_SLOT(bits[m]) < args.n_slots));
                 checkpoints |= GGML_DELTAMEM_TOKEN_CHECKPOINT_SLOT(bits[m]) >= 0;
             }
 #pragma unroll

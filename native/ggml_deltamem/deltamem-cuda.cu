@@ -26,6 +26,7 @@ static __device__ __forceinline__ float to_float(nv_bfloat16 x) {
 using namespace deltamem;
 
 static cuda_read_args read_args(const ggml_tensor * node) {
+    ggml_deltamem_check(node);
     const ggml_tensor * proj  = node->src[0];
     const ggml_tensor * state = node->src[2];
 
@@ -37,6 +38,8 @@ static cuda_read_args read_args(const ggml_tensor * node) {
     args.gate_bias   = (const float *) node->src[1]->data;
     args.state       = (float *) state->data;
     args.slot_stride = state->nb[1] / sizeof(float);
+    args.n_slots     = (int) state->ne[1];
+    args.n_tokens    = (int) node->ne[1];
     args.plan        = (const int *) node->src[3]->data;
     args.read        = (float *) node->data;
     args.read_stride = node->nb[1] / sizeof(float);
@@ -72,6 +75,7 @@ static void correct(ggml_backend_cuda_context & ctx, const W * weight, const cud
 }
 
 static void op_correct(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
+    ggml_deltamem_check(node);
     const ggml_tensor * out    = node->src[0];
     const ggml_tensor * weight = node->src[1];
     const ggml_tensor * read   = node->src[2];
@@ -131,7 +135,8 @@ int ggml_cuda_deltamem_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph *
     const ggml_deltamem_params & p    = args.params;
 
     const int64_t n_embd = input->ne[0];
-    const bool    fits   = p.n_head == 1 && p.n_seqs == 1 && p.rank == 8 && input->type == GGML_TYPE_F32 &&
+    const bool    fits   = weight->ne[0] == n_embd && weight->ne[1] == args.n_proj && ggml_is_matrix(weight) &&
+                           p.n_head == 1 && p.n_seqs == 1 && p.rank == 8 && input->type == GGML_TYPE_F32 &&
                            ggml_is_contiguous(input) && n_embd % 8 == 0 && (uintptr_t) input->data % 16 == 0 &&
                            (uintptr_t) weight->data % 16 == 0 && weight->nb[1] % 16 == 0;
     // a single multiprocessor reads the weights: more of them are better off with the matrix product of all

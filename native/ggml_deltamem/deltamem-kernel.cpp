@@ -10,6 +10,7 @@
 
 #include "deltamem-simd.h"
 
+#include <algorithm>
 #include <initializer_list>
 
 namespace deltamem {
@@ -534,6 +535,27 @@ template <typename W> static void project(const deltamem_project_args & args) {
 }
 
 } // namespace deltamem
+
+bool deltamem_sequence_fits(const int32_t * plan, int64_t n_seqs, int64_t i, int64_t n_tokens, int64_t n_slots) {
+    const int32_t * seq   = plan + GGML_DELTAMEM_PLAN_SEQ * i;
+    const int64_t   first = seq[1], count = seq[2];
+    if (seq[0] < 0 || seq[0] >= n_slots || first < 0 || count < 0 || first + count > n_tokens) {
+        return false;
+    }
+    const int32_t * entries = plan + GGML_DELTAMEM_PLAN_SEQ * n_seqs + GGML_DELTAMEM_PLAN_TOKEN * first;
+
+    // negative numbers are the largest; bits below the next checkpoint's are those of a slot that is there
+    const uint32_t token_end = (uint32_t) std::min<int64_t>(n_tokens, INT32_MAX);
+    const uint32_t bits_end  = (uint32_t) std::min<int64_t>(GGML_DELTAMEM_TOKEN_CHECKPOINT(n_slots), INT32_MAX);
+
+    uint32_t n_wrong = 0; // no branch, so that it takes several at a time
+    for (int64_t e = 0; e < count; ++e) {
+        const uint32_t token = (uint32_t) entries[GGML_DELTAMEM_PLAN_TOKEN * e];
+        const uint32_t bits  = (uint32_t) entries[GGML_DELTAMEM_PLAN_TOKEN * e + 1];
+        n_wrong |= (token >= token_end) | (bits >= bits_end);
+    }
+    return n_wrong == 0;
+}
 
 void deltamem_head_forward(const struct deltamem_head_args * args) {
     switch (args->params.rank) {

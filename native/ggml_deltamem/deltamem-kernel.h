@@ -12,6 +12,10 @@
 extern "C" {
 #endif
 
+// Whether what sequence i of a plan says can be done: its slot and those of its checkpoints are among n_slots, its entries among
+// n_tokens, and so are the tokens that they name. Whoever follows a plan asks: it may come from an RPC client.
+bool deltamem_sequence_fits(const int32_t * plan, int64_t n_seqs, int64_t i, int64_t n_tokens, int64_t n_slots);
+
 struct deltamem_head_args {
     struct ggml_deltamem_params params;
 

@@ -17,33 +17,88 @@ static void set_op_params(struct ggml_tensor * node, enum ggml_deltamem_kind kin
     }
 }
 
-struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct ggml_tensor * proj, struct ggml_tensor * gate_bias,
-                                   struct ggml_tensor * state, struct ggml_tensor * plan,
-                                   struct ggml_deltamem_params params) {
-    const int64_t n_tokens = proj->ne[1];
+// rows of whole values, wherever each begins
+static bool is_matrix_of_rows(const struct ggml_tensor * t) {
+    return ggml_is_matrix(t) && ggml_is_contiguous_rows(t) && t->nb[1] % t->nb[0] == 0;
+}
 
+static void check_read(const struct ggml_tensor * node) {
+    const struct ggml_tensor * proj      = node->src[0];
+    const struct ggml_tensor * gate_bias = node->src[1];
+    const struct ggml_tensor * state     = node->src[2];
+    const struct ggml_tensor * plan      = node->src[3];
+    GGML_ASSERT(proj && gate_bias && state && plan);
+
+    const struct ggml_deltamem_params params = ggml_deltamem_get_params(node);
     GGML_ASSERT(params.rank >= 1 && params.rank <= GGML_DELTAMEM_MAX_RANK);
     GGML_ASSERT(params.n_head >= 1);
     GGML_ASSERT(params.n_seqs >= 1);
     GGML_ASSERT(params.lambda >= GGML_DELTAMEM_LAMBDA_COUPLED && params.lambda <= GGML_DELTAMEM_LAMBDA_NONE);
 
+    GGML_ASSERT(node->type == GGML_TYPE_F32);
     GGML_ASSERT(proj->type == GGML_TYPE_F32);
     GGML_ASSERT(gate_bias->type == GGML_TYPE_F32);
     GGML_ASSERT(state->type == GGML_TYPE_F32);
     GGML_ASSERT(plan->type == GGML_TYPE_I32);
 
-    GGML_ASSERT(ggml_is_matrix(proj) && ggml_is_contiguous_rows(proj));
+    GGML_ASSERT(is_matrix_of_rows(node));
+    GGML_ASSERT(is_matrix_of_rows(proj));
     GGML_ASSERT(ggml_is_vector(gate_bias) && ggml_is_contiguous(gate_bias));
-    GGML_ASSERT(ggml_is_matrix(state) && ggml_is_contiguous_rows(state));
+    GGML_ASSERT(is_matrix_of_rows(state));
     GGML_ASSERT(ggml_is_vector(plan) && ggml_is_contiguous(plan));
 
+    GGML_ASSERT(node->ne[1] <= INT32_MAX && state->ne[1] <= INT32_MAX); // a plan has 32 bits for either
+    GGML_ASSERT(node->ne[0] == (int64_t) params.n_head * params.rank);
     GGML_ASSERT(proj->ne[0] == ggml_deltamem_n_proj(&params));
+    GGML_ASSERT(proj->ne[1] == node->ne[1]);
     GGML_ASSERT(gate_bias->ne[0] == ggml_deltamem_n_gates(&params));
     GGML_ASSERT(state->ne[0] == params.n_head * ggml_deltamem_n_record(&params));
-    GGML_ASSERT(plan->ne[0] >= ggml_deltamem_n_plan(params.n_seqs, n_tokens));
+    GGML_ASSERT(plan->ne[0] >= ggml_deltamem_n_plan(params.n_seqs, node->ne[1]));
+}
 
+static void check_correct(const struct ggml_tensor * node) {
+    const struct ggml_tensor * out    = node->src[0];
+    const struct ggml_tensor * weight = node->src[1];
+    const struct ggml_tensor * read   = node->src[2];
+    GGML_ASSERT(out && weight && read);
+
+    GGML_ASSERT(node->type == GGML_TYPE_F32);
+    GGML_ASSERT(out->type == GGML_TYPE_F32);
+    GGML_ASSERT(weight->type == GGML_TYPE_F32 || weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_BF16);
+    GGML_ASSERT(read->type == GGML_TYPE_F32);
+
+    GGML_ASSERT(is_matrix_of_rows(node));
+    GGML_ASSERT(is_matrix_of_rows(out));
+    GGML_ASSERT(is_matrix_of_rows(weight));
+    GGML_ASSERT(is_matrix_of_rows(read));
+
+    GGML_ASSERT(ggml_are_same_shape(node, out));
+    GGML_ASSERT(weight->ne[0] == out->ne[0]);
+    GGML_ASSERT(weight->ne[1] == read->ne[0]);
+    GGML_ASSERT(read->ne[1] == out->ne[1]);
+}
+
+static void check_shapes(const struct ggml_tensor * node) {
+    switch (ggml_deltamem_get_kind(node)) {
+        case GGML_DELTAMEM_READ:    check_read(node); break;
+        case GGML_DELTAMEM_CORRECT: check_correct(node); break;
+        default:                    GGML_ABORT("a node of GGML_OP_DELTAMEM of kind %d", node->op_params[0]);
+    }
+}
+
+void ggml_deltamem_check(const struct ggml_tensor * node) {
+    check_shapes(node);
+    GGML_ASSERT(node->data);
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        GGML_ASSERT(!node->src[i] || node->src[i]->data);
+    }
+}
+
+struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct ggml_tensor * proj, struct ggml_tensor * gate_bias,
+                                   struct ggml_tensor * state, struct ggml_tensor * plan,
+                                   struct ggml_deltamem_params params) {
     struct ggml_tensor * result =
-            ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) params.n_head * params.rank, n_tokens);
+            ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) params.n_head * params.rank, proj->ne[1]);
 
     result->op     = GGML_OP_DELTAMEM;
     result->src[0] = proj;
@@ -52,6 +107,7 @@ struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct ggml_tensor
     result->src[3] = plan;
 
     set_op_params(result, GGML_DELTAMEM_READ, &params);
+    check_shapes(result);
 
     return result;
 }
@@ -66,18 +122,6 @@ struct ggml_tensor * ggml_deltamem_mul_mat(struct ggml_context * ctx, struct ggm
 
 struct ggml_tensor * ggml_deltamem_correct(struct ggml_context * ctx, struct ggml_tensor * out,
                                            struct ggml_tensor * weight, struct ggml_tensor * read) {
-    GGML_ASSERT(out->type == GGML_TYPE_F32);
-    GGML_ASSERT(weight->type == GGML_TYPE_F32 || weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_BF16);
-    GGML_ASSERT(read->type == GGML_TYPE_F32);
-
-    GGML_ASSERT(ggml_is_matrix(out) && ggml_is_contiguous_rows(out));
-    GGML_ASSERT(ggml_is_matrix(weight) && ggml_is_contiguous_rows(weight));
-    GGML_ASSERT(ggml_is_matrix(read) && ggml_is_contiguous_rows(read));
-
-    GGML_ASSERT(weight->ne[0] == out->ne[0]);
-    GGML_ASSERT(weight->ne[1] == read->ne[0]);
-    GGML_ASSERT(read->ne[1] == out->ne[1]);
-
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, out->ne[0], out->ne[1]);
 
     result->op     = GGML_OP_DELTAMEM;
@@ -86,6 +130,7 @@ struct ggml_tensor * ggml_deltamem_correct(struct ggml_context * ctx, struct ggm
     result->src[2] = read;
 
     set_op_params(result, GGML_DELTAMEM_CORRECT, NULL);
+    check_shapes(result);
 
     return result;
 }

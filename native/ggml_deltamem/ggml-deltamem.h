@@ -129,6 +129,10 @@ enum ggml_deltamem_kind {
 
 GGML_API enum ggml_deltamem_kind ggml_deltamem_get_kind(const struct ggml_tensor * node);
 
+// Aborts, as ggml's operators do, if a node is not as the functions above make it: the graph of an RPC client comes as tensors.
+// Every backend asks before it computes one. Its data must be there by then; what a plan holds is looked at where it is used.
+GGML_API void ggml_deltamem_check(const struct ggml_tensor * node);
+
 // the parameters that a read was made with
 GGML_API struct ggml_deltamem_params ggml_deltamem_get_params(const struct ggml_tensor * node);
 

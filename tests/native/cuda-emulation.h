@@ -81,6 +81,14 @@ public:
         return current->voted;
     }
 
+    // ends the thread and, once all that can run have, the launch
+    static void trap() {
+        trapped = true;
+        current->wait(DONE);
+    }
+
+    static inline bool trapped = false; // was a launch, since this was set to false
+
     static void sync_warp() { current->wait(AT_WARP); }
 
     static float shuffle_xor(float value, int mask) {
@@ -192,7 +200,7 @@ private:
             }
         }
         for (const status s : statuses) {
-            if (s != DONE) {
+            if (s != DONE && !trapped) {
                 fail("a barrier that not all threads reach");
             }
         }
@@ -221,6 +229,10 @@ inline void __syncthreads() {
 
 inline int __syncthreads_or(int vote) {
     return cuda_emulation::sync_threads(vote != 0);
+}
+
+inline void __trap() {
+    cuda_emulation::trap();
 }
 
 inline void __syncwarp() {

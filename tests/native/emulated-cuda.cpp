@@ -15,6 +15,7 @@ static inline float to_float(deltamem::float16 x) {
 #include "deltamem-cuda-kernel.cuh"
 
 #include <algorithm>
+#include <climits>
 #include <cstdlib>
 
 using namespace deltamem;
@@ -137,6 +138,8 @@ void deltamem_head_forward(const deltamem_head_args * head) {
     }
     args.state       = state.data();
     args.slot_stride = stride;
+    args.n_slots     = params.n_seqs + n_checkpoints;
+    args.n_tokens    = INT_MAX; // the columns are the caller's business
 
     std::vector<int> plan;
     for (int seq = 0; seq < params.n_seqs; ++seq) {
@@ -159,6 +162,38 @@ void deltamem_head_forward(const deltamem_head_args * head) {
     for (int i = 0; i < n_checkpoints; ++i) {
         std::copy_n(state.begin() + (params.n_seqs + i) * stride + at, n_record, head->slots + i * head->slot_stride);
     }
+}
+
+// What the kernel says: it ends before it follows a plan that does not fit, or it touches nothing but the tensors.
+bool deltamem_sequence_fits(const int32_t * plan, int64_t n_seqs, int64_t i, int64_t n_tokens, int64_t n_slots) {
+    ggml_deltamem_params params = {};
+    params.rank                 = 8;
+    params.n_head               = 1;
+    params.n_seqs               = (int32_t) n_seqs;
+    params.flags                = GGML_DELTAMEM_RANKWISE_GATES;
+
+    cuda_read_args args = {};
+    args.prepare(params, n_tokens);
+
+    std::vector<float> proj(n_tokens * args.n_proj), bias(8), state(n_slots * args.n_record), read(n_tokens * 8);
+    args.proj        = proj.data();
+    args.proj_stride = args.n_proj;
+    args.gate_bias   = bias.data();
+    args.state       = state.data();
+    args.slot_stride = args.n_record;
+    args.n_slots     = (int) n_slots;
+    args.n_tokens    = (int) n_tokens;
+    args.plan        = plan;
+    args.read        = read.data();
+    args.read_stride = 8;
+
+    cuda_emulation::trapped = false;
+    cuda_emulation::launch({ 1, 1 }, { (unsigned) (args.n_recur_warps + args.n_stage_warps) * WARP }, deltamem_shared,
+                           args.layout.size * sizeof(float), [&] {
+                               blockIdx.y = (unsigned) i;
+                               read_kernel<8, false>(args);
+                           });
+    return !cuda_emulation::trapped;
 }
 
 template <typename W> static void run_correct_strided(const deltamem_correct_args * a) {

@@ -960,6 +960,68 @@ static void test_projections() {
     printf("%-44s%s\n", "projections", n_failed > before ? "  FAILED" : " within n u");
 }
 
+// Plans that anybody may have sent: every number of one that fits is replaced by others.
+static void test_plans() {
+    constexpr int n_seqs = 2, n_tokens = 5, n_slots = 4;
+
+    const int32_t good[] = {
+        3, 0,
+        2, // slot, first, count
+        1, 2,
+        3, //
+        4, GGML_DELTAMEM_TOKEN_WRITE,
+        0, GGML_DELTAMEM_TOKEN_WRITE | GGML_DELTAMEM_TOKEN_CHECKPOINT(0),
+        1, 0,
+        2, GGML_DELTAMEM_TOKEN_CHECKPOINT(2),
+        3, GGML_DELTAMEM_TOKEN_WRITE,
+    };
+    std::vector<int32_t> plan(std::begin(good), std::end(good));
+    const auto fits = [&](int seq) { return deltamem_sequence_fits(plan.data(), n_seqs, seq, n_tokens, n_slots); };
+    check(fits(0) && fits(1), "a plan that fits is refused");
+
+    struct change {
+        int  at;
+        int  value;
+        bool fits;
+    };
+    const int    n_entry   = GGML_DELTAMEM_PLAN_SEQ * n_seqs + GGML_DELTAMEM_PLAN_TOKEN * 2; // the first of sequence 1
+    const change changes[] = {
+        { 3, 0, true },
+        { 3, n_slots - 1, true },
+        { 3, n_slots, false },
+        { 3, -1, false },
+        { 3, INT32_MAX, false },
+        { 3, INT32_MIN, false },
+        { 4, 0, true },
+        { 4, 3, false },
+        { 4, -1, false },
+        { 4, INT32_MAX, false },
+        { 4, INT32_MIN, false },
+        { 5, 0, true },
+        { 5, 4, false },
+        { 5, -1, false },
+        { 5, INT32_MAX, false },
+        { 5, INT32_MIN, false },
+        { n_entry, n_tokens - 1, true },
+        { n_entry, n_tokens, false },
+        { n_entry + 2, -1, false },
+        { n_entry + 4, INT32_MAX, false },
+        { n_entry, INT32_MIN, false },
+        { n_entry + 1, GGML_DELTAMEM_TOKEN_CHECKPOINT(n_slots - 1), true },
+        { n_entry + 1, GGML_DELTAMEM_TOKEN_CHECKPOINT(n_slots), false },
+        { n_entry + 5, GGML_DELTAMEM_TOKEN_CHECKPOINT(1 << 20), false },
+        { n_entry + 3, INT32_MAX, false },
+        { n_entry + 3, -1, false },
+        { n_entry + 5, INT32_MIN, false },
+    };
+    for (const change & c : changes) {
+        plan[c.at] = c.value;
+        check(fits(1) == c.fits, "a plan with %d at %d: %s", c.value, c.at, c.fits ? "refused" : "accepted");
+        check(fits(0), "a plan with %d at %d: another sequence of it is refused", c.value, c.at);
+        plan[c.at] = good[c.at];
+    }
+}
+
 int main(int argc, char ** argv) {
     if (argc < 2) {
         fprintf(stderr, "usage: %s NAME [--quick] [--flush]\n", argv[0]);
@@ -987,6 +1049,7 @@ int main(int argc, char ** argv) {
     test_activations();
     test_same_bits();
     test_checkpoints();
+    test_plans();
     test_nan();
     test_corrections();
     if (!is_cuda) {

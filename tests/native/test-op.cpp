@@ -10,8 +10,13 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 
+#include <csignal>
+#include <cstdlib>
 #include <functional>
 #include <memory>
+
+#include <sys/wait.h>
+#include <unistd.h>
 
 // a backend, and in how many ways it is to compute the same: numbers of threads of a CPU
 struct tested {
@@ -483,6 +488,122 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
     ggml_free(ctx);
 }
 
+// Runs f in a child. Whether it ended by abort(), as a failed GGML_ASSERT ends a process, and by nothing worse.
+static bool aborts(const std::function<void()> & f) {
+    fflush(stdout);
+    const pid_t pid = fork();
+    if (pid == 0) {
+        if (!freopen("/dev/null", "w", stderr)) { // GGML_ASSERT says what was wrong
+            _exit(1);
+        }
+        f();
+        _exit(0);
+    }
+    int status = 0;
+    waitpid(pid, &status, 0);
+    return WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT;
+}
+
+// What an RPC client may send and no constructor makes: a plan that points out of its tensors, a node that is not what it
+// says. With one token of a single sequence, the backend computes projection, read and correction as one.
+static void test_malformed(const tested & on, bool fused) {
+    setenv("GGML_NO_BACKTRACE", "1", 1); // of every abort otherwise
+
+    constexpr int n_embd = 64, n_out = 96, n_slots = 4;
+    const int     n_tokens = fused ? 1 : 6;
+
+    ggml_deltamem_params p = {};
+    p.rank                 = 8;
+    p.n_head               = 1;
+    p.n_seqs               = 1;
+    p.flags                = GGML_DELTAMEM_RANKWISE_GATES;
+
+    ggml_context * ctx    = ggml_init({ ggml_tensor_overhead() * 8, nullptr, true });
+    ggml_context * nodes  = ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true });
+    ggml_tensor *  weight = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd, ggml_deltamem_n_proj(&p));
+    ggml_tensor *  input  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd, n_tokens);
+    ggml_tensor *  bias   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ggml_deltamem_n_gates(&p));
+    ggml_tensor *  state  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_deltamem_n_record(&p), n_slots);
+    ggml_tensor *  plan   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_deltamem_n_plan(1, n_tokens));
+    ggml_tensor *  out    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, n_tokens);
+    ggml_tensor *  delta  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, p.rank);
+
+    ggml_tensor * proj    = ggml_deltamem_mul_mat(nodes, weight, input);
+    ggml_tensor * read    = ggml_deltamem(nodes, proj, bias, state, plan, p);
+    ggml_tensor * correct = ggml_deltamem_correct(nodes, out, delta, read);
+
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, on.backend);
+    ggml_backend_buffer_clear(buffer, 0);
+    allocated_graph graph(on.backend, nodes, correct);
+
+    std::vector<int32_t> plan_data = { 1, 0, n_tokens };
+    for (int i = 0; i < n_tokens; ++i) {
+        plan_data.insert(plan_data.end(), { i, GGML_DELTAMEM_TOKEN_WRITE | GGML_DELTAMEM_TOKEN_CHECKPOINT(3) });
+    }
+    const auto compute = [&] {
+        ggml_backend_tensor_set(plan, plan_data.data(), 0, ggml_nbytes(plan));
+        on.set_way(1);
+        graph.compute();
+    };
+    compute(); // as it should be
+
+    const auto with = [&](const char * what, const std::function<void()> & change) {
+        check(aborts([&] {
+                  change();
+                  compute();
+              }),
+              "%s: computed, or worse", what);
+    };
+    const auto number = [&](const char * what, int at, int32_t value) { with(what, [&] { plan_data[at] = value; }); };
+    number("a slot too many", 0, n_slots);
+    number("a negative slot", 0, -1);
+    number("a negative first entry", 1, -1);
+    number("an entry too many", 2, n_tokens + 1);
+    number("a huge number of entries", 2, INT32_MAX);
+    number("a negative number of entries", 2, -1);
+    number("a token too many", 3, n_tokens);
+    number("a huge token", 3, INT32_MAX);
+    number("a negative token", 3, -1);
+    number("a checkpoint too many", 4, GGML_DELTAMEM_TOKEN_CHECKPOINT(n_slots));
+    number("a huge checkpoint", 4, INT32_MAX);
+    number("a negative checkpoint", 4, INT32_MIN);
+    number("a token too many in the last entry", 3 + 2 * (n_tokens - 1), 1 << 20);
+
+    with("another kind", [&] { read->op_params[0] = 7; });
+    with("a read that is a correction", [&] { read->op_params[0] = GGML_DELTAMEM_CORRECT; });
+    with("a correction that is a read", [&] { correct->op_params[0] = GGML_DELTAMEM_READ; });
+    with("rank 0", [&] { read->op_params[1] = 0; });
+    with("a rank too high", [&] { read->op_params[1] = GGML_DELTAMEM_MAX_RANK + 1; });
+    with("another rank", [&] { read->op_params[1] = 16; });
+    with("another number of heads", [&] { read->op_params[2] = 2; });
+    with("no heads", [&] { read->op_params[2] = 0; });
+    with("a huge number of heads", [&] { read->op_params[2] = INT32_MAX; });
+    with("more sequences than the plan has", [&] { read->op_params[3] = 1000; });
+    with("no sequences", [&] { read->op_params[3] = 0; });
+    with("another lambda", [&] { read->op_params[4] = 3; });
+    with("segments without room", [&] { read->op_params[5] |= GGML_DELTAMEM_SEGMENTS; });
+    for (int i = 0; i < 4; ++i) {
+        with("a read without a source", [&] { read->src[i] = nullptr; });
+        with("a source that is short", [&] { read->src[i]->ne[0] = 3; });
+        with("a source of another type", [&] { read->src[i]->type = GGML_TYPE_I16; });
+    }
+    for (int i = 1; i < 4; ++i) { // the first is ggml's product
+        with("a source without data", [&] { read->src[i]->data = nullptr; });
+    }
+    for (int i = 0; i < 3; ++i) {
+        with("a correction without a source", [&] { correct->src[i] = nullptr; });
+        with("a source of a correction that is short", [&] { correct->src[i]->ne[0] = 3; });
+        with("a source of a correction of another type", [&] { correct->src[i]->type = GGML_TYPE_I16; });
+    }
+    with("a longer result", [&] { read->ne[1] = 1000; });
+    with("a wider correction", [&] { correct->ne[0] = 1000; });
+    with("a wider projection", [&] { proj->ne[0] = 1000; });
+
+    ggml_backend_buffer_free(buffer);
+    ggml_free(nodes);
+    ggml_free(ctx);
+}
+
 static void test_read(const tested & on, const shape & s, uint64_t seed) {
     char name[160];
     snprintf(name, sizeof(name), "rank %d, heads %d, sequences %d, tokens %d, lambda %d, flags %d", s.rank, s.n_head,
@@ -621,7 +742,12 @@ int main(int argc, char ** argv) {
     const auto     set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
             ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads");
 
-    test({ device, backend, 4, [&](int n_threads) { set_n_threads(backend, n_threads); }, 1e-11, true });
+    const tested cpu { device, backend, 4, [&](int n_threads) { set_n_threads(backend, n_threads); }, 1e-11, true };
+
+    // before there are other threads, which no child has
+    test_malformed(cpu, false);
+    test_malformed(cpu, true);
+    test(cpu);
 
     ggml_backend_free(backend);
     return finish("operator");
