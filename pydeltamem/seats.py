@@ -255,7 +255,7 @@ class Seats:
     def shift(self, seat: int, start: int, end: int, n: int) -> bool:
         """Removes tokens [start, end) of n; those behind move up. False, and nothing done, where the model cannot."""
         memory = _llama.llama_get_memory(self.ctx)
-        if not _llama.llama_memory_can_shift(memory) or not _llama.llama_memory_seq_rm(memory, seat, start, end):
+        if not _lib.llama_deltamem_can_shift(self.ctx) or not _llama.llama_memory_seq_rm(memory, seat, start, end):
             return False
         _llama.llama_memory_seq_add(memory, seat, end, n, start - end)
         return True

@@ -6,6 +6,8 @@
 #include <memory>
 
 struct ggml_tensor;
+struct llama_context_params;
+struct llama_model;
 struct llm_graph_params;
 
 struct llama_deltamem_context; // an attached adapter with the states of one llama_context: deltamem-context.h
@@ -40,6 +42,10 @@ bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, con
 
 // Called when the batch was computed; not called if that failed.
 void llama_deltamem_end_batch(const llama_deltamem_context_ptr & deltamem);
+
+// Called before a context is made, with a memory or without. False, with the reason logged, refuses parameters that llama.cpp
+// would find fault with by assertion.
+bool llama_deltamem_check_params(const llama_model & model, const llama_context_params & params);
 
 // an upper bound of the nodes that the hooks add to a graph
 uint32_t llama_deltamem_n_nodes(const llama_deltamem_context_ptr & deltamem);

@@ -77,6 +77,10 @@ LLAMA_API int32_t llama_deltamem_detach(struct llama_context * ctx);
 
 LLAMA_API bool llama_deltamem_is_attached(const struct llama_context * ctx);
 
+// Whether tokens can be moved in the KV cache: what llama_memory_can_shift says, except where llama.cpp then aborts, at the next
+// llama_decode: a cache of the model has no layer with positions, as that of full attention where all layers slide.
+LLAMA_API bool llama_deltamem_can_shift(const struct llama_context * ctx);
+
 // bytes of all states of the context, checkpoints among them; nothing else grows or shrinks with use
 LLAMA_API size_t llama_deltamem_state_n_bytes(const struct llama_context * ctx);
 

@@ -1,0 +1,98 @@
+// What llama.cpp asserts, and would end the process for, although a caller can ask for it: asked before.
+
+#include "deltamem-graph.h"
+#include "ggml.h"
+#include "llama-context.h"
+#include "llama-deltamem.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-model.h"
+
+#include <functional>
+#include <string>
+
+// A type that a KV cache may have. Of the others some have no conversion from float32, some no product, some are gone.
+static bool is_cache_type(int type) {
+    switch (type) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_IQ4_NL:
+        case GGML_TYPE_MXFP4:
+        case GGML_TYPE_NVFP4:  return true;
+        default:               return false;
+    }
+}
+
+// why the cache cannot have this type, "" if it can; `n_embd_head`: values of a head in a layer
+static std::string cache_problem(const llama_hparams & hparams, const char * option, int type,
+                                 const std::function<uint32_t(uint32_t)> & n_embd_head) {
+    if (!is_cache_type(type)) {
+        return format("%s = %d is no type of a KV cache: it is f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1, iq4_nl, "
+                      "mxfp4 or "
+                      "nvfp4",
+                      option, type);
+    }
+    const uint32_t n_block = (uint32_t) ggml_blck_size((ggml_type) type);
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (hparams.has_kv(il) && n_embd_head(il) % n_block != 0) {
+            return format("%s = %s takes heads of a multiple of %u values, this model's have %u: use f16", option,
+                          ggml_type_name((ggml_type) type), n_block, n_embd_head(il));
+        }
+    }
+    return "";
+}
+
+bool llama_deltamem_check_params(const llama_model & model, const llama_context_params & params) {
+    const llama_hparams & hparams = model.hparams;
+
+    std::string problem = cache_problem(hparams, "type_k", params.type_k,
+                                        [&hparams](uint32_t il) { return hparams.n_embd_head_k(il); });
+    if (problem.empty()) {
+        problem = cache_problem(hparams, "type_v", params.type_v,
+                                [&hparams](uint32_t il) { return hparams.n_embd_head_v(il); });
+    }
+    if (!problem.empty()) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, problem.c_str());
+    }
+    return problem.empty();
+}
+
+// whether one of those layers has positions to rotate: of a cache without, llama.cpp cannot make the graph that shifts it
+static bool rotates(const llama_hparams & hparams, const std::function<bool(uint32_t)> & in_cache) {
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (hparams.has_kv(il) && hparams.has_rope(il) && in_cache(il)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool llama_deltamem_can_shift(const llama_context * ctx) {
+    const llama_memory_t  memory  = ctx->get_memory();
+    const llama_hparams & hparams = ctx->get_model().hparams;
+    if (!memory || !memory->get_can_shift() || hparams.n_pos_per_embd() != 1) {
+        return false;
+    }
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
+        return true; // positions are numbers only
+    }
+    const auto full    = [&hparams](uint32_t il) { return !hparams.is_recr(il) && !hparams.is_swa(il); };
+    const auto sliding = [&hparams](uint32_t il) { return !hparams.is_recr(il) && hparams.is_swa(il); };
+
+    if (dynamic_cast<llama_kv_cache_iswa *>(memory) || dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        return rotates(hparams, full) && rotates(hparams, sliding);
+    }
+    if (dynamic_cast<llama_kv_cache *>(memory) || dynamic_cast<llama_memory_hybrid *>(memory)) {
+        return rotates(hparams, [&hparams](uint32_t il) { return !hparams.is_recr(il); });
+    }
+    return false; // caches of several parts, of which a part may have none
+}
