@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pydeltamem
 from pydeltamem.errors import LibraryError, ModelError
-from pydeltamem.gguf_header import Header
 from pydeltamem.kinds import MODEL
 from pydeltamem.outfile import check_disk, files_of, refuse_inputs, writing
 
@@ -78,8 +77,10 @@ def convert_base(
 
 
 def _check_whole(directory: Path, path: Path) -> None:
-    """Raises ModelError if the file lacks weights: the converter takes those that it finds."""
-    header = Header(path)
+    """Raises ModelError if the file lacks weights, as the converter takes those that it finds, or does not load."""
+    from pydeltamem.ggml import written
+
+    header = written(path, directory)
     if not header.tensors:
         raise ModelError(f"{directory}: has no weights")
     architecture = header.keys.get("general.architecture")

@@ -30,6 +30,7 @@ OUTTYPES = {
 # The largest value that each type can hold: a block of Q8_0 has 127 steps of an F16.
 _LIMITS = {
     gguf.GGMLQuantizationType.F16: 65504.0,
+    gguf.GGMLQuantizationType.BF16: float.fromhex("0x1.fep127"),
     gguf.GGMLQuantizationType.Q8_0: 127 * 65504.0,
 }
 
@@ -186,9 +187,11 @@ def _write(
 
         for tensor_name, values in tensors:
             kind = stored_type(tensor_name, values.shape, outtype)
-            if np.abs(values).max() > _LIMITS.get(kind, np.inf):
+            largest = np.abs(values).max()
+            if largest > _LIMITS.get(kind, np.inf):
+                other = "f32" if largest > _LIMITS[gguf.GGMLQuantizationType.BF16] else "f32 or bf16"
                 raise CheckpointError(
-                    f"{checkpoint.path}: values of {tensor_name} are beyond {kind.name}: use --outtype f32 or bf16"
+                    f"{checkpoint.path}: values of {tensor_name} are beyond {kind.name}: use --outtype {other}"
                 )
             writer.add_tensor(tensor_name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 

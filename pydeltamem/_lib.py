@@ -329,7 +329,10 @@ def _log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         llama_log_callback(level, text, user_data)
         return
     if level != _LOG_LEVEL_CONT:
-        _thread.level = _LOG_LEVELS.get(level, logging.INFO)
+        before, _thread.level = _thread.level, _LOG_LEVELS.get(level, logging.INFO)
+        if before != _thread.level and (line := _thread.line.strip()):  # an error in the middle of a line
+            _add(before, line)
+            _thread.line = ""
     *lines, _thread.line = (_thread.line + text.decode("utf-8", errors="replace")).split("\n")
     for line in lines:
         if line := line.strip():

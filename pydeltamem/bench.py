@@ -161,6 +161,7 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
     from .bench_nodes import Nodes
     from .bench_nodes import measure as measure_nodes
     from .bench_run import Options, Worker
+    from .ggml import can_be_mapped
 
     _lib.logger.setLevel("DEBUG" if args.verbose else "ERROR")
     folder = _library_folder(args.against) if args.against else None
@@ -185,6 +186,7 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
         flash_attn=args.flash_attn == "on",
         type_k=args.cache_type_k,
         type_v=args.cache_type_v,
+        use_mmap=can_be_mapped(model),
     )
     results: dict[str, Any] = {
         "setup": {

@@ -36,6 +36,7 @@ class Options:
     flash_attn: bool
     type_k: str
     type_v: str
+    use_mmap: bool = True
 
 
 class Model:
@@ -45,6 +46,8 @@ class Model:
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = options.n_gpu_layers
+        if not options.use_mmap:
+            params.load_mode = llama.LLAMA_LOAD_MODE_NONE
         self.llama, self.options = llama, options
         self.pointer = llama.llama_model_load_from_file(os.fsencode(options.model), params)
         if not self.pointer:

@@ -66,6 +66,11 @@ class Tensor:
         block, block_bytes = gguf.GGML_QUANT_SIZES.get(self.type, (1, 0))
         return self.n_elements // block * block_bytes
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the values that are stored together; 0 for a type that the gguf package does not know."""
+        return gguf.GGML_QUANT_SIZES.get(self.type, (1, 0))[1]
+
 
 class Header:
     """The header of a GGUF file. Raises ModelError if it is missing, damaged, cut off or of an unknown version.
@@ -184,12 +189,16 @@ class _Parser:
         start = -(-self.at // alignment) * alignment
 
         tensors: dict[str, Tensor] = {}
+        expected: int | None = 0  # llama.cpp takes tensors one behind the other only
         for name, shape, kind, offset in entries:
             tensor = Tensor(name, shape, kind, start + offset, self.path)
             if name in tensors:
                 raise _Damaged(f"tensor {_shown(name)} is there twice")
             if tensor.offset + tensor.n_bytes > len(self.data):
                 raise _Damaged(f"it is truncated, tensor {_shown(name)} reaches past its end")
+            if offset % alignment or expected not in (None, offset):
+                raise _Damaged(f"tensor {_shown(name)} stands at {offset}, not at {expected} as llama.cpp wants it")
+            expected = -(-(offset + tensor.n_bytes) // alignment) * alignment if tensor.block_bytes else None
             tensors[name] = tensor
         return keys, types, tensors
 

@@ -25,6 +25,7 @@ from ._lib import BaseLlamaCache, Llama, LlamaState
 from .completion import Completion
 from .embedding import tokenized, vectors
 from .errors import AdapterError, InputError, ModelError
+from .ggml import can_be_mapped
 from .gguf_header import Header
 from .history import History, n_common
 from .lock import holding
@@ -129,6 +130,8 @@ class DeltaMemLlama(Llama):
         if n_ctx == 0 and n_seq_max > 1:
             n_ctx = _trained_context(model_path)  # llama_cpp would divide that among the texts
         with _lib.silencing, _lib.errors_held() as log:
+            if not can_be_mapped(model_path):
+                kwargs["use_mmap"] = False
             try:
                 super().__init__(model_path, n_ctx=n_ctx * n_seq_max, verbose=verbose, **kwargs)
             except TemplateError as error:

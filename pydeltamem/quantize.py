@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
+from gguf import GGUF_DEFAULT_ALIGNMENT as DEFAULT
+
 from .errors import InputError, ModelError
 from .gguf_header import Header
 from .kinds import MODEL
@@ -58,8 +60,10 @@ def quantize(
     written.
     """
     from llama_cpp._logger import set_verbose
+    from llama_cpp._utils import suppress_stdout_stderr
 
     from . import _lib
+    from .ggml import written
 
     ftype = file_type(type)
     header = Header.of_model(model)
@@ -67,14 +71,26 @@ def quantize(
         raise ModelError(f"{header.path}: is an adapter: convert it again with --outtype, or pack it first")
     refuse_inputs(path, header.files)
     params = _lib.llama_cpp.llama_model_quantize_default_params()
+    # llama.cpp places tensors by the default alignment, whatever the key says that it copies
+    overrides = (_lib.llama_cpp.llama_model_kv_override * 2)()  # the second one ends them
+    if header.keys.get("general.alignment", DEFAULT) != DEFAULT:
+        overrides[0].tag = _lib.llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
+        overrides[0].key = b"general.alignment"
+        overrides[0].value.val_i64 = DEFAULT
+        params.kv_overrides = overrides
     params.ftype = ftype
     params.nthread = n_threads
     params.allow_requantize = allow_requantize
     set_verbose(verbose)
     with writing(path, MODEL) as temporary, _lib.errors_held() as log:
-        if _lib.llama_cpp.llama_model_quantize(os.fsencode(header.path), os.fsencode(temporary), params) != 0:
+        with _lib.silencing, suppress_stdout_stderr(disable=verbose):  # it prints what is not finite
+            status = _lib.llama_cpp.llama_model_quantize(os.fsencode(header.path), os.fsencode(temporary), params)
+        if status != 0:
             reason = _lib.reason(log)
             log.clear()
             check_disk(path, temporary)
             hint = ": --allow-requantize takes it all the same" if "requantizing" in reason else ""
+            if "validation failed" in reason:
+                hint = f": a value is not finite as {type}: take bf16 or f32, unless it was not to begin with"
             raise ModelError(f"{header.path}: cannot be quantised{reason}{hint}")
+        written(temporary, header.path)
