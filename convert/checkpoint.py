@@ -140,7 +140,9 @@ class Checkpoint:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory}: no such checkpoint directory")
+            is_there = self.directory.exists()
+            what = "is a file, not a checkpoint directory" if is_there else "no such checkpoint directory"
+            raise CheckpointError(f"{self.directory}: {what}")
         self.config = read_config(self.directory / CONFIG)
         self.path = _weights_file(self.directory)
         self.tensors = _read_tensors(self.path)

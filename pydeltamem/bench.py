@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     out = err if args.json == "-" else Console(width=None if sys.stdout.isatty() else 120)
     with output(args.json, REPORT) as write:
         results = _bench_op(args, out, err) if args.op else _bench(args, out, err)
-        write(json.dumps({"version": __version__, **results}, indent=2, ensure_ascii=False) + "\n")
+        write(json.dumps({"version": __version__, **results}, indent=2) + "\n")
     return 0
 
 

@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+from . import prompt
+from .arguments import text
 from .errors import DeltaMemError, InputError
 from .memory_file import check_writable
+from .names import nearest
 from .options import (
     add_memory_arguments,
     add_model_arguments,
     add_sampling_arguments,
     load,
+    memory_attached,
     memory_saved,
     note,
     sampling,
 )
 
-HELP = """\
+COMMANDS = {
+    "/again": (),
+    "/edit": (),
+    "/undo": (),
+    "/save": prompt.FILE,
+    "/load": prompt.FILE,
+    "/reset": (),
+    "/clear": (),
+    "/memory": (),
+    "/write": ("on", "off"),
+    "/help": (),
+    "/quit": (),
+}
+
+HELP = f"""\
 /again           another reply in place of the last one
 /edit TEXT       say TEXT in place of what you said last
 /undo            take the last turn back
@@ -32,7 +51,7 @@ HELP = """\
 /write on|off    write memory, or only read it
 /help            this list
 /quit            leave (also Ctrl-D)
-Ctrl-C stops a reply."""
+Ctrl-C stops a reply. {prompt.HELP}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_arguments(parser)
     group = parser.add_argument_group("chat")
-    group.add_argument("-sys", "--system-prompt", "--system", default="", metavar="TEXT", help="system prompt")
+    group.add_argument(
+        "-sys", "--system-prompt", "--system", type=text, default="", metavar="TEXT", help="system prompt"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,15 +85,14 @@ def run(args: argparse.Namespace) -> int:
         conversation.open(args.memory)
     chat = Chat(conversation, args.memory or args.save_memory or args.load_memory)
     with contextlib.closing(conversation), memory_saved(conversation.memory, args.save_memory):
+        note(memory_attached(llm, args))
         if sys.stdin.isatty():
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401 - gives input() line editing
             note("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
-        for line in _lines():
+        for said in prompt.said(COMMANDS):
             try:
-                if not line.startswith("/"):
-                    chat.say(line)
-                elif not chat.command(line):
+                if not said.startswith("/"):
+                    chat.say(said)
+                elif not chat.command(said):
                     break
             except DeltaMemError as error:
                 note(str(error))
@@ -86,10 +106,10 @@ class Chat:
         self.conversation = conversation
         self.memory_file = memory_file
 
-    def say(self, line: str) -> None:
+    def say(self, said: str) -> None:
         """One turn."""
-        if line.strip():
-            self._print(self.conversation.stream(line))
+        if said.strip():
+            self._print(self.conversation.stream(_readable(said)))
 
     def _print(self, pieces: Iterator[str]) -> None:
         """Streams a reply to standard output. Ctrl-C ends it; what was said so far counts."""
@@ -102,7 +122,9 @@ class Chat:
             with contextlib.closing(pieces):
                 try:
                     for piece in interruptible(pieces):
-                        begun = True
+                        if not begun:  # a reply of many a model begins with the space of its first word
+                            piece = piece.lstrip(" ")
+                        begun = begun or bool(piece)
                         sys.stdout.write(piece)
                         sys.stdout.flush()
                 except KeyboardInterrupt:
@@ -119,10 +141,10 @@ class Chat:
         if n_dropped:
             note(f"[the context is full: the oldest {n_dropped} messages left the text, the memory keeps]")
 
-    def command(self, line: str) -> bool:
-        """Runs one command line. Returns False to leave."""
-        name, _, argument = line[1:].strip().partition(" ")
-        argument = argument.strip()
+    def command(self, said: str) -> bool:
+        """Runs one command. Returns False to leave."""
+        name, *rest = said[1:].split(None, 1) or [""]
+        argument = rest[0].strip() if rest else ""
         conversation, memory = self.conversation, self.conversation.memory
         if name in ("quit", "exit"):
             return False
@@ -131,7 +153,7 @@ class Chat:
         elif name == "again":
             self._print(conversation.stream_again())
         elif name == "edit" and argument:
-            self._print(conversation.stream_edited(argument))
+            self._print(conversation.stream_edited(_readable(argument)))
         elif name == "edit":
             raise InputError("/edit TEXT: say what you meant")
         elif name == "undo":
@@ -163,14 +185,21 @@ class Chat:
         elif name == "write":
             raise InputError("/write on, or /write off")
         else:
-            raise InputError(f"/{name} is no command: /help lists them")
+            near = nearest(f"/{name}", COMMANDS) or ": /help lists them."
+            raise InputError(f"/{_readable(name)} is no command{near} Begin with a space to say it")
         return True
 
     def _file(self, name: str) -> str:
-        file = name or self.memory_file
-        if not file:
+        if name:
+            return os.path.expanduser(os.fsdecode(name.encode("utf-8", "surrogateescape")))
+        if not self.memory_file:
             raise InputError("name a file")
-        return file
+        return self.memory_file
+
+
+def _readable(said: str) -> str:
+    """Text, with a sign in place of what is no UTF-8."""
+    return said.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def describe(memory: Any) -> str:
@@ -185,28 +214,3 @@ def describe(memory: Any) -> str:
     norms = [f"{layer:3d}: {float((s * s).sum()) ** 0.5:<8.4g}" for layer, s in zip(memory.layers, state.astype(float))]
     lines += ["  ".join(norms[i : i + 6]).rstrip() for i in range(0, len(norms), 6)]
     return "\n".join(lines)
-
-
-def _lines() -> Iterator[str]:
-    """Lines of the terminal or of a pipe. At the terminal, Ctrl-C on two prompts in a row ends them."""
-    if not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
-        return
-    interrupted = False
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            note("")
-            return
-        except KeyboardInterrupt:
-            note("")
-            if interrupted:
-                return
-            interrupted = True
-            note("Ctrl-C again, or /quit, leaves")
-            continue
-        interrupted = False
-        yield line

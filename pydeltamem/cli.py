@@ -5,14 +5,15 @@ A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. On
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .arguments import Parser
 from .errors import DeltaMemError
+from .names import as_on_the_command_line, nearest
 
 SUBCOMMANDS = {
     "convert": ("pydeltamem.convert.cli", "convert a published checkpoint to an adapter GGUF"),
@@ -37,12 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand. Returns 0, 1 after an error of the package, 130 after Ctrl-C, 141 if nobody reads the output
     any more; wrong usage exits with 2.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        prog="deltamem", description="δ-mem for llama.cpp: language models with a memory that learns as it reads."
+    if argv[:1] == ["help"]:  # of the whole, or of the commands that follow
+        argv = [*argv[1:], "--help"]
+    parser = Parser(
+        prog="deltamem",
+        description="δ-mem for llama.cpp: language models with a memory that learns as it reads.",
+        epilog="deltamem help COMMAND says what a command takes.",
     )
     parser.add_argument("--version", action="version", version=f"deltamem {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    if argv and not argv[0].startswith("-") and argv[0] not in SUBCOMMANDS:
+        parser.error(f"there is no command {argv[0]}{nearest(argv[0], SUBCOMMANDS)} (deltamem help lists them)")
     module = None
     for name, (module_name, summary) in SUBCOMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
@@ -51,10 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
 
     args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
-        status = module.run(args)
+        with as_on_the_command_line():
+            status = module.run(args)
         sys.stdout.flush()
         return status
     except DeltaMemError as error:

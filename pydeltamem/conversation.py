@@ -21,6 +21,7 @@ from .history import n_common
 from .lock import all_of, holding
 from .memory import Memory
 from .memory_file import MemoryFileLock
+from .names import option
 from .stream import Assembler, checked_grammar
 from .text import Reading, Text
 
@@ -349,7 +350,7 @@ class Conversation:
         said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         latest = [*self._system(), *self.messages[said[-1] if said else len(self._system()) :]]
         if len(chat_prompt(self.llm, latest)[0]) + reserve > n_ctx:
-            raise InputError(f"that is too long for a context of {n_ctx} tokens: raise n_ctx (--ctx-size) or say less")
+            raise InputError(f"that is too long for a context of {n_ctx} tokens: raise {option('n_ctx')} or say less")
         # more than is needed now, so that it does not happen in every turn
         while n + reserve > n_ctx - n_ctx // 8:
             n_dropped = self._n_oldest_turn()

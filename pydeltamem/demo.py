@@ -6,11 +6,8 @@ Beside it the same frozen model without a memory, which has the same empty conte
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.columns import Columns
@@ -19,15 +16,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from . import prompt
 from .arguments import duration
 from .default_model import MEMORIES, default_files
 from .errors import InputError
 from .evaluate import MAX_ANSWER, NativeReader
 from .picture import picture
 from .world import World, is_recalled
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 HELP = """\
 Tell it something ("My name is Anna.", "I live in Lima."), /forget to throw the text away, ask ("Where do I live?").
@@ -123,7 +118,10 @@ def _show(console: Console, reader: NativeReader, plain: NativeReader, args: arg
 def _converse(console: Console, reader: NativeReader) -> int:
     reader.begin(write=True)
     console.print(HELP)
-    for line in _lines():
+    for said in prompt.said({"/forget": (), "/reset": (), "/facts": (), "/help": (), "/quit": ()}):
+        line = " ".join(said.encode("utf-8", "surrogateescape").decode("utf-8", "replace").split())
+        if not line:
+            continue
         if line == "/quit":
             break
         if line == "/forget":
@@ -150,21 +148,6 @@ def _converse(console: Console, reader: NativeReader) -> int:
             console.print(_states(console, reader))
             console.print(f"[dim]the memory changed by {change:.2f}[/]")
     return 0
-
-
-def _lines() -> Iterator[str]:
-    if not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    prompt: Callable[[], str] = (lambda: input("> ")) if sys.stdin.isatty() else sys.stdin.readline
-    while True:
-        try:
-            line = prompt()
-        except EOFError:
-            return
-        if not line and not sys.stdin.isatty():
-            return
-        if line.strip():
-            yield line.strip()
 
 
 def _states(console: Console, reader: NativeReader) -> Columns:

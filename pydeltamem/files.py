@@ -61,3 +61,10 @@ def leftovers(path: str | os.PathLike[str]) -> list[Path]:
     """Temporary files that killed processes left behind for `path`."""
     target = Path(os.path.realpath(path))
     return list(target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"))
+
+
+def no_file(path: str | os.PathLike[str], what: str) -> str:
+    """Why `path`, which is no file, is not the `what` that was asked for."""
+    return (
+        f"{os.fspath(path)}: is a folder, not a {what}" if os.path.isdir(path) else f"{os.fspath(path)}: no such {what}"
+    )

@@ -6,12 +6,14 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from .arguments import text
 from .errors import InputError
 from .options import (
     add_memory_arguments,
     add_model_arguments,
     add_sampling_arguments,
     load,
+    memory_attached,
     memory_saved,
     note,
     read_text,
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_argument_group("prompt").add_mutually_exclusive_group()
     prompt.add_argument(
-        "-p", "--prompt", metavar="TEXT", help="prompt; without -p and -f it is read from standard input"
+        "-p", "--prompt", type=text, metavar="TEXT", help="prompt; without -p and -f it is read from standard input"
     )
     prompt.add_argument("-f", "--file", metavar="FILE", help="file with the prompt")
     add_model_arguments(parser)
@@ -50,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
     from .stream import TextStream, interruptible
 
+    if not llm.memory.attached and not args.no_memory:
+        note(memory_attached(llm, args))
     out = sys.stdout
     stream = TextStream(llm, tokens, **options)
     with memory_saved(llm.memory, args.save_memory):
@@ -66,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             out.write("\n")
             out.flush()
+            if stream.finish_reason == "length" and (args.n_predict < 0 or stream.n_tokens < args.n_predict):
+                note(f"[the context of {llm.n_ctx()} tokens is full: the text was cut; --ctx-size gives it more]")
         finally:
             if not args.no_perf:
                 _print_timings(llm, len(tokens), stream.n_tokens)

@@ -25,13 +25,14 @@ from ._lib import BaseLlamaCache, Llama, LlamaState
 from .completion import Completion
 from .embedding import tokenized, vectors
 from .errors import AdapterError, InputError, ModelError
+from .files import no_file
 from .ggml import can_be_mapped
 from .gguf_header import Header
 from .history import History, n_common
 from .lock import holding
 from .memory import Memory
 from .memory_file import MemorySnapshot
-from .names import nearest
+from .names import nearest, option
 from .rpc import connect
 from .sampling import Guard, Sampler
 from .seats import Seats, check
@@ -63,7 +64,7 @@ class DeltaMemLlama(Llama):
         model_path: the model as GGUF, plain or packed with an adapter.
         deltamem_path: an adapter GGUF for that model. None: a packed model's own adapter; without one there is no
             memory, and `llm.memory` says so when its state is asked for.
-        n_ctx: tokens of a text; 0: as many as the model was trained on.
+        n_ctx: tokens of a text, which llama.cpp rounds up to a multiple of 256; 0: as many as the model was trained on.
         n_seq_max: texts that the context holds at once: this object's own, and those of `Conversation`. With several
             the context is n_seq_max times as large.
         rpc_servers: `host:port` of machines that run `deltamem rpc-server`, several with commas: layers go there first,
@@ -106,8 +107,10 @@ class DeltaMemLlama(Llama):
             if name not in _KEYWORDS:
                 known = ("model_path", "deltamem_path", "n_seq_max", "rpc_servers", *_KEYWORDS)
                 raise InputError(f"{name} is no keyword of DeltaMemLlama{nearest(name, known)}")
-        model_path = os.fspath(model_path)
-        self.deltamem_path = None if deltamem_path is None else os.fspath(deltamem_path)
+        model_path = _Path(os.fsdecode(model_path))
+        if kwargs.get("lora_path") is not None:
+            kwargs["lora_path"] = _Path(os.fsdecode(kwargs["lora_path"]))
+        self.deltamem_path = None if deltamem_path is None else os.fsdecode(deltamem_path)
         self._adapter: _lib.llama_deltamem_adapter_p | None = None
         self._adapters: list[_lib.llama_deltamem_adapter_p] = []  # that one, to be freed
         self._text: Text | None = None
@@ -117,13 +120,13 @@ class DeltaMemLlama(Llama):
         self._rpc_servers = rpc_servers
         for name in ("n_threads", "n_threads_batch"):
             if not 0 <= (kwargs.get(name) or 0) <= MAX_THREADS:
-                raise InputError(f"{name} is 1 to {MAX_THREADS}, not {kwargs[name]}")
+                raise InputError(f"{option(name)} is 1 to {MAX_THREADS}, not {kwargs[name]}")
         if kwargs.get("n_batch", n_seq_max) < n_seq_max:
-            raise InputError(f"n_batch is n_seq_max, {n_seq_max}, at least, not {kwargs['n_batch']}")
+            raise InputError(f"{option('n_batch')} is n_seq_max, {n_seq_max}, at least, not {kwargs['n_batch']}")
         if not os.path.isfile(model_path):
-            raise ModelError(f"{model_path}: no such model file")
+            raise ModelError(no_file(model_path, "model file"))
         if self.deltamem_path is not None and not os.path.isfile(self.deltamem_path):
-            raise AdapterError(f"{self.deltamem_path}: no such adapter file")
+            raise AdapterError(no_file(self.deltamem_path, "adapter file"))
         if rpc_servers:
             connect(rpc_servers)
             kwargs.setdefault("n_gpu_layers", -1)  # llama_cpp's default, 0, would leave the servers idle
@@ -142,8 +145,8 @@ class DeltaMemLlama(Llama):
                 if str(error).startswith("Failed to "):
                     if _is_adapter(model_path):
                         raise ModelError(
-                            f"{model_path}: is a δ-mem adapter: give it as deltamem_path (--deltamem), and the base "
-                            "model as model_path (-m)"
+                            f"{model_path}: is a δ-mem adapter: give it as {option('deltamem_path')}, and the base "
+                            f"model as {option('model_path')}"
                         ) from error
                     raise ModelError(f"{model_path}: the model cannot be loaded{_lib.reason(log)}") from error
                 raise
@@ -779,6 +782,13 @@ class DeltaMemLlama(Llama):
         self._adapter = None
 
 
+class _Path(str):
+    """The name of a file, for llama_cpp, which encodes it as UTF-8: not every name is."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return os.fsencode(str(self))  # which is no _Path
+
+
 class DeltaMemState(LlamaState):
     """What `DeltaMemLlama.save_state` returns: the text, its KV cache, and the memory."""
 
@@ -855,7 +865,7 @@ def _trained_context(model_path: str) -> int:
     keys = Header(model_path).keys
     n_ctx = keys.get(f"{keys.get('general.architecture')}.context_length")
     if not isinstance(n_ctx, int) or n_ctx < 1:
-        raise ModelError(f"{model_path}: does not say how long a context it was trained on: give n_ctx (--ctx-size)")
+        raise ModelError(f"{model_path}: does not say how long a context it was trained on: give {option('n_ctx')}")
     return n_ctx
 
 

@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from . import _lib
 from .errors import AdapterError, InputError, MemoryFileError
+from .files import no_file
 from .lock import holding
 from .memory_file import MemorySnapshot, owner
-from .seats import NO_ADAPTER
+from .seats import no_adapter
 from .text import log
 
 if TYPE_CHECKING:
@@ -211,9 +212,9 @@ class Memory:
         seats = self._llm._seats
         _ = seats.ctx
         if path is not None and not os.path.isfile(path):
-            raise AdapterError(f"{os.fspath(path)}: no such adapter file")
+            raise AdapterError(no_file(path, "adapter file"))
         if path is None and self._llm._adapter is None:
-            raise AdapterError(NO_ADAPTER)
+            raise AdapterError(no_adapter())
         with _lib.errors_held():
             if path is not None:
                 self._llm._attach(os.fspath(path))

@@ -1,9 +1,40 @@
-"""Names that somebody misspelt."""
+"""Names that errors tell: of options, from Python or on the command line, and of what was probably meant."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+# keywords of `DeltaMemLlama` and of a turn by their names on the command line
+_OPTIONS = {
+    "model_path": "--model",
+    "deltamem_path": "--deltamem",
+    "lora_path": "--lora",
+    "rpc_servers": "--rpc",
+    "n_ctx": "--ctx-size",
+    "n_batch": "--batch-size",
+    "n_threads": "--threads",
+    "n_threads_batch": "--threads-batch",
+    "grammar": "--grammar",
+}
+_on_the_command_line = False
+
+
+def option(keyword: str) -> str:
+    """A keyword as whoever reads the error knows it: by its name here, or as an option of the command line."""
+    return _OPTIONS[keyword] if _on_the_command_line else keyword
+
+
+@contextlib.contextmanager
+def as_on_the_command_line() -> Iterator[None]:
+    """Within, `option` gives the names of the command line."""
+    global _on_the_command_line
+    before, _on_the_command_line = _on_the_command_line, True
+    try:
+        yield
+    finally:
+        _on_the_command_line = before
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -7,12 +7,13 @@ import contextlib
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import count, gpu_layers, positive
+from .arguments import at_least, count, finite, gpu_layers, not_negative, positive, positive_number, probability, text
 from .errors import InputError
+from .files import no_file
 from .memory_file import check_writable, read_memory_file
 
 if TYPE_CHECKING:
@@ -76,31 +77,31 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """What is generated and how."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "-n", "--n-predict", "--predict", type=int, default=-1, metavar="N",
+        "-n", "--n-predict", "--predict", type=at_least(-1), default=-1, metavar="N",
         help="tokens to generate (-1: until the end of the text or the context)",
     )  # fmt: skip
-    group.add_argument("-s", "--seed", type=int, default=-1, metavar="N", help="seed (-1: random)")
-    group.add_argument("--temp", type=float, default=0.8, metavar="X", help="temperature (%(default)s; 0: greedy)")
-    group.add_argument("--top-k", type=int, default=40, metavar="N", help="top-k (%(default)s; 0: off)")
-    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help="top-p (%(default)s; 1: off)")
-    group.add_argument("--min-p", type=float, default=0.05, metavar="X", help="min-p (%(default)s; 0: off)")
-    group.add_argument("--typical", "--typical-p", type=float, default=1.0, metavar="X", help="typical-p (1: off)")
-    group.add_argument("--repeat-last-n", type=int, default=64, metavar="N", help="tokens to penalise (%(default)s)")
-    group.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="repeat penalty (1: off)")
-    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="presence penalty (0: off)")
-    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="frequency penalty (0: off)")
+    group.add_argument("-s", "--seed", type=at_least(-1, 2**32 - 1), default=-1, metavar="N", help="seed (-1: random)")
+
+    def add(name: str, type: Callable[[str], Any], default: Any, help: str, *names: str) -> None:
+        metavar = "N" if isinstance(default, int) else "X"
+        group.add_argument(name, *names, type=type, default=default, metavar=metavar, help=help)
+
+    add("--temp", not_negative, 0.8, "temperature (%(default)s; 0: greedy)")
+    add("--top-k", count, 40, "top-k (%(default)s; 0: off)")
+    add("--top-p", probability, 0.95, "top-p (%(default)s; 1: off)")
+    add("--min-p", probability, 0.05, "min-p (%(default)s; 0: off)")
+    add("--typical", probability, 1.0, "typical-p (1: off)", "--typical-p")
+    add("--repeat-last-n", count, 64, "tokens to penalise (%(default)s; 0: off)")
+    add("--repeat-penalty", positive_number, 1.0, "repeat penalty (1: off)")
+    add("--presence-penalty", finite, 0.0, "presence penalty (0: off)")
+    add("--frequency-penalty", finite, 0.0, "frequency penalty (0: off)")
     group.add_argument(
-        "-r",
-        "--reverse-prompt",
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
+        "-r", "--reverse-prompt", "--stop", type=text, action="append", default=[], metavar="TEXT",
         help="end the reply before this text (may be given several times)",
-    )
+    )  # fmt: skip
     group.add_argument("--ignore-eos", action="store_true", help="generate past the end of the text")
     grammar = group.add_mutually_exclusive_group()
-    grammar.add_argument("--grammar", metavar="GBNF", help="grammar that the output must follow")
+    grammar.add_argument("--grammar", type=text, metavar="GBNF", help="grammar that the output must follow")
     grammar.add_argument("--grammar-file", metavar="FILE", help="file with a grammar")
 
 
@@ -113,7 +114,8 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
     if args.load_memory:
         read_memory_file(args.load_memory)
     if args.lora and not os.path.isfile(args.lora):
-        raise InputError(f"{args.lora}: no such LoRA file")
+        raise InputError(no_file(args.lora, "LoRA file"))
+    n_ctx = -(-args.ctx_size // 256) * 256  # llama.cpp pads it likewise
 
     from . import _lib
     from .llama import DeltaMemLlama
@@ -122,7 +124,7 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
         args.model,
         deltamem_path=None if args.no_memory else args.deltamem,
         lora_path=args.lora,
-        n_ctx=-(-args.ctx_size // 256) * 256,  # llama.cpp pads it likewise
+        n_ctx=n_ctx,
         n_batch=args.batch_size,
         n_ubatch=args.ubatch_size,
         n_threads=args.threads,
@@ -137,6 +139,8 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
         last_n_tokens_size=args.repeat_last_n,
         verbose=args.verbose,
     )
+    if n_ctx != args.ctx_size:
+        note(f"--ctx-size {args.ctx_size}: the context holds {n_ctx} tokens, as llama.cpp takes multiples of 256")
     if args.no_memory:
         if llm.memory.attached:
             llm.memory.detach()
@@ -148,6 +152,18 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
     if args.no_write:
         llm.memory.write = False
     return llm
+
+
+def memory_attached(llm: DeltaMemLlama, args: argparse.Namespace) -> str:
+    """Which memory the model has, in a line."""
+    if args.no_memory:
+        return "memory: none (--no-memory)"
+    if not llm.memory.attached:
+        return "memory: none, this is the plain model (--deltamem FILE attaches an adapter)"
+    parts = [f"memory: adapter {llm.deltamem_path or llm.model_path}"]
+    file = getattr(args, "memory", None) or args.load_memory
+    parts.append(f"memory of {file}" if file else "empty")
+    return ", ".join(parts + ["only read"] * args.no_write)
 
 
 @contextlib.contextmanager

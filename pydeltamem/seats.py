@@ -16,6 +16,7 @@ import numpy.typing as npt
 from . import _lib
 from .errors import AdapterError, InputError, ModelError
 from .lock import FairLock, holding
+from .names import option
 
 if TYPE_CHECKING:
     from .text import Piece, Text
@@ -24,9 +25,9 @@ _llama = _lib.llama_cpp
 
 _T = TypeVar("_T")
 
-NO_ADAPTER = (
-    "no memory adapter is attached: load the model with deltamem_path=... (--deltamem FILE on the command line)"
-)
+
+def no_adapter() -> str:
+    return f"no memory adapter is attached: load the model with one, by {option('deltamem_path')}"
 
 
 class Seats:
@@ -126,7 +127,7 @@ class Seats:
         """Of a state: [L, H, r, r]. Raises AdapterError without a memory."""
         _ = self.ctx
         if self._shape is None:
-            raise AdapterError(NO_ADAPTER)
+            raise AdapterError(no_adapter())
         return self._shape
 
     @holding("lock")

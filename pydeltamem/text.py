@@ -18,6 +18,7 @@ from .errors import InputError
 from .history import TOKEN, History
 from .lock import FairLock, holding
 from .memory_file import now
+from .names import option
 
 if TYPE_CHECKING:
     from .seats import Seats
@@ -287,7 +288,8 @@ class Text:
         history, seats = self.history, self.seats
         if self.n_tokens + len(tokens) > self.n_ctx:
             raise InputError(
-                f"{len(tokens)} tokens do not fit after {self.n_tokens} in a context of {self.n_ctx}: raise n_ctx"
+                f"{len(tokens)} tokens do not fit after {self.n_tokens} in a context of {self.n_ctx}: "
+                f"raise {option('n_ctx')}"
             )
         self.renew()
         new = np.asarray(tokens, dtype=np.intc)

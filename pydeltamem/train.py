@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from . import kinds
-from .arguments import count, integers, positive, positive_number, share
+from .arguments import count, finite, integers, positive, positive_number, share
 from .errors import InputError, ModelError, OutputError, TrainingError
 from .files import replacing
 from .outfile import check_target, writing
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--layers", type=integers, metavar="N,...", help="layers with memory (all)")
     memory.add_argument("--alpha", type=positive_number, metavar="X", help="scale of a correction: alpha / rank (16)")
     memory.add_argument(
-        "--write-bias", type=float, metavar="X",
+        "--write-bias", type=finite, metavar="X",
         help="initial bias of the write gate; lower: the memory starts out forgetting less (-1.5, or that of --init)",
     )  # fmt: skip
 

@@ -118,7 +118,7 @@ def test_reading_only(piped, tmp_path):
     path = tmp_path / "a.memory"
     result = piped(["hello there"], "-n", "0", "--save-memory", path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "\n" and result.stderr == ""
+    assert result.stdout == "\n" and re.fullmatch(r"memory: .*tsw_qo.*\n", result.stderr)
     assert read_memory_file(path)[0].any()
 
 
@@ -182,6 +182,69 @@ def test_a_bad_memory_file_is_refused(piped, tmp_path):
     for option in (["--no-memory"], ["--load-memory", path], ["--save-memory", path]):
         result = piped([], "--memory", path, *option)
         assert result.returncode == 1 and f"--memory and {option[0]} do not go together" in result.stderr
+
+
+def expected(llm, *contents):
+    """The memory of a conversation in which this was said, and nothing replied."""
+    conversation = Conversation(llm, n_predict=0)
+    for content in contents:
+        conversation.say(content)
+    return conversation.memory.state
+
+
+def test_the_first_line_says_which_memory(piped, adapter, base, tmp_path):
+    name = adapter("qwen3", "tsw_qo").name
+    first = piped([]).stderr.splitlines()[0]
+    assert name in first and "empty" in first
+    path = tmp_path / "a.memory"
+    assert str(path) in piped(["hello"], "--memory", path).stderr.splitlines()[0]
+    assert str(path) in piped([], "--load-memory", path).stderr.splitlines()[0]
+    assert "only read" in piped([], "--no-write").stderr.splitlines()[0]
+    assert "none" in piped([], "--no-memory").stderr.splitlines()[0]
+    plain = [sys.executable, "-m", "pydeltamem.cli", "chat", "-m", str(base()), *OPTIONS]
+    result = subprocess.run(plain, input="", capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "none" in result.stderr.splitlines()[0]
+
+
+def test_a_line_of_a_pipe_is_a_turn(piped, llm, tmp_path):
+    """As it stands, also with a backslash at its end."""
+    path = tmp_path / "a.memory"
+    assert piped(["one\\", "two"], "-n", "0", "--save-memory", path).returncode == 0
+    np.testing.assert_allclose(read_memory_file(path)[0], expected(llm, "one\\", "two"), rtol=0, atol=1e-5)
+
+
+def test_replies_of_the_package_model_begin_with_a_word(capsys):
+    from pydeltamem import DeltaMemLlama
+    from pydeltamem.default_model import default_files
+
+    model, adapters = default_files()
+    llm = DeltaMemLlama(model, deltamem_path=adapters["tsw"], n_ctx=256, n_threads=1)
+    chat = chat_of(llm, system="", n_predict=12)
+    chat.say("My name is Anna.")
+    chat.command("/again")
+    assert chat.conversation.messages[-1]["content"].startswith(" ")  # as the model knows it
+    for line in capsys.readouterr().out.splitlines():
+        assert line == line.lstrip() != ""
+    llm.close()
+
+
+def test_a_command_in_the_wrong_letters(llm):
+    with pytest.raises(InputError, match=r"/memry.*/memory"):
+        chat_of(llm).command("/memry")
+
+
+def test_names_of_files_begin_at_home(llm, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    chat = chat_of(llm)
+    chat.command("/save ~/a.memory")
+    assert os.listdir(tmp_path) == ["a.memory"]
+
+
+def test_an_edit_of_several_lines(llm):
+    chat = chat_of(llm, n_predict=2)
+    chat.say("hello")
+    chat.command("/edit one\ntwo")
+    assert chat.conversation.messages[-2]["content"] == "one\ntwo"
 
 
 # the chat as an object
@@ -272,6 +335,9 @@ def test_a_reply_that_cannot_be_saved_is_shown(llm, tmp_path, capsys):
 # the terminal
 
 
+PROMPT = rb"(?s)\x1b\[\?2004h.*?>.*?\x1b\[\?25h"  # pastes are told apart from here on; the prompt; the cursor
+
+
 class Terminal:
     """A command on a pseudo-terminal of its own, where the keys of a person arrive."""
 
@@ -280,11 +346,12 @@ class Terminal:
 
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            os.environ.update(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")  # nobody here says where the cursor is
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell runs in the background ignores it
             os.execv(arguments[0], arguments)
         self.seen = b""
 
-    def expect(self, pattern, timeout=300):
+    def expect(self, pattern, timeout=60):
         """Reads until the pattern appears, and forgets what came up to its end."""
         deadline = time.monotonic() + timeout
         while not (match := re.search(pattern, self.seen)):
@@ -349,20 +416,100 @@ def terminal():
         one.close()
 
 
+@pytest.fixture
+def turns(terminal, command, tmp_path):
+    """turns(*keys): the memory after a chat at a terminal where these keys were pressed, each at a prompt of its own.
+
+    Nothing is generated, so it is that of a conversation of the same turns.
+    """
+
+    def run(*keys):
+        path = tmp_path / "turns.memory"
+        term = terminal(command("-n", "0", "--save-memory", path))
+        for key in keys:
+            term.expect(PROMPT)
+            term.send(key)
+        term.expect(PROMPT)
+        term.send("\x04")
+        assert term.wait() == 0
+        return read_memory_file(path)[0]
+
+    return run
+
+
+PASTE = "\x1b[200~", "\x1b[201~"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        f"{PASTE[0]}one\ntwo\nthree{PASTE[1]}\r",
+        f"{PASTE[0]}one\rtwo\rthree\r{PASTE[1]}\r",
+        "one\x1b\rtwo\x1b\rthree\r",  # Alt-Enter
+        "one\\\rtwo\\\rthree\r",
+        "one\\\ntwo\\\nthree\n",
+    ],
+)
+def test_several_lines_are_one_turn(turns, llm, keys):
+    np.testing.assert_allclose(turns(keys), expected(llm, "one\ntwo\nthree"), rtol=0, atol=1e-5)
+
+
+def test_each_line_that_is_typed_is_a_turn(turns, llm):
+    np.testing.assert_allclose(turns("one\r", "two\r"), expected(llm, "one", "two"), rtol=0, atol=1e-5)
+
+
+def test_tab_completes_commands(terminal, command, tmp_path):
+    (tmp_path / "ada.memory").touch()
+    term = terminal(command())
+    term.expect(PROMPT)
+    term.send("/me\t\r")
+    term.expect(rb"norm per layer")
+    term.expect(PROMPT)
+    term.send("/write of\t\r")
+    term.expect(rb"writes are off")
+    term.expect(PROMPT)
+    term.send(f"/load {tmp_path}/ad\t\r")
+    term.expect(rb"ada.memory: ")  # cut off, as it is empty
+    term.expect(PROMPT)
+    term.send("/q\t\r")
+    assert term.wait() == 0
+
+
+def test_replies_go_to_a_file_and_the_prompt_to_the_terminal(terminal, command, tmp_path):
+    out = tmp_path / "out"
+    inner = " ".join(f"'{part}'" for part in command())
+    term = terminal(["/bin/sh", "-c", f"{inner} > '{out}'"])
+    term.expect(PROMPT)
+    term.send("hello there\r")
+    term.expect(PROMPT)
+    term.send("\x04")
+    assert term.wait() == 0
+    assert out.read_bytes().strip() and b"\x1b" not in out.read_bytes()
+
+
+def test_the_demo_reads_as_the_chat_does(terminal):
+    term = terminal([sys.executable, "-m", "pydeltamem.cli", "demo", "--interactive"])
+    term.expect(PROMPT)
+    term.send(f"{PASTE[0]}My name is Anna.\nI live in Lima.{PASTE[1]}\r")
+    term.expect(rb"the memory changed by")
+    term.expect(PROMPT)
+    term.send("/q\t\r")
+    assert term.wait() == 0
+
+
 def test_ctrl_c_stops_the_reply_only(terminal, command, tmp_path):
     path = tmp_path / "a.memory"
     term = terminal(command("-n", "-1", "-c", "32768", "--ignore-eos", "--save-memory", path))
     term.expect(rb"/help lists the commands")
-    term.expect(rb"> ")
+    term.expect(PROMPT)
     term.send("hello there\n")
-    term.expect(rb"hello there\r\n")  # the echo
-    term.expect(rb"[^\r\n]")  # the reply begins
+    term.expect(rb"\x1b\[\?2004l[^\x1b]")  # the prompt is left, the reply begins
     term.send("\x03")
     term.expect(rb"\[stopped\]")
-    term.expect(rb"> ")
+    term.expect(PROMPT)
     term.send("/memory\n")
     term.expect(rb"norm per layer")
-    term.expect(rb"> ")
+    term.expect(PROMPT)
     term.send("/quit\n")
     assert term.wait() == 0
     assert read_memory_file(path)[0].any()
@@ -371,9 +518,9 @@ def test_ctrl_c_stops_the_reply_only(terminal, command, tmp_path):
 def test_ctrl_c_twice_at_the_prompt_leaves(terminal, command, tmp_path):
     path = tmp_path / "a.memory"
     term = terminal(command("--save-memory", path))
-    term.expect(rb"> ")
+    term.expect(PROMPT)
     term.interrupt(rb"Ctrl-C again")
-    term.expect(rb"> ")
+    term.expect(PROMPT)
     term.interrupt()
     assert term.wait() == 0
     assert path.exists()
@@ -381,6 +528,6 @@ def test_ctrl_c_twice_at_the_prompt_leaves(terminal, command, tmp_path):
 
 def test_ctrl_d_leaves(terminal, command):
     term = terminal(command())
-    term.expect(rb"> ")
+    term.expect(PROMPT)
     term.send("\x04")
     assert term.wait() == 0

@@ -47,12 +47,168 @@ def test_help_and_version():
 
 
 @pytest.mark.parametrize(
-    "args", [(), ("nothing",), ("generate",), ("generate", "-m", "x", "-c", "-1"), ("chat", "--bad")]
+    ("args", "usage"),
+    [
+        ((), ""),
+        (("nothing",), ""),
+        (("generate",), "generate"),
+        (("generate", "-m", "x", "-c", "-1"), "generate"),
+        (("chat", "--bad"), "chat"),
+        (("memory",), "memory"),
+        (("memory", "nothing"), "memory"),
+        (("memory", "show", "--bad"), "memory show"),
+        (("eval", "recall", "--bad"), "eval recall"),
+        (("inspect", "a", "b"), "inspect"),
+    ],
 )
-def test_usage(args):
+def test_usage(args, usage):
+    """The usage is that of the command that did not understand."""
     result = deltamem(*args)
     assert result.returncode == 2
-    assert "usage:" in result.stderr
+    assert result.stderr.startswith(f"usage: deltamem {usage}".rstrip() + " [-h]"), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "wrong", "right"),
+    [
+        (["generate", "--deltamen", "x", "-m", "y"], "--deltamen", "--deltamem"),
+        (["generate", "--modle", "x"], "--modle", "--model"),
+        (["chat", "-m", "x", "--seeed=3"], "--seeed", "--seed"),
+        (["bench", "--contrl"], "--contrl", "--control"),
+        (["memory", "show", "x", "--jsn"], "--jsn", "--json"),
+        (["genrate"], "genrate", "generate"),
+    ],
+)
+def test_what_is_misspelt_is_named_with_what_was_meant(args, wrong, right):
+    result = deltamem(*args)
+    assert result.returncode == 2
+    assert f"{wrong}: did you mean {right}?" in result.stderr.splitlines()[-1]
+
+
+def test_help_as_a_command():
+    assert deltamem("help").stdout == deltamem("--help").stdout
+    assert deltamem("help", "generate").stdout == deltamem("generate", "--help").stdout
+    assert deltamem("help", "memory", "show").stdout == deltamem("memory", "show", "--help").stdout
+    assert deltamem("help", "nothing").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--temp", ["-1", "nan", "inf"]),
+        ("--top-k", ["-5", "1.5"]),
+        ("--top-p", ["5", "-0.1", "nan"]),
+        ("--min-p", ["2", "-1", "nan"]),
+        ("--typical", ["1.5", "nan"]),
+        ("--repeat-penalty", ["0", "-1", "nan", "inf"]),
+        ("--presence-penalty", ["nan", "inf"]),
+        ("--frequency-penalty", ["nan"]),
+        ("--repeat-last-n", ["-5"]),
+        ("--n-predict", ["-7"]),
+        ("--seed", ["-2", str(2**32)]),
+        ("--ctx-size", ["-1", str(2**32 + 512)]),
+        ("--batch-size", ["0", str(2**32 + 1)]),
+        ("--gpu-layers", ["-3"]),
+    ],
+)
+def test_values_out_of_range_are_refused(option, values):
+    for value in values:
+        result = deltamem("generate", "-m", "none.gguf", "-p", "x", f"{option}={value}")
+        assert result.returncode == 2
+        says = result.stderr.splitlines()[-1]
+        assert option in says and value in says
+
+
+@pytest.mark.parametrize(
+    "args", [["quantize", "a", "b", "q8_0", "-t=-1"], ["rpc-server", "--port", "99999"], ["train", "a", "b", "-o", "c",
+    "--write-bias", "nan"]]
+)  # fmt: skip
+def test_numbers_of_other_commands_too(args):
+    result = deltamem(*args)
+    assert result.returncode == 2 and args[-1].split("=")[-1] in result.stderr
+
+
+def test_a_context_that_is_rounded_up_is_told(generate):
+    result = generate("-p", "hello", "-c", "8", "-n", "1")
+    assert result.returncode == 0 and re.search(r"--ctx-size 8\b.* 256 ", result.stderr)
+    assert "--ctx-size" not in generate("-p", "hello", "-c", "512", "-n", "1").stderr
+
+
+def test_a_full_context_is_told(generate):
+    full = generate("-p", "hello", "-c", "256", "-n", "-1", "--ignore-eos")
+    assert full.returncode == 0 and "256" in full.stderr and "--ctx-size" in full.stderr
+    assert "--ctx-size" in generate("-p", "hello", "-c", "256", "-n", "1000", "--ignore-eos").stderr
+    assert "--ctx-size" not in generate("-p", "hello", "-c", "256", "-n", "4", "--ignore-eos").stderr
+
+
+def test_a_model_without_a_memory_is_told(generate):
+    assert "memory: none" in generate("-p", "hello", memory=False).stderr
+    assert "memory: none" not in generate("-p", "hello").stderr
+    assert "memory: none" not in generate("-p", "hello", "--no-memory").stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "-m", "FOLDER", "-p", "x"],
+        ["generate", "-m", "BASE", "--deltamem", "FOLDER", "-p", "x"],
+        ["generate", "-m", "BASE", "--lora", "FOLDER", "-p", "x"],
+        ["generate", "-m", "BASE", "--load-memory", "FOLDER", "-p", "x"],
+        ["generate", "-m", "BASE", "-f", "FOLDER"],
+        ["generate", "-m", "BASE", "-p", "x", "--grammar-file", "FOLDER"],
+        ["generate", "-m", "BASE", "-p", "x", "--save-memory", "FOLDER"],
+        ["inspect", "FOLDER"],
+        ["pack", "FOLDER", "FOLDER", "-o", "out.gguf"],
+        ["quantize", "FOLDER", "out.gguf", "q8_0"],
+        ["unpack", "FOLDER", "--base", "a", "--adapter", "b"],
+        ["memory", "show", "FOLDER"],
+        ["bench", "-m", "FOLDER"],
+    ],
+)
+def test_a_folder_is_called_one(base, tmp_path, args):
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    result = deltamem(*({"FOLDER": folder, "BASE": base()}.get(arg, arg) for arg in args), cwd=tmp_path)
+    assert result.returncode == 1
+    says = result.stderr.splitlines()[-1]
+    assert str(folder) in says and re.search("(?i)folder|directory", says) and "no such file" not in says
+
+
+def test_a_file_is_called_one(base, tmp_path):
+    result = deltamem("convert", base(), "--base", base(), "-o", tmp_path / "out.gguf")
+    assert result.returncode == 1 and f"{base()}: is a file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "option", "keyword"),
+    [
+        (["-m", "BASE", "-t", "9999"], "--threads", "n_threads"),
+        (["-m", "BASE", "--save-memory", "a.memory"], "--deltamem", "deltamem_path"),
+        (["-m", "ADAPTER"], "--deltamem", "deltamem_path"),
+        (["-m", "ADAPTER"], "--model", "model_path"),
+    ],
+)
+def test_options_go_by_the_names_of_the_command_line(base, adapter, tmp_path, args, option, keyword):
+    names = {"BASE": base(), "ADAPTER": adapter("qwen3", "tsw_qo")}
+    result = deltamem("generate", *(names.get(arg, arg) for arg in args), "-p", "x", cwd=tmp_path)
+    assert result.returncode == 1
+    assert option in result.stderr and keyword not in result.stderr
+
+
+def test_keywords_go_by_their_names_in_python(base, adapter):
+    from pydeltamem import AdapterError, DeltaMemLlama, InputError, ModelError
+
+    with pytest.raises(InputError) as info:
+        DeltaMemLlama(base(), n_threads=9999)
+    assert "n_threads" in str(info.value) and "--" not in str(info.value)
+    with pytest.raises(ModelError) as info:
+        DeltaMemLlama(adapter("qwen3", "tsw_qo"))
+    assert "deltamem_path" in str(info.value) and "--" not in str(info.value)
+    llm = DeltaMemLlama(base(), n_ctx=256)
+    with pytest.raises(AdapterError) as info:
+        _ = llm.memory.state
+    assert "deltamem_path" in str(info.value) and "--" not in str(info.value)
+    llm.close()
 
 
 def test_generate(generate):

@@ -343,7 +343,7 @@ def truncated(source, target, keep):
 def test_bad_model(base, tmp_path, capfd):
     for path, says in (
         (tmp_path / "none.gguf", "no such model file"),
-        (tmp_path, "no such model file"),
+        (tmp_path, "is a folder"),
         (truncated(base(), tmp_path / "cut.gguf", 900_000), "cannot be loaded: .*corrupted or incomplete"),
         (truncated(base(), tmp_path / "short.gguf", 300), "cannot be loaded: "),
         (truncated(base(), tmp_path / "empty.gguf", 0), "cannot be loaded"),

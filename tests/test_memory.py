@@ -229,7 +229,7 @@ def test_without_adapter(make_llm, tmp_path):
         lambda: memory.attach(),
         lambda: memory.detach(),
     ):
-        with pytest.raises(AdapterError, match=r"no memory adapter is attached: .*deltamem_path=.*--deltamem FILE"):
+        with pytest.raises(AdapterError, match=r"no memory adapter is attached: .*deltamem_path"):
             access()
     assert os.listdir(tmp_path) == []
 
