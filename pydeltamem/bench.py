@@ -467,7 +467,8 @@ def _print(out: Console, results: dict[str, Any]) -> None:
     setup, info = results["setup"], results["setup"]["model_info"]
     _say(
         out,
-        f"{info['description']}, {info['n_bytes'] / 1e9:.2f} GB; {setup['cpu']}, {setup['n_threads']} threads; "
+        f"{info['description'].replace(' ?B', '')}, {_amount(info['n_params'])} parameters, "
+        f"{_amount(info['n_bytes'])}B; {setup['cpu']}, {setup['n_threads']} threads; "
         f"batch {setup['n_batch']}, micro-batch {setup['n_ubatch']}; "
         f"flash attention {'on' if setup['flash_attn'] else 'off'}; KV cache {setup['type_k']}, {setup['type_v']}",
     )
@@ -478,7 +479,7 @@ def _print(out: Console, results: dict[str, Any]) -> None:
         _say(out, "control: the side 'on' has no adapter either")
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("test", "compared", "tokens/s", "tokens/s", "ratio", "interval"):
+    for column in ("test", "compared", "tokens/s of the first", "of the second", "ratio", "interval"):
         table.add_column(column, justify="left" if column in ("test", "compared") else "right", no_wrap=True)
     confidence = None
     for kind in ("prefill", "decode"):
@@ -520,6 +521,14 @@ def _print(out: Console, results: dict[str, Any]) -> None:
             for key, extra in memory["extra"].items()
         ]
         _say(out, f"Resident bytes after a prompt of {memory['prompt']} tokens, adapter: {'; '.join(parts)}.")
+
+
+def _amount(n: int) -> str:
+    """A number in thousands, millions or billions (of bytes: kB, MB, GB)."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n} "
 
 
 def _sample(setup: dict[str, Any]) -> str:

@@ -191,7 +191,14 @@ class Chat:
 
     def _file(self, name: str) -> str:
         if name:
-            return os.path.expanduser(os.fsdecode(name.encode("utf-8", "surrogateescape")))
+            file = os.path.expanduser(os.fsdecode(name.encode("utf-8", "surrogateescape")))
+            try:
+                os.lstat(file)
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError) as error:  # too long, or with a zero in it
+                raise InputError(f"{file!a} is no name of a file: {getattr(error, 'strerror', error)}") from error
+            return file
         if not self.memory_file:
             raise InputError("name a file")
         return self.memory_file

@@ -29,7 +29,20 @@ def run(args: argparse.Namespace) -> int:
     quantize(args.model, args.outfile, args.type, args.threads, args.allow_requantize, args.verbose)
     before, after = Header.of_model(args.model).n_bytes / 1e6, os.path.getsize(args.outfile) / 1e6
     print(f"{args.outfile}: {args.type}, {after:,.2f} MB of {before:,.2f}")
+    if after > before:
+        print(f"larger than before: as {args.type}, llama.cpp makes {grown(args.model, args.outfile)}")
     return 0
+
+
+def grown(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> str:
+    """Which tensors became larger, by their types: "2 tensors Q6_K that were Q4_1 (+0.24 MB)"."""
+    old, kinds = Header.of_model(before).tensors, {}
+    for name, tensor in Header.of_model(after).tensors.items():
+        if name in old and tensor.n_bytes > old[name].n_bytes:
+            sizes = kinds.setdefault((tensor.type_name, old[name].type_name), [])
+            sizes.append(tensor.n_bytes - old[name].n_bytes)
+    parts = [f"{len(n)} tensors {new} that were {was} (+{sum(n) / 1e6:,.2f} MB)" for (new, was), n in kinds.items()]
+    return ", ".join(parts) or "its header longer"
 
 
 def file_type(name: str) -> int:

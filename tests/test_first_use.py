@@ -111,3 +111,28 @@ def test_what_is_raised_is_not_logged_too(tmp_path, caplog, capfd):
         DeltaMemLlama(path)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert capfd.readouterr().err == ""
+
+
+def test_bench_says_how_large_the_model_is(capsys):
+    """llama.cpp has no name for so small a size, and a share of a GB is none."""
+    from pydeltamem.cli import main
+
+    options = ["-p", "8", "-n", "0", "--pairs", "2", "--rss", "0", "-t", "1"]
+    assert main(["bench", "-m", str(MODEL), "--deltamem", str(MEMORIES["tsw"]), *options]) == 0
+    said = capsys.readouterr().out
+    assert "?B" not in said and " 0.00 " not in said.splitlines()[0]
+    assert "2.95 M parameters" in said and "MB" in said.splitlines()[0]
+    columns = [name.strip() for name in next(line for line in said.splitlines() if "ratio" in line).split("  ") if name]
+    assert len(columns) == len(set(columns))
+
+
+def test_quantize_says_why_a_model_grew(tmp_path, capsys):
+    """From Q4_0, the table of tokens too, to Q4_K_M, which takes Q6_K for some."""
+    from pydeltamem.cli import main
+
+    small, large = str(tmp_path / "small.gguf"), str(tmp_path / "large.gguf")
+    assert main(["quantize", str(MODEL), small, "q4_0", "--allow-requantize"]) == 0
+    assert "larger" not in capsys.readouterr().out
+    assert main(["quantize", small, large, "q5_1", "--allow-requantize"]) == 0
+    said = capsys.readouterr().out
+    assert "larger" in said and "Q5_1" in said and "Q4_0" in said
