@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pydeltamem.errors import CheckpointError
+from pydeltamem.errors import CheckpointError, shown
 
 CONFIG = "delta_mem_config.json"
 WEIGHTS = ("delta_mem_adapter.pt", "delta_mem_adapter.safetensors")
@@ -192,7 +192,9 @@ class Checkpoint:
         left = sorted(set(self.tensors) - self._taken)
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-            raise CheckpointError(f"{self.path}: tensor {left[0]}{more} does not belong to this configuration and base")
+            raise CheckpointError(
+                f"{self.path}: tensor {shown(left[0])}{more} does not belong to this configuration and base"
+            )
 
 
 def read_config(path: Path) -> Config:
@@ -202,12 +204,12 @@ def read_config(path: Path) -> Config:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a checkpoint directory holds {CONFIG} and {WEIGHTS[0]}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not a readable JSON file ({error})") from error
+        raise CheckpointError(f"{path}: is not a readable JSON file ({shown(error)})") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: holds no JSON object")
 
     def refuse(name: str, why: str) -> CheckpointError:
-        return CheckpointError(f"{path}: {name} = {json.dumps(fields.get(name))} {why}")
+        return CheckpointError(f"{path}: {shown(name)} = {shown(json.dumps(fields.get(name)))} {why}")
 
     known = {*ANY_OF, *_FLAGS, *_NUMBERS, *_INITIAL, *ARCHIVED, *_DEFAULTS, "rank", "alpha"}
     for name, value in fields.items():
@@ -281,7 +283,9 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path}: is not a flat state dict of tensors")
     for name, tensor in loaded.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-            raise CheckpointError(f"{path}: tensor {name} is no dense tensor of floating-point numbers")
+            raise CheckpointError(f"{path}: tensor {shown(name)} is no dense tensor of floating-point numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: tensor {shown(name)} is larger than what the file holds of it")
     return {str(name): tensor.detach().to(torch.float32).numpy() for name, tensor in loaded.items()}
 
 
@@ -291,7 +295,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         tensors = safetensors.deserialize(path.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: is damaged or no safetensors file ({error})") from error
+        raise CheckpointError(f"{path}: is damaged or no safetensors file ({shown(error)})") from error
     return {name: _to_float32(path, name, **tensor) for name, tensor in tensors}
 
 
@@ -302,7 +306,7 @@ def _to_float32(path: Path, name: str, dtype: str, shape: list[int], data: bytes
         with np.errstate(over="ignore"):  # an infinity is refused later, by name
             values = np.frombuffer(data, dtype=f"<f{int(dtype[1:]) // 8}").astype(np.float32)
     else:
-        raise CheckpointError(f"{path}: tensor {name} is {dtype}, weights are F16, BF16, F32 or F64")
+        raise CheckpointError(f"{path}: tensor {shown(name)} is {dtype}, weights are F16, BF16, F32 or F64")
     return values.reshape(shape)
 
 

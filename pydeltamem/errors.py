@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 
+def shown(name: object) -> str:
+    """A name or value out of a file that may be anything, fit for a sentence: on one line, and not too long."""
+    text = str(name)
+    short = text if len(text) <= 160 else f"{text[:160]}…"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in short)
+
+
 class DeltaMemError(Exception):
     """Base of every error that this package raises on bad input."""
 

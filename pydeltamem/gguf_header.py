@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from .errors import ModelError
+from .errors import ModelError, shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -124,7 +124,7 @@ class Header:
             if shard.keys.get("split.no") != i or shard.keys.get("split.count") != n:
                 raise ModelError(f"{shard.path}: is not part {i + 1} of {n} of {header.path}: it says otherwise")
             if twice := header.tensors.keys() & shard.tensors.keys():
-                raise ModelError(f"{shard.path}: has tensor {_shown(min(twice))}, which another part has too")
+                raise ModelError(f"{shard.path}: has tensor {shown(min(twice))}, which another part has too")
             header.tensors.update(shard.tensors)
             header.files.append(shard.path)
         expected = header.keys.get("split.tensors.count")
@@ -151,11 +151,6 @@ class _Damaged(Exception):
     """What is wrong, to be completed by the file's name."""
 
 
-def _shown(name: str) -> str:
-    """A name from a file that may be damaged, fit for one line."""
-    return ascii(name[:64])[1:-1]
-
-
 class _Parser:
     def __init__(self, data: mmap.mmap, path: Path):
         self.data = data
@@ -176,7 +171,7 @@ class _Parser:
         for _ in range(n_keys):
             key = self.string()
             if key in keys:
-                raise _Damaged(f"key {_shown(key)} is there twice")
+                raise _Damaged(f"key {shown(key)} is there twice")
             start = self.at
             keys[key], types[key] = self.value()
             self.spans[key] = start, self.at
@@ -193,11 +188,11 @@ class _Parser:
         for name, shape, kind, offset in entries:
             tensor = Tensor(name, shape, kind, start + offset, self.path)
             if name in tensors:
-                raise _Damaged(f"tensor {_shown(name)} is there twice")
+                raise _Damaged(f"tensor {shown(name)} is there twice")
             if tensor.offset + tensor.n_bytes > len(self.data):
-                raise _Damaged(f"it is truncated, tensor {_shown(name)} reaches past its end")
+                raise _Damaged(f"it is truncated, tensor {shown(name)} reaches past its end")
             if offset % alignment or expected not in (None, offset):
-                raise _Damaged(f"tensor {_shown(name)} stands at {offset}, not at {expected} as llama.cpp wants it")
+                raise _Damaged(f"tensor {shown(name)} stands at {offset}, not at {expected} as llama.cpp wants it")
             expected = -(-(offset + tensor.n_bytes) // alignment) * alignment if tensor.block_bytes else None
             tensors[name] = tensor
         return keys, types, tensors
@@ -243,11 +238,11 @@ class _Parser:
     def entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType | int, int]:
         name, n_dims = self.string(), self.scalar(GGUFValueType.UINT32)
         if not 1 <= n_dims <= MAX_DIMS:
-            raise _Damaged(f"tensor {_shown(name)} has {n_dims} dimensions")
+            raise _Damaged(f"tensor {shown(name)} has {n_dims} dimensions")
         shape = tuple(self.scalars(GGUFValueType.UINT64, n_dims)[::-1])
         kind, offset = self.scalar(GGUFValueType.UINT32), self.scalar(GGUFValueType.UINT64)
         with contextlib.suppress(ValueError):
             kind = GGMLQuantizationType(kind)
         if shape[-1] % gguf.GGML_QUANT_SIZES.get(kind, (1, 0))[0]:
-            raise _Damaged(f"tensor {_shown(name)} has rows of {shape[-1]}, no multiple of the blocks of {kind.name}")
+            raise _Damaged(f"tensor {shown(name)} has rows of {shape[-1]}, no multiple of the blocks of {kind.name}")
         return name, shape, kind, offset

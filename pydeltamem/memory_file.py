@@ -37,7 +37,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from .errors import InputError, MemoryFileError, MemoryFileInUse
+from .errors import InputError, MemoryFileError, MemoryFileInUse, shown
 from .files import is_stream, leftovers, replacing
 from .kinds import MEMORY, MEMORY_JSON, MEMORY_NPZ, Kind
 from .kinds import MEMORY_FORMAT as FORMAT
@@ -161,7 +161,7 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str
             version = metadata.get("format_version", "")
             if version != str(FORMAT_VERSION):
                 raise MemoryFileError(
-                    f"{name}: format version {version or 'unknown'}, this release reads {FORMAT_VERSION}: "
+                    f"{name}: format version {shown(version or 'unknown')}, this release reads {FORMAT_VERSION}: "
                     "upgrade pydeltamem"
                 )
             if "state" not in file.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -174,7 +174,7 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str
                 )
             state = file.get_tensor("state")
     except (OSError, safetensors.SafetensorError) as error:
-        raise MemoryFileError(f"{name}: cut off or not a memory file ({error})") from error
+        raise MemoryFileError(f"{name}: cut off or not a memory file ({shown(error)})") from error
     if not np.isfinite(state).all():
         raise MemoryFileError(f"{name}: the state holds values that are not finite")
     return state, metadata
@@ -183,7 +183,7 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str
 def owner(metadata: Mapping[str, str]) -> str:
     """The adapter that a memory belongs to, for messages: name, architecture and the beginning of the checksum."""
     name, checksum = metadata.get("adapter_name") or "unnamed", metadata.get("adapter", "")[:12] or "no checksum"
-    return f"{name} for {metadata.get('architecture') or 'an unknown architecture'} ({checksum})"
+    return shown(f"{name} for {metadata.get('architecture') or 'an unknown architecture'} ({checksum})")
 
 
 def now() -> str:

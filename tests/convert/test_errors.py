@@ -289,6 +289,19 @@ def test_not_finite(job, capsys, name, value, kind):
     refused(job, capsys, CheckpointError, job.directory / kind, f"tensor {LAYER}{name} has values that are not finite")
 
 
+def test_a_tensor_that_the_file_does_not_hold(job, capsys):
+    """One value that is said to be there 2^42 times."""
+    job.tensors(lambda tensors: {**tensors, LAYER + "beta_bias": torch.ones(1).half().expand(1 << 42)})
+    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {LAYER}beta_bias is larger than what the file")
+
+
+def test_names_out_of_a_file_stay_on_one_line(job, capsys):
+    job.tensors(lambda tensors: {**tensors, "a\nb\x1b[2J": torch.ones(1)})
+    refused(job, capsys, CheckpointError, job.directory / PT, r"a\nb\x1b[2J")
+    job.config(**{"c\nd": 1})
+    refused(job, capsys, CheckpointError, job.directory / CONFIG, r"c\nd")
+
+
 def test_not_finite_once_scaled(job, capsys):
     job.config(alpha=3e38)
     job.tensors(lambda tensors: {**tensors, LAYER + "delta_q_proj": tensors[LAYER + "delta_q_proj"] + 1e3})

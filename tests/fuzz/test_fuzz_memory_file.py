@@ -23,7 +23,7 @@ def check(path, data: bytes) -> None:
     try:
         snapshot = MemorySnapshot.load(path)
     except MemoryFileError as error:
-        assert str(path) in str(error)
+        assert str(path) in str(error) and "\n" not in str(error)
     else:
         n_layer, n_head, rank, _ = snapshot.state.shape
         assert np.isfinite(snapshot.state).all()
