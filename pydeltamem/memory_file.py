@@ -201,7 +201,9 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     folder = os.path.dirname(os.path.realpath(name))
     if not os.path.isdir(folder):
         raise MemoryFileError(f"{name}: the memory cannot be saved: no folder {folder}")
-    if os.path.isdir(name) or not os.access(folder, os.W_OK):
+    if os.path.isdir(name):
+        raise MemoryFileError(f"{name}: the memory cannot be saved: it is a folder")
+    if not os.access(folder, os.W_OK):
         raise MemoryFileError(f"{name}: the memory cannot be saved: not a writable file")
     with _save_errors(path):
         MEMORY.check(path)
