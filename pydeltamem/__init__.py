@@ -22,6 +22,7 @@ from .errors import (
     MemoryFileError,
     MemoryFileInUse,
     ModelError,
+    NotFiniteError,
     OutputError,
     TrainingError,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "MemoryFileInUse",
     "MemorySnapshot",
     "ModelError",
+    "NotFiniteError",
     "OutputError",
     "TrainingError",
     "__version__",

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _lib
-from .errors import InputError, MemoryFileError
+from .errors import InputError, MemoryFileError, NotFiniteError
 from .history import n_common
 from .lock import all_of, holding
 from .memory import Memory
@@ -62,6 +62,9 @@ class Conversation:
     Raises MemoryFileError if the memory file is in use, damaged or of another adapter. If saving fails after a turn,
     the turn stays, and its reply is in `messages`. Once an adapter was attached or detached, the memory file is left as
     it is, and turns are refused until `open` or `close`.
+
+    If the memory or the logits stop being finite, the turn raises NotFiniteError and is taken back, with what was said
+    so far; the memory file stays as it is.
     """
 
     def __init__(
@@ -435,7 +438,9 @@ class Reply:
             self.assembler = Assembler(llm._model.vocab, [*stop, *ends["stop"]])
             self.criteria = ends["stopping_criteria"]
             unread = conversation._unread(prompt)
-            self.reading = Reading(text, unread, conversation._segments(unread))
+            self.prompt = self.reading = Reading(text, unread, conversation._segments(unread))
+            self.is_read = False
+            self._n_dropped = conversation.n_dropped
             conversation._reply = self
         except BaseException:
             conversation._reply = None
@@ -445,7 +450,7 @@ class Reply:
     def push(self, token: int) -> str:
         """Takes the token sampled after all that was read. Returns text; sets finish_reason at the end."""
         llm, text = self.conversation.llm, self.conversation._text
-        self.reading.succeed()
+        self.is_read = True
         if self.n_predict == 0:
             self.finish_reason = "length"
             return ""
@@ -460,7 +465,7 @@ class Reply:
         if 0 < self.n_predict <= self.n_tokens or not self._has_room():
             self.finish_reason = "length"
             return piece + self.assembler.finish()
-        self.reading = Reading(text, [token])
+        self.reading, self.is_read = Reading(text, [token]), False
         if self.criteria is not None and self.criteria(text.tokens, np.zeros(0, dtype=np.single)):
             self.finish_reason = "stop"
         return piece
@@ -504,9 +509,26 @@ class Reply:
         else:
             self.conversation._reply = None
             self.conversation.messages[-1:] = self.replaced
-        self.reading.fail()
+        if not self.is_read:
+            self.reading.fail()
         if self.n_tokens > 0:
             self._save()
+
+    def take_back(self) -> None:
+        """The turn, with what was said so far, is as if it had not been. The memory file has nothing of it yet."""
+        conversation = self.conversation
+        text, before = conversation._text, self.prompt.before
+        conversation._reply = None
+        conversation.messages[-1:] = self.replaced
+        if conversation.n_dropped == self._n_dropped:
+            if not text.undo(before):  # there is another memory since: as that was
+                text.n_tokens = text.history.floor
+                text.catch_up()
+        else:  # text that stood before it has left: its memory, with what is left
+            text.fault = None
+            text.n_tokens = n_common(text.tokens, conversation._ended_tokens())
+            if before.checkpoint is not None:
+                text.become(before.checkpoint.state, before.checkpoint.n_written)
 
     def _enter(self) -> None:
         conversation = self.conversation
@@ -555,7 +577,7 @@ def _speak(waiting: list[Reply]) -> Iterator[tuple[Conversation, str]]:
         for reply in waiting:
             reply.conversation._ready()
     active: list[Reply] = []
-    errors: list[Exception] = []  # of saving: no reason to cut the other replies off
+    errors: list[Exception] = []  # of one reply: no reason to cut the other ones off
     try:
         while waiting or active:
             begins = waiting[: seats.n_seq_max - len(active)]
@@ -566,6 +588,12 @@ def _speak(waiting: list[Reply]) -> Iterator[tuple[Conversation, str]]:
                     reply.begin()
                 active = [reply for reply in active if reply.is_open]  # others were used for something else by now
                 said = _decode(active)
+                for reply in active:
+                    try:
+                        reply.conversation._text.check_finite()
+                    except NotFiniteError as error:
+                        errors.append(error)
+                        reply.take_back()
                 for reply, _ in said:
                     if reply.finish_reason:
                         try:
@@ -608,12 +636,12 @@ def _decode(active: list[Reply]) -> list[tuple[Reply, str]]:
             rows = seats.decode(jobs)
             for reply in active:
                 row = rows.get(reply.conversation._text)
-                if row is None or reply.reading.pieces:
+                if row is None or reply.reading.pieces or reply.conversation._text.fault:
                     continue
                 piece = reply.push(reply.sampler.sample(llm._ctx, row))
                 reply.content += piece
                 said.append((reply, piece))
-            if not seats.is_crowded:
+            if not seats.is_crowded or any(reply.conversation._text.fault for reply in active):
                 break
             active = active[1:] + active[:1]
     return said

@@ -42,6 +42,10 @@ class ModelError(DeltaMemError, ValueError):
     """A model file is missing or cannot be loaded."""
 
 
+class NotFiniteError(DeltaMemError, ArithmeticError):
+    """A memory, or what the model computes with it, is not finite any more: weights are damaged or far too large."""
+
+
 class OutputError(DeltaMemError):
     """A file cannot be written: the disk is full, the folder is missing, or a file of another kind is there."""
 

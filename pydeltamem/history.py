@@ -30,7 +30,7 @@ class Checkpoints:
     is where the text began and always stays.
     """
 
-    def __init__(self, n_bytes: int = 4 << 20, n_last: int = 64) -> None:
+    def __init__(self, n_bytes: int = 4 << 20, n_last: int = 65) -> None:  # where the memory is, and 64 before
         self.n_bytes = n_bytes
         self.n_last = n_last
         self._positions: list[int] = []  # ascending

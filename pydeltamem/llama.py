@@ -24,7 +24,7 @@ from . import _lib
 from ._lib import BaseLlamaCache, Llama, LlamaState
 from .completion import Completion
 from .embedding import tokenized, vectors
-from .errors import AdapterError, InputError, ModelError
+from .errors import AdapterError, InputError, ModelError, NotFiniteError
 from .files import no_file
 from .ggml import can_be_mapped
 from .gguf_header import Header
@@ -37,7 +37,7 @@ from .rpc import connect
 from .sampling import Guard, Sampler
 from .seats import Seats, check
 from .stream import checked_grammar
-from .text import Text
+from .text import Before, Text
 from .tokenizer import Tokenizer
 
 SEAT = 0  # the sequence of the context that llama_cpp.Llama evaluates its text in
@@ -195,6 +195,7 @@ class DeltaMemLlama(Llama):
             _lib.llama_deltamem_adapter_free(adapter)
             raise AdapterError(_naming(path, str(error))) from None
         self._adapter = adapter
+        self._seats.adapter_path = path
         _free(self._adapters)  # the one before: contexts keep what they need of it
         self._adapters.append(adapter)
 
@@ -274,7 +275,8 @@ class DeltaMemLlama(Llama):
         After going back (`n_tokens` set lower) the memory goes back too, and these tokens are written in place of those
         that stood there; but if nothing or only the first token agrees, this is another text and the memory goes on.
 
-        Raises InputError if the arguments do not fit. If llama.cpp fails, text and memory are as before the call.
+        Raises InputError if the arguments do not fit, NotFiniteError if memory or logits stop being finite, DecodeError
+        if llama.cpp fails; text and memory are then as before the call.
         """
         self._eval(tokens, segments)
 
@@ -283,13 +285,15 @@ class DeltaMemLlama(Llama):
         tokens: Sequence[int],
         segments: Sequence[int] | None = None,
         then: Callable[[], object] = lambda: None,
-    ) -> None:
-        """As `eval`. `then` is called before others may decode: what it does with the logits."""
+    ) -> Before | None:
+        """As `eval`. `then` is called before others may decode: what it does with the logits. Returns what text and
+        memory were before, if there are tokens.
+        """
         _ = self._seats.ctx
         tokens = self._checked_tokens(tokens)
         ids = None if segments is None else self._checked_segments(tokens, segments)
         if len(tokens) == 0:
-            return
+            return None
         self._text.drafted = self.draft_model is not None
         self._requires_eval = True  # until it succeeds
         n_past, history = self._text.n_tokens, self._text.history
@@ -300,7 +304,7 @@ class DeltaMemLlama(Llama):
             self._requires_eval = False
             then()
 
-        self._text.eval(tokens, ids, read)
+        return self._text.eval(tokens, ids, read)
 
     @property
     @holding("_seats.lock")
@@ -330,6 +334,8 @@ class DeltaMemLlama(Llama):
         `stopping_criteria` are called with the tokens read, [n], and the logits that the next one was sampled from.
         Between two tokens other texts may be read. Raises InputError if it is to go on after this one was changed.
 
+        Raises NotFiniteError if memory or logits stop being finite: text and memory are then as before the prompt.
+
         Where it ends by itself `finish_reason` says why: "length" in a full context, "stop" after a stopping criterion.
         """
         text, whole = self._text, list(tokens)
@@ -355,10 +361,11 @@ class DeltaMemLlama(Llama):
                 with text.lock:
                     unread = self._begin(whole) if is_all else whole
                     whole = whole if is_all else [*text.tokens.tolist(), *whole]
+                    before = text.before()
                     if not unread:
                         step()
                 if unread:
-                    self._eval(unread, then=step)
+                    before = self._eval(unread, then=step)
                 version = text.version
             while token is not None:
                 whole.append(token)
@@ -374,6 +381,9 @@ class DeltaMemLlama(Llama):
                         self.n_tokens = len(whole) - 1  # the logits are gone: what was drafted behind is read again
                     try:
                         step(sent)
+                    except NotFiniteError:
+                        text.undo(before)
+                        raise
                     finally:
                         version = text.version
         finally:
@@ -620,7 +630,8 @@ class DeltaMemLlama(Llama):
                 in one piece (pooling other than that of the last token, models that look ahead). Else InputError.
             return_count: whether to return the number of tokens too.
 
-        Raises InputError if the model was not loaded with `embedding=True`, or a text has no tokens to be pooled.
+        Raises InputError if the model was not loaded with `embedding=True`, or a text has no tokens to be pooled;
+        NotFiniteError if a vector is not finite.
         """
         _ = self._seats.ctx
         if not self.context_params.embeddings:
@@ -642,6 +653,10 @@ class DeltaMemLlama(Llama):
         finally:
             self._ctx.kv_cache_clear()
             self.reset()
+        for i, vector in enumerate(embedded):
+            rows = np.atleast_2d(vector)
+            if not np.isfinite(rows).all() or (rows.shape[1] > 1 and not rows.any(axis=1).all()):
+                raise NotFiniteError(self._seats.not_finite(f"the vector of text {i}"))
         result = embedded[0] if isinstance(input, str) else embedded
         return (result, sum(map(len, texts))) if return_count else result
 

@@ -56,6 +56,7 @@ class Seats:
         self.n_seq_max: int = _llama.llama_n_seq_max(context.ctx)
         self.n_ctx: int = _llama.llama_n_ctx_seq(context.ctx)  # of one sequence
         self._shape: tuple[int, int, int, int] | None = None
+        self.adapter_path = ""  # for errors
         self.n_attached = 0  # how often an adapter was: a memory belongs to one of these times
         # in the latest llama_decode, by seat
         self.latest: weakref.WeakValueDictionary[int, Text] = weakref.WeakValueDictionary()
@@ -307,13 +308,42 @@ class Seats:
         for text, piece in jobs:
             n = len(piece.tokens)
             self._used[text.seat] = self._n_decodes
+            end = at + n - 1
+            has_state = self.has_memory and text.n_kv >= text.history.n and (piece.segments is None or piece.ends)
+            if has_state and end not in states:
+                states[end] = self.get_state(text.seat)
+            text.fault = self._fault(end, states.get(end))
             if text.scores is not None:
                 rows = np.ctypeslib.as_array(_llama.llama_get_logits(ctx), (int(wanted.sum()), self._n_vocab))
                 first = int(wanted[:at].sum())
                 text.scores[text.n_kv : text.n_kv + n] = rows[first : first + n]
             text.did_read(piece, {i - at + 1: state for i, state in states.items() if at <= i < at + n})
             at += n
+        if any(text.fault for text, _ in jobs):
+            # what is not finite in cells that nobody attends to would still reach the others: 0 times it is not 0
+            memory = _llama.llama_get_memory(ctx)
+            if memory is not None:
+                _llama.llama_memory_clear(memory, True)
+            self.lost_kv()
         return last
+
+    def _fault(self, row: int, state: npt.NDArray[np.float32] | None) -> str | None:
+        """What is wrong with the logits and the state behind a token, None if all is well."""
+        if state is not None and not np.isfinite(state).all():
+            return self.not_finite("the memory")
+        logits = _llama.llama_get_logits_ith(self.ctx, row)
+        if not logits:  # of a model that embeds
+            return None
+        highest = np.ctypeslib.as_array(logits, (self._n_vocab,)).max()
+        # NaN in what the model computes is NaN in every logit; beyond what float32 holds, a norm makes it 0
+        if np.isfinite(highest) and (highest != 0 or np.ctypeslib.as_array(logits, (self._n_vocab,)).any()):
+            return None
+        return self.not_finite("what the model computes")
+
+    def not_finite(self, what: str) -> str:
+        """The sentence of a NotFiniteError."""
+        path = self.adapter_path if self.has_memory else self.model_path
+        return f"{path}: {what} is not finite any more: its weights are damaged or far too large"
 
     def _describe(self, jobs: Sequence[tuple[Text, Piece]], marks: Sequence[int]) -> None:
         """Tells the memory what the next llama_decode writes, and which states to keep."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError
-from .history import TOKEN, History
+from .errors import InputError, NotFiniteError
+from .history import TOKEN, Checkpoint, History
 from .lock import FairLock, holding
 from .memory_file import now
 from .names import option
@@ -58,6 +58,7 @@ class Text:
         keep_at: positions that are still to be read, where a checkpoint is wanted.
         scores: if not None, takes the logits of every token, [n_ctx, n_vocab].
         drafted: tokens are guesses: a checkpoint after each.
+        fault: why what was decoded last is of no use, None if it is.
         since: when the memory began, ISO 8601, UTC.
         turn: whoever uses the text holds it, for all of a call or for one piece of a stream; the lock of the context is
             taken after it, and let go of between two decodes.
@@ -74,6 +75,7 @@ class Text:
         self.seat: int | None = None
         self.scores: npt.NDArray[np.single] | None = None
         self.drafted = False
+        self.fault: str | None = None
         self.since = now()
         self.n_kv = 0  # tokens that the KV cache holds
         self.n_read_again = 0
@@ -196,7 +198,7 @@ class Text:
                 history.back(self.n_tokens)
                 again = self.n_tokens - history.n
                 self.n_read_again += again
-                if again > history.checkpoints.n_last:
+                if again >= history.checkpoints.n_last:
                     log.warning(
                         "the memory went back to token %d: no checkpoint is there, %d tokens before it are read again",
                         self.n_tokens,
@@ -376,8 +378,9 @@ class Text:
         tokens: Sequence[int],
         segments: npt.NDArray[np.int32] | None = None,
         then: Callable[[], object] = lambda: None,
-    ) -> None:
-        """Reads tokens after the text: one ingest. If llama.cpp fails, text and memory are as before.
+    ) -> Before:
+        """Reads tokens after the text: one ingest. Returns what text and memory were before: if llama.cpp fails, or
+        memory or logits are not finite, they are so again.
 
         Others may be decoded between two decodes. `then` is called before they may be: what it does with the logits.
         """
@@ -389,37 +392,58 @@ class Text:
                     reading.prepare()
                     while reading.pieces:
                         seats.decode([(self, reading.take(seats.n_batch))])
+                        self.check_finite()
                         if reading.pieces and not seats.is_crowded:
                             break
                     else:
                         then()
-                        return
+                        return reading.before
         except BaseException:
             reading.fail()
             raise
 
-    def undone_on_failure(self, n_past: int) -> Callable[[], None]:
-        """After `pieces`: what takes text and memory back to where they are now, if the pieces cannot be decoded."""
-        history, n_read, n_begun = self.history, self.history.n, self.history.n_begun
-        found = history.checkpoints.newest(n_read)
+    def check_finite(self) -> None:
+        """Raises NotFiniteError if the memory, or the logits behind what was decoded last, are not finite."""
+        if self.fault:
+            raise NotFiniteError(self.fault)
 
-        def undo() -> None:
-            with self.lock:
-                self.renew()
-                if history.n_begun != n_begun:  # another memory by now: what it has read stays
-                    return
-                self.n_tokens = n_past
-                self._ingest = None
-                if self.seat is not None:
-                    self.seats.abandon(self.seat)
-                if self.seats.has_memory and found is not None:
-                    self.put_state(found[1].state)
-                    history.n_written = found[1].n_written
-                    history.checkpoints.drop_after(n_read)
-                history.n = min(history.n, n_read)
-                self.n_kv = min(self.n_kv, history.n)
+    def before(self) -> Before:
+        """What `undo` goes back to: text and memory as they are, with a checkpoint where the memory is."""
+        history = self.history
+        found = history.checkpoints.newest(history.n)
+        return Before(history, self.n_tokens, history.n, history.n_begun, found[1] if found else None)
 
-        return undo
+    @holding("lock")
+    def undo(self, before: Before) -> bool:
+        """Takes text and memory back. False, and nothing done, if there is another memory by now: what that has read
+        stays.
+        """
+        self.fault = None
+        self.renew()
+        history = self.history
+        if history is not before.history or history.n_begun != before.n_begun:
+            return False
+        self.n_tokens = before.n_tokens
+        self._ingest = None
+        if self.seat is not None:
+            self.seats.abandon(self.seat)
+        if self.seats.has_memory and before.checkpoint is not None:
+            self.put_state(before.checkpoint.state)
+            history.n_written = before.checkpoint.n_written
+            history.checkpoints.drop_after(before.n_read)
+        history.n = min(history.n, before.n_read)
+        self.n_kv = min(self.n_kv, history.n)
+        return True
+
+
+class Before(NamedTuple):
+    """A text and its memory at one moment."""
+
+    history: History
+    n_tokens: int
+    n_read: int  # by the memory
+    n_begun: int
+    checkpoint: Checkpoint | None
 
 
 class Reading:
@@ -428,6 +452,7 @@ class Reading:
 
     Attributes:
         pieces: what is to be decoded now, none at the end.
+        before: text and memory as they were, None before the first `prepare`.
     """
 
     def __init__(self, text: Text, tokens: Sequence[int], segments: npt.NDArray[np.int32] | None = None) -> None:
@@ -437,7 +462,7 @@ class Reading:
         self.pieces: list[Piece] = []
         self._n_past = text.n_tokens
         self._at = 0  # tokens in the KV cache that the pieces follow
-        self._undo: Callable[[], None] | None = None
+        self.before: Before | None = None
 
     def prepare(self, staying: Sequence[Text] = ()) -> None:
         """Makes pieces of what is to be read, in a seat, none that belongs to the texts `staying`."""
@@ -449,8 +474,8 @@ class Reading:
         segments = None if self.segments is None else self.segments[n_read:]
         self.pieces = text.pieces(self.tokens[n_read:], segments, staying)
         self._at = text.n_kv
-        if self._undo is None:  # else the place was lost in the middle: back to where it began
-            self._undo = text.undone_on_failure(text.n_tokens)
+        if self.before is None:  # else the place was lost in the middle: back to where it began
+            self.before = text.before()
 
     def take(self, n_max: int) -> Piece:
         """The next piece, or the beginning of it."""
@@ -461,14 +486,10 @@ class Reading:
         self._at += len(first.tokens)
         return first
 
-    def succeed(self) -> None:
-        """All was read: it stays."""
-        self._undo = None
-
     def fail(self) -> None:
         """Text and memory are as before what could not be read."""
-        if self._undo is not None:
-            self._undo()
+        if self.before is not None:
+            self.text.undo(self.before)
 
 
 def _runs(

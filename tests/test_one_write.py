@@ -197,7 +197,7 @@ def test_one_by_one_the_last_64_positions_are_kept(llm, read_once):
     tokens = np.random.default_rng(1).integers(3, 250, 100).tolist()
     for token in tokens:
         llm.eval([token])
-    assert llm.memory.checkpoints == [0, *range(36, 100)]
+    assert llm.memory.checkpoints == [0, *range(36, 101)]
     for position in (99, 70, 36):
         assert llm.memory.rollback(position) == 0
         assert llm.n_tokens == position
@@ -900,10 +900,10 @@ def test_a_failure_after_another_memory_came_keeps_that(make):
     llm.eval(OTHER)
     text = llm._text
     pieces = text.pieces(TOKENS)
-    undo = text.undone_on_failure(text.n_tokens)
+    before = text.before()
     llm._seats.decode([(text, pieces[0].split(4)[0])])
     llm.memory.reset()
-    undo()
+    text.undo(before)
     assert not llm.memory.state.any() and llm.memory.n_written == 0
 
 
