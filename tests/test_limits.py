@@ -61,6 +61,12 @@ def test_cache_types_of_blocks_that_heads_do_not_fill(tmp_path, n_head_kv, flash
     assert refused.split() == ["8", "2", "20"]
 
 
+def test_pooling_types():
+    options = "pooling_type=type, embedding=True"
+    refused = outcome(TRY_TYPES.format(types=[-2, 0, 1, 3, 5, 99], model=str(TINY), options=options, option="pooling"))
+    assert refused.split() == ["-2", "5", "99"]
+
+
 @pytest.fixture(scope="module")
 def sliding(tmp_path_factory) -> Path:
     """A Gemma 3 all of whose layers slide: the tiny Qwen3 with the norms that Gemma 3 has besides."""

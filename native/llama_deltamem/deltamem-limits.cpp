@@ -60,6 +60,11 @@ bool llama_deltamem_check_params(const llama_model & model, const llama_context_
         problem = cache_problem(hparams, "type_v", params.type_v,
                                 [&hparams](uint32_t il) { return hparams.n_embd_head_v(il); });
     }
+    if (problem.empty() &&
+        (params.pooling_type < LLAMA_POOLING_TYPE_UNSPECIFIED || params.pooling_type > LLAMA_POOLING_TYPE_RANK)) {
+        problem = format("pooling_type = %d is none: it is %d to %d", params.pooling_type,
+                         LLAMA_POOLING_TYPE_UNSPECIFIED, LLAMA_POOLING_TYPE_RANK);
+    }
     if (!problem.empty()) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, problem.c_str());
     }
