@@ -34,6 +34,7 @@ UPSTREAM_RELEASES ?=
 
 # random inputs that `make fuzz` gives each test
 FUZZ         ?= 20000
+FUZZ_NATIVE  ?= 300000
 
 # the LoCoMo dialogues, which are not ours to ship
 SOAK_DATA    ?= ../shared/data/locomo10.json
@@ -42,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize memcheck default-model default-tsw default-msw default-ssw architectures schedules fuzz soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw architectures schedules fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -101,6 +102,15 @@ sanitize: $(DEMO)/memory.gguf ## load, generate, save, load, free under the addr
 	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		ctest --test-dir build/sanitize --output-on-failure
 
+# The three nodes that are computed as one, over one to four threads, and two threads in one library. GCC's thread sanitizer
+# knows ggml's own threads, not OpenMP's.
+tsan: $(DEMO)/memory.gguf ## the operator and two threads' worth of calls under the thread sanitizer
+	cmake -S . -B build/tsan $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_TSAN=ON -DGGML_OPENMP=OFF \
+		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
+	cmake --build build/tsan --target test-op test-threads test-lifecycle
+	TSAN_OPTIONS=halt_on_error=1 \
+		ctest --test-dir build/tsan --output-on-failure -R '^(op|threads|lifecycle|lifecycle-segments)$$'
+
 memcheck: $(DEMO)/memory.gguf ## the same under valgrind
 	cmake -S . -B $(MEMCHECK) $(MEMCHECK_ARGS) $(NATIVE_TESTS)
 	cmake --build $(MEMCHECK)
@@ -139,7 +149,13 @@ architectures: $(INSTALLED) ## hooks against the PyTorch reference: docs/archite
 schedules: $(INSTALLED) ## 1,000 random schedules over four conversations against a simple model (`make test` runs 40)
 	DELTAMEM_SCHEDULES=1000 $(BIN)/python -m pytest tests/test_schedules.py
 
-fuzz: $(DEMO)/memory.gguf ## random and damaged inputs for whatever reads files or commands (FUZZ: how many a test; docs/fuzzing.md)
+fuzz-native: $(INSTALLED) ## libFuzzer on the loader of adapters and on plans (FUZZ_NATIVE: inputs for each; installs clang)
+	tests/native/install-clang.sh
+	cmake -S tests/native/fuzz -B build/fuzz -G Ninja -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ \
+		-DDELTAMEM_FUZZ_RUNS=$(FUZZ_NATIVE)
+	cmake --build build/fuzz --target run
+
+fuzz: fuzz-native $(DEMO)/memory.gguf ## random and damaged inputs for whatever reads files or commands (FUZZ: how many a test; docs/fuzzing.md)
 	DELTAMEM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/fuzz
 
 soak: $(DEMO)/memory.gguf ## 100,000 tokens of dialogue (SOAK_DATA: locomo10.json) through a window of 1,024, with a plot
