@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from pydeltamem.hub import fetch, is_name, model_file, repository
 from pydeltamem.kinds import ADAPTER
 from pydeltamem.outfile import check_target, files_of, refuse_inputs
 
@@ -18,13 +19,13 @@ from .pack import OUTTYPES, layers_of, write_adapter
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", metavar="ADAPTER_DIR", help="directory with delta_mem_config.json and its weights"
+        "checkpoint", metavar="ADAPTER_DIR", help="directory with delta_mem_config.json and its weights, or hf:REPO"
     )
     parser.add_argument(
         "--base",
         metavar="MODEL",
         required=True,
-        help="the base model: a GGUF of any quantisation, or a Hugging Face folder",
+        help="the base model: a GGUF of any quantisation, a Hugging Face folder, or a name (deltamem pull)",
     )
     parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the adapter to write")
     parser.add_argument("--outtype", choices=sorted(OUTTYPES), default="f32", help="type of the weights (default: f32)")
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _base(path: str, outfile: str) -> Base:
     """What the adapter has to fit. Of a directory a GGUF is made to look at, and thrown away."""
+    if is_name(path):
+        path = model_file(path)
     refuse_inputs(outfile, files_of(path) if os.path.isdir(path) else [path])
     check_target(outfile, ADAPTER)  # before a conversion that may take long
     if not os.path.isdir(path):
@@ -46,8 +49,12 @@ def _base(path: str, outfile: str) -> Base:
 
 
 def run(args: argparse.Namespace) -> int:
+    name = args.name
+    if is_name(args.checkpoint):
+        name = name or repository(args.checkpoint).rpartition("/")[2]
+        args.checkpoint = fetch(args.checkpoint)
     checkpoint, base = Checkpoint(args.checkpoint), _base(args.base, args.outfile)
-    write_adapter(checkpoint, base, args.outfile, args.outtype, args.name)
+    write_adapter(checkpoint, base, args.outfile, args.outtype, name)
 
     config, n_layer = checkpoint.config, len(layers_of(checkpoint, base))
     heads = f"{config.num_state_heads} head{'s' if config.num_state_heads > 1 else ''}"

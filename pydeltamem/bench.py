@@ -25,8 +25,9 @@ from .arguments import count, integers, positive
 from .bench_model import cache_folder, synthetic_files
 from .errors import DeltaMemError, InputError, LibraryError, ModelError
 from .gguf_header import Header
+from .hub import adapter_file, model_file
 from .kinds import json_of
-from .options import add_context_arguments
+from .options import ADAPTER_HELP, MODEL_HELP, add_context_arguments
 from .outfile import output
 from .synthetic import SHAPES
 
@@ -46,12 +47,12 @@ ON, OFF, PLAIN, OTHER = "on", "off", "plain", "against"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     source = model.add_mutually_exclusive_group()
-    source.add_argument("-m", "--model", metavar="FILE", help="model GGUF, plain or packed")
+    source.add_argument("-m", "--model", metavar="FILE", help=MODEL_HELP)
     source.add_argument(
         "--synthetic", choices=tuple(SHAPES), metavar="SHAPE",
         help=f"random weights of this shape, model and adapter, kept in {cache_folder()}: {', '.join(SHAPES)}",
     )  # fmt: skip
-    model.add_argument("--deltamem", metavar="FILE", help="memory adapter GGUF (not needed for a packed model)")
+    model.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
     model.add_argument("--ftype", metavar="TYPE", help="type of --synthetic, any of llama.cpp's (q4_k_m)")
     model.add_argument("--outtype", choices=("f32", "f16", "bf16", "q8_0"), help="type of its adapter (f16)")
     model.add_argument("--vocab", metavar="FILE", help="GGUF whose vocabulary --synthetic takes")
@@ -166,7 +167,7 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
     _lib.logger.setLevel("DEBUG" if args.verbose else "ERROR")
     folder = _library_folder(args.against) if args.against else None
     with _progress(err) as progress:
-        model, adapter = _synthetic(args, progress) if args.synthetic else (args.model, _adapter(args))
+        model, adapter = _synthetic(args, progress) if args.synthetic else _files(args)
     if args.control:
         adapter = None
     elif adapter is None and folder is None:
@@ -269,12 +270,13 @@ def _open(
     return sides
 
 
-def _adapter(args: argparse.Namespace) -> str | None:
-    """The adapter file: the given one, or the model if it is packed."""
-    header = Header(args.model)
+def _files(args: argparse.Namespace) -> tuple[str, str | None]:
+    """The files of the model and of the adapter: the given one, or the model if it is packed."""
+    model = model_file(args.model)
+    header = Header(model)
     if args.deltamem is not None:
-        return args.deltamem
-    return args.model if "deltamem.version" in header.keys else None
+        return model, adapter_file(args.deltamem, model)
+    return model, model if "deltamem.version" in header.keys else None
 
 
 def _synthetic(args: argparse.Namespace, progress: Progress) -> tuple[str, str]:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from . import __version__
+from . import __version__, hub
 from .errors import InputError, OutputError
 from .quantize import file_type, quantize
 from .synthetic import FTYPES, SHAPES, write_adapter_checkpoint, write_model
@@ -21,8 +21,7 @@ VOCABULARIES = {"qwen3": "ggml-vocab-qwen2.gguf", "smollm3": "ggml-vocab-llama-b
 
 def cache_folder() -> Path:
     """Where files are kept that can be made again. One folder per version: another may make other files."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root and os.path.isabs(root) else Path.home() / ".cache") / "deltamem" / __version__
+    return hub.cache_folder() / __version__
 
 
 def synthetic_files(

@@ -16,6 +16,7 @@ from .errors import DeltaMemError
 from .names import as_on_the_command_line, nearest
 
 SUBCOMMANDS = {
+    "pull": ("pydeltamem.pull", "get a model or an adapter by name"),
     "convert": ("pydeltamem.convert.cli", "convert a published checkpoint to an adapter GGUF"),
     "convert-base": ("pydeltamem.convert.hf", "convert a Hugging Face model to GGUF"),
     "pack": ("pydeltamem.pack", "put base and adapter in one file that loads as one model"),

@@ -46,6 +46,10 @@ class NotFiniteError(DeltaMemError, ArithmeticError):
     """A memory, or what the model computes with it, is not finite any more: weights are damaged or far too large."""
 
 
+class FetchError(DeltaMemError):
+    """What was asked for by name cannot be had: no network, no such repository or file, or a wrong checksum."""
+
+
 class OutputError(DeltaMemError):
     """A file cannot be written: the disk is full, the folder is missing, or a file of another kind is there."""
 

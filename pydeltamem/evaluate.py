@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     summary = "facts that were told before the text was thrown away"
     recall = what.add_parser("recall", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    recall.add_argument("-m", "--model", metavar="FILE", help="model GGUF (the model of the package)")
+    recall.add_argument("-m", "--model", metavar="FILE", help="model GGUF or a name (the model of the package)")
     recall.add_argument(
         "--memories", metavar="NAME=FILE", nargs="+", help="adapters, each under the name that the table gives it"
     )

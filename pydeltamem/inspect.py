@@ -21,18 +21,19 @@ from rich.table import Table
 
 from .errors import AdapterError, ModelError
 from .gguf_header import MAGIC, Header, Tensor
+from .hub import fetch, is_name
 from .memory_file import MemorySnapshot
 
 ADAPTER_VERSION = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="adapter, model, packed model or memory file")
+    parser.add_argument("file", metavar="FILE", help="adapter, model, packed model or memory file, or a name")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
-    description = describe(args.file)
+    description = describe(fetch(args.file) if is_name(args.file) else args.file)
     if args.json:
         print(json.dumps(description, indent=2))
     else:

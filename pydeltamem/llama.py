@@ -25,10 +25,10 @@ from ._lib import BaseLlamaCache, Llama, LlamaState
 from .completion import Completion
 from .embedding import tokenized, vectors
 from .errors import AdapterError, InputError, ModelError, NotFiniteError
-from .files import no_file
 from .ggml import can_be_mapped
 from .gguf_header import Header
 from .history import History, n_common
+from .hub import HUB, adapter_file, model_file
 from .lock import holding
 from .memory import Memory
 from .memory_file import MemorySnapshot
@@ -61,9 +61,10 @@ class DeltaMemLlama(Llama):
         llm.memory.save("conversation.memory")
 
     Args:
-        model_path: the model as GGUF, plain or packed with an adapter.
-        deltamem_path: an adapter GGUF for that model. None: a packed model's own adapter; without one there is no
-            memory, and `llm.memory` says so when its state is asked for.
+        model_path: the model as GGUF, plain or packed with an adapter; or a name of one, or a Hugging Face directory
+            (pydeltamem.hub).
+        deltamem_path: an adapter GGUF for that model, a name of one, or a directory as published. None: a packed
+            model's own adapter; without one there is no memory, and `llm.memory` says so when its state is asked for.
         n_ctx: tokens of a text, which llama.cpp rounds up to a multiple of 256; 0: as many as the model was trained on.
         n_seq_max: texts that the context holds at once: this object's own, and those of `Conversation`. With several
             the context is n_seq_max times as large.
@@ -77,6 +78,7 @@ class DeltaMemLlama(Llama):
             answer.
         ModelError: the model file is missing or cannot be loaded.
         AdapterError: the adapter is missing, corrupt or made for another model.
+        FetchError: what was given by name cannot be had.
 
     Attributes:
         finish_reason: why the latest `generate` ended, "length" or "stop"; None before its end, or if it was left.
@@ -107,10 +109,8 @@ class DeltaMemLlama(Llama):
             if name not in _KEYWORDS:
                 known = ("model_path", "deltamem_path", "n_seq_max", "rpc_servers", *_KEYWORDS)
                 raise InputError(f"{name} is no keyword of DeltaMemLlama{nearest(name, known)}")
-        model_path = _Path(os.fsdecode(model_path))
         if kwargs.get("lora_path") is not None:
             kwargs["lora_path"] = _Path(os.fsdecode(kwargs["lora_path"]))
-        self.deltamem_path = None if deltamem_path is None else os.fsdecode(deltamem_path)
         self._adapter: _lib.llama_deltamem_adapter_p | None = None
         self._adapters: list[_lib.llama_deltamem_adapter_p] = []  # that one, to be freed
         self._text: Text | None = None
@@ -123,10 +123,8 @@ class DeltaMemLlama(Llama):
                 raise InputError(f"{option(name)} is 1 to {MAX_THREADS}, not {kwargs[name]}")
         if kwargs.get("n_batch", n_seq_max) < n_seq_max:
             raise InputError(f"{option('n_batch')} is n_seq_max, {n_seq_max}, at least, not {kwargs['n_batch']}")
-        if not os.path.isfile(model_path):
-            raise ModelError(no_file(model_path, "model file"))
-        if self.deltamem_path is not None and not os.path.isfile(self.deltamem_path):
-            raise AdapterError(no_file(self.deltamem_path, "adapter file"))
+        model_path = _Path(model_file(model_path))
+        self.deltamem_path = None if deltamem_path is None else adapter_file(deltamem_path, model_path)
         if rpc_servers:
             connect(rpc_servers)
             kwargs.setdefault("n_gpu_layers", -1)  # llama_cpp's default, 0, would leave the servers idle
@@ -175,6 +173,43 @@ class DeltaMemLlama(Llama):
         self.finish_reason: str | None = None
         self._messages: list[Any] | None = None  # of the latest chat completion that was read
         self._asked: list[Any] | None = None  # of the one that is about to be
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        filename: str | None = None,
+        additional_files: Sequence[str] | None = None,
+        local_dir: str | os.PathLike[str] | None = None,
+        local_dir_use_symlinks: bool | str = "auto",
+        cache_dir: str | os.PathLike[str] | None = None,
+        *,
+        deltamem_repo: str | None = None,
+        deltamem_filename: str | None = None,
+        **kwargs: Any,
+    ) -> DeltaMemLlama:
+        """A model of a Hugging Face repository, and an adapter of another one. Needs huggingface_hub (`[hub]`).
+
+            DeltaMemLlama.from_pretrained("someone/base-GGUF", "*Q4_K_M.gguf", deltamem_repo="someone/adapter")
+
+        Args:
+            repo_id: the repository of the model.
+            filename: its file or a pattern that only that file matches; of a model in shards, the first. None: its one
+                GGUF file, or the PyTorch model, which is converted.
+            additional_files: names or patterns of further files to get.
+            local_dir, cache_dir: where huggingface_hub keeps the model; None: its own cache.
+            local_dir_use_symlinks: has no effect any more.
+            deltamem_repo: the repository of the adapter; a PyTorch directory is converted.
+            deltamem_filename: its file, its folder, or a pattern, where there are several.
+            **kwargs: as `DeltaMemLlama`.
+
+        Raises as `DeltaMemLlama`.
+        """
+        where = {key: value for key, value in (("local_dir", local_dir), ("cache_dir", cache_dir)) if value is not None}
+        model = model_file(_hub_name(repo_id, filename), additional_files or (), **where)
+        if deltamem_repo is not None:
+            kwargs["deltamem_path"] = adapter_file(_hub_name(deltamem_repo, deltamem_filename), model)
+        return cls(model, **kwargs)
 
     def _attach_first(self) -> None:
         path = self.deltamem_path
@@ -868,6 +903,10 @@ def _send(generator: Generator[int, Sequence[int] | None, None], value: Sequence
         return generator.send(value)
     except StopIteration:
         return None
+
+
+def _hub_name(repository: str, file: str | None) -> str:
+    return f"{HUB}{repository}" if file is None else f"{HUB}{repository}:{file}"
 
 
 def _free(adapters: list[_lib.llama_deltamem_adapter_p]) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from . import _lib
 from .errors import AdapterError, InputError, MemoryFileError
-from .files import no_file
+from .hub import adapter_file
 from .lock import holding
 from .memory_file import MemorySnapshot, owner
 from .seats import no_adapter
@@ -207,18 +207,19 @@ class Memory:
     def attach(self, path: str | os.PathLike[str] | None = None) -> None:
         """Attaches the adapter again, or another one for this model, with an empty memory for every text.
 
-        Raises AdapterError if there is none or it does not fit; what was attached stays then.
+        The path may be a name or a directory, as `deltamem_path` of `DeltaMemLlama`. Raises AdapterError if there is
+        none or it does not fit; what was attached stays then.
         """
         seats = self._llm._seats
         _ = seats.ctx
-        if path is not None and not os.path.isfile(path):
-            raise AdapterError(no_file(path, "adapter file"))
+        if path is not None:
+            path = adapter_file(path, self._llm.model_path)
         if path is None and self._llm._adapter is None:
             raise AdapterError(no_adapter())
         with _lib.errors_held():
             if path is not None:
-                self._llm._attach(os.fspath(path))
-                self._llm.deltamem_path = os.fspath(path)
+                self._llm._attach(path)
+                self._llm.deltamem_path = path
             else:
                 seats.attach(self._llm._adapter)
         self._llm._requires_eval = True

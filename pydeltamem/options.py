@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from .llama import DeltaMemLlama
     from .memory import Memory
 
+MODEL_HELP = "model GGUF, plain or packed, or a name (deltamem pull)"
+ADAPTER_HELP = "adapter: GGUF, PyTorch directory or name (not needed for a packed model)"
+
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Model and context."""
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", required=True, metavar="FILE", help="model GGUF, plain or packed")
+    group.add_argument("-m", "--model", required=True, metavar="FILE", help=MODEL_HELP)
     group.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF")
     group.add_argument(
         "-c", "--ctx-size", type=count, default=4096, metavar="N", help="context (%(default)s; 0: the model's)"
@@ -65,7 +68,7 @@ def add_context_arguments(group: argparse._ArgumentGroup) -> None:
 def add_memory_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adapter and memory. Returns the group."""
     group = parser.add_argument_group("memory")
-    group.add_argument("--deltamem", metavar="FILE", help="memory adapter GGUF (not needed for a packed model)")
+    group.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
     group.add_argument("--no-memory", action="store_true", help="run the plain model")
     group.add_argument("--no-write", action="store_true", help="read memory, do not write it")
     group.add_argument("--load-memory", metavar="FILE", help="start from this memory")

@@ -24,6 +24,7 @@ from .arguments import positive
 from .convert.base import Base
 from .errors import AdapterError, InputError, ModelError
 from .gguf_header import MAGIC, Header, Tensor
+from .hub import adapter_file, model_file
 from .kinds import ADAPTER, MODEL, SHARD, Kind
 from .outfile import disk_errors, refuse_inputs, writing
 
@@ -45,8 +46,8 @@ class Part(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help="base model as GGUF, of any quantisation")
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter GGUF for that model")
+    parser.add_argument("base", metavar="BASE", help="base model as GGUF, of any quantisation, or a name")
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter for that model: GGUF, PyTorch directory or name")
     parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the packed model to write")
     split = parser.add_mutually_exclusive_group()
     split.add_argument(
@@ -56,8 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    base = model_file(args.base)
+    adapter = adapter_file(args.adapter, base)
     with progress() as advance:
-        files = pack(args.base, args.adapter, args.outfile, advance, args.split_max_size, args.split_max_tensors)
+        files = pack(base, adapter, args.outfile, advance, args.split_max_size, args.split_max_tensors)
     size = sum(map(os.path.getsize, files)) / 1e6
     shards = "" if len(files) == 1 else f" in {len(files)} shards"
     print(f"{files[0]}: {size:,.2f} MB{shards}, loads as one model")

@@ -10,6 +10,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT as DEFAULT
 from .arguments import count
 from .errors import InputError, ModelError
 from .gguf_header import Header
+from .hub import model_file
 from .kinds import MODEL
 from .outfile import check_disk, refuse_inputs, writing
 
@@ -17,7 +18,7 @@ _PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="IN", help="model GGUF, plain or packed, best of type f32, f16 or bf16")
+    parser.add_argument("model", metavar="IN", help="model GGUF or a name, best of type f32, f16 or bf16")
     parser.add_argument("outfile", metavar="OUT", help="the model to write")
     parser.add_argument("type", metavar="TYPE", help="q4_k_m, q8_0, f16, …: as llama.cpp's llama-quantize")
     parser.add_argument("-t", "--threads", type=count, default=0, metavar="N", help="threads (all CPUs)")
@@ -26,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    quantize(args.model, args.outfile, args.type, args.threads, args.allow_requantize, args.verbose)
-    before, after = Header.of_model(args.model).n_bytes / 1e6, os.path.getsize(args.outfile) / 1e6
+    model = model_file(args.model)
+    quantize(model, args.outfile, args.type, args.threads, args.allow_requantize, args.verbose)
+    before, after = Header.of_model(model).n_bytes / 1e6, os.path.getsize(args.outfile) / 1e6
     print(f"{args.outfile}: {args.type}, {after:,.2f} MB of {before:,.2f}")
     if after > before:
         print(f"larger than before: as {args.type}, llama.cpp makes {grown(args.model, args.outfile)}")

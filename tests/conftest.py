@@ -85,3 +85,39 @@ def make_llm(base, adapter):
 def llm(make_llm):
     """The golden Qwen3 with the TSW adapter."""
     return make_llm()
+
+
+@pytest.fixture
+def directories(tmp_path, monkeypatch):
+    """MODEL_DIR and CHECKPOINT_DIR of a tiny Qwen3, as transformers and the published code write them."""
+    torch = pytest.importorskip("torch", reason="the model is PyTorch's")
+    reason = "llama.cpp's converter needs transformers (extra: convert)"
+    transformers = pytest.importorskip("transformers", reason=reason)
+    pytest.importorskip("sentencepiece", reason="the model's tokenizer is SentencePiece's (extra: convert)")
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import backbone
+
+    from pydeltamem.reference import DeltaMem, DeltaMemConfig
+
+    model_dir, checkpoint_dir = tmp_path / "MODEL_DIR", tmp_path / "CHECKPOINT_DIR"
+    model_dir.mkdir()
+    tokenizer = backbone.train_tokenizer(model_dir, seed=0, vocab_size=512, n=200)
+    backbone.write_hf_tokenizer(model_dir, tokenizer)
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=tokenizer.vocab_size(),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            bos_token_id=tokenizer.piece_to_id("<s>"),
+            eos_token_id=tokenizer.piece_to_id(backbone.END),
+        )
+    )
+    model.save_pretrained(model_dir)
+    config = DeltaMemConfig(rank=8, output_init="random", delta_heads=("q", "o"))
+    DeltaMem(model, config).save_checkpoint(checkpoint_dir)
+    return model_dir, checkpoint_dir

@@ -287,34 +287,6 @@ def test_static_methods():
 # other packages
 
 
-class Hub:
-    """Stands in for huggingface_hub: a repository in a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.utils = types.SimpleNamespace(validate_repo_id=lambda name: None)
-
-    def HfFileSystem(self):
-        names = [f"me/model/{path.name}" for path in self.folder.iterdir()]
-        return types.SimpleNamespace(ls=lambda repo, recursive: names)
-
-    def hf_hub_download(self, filename, **options):
-        return str(self.folder / filename)
-
-
-def test_from_pretrained(base, adapter, monkeypatch, tmp_path):
-    (tmp_path / "model-f32.gguf").symlink_to(base())
-    hub = Hub(tmp_path)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setitem(sys.modules, "huggingface_hub.utils", hub.utils)
-    memory = adapter("qwen3", "tsw_qo")
-    llm = DeltaMemLlama.from_pretrained("me/model", "*f32.gguf", deltamem_path=memory, n_ctx=256)
-    assert type(llm) is DeltaMemLlama and llm.memory.attached and llm.n_ctx() == 256
-    llm.close()
-    with pytest.raises(ValueError, match="No file found"):
-        DeltaMemLlama.from_pretrained("me/model", "*q4.gguf")
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_openai_v1(llm, monkeypatch, stream):
     class Model(dict):

@@ -8,12 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-torch = pytest.importorskip("torch", reason="the model is PyTorch's")
-transformers = pytest.importorskip("transformers", reason="llama.cpp's converter needs transformers (extra: convert)")
-pytest.importorskip("sentencepiece", reason="the model's tokenizer is SentencePiece's (extra: convert)")
-
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -22,38 +16,6 @@ def commands():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     block = re.search(r"From two PyTorch directories.*?\n\n((?: {4}deltamem [^\n]*\n)+)", text, re.DOTALL)
     return [shlex.split(line) for line in block[1].splitlines()]
-
-
-@pytest.fixture
-def directories(tmp_path, monkeypatch):
-    """MODEL_DIR and CHECKPOINT_DIR, as transformers and the published code write them."""
-    monkeypatch.syspath_prepend(str(REPOSITORY / "recipes"))
-    import backbone
-
-    from pydeltamem.reference import DeltaMem, DeltaMemConfig
-
-    model_dir, checkpoint_dir = tmp_path / "MODEL_DIR", tmp_path / "CHECKPOINT_DIR"
-    model_dir.mkdir()
-    tokenizer = backbone.train_tokenizer(model_dir, seed=0, vocab_size=512, n=200)
-    backbone.write_hf_tokenizer(model_dir, tokenizer)
-    torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=tokenizer.vocab_size(),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            bos_token_id=tokenizer.piece_to_id("<s>"),
-            eos_token_id=tokenizer.piece_to_id(backbone.END),
-        )
-    )
-    model.save_pretrained(model_dir)
-    config = DeltaMemConfig(rank=8, output_init="random", delta_heads=("q", "o"))
-    DeltaMem(model, config).save_checkpoint(checkpoint_dir)
-    return model_dir, checkpoint_dir
 
 
 def test_from_two_directories_to_a_chat(directories, tmp_path):

