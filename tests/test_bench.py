@@ -308,7 +308,7 @@ def test_median_interval_covers_the_median():
     "args, message",
     [
         ((), "no model"),
-        (("-m", "nothing.gguf"), "nothing.gguf: no such file"),
+        (("-m", "nothing.gguf"), "nothing.gguf: no such"),
         (("--op", "-m", "x"), "--op runs without a model"),
         (("--op", "--nodes"), "--op runs without a model: drop --nodes"),
         (("--op", "--ftype", "f16", "--vocab", "x"), "drop --ftype, --vocab"),
