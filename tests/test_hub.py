@@ -7,6 +7,8 @@ import filecmp
 import hashlib
 import importlib
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -256,16 +258,23 @@ def test_a_changed_directory_is_converted_anew(tmp_path, monkeypatch):
 
 def test_a_pytorch_model_is_converted(standing, directories, tmp_path):
     model, checkpoint = directories
-    standing.repository("us/model", {".": model})
-    standing.repository("us/adapter", {".": checkpoint})
-    converted = pull("hf:us/model")
+    standing.repository("Qwen/Qwen3-4B-Instruct-2507", {".": model})
+    standing.repository("declare-lab/delta-mem_qwen3_4b-instruct", {".": checkpoint})
+    converted = pull("hf:Qwen/Qwen3-4B-Instruct-2507")
     expected = tmp_path / "expected.gguf"
-    assert deltamem("convert-base", model, "-o", expected, "--name", "model").returncode == 0
+    assert deltamem("convert-base", model, "-o", expected, "--name", "Qwen3-4B-Instruct-2507").returncode == 0
     assert filecmp.cmp(converted, expected, shallow=False)
-    chat = ["chat", "-m", "hf:us/model", "--deltamem", "hf:us/adapter", "-n", "8", "--temp", "0", "-t", "1"]
-    result = deltamem(*chat, "--memory", tmp_path / "ada.memory", input="My name is Ada.\n")
+
+    # a chat with the released adapter, as the pages say
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/names.md")]
+    commands = {
+        command for page in pages for command in re.findall(r"^ {4}deltamem (chat -m hf:.*)$", page, re.MULTILINE)
+    }
+    assert len(commands) == 1
+    rest = ["-n", "8", "--temp", "0", "-t", "1"]
+    result = deltamem(*shlex.split(commands.pop()), *rest, input="My name is Ada.\n", cwd=tmp_path)
     assert result.returncode == 0 and (tmp_path / "ada.memory").is_file(), result.stderr
-    local = deltamem(*["chat", "-m", model, "--deltamem", checkpoint, *chat[5:]], input="My name is Ada.\n")
+    local = deltamem("chat", "-m", model, "--deltamem", checkpoint, *rest, input="My name is Ada.\n")
     assert local.returncode == 0 and local.stdout == result.stdout, local.stderr
 
 
