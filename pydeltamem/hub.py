@@ -274,7 +274,7 @@ def _listing(hub: Any, repo: str, where: dict[str, Any]) -> list[str]:
     """The repository's files; if the hub cannot be reached, those that are in the cache."""
     try:
         return [file.rfilename for file in hub.model_info(repo, timeout=10).siblings or ()]
-    except (hub.errors.HfHubHTTPError, ValueError):
+    except (hub.errors.RepositoryNotFoundError, ValueError):
         raise
     except Exception:  # of its HTTP library, which is not the same in all its versions
         with contextlib.suppress(hub.errors.CacheNotFound):

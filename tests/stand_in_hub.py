@@ -21,6 +21,7 @@ class StandInHub:
     def __init__(self, root: Path):
         self.root = root
         self.requests: list[str] = []  # paths, in order
+        self.is_down = False  # answers 503
 
     def files(self, repository: str) -> dict[str, bytes]:
         folder = self.root / repository
@@ -52,6 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(path)
+        if self.hub.is_down:
+            return self._answer(503, b"")
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/[^/]+)?", path)
         resolve = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         if not match and not resolve:

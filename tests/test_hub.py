@@ -267,12 +267,9 @@ def test_a_pytorch_model_is_converted(standing, directories, tmp_path):
 
     # a chat with the released adapter, as the pages say
     pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/names.md")]
-    commands = {
-        command for page in pages for command in re.findall(r"^ {4}deltamem (chat -m hf:.*)$", page, re.MULTILINE)
-    }
-    assert len(commands) == 1
+    (command,) = {re.search(r"^ {4}deltamem (chat -m hf:.*)$", page, re.MULTILINE)[1] for page in pages}
     rest = ["-n", "8", "--temp", "0", "-t", "1"]
-    result = deltamem(*shlex.split(commands.pop()), *rest, input="My name is Ada.\n", cwd=tmp_path)
+    result = deltamem(*shlex.split(command), *rest, input="My name is Ada.\n", cwd=tmp_path)
     assert result.returncode == 0 and (tmp_path / "ada.memory").is_file(), result.stderr
     local = deltamem("chat", "-m", model, "--deltamem", checkpoint, *rest, input="My name is Ada.\n")
     assert local.returncode == 0 and local.stdout == result.stdout, local.stderr
@@ -295,6 +292,9 @@ def test_without_the_hub_what_was_fetched_is_there(standing):
         for name in ("hf:us/base", "hf:us/base:base.gguf"):
             result = deltamem("pull", name, env={**os.environ, **without})
             assert result.returncode == 0 and result.stdout == f"{path}\n", result.stderr
+    standing.is_down = True
+    assert pull("hf:us/base") == path
+    one_sentence(deltamem("pull", "hf:us/other"), "hf:us/other")
 
 
 def test_without_huggingface_hub(standing, tmp_path):
