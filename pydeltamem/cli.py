@@ -28,7 +28,7 @@ SUBCOMMANDS = {
     "chat": ("pydeltamem.chat", "talk to a model that remembers"),
     "demo": ("pydeltamem.demo", "tell the small model of the package some facts and ask for them later"),
     "memory": ("pydeltamem.memory_command", "show, compare, copy and export memories"),
-    "train": ("pydeltamem.train", "train a memory on a frozen Hugging Face model"),
+    "train": ("pydeltamem.train", "train a memory on a frozen model"),
     "eval": ("pydeltamem.evaluate", "measure what a memory recalls once the text is gone"),
     "rpc-server": ("pydeltamem.rpc", "serve this machine's memory and processors to others (--rpc there)"),
     "bench": ("pydeltamem.bench", "time a model with and without its memory"),

@@ -324,11 +324,14 @@ class LayerMemory(nn.Module):
             n_scale = len(HEADS) if config.delta_scale_granularity == "head" else 1
             add("delta_scale_raw", torch.full((n_scale,), math.log(share / (1 - share)), **like))
 
+    def packed_weight(self) -> Tensor:
+        """What projects h to q, k, v and gates, [3·H·r + gates, n_embd]."""
+        weights = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
+        return torch.cat(weights + ([self.lambda_proj] if self.config.separate_lambda else []))
+
     def project(self, h: Tensor) -> Tensor:
         """h [..., n_embd] -> [..., 3·H·r + gates]: linear, so that the mean of these is that of the mean of h."""
-        weights = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
-        weights += [self.lambda_proj] if self.config.separate_lambda else []
-        weight = torch.cat(weights)
+        weight = self.packed_weight()
         h = h.to(weight.dtype)
         if self.dropout and self.training:
             h = h * F.dropout(
@@ -356,9 +359,10 @@ class LayerMemory(nn.Module):
         return q, k, v, torch.where(writes, keep, 1.0), erase * writes, beta * writes
 
     def delta(self, head: str, read: Tensor) -> Tensor:
-        """The correction of a projection's output, [..., rows], from a read [..., H·r]."""
+        """The correction of a projection's output, [..., rows], from a read [..., H·r], in the read's type."""
         config = self.config
-        delta = F.linear(read, getattr(self, f"delta_{head}_proj")) * (config.alpha / config.rank)
+        weight = getattr(self, f"delta_{head}_proj") * (config.alpha / config.rank)
+        delta = F.linear(read, weight.to(read.dtype))
         if config.trainable_delta_scale:
             raw = self.delta_scale_raw[HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
             delta = delta * (torch.sigmoid(raw) * config.delta_scale_max)

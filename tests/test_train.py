@@ -313,7 +313,7 @@ def test_fewer_conversations_than_a_batch(hf_dir, data, tmp_path, capsys):
     few.write_text("".join(data.read_text(encoding="utf-8").splitlines(keepends=True)[:3]), encoding="utf-8")
     report = trainer(hf_dir, few, tmp_path / "out", "--steps", "2").train()
     assert report.steps == 2 and report.held_out == 0
-    train._print_report(report, Console())
+    train.print_report(report, Console())
     assert "none of fewer than 10" in capsys.readouterr().out
 
 

@@ -1,0 +1,189 @@
+"""The lines of a training file as tokens: conversations, documents with questions, plain text.
+
+A line is a JSON object, one of
+
+    {"messages": [...]}                         a conversation that ends with the answer to be given
+    {"messages": [...], "asks": [[...], ...]}   several questions about the same messages, each asked on its own
+    {"document": "...", "questions": [{"question": "...", "answer": "..."}, ...]}
+    {"text": "..."}                             its second half is to be told from its first
+
+where messages are {"role", "content"}. A question without its answer (an ask that ends with the user, a question
+without "answer") is for a teacher, who writes the answer (trainer.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ..errors import InputError, ModelError
+
+TEXT_ANSWER = 64  # tokens of a plain text that are to be told from those before, half of them at most
+READ = "I have read it."  # what the assistant says to a document
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation as tokens: what is read into the memory, and what is asked once its text is gone."""
+
+    earlier: list[int]
+    segments: list[int]  # of each of those tokens, the message that it belongs to
+    asks: list[tuple[list[int], list[int], list[int]]]  # visible tail and question, their segments, answer
+    continued: list[list[int]]  # of each ask the question as it follows the earlier turns where their text stays
+    visible: bool = False  # the text stays
+
+
+class Conversations:
+    """The lines of a training file. They are read when they are needed: only where they begin is kept.
+
+    Args:
+        path: the file.
+        tokenizer: of transformers, with a chat template.
+        tail: messages before a question that stay visible.
+        max_tokens: last ones of the earlier turns that are read.
+        teacher: whether a question may lack its answer, which is then an empty list of tokens.
+
+    Raises InputError, naming file and line.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        tokenizer: Any,
+        tail: int = 0,
+        max_tokens: int = 1024,
+        teacher: bool = False,
+    ):
+        self.path, self.tokenizer, self.tail, self.max_tokens = Path(path), tokenizer, tail, max_tokens
+        self.teacher = teacher
+        self._offsets: list[int] = []
+        self.checksum = 0
+        self.sizes: list[int] = []  # of the lines: about in proportion to their tokens
+        try:
+            with open(self.path, "rb") as file:
+                offset = 0
+                for line in file:
+                    if line.strip():
+                        self._offsets.append(offset)
+                        self.sizes.append(len(line))
+                    offset += len(line)
+                    self.checksum = zlib.crc32(line, self.checksum)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
+        if not self._offsets:
+            raise InputError(f"{self.path}: holds no conversation")
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ModelError(
+                f"{tokenizer.name_or_path}: its tokenizer has no chat template to write conversations with"
+            )
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, i: int) -> Example:
+        with open(self.path, "rb") as file:
+            file.seek(self._offsets[i])
+            line = file.readline()
+        try:
+            record = json.loads(line)
+            if "text" in record:
+                return self._of_text(i, str(record["text"]))
+            messages, asks = _of_document(record) if "document" in record else _of_messages(record)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise InputError(f"{self.path}: conversation {i + 1} is not as `messages` should be: {error!r}") from error
+        if not messages or not asks or not all(map(self._is_ask, asks)):
+            raise InputError(
+                f"{self.path}: conversation {i + 1} must have earlier messages and end with the assistant's answer"
+            )
+        n_earlier = max(1, len(messages) - self.tail)  # the tail is written where it is visible, and once
+        ids, segments = self._segmented(messages[:n_earlier])
+        whole = [messages[n_earlier:] + ask for ask in asks]
+        return Example(
+            ids[-self.max_tokens :],
+            segments[-self.max_tokens :],
+            [self._ask(ask) for ask in whole],
+            [self._continued(messages[:n_earlier], ids, ask) for ask in whole],
+        )
+
+    def _is_ask(self, ask: Messages) -> bool:
+        return bool(ask) and (ask[-1]["role"] == "assistant" or (self.teacher and ask[-1]["role"] == "user"))
+
+    def _of_text(self, i: int, text: str) -> Example:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][: self.max_tokens]
+        if len(ids) < 4:
+            raise InputError(f"{self.path}: the text of line {i + 1} is too short: it has {len(ids)} tokens")
+        n = min(TEXT_ANSWER, len(ids) // 2)
+        earlier, first, answer = ids[:-n], ids[-n : 1 - n], ids[1 - n :]
+        return Example(earlier, [0] * len(earlier), [(first, [0], answer)], [first])
+
+    def _segmented(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """Tokens, and for each the message that it belongs to."""
+        ids: list[int] = []
+        segments: list[int] = []
+        for i in range(len(messages)):
+            longer = self._tokens(messages[: i + 1])
+            segments += [i] * (len(longer) - len(ids))
+            ids = longer
+        return ids, segments[: len(ids)]
+
+    def _ask(self, messages: Messages) -> tuple[list[int], list[int], list[int]]:
+        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        question = self._tokens(before, add_generation_prompt=True)
+        _, segments = self._segmented(before)
+        segments += segments[-1:] * (len(question) - len(segments))
+        answer: list[int] = []
+        if before is not messages:
+            whole = self._tokens(messages)
+            if whole[: len(question)] != question:
+                raise ModelError(
+                    f"{self.tokenizer.name_or_path}: its chat template writes a prompt in another way than a"
+                    " conversation that goes on"
+                )
+            answer = whole[len(question) :]
+        return question, segments[: len(question)], answer
+
+    def _continued(self, earlier: Messages, ids: list[int], messages: Messages) -> list[int]:
+        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        whole = self._tokens(earlier + before, add_generation_prompt=True)
+        n = len(ids) if whole[: len(ids)] == ids else 0  # a template that writes the end of a text in another way
+        return whole[n:]
+
+    def _tokens(self, messages: Messages, **options: Any) -> list[int]:
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except TemplateError as error:
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: its chat template refuses a conversation: {error}"
+            ) from error
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _messages(given: Any) -> Messages:
+    return [{"role": m["role"], "content": m["content"]} for m in given]
+
+
+def _of_messages(record: dict[str, Any]) -> tuple[Messages, list[Messages]]:
+    messages = _messages(record["messages"])
+    if "asks" in record:
+        return messages, [_messages(ask) for ask in record["asks"]]
+    n_answer = 2 if len(messages) > 1 and messages[-2]["role"] == "user" else 1
+    return messages[:-n_answer], [messages[-n_answer:]]  # the question is the user's last message
+
+
+def _of_document(record: dict[str, Any]) -> tuple[Messages, list[Messages]]:
+    messages = [{"role": "user", "content": str(record["document"])}, {"role": "assistant", "content": READ}]
+    asks = []
+    for item in record["questions"]:
+        ask = [{"role": "user", "content": item["question"]}]
+        if item.get("answer") is not None:
+            ask.append({"role": "assistant", "content": item["answer"]})
+        asks.append(ask)
+    return messages, asks

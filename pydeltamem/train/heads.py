@@ -1,0 +1,65 @@
+"""Initial weights by which a memory reads and writes as the model's own copying heads do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..convert.checkpoint import HEADS
+from ..reference import DeltaMem, find_attention
+
+
+@torch.no_grad()
+def start_from_heads(memory: DeltaMem, model: Any, gain: float = 1.0) -> None:
+    """Initial weights by which the memory reads and writes as the model's own copying heads do.
+
+    A head's value and output weights make one matrix, which maps what stands at a token to what attending to it adds;
+    its query and key weights make another, by which it matches (Elhage et al., A mathematical framework for transformer
+    circuits, 2021; without rotary positions and norms). In each layer the half of the heads is taken whose first
+    matrix best maps tokens to themselves. The memory's heads get the leading singular directions of both.
+
+    Both matrices are products of two narrow ones, so that their singular directions cost no more than a head's width.
+    """
+    text = model.config.get_text_config()
+    embedded = model.get_input_embeddings().weight.float()
+    embedded = embedded / embedded.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+    alike, mean = embedded.T @ embedded / len(embedded), embedded.mean(0)  # all that is needed of the tokens
+    attentions = find_attention(model)
+    n_head, n_kv = text.num_attention_heads, text.num_key_value_heads or text.num_attention_heads
+    rank, scale = memory.config.rank, memory.config.alpha / memory.config.rank
+    for layer, parameters in zip(memory.layers, memory.memories):
+        weight = {head: attentions[layer].weight(head).float() for head in HEADS}
+        size = weight["q"].shape[0] // n_head
+        found = []
+        for i in range(n_head):
+            q, kv = (slice(j * size, (j + 1) * size) for j in (i, i // (n_head // n_kv)))
+            out, value = weight["o"][:, q], weight["v"][kv]
+            # of all tokens x, the mean of x · (out value x), less what their mean has of it
+            itself = ((value @ alike) * out.T).sum() - (value @ mean) @ (out.T @ mean)
+            found.append((itself.item(), i, q, kv))
+        found.sort(key=lambda head: -head[0])
+        best = found[: max(n_head // 2, 1)]
+        decomposed = [
+            (_singular(weight["o"][:, q], weight["v"][kv]), _singular(weight["q"][q].T, weight["k"][kv]))
+            for _, _, q, kv in best
+        ]
+        for i in range(memory.config.num_state_heads):
+            (out, strength, into), (asked, match, kept) = decomposed[i % len(decomposed)]
+            begin = i // len(decomposed) * rank
+            some = slice(begin, min(begin + rank, size))
+            rows = slice(i * rank, i * rank + some.stop - some.start)
+            root, level = strength[some, None].sqrt(), (match[some, None] / match[0]).sqrt()
+            parameters.memory_v_proj[rows] = root * into[some]
+            parameters.memory_k_proj[rows] = level * kept[some]
+            parameters.memory_q_proj[rows] = level * asked.T[some]
+            if "o" in memory.config.delta_heads:
+                parameters.delta_o_proj[:, rows] = gain / scale * (root * out.T[some]).T
+
+
+def _singular(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values of left @ right, [n, m] @ [m, k] with m < n, k: U [n, m], [m], Vᵀ [m, k]."""
+    (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
+    u, strength, v = torch.linalg.svd(r_left @ r_right.T)
+    return q_left @ u, strength, v @ q_right.T

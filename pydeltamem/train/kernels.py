@@ -1,0 +1,312 @@
+"""What a training step does between the products: C kernels on a CPU, plain PyTorch elsewhere.
+
+Every function here has both forms. The plain one is the reference of the tests, and what a GPU runs; the C one
+(native/deltamem_train) is used for float32 and bfloat16 tensors on a CPU when the package's library is there.
+Set `FORCE_PLAIN` to run the plain forms everywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..reference import chunked_recurrence
+
+FORCE_PLAIN = False
+
+Span = tuple[int, int, "Tensor | None"]  # tokens [begin, end) of one text; who sees whom, None: all before and itself
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of tokens that read and write one state after the other: run j is the tokens [begin[j], end[j]), and starts
+    from the state that run parent[j] < j ended with (-1: an empty one). Every token belongs to one run.
+    """
+
+    begin: Sequence[int]
+    end: Sequence[int]
+    parent: Sequence[int]
+
+
+def recurrence(runs: Runs, values: Sequence[Tensor]) -> Tensor:
+    """Reads [N, H, r] of tokens with q, k, v, keep, erase and write, each float32 [N, H, r] (design section 1)."""
+    if _native(*values) and values[0].dtype == torch.float32:
+        return _Recurrence.apply(runs, *values)
+    return recurrence_plain(runs, values)
+
+
+def recurrence_plain(runs: Runs, values: Sequence[Tensor]) -> Tensor:
+    """The same, by `chunked_recurrence` over all runs of one depth at once."""
+    n_head, rank = values[0].shape[1:]
+    depth: list[int] = []
+    for parent in runs.parent:
+        depth.append(0 if parent < 0 else depth[parent] + 1)
+    last: list[Any] = [None] * len(depth)
+    reads = values[0].new_zeros(values[0].shape)
+    for level in range(max(depth) + 1):
+        here = [j for j, d in enumerate(depth) if d == level and runs.end[j] > runs.begin[j]]
+        for j, d in enumerate(depth):  # a run without tokens hands its state on
+            if d == level and runs.end[j] == runs.begin[j]:
+                last[j] = last[runs.parent[j]] if runs.parent[j] >= 0 else values[0].new_zeros(n_head, rank, rank)
+        if not here:
+            continue
+        longest = max(runs.end[j] - runs.begin[j] for j in here)
+        rows = [list(range(runs.begin[j], runs.end[j])) for j in here]
+        token = torch.tensor([row + [-1] * (longest - len(row)) for row in rows], device=reads.device)
+        there = token >= 0
+        q, k, v, keep, erase, write = (x[token.clamp_min(0)] for x in values)
+        there_too = there[..., None, None]
+        keep, erase, write = torch.where(there_too, keep, 1.0), erase * there_too, write * there_too
+        empty = values[0].new_zeros(n_head, rank, rank)
+        state = torch.stack([empty if runs.parent[j] < 0 else last[runs.parent[j]] for j in here])
+        read, after = chunked_recurrence(state, q, k, v, keep, erase, write)
+        reads = reads.index_put((token[there],), read[there])
+        for row, j in enumerate(here):
+            last[j] = after[row]
+    return reads
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runs: Runs, *values: Tensor) -> Tensor:
+        values = tuple(x.contiguous() for x in values)
+        n_token, n_head, rank = values[0].shape
+        ctx.runs, like = _CRuns.of(runs, n_head, rank), values[0]
+        reads, change = torch.zeros_like(like), torch.zeros_like(like)
+        states = like.new_empty(n_token, n_head, rank, rank)
+        last = like.new_empty(len(runs.begin), n_head, rank, rank)
+        _call("recurrence", ctypes.byref(ctx.runs), *values, reads, states, change, last)
+        ctx.save_for_backward(states, change, *values)
+        return reads
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_reads: Tensor) -> tuple[Any, ...]:
+        states, change, *values = ctx.saved_tensors
+        d_last = states.new_zeros(ctx.runs.n_runs, *states.shape[1:])
+        found = [torch.zeros_like(x) for x in values]
+        _call(
+            "recurrence_back", ctypes.byref(ctx.runs), *values, states, change, d_reads.contiguous(), d_last, *found
+        )  # fmt: skip
+        return (None, *found)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight over the last dimension."""
+    if _native(x, weight) and x.dtype == weight.dtype:
+        return _RmsNorm.apply(x, weight, eps)
+    normal = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    return (normal * weight.float()).to(x.dtype)
+
+
+class _RmsNorm(torch.autograd.Function):  # the weight is frozen
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        n = x.shape[-1]
+        y, scale = torch.empty_like(x), x.new_empty(x.numel() // n, dtype=torch.float32)
+        _call("rms_norm", x, weight, y, scale, scale.numel(), n, ctypes.c_float(eps), *_kind(x))
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Any, ...]:
+        x, weight, scale = ctx.saved_tensors
+        d_x = torch.empty_like(x)
+        _call("rms_norm_back", d_y.contiguous(), x, weight, scale, d_x, scale.numel(), x.shape[-1], *_kind(x))
+        return d_x, None, None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    return _Swiglu.apply(gate, up) if _native(gate, up) else F.silu(gate) * up
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        _call("swiglu", gate, up, y, gate.numel(), *_kind(gate))
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Any, ...]:
+        gate, up = ctx.saved_tensors
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        _call("swiglu_back", d_y.contiguous(), gate, up, d_gate, d_up, gate.numel(), *_kind(gate))
+        return d_gate, d_up
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary positions: x [N, H, 2·m] turned by angles of that cosine and sine, float32 [N, m]: pairs (i, i + m)."""
+    if _native(x):
+        return _Rotate.apply(x, cosine.contiguous(), sine.contiguous())
+    a, b = x.float().chunk(2, -1)
+    c, s = cosine[:, None], sine[:, None]
+    return torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _Rotate._turn(x, cosine, sine, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Any, ...]:
+        return _Rotate._turn(d_y, *ctx.saved_tensors, -1.0), None, None
+
+    @staticmethod
+    def _turn(x: Tensor, cosine: Tensor, sine: Tensor, sign: float) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        n, n_head, size = x.shape
+        _call("rotate", x, cosine, sine, y, n, n_head, size // 2, ctypes.c_float(sign), *_kind(x))
+        return y
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], scale: float) -> Tensor:
+    """Attention within each of several texts end to end: q [N, heads, d], k and v [N, kv heads, d] -> [N, heads, d]."""
+    if _native(q, k, v) and _flash() is not None:
+        return _Attention.apply(q, k, v, spans, scale)
+    n_group = q.shape[1] // k.shape[1]
+    out = []
+    for begin, end, visible in spans:
+        of_q, of_k, of_v = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))
+        of_k, of_v = of_k.repeat_interleave(n_group, 1), of_v.repeat_interleave(n_group, 1)
+        read = F.scaled_dot_product_attention(
+            of_q, of_k, of_v, attn_mask=visible, is_causal=visible is None, scale=scale
+        )
+        out.append(read[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+class _Attention(torch.autograd.Function):
+    # Forward by PyTorch's own kernel, which keeps the scores in float32. Its gradient is made for few long texts: here
+    # the heads that share keys have one product, and nothing is filled up.
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], scale: float) -> Tensor:
+        out, log_sums = torch.empty_like(q), []
+        n_group, flash = q.shape[1] // k.shape[1], _flash()
+        for begin, end, visible in spans:
+            of_q = q[begin:end].transpose(0, 1)[None]
+            of_k, of_v = (
+                x[begin:end].transpose(0, 1)[:, None].expand(-1, n_group, -1, -1).flatten(0, 1)[None] for x in (k, v)
+            )
+            bias = None
+            if visible is not None:
+                bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -math.inf)
+            read, log_sum = flash(of_q, of_k, of_v, 0.0, visible is None, attn_mask=bias, scale=scale)
+            out[begin:end] = read[0].transpose(0, 1)
+            n, given = end - begin, log_sum[0].float()  # [heads, n], or the other way round
+            log_sums.append((given if given.shape[-1] == n and given.shape[0] == q.shape[1] else given.mT).contiguous())
+        ctx.spans, ctx.scale, ctx.log_sums = spans, scale, log_sums
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+        q, k, v, out = ctx.saved_tensors
+        n_kv, size = k.shape[1:]
+        n_group = q.shape[1] // n_kv
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        inner = (d_out.float() * out.float()).sum(-1)  # [N, heads]
+        for (begin, end, visible), log_sum in zip(ctx.spans, ctx.log_sums):
+            n = end - begin
+            of_q, above = (x[begin:end].transpose(0, 1).reshape(n_kv, n_group * n, size) for x in (q, d_out))
+            of_k, of_v = (x[begin:end].transpose(0, 1).contiguous() for x in (k, v))
+            scores, d_probs = torch.bmm(of_q, of_k.mT), torch.bmm(above, of_v.mT)
+            _call(
+                "attention_back", scores, d_probs, log_sum, inner[begin:end].mT.contiguous(),
+                None if visible is None else visible.to(torch.uint8), n_kv * n_group, n, ctypes.c_float(ctx.scale),
+                *_kind(q),
+            )  # fmt: skip
+            d_v[begin:end] = torch.bmm(scores.mT, above).transpose(0, 1)
+            d_k[begin:end] = torch.bmm(d_probs.mT, of_q).transpose(0, 1)
+            d_q[begin:end] = torch.bmm(d_probs, of_k).reshape(n_kv * n_group, n, size).transpose(0, 1)
+        return d_q, d_k, d_v, None, None
+
+
+def _flash() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    return getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+#
+# the library
+#
+
+
+class _CRuns(ctypes.Structure):
+    """struct deltamem_train_runs."""
+
+    _fields_ = (
+        ("n_runs", ctypes.c_int64),
+        ("begin", ctypes.POINTER(ctypes.c_int32)),
+        ("end", ctypes.POINTER(ctypes.c_int32)),
+        ("parent", ctypes.POINTER(ctypes.c_int32)),
+        ("n_heads", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, runs: Runs, n_head: int, rank: int) -> _CRuns:
+        n = len(runs.begin)
+        arrays = [(ctypes.c_int32 * n)(*values) for values in (runs.begin, runs.end, runs.parent)]
+        return cls(n, *(ctypes.cast(x, ctypes.POINTER(ctypes.c_int32)) for x in arrays), n_head, rank)
+
+
+@functools.cache
+def library() -> Any:
+    """The kernels' library; None where the package was built without it."""
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    prefix = "" if sys.platform == "win32" else "lib"
+    path = Path(__file__).resolve().parent.parent / "lib" / f"{prefix}deltamem-train{suffix}"
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+def _native(*tensors: Tensor) -> bool:
+    return (
+        not FORCE_PLAIN
+        and all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in tensors)
+        and library() is not None
+    )
+
+
+def _kind(x: Tensor) -> tuple[int, int]:
+    """The last two arguments of an element-wise kernel: whether values are bfloat16, and threads."""
+    return int(x.dtype == torch.bfloat16), torch.get_num_threads()
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Calls a kernel: tensors by their addresses, which must be contiguous, whole numbers as int64 but for the last two
+    of an element-wise kernel, which are int and, in every calling convention that we build for, may come wider.
+    """
+    given = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            if not x.is_contiguous():
+                raise ValueError(f"{name}: a tensor {tuple(x.shape)} is not contiguous")
+            given.append(ctypes.c_void_p(x.data_ptr()))
+        else:
+            given.append(ctypes.c_int64(x) if isinstance(x, int) else x)
+    getattr(library(), f"deltamem_train_{name}")(*given)

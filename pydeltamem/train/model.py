@@ -1,0 +1,82 @@
+"""The frozen model to train on: a Hugging Face directory, or a GGUF, dequantised: what is trained on is what runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ..errors import DeltaMemError, InputError, ModelError
+from ..gguf_header import Header
+from .tokenizer import GgufTokenizer
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def load_frozen(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """Model and tokenizer of a Hugging Face directory or of a GGUF that transformers can dequantise.
+
+    dtype "auto": bfloat16 for a GGUF, or a directory that holds it, where the processor multiplies it; else float32.
+    Raises ModelError; InputError if that device is not to be had.
+    """
+    path = Path(path)
+    is_file = path.is_file()
+    if not is_file and not (path / "config.json").is_file():
+        raise ModelError(f"{path}: is no GGUF and no Hugging Face model directory: it has no config.json")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if is_file:
+        folder, options = str(path.resolve().parent), {"gguf_file": path.name}
+    else:
+        folder, options = str(path), {}
+    wanted = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if dtype == "auto" and (is_file or not multiplies_bfloat16(device)):
+        wanted = torch.bfloat16 if is_file and multiplies_bfloat16(device) else torch.float32
+    transformers_logging.disable_progress_bar()
+    quiet = contextlib.redirect_stderr(io.StringIO()) if is_file else contextlib.nullcontext()
+    try:
+        with quiet:  # a bar of its own for each tensor
+            if is_file:
+                tokenizer: Any = GgufTokenizer(path)
+                options["config"] = _config(path, folder)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+            # dequantised in float32; asked for less it warns, and rounds no other way
+            loaded = torch.float32 if is_file else wanted
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded, **options)
+    except DeltaMemError:
+        raise
+    except ImportError as error:  # accelerate, gguf
+        raise ModelError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # transformers reports what it cannot read by whatever its readers raise
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ModelError(f"{path}: cannot be loaded: {reason}") from error
+    if is_file:
+        model = model.to(wanted)
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _config(path: Path, folder: str) -> Any:
+    """transformers' configuration of a GGUF, with the width of a head, which it leaves at the family's default."""
+    config = AutoConfig.from_pretrained(folder, gguf_file=path.name)
+    keys = Header(os.fspath(path)).keys
+    size = keys.get(f"{keys.get('general.architecture')}.attention.key_length")
+    if size and hasattr(config, "head_dim"):
+        config.head_dim = int(size)
+    return config
+
+
+def multiplies_bfloat16(device: str = "cpu") -> bool:
+    """Whether products of bfloat16 are faster there than those of float32."""
+    if device != "cpu":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    cpu: Any = torch.cpu
+    return any(getattr(cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

@@ -1,0 +1,185 @@
+"""Conversations laid end to end, in one pass: what `deltamem train` runs.
+
+The earlier turns of every conversation, the beginning that its questions share, and each question with its answer are
+runs of one row of tokens. Nothing is filled up and nothing is read twice: attention stays within a text, and the state
+goes from the earlier turns to the questions' beginning and from there to each question on its own. `answer_logits`
+(padded.py) computes the same by hooks on the model, padded, for any decoder: it is the reference beside this.
+
+Known decoders only (FAMILIES): the model's own modules are not called, their weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..reference import DeltaMem
+from .kernels import Runs, Span, attention, recurrence, rms_norm, rotate, swiglu
+
+if TYPE_CHECKING:
+    from .conversations import Example
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+
+@dataclass
+class PackedBatch:
+    """Examples as one row of N tokens."""
+
+    ids: Tensor  # [N]
+    positions: Tensor  # [N]
+    writes: Tensor  # [N]: which tokens write
+    runs: Runs
+    spans: list[Span]
+    kept: Tensor  # [K]: the tokens whose logits are asked for
+    targets: Tensor  # [K]: what is to follow them
+    asks: list[int]  # of each question, how many of those are its answer's
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], device: str = "cpu", memory: bool = True) -> PackedBatch:
+        """memory False: the text stays before every question, as a teacher without a memory reads it."""
+        ids: list[int] = []
+        positions: list[int] = []
+        begin: list[int] = []
+        end: list[int] = []
+        parent: list[int] = []
+        spans: list[Span] = []
+        kept: list[int] = []
+        targets: list[int] = []
+        lengths: list[int] = []
+
+        def run(tokens: Sequence[int], position: int, after: int) -> int:
+            begin.append(len(ids))
+            ids.extend(tokens)
+            positions.extend(range(position, position + len(tokens)))
+            end.append(len(ids))
+            parent.append(after)
+            return len(begin) - 1
+
+        for example in examples:
+            visible = example.visible or not memory
+            questions = [list(example.continued[i] if visible else ask[0]) for i, ask in enumerate(example.asks)]
+            origin = len(ids)
+            earlier = run(example.earlier, 0, -1)
+            position = len(example.earlier) if visible else 0
+            if not visible:
+                spans.append((origin, len(ids), None))
+                origin = len(ids)
+            shared = min(_n_shared(questions), min(map(len, questions)) - 1)  # each keeps a token of its own
+            beginning = run(questions[0][:shared], position, earlier)
+            position += shared
+            own = []
+            for question, (_, _, answer) in zip(questions, example.asks):
+                own.append(run(question[shared:] + answer[:-1], position, beginning))
+                first = begin[own[-1]] + len(question) - shared - 1
+                kept += range(first, first + len(answer))
+                targets += answer
+                lengths.append(len(answer))
+            spans.append((origin, len(ids), _visible(origin, len(ids), [(begin[j], end[j]) for j in own], device)))
+        numbers = (torch.tensor(x, device=device) for x in (ids, positions, kept, targets))
+        ids_, positions_, kept_, targets_ = numbers
+        writes = torch.full_like(ids_, memory, dtype=torch.bool)
+        return cls(ids_, positions_, writes, Runs(begin, end, parent), spans, kept_, targets_, lengths)
+
+
+def _n_shared(lists: Sequence[Sequence[int]]) -> int:
+    n = 0
+    while all(len(x) > n and x[n] == lists[0][n] for x in lists):
+        n += 1
+    return n
+
+
+def _visible(origin: int, end: int, own: Sequence[tuple[int, int]], device: str) -> Tensor | None:
+    """Who sees whom in [origin, end): all before and itself, but no token of another question."""
+    if len(own) == 1:
+        return None
+    n = end - origin
+    seen = torch.ones(n, n, dtype=torch.bool, device=device).tril()
+    for first, last in own:
+        seen[last - origin :, first - origin : last - origin] = False
+    return seen
+
+
+class PackedModel:
+    """A frozen decoder and its memory, for packed batches.
+
+    Args:
+        model: of one of FAMILIES; `refusal` says whether it is.
+        memory: on that model. Its hooks may stay: the model's modules are not called.
+    """
+
+    def __init__(self, model: Any, memory: DeltaMem):
+        self.model, self.memory = model, memory
+        config = model.config.get_text_config()
+        self.layers = list(model.model.layers)
+        self.size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.of_layer = {layer: memory.memories[i] for i, layer in enumerate(memory.layers)}
+        self.gate_means: list[Tensor] = []  # of the latest pass: the mean write gate of each layer
+
+    @staticmethod
+    def refusal(model: Any, memory: DeltaMem) -> str | None:
+        """Why this pair cannot be packed; None if it can."""
+        config = model.config.get_text_config()
+        if config.model_type not in FAMILIES:
+            return f"the packed form knows {', '.join(FAMILIES)}, not {config.model_type}"
+        kinds = getattr(config, "layer_types", None) or ["full_attention"]
+        if any(kind != "full_attention" for kind in kinds):
+            return "the packed form knows full attention only"
+        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+            return "the packed form knows no sliding window"
+        if memory.config.memory_write_granularity != "token":
+            return "the packed form writes per token only"
+        if getattr(config, "hidden_act", "silu") != "silu":
+            return f"the packed form knows silu, not {config.hidden_act}"
+        return None
+
+    def logits(self, batch: PackedBatch, memory: bool = True) -> Tensor:
+        """Of what follows each of `batch.kept`, [K, vocab]. memory False: of the frozen model alone."""
+        base = self.model.model
+        x = F.embedding(batch.ids, base.embed_tokens.weight)
+        turns = base.rotary_emb(x[None], batch.positions[None])
+        cosine, sine = (part[0, :, : self.size // 2].float().contiguous() for part in turns)
+        self.gate_means = []
+        for i, layer in enumerate(self.layers):
+            x = x + self._attention(i, layer.self_attn, _norm(layer.input_layernorm, x), batch, cosine, sine, memory)
+            h, mlp = _norm(layer.post_attention_layernorm, x), layer.mlp
+            x = x + mlp.down_proj(swiglu(mlp.gate_proj(h), mlp.up_proj(h)))
+        return self.model.lm_head(_norm(base.norm, x[batch.kept]))
+
+    def _attention(
+        self, i: int, block: Any, h: Tensor, batch: PackedBatch, cosine: Tensor, sine: Tensor, memory: bool
+    ) -> Tensor:
+        parameters = self.of_layer.get(i) if memory else None
+        projected = {head: _linear(getattr(block, f"{head}_proj"), h) for head in "qkv"}
+        corrected: Any = ()
+        if parameters is not None:
+            corrected = parameters.config.delta_heads
+            inputs = F.linear(h, parameters.packed_weight().to(h.dtype)).float()
+            values = [x[0] for x in parameters.activate(inputs[None], batch.writes[None])]
+            n_write = batch.writes.sum().clamp_min(1) * values[5][0].numel()
+            self.gate_means.append(values[5].sum() / n_write)
+            read = recurrence(batch.runs, values).flatten(1).to(h.dtype)
+            for head in set(corrected) & set("qkv"):
+                projected[head] = projected[head] + parameters.delta(head, read)
+        q, k, v = (projected[head].unflatten(-1, (-1, self.size)) for head in "qkv")
+        if hasattr(block, "q_norm"):
+            q, k = _norm(block.q_norm, q), _norm(block.k_norm, k)
+        if getattr(block, "use_rope", True):
+            q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
+        out = _linear(block.o_proj, attention(q, k, v, batch.spans, block.scaling).flatten(1))
+        if "o" in corrected:
+            out = out + parameters.delta("o", read)
+        return out
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, module.weight, module.variance_epsilon)
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    return F.linear(x, module.weight, module.bias)  # not the module, whose hooks belong to the other form

@@ -1,0 +1,81 @@
+"""Conversations side by side, by hooks on the model: the reference of packed.py, and what runs where that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..reference import DeltaMem
+from .conversations import Example
+
+
+@dataclass
+class Batch:
+    """Examples side by side. Earlier turns and answers are filled up behind, questions before; that writes nothing."""
+
+    earlier: Tensor  # [B, T]
+    segments: Tensor  # [B, T], -1: filler
+    owner: Tensor  # [A]: the example that each question belongs to
+    question: Tensor  # [A, Q]
+    question_segments: Tensor  # [A, Q], -1: filler
+    answer: Tensor  # [A, N]
+    answer_mask: Tensor
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], device: str) -> Batch:
+        asks = [(i, *ask) for i, example in enumerate(examples) for ask in example.asks]
+
+        def fill(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
+            longest = max(map(len, rows))
+            space = [[value] * (longest - len(row)) for row in rows]
+            return torch.tensor([s + r if left else r + s for r, s in zip(rows, space)], device=device)
+
+        _, questions, of_questions, answers = zip(*asks)
+        return cls(
+            fill([example.earlier for example in examples], 0),
+            fill([example.segments for example in examples], -1),
+            torch.tensor([ask[0] for ask in asks], device=device),
+            fill(questions, 0, left=True),
+            fill(of_questions, -1, left=True),
+            fill(answers, 0),
+            fill([[1] * len(row) for row in answers], 0).bool(),
+        )
+
+
+def answer_logits(model: Any, memory: DeltaMem, batch: Batch) -> Tensor:
+    """Logits of each token of the answers, [A, N, vocab], with the earlier turns in the memory only."""
+    memory.reset()
+    with memory.segments(batch.segments):
+        model(batch.earlier, use_cache=False, logits_to_keep=1)
+    # one state for all if nothing was written
+    memory.state = memory.state.expand(-1, len(batch.earlier), *memory.state.shape[2:])[:, batch.owner]
+
+    # the question is an ingest of its own, and so is each token of the answer; what fillers write nobody reads
+    mask = batch.question_segments >= 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with memory.segments(batch.question_segments):
+        asked = model(
+            batch.question, attention_mask=mask.long(), position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+    whole = torch.cat([mask, batch.answer_mask], 1)[:, :-1]
+    n_read = batch.answer.shape[1] - 1
+    if n_read == 0:
+        return asked.logits[:, -1:]
+    behind = positions[:, -1:] + 1 + torch.arange(n_read, device=positions.device)
+    answered = model(
+        batch.answer[:, :-1],
+        attention_mask=whole.long(),
+        position_ids=behind,
+        past_key_values=asked.past_key_values,
+    )
+    return torch.cat([asked.logits[:, -1:], answered.logits], 1)
+
+
+def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
+    losses = F.cross_entropy(logits.float().flatten(0, 1), batch.answer.flatten(), reduction="none")
+    return (losses * batch.answer_mask.flatten()).sum() / batch.answer_mask.sum()

@@ -1,0 +1,85 @@
+"""What the native runtime answers to held-out questions with the text gone, while a memory is trained."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..convert.base import Base
+from ..convert.checkpoint import Checkpoint
+from ..convert.pack import write_adapter
+from ..errors import InputError
+from .conversations import Example
+
+LONGEST = 48  # tokens of an answer
+
+
+class NativeRecall:
+    """Held-out conversations, asked greedily of the GGUF itself.
+
+    Args:
+        base: the GGUF that the memory is for.
+        examples: conversations as tokens; of their questions the first `n` that have an answer are asked.
+
+    Raises InputError if `base` is no file or there is nothing to ask.
+    """
+
+    def __init__(self, base: str | os.PathLike[str], examples: Sequence[Example], n: int):
+        if not Path(base).is_file():
+            raise InputError(f"{base}: is no GGUF: name the model's with --base to evaluate while it trains")
+        asked = [(example.earlier, example.segments, *ask) for example in examples for ask in example.asks if ask[2]]
+        if not asked:
+            raise InputError("--eval-every: fewer than 10 conversations leave none to ask: take more")
+        self.base, self.asked = os.fspath(base), asked[:n]
+
+    def measure(self, checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+        """questions: how many were asked; right: the share whose answer is the file's, but for case and punctuation;
+        f1: the mean overlap of their words.
+        """
+        from ..llama import DeltaMemLlama
+
+        right, overlap = 0, 0.0
+        with tempfile.TemporaryDirectory() as folder:
+            adapter = os.path.join(folder, "adapter.gguf")
+            write_adapter(Checkpoint(checkpoint), Base(self.base), adapter, "f32")
+            n_ctx = max(len(earlier) + len(question) for earlier, _, question, _, _ in self.asked) + LONGEST + 8
+            llm = DeltaMemLlama(
+                model_path=self.base, deltamem_path=adapter, n_ctx=n_ctx, n_threads=1, n_threads_batch=1, verbose=False
+            )
+            try:
+                for earlier, segments, question, of_question, answer in self.asked:
+                    llm.reset()
+                    llm.memory.reset()
+                    by_segment = llm.memory.by_segment
+                    llm.eval(earlier, segments if by_segment else None)
+                    llm.reset()
+                    llm.eval(question, of_question if by_segment else None)
+                    given: list[int] = []
+                    while len(given) < LONGEST and (token := int(np.argmax(llm.logits))) != llm.token_eos():
+                        given.append(token)
+                        llm.eval([token])
+                    expected = [token for token in answer if token != llm.token_eos()]
+                    said, told = (
+                        _words(llm.detokenize(tokens).decode("utf-8", "replace")) for tokens in (given, expected)
+                    )
+                    right += said == told
+                    overlap += _f1(said, told)
+            finally:
+                llm.close()
+        n = len(self.asked)
+        return {"questions": n, "right": right / n, "f1": overlap / n}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _f1(said: Sequence[str], told: Sequence[str]) -> float:
+    common = sum(min(said.count(word), told.count(word)) for word in set(said))
+    return 2 * common / (len(said) + len(told)) if common else 0.0

@@ -1,0 +1,60 @@
+"""The tokenizer and chat template of a GGUF, by llama.cpp itself: what is trained on are the tokens that run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ..errors import ModelError
+
+
+class GgufTokenizer:
+    """As much of a tokenizer of transformers as training needs. transformers makes its own of a GGUF, which for
+    SentencePiece vocabularies gives other tokens than llama.cpp.
+
+    Raises ModelError if the file has no vocabulary.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        from .._lib import Llama
+
+        self.name_or_path = os.fspath(path)
+        try:
+            self._vocabulary = Llama(self.name_or_path, vocab_only=True, verbose=False)
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(f"{self.name_or_path}: its vocabulary cannot be read: {error}") from error
+        self.chat_template: str | None = self._vocabulary.metadata.get("tokenizer.chat_template")
+        self.eos_token_id: int = self._vocabulary.token_eos()
+        texts = [self._text(token) for token in (self.eos_token_id, self._vocabulary.token_bos())]
+        self._formatters: dict[bool, Any] = {}
+        for asked in (False, True) if self.chat_template else ():
+            try:
+                self._formatters[asked] = Jinja2ChatFormatter(str(self.chat_template), *texts, asked)
+            except TemplateError as error:
+                raise ModelError(f"{self.name_or_path}: its chat template cannot be read: {error}") from error
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        ids = self._vocabulary.tokenize(text.encode("utf-8"), add_bos=add_special_tokens, special=True)
+        return {"input_ids": ids}
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], tokenize: bool = False, add_generation_prompt: bool = False
+    ) -> str:
+        """The messages as text. Raises jinja2's TemplateError if the template refuses them."""
+        if tokenize:
+            raise NotImplementedError("the text only: call the tokenizer with it")
+        try:
+            return self._formatters[add_generation_prompt](messages=messages).prompt
+        except ValueError as error:  # what a template raises by raise_exception
+            raise TemplateError(str(error)) from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._vocabulary.detokenize(list(ids), special=True).decode("utf-8", errors="replace")
+
+    def _text(self, token: int) -> str:
+        return self.decode([token]) if token >= 0 else ""

@@ -1,0 +1,215 @@
+"""deltamem train on a GGUF: the model is what runs, and every kind of line, option and log does what it says."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers", reason="training needs transformers (extra: train)")
+
+from rich.console import Console  # noqa: E402
+
+from pydeltamem import DeltaMemLlama, train  # noqa: E402
+from pydeltamem.convert.checkpoint import Checkpoint  # noqa: E402
+from pydeltamem.errors import InputError, ModelError  # noqa: E402
+from pydeltamem.train.model import load_frozen  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "examples" / "tiny" / "base.gguf"  # float32, but its <|im_end|> is no control token
+MODEL = ROOT / "pydeltamem" / "models" / "default.gguf"
+WORDS = ["red", "green", "blue", "white"]
+
+
+def say(*texts):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * len(texts), texts)]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    colours = [WORDS[i % len(WORDS)] for i in range(24)]
+    return write(
+        tmp_path_factory.mktemp("data") / "train.jsonl",
+        [
+            {"messages": say(f"It is {c}.", "Yes."), "asks": [say("What is it?", c), say("Yes?", "No.")]}
+            for c in colours
+        ],
+    )
+
+
+def trainer(data, out, *options, model=MODEL):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    given = [str(model), str(data), "-o", str(out), "--batch", "3", "--device", "cpu", *options]
+    args = parser.parse_args(given)
+    return train.Trainer(args, train.config_of(args), Console(quiet=True))
+
+
+def test_what_is_trained_on_is_what_runs():
+    """Logits of the dequantised model and of llama.cpp; tokens of a chat as create_chat_completion makes them."""
+    model, tokenizer = load_frozen(TINY, "float32")
+    llm = DeltaMemLlama(
+        model_path=str(TINY), n_ctx=128, logits_all=True, flash_attn=False, type_k=0, type_v=0, verbose=False
+    )
+    messages = say("My name is Ada, and I'm 36: Zürich, 6:40.", "Hello.", "What's my name?")
+    llm.create_chat_completion(messages, max_tokens=1, temperature=0)
+    ids = tokenizer(tokenizer.apply_chat_template(messages, add_generation_prompt=True))["input_ids"]
+    assert ids == llm.input_ids[: len(ids)].tolist() and llm.n_tokens == len(ids)
+    native = torch.tensor(np.array(llm.scores[: len(ids)]))
+    error = (model(torch.tensor([ids])).logits[0] - native).pow(2).mean() / native.pow(2).mean()
+    assert error < 1e-9
+    llm.close()
+
+
+def test_a_run_on_a_gguf(data, tmp_path):
+    """It is packed, logs what the native runtime recalls, and its checkpoint goes on and converts."""
+    run = trainer(data, tmp_path / "out", "--steps", "4", "--eval-every", "2", "--heads-gain", "0.5")
+    assert run.packed is not None
+    report = run.train()
+    assert report.steps == 4 and report.held_out == 2 and report.loss > 0
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in log] == [2, 4]
+    assert all(row["questions"] == 4 and 0 <= row["right"] <= row["f1"] <= 1 for row in log)
+    assert Checkpoint(tmp_path / "out").config.delta_heads == ("q", "o")
+    assert trainer(data, tmp_path / "out", "--steps", "6", "--heads-gain", "0.5").step == 4
+
+
+def test_a_run_without_a_break_is_one_with(data, tmp_path):
+    options = (
+        "--short-first",
+        "0",
+        "--schedule",
+        "constant",
+        "--visible",
+        "0.5",
+        "--gate-weight",
+        "0.01",
+        "--strategy",
+        "msw",
+    )
+    trainer(data, tmp_path / "broken", "--steps", "2", *options).train()
+    runs = [trainer(data, tmp_path / name, "--steps", "4", *options) for name in ("broken", "whole")]
+    for run in runs:
+        run.train()
+    for one, other in zip(runs[0].parameters, runs[1].parameters):
+        assert torch.equal(one, other)
+
+
+def test_packed_and_padded_learn_the_same(data, tmp_path):
+    runs = {
+        form: trainer(
+            data, tmp_path / form, "--steps", "3", "--dtype", "float32", "--form", form, "--heads-gain", "0.5"
+        )
+        for form in ("packed", "padded")
+    }
+    reports = {form: run.train() for form, run in runs.items()}
+    # three steps of float32's rounding, which Adam makes larger
+    assert reports["packed"].loss == pytest.approx(reports["padded"].loss, rel=1e-3)
+    assert reports["packed"].loss_without == pytest.approx(reports["padded"].loss_without, rel=1e-5)
+    assert reports["packed"].loss != pytest.approx(reports["packed"].loss_without, rel=1e-4)
+
+
+def test_the_gate_regulariser(data, tmp_path):
+    """Its gradient alone moves the gates' biases towards the mean that it is given."""
+    means = []
+    for weight in ("1e-9", "1e4"):
+        run = trainer(
+            data, tmp_path / weight, "--steps", "30", "--gate-weight", weight, "--gate-mean", "0.5", "--rate", "3e-2",
+            "--warm-up", "1",
+        )  # fmt: skip
+        run.train()
+        run._student([run.data[0]])
+        means.append(torch.stack(run.packed.gate_means).mean().item())
+    assert abs(means[1] - 0.5) < abs(means[0] - 0.5) / 2
+
+
+def test_documents_and_texts(data, tmp_path):
+    tokenizer = load_frozen(MODEL)[1]
+    path = write(
+        tmp_path / "kinds.jsonl",
+        [
+            {"document": "The house is red.", "questions": [{"question": "What is red?", "answer": "The house."}]},
+            {"text": "The river runs from the mountain to the sea, and the sea is far from here."},
+        ],
+    )
+    document, text = train.Conversations(path, tokenizer)
+    assert "The house is red." in tokenizer.decode(document.earlier)
+    assert "What is red?" in tokenizer.decode(document.asks[0][0])
+    assert "The house." in tokenizer.decode(document.asks[0][2])
+    line = "The river runs from the mountain to the sea, and the sea is far from here."
+    whole = tokenizer(line, add_special_tokens=False)["input_ids"]
+    (first, _, rest) = text.asks[0]
+    assert text.earlier + first + rest == whole
+    assert len(first) == 1 and len(rest) == len(whole) // 2 - 1
+
+    short = write(tmp_path / "short.jsonl", [{"text": "a"}])
+    with pytest.raises(InputError, match=r"short\.jsonl.*1"):
+        train.Conversations(short, tokenizer)[0]
+    open_question = write(tmp_path / "open.jsonl", [{"document": "Red.", "questions": [{"question": "What?"}]}])
+    with pytest.raises(InputError, match=r"open\.jsonl"):
+        train.Conversations(open_question, tokenizer)[0]
+    assert train.Conversations(open_question, tokenizer, teacher=True)[0].asks[0][2] == []
+
+
+def test_a_question_goes_on_where_the_text_stays(data):
+    tokenizer = load_frozen(MODEL)[1]
+    example = train.Conversations(data, tokenizer)[0]
+    whole = tokenizer.apply_chat_template(
+        say("It is red.", "Yes.") + say("What is it?"), tokenize=False, add_generation_prompt=True
+    )
+    assert example.earlier + example.continued[0] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_learning_from_a_teacher(data, tmp_path):
+    """The memory comes nearer to what the frozen model says with the text before it; the file holds no answer."""
+    colours = [WORDS[i % len(WORDS)] for i in range(24)]
+    questions = write(
+        tmp_path / "questions.jsonl",
+        [{"messages": say(f"It is {c}.", "Yes."), "asks": [say("What is it?"), say("And now?")]} for c in colours],
+    )
+    run = trainer(
+        questions, tmp_path / "out", "--steps", "25", "--teacher", "context", "--rate", "1e-2", "--heads-gain", "1"
+    )
+    held_out = run._answered([run.data[i] for i in range(run.n_held_out)])
+    assert all(answer for example in held_out for _, _, answer in example.asks)
+
+    def distance():
+        with torch.no_grad():
+            student, _ = run._student(held_out)
+            taught = run._teacher(held_out).log_softmax(-1)
+            return torch.nn.functional.kl_div(
+                student.log_softmax(-1), taught, reduction="batchmean", log_target=True
+            ).item()
+
+    before = distance()
+    run.train()
+    assert 0 <= distance() < 0.8 * before
+
+
+def test_bad_input(data, tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(MODEL.read_bytes()[:3000])
+    with pytest.raises(ModelError, match=r"broken\.gguf"):
+        trainer(data, tmp_path / "out", model=broken)
+    for options in (
+        ("--strategy", "ssw", "--form", "packed"), ("--strategy", "ssw", "--visible", "0.1"),
+        ("--form", "padded", "--teacher", "context"), ("--dropout", "0.1", "--gate-weight", "1"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="packed"):
+            trainer(data, tmp_path / "out", *options)
+    with pytest.raises(InputError, match="--teacher-share"):
+        trainer(data, tmp_path / "out", "--teacher", "context", "--teacher-share", "2")
+    with pytest.raises(InputError, match=r"none\.gguf"):
+        trainer(data, tmp_path / "out", "--eval-every", "1", "--base", str(tmp_path / "none.gguf"))
+    few = write(tmp_path / "few.jsonl", [{"messages": say("It is red.", "Yes.", "What?", "Red.")}] * 3)
+    with pytest.raises(InputError, match="--eval-every"):
+        trainer(few, tmp_path / "out", "--eval-every", "1")

@@ -1,0 +1,245 @@
+"""The packed form of a training step against the padded one, and its kernels against plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", reason="training needs transformers (extra: train)")
+
+from pydeltamem.reference import DeltaMem, DeltaMemConfig  # noqa: E402
+from pydeltamem.reference import recurrence as token_by_token  # noqa: E402
+from pydeltamem.train import Batch, Example, PackedBatch, PackedModel, answer_logits, kernels  # noqa: E402
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "tie_word_embeddings": True}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=None),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16),
+    "smollm3": lambda: transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1]),
+}
+
+
+def make(family, dtype=torch.float32, **config):
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]()).to(dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():  # biases begin as zeros, norms as ones
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    memory = DeltaMem(model, DeltaMemConfig(rank=4, output_init="random", **config))
+    with torch.no_grad():
+        for name, parameter in memory.named_parameters():
+            if "delta" in name:
+                parameter.mul_(20)  # felt in the logits
+            if name.endswith(("beta_proj", "lambda_proj")):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model, memory
+
+
+def examples(visible=(False, False, False)):
+    draw = torch.Generator().manual_seed(3)
+
+    def some(n):
+        return torch.randint(1, 64, (n,), generator=draw).tolist()
+
+    made = []
+    for earlier, asks, seen in zip((17, 30, 1), ((4, 9), (6,), (5, 5, 3)), visible):
+        system, read = some(3), some(earlier)
+        questions = [system + some(n) for n in asks]
+        made.append(
+            Example(
+                read, [0] * len(read), [(q, [0] * len(q), some(1 + len(q) % 4)) for q in questions], questions, seen
+            )
+        )
+    return made
+
+
+def gradients(memory):
+    found = {name: p.grad.clone() for name, p in memory.named_parameters() if p.grad is not None}
+    memory.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["native", "plain"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_state_heads": 3, "state_update_mode": "no_lambda"},
+        {"delta_heads": ("q", "k", "v", "o"), "couple_lambda": False, "delta_o_rmsnorm": True},
+        {"state_update_mode": "lambda_outside", "rankwise_gates": False, "target_layers": (0, 2)},
+    ],
+    ids=["published", "msw", "qkvo", "some_layers"],
+)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_packed_is_padded(family, config, plain, monkeypatch):
+    """Logits of the answers and gradients of every weight: the same, to float32's rounding."""
+    monkeypatch.setattr(kernels, "FORCE_PLAIN", plain)
+    model, memory = make(family, **config)
+    batch = Batch.of(examples(), "cpu")
+    expected = answer_logits(model, memory, batch)[batch.answer_mask]
+    torch.nn.functional.cross_entropy(expected, batch.answer[batch.answer_mask]).backward()
+    of_padded = gradients(memory)
+
+    packed = PackedBatch.of(examples())
+    logits = PackedModel(model, memory).logits(packed)
+    assert packed.targets.tolist() == batch.answer[batch.answer_mask].tolist()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+    torch.nn.functional.cross_entropy(logits, packed.targets).backward()
+    of_packed = gradients(memory)
+    assert of_packed.keys() == of_padded.keys()
+    for name, gradient in of_padded.items():
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(of_packed[name], gradient, rtol=0, atol=1e-4 * largest + 1e-9, msg=name)
+
+
+def test_text_that_stays():
+    """With the text visible the packed form is the model's own pass over all of it, the memory written as it reads."""
+    model, memory = make("llama")
+    given = examples((True, False, True))
+    packed = PackedBatch.of(given)
+    rows = iter(PackedModel(model, memory).logits(packed).split(packed.asks))
+    for example in given:
+        for question, _, answer in example.asks:
+            memory.reset()
+            if example.visible:
+                whole = example.earlier + question + answer[:-1]
+                expected = model(torch.tensor([whole])).logits[0, -len(answer) :]
+            else:
+                model(torch.tensor([example.earlier]))
+                expected = model(torch.tensor([question + answer[:-1]])).logits[0, -len(answer) :]
+            torch.testing.assert_close(next(rows), expected, rtol=0, atol=2e-5)
+
+
+def test_a_teacher_reads_the_text_and_has_no_memory():
+    model, memory = make("qwen3")
+    given = examples()
+    packed = PackedBatch.of(given, memory=False)
+    rows = iter(PackedModel(model, memory).logits(packed, memory=False).split(packed.asks))
+    memory.remove()
+    for example in given:
+        for question, _, answer in example.asks:
+            whole = example.earlier + question + answer[:-1]
+            torch.testing.assert_close(
+                next(rows), model(torch.tensor([whole])).logits[0, -len(answer) :], rtol=0, atol=2e-5
+            )
+
+
+def test_what_cannot_be_packed_is_named():
+    model, memory = make("llama")
+    assert PackedModel.refusal(model, memory) is None
+    memory.config = replace(memory.config, memory_write_granularity="message_mean")
+    assert "per token" in PackedModel.refusal(model, memory)
+    model, memory = make("llama")
+    model.config.model_type = "gpt2"
+    assert "gpt2" in PackedModel.refusal(model, memory)
+
+
+#
+# kernels
+#
+
+
+def both(monkeypatch, function, *tensors):
+    """Results and gradients of a function, by the C kernel and by plain PyTorch."""
+    found = []
+    for plain in (False, True):
+        monkeypatch.setattr(kernels, "FORCE_PLAIN", plain)
+        given = [x.detach().clone().requires_grad_(x.requires_grad) for x in tensors]
+        out = function(*given)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        (out.float() * weight.float()).sum().backward()
+        found.append([out, *(x.grad for x in given if x.requires_grad)])
+    return zip(*found)
+
+
+def random(*shape, dtype=torch.float32, grad=True):
+    return torch.randn(*shape).to(dtype).requires_grad_(grad)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(11)
+
+
+def test_the_library_is_there():
+    assert kernels.library() is not None
+
+
+# bfloat16 has 8 bits: results are rounded to them once, plain PyTorch's on the way too
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_elementwise(monkeypatch, dtype, tolerance, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        angles = torch.randn(7, 5)
+        cosine, sine = angles.cos(), angles.sin()
+        weight = random(33, dtype=dtype, grad=False)
+        cases = [
+            (lambda x, w: kernels.rms_norm(x, w, 1e-5), random(5, 3, 33, dtype=dtype), weight),
+            (kernels.swiglu, random(9, 37, dtype=dtype), random(9, 37, dtype=dtype)),
+            (lambda x: kernels.swiglu(x * 40, x), random(9, 37, dtype=dtype)),
+            (lambda x: kernels.rotate(x, cosine, sine), random(7, 3, 10, dtype=dtype)),
+        ]
+        for function, *tensors in cases:
+            for native, plain in both(monkeypatch, function, *tensors):
+                assert native.dtype == plain.dtype == dtype
+                largest = plain.float().abs().max().item()
+                torch.testing.assert_close(native.float(), plain.float(), rtol=0, atol=tolerance * max(largest, 1))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_attention(monkeypatch, dtype, tolerance):
+    """Several texts, one of a single token, one whose tokens do not see all before them, four heads on two keys."""
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    seen[6:, 3:6] = False
+    spans = [(0, 5, None), (5, 14, seen), (14, 15, None), (15, 40, None)]
+    tensors = [random(40, heads, 16, dtype=dtype) for heads in (4, 2, 2)]
+    for native, plain in both(monkeypatch, lambda q, k, v: kernels.attention(q, k, v, spans, 0.25), *tensors):
+        largest = plain.float().abs().max().item()
+        torch.testing.assert_close(native.float(), plain.float(), rtol=0, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 5])
+def test_recurrence(monkeypatch, rank):
+    """Runs that start from each other, one of them empty: kernel, plain form and the token-by-token reference."""
+    runs = kernels.Runs([0, 6, 6, 9, 14], [6, 6, 9, 14, 20], [-1, 0, 1, 1, -1])
+    values = [random(20, 3, rank) for _ in range(3)]
+    values[0], values[1] = (torch.nn.functional.normalize(x.detach(), dim=-1).requires_grad_() for x in values[:2])
+    values += [torch.rand(20, 3, rank).requires_grad_() for _ in range(3)]
+    for native, plain in both(monkeypatch, lambda *x: kernels.recurrence(runs, x), *values):
+        largest = plain.abs().max().item()
+        torch.testing.assert_close(native, plain, rtol=0, atol=2e-5 * largest)
+
+    monkeypatch.setattr(kernels, "FORCE_PLAIN", False)
+    reads, last = kernels.recurrence(runs, [x.detach() for x in values]), []
+    for begin, end, parent in zip(runs.begin, runs.end, runs.parent):
+        state = torch.zeros(1, 3, rank, rank) if parent < 0 else last[parent]
+        if end > begin:
+            expected, state = token_by_token(state, *(x.detach()[None, begin:end] for x in values))
+            torch.testing.assert_close(reads[begin:end], expected[0], rtol=0, atol=2e-5)
+        last.append(state)
+
+
+def test_bfloat16_is_near_float32():
+    model, memory = make("llama")
+    packed = PackedBatch.of(examples())
+    expected = PackedModel(model, memory).logits(packed)
+    half = PackedModel(model.to(torch.bfloat16), memory).logits(packed)
+    assert half.dtype == torch.bfloat16
+    error = (half.float() - expected).pow(2).mean() / expected.pow(2).mean()
+    assert error < 1e-3  # an 8-bit mantissa: 2^-8 squared is 1.5e-5 an operation
+
+
+def test_shared_beginnings_are_read_once():
+    packed = PackedBatch.of(examples())
+    n_read = sum(len(x.earlier) + len(x.asks[0][0][:3]) for x in examples())
+    n_asked = sum(len(q) - 3 + len(a) - 1 for x in examples() for q, _, a in x.asks)
+    assert len(packed.ids) == n_read + n_asked
+    assert packed.asks == [len(answer) for x in examples() for _, _, answer in x.asks]
