@@ -208,7 +208,7 @@ def test_bad_input(data, tmp_path):
             trainer(data, tmp_path / "out", *options)
     with pytest.raises(InputError, match="--teacher-share"):
         trainer(data, tmp_path / "out", "--teacher", "context", "--teacher-share", "2")
-    with pytest.raises(InputError, match=r"none\.gguf"):
+    with pytest.raises(ModelError, match=r"none\.gguf"):
         trainer(data, tmp_path / "out", "--eval-every", "1", "--base", str(tmp_path / "none.gguf"))
     few = write(tmp_path / "few.jsonl", [{"messages": say("It is red.", "Yes.", "What?", "Red.")}] * 3)
     with pytest.raises(InputError, match="--eval-every"):

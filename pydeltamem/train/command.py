@@ -21,7 +21,9 @@ STRATEGIES = {"tsw": ("token", 1), "ssw": ("message_mean", 1), "msw": ("token", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="the model, which stays as it is: a GGUF, or a Hugging Face directory"
+        "model",
+        metavar="MODEL",
+        help="the model, which stays as it is: a GGUF, its name (deltamem pull), or a Hugging Face directory",
     )
     parser.add_argument("data", metavar="FILE.jsonl", help="conversations, one in a line: docs/training.md")
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="checkpoint directory to write")

@@ -6,7 +6,6 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,12 +26,10 @@ class NativeRecall:
         base: the GGUF that the memory is for.
         examples: conversations as tokens; of their questions the first `n` that have an answer are asked.
 
-    Raises InputError if `base` is no file or there is nothing to ask.
+    Raises InputError if there is nothing to ask.
     """
 
     def __init__(self, base: str | os.PathLike[str], examples: Sequence[Example], n: int):
-        if not Path(base).is_file():
-            raise InputError(f"{base}: is no GGUF: name the model's with --base to evaluate while it trains")
         asked = [(example.earlier, example.segments, *ask) for example in examples for ask in example.asks if ask[2]]
         if not asked:
             raise InputError("--eval-every: fewer than 10 conversations leave none to ask: take more")

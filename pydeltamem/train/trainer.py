@@ -22,6 +22,7 @@ from .. import kinds
 from ..convert.checkpoint import CONFIG, WEIGHTS
 from ..errors import InputError, OutputError, TrainingError
 from ..files import replacing
+from ..hub import is_name, model_file
 from ..outfile import check_target, writing
 from ..reference import DeltaMem, DeltaMemConfig, chunked_recurrence, fused_recurrence
 from .conversations import Conversations, Example
@@ -71,7 +72,8 @@ class Trainer:
             raise OutputError(f"{args.out}: cannot be written: {error.strerror}") from error
         for name, kind in ((WEIGHTS[0], kinds.PYTORCH), (CONFIG, kinds.CONFIG), ("loss.png", kinds.PNG)):
             check_target(self.out / name, kind)
-        self.model, self.tokenizer = load_frozen(args.model, args.dtype, args.device)
+        named = model_file(args.model) if is_name(args.model) else args.model
+        self.model, self.tokenizer = load_frozen(named, args.dtype, args.device)
         self.data = Conversations(args.data, self.tokenizer, args.tail, args.max_tokens, bool(args.teacher))
         self.n_held_out = min(HELD_OUT, len(self.data) // 10)
         self.by_size = sorted(range(self.n_held_out, len(self.data)), key=self.data.sizes.__getitem__)
@@ -98,7 +100,7 @@ class Trainer:
         self.recall: NativeRecall | None = None
         if args.eval_every:
             held_out = [self.data[i] for i in range(self.n_held_out)]
-            self.recall = NativeRecall(args.base or args.model, held_out, args.eval_questions)
+            self.recall = NativeRecall(model_file(args.base or named), held_out, args.eval_questions)
 
     def _packed(self) -> PackedModel | None:
         """The fast form of a step, if model and memory have one. Raises InputError if an option needs it in vain."""
