@@ -61,9 +61,12 @@ def can_be_mapped(path: str | os.PathLike[str]) -> bool:
 
 
 def _alignment(path: Path) -> int:
+    level = _lib.logger.level
+    _lib.logger.setLevel("ERROR")  # as long as no model was loaded it prints all
     with _lib.errors_held() as lines:
         context = gguf_init_from_file(os.fsencode(path), gguf_init_params(True, None))
         lines.clear()  # loading it says what is wrong
+    _lib.logger.setLevel(level)
     if not context:
         return TENSOR_ALIGNMENT
     alignment = gguf_get_alignment(context)
