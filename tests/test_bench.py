@@ -353,7 +353,7 @@ def test_refused_by_the_library(run_bench, base, tmp_path):
         (run_bench(*short, memory=False), "nothing to compare"),
         (run_bench(*short, "--deltamem", base(), memory=False), "is not a δ-mem adapter"),
         (run_bench(*short, "--deltamem", base(), "--rss", "0", memory=False), "is not a δ-mem adapter"),
-        (run_bench(*short, "--deltamem", tmp_path / "none", memory=False), "none cannot be opened"),
+        (run_bench(*short, "--deltamem", tmp_path / "none", memory=False), "none: no such adapter file"),
         (run_bench(*short, "--rss", "0", "--against", broken), f"the llama library in {broken} cannot be used"),
         (run_bench(*short, "-m", cut), f"{cut}: is not a readable GGUF file"),
         (
