@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pydeltamem.errors import ModelError
+from pydeltamem.errors import ModelError, named
 from pydeltamem.gguf_header import Header
 
 # llama.cpp runs RoPE on neighbouring rows for some architectures, where Hugging Face pairs the halves of a head. Its
@@ -66,8 +67,8 @@ class Base:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.exists():
-            raise ModelError(f"{self.path}: no such base model")
+        if not os.path.exists(self.path):
+            raise ModelError(f"{named(self.path)}: no such base model")
         header = Header.of_model(self.path)
         self.files = header.files  # what is read: also its other shards
         self._keys = header.keys

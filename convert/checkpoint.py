@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import pickle
 import re
 import warnings
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pydeltamem.errors import CheckpointError, shown
+from pydeltamem.errors import CheckpointError, named, shown
 
 CONFIG = "delta_mem_config.json"
 WEIGHTS = ("delta_mem_adapter.pt", "delta_mem_adapter.safetensors")
@@ -139,10 +140,10 @@ class Checkpoint:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        if not self.directory.is_dir():
-            is_there = self.directory.exists()
+        if not os.path.isdir(self.directory):
+            is_there = os.path.exists(self.directory)
             what = "is a file, not a checkpoint directory" if is_there else "no such checkpoint directory"
-            raise CheckpointError(f"{self.directory}: {what}")
+            raise CheckpointError(f"{named(self.directory)}: {what}")
         self.config = read_config(self.directory / CONFIG)
         self.path = _weights_file(self.directory)
         self.tensors = _read_tensors(self.path)

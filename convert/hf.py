@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pydeltamem
-from pydeltamem.errors import LibraryError, ModelError
+from pydeltamem.errors import LibraryError, ModelError, named
 from pydeltamem.kinds import MODEL
 from pydeltamem.outfile import check_disk, files_of, refuse_inputs, writing
 
@@ -60,8 +60,8 @@ def convert_base(
     Raises ModelError, InputError if `path` is a file of that directory, OutputError if it cannot be written.
     """
     directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise ModelError(f"{directory}: is no Hugging Face model directory: it has no config.json")
+    if not os.path.isfile(directory / "config.json"):
+        raise ModelError(f"{named(directory)}: is no Hugging Face model directory: it has no config.json")
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(f"{directory}: converting it needs {' and '.join(missing)}: pip install 'pydeltamem[convert]'")

@@ -219,9 +219,11 @@ class Conversation:
     def open(self, path: str | os.PathLike[str]) -> None:
         """From here on the memory is saved to `path` after each turn. If the file exists, it is loaded now."""
         self._end_reply()
-        path = os.path.abspath(path)  # also if the process goes to another folder
+        lock = MemoryFileLock(path)  # refuses what no file can be called
+        path = os.path.abspath(lock.path)  # also if the process goes to another folder
         is_open = self._lock is not None and os.path.realpath(path) == os.path.realpath(self._lock.path)
-        lock = self._lock if is_open else MemoryFileLock(path)
+        if is_open:
+            lock = self._lock
         if not is_open:
             lock.acquire()
         try:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 
 def shown(name: object) -> str:
     """A name or value out of a file that may be anything, fit for a sentence: on one line, and not too long."""
     text = str(name)
     short = text if len(text) <= 160 else f"{text[:160]}…"
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in short)
+
+
+def named(path: str | os.PathLike[str]) -> str:
+    """The name of a file that cannot be used, fit for a sentence: as it is, unless it cannot be printed or is long."""
+    name = os.fsdecode(path)
+    return name if name.isprintable() and 0 < len(name) <= 160 else f"'{shown(name)}'"
 
 
 class DeltaMemError(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import secrets
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from .errors import named
 from .kinds import Kind
 
 
@@ -20,7 +22,7 @@ def replacing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
     permissions of what was there; after an error it is gone and what was there stays. Into a device or a pipe it is
     written. Raises OSError, also if a file of another kind is there.
     """
-    target = Path(os.path.realpath(path))
+    target = target_of(path)
     if is_stream(target):
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, "written")
@@ -29,7 +31,7 @@ def replacing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
                 shutil.copyfileobj(file, stream)
         return
     kind.check(target)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(target, secrets.token_hex(4))
     mode = 0o600 if target.is_file() else 0o666  # nobody reads it meanwhile who may not read what is there
     temporary.touch(mode, exist_ok=False)
     try:
@@ -52,6 +54,27 @@ def replacing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
             os.close(folder)
 
 
+def target_of(path: str | os.PathLike[str]) -> Path:
+    """What is at `path` or is to be written there, following links. Raises OSError if no file can have that name, or
+    the temporary one that `replacing` makes of it: it is empty, ends as a folder's, is too long, or no text of the
+    system.
+    """
+    name = os.fsdecode(path)
+    if not os.path.basename(name):
+        raise IsADirectoryError(errno.EISDIR, "a file needs a name, and this is none" if not name else "it is a folder")
+    try:
+        target = Path(os.path.realpath(name))
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(target if is_stream(target) else _temporary(target, "0" * 8))
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"no file can have this name ({error})") from error
+    return target
+
+
+def _temporary(target: Path, mark: str) -> Path:
+    return target.parent / f".{target.name}.{mark}.tmp"
+
+
 def is_stream(path: Path) -> bool:
     """Whether it is there, and neither a file nor a folder: a device, a pipe. A file must not take its place."""
     return path.exists() and not path.is_file() and not path.is_dir()
@@ -65,6 +88,4 @@ def leftovers(path: str | os.PathLike[str]) -> list[Path]:
 
 def no_file(path: str | os.PathLike[str], what: str) -> str:
     """Why `path`, which is no file, is not the `what` that was asked for."""
-    return (
-        f"{os.fspath(path)}: is a folder, not a {what}" if os.path.isdir(path) else f"{os.fspath(path)}: no such {what}"
-    )
+    return f"{os.fspath(path)}: is a folder, not a {what}" if os.path.isdir(path) else f"{named(path)}: no such {what}"

@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from .errors import ModelError, shown
+from .errors import ModelError, named, shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -87,10 +87,10 @@ class Header:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        if self.path.is_dir():
+        if os.path.isdir(self.path):  # unlike those of Path it takes every name
             raise ModelError(f"{self.path}: is a folder; name a GGUF file")
-        if not self.path.is_file():
-            raise ModelError(f"{self.path}: no such file")
+        if not os.path.isfile(self.path):
+            raise ModelError(f"{named(self.path)}: no such file")
         try:
             with open(self.path, "rb") as file:
                 if file.read(len(MAGIC)) != MAGIC:

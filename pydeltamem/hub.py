@@ -322,12 +322,12 @@ def _hub_errors(hub: Any, name: str) -> Iterator[None]:
 
 
 def _is_adapter_folder(path: str) -> bool:
-    return Path(path, _CONFIG).is_file()
+    return os.path.isfile(Path(path, _CONFIG))
 
 
 def _as_gguf(path: str, title: str) -> str:
     """A model as it is, or of a Hugging Face directory the GGUF, in the type that its weights have."""
-    if not Path(path, "config.json").is_file():
+    if not os.path.isfile(Path(path, "config.json")):
         return path
     from .convert.hf import convert_base
 

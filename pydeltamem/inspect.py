@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,7 @@ from gguf import GGUFValueType
 from rich.console import Console
 from rich.table import Table
 
-from .errors import AdapterError, ModelError
+from .errors import AdapterError, ModelError, named
 from .gguf_header import MAGIC, Header, Tensor
 from .hub import fetch, is_name
 from .memory_file import MemorySnapshot
@@ -47,10 +48,10 @@ def describe(path: str) -> dict[str, Any]:
     Raises ModelError, AdapterError or MemoryFileError.
     """
     file = Path(path)
-    if file.is_dir():
+    if os.path.isdir(file):
         raise ModelError(f"{file}: is a folder; give an adapter, model or memory file")
-    if not file.is_file():
-        raise ModelError(f"{file}: no such file")
+    if not os.path.isfile(file):
+        raise ModelError(f"{named(file)}: no such file")
     try:
         with open(file, "rb") as opened:
             start = opened.read(9)

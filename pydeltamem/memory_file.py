@@ -37,8 +37,8 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from .errors import InputError, MemoryFileError, MemoryFileInUse, shown
-from .files import is_stream, leftovers, replacing
+from .errors import InputError, MemoryFileError, MemoryFileInUse, named, shown
+from .files import is_stream, leftovers, replacing, target_of
 from .kinds import MEMORY, MEMORY_JSON, MEMORY_NPZ, Kind
 from .kinds import MEMORY_FORMAT as FORMAT
 
@@ -146,13 +146,15 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str
     Raises MemoryFileError if the file is missing, cannot be read, is cut off, not a memory file, of a newer version or
     not finite.
     """
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     try:
         open(name, "rb").close()  # safetensors does not say which it is
     except FileNotFoundError:
-        raise MemoryFileError(f"{name}: no such memory file") from None
+        raise MemoryFileError(f"{named(name)}: no such memory file") from None
     except OSError as error:
-        raise MemoryFileError(f"{name}: the memory file cannot be read: {error.strerror}") from error
+        raise MemoryFileError(f"{named(name)}: the memory file cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise MemoryFileError(f"{named(name)}: no file can have this name ({error})") from error
     try:
         with safetensors.safe_open(name, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -195,10 +197,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises MemoryFileError if a memory cannot be saved at `path` later: its folder is missing, what is there is no
     memory file, or another process keeps it.
     """
-    name = os.fspath(path)
-    if is_stream(Path(name)):
+    name = os.fsdecode(path)
+    with _save_errors(path):
+        target = target_of(path)
+    if is_stream(target):
         return
-    folder = os.path.dirname(os.path.realpath(name))
+    folder = os.path.dirname(target)
     if not os.path.isdir(folder):
         raise MemoryFileError(f"{name}: the memory cannot be saved: no folder {folder}")
     if os.path.isdir(name):
@@ -227,8 +231,9 @@ class MemoryFileLock:
     _held_here: ClassVar[weakref.WeakValueDictionary[Path, MemoryFileLock]] = weakref.WeakValueDictionary()
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-        target = Path(os.path.realpath(path))
+        self.path = os.fsdecode(path)
+        with _save_errors(path):
+            target = target_of(path)
         self._lock = target.with_name(f".{target.name}.lock")
         self._file: int | None = None
         self._freed: weakref.finalize | None = None
@@ -256,12 +261,10 @@ class MemoryFileLock:
 
     def _try(self) -> int | None:
         """The lock file, locked; None if the holder before removed it while we opened and locked it."""
-        try:
-            file, is_ours = self._open()
-        except FileNotFoundError:
-            if self._lock.parent.is_dir():
-                return None
-            raise
+        opened = self._open()
+        if opened is None:
+            return None
+        file, is_ours = opened
         try:
             if not _lock(file):
                 is_ours = False
@@ -291,14 +294,17 @@ class MemoryFileLock:
         os.close(file)
         return None
 
-    def _open(self) -> tuple[int, bool]:
-        """The lock file, never through a link, and whether it was made for this."""
+    def _open(self) -> tuple[int, bool] | None:
+        """The lock file, never through a link, and whether it was made for this; None if it was removed just now."""
         flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
         with contextlib.suppress(FileExistsError):
             return os.open(self._lock, flags | os.O_CREAT | os.O_EXCL, 0o666), True
-        if not stat.S_ISREG(os.lstat(self._lock).st_mode):
-            raise self._no_lock()
-        return os.open(self._lock, flags), False
+        try:
+            if not stat.S_ISREG(os.lstat(self._lock).st_mode):
+                raise self._no_lock()
+            return os.open(self._lock, flags), False
+        except FileNotFoundError:
+            return None
 
     def _no_lock(self) -> MemoryFileError:
         return MemoryFileError(
@@ -347,7 +353,7 @@ def _not_kept_elsewhere(path: str | os.PathLike[str]) -> Iterator[None]:
     process holds it; if this one does, it may save there.
     """
     lock = MemoryFileLock(path)
-    if not is_stream(Path(os.path.realpath(path))) and not lock.is_held_here(path):
+    if not is_stream(Path(os.path.realpath(lock.path))) and not lock.is_held_here(path):
         with contextlib.suppress(OSError):
             lock._acquire()
     try:
@@ -383,4 +389,4 @@ def _save_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MemoryFileError(f"{os.fspath(path)}: the memory cannot be saved: {error.strerror or error}") from error
+        raise MemoryFileError(f"{named(path)}: the memory cannot be saved: {error.strerror or error}") from error

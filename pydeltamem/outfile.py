@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from .errors import InputError, OutputError
-from .files import is_stream, replacing
+from .errors import InputError, OutputError, named
+from .files import is_stream, replacing, target_of
 from .kinds import Kind
 
 
@@ -32,13 +33,22 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{os.fspath(path)}: cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"{named(path)}: cannot be written: {error.strerror or error}") from error
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Makes a folder, and those above it, unless it is there. Raises OutputError."""
+    with disk_errors(path):
+        try:
+            os.makedirs(path, exist_ok=True)
+        except ValueError as error:
+            raise OSError(errno.EINVAL, f"no folder can have this name ({error})") from error
 
 
 def check_target(path: str | os.PathLike[str], kind: Kind) -> None:
     """Raises OutputError if no file can be written there, or one of another kind is there."""
-    target = Path(os.path.realpath(path))
     with disk_errors(path):
+        target = target_of(path)
         if target.is_dir():
             raise IsADirectoryError(0, "it is a folder")
         if not is_stream(target):

@@ -41,7 +41,7 @@ from .convert.checkpoint import (
     read_config,
 )
 from .errors import InputError, ModelError, OutputError
-from .outfile import writing
+from .outfile import make_folder, writing
 
 #
 # the recurrence
@@ -490,7 +490,7 @@ class DeltaMem(nn.Module):
         tensors = {f"model.layers.{i}.self_attn.{name}": p.detach().cpu().clone() for i, name, p in self._named()}
         fields = json.dumps({**ARCHIVED, **asdict(self.config)}, indent=2)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_folder(directory)
             with (
                 writing(directory / WEIGHTS[0], kinds.PYTORCH) as weights,
                 writing(directory / CONFIG, kinds.CONFIG) as config,

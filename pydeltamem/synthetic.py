@@ -21,7 +21,7 @@ from gguf import GGUFValueType
 from . import kinds
 from .errors import InputError, ModelError, OutputError
 from .gguf_header import Header
-from .outfile import check_target, writing
+from .outfile import check_target, make_folder, writing
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def write_adapter_checkpoint(
 
     directory, model, rng = Path(directory), Base(base), np.random.default_rng(seed)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         check_target(directory / WEIGHTS[1], kinds.WEIGHTS)
         with writing(directory / CONFIG, kinds.CONFIG) as temporary:
             temporary.write_text(json.dumps({"rank": 8, "alpha": 16.0, **config}, indent=2), encoding="utf-8")

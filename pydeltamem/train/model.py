@@ -26,8 +26,8 @@ def load_frozen(path: str | os.PathLike[str], dtype: str = "auto", device: str =
     Raises ModelError; InputError if that device is not to be had.
     """
     path = Path(path)
-    is_file = path.is_file()
-    if not is_file and not (path / "config.json").is_file():
+    is_file = os.path.isfile(path)
+    if not is_file and not os.path.isfile(path / "config.json"):
         raise ModelError(f"{path}: is no GGUF and no Hugging Face model directory: it has no config.json")
     try:
         torch.empty(0, device=device)

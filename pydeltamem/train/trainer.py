@@ -23,7 +23,7 @@ from ..convert.checkpoint import CONFIG, WEIGHTS
 from ..errors import InputError, OutputError, TrainingError
 from ..files import replacing
 from ..hub import is_name, model_file
-from ..outfile import check_target, writing
+from ..outfile import check_target, make_folder, writing
 from ..reference import DeltaMem, DeltaMemConfig, chunked_recurrence, fused_recurrence
 from .conversations import Conversations, Example
 from .heads import start_from_heads
@@ -66,10 +66,7 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, config: DeltaMemConfig, console: Any):
         self.args, self.console = args, console
         self.out = Path(args.out)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{args.out}: cannot be written: {error.strerror}") from error
+        make_folder(self.out)
         for name, kind in ((WEIGHTS[0], kinds.PYTORCH), (CONFIG, kinds.CONFIG), ("loss.png", kinds.PNG)):
             check_target(self.out / name, kind)
         named = model_file(args.model) if is_name(args.model) else args.model

@@ -1,0 +1,113 @@
+"""Names that no file can have: each writer and reader says so by the class of its errors, and makes nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from pydeltamem import Conversation, DeltaMemLlama, MemoryFileError, MemorySnapshot, ModelError, OutputError
+from pydeltamem.convert.base import Base
+from pydeltamem.convert.checkpoint import CheckpointError
+from pydeltamem.convert.hf import convert_base
+from pydeltamem.gguf_header import Header
+from pydeltamem.memory_file import MemoryFileLock, check_writable
+from pydeltamem.pack import pack, unpack
+from pydeltamem.quantize import quantize
+from pydeltamem.synthetic import write_adapter_checkpoint
+
+SNAPSHOT = MemorySnapshot(np.ones((2, 1, 4, 4)), {"layers": "0,1", "adapter": "ab" * 32, "architecture": "qwen3"})
+
+IMPOSSIBLE = {
+    "no name": "",
+    "a zero in it": "a\0b",
+    "no UTF-8": "\ud800",
+    "too long": "n" * 300,
+    "too long to be written beside": "n" * 252,  # .NAME.12345678.tmp is written first
+    "a path too long": "/".join(["n" * 200] * 30),
+    "a folder that is missing": "missing/name",
+    "a file for a folder": "file/name",
+    "a folder's": "new/",
+    "a folder": "folder",
+}
+
+
+FOLDERS = [IMPOSSIBLE[of] for of in ("a zero in it", "no UTF-8", "too long", "a file for a folder")]
+
+
+@pytest.fixture(params=IMPOSSIBLE)
+def name(request, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("stays")
+    (tmp_path / "folder").mkdir()
+    yield IMPOSSIBLE[request.param]
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+    assert (tmp_path / "file").read_text() == "stays" and not list((tmp_path / "folder").iterdir())
+
+
+def test_memories(name, make_llm):
+    llm = make_llm()
+    for use in (SNAPSHOT.save, SNAPSHOT.to_npz, SNAPSHOT.to_json, llm.memory.save, check_writable):
+        with pytest.raises(MemoryFileError):
+            use(name)
+    for use in (MemorySnapshot.load, llm.memory.load):
+        with pytest.raises(MemoryFileError):
+            use(name)
+
+
+def test_conversations(name, make_llm):
+    llm = make_llm()
+    with pytest.raises(MemoryFileError):
+        Conversation(llm, memory_file=name)
+
+
+def test_models(name, base, adapter, golden_dir):
+    if name.endswith("/"):
+        pytest.skip("to pathlib it is a file's")
+    packed = base()
+    for write in (
+        lambda: pack(packed, adapter("qwen3", "tsw_qo"), name),
+        lambda: quantize(packed, name, "q8_0"),
+        lambda: convert_base(golden_dir / "qwen3" / "hf", name),
+    ):
+        with pytest.raises(OutputError):
+            write()
+
+
+def test_checkpoints(name, base):
+    if name not in FOLDERS:
+        pytest.skip("a folder may be called so, or begin so")
+    with pytest.raises(OutputError):
+        write_adapter_checkpoint(name, base())
+
+
+def test_what_is_read(name):
+    with pytest.raises(ModelError):
+        Header(name)
+    with pytest.raises((ModelError, CheckpointError)):
+        Base(name)
+    for use in (
+        lambda: pack(name, name, "out"),
+        lambda: unpack(name, "one", "two"),
+        lambda: quantize(name, "out", "q8_0"),
+        lambda: DeltaMemLlama(name),
+    ):
+        with pytest.raises(ModelError):
+            use()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX")
+def test_a_folder_where_no_lock_can_be_made(tmp_path, monkeypatch):
+    """Some file systems, /proc for one, say of a new file that there is no such file."""
+    make = os.open
+
+    def refuse(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return make(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(MemoryFileError):
+        MemoryFileLock(tmp_path / "name").acquire()
