@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import inputs  # noqa: F401 - how many
 from pydeltamem import Conversation, DeltaMemError, DeltaMemLlama
 from pydeltamem.chat import COMMANDS, Chat
 from pydeltamem.default_model import default_files

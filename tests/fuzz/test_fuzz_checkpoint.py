@@ -12,6 +12,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
+import inputs  # noqa: F401 - how many
 from damage import damaged
 from small import BASE, MEMORY
 

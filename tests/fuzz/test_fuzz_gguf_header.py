@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import inputs  # noqa: F401 - how many
 from damage import damaged
 from pydeltamem import DeltaMemError, ModelError
 from pydeltamem.convert.base import Base

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+import inputs  # noqa: F401 - how many
 from pydeltamem.history import TOKEN, History
 
 N_CTX = 48
