@@ -32,6 +32,7 @@ from .hub import HUB, adapter_file, model_file
 from .lock import holding
 from .memory import Memory
 from .memory_file import MemorySnapshot
+from .model_numbers import check_numbers
 from .names import nearest, option
 from .rpc import connect
 from .sampling import Guard, Sampler
@@ -130,6 +131,7 @@ class DeltaMemLlama(Llama):
             kwargs.setdefault("n_gpu_layers", -1)  # llama_cpp's default, 0, would leave the servers idle
         if n_ctx == 0 and n_seq_max > 1:
             n_ctx = _trained_context(model_path)  # llama_cpp would divide that among the texts
+        _check_numbers(model_path, kwargs.get("kv_overrides") or {})
         with _lib.silencing, _lib.errors_held() as log:
             if not can_be_mapped(model_path):
                 kwargs["use_mmap"] = False
@@ -921,6 +923,15 @@ def _trained_context(model_path: str) -> int:
     if not isinstance(n_ctx, int) or n_ctx < 1:
         raise ModelError(f"{model_path}: does not say how long a context it was trained on: give {option('n_ctx')}")
     return n_ctx
+
+
+def _check_numbers(model_path: str, overrides: dict[str, Any]) -> None:
+    try:
+        keys = Header(model_path).keys
+    except ModelError:
+        return  # llama.cpp says what is wrong
+    if keys.get("general.type") != "adapter":
+        check_numbers(model_path, {**keys, **overrides})
 
 
 def _is_adapter(path: str) -> bool:

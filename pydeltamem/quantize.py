@@ -12,6 +12,7 @@ from .errors import InputError, ModelError
 from .gguf_header import Header
 from .hub import model_file
 from .kinds import MODEL
+from .model_numbers import check_numbers
 from .outfile import check_disk, refuse_inputs, writing
 
 _PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
@@ -85,6 +86,7 @@ def quantize(
     header = Header.of_model(model)
     if header.keys.get("general.type") == "adapter":
         raise ModelError(f"{header.path}: is an adapter: convert it again with --outtype, or pack it first")
+    check_numbers(header.path, header.keys)
     refuse_inputs(path, header.files)
     params = _lib.llama_cpp.llama_model_quantize_default_params()
     # llama.cpp places tensors by the default alignment, whatever the key says that it copies
