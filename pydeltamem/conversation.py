@@ -219,11 +219,10 @@ class Conversation:
     def open(self, path: str | os.PathLike[str]) -> None:
         """From here on the memory is saved to `path` after each turn. If the file exists, it is loaded now."""
         self._end_reply()
-        lock = MemoryFileLock(path)  # refuses what no file can be called
-        path = os.path.abspath(lock.path)  # also if the process goes to another folder
+        path = MemoryFileLock(path).path  # refuses what no file can be called
+        path = os.path.abspath(path)  # also if the process goes to another folder
         is_open = self._lock is not None and os.path.realpath(path) == os.path.realpath(self._lock.path)
-        if is_open:
-            lock = self._lock
+        lock = self._lock if is_open else MemoryFileLock(path)
         if not is_open:
             lock.acquire()
         try:
