@@ -122,9 +122,7 @@ class Chat:
             with contextlib.closing(pieces):
                 try:
                     for piece in interruptible(pieces):
-                        if not begun:  # a reply of many a model begins with the space of its first word
-                            piece = piece.lstrip(" ")
-                        begun = begun or bool(piece)
+                        begun = True
                         sys.stdout.write(piece)
                         sys.stdout.flush()
                 except KeyboardInterrupt:

@@ -108,7 +108,7 @@ class Conversation:
 
     @holding("_text.turn")
     def say(self, content: str, **options: Any) -> str:
-        """One turn: says `content` and returns the reply.
+        """One turn: says `content` and returns the reply, without spaces that it begins with; `messages` has them.
 
         Options: `n_predict` (tokens at most; 0: only read; -1 or None: until the reply ends), `stop` (a string, or
         several), `seed`, and sampling as `Llama.generate` (temp, top_k, …); `grammar` may be text. `max_tokens` and
@@ -408,6 +408,7 @@ class Reply:
         self.options = {**conversation.options, **_checked_options(conversation.llm, options)}
         self.instead = instead
         self.content = ""
+        self.begun = False  # something but spaces was said
         self.n_tokens = 0
         self.finish_reason: str | None = None
 
@@ -469,6 +470,15 @@ class Reply:
         self.reading, self.is_read = Reading(text, [token]), False
         if self.criteria is not None and self.criteria(text.tokens, np.zeros(0, dtype=np.single)):
             self.finish_reason = "stop"
+        return piece
+
+    def shown(self, piece: str) -> str:
+        """What is returned of a piece. Many a model's first token is a word with the space before it: that is part of
+        the message, whose tokens must stay those that were read, but of no use to a reader.
+        """
+        if not self.begun:
+            piece = piece.lstrip(" ")
+            self.begun = bool(piece)
         return piece
 
     def _has_room(self) -> bool:
@@ -603,8 +613,10 @@ def _speak(waiting: list[Reply]) -> Iterator[tuple[Conversation, str]]:
                             errors.append(error)
             # only now that nothing is to be sampled any more: others may decode in between
             for reply, piece in said:
-                if piece and (reply.is_open or reply.finish_reason):  # not if it was used for something else by now
-                    yield reply.conversation, piece
+                if reply.is_open or reply.finish_reason:  # not if it was used for something else by now
+                    piece = reply.shown(piece)
+                    if piece:
+                        yield reply.conversation, piece
             active = [reply for reply in active[1:] + active[:1] if reply.is_open]  # a long prompt keeps nobody waiting
     except BaseException as error:
         for reply in active:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import os
@@ -12,8 +13,17 @@ import pytest
 from llama_cpp import LLAMA_POOLING_TYPE_MEAN, LLAMA_POOLING_TYPE_NONE, LogitsProcessorList
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from pydeltamem import Conversation, InputError, MemoryFileError, ModelError, say_together, stream_together
+from pydeltamem import (
+    Conversation,
+    DeltaMemLlama,
+    InputError,
+    MemoryFileError,
+    ModelError,
+    say_together,
+    stream_together,
+)  # fmt: skip
 from pydeltamem.conversation import chat_prompt
+from pydeltamem.default_model import default_files
 
 GREEDY = {"n_predict": 8, "temp": 0.0}
 SAME = {"rtol": 0, "atol": 2e-6}  # float32 sums in another order
@@ -923,7 +933,7 @@ def test_a_save_that_fails_takes_no_turn_back(llm, make, tmp_path):
             pieces[conversation] += piece
     assert roles(one) == roles(other) == "ua"
     for conversation, reply in pieces.items():
-        assert conversation.messages[-1]["content"] == reply
+        assert conversation.messages[-1]["content"].lstrip(" ") == reply
     assert pieces[other] == Conversation(make(), n_predict=12, temp=0.0).say("tell me")
     pieces = []
     with pytest.raises(MemoryFileError):
@@ -942,3 +952,21 @@ def test_a_save_that_fails_while_several_are_ended(llm, tmp_path):
     with pytest.raises(MemoryFileError, match=r"[ab]\.memory: the memory cannot be saved"):
         stream.close()
     assert [roles(conversation) for conversation in conversations] == ["ua", "ua"]
+
+
+def test_a_reply_begins_with_its_first_word():
+    """The package's model begins with a space. It is in the message, whose tokens are the text, not in the reply."""
+    model, memories = default_files()
+    with contextlib.closing(DeltaMemLlama(model, deltamem_path=memories["tsw"], n_ctx=512)) as llm:
+        one, other = Conversation(llm, **GREEDY), Conversation(llm, **GREEDY)
+        said = [one.say("My name is Ada."), "".join(one.stream("Hello.")), one.regenerate(), one.edit("Where is Ada?")]
+        assert all(reply and not reply.startswith(" ") for reply in said)
+        content = one.messages[-1]["content"]
+        assert content.startswith(" ") and content.lstrip(" ") == said[-1]
+        together = say_together({other: "My name is Ada."}, **GREEDY)[other]
+        assert together == said[0] and other.messages[-1]["content"].lstrip(" ") == together
+
+        n_written = one.memory.n_written
+        n_text = one.n_tokens
+        one.add("user", "Good.")
+        assert one.memory.n_written - n_written == one.n_tokens - n_text > 0  # what stood there was not read again
