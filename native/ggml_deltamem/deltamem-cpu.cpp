@@ -9,6 +9,7 @@
 #include "ggml-impl.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 // so many tokens pass the weights as they are stored; for more, a correction converts its weights first, and a projection is
@@ -310,4 +311,17 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
         }
     }
     return 0;
+}
+
+static const bool omp_waits = [] {
+    for (const char * name : { "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY" }) {
+        if (std::getenv(name)) {
+            return true;
+        }
+    }
+    return false;
+}();
+
+bool ggml_cpu_deltamem_omp_waits(void) {
+    return omp_waits;
 }

@@ -3,6 +3,8 @@
 
 #include "ggml-deltamem.h"
 
+#include <stdbool.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -22,6 +24,10 @@ static inline bool ggml_cpu_deltamem_fuses(const struct ggml_tensor * node) {
 // projection of a few tokens with its read, of one token also with the correction that follows; a correction with the
 // addition that follows. Returns the nodes computed beside i: 1 or 2, or 0 if nothing was done.
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i);
+
+// Whether threads wait for each other as OpenMP has it instead of as deltamem-wait.h has it: where the environment said how when
+// this library was loaded, which is when OpenMP looks, too.
+bool ggml_cpu_deltamem_omp_waits(void);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,85 @@
+// How ggml's threads wait for each other between two nodes. Included by ggml-cpu.c, whose atomics and locks it uses.
+//
+// A node is short, so a thread that is done spins until the others are. OpenMP's runtimes do so for milliseconds and ggml for
+// ever, and then a machine with one busy core crawls: a thread that spins keeps its core from the one that it waits for, or
+// uses up its slice of time and loses the core itself when it would go on, hundreds of times a graph. Here a thread soon sleeps.
+// The system runs one that is woken at once (docs/performance.md).
+#pragma once
+
+// A spin in vain: longer than nearly all waits on an idle machine, and shorter than a slice of time.
+#define GGML_CPU_DELTAMEM_SPIN_US 1000
+// One that paid: about what it takes to sleep and be woken.
+#define GGML_CPU_DELTAMEM_SHORT_US 50
+
+// After a spin in vain so many waits sleep without one. Twice as many after the next, half as many after one that paid.
+#define GGML_CPU_DELTAMEM_MIN_SKIPPED 16
+#define GGML_CPU_DELTAMEM_MAX_SKIPPED 1024
+
+// of all pools: others tell as well that the machine is busy, and one that is woken for nothing looks and sleeps again
+static struct {
+    ggml_mutex_t mutex;
+    ggml_cond_t  cond;
+    atomic_int   n_asleep;
+    atomic_int   n_skip;    // waits to come that do not spin
+    atomic_int   n_skipped; // what n_skip began with after the latest spin
+} g_deltamem_wait = {
+#if defined(_WIN32)
+    SRWLOCK_INIT, CONDITION_VARIABLE_INIT, 0, 0, 0
+#else
+    PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, 0
+#endif
+};
+
+static bool ggml_cpu_deltamem_spin(atomic_int * counter, int value, int n) {
+    for (int i = 0; i < n; ++i) {
+        if (atomic_load_explicit(counter, memory_order_relaxed) != value) {
+            return true;
+        }
+        ggml_thread_cpu_relax();
+    }
+    return false;
+}
+
+// Returns when the counter is no longer `value`.
+static void ggml_cpu_deltamem_wait(atomic_int * counter, int value) {
+    if (ggml_cpu_deltamem_spin(counter, value, 16)) {
+        return; // most waits: no clock, and nothing shared is written
+    }
+    const int n_skip = atomic_load_explicit(&g_deltamem_wait.n_skip, memory_order_relaxed);
+    if (n_skip > 0) {
+        atomic_store_explicit(&g_deltamem_wait.n_skip, n_skip - 1, memory_order_relaxed);
+    } else {
+        const int     n_skipped = atomic_load_explicit(&g_deltamem_wait.n_skipped, memory_order_relaxed);
+        const int64_t begin     = ggml_time_us();
+        int64_t       t         = 0;
+        do {
+            if (ggml_cpu_deltamem_spin(counter, value, 16)) {
+                if (n_skipped > 0 && t < GGML_CPU_DELTAMEM_SHORT_US) {
+                    atomic_store_explicit(&g_deltamem_wait.n_skipped, n_skipped / 2, memory_order_relaxed);
+                }
+                return;
+            }
+            t = ggml_time_us() - begin;
+        } while (t < GGML_CPU_DELTAMEM_SPIN_US);
+        const int n = MIN(MAX(2 * n_skipped, GGML_CPU_DELTAMEM_MIN_SKIPPED), GGML_CPU_DELTAMEM_MAX_SKIPPED);
+        atomic_store_explicit(&g_deltamem_wait.n_skipped, n, memory_order_relaxed);
+        atomic_store_explicit(&g_deltamem_wait.n_skip, n, memory_order_relaxed);
+    }
+    ggml_mutex_lock_shared(&g_deltamem_wait.mutex);
+    atomic_fetch_add(&g_deltamem_wait.n_asleep, 1);
+    while (atomic_load(counter) == value) {
+        ggml_cond_wait(&g_deltamem_wait.cond, &g_deltamem_wait.mutex);
+    }
+    atomic_fetch_add(&g_deltamem_wait.n_asleep, -1);
+    ggml_mutex_unlock_shared(&g_deltamem_wait.mutex);
+}
+
+// After a counter was changed, sequentially consistent: wakes whoever sleeps. A thread that is about to sleep counts itself before
+// it looks at its counter, under the lock, so either it sees the change or it is seen here.
+static void ggml_cpu_deltamem_wake(void) {
+    if (atomic_load(&g_deltamem_wait.n_asleep) > 0) {
+        ggml_mutex_lock(&g_deltamem_wait.mutex);
+        ggml_mutex_unlock(&g_deltamem_wait.mutex);
+        ggml_cond_broadcast(&g_deltamem_wait.cond);
+    }
+}
