@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .arguments import count, integers, positive
 from .bench_model import cache_folder, synthetic_files
+from .cpus import usable
 from .errors import DeltaMemError, InputError, LibraryError, ModelError
 from .gguf_header import Header
 from .hub import adapter_file, model_file
@@ -182,7 +183,7 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
         n_ctx=-(-longest // 256) * 256,  # llama.cpp pads it likewise
         n_batch=args.batch_size,
         n_ubatch=min(args.ubatch_size, args.batch_size),
-        n_threads=args.threads or _n_cpus(),
+        n_threads=args.threads or usable(),
         n_gpu_layers=args.gpu_layers,
         flash_attn=args.flash_attn == "on",
         type_k=args.cache_type_k,
@@ -295,10 +296,6 @@ def _library_folder(path: str) -> str:
     if not any((folder / name).is_file() for name in ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")):
         raise LibraryError(f"{path}: holds no llama library: name the folder of a build's libllama")
     return str(folder.resolve())
-
-
-def _n_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu() -> str:

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import count, integers, positive
+from .cpus import usable
 from .errors import InputError, ModelError
 from .kinds import PNG, json_of
 from .outfile import output
@@ -256,7 +257,7 @@ class NativeReader:
     ):
         from .llama import DeltaMemLlama
 
-        threads = threads or max((os.cpu_count() or 1) // 2, 1)
+        threads = threads or max(usable() // 2, 1)
         self.llm: DeltaMemLlama = DeltaMemLlama(
             model_path=os.fspath(model), deltamem_path=adapter, n_ctx=0, n_threads=threads, n_threads_batch=threads,
             verbose=False,

@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 from . import _lib
 from ._lib import BaseLlamaCache, Llama, LlamaState
 from .completion import Completion
+from .cpus import usable
 from .embedding import tokenized, vectors
 from .errors import AdapterError, InputError, ModelError, NotFiniteError
 from .ggml import can_be_mapped
@@ -71,6 +72,8 @@ class DeltaMemLlama(Llama):
             the context is n_seq_max times as large.
         rpc_servers: `host:port` of machines that run `deltamem rpc-server`, several with commas: layers go there first,
             all of them unless n_gpu_layers says how many.
+        n_threads, n_threads_batch: threads for a reply, and for prompts. None or 0: half of the CPUs that the process
+            may use, and all of them.
         verbose: print llama.cpp's log as it comes. Else it goes to the logger `pydeltamem.llama_cpp`.
         **kwargs: as `llama_cpp.Llama`.
 
@@ -122,6 +125,9 @@ class DeltaMemLlama(Llama):
         for name in ("n_threads", "n_threads_batch"):
             if not 0 <= (kwargs.get(name) or 0) <= MAX_THREADS:
                 raise InputError(f"{option(name)} is 1 to {MAX_THREADS}, not {kwargs[name]}")
+        n_cpus = min(usable(), MAX_THREADS)  # llama_cpp counts those that the process may not use, too
+        kwargs["n_threads"] = kwargs.get("n_threads") or max(n_cpus // 2, 1)
+        kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or n_cpus
         if kwargs.get("n_batch", n_seq_max) < n_seq_max:
             raise InputError(f"{option('n_batch')} is n_seq_max, {n_seq_max}, at least, not {kwargs['n_batch']}")
         model_path = _Path(model_file(model_path))

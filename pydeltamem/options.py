@@ -34,7 +34,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-c", "--ctx-size", type=count, default=4096, metavar="N", help="context (%(default)s; 0: the model's)"
     )
-    group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half the CPUs)")
+    group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the CPUs that it may use)")
     group.add_argument(
         "-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t, or all CPUs)"
     )

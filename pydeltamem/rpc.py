@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import os
 import signal
 import socket
 
 from . import _lib
 from .arguments import at_least, positive
+from .cpus import usable
 from .errors import InputError, LibraryError
 
 DEFAULT_PORT = 50052
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     parser.add_argument("--port", type=at_least(1, 65535), default=DEFAULT_PORT, help="(%(default)s)")
     parser.add_argument(
-        "-t", "--threads", type=positive, default=max(1, (os.cpu_count() or 2) // 2), metavar="N",
+        "-t", "--threads", type=positive, default=max(1, usable() // 2), metavar="N",
         help="threads, without a GPU (half the CPUs)",
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -272,6 +273,29 @@ def test_too_many_threads(make_llm, name):
     for n in (513, -1):
         with pytest.raises(InputError, match=f"{name} is 1 to 512, not {n}"):
             make_llm(**{name: n})
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or os.cpu_count() == 1, reason="there are no CPUs to leave out"
+)
+def test_as_many_threads_as_cpus_that_the_process_may_use(base):
+    """llama_cpp counts those of the machine; two threads on one CPU wait for each other most of the time."""
+    program = f"""
+import os
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from pydeltamem import DeltaMemLlama
+
+def threads(**options):
+    with contextlib.closing(DeltaMemLlama({str(base())!r}, n_ctx=256, **options)) as llm:
+        params = llm.context_params
+        assert (llm.n_threads, llm.n_threads_batch) == (params.n_threads, params.n_threads_batch)
+        return llm.n_threads, llm.n_threads_batch
+
+import contextlib
+print(threads(), threads(n_threads=0, n_threads_batch=0), threads(n_threads=3), threads(n_threads_batch=2))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.strip() == "(1, 1) (1, 1) (3, 1) (1, 2)", result.stderr
 
 
 def test_servers_get_the_layers(make_llm, monkeypatch):

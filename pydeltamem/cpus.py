@@ -1,0 +1,10 @@
+"""How many CPUs this process may use."""
+
+from __future__ import annotations
+
+import os
+
+
+def usable() -> int:
+    """CPUs that this process may run on: taskset, a container or a scheduler of jobs may leave it a part of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
