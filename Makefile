@@ -107,9 +107,9 @@ sanitize: $(DEMO)/memory.gguf ## load, generate, save, load, free under the addr
 tsan: $(DEMO)/memory.gguf ## the operator and two threads' worth of calls under the thread sanitizer
 	cmake -S . -B build/tsan $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_TSAN=ON -DGGML_OPENMP=OFF \
 		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
-	cmake --build build/tsan --target test-op test-threads test-lifecycle
+	cmake --build build/tsan --target test-op test-wait test-threads test-lifecycle
 	TSAN_OPTIONS=halt_on_error=1 \
-		ctest --test-dir build/tsan --output-on-failure -R '^(op|threads|lifecycle|lifecycle-segments)$$'
+		ctest --test-dir build/tsan --output-on-failure -R '^(op|wait|threads|lifecycle|lifecycle-segments)$$'
 
 memcheck: $(DEMO)/memory.gguf ## the same under valgrind
 	cmake -S . -B $(MEMCHECK) $(MEMCHECK_ARGS) $(NATIVE_TESTS)
