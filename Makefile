@@ -43,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw architectures schedules fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-memory architectures schedules fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -141,6 +141,22 @@ default-tsw default-msw: default-%:
 
 default-ssw: default-tsw
 	$(BIN)/deltamem train $(DEFAULT)/hf $(DEFAULT)/train.jsonl -o $(DEFAULT)/ssw --strategy ssw $(SSW_ARGS)
+
+# The memory of SmolLM2-135M. Goes on where it was broken off; SMOLLM2_ARGS="--init recipes/smollm2/msw ..." begins with the
+# weights that are there. ordinary.py and mixture.py read ../shared/data, or DELTAMEM_DATA.
+SMOLLM2      := build/smollm2
+SMOLLM2_ARGS ?= --strategy msw --update no_lambda --write-bias -2 --heads-gain 0.5
+
+$(SMOLLM2)/ordinary.jsonl: | $(INSTALLED)
+	$(BIN)/python recipes/ordinary.py smollm2 $@
+
+$(SMOLLM2)/train.jsonl: recipes/mixture.py recipes/natural/train.jsonl.gz | $(SMOLLM2)/ordinary.jsonl
+	$(BIN)/python recipes/mixture.py $@ --ordinary $(SMOLLM2)/ordinary.jsonl
+
+smollm2-memory: $(SMOLLM2)/train.jsonl ## train a memory for SmolLM2-135M (hours on one core; SMOLLM2_ARGS)
+	OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
+		$(BIN)/deltamem train smollm2 $< -o $(SMOLLM2)/msw --steps 5000 --batch 8 --rate 3e-3 --short-first 0 \
+		--max-tokens 400 --visible 0.12 --eval-every 500 $(SMOLLM2_ARGS)
 
 architectures: $(INSTALLED) ## hooks against the PyTorch reference: docs/architectures.md's table, pydeltamem/architectures.json
 	DELTAMEM_ARCHITECTURES=$(CURDIR)/pydeltamem/architectures.json \

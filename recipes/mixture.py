@@ -1,0 +1,222 @@
+"""Writes the conversations that SmolLM2's memories are trained on, one in a line, for `deltamem train`.
+
+    python recipes/mixture.py build/smollm2/train.jsonl --data ../shared/data --ordinary build/smollm2/ordinary.jsonl
+
+Drawn by weights from these sources, of which the last three are not ours to ship (../shared/data/README.md, or
+DELTAMEM_DATA):
+
+    natural      conversations written by hand (recipes/natural/train.jsonl.gz)
+    together     two of them, one after the other
+    world, many  facts of the small world in its phrasings, with small talk and updates; four to eight facts
+    ordinary     any of these before an ordinary request, whose answer stays the frozen model's (recipes/ordinary.py)
+    dialogues    task dialogues; questions ask for the values of their slots (train/sgd.jsonl.gz)
+    paragraphs   the sentences that answer a question, in a message (train/nq_oracle.jsonl.gz)
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from conversations import conversation, messages
+
+from pydeltamem import kinds
+from pydeltamem.files import replacing
+from pydeltamem.world import World
+
+HERE = Path(__file__).resolve().parent
+DATA = Path(os.environ.get("DELTAMEM_DATA", HERE.parents[1] / "shared" / "data"))
+WEIGHTS = {
+    "natural": 6.0,
+    "together": 1.0,
+    "world": 2.0,
+    "many": 1.3,
+    "ordinary": 0.5,
+    "dialogues": 2.0,
+    "paragraphs": 0.8,
+}
+MAX_CHARACTERS = 1_400  # of the messages of a conversation: about 350 tokens
+HELD_OUT = 60  # dialogues at the head of their file that are not drawn
+
+Record = tuple[list[dict[str, str]], list[list[dict[str, str]]]]  # messages, questions with answers
+
+# How a dialogue's slots are asked for: by what a slot's name has in it. {n}: what it belongs to.
+SLOTS: list[tuple[str, list[str]]] = [
+    ("phone", ["What's the phone number?", "which number do I call", "What number can I ring for the {n}?"]),
+    ("address", ["What's the address?", "Where exactly is the {n}?", "what street is it on", "Which address was it?"]),
+    ("pickup_location", ["Where do I pick it up?", "which place is the pickup at"]),
+    ("date", ["What date did I pick?", "Which day is it?", "what day was it for", "On what date is the {n}?",
+              "For which day did I want it?"]),
+    ("time", ["What time did I want?", "At what time is the {n}?", "what time is it at",
+              "Which time did we settle on?"]),
+    ("rating", ["What's its rating?", "How is the {n} rated?", "what rating did it have"]),
+    ("artist", ["Who sings it?", "Which artist is the song by?", "who was the singer"]),
+    ("album", ["Which album is it on?", "What album was that from?"]),
+    ("genre", ["What genre did I ask for?", "Which genre is it?", "what kind of {n} did i want"]),
+    ("cuisine", ["What cuisine did I want?", "Which kind of food did I ask for?", "what food was it"]),
+    ("direct", ["Who directed it?", "Who is the film's director?"]),
+    ("dest|to_loc|where_to", ["Where am I going?", "What's my destination?", "Which place did I want to get to?"]),
+    ("orig|from_loc", ["Where do I leave from?", "Where does the trip begin?", "which city do I start in"]),
+    ("venue", ["What's the venue?", "Where does it take place?", "which venue is it at"]),
+    ("balance", ["What's my balance?", "How much is in my account?"]),
+    ("recipient", ["Who gets the money?", "Whom did I send money to?"]),
+    ("amount", ["How much did I transfer?", "What amount was it?"]),
+    ("temperature", ["How warm will it be?", "What's the temperature?"]),
+    ("number_of|group|passengers", ["How many people?", "For how many people was it?", "how many of us are going"]),
+    ("city|location|area", ["Which city did I choose?", "What city was that in?", "which city did we settle on",
+                            "In what city is the {n}?", "Where did I want the {n}?"]),
+    ("name|title", ["What's the {n} called?", "What was the name of the {n}?", "name of the {n}?",
+                    "Which {n} did we pick?", "which {n} was it", "Do you remember the {n}'s name?"]),
+    ("price|fare|rent", ["How much does it cost?", "What was the price?", "how much was it", "What do I have to pay?"]),
+]  # fmt: skip
+# The same by a slot's description, for any slot.
+DESCRIBED = [
+    "What was the {a}?", "Which {a} did we talk about?", "{A}?", "Remind me: {a}?", "Can you tell me the {a}?",
+    "what was the {a} again", "What did I say for the {a}?", "Earlier we spoke of the {a}. What was it?",
+    "Tell me the {a}.", "do you remember the {a}",
+]  # fmt: skip
+SERVICES = {
+    "Movies": "film", "Media": "film", "RentalCars": "rental car", "Services": "appointment", "Music": "song",
+    "RideSharing": "taxi ride", "Calendar": "event", "Homes": "apartment", "Travel": "attraction", "Buses": "bus",
+    "Banks": "bank account", "Weather": "weather",
+}  # fmt: skip
+VALUES = ["It's {v}.", "{v}.", "It was {v}.", "That's {v}.", "You chose {v}."]
+READ = ["Okay.", "I have read it.", "Thank you, I'll keep that in mind.", "Got it."]
+PARAGRAPHS = ["Read this: ", "", "Here is a text about {t}.\n", "Please read:\n", "{t}\n\n", "From an article: "]
+
+
+def lines(path: Path) -> list[Any]:
+    """A file of JSON lines, perhaps gzip. Ends the program with one sentence if it is missing."""
+    if not path.exists():
+        raise SystemExit(f"{path}: is missing: it is data that others publish; name its folder with --data")
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+class Mixture:
+    """Draws conversations. The same seed, the same draws.
+
+    Args:
+        data: the folder of what is not ours.
+        ordinary: requests and the frozen model's answers (recipes/ordinary.py); None: leaves them out.
+        seed: of all draws.
+    """
+
+    def __init__(self, data: Path, ordinary: Path | None, seed: int):
+        self.random = random.Random(seed)
+        self.natural = lines(HERE / "natural" / "train.jsonl.gz")
+        self.dialogues = [x for x in lines(data / "train" / "sgd.jsonl.gz") if x["said"]][HELD_OUT:]
+        self.paragraphs = lines(data / "train" / "nq_oracle.jsonl.gz")
+        self.requests = lines(ordinary) if ordinary else []
+        self.weights = {name: weight for name, weight in WEIGHTS.items() if name != "ordinary" or self.requests}
+
+    def draw(self) -> Record:
+        while True:
+            (kind,) = self.random.choices(list(self.weights), list(self.weights.values()))
+            source: Callable[[], Record | None] = getattr(self, f"_{kind}")
+            record = source()
+            if record and record[1] and sum(len(m["content"]) for m in record[0]) <= MAX_CHARACTERS:
+                said, asks = record
+                return said, self.random.sample(asks, min(6, len(asks)))
+
+    def _natural(self) -> Record:
+        one = self.random.choice(self.natural)
+        return one["messages"], one["asks"]
+
+    def _together(self) -> Record:
+        (first, of_first), (second, of_second) = self._natural(), self._natural()
+        return first + second, of_first + of_second
+
+    def _world(self) -> Record:
+        turns, asks = conversation(self._new_world())
+        return messages(turns), [messages([ask]) for ask in asks]
+
+    def _many(self) -> Record:
+        world = self._new_world()
+        facts = world.facts(self.random.choice((4, 4, 6, 8, 8)))
+        return messages([world.tell(fact) for fact in facts]), [messages([world.ask(fact)]) for fact in facts]
+
+    def _new_world(self) -> World:
+        return World(self.random.randrange(1 << 40), part="seen", phrasings="seen")
+
+    def _ordinary(self) -> Record:
+        said, _ = getattr(self, self.random.choice(("_natural", "_world", "_dialogues")))()
+        request = self.random.choice(self.requests)
+        return said, [messages([(request["prompt"], request["answer"])])]
+
+    def _dialogues(self) -> Record:
+        """The beginning of a dialogue, and questions for the latest values of its slots."""
+        draw, dialogue = self.random, self.random.choice(self.dialogues)
+        said = dialogue["messages"][: 2 * draw.choice((2, 3, 4, 5, 6, 8))]
+        latest = {(x["service"], x["slot"]): x for x in dialogue["said"] if x["turn"] < len(said)}
+        patterns = [_pattern(x["slot"]) for x in latest.values()]
+        asks = []
+        for slot in draw.sample(list(latest.values()), min(5, len(latest))):
+            value, about = slot["value"].strip(), slot["about"].strip().rstrip(".")
+            if len(value) > 48:
+                continue
+            about = about[0].lower() + about[1:]
+            noun = SERVICES.get(slot["service"], slot["service"].lower().rstrip("s"))
+            pattern = _pattern(slot["slot"])
+            if pattern and patterns.count(pattern) == 1 and draw.random() < 0.5:
+                question = draw.choice(dict(SLOTS)[pattern]).format(n=noun)
+            else:
+                question = draw.choice(DESCRIBED).format(a=about, A=about[0].upper() + about[1:])
+            if draw.random() < 0.1:
+                question = question.lower()
+            answer = draw.choice(VALUES[:2] if draw.random() < 0.7 else VALUES).format(v=value)
+            asks += [messages([(question, answer)])]
+        return said, asks
+
+    def _paragraphs(self) -> Record | None:
+        draw, item = self.random, self.random.choice(self.paragraphs)
+        answer, text, title = item["answers"][0], item["ctxs"][0]["text"], item["ctxs"][0]["title"]
+        if draw.random() < 0.6:  # only the sentences around the answer
+            sentences = re.split(r"(?<=[.!?]) +", text)
+            place = next((i for i, sentence in enumerate(sentences) if answer in sentence), None)
+            if place is None:
+                return None
+            text = " ".join(sentences[max(0, place - draw.randrange(2)) : place + 1 + draw.randrange(2)])
+        if answer not in text:
+            return None
+        question = item["question"]
+        if draw.random() < 0.6:
+            question = f"{question[0].upper()}{question[1:]}?"
+        opening = draw.choice(PARAGRAPHS).format(t=title)
+        end = "." if draw.random() < 0.5 else ""
+        return messages([(opening + text, draw.choice(READ))]), [messages([(question, answer + end)])]
+
+
+def _pattern(slot: str) -> str | None:
+    return next((pattern for pattern, _ in SLOTS if re.search(pattern, slot.lower())), None)
+
+
+def draw_all(mixture: Mixture, count: int) -> Iterator[str]:
+    for _ in range(count):
+        said, asks = mixture.draw()
+        yield json.dumps({"messages": said, "asks": asks}, ensure_ascii=False) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--ordinary", type=Path)
+    parser.add_argument("--count", type=int, default=40_000)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    mixture = Mixture(args.data, args.ordinary, args.seed)
+    with replacing(args.out, kinds.CONVERSATIONS) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(draw_all(mixture, args.count))
+
+
+if __name__ == "__main__":
+    main()

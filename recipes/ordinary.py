@@ -1,0 +1,72 @@
+"""Writes ordinary requests and what the frozen model answers to them: training keeps these answers as they are.
+
+python recipes/ordinary.py smollm2 build/smollm2/ordinary.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from mixture import DATA, HERE, lines
+
+from pydeltamem import DeltaMemLlama, kinds
+from pydeltamem.files import replacing
+
+LONGEST = 128  # tokens: longer answers would be cut, and are left out
+SUBJECTS = (
+    "the sea, photosynthesis, black holes, democracy, bread, bicycles, the printing press, gravity, volcanoes, coffee,"
+    " honesty, the internet, whales, chess, antibiotics, rivers, autumn, mountains, robots, friendship, inflation,"
+    " vaccines, glass, poetry, rain, trains, time zones, bees, dreams, music, language, maps, salt, cats, libraries,"
+    " fire, mirrors, paper, tides, sleep"
+)
+REQUESTS = (
+    "Write a short poem about {s}.", "Explain {s} to a child.", "Give me three facts about {s}.",
+    "Write a haiku about {s}.", "List five words that come to mind with {s}.",
+    "Write two sentences about {s}, without using the letter z.",
+    "Write a title for an essay on {s} in all capital letters.", "Say in one sentence why {s} matters.",
+    "Write a paragraph about {s} and end it with the words: That is all.", "Answer in JSON: name and category of {s}.",
+)  # fmt: skip
+PHRASES = ("Good morning", "Where is the station?", "I like apples", "Thank you very much", "It is raining")
+
+
+def requests(data: Path, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    questions = [item["question"] for item in lines(data / "train" / "nq_oracle.jsonl.gz")]
+    made = [f"{question[0].upper()}{question[1:]}?" for question in draw.sample(questions, 220)]
+    natural = lines(HERE / "natural" / "train.jsonl.gz")
+    later = [m["content"] for x in natural for m in x["messages"][2:] if m["role"] == "user" and len(m["content"]) > 25]
+    made += draw.sample(later, 200)
+    for subject in SUBJECTS.split(", "):
+        made += [request.format(s=subject) for request in draw.sample(REQUESTS, 4)]
+    for _ in range(40):
+        a, b = draw.randrange(2, 60), draw.randrange(2, 60)
+        made.append(f"What is {a} {draw.choice(('plus', 'times', 'minus'))} {b}?")
+    made += [f"Translate into {to}: {text}" for to in ("French", "Spanish", "German", "Italian") for text in PHRASES]
+    draw.shuffle(made)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="GGUF, or its name")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--seed", type=int, default=3)
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    llm = DeltaMemLlama(args.model, n_ctx=1024)
+    with replacing(args.out, kinds.CONVERSATIONS) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for request in requests(args.data, args.seed):
+            llm.reset()
+            asked = [{"role": "user", "content": request}]
+            choice = llm.create_chat_completion(asked, max_tokens=LONGEST, temperature=0)["choices"][0]
+            if choice["finish_reason"] == "stop":
+                answer = choice["message"]["content"].strip()
+                file.write(json.dumps({"prompt": request, "answer": answer}, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
