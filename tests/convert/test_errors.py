@@ -215,7 +215,7 @@ def test_missing_files(job, capsys):
     shutil.rmtree(job.directory)
     refused(job, capsys, CheckpointError, job.directory, "no such checkpoint directory")
     job.directory.write_text("a file")
-    refused(job, capsys, CheckpointError, job.directory, "no such checkpoint directory")
+    refused(job, capsys, CheckpointError, job.directory, "is a file")
 
 
 # the weights
