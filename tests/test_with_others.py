@@ -12,9 +12,13 @@ from pydeltamem.gguf_header import Header
 TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88]
 
 
-def write_like(path, header, tensors):
-    """A model with the keys of another one and these tensors."""
-    writer = gguf.GGUFWriter(path, header.keys["general.architecture"])
+def write_like(path, header, tensors=None, alignment=None, **options):
+    """A model with the keys of another one and these tensors, or its own. options: of gguf's writer."""
+    if tensors is None:
+        tensors = {name: header.read(name) for name in header.tensors}
+    writer = gguf.GGUFWriter(path, header.keys["general.architecture"], **options)
+    if alignment:
+        writer.add_custom_alignment(alignment)
     for key, value in header.keys.items():
         kind = header.types[key]
         if key == "general.architecture":

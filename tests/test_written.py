@@ -15,6 +15,7 @@ from pydeltamem.pack import pack
 from pydeltamem.quantize import quantize
 from pydeltamem.synthetic import Shape, write_model
 from test_cli import deltamem
+from test_with_others import write_like
 
 ODD = Shape("qwen3", 2, 36, 2, 1, 18, 52)  # its tensors' bytes are no multiples of 32
 TOKENS = [5, 17, 40]
@@ -22,21 +23,7 @@ TOKENS = [5, 17, 40]
 
 def aligned(source, path, alignment):
     """The same model at another alignment."""
-    header = Header(source)
-    writer = gguf.GGUFWriter(path, header.keys["general.architecture"])
-    writer.add_custom_alignment(alignment)
-    for key, value in header.keys.items():
-        kind = header.types[key]
-        if isinstance(value, list):
-            writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, kind)
-        elif key != "general.architecture":
-            writer.add_key_value(key, value, kind)
-    for name in header.tensors:
-        writer.add_tensor(name, header.read(name))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_like(path, Header(source), alignment=alignment)
     return path
 
 
@@ -164,13 +151,11 @@ def test_convert_base_refuses_what_is_not_finite(hf, tmp_path):
 
 def test_quantize_writes_no_infinity(base, odd, tmp_path):
     """Weights, and what keeps its type."""
-    import test_with_others
-
     header = Header(odd(32))
     for name in ("blk.1.ffn_up.weight", "output_norm.weight"):
         tensors = {tensor: header.read(tensor) for tensor in header.tensors}
         tensors[name].flat[7] = 1e6 if name.startswith("blk") else np.inf
-        test_with_others.write_like(tmp_path / "large.gguf", header, tensors)
+        write_like(tmp_path / "large.gguf", header, tensors)
         with pytest.raises(ModelError, match=r"large\.gguf"):
             quantize(tmp_path / "large.gguf", tmp_path / "q.gguf", "f16")
         result = deltamem("quantize", tmp_path / "large.gguf", tmp_path / "q.gguf", "f16")

@@ -6,6 +6,7 @@
 // OTHER is an adapter of another architecture. A context with three sequences serves.
 
 #include "llama-deltamem.h"
+#include "decoding.h"
 #include "testing.h"
 
 #include <cstdlib>
@@ -41,22 +42,6 @@ static std::vector<llama_token> prompt(int n_vocab, int seed) {
         tokens.push_back((37 * i + 11 * seed + 5) % n_vocab);
     }
     return tokens;
-}
-
-static bool decode(llama_context * ctx, const std::vector<llama_token> & tokens, llama_pos pos, llama_seq_id seq_id) {
-    llama_batch batch = llama_batch_init((int32_t) tokens.size(), 0, 1);
-    for (size_t i = 0; i < tokens.size(); ++i) {
-        batch.token[i]     = tokens[i];
-        batch.pos[i]       = pos + (llama_pos) i;
-        batch.n_seq_id[i]  = 1;
-        batch.seq_id[i][0] = seq_id;
-        batch.logits[i]    = i + 1 == tokens.size();
-    }
-    batch.n_tokens = (int32_t) tokens.size();
-
-    const bool ok = llama_decode(ctx, batch) == 0;
-    llama_batch_free(batch);
-    return ok;
 }
 
 static std::vector<llama_token> generate(llama_context * ctx, int n_vocab, llama_seq_id seq_id) {

@@ -4,6 +4,7 @@
 //     test-threads BASE.gguf ADAPTER.gguf
 
 #include "llama-deltamem.h"
+#include "decoding.h"
 #include "testing.h"
 
 #include <atomic>
@@ -39,22 +40,6 @@ static llama_context * make_context(llama_model * model) {
     params.n_threads            = 2;
     params.n_threads_batch      = 2;
     return llama_init_from_model(model, params);
-}
-
-static bool decode(llama_context * ctx, const std::vector<llama_token> & tokens, llama_pos pos, llama_seq_id seq_id) {
-    llama_batch batch = llama_batch_init((int32_t) tokens.size(), 0, 1);
-    for (size_t i = 0; i < tokens.size(); ++i) {
-        batch.token[i]     = tokens[i];
-        batch.pos[i]       = pos + (llama_pos) i;
-        batch.n_seq_id[i]  = 1;
-        batch.seq_id[i][0] = seq_id;
-        batch.logits[i]    = i + 1 == tokens.size();
-    }
-    batch.n_tokens = (int32_t) tokens.size();
-
-    const bool ok = llama_decode(ctx, batch) == 0;
-    llama_batch_free(batch);
-    return ok;
 }
 
 // What a thread does with a sequence: a prompt with checkpoints, a reply token by token, its state out and in, bad calls.
