@@ -133,9 +133,11 @@ class Trainer:
                 if self.step % 10 == 0:
                     self.curve.append((self.step, self.mean))
                 progress.update(bar, advance=1, description=f"{name}, loss {self.mean:.3f}")
-                if self.step % args.save_every == 0 or self.step == args.steps:
+                last = self.step == args.steps
+                measured = self.recall is not None and (last or self.step % args.eval_every == 0)
+                if last or measured or self.step % args.save_every == 0:
                     self._save()
-                if self.recall and (self.step % args.eval_every == 0 or self.step == args.steps):
+                if measured:
                     self._measure(self.recall)
         self._plot()
         return self._report()
@@ -242,7 +244,6 @@ class Trainer:
             raise OutputError(f"{self.out / 'checkpoint.pt'}: cannot be written: {error}") from error
 
     def _measure(self, recall: NativeRecall) -> None:
-        self.memory.save_checkpoint(self.out)
         row = {"step": self.step, "loss": self.mean, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
         row.update(recall.measure(self.out))
         try:
