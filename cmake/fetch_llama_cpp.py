@@ -31,8 +31,8 @@ SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 REQUIREMENT = f"llama-cpp-python=={VERSION}"
 SDIST = f"llama_cpp_python-{VERSION}.tar.gz"
 
-# What the libraries need of vendor/llama.cpp (the file of tests has its tiny models), its converter, and one vocabulary
-# for tests. The rest is 150 MB of documents and models.
+# What the libraries need of vendor/llama.cpp (native/deltamem_architectures its test file), its converter, and one
+# vocabulary for tests. The rest is 150 MB of documents and models.
 KEEP = (
     "CMakeLists.txt",
     "LICENSE",

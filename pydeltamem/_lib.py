@@ -268,26 +268,6 @@ def llama_deltamem_set_segments(
 def llama_deltamem_abandon_ingest(ctx: llama_context_p, seq_id: int, /) -> int: ...
 
 
-# const char * llama_deltamem_arch_name(int32_t i);
-@ctypes_function("llama_deltamem_arch_name", [ctypes.c_int32], ctypes.c_char_p)
-def llama_deltamem_arch_name(i: int, /) -> bytes | None: ...
-
-
-# struct llama_model * llama_deltamem_tiny_model(const char * arch);
-@ctypes_function("llama_deltamem_tiny_model", [ctypes.c_char_p], llama_model_p_ctypes)
-def llama_deltamem_tiny_model(arch: bytes, /) -> llama_model_p | None: ...
-
-
-# int32_t llama_deltamem_tiny_adapter(
-#     const struct llama_model * model, int32_t il, const char * heads, const char * path);
-@ctypes_function(
-    "llama_deltamem_tiny_adapter",
-    [llama_model_p_ctypes, ctypes.c_int32, ctypes.c_char_p, ctypes.c_char_p],
-    ctypes.c_int32,
-)
-def llama_deltamem_tiny_adapter(model: llama_model_p, il: int, heads: bytes, path: bytes, /) -> int: ...
-
-
 def last_error() -> str:
     """The reason of the last native failure, without the name of the function that logged it."""
     return _reason(llama_deltamem_last_error().decode("utf-8", errors="replace"))

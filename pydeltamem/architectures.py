@@ -1,13 +1,16 @@
 """`deltamem architectures`: which architectures take a memory, asked of the library itself.
 
 For each architecture that the built llama.cpp knows, another process makes a tiny model, with the hyperparameters that
-llama.cpp's own tests have for it, and attaches a memory to each of its layers, as it is done with any model. What was
-compared with PyTorch stands in architectures.json, which `make architectures` writes.
+llama.cpp's own tests have for it, and attaches an adapter to each of its layers, as it is done with any model. The tiny
+models come from a library that only this command loads (native/deltamem_architectures). What was compared with PyTorch
+stands in architectures.json, which `make architectures` writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import itertools
 import json
 import os
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import InputError
+from .errors import InputError, LibraryError
 from .kinds import json_of
 from .outfile import output
 
@@ -58,11 +61,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def names() -> list[str]:
-    """Every architecture that the built llama.cpp knows."""
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The functions of deltamem-architectures.h. Raises LibraryError."""
+    from llama_cpp._ctypes_extensions import load_shared_library
+
     from . import _lib
 
-    found = (_lib.llama_deltamem_arch_name(i) for i in itertools.count())
+    folder = _lib.library_folder()
+    try:
+        loaded = load_shared_library("deltamem-architectures", Path(folder))
+    except (FileNotFoundError, RuntimeError) as error:
+        raise LibraryError(f"{folder} has no library of tiny models ({error}): reinstall pydeltamem") from error
+
+    # const char * deltamem_architecture_name(int32_t i);
+    loaded.deltamem_architecture_name.argtypes = [ctypes.c_int32]
+    loaded.deltamem_architecture_name.restype = ctypes.c_char_p
+    # struct llama_model * deltamem_tiny_model(const char * architecture);
+    loaded.deltamem_tiny_model.argtypes = [ctypes.c_char_p]
+    loaded.deltamem_tiny_model.restype = _lib.llama_model_p_ctypes
+    # int32_t deltamem_tiny_adapter(
+    #     const struct llama_model * model, int32_t il, const char * heads, const char * path);
+    loaded.deltamem_tiny_adapter.argtypes = [
+        _lib.llama_model_p_ctypes,
+        ctypes.c_int32,
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+    ]
+    loaded.deltamem_tiny_adapter.restype = ctypes.c_int32
+    return loaded
+
+
+def names() -> list[str]:
+    """Every architecture that the built llama.cpp knows."""
+    found = (library().deltamem_architecture_name(i) for i in itertools.count())
     return [name.decode() for name in itertools.takewhile(lambda name: name is not None, found)]
 
 
@@ -141,7 +173,7 @@ def _ask(name: str, scratch: str) -> dict[str, Any]:
 
     llama = _lib.llama_cpp
     with _lib.errors_held() as log:
-        model = _lib.llama_deltamem_tiny_model(name.encode())
+        model = library().deltamem_tiny_model(name.encode())
         reasons, log[:] = _lib.reason(log), []
     if not model:
         if "is not supported" in _lib.last_error():
@@ -159,7 +191,7 @@ def _ask(name: str, scratch: str) -> dict[str, Any]:
     def refusal(layer: int, heads: str) -> str:
         """Why attaching is refused; empty if it is not."""
         with _lib.errors_held() as log:
-            status = _lib.llama_deltamem_tiny_adapter(model, layer, heads.encode(), scratch.encode())
+            status = library().deltamem_tiny_adapter(model, layer, heads.encode(), scratch.encode())
             adapter = None if status else _lib.llama_deltamem_adapter_load(model, scratch.encode())
             status = _lib.llama_deltamem_attach(context, adapter) if adapter else -1
             if adapter:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pydeltamem import AdapterError, DeltaMemLlama, InputError, _lib, architectures, cli
+from pydeltamem import AdapterError, DeltaMemLlama, InputError, LibraryError, _lib, architectures, cli
 from pydeltamem.convert import hf
 from test_unsupported import bitnet, rewrite  # noqa: F401 - a fixture
 
@@ -153,14 +153,32 @@ def test_results_of_another_library_do_not_count(monkeypatch, tmp_path):
 
 
 def test_tiny_adapters_that_cannot_be(tmp_path):
+    library = architectures.library()
     with _lib.errors_held() as log:
-        model = _lib.llama_deltamem_tiny_model(b"qwen3")
-        assert _lib.llama_deltamem_tiny_adapter(model, 99, b"q", str(tmp_path / "a").encode()) == -1
-        assert "no layer 99" in _lib.last_error()
-        assert _lib.llama_deltamem_tiny_adapter(model, 0, b"q", str(tmp_path / "no" / "a").encode()) == -1
-        assert "cannot be written" in _lib.last_error()
+        model = library.deltamem_tiny_model(b"qwen3")
+        assert library.deltamem_tiny_adapter(model, 99, b"q", str(tmp_path / "a").encode()) == -1
+        assert "99" in _lib.last_error()
+        assert library.deltamem_tiny_adapter(model, 0, b"q", str(tmp_path / "no" / "a").encode()) == -1
+        assert str(tmp_path / "no" / "a") in _lib.last_error()
         _lib.llama_cpp.llama_model_free(model)
-        assert not _lib.llama_deltamem_tiny_model(b"qwen9")
-        assert "knows no architecture 'qwen9'" in _lib.last_error()
+        assert not library.deltamem_tiny_model(b"qwen9")
+        assert "qwen9" in _lib.last_error()
         log.clear()
-    assert _lib.llama_deltamem_arch_name(-1) is None and _lib.llama_deltamem_arch_name(10_000) is None
+    assert library.deltamem_architecture_name(-1) is None and library.deltamem_architecture_name(10_000) is None
+
+
+def test_only_this_command_loads_the_tiny_models():
+    """They are a test file of llama.cpp, which the library that everybody loads does without."""
+    assert hasattr(architectures.library(), "deltamem_tiny_model")
+    llama = _lib.llama_cpp.llama_cpp._lib
+    assert not [name for name in ("llama_deltamem_tiny_model", "deltamem_tiny_model") if hasattr(llama, name)]
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(_lib, "library_folder", lambda: str(tmp_path))
+    architectures.library.cache_clear()
+    with pytest.raises(LibraryError) as info:
+        architectures.describe(["qwen3"])
+    assert str(tmp_path) in str(info.value)
+    assert cli.main(["architectures", "qwen3"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

@@ -2,8 +2,7 @@
 //
 // Threads: as for llama.h; one context is used by one thread at a time.
 // Errors:  functions that can fail return NULL, a negative number or 0 bytes as documented. They log the reason through
-//          llama_log_set's callback and keep it for llama_deltamem_last_error(). None aborts on bad input, except as
-//          llama_deltamem_tiny_model and llama_deltamem_tiny_adapter say.
+//          llama_log_set's callback and keep it for llama_deltamem_last_error(). None aborts on bad input.
 //
 #pragma once
 
@@ -149,23 +148,6 @@ LLAMA_API int32_t llama_deltamem_set_segments(struct llama_context * ctx, const 
 // Drops what an unfinished ingest of the sequence has gathered, all sequences if seq_id < 0. Its state is as it was
 // before the ingest. Returns 0 or -1.
 LLAMA_API int32_t llama_deltamem_abandon_ingest(struct llama_context * ctx, llama_seq_id seq_id);
-
-//
-// architectures: what this build makes of them, for `deltamem architectures`
-//
-
-// The name of the i-th architecture that this build of llama.cpp knows, NULL if there are no more.
-LLAMA_API const char * llama_deltamem_arch_name(int32_t i);
-
-// A tiny model of an architecture, its weights zero, on the CPU: with the hyperparameters of llama.cpp's own tests. Free it with
-// llama_model_free. Returns NULL if they make none of it, or if it has no attention. llama.cpp may find fault with such a
-// model by assertion, which aborts the process, here or when a context is made of it: ask in a process that may end.
-LLAMA_API struct llama_model * llama_deltamem_tiny_model(const char * arch);
-
-// Writes an adapter of rank 1 for that model, its weights zero, whose memory is in layer `il` and corrects `heads`, some of
-// "qkvo". Attaching it says whether the architecture is supported, or aborts as above. Returns 0 or -1.
-LLAMA_API int32_t llama_deltamem_tiny_adapter(const struct llama_model * model, int32_t il, const char * heads,
-                                              const char * path);
 
 #ifdef __cplusplus
 }

@@ -2,6 +2,7 @@
 // are whole, so no corpus is needed, and mutates what stands before their weights most.
 
 #include "deltamem-adapter.h"
+#include "deltamem-architectures.h"
 #include "llama-deltamem.h"
 #include "llama.h"
 
@@ -34,14 +35,14 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     llama_backend_init();
 
-    model = llama_deltamem_tiny_model("qwen3");
+    model = deltamem_tiny_model("qwen3");
     file  = memfd_create("adapter", 0);
     path  = "/proc/self/fd/" + std::to_string(file);
     if (!model || file < 0) {
         fail("there is no model, or no file in memory");
     }
     for (const char * heads : { "q", "qkvo" }) {
-        if (llama_deltamem_tiny_adapter(model, 0, heads, path.c_str()) != 0) {
+        if (deltamem_tiny_adapter(model, 0, heads, path.c_str()) != 0) {
             fail(llama_deltamem_last_error());
         }
         std::ifstream in(path, std::ios::binary);

@@ -1,5 +1,6 @@
-// Tiny models of every architecture that llama.cpp has tests for, and adapters for them: so that the library itself can say
-// what attaching a memory comes to, without a model file. `deltamem architectures` asks.
+// See deltamem-architectures.h.
+
+#include "deltamem-architectures.h"
 
 #include "common.h"
 #include "deltamem-adapter.h"
@@ -24,12 +25,12 @@
 #include <utility>
 #include <vector>
 
-// The hyperparameters that each architecture needs, as llama.cpp's own tests have them: its file of tests as it is, with
-// everything that it includes included above. What is not used here is not compiled in.
+// llama.cpp's test file, unchanged, for get_gguf_ctx and moe_mandatory: the hyperparameters that each architecture needs.
+// What it includes is included above, outside of the namespace. The compiler drops the functions that nothing here calls.
 namespace {
 #include "test-llama-archs.cpp"
 
-// Hyperparameters of a tiny model, with those that the tests leave out where they skip an architecture.
+// The hyperparameters of a tiny model, with those that the tests lack for the architectures that they skip.
 gguf_context_ptr tiny_metadata(llm_arch arch) {
     gguf_context_ptr      metadata = get_gguf_ctx(arch, moe_mandatory(arch) || arch == LLM_ARCH_DEEPSEEK2OCR);
     llama_model_saver     ms(arch, metadata.get());
@@ -52,7 +53,7 @@ gguf_context_ptr tiny_metadata(llm_arch arch) {
 }
 } // namespace
 
-const char * llama_deltamem_arch_name(int32_t i) {
+const char * deltamem_architecture_name(int32_t i) {
     int32_t n = 0;
     for (const llm_arch arch : llm_arch_all()) {
         if (arch != LLM_ARCH_UNKNOWN && n++ == i) {
@@ -62,7 +63,7 @@ const char * llama_deltamem_arch_name(int32_t i) {
     return nullptr;
 }
 
-llama_model * llama_deltamem_tiny_model(const char * name) {
+llama_model * deltamem_tiny_model(const char * name) {
     try {
         const llm_arch arch = llm_arch_from_string(name);
         if (arch == LLM_ARCH_UNKNOWN) {
@@ -94,7 +95,7 @@ llama_model * llama_deltamem_tiny_model(const char * name) {
     }
 }
 
-int32_t llama_deltamem_tiny_adapter(const llama_model * model, int32_t il, const char * heads, const char * path) {
+int32_t deltamem_tiny_adapter(const llama_model * model, int32_t il, const char * heads, const char * path) {
     try {
         if (il < 0 || il >= (int32_t) model->hparams.n_layer()) {
             throw std::runtime_error("the model has no layer " + std::to_string(il));
