@@ -7,8 +7,8 @@ BUILD     := build/native
 DEMO      := build/demo
 TINY      := examples/tiny
 
-# llama-cpp-python brings its Python half only: the libraries are ours
-LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
+# the release that pyproject.toml pins, of which only the Python half is installed: the libraries are ours
+RELEASE   := $(shell sed -n 's/^ *"llama-cpp-python==\([^"]*\)",$$/\1/p' pyproject.toml)
 
 NATIVE    := $(shell find native cmake -type f -not -path '*/__pycache__/*') CMakeLists.txt pydeltamem.pth
 CXX_FILES  = $(shell find native tests/native -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -18,7 +18,7 @@ NATIVE_TESTS := -DDELTAMEM_BUILD_TESTS=ON \
 
 # a build beside the package's own, of the source that it has downloaded
 OTHER_BUILD := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-	-DDELTAMEM_LLAMA_CPP_SOURCE=$(CURDIR)/$(BUILD)/download/llama_cpp_python-0.3.36.tar.gz
+	-DDELTAMEM_LLAMA_CPP_SOURCE=$(CURDIR)/$(BUILD)/download/llama_cpp_python-$(RELEASE).tar.gz
 
 # valgrind knows no AVX-512: where the CPU has it, memcheck has a build of its own without
 AVX512        := $(shell grep -m1 -o avx512f /proc/cpuinfo 2>/dev/null)
@@ -52,7 +52,8 @@ $(BIN)/python:
 
 $(VENV)/.llama-cpp-python: | $(BIN)/python
 	@# not cached: pip would take this wheel, which holds no library, for any other project too
-	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(BIN)/python -m pip install --no-cache-dir $(LLAMA_CPP_PYTHON)
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
+		$(BIN)/python -m pip install --no-cache-dir llama-cpp-python==$(RELEASE)
 	@touch $@
 
 # Without pip's build isolation, whose new folder each time would make CMake start afresh.

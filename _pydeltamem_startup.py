@@ -6,7 +6,8 @@ tells llama_cpp by its own loader and not by the environment, which child proces
 
 import sys
 
-LLAMA_CPP_VERSION = "0.3.36"  # the bindings mirror the structs of the llama.cpp that this version vendors
+# pyproject.toml's pin, whose bindings mirror the structs of the llama.cpp that our library is; a test compares the two
+LLAMA_CPP_VERSION = "0.3.36"
 
 
 class _Finder:

@@ -26,8 +26,16 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-VERSION = "0.3.36"
-SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+
+
+def pinned(key: str) -> str:
+    """What pyproject.toml says between `key` and the next quote. CMake may run Python 3.9, which has no TOML reader."""
+    return re.search(re.escape(key) + '([^"]+)"', PYPROJECT.read_text(encoding="utf-8"))[1]
+
+
+VERSION = pinned('"llama-cpp-python==')
+SHA256 = pinned('llama-cpp-python-sha256 = "')
 REQUIREMENT = f"llama-cpp-python=={VERSION}"
 SDIST = f"llama_cpp_python-{VERSION}.tar.gz"
 

@@ -37,16 +37,8 @@ PINNED_DOWNLOADS = ROOT / "build" / "native" / "download"
 
 NEWEST = 3
 
-# the files that name the pinned release
-PINS = (
-    "CMakeLists.txt",
-    "Makefile",
-    "README.md",
-    "_pydeltamem_startup.py",
-    "cmake/fetch_llama_cpp.py",
-    "pyproject.toml",
-    "tests/test_llama.py",
-)
+# the files that name the pinned release: pyproject.toml, which the build reads, and two copies
+PINS = ("README.md", "_pydeltamem_startup.py", "pyproject.toml")
 
 # what depends on llama.cpp or on its bindings; the rest tests our own files, or asks for the pinned release
 TESTS = (

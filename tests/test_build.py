@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -13,6 +14,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from llama_cpp._ctypes_extensions import load_shared_library
+
+from _pydeltamem_startup import LLAMA_CPP_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "cmake" / "fetch_llama_cpp.py"
@@ -323,8 +327,19 @@ def test_package_is_typed_and_has_the_converter(package):
     assert importlib.util.find_spec("pydeltamem.convert") is not None
 
 
-def test_one_version_of_llama_cpp_is_pinned():
-    pinned = f"llama-cpp-python=={fetch.VERSION}"
-    assert pinned in (ROOT / "pyproject.toml").read_text()
-    assert pinned in (ROOT / "Makefile").read_text()
-    assert f"llama-cpp-python-{fetch.VERSION}" in (ROOT / "CMakeLists.txt").read_text()
+def test_one_release_of_llama_cpp_python_is_pinned(package):
+    """pyproject.toml names it; what reads it there agrees, and so do the copies (tests/test_upstream.py finds more)."""
+    assert f'"llama-cpp-python=={fetch.VERSION}"' in (ROOT / "pyproject.toml").read_text()
+    assert fetch.VERSION == LLAMA_CPP_VERSION
+    assert f"llama-cpp-python=={fetch.VERSION}" in (ROOT / "README.md").read_text()
+
+    ggml = load_shared_library("ggml-base", package / "lib")  # CMake told it
+    ggml.ggml_commit.restype = ctypes.c_char_p
+    assert ggml.ggml_commit().decode() == f"llama-cpp-python-{fetch.VERSION}"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_reads_the_pinned_release():
+    command = ["make", "--silent", "--eval", "release:; @echo $(RELEASE)", "release"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [fetch.VERSION]

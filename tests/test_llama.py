@@ -441,7 +441,8 @@ def test_llama_cpp_imported_before_with_another_library():
     result = python(
         "import ctypes, sys, types\n"
         "package, module = types.ModuleType('llama_cpp'), types.ModuleType('llama_cpp.llama_cpp')\n"
-        "package.__version__, package.llama_cpp, package.__path__ = '0.3.36', module, []\n"
+        "from _pydeltamem_startup import LLAMA_CPP_VERSION as release\n"
+        "package.__version__, package.llama_cpp, package.__path__ = release, module, []\n"
         "module._lib = ctypes.CDLL(None)\n"
         "sys.modules.update({'llama_cpp': package, 'llama_cpp.llama_cpp': module})\n"
         "try:\n    import pydeltamem\n"
