@@ -334,11 +334,9 @@ class Check:
         stamp.write_text(sha256)
 
     def python_tests(self) -> str:
-        golden = os.environ.get("DELTAMEM_GOLDEN") or str(ROOT.parent / "shared" / "golden")
         output = self.step(
             "Python tests",
             *(self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS),
-            env={"DELTAMEM_GOLDEN": golden},
             cwd=self.source,
         )
         summary = output.strip().splitlines()[-1]

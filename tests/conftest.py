@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import pytest
 
 import pydeltamem  # noqa: F401 - before any test imports llama_cpp: it names the library folder
+from golden_data import lay_out
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# the golden data
-ARCHITECTURES = ["qwen3", "smollm3"]
-CASES = [
-    "layers_subset_scale_layer",
-    "msw4_qo",
-    "no_lambda_raw_qk",
-    "o_rmsnorm_scale_head",
-    "qkvo_lambda_outside",
-    "ssw_message",
-    "ssw_sentence",
-    "standard_uncoupled_scalar_gate",
-    "tsw_qo",
-]
-
 
 @pytest.fixture(scope="session")
-def golden_dir() -> Path:
-    """The golden vectors: $DELTAMEM_GOLDEN, else ../shared/golden beside the checkout, else the test is skipped."""
-    path = Path(os.environ.get("DELTAMEM_GOLDEN") or ROOT.parent / "shared" / "golden")
-    if not path.is_dir():
-        pytest.skip(f"no golden data in {path}: set DELTAMEM_GOLDEN")
-    return path
+def golden_dir(tmp_path_factory) -> Path:
+    """A folder with the golden vectors (tests/golden/README.md)."""
+    return lay_out(tmp_path_factory.mktemp("golden"))
 
 
 @pytest.fixture(scope="session")

@@ -251,9 +251,6 @@ def main() -> int:
         print("cuda-check: nvidia-smi finds no GPU here: run it on a machine that has one")
         return 1
 
-    golden = Path(os.environ.get("DELTAMEM_GOLDEN") or ROOT.parent / "shared" / "golden")
-    if not golden.is_dir():
-        print(f"cuda-check: no golden data in {golden}, so their tests will be skipped: set DELTAMEM_GOLDEN")
     check = Check(args.build.resolve(), 60 * args.minutes)
     try:
         steps(check, args.shape, args.options)

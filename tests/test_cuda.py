@@ -10,7 +10,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from conftest import ARCHITECTURES, CASES
+from golden_data import ARCHITECTURES, CASES
 from pydeltamem import DeltaMemLlama, _lib
 from test_golden import F32, errors_of, expected_of, nmse, read_one_by_one, read_prompt
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from conftest import ARCHITECTURES, CASES
+from golden_data import ARCHITECTURES, CASES
 from pydeltamem import DeltaMemLlama
 from session import open_session
 

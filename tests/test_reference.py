@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the reference needs PyTorch")
 transformers = pytest.importorskip("transformers", reason="the reference is tested on transformers' models")
 
-from conftest import CASES  # noqa: E402
+from golden_data import CASES  # noqa: E402
 from pydeltamem.convert.checkpoint import CONFIG, WEIGHTS, Checkpoint  # noqa: E402
 from pydeltamem.errors import CheckpointError, InputError, ModelError  # noqa: E402
 from pydeltamem.reference import (  # noqa: E402

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from conftest import CASES
+from golden_data import CASES
 from pydeltamem import DeltaMemLlama
 from pydeltamem.errors import InputError
 from pydeltamem.rpc import connect

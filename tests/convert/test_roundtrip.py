@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from conftest import ARCHITECTURES, CASES
+from golden_data import ARCHITECTURES, CASES
 from pydeltamem.cli import main
 
 every_golden = pytest.mark.parametrize(("arch", "case"), [(arch, case) for arch in ARCHITECTURES for case in CASES])
