@@ -85,7 +85,7 @@ def lay_out(folder: Path) -> Path:
 
 
 def yardstick() -> Path | None:
-    """What `tests/golden` was taken from: $DELTAMEM_GOLDEN, else ../shared/golden beside the checkout; None without it."""
+    """What `tests/golden` was taken from, if it is there: $DELTAMEM_GOLDEN, else ../shared/golden."""
     path = Path(os.environ.get("DELTAMEM_GOLDEN") or ROOT.parent / "shared" / "golden")
     return path if path.is_dir() else None
 
