@@ -176,7 +176,7 @@ fuzz: fuzz-native $(DEMO)/memory.gguf ## random and damaged inputs for whatever 
 	DELTAMEM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/fuzz
 
 soak: $(DEMO)/memory.gguf ## 100,000 tokens of dialogue (SOAK_DATA: locomo10.json) through a window of 1,024, with a plot
-	$(BIN)/python tests/soak.py --data $(SOAK_DATA) --model $(TINY)/base.gguf --deltamem $(DEMO)/memory.gguf --out build/soak
+	$(BIN)/python tools/soak.py --data $(SOAK_DATA) --model $(TINY)/base.gguf --deltamem $(DEMO)/memory.gguf --out build/soak
 
 bench: $(INSTALLED) ## random models with and without the memory, and the operator (BENCH_SHAPES, BENCH_ARGS)
 	@mkdir -p build/bench
@@ -186,10 +186,10 @@ bench: $(INSTALLED) ## random models with and without the memory, and the operat
 	done
 
 bench-reference: $(INSTALLED) ## the native side against the memory in PyTorch
-	$(BIN)/python tests/bench_reference.py
+	$(BIN)/python tools/bench_reference.py
 
 cuda-check: $(INSTALLED) ## build for the GPU of this machine, test there, measure (CUDA_ARGS: CMake options)
-	$(BIN)/python tests/cuda_check.py -- $(CUDA_ARGS)
+	$(BIN)/python tools/cuda_check.py -- $(CUDA_ARGS)
 
 # Nobody runs this one: nvcc may skip its optimisations (an option since CUDA 12.9), which makes hours minutes. With
 # them our own sources are compiled by `ctest -R cuda-compile`.
@@ -221,7 +221,7 @@ wheel: $(BIN)/python ## a wheel of the package in dist/
 	$(BIN)/python -m pip wheel --no-deps -w dist .
 
 check-wheel: wheel ## install the wheel elsewhere and load it there
-	$(BIN)/python tests/check_wheel.py dist/pydeltamem-*.whl
+	$(BIN)/python tools/check_wheel.py dist/pydeltamem-*.whl
 
 clean: ## remove what was built, .venv too
 	rm -rf $(VENV) build dist pydeltamem/lib .pytest_cache .ruff_cache

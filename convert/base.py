@@ -13,7 +13,7 @@ from pydeltamem.gguf_header import Header
 
 # llama.cpp runs RoPE on neighbouring rows for some architectures, where Hugging Face pairs the halves of a head. Its
 # converter then permutes the rows of the q and k projections. What is listed is what its classes do with numbered rows
-# (tests/converter_rows.py).
+# (tools/converter_rows.py).
 PERMUTED = frozenset({
     "arcee", "arctic", "bailingmoe", "chameleon", "deci", "deepseek", "granite", "granite_swa", "granitehybrid",
     "granitemoe", "internlm2", "llada", "llama", "llama-embed", "minicpm", "mistral3", "muse-glimmer", "nanbeige",

@@ -84,7 +84,7 @@ def reference(name, folder):
 def converted(folder):
     """The model and the adapter as GGUF."""
     base, adapter = folder / "base.gguf", folder / "memory.gguf"
-    script = [sys.executable, str(ROOT / "tests" / "convert_tiny.py"), str(hf.converter().parent)]
+    script = [sys.executable, str(ROOT / "tools" / "convert_tiny.py"), str(hf.converter().parent)]
     done = subprocess.run([*script, str(folder / "hf"), str(base)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     parser = argparse.ArgumentParser()

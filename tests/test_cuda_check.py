@@ -1,4 +1,4 @@
-"""`make cuda-check` (tests/cuda_check.py) where there is no GPU: what it makes of other programs' output."""
+"""`make cuda-check` (tools/cuda_check.py) where there is no GPU: what it makes of other programs' output."""
 
 from __future__ import annotations
 

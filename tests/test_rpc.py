@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from golden_data import CASES
 from pydeltamem import DeltaMemLlama
 from pydeltamem.errors import InputError
@@ -50,7 +52,8 @@ def server(tmp_path_factory):
 def in_process(script: str, *args: object) -> str:
     """Runs Python that connects: a process that did has the devices for good, and this one must not."""
     command = [sys.executable, "-c", script, *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=__file__.rpartition("/")[0], timeout=300)
+    folder, env = ROOT / "tests", {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks a built wheel: its tag and contents, and that it imports and loads elsewhere in a fresh environment.
 
-python tests/check_wheel.py dist/pydeltamem-0.1.0-py3-none-linux_x86_64.whl
+python tools/check_wheel.py dist/pydeltamem-0.1.0-py3-none-linux_x86_64.whl
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The native side against `pydeltamem.reference`, the memory in PyTorch, on one shape (`make bench-reference`).
 
-    python tests/bench_reference.py --shape qwen3-0.6b --pairs 10 [--ftype q4_k_m f16] [--flash-attn off on]
+    python tools/bench_reference.py --shape qwen3-0.6b --pairs 10 [--ftype q4_k_m f16] [--flash-attn off on]
 
 Random weights; PyTorch in bfloat16, with the KV cache and the fused attention of transformers, and the recurrence of a
 prompt both token by token, as it is published, and in chunks. In turns, a prompt into an empty cache and single tokens

@@ -1,6 +1,6 @@
 """`make cuda-check`: builds for the GPU of this machine, tests there, and measures. One run, a table at the end.
 
-    python tests/cuda_check.py [--build build/cuda] [--shape qwen3-4b] [--minutes 10] [-- CMake options]
+    python tools/cuda_check.py [--build build/cuda] [--shape qwen3-4b] [--minutes 10] [-- CMake options]
 
 1. builds llama.cpp with the operator for this GPU alone, without flash attention (which takes most of a build's time),
    and with cuBLAS from pip where the toolkit has none; the random models of step 4 are written meanwhile;

@@ -1,4 +1,4 @@
-"""Batches of several sequences over the C API, which `llama_cpp.Llama` does not offer: for tests."""
+"""Batches of several sequences over the C API, which `llama_cpp.Llama` does not offer; tests call it."""
 
 from __future__ import annotations
 
