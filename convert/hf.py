@@ -1,4 +1,4 @@
-"""`deltamem convert-base`: a Hugging Face model directory to GGUF, by the converter of the llama.cpp that we build.
+"""A Hugging Face model directory to GGUF, by the converter of the llama.cpp that we build.
 
 The converter is installed with the package, beside the libraries, and runs in a process of its own: it brings its
 version of gguf with it.
@@ -6,7 +6,6 @@ version of gguf with it.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import subprocess
@@ -15,29 +14,13 @@ from pathlib import Path
 
 import pydeltamem
 from pydeltamem.errors import LibraryError, ModelError, named
-from pydeltamem.kinds import MODEL
-from pydeltamem.outfile import check_disk, files_of, refuse_inputs, writing
+from pydeltamem.formats.kinds import MODEL
+from pydeltamem.formats.outputs import check_disk, files_of, refuse_inputs, writing
 
 # drafts take the embeddings of another model, a decoder of audio has other names for its layers
 OTHERWISE = frozenset({"dflash", "eagle3", "gemma4-assistant", "wavtokenizer-dec"})
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="HF_DIR", help="directory with config.json, weights and tokenizer")
-    parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the model to write")
-    parser.add_argument(
-        "--outtype", choices=OUTTYPES, default="auto", help="type of the weights (auto: the 16-bit type that they have)"
-    )
-    parser.add_argument("--name", help="name to record in the file")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show the converter's log")
-
-
-def run(args: argparse.Namespace) -> int:
-    convert_base(args.model, args.outfile, args.outtype, args.name, args.verbose)
-    print(f"{args.outfile}: {os.path.getsize(args.outfile) / 1e6:,.2f} MB")
-    return 0
 
 
 def converter() -> Path:
@@ -78,7 +61,7 @@ def convert_base(
 
 def _check_whole(directory: Path, path: Path) -> None:
     """Raises ModelError if the file lacks weights, as the converter takes those that it finds, or does not load."""
-    from pydeltamem.ggml import written
+    from pydeltamem.runtime.ggml import written
 
     header = written(path, directory)
     if not header.tensors:

@@ -30,9 +30,9 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .conversation import Conversation, say_together, stream_together
+    from .formats.memory_file import MemorySnapshot
     from .llama import DeltaMemLlama
     from .memory import Memory
-    from .memory_file import MemorySnapshot
 
 __version__ = "0.1.0"
 
@@ -63,13 +63,13 @@ _LAZY = {
     "Conversation": ".conversation",
     "DeltaMemLlama": ".llama",
     "Memory": ".memory",
-    "MemorySnapshot": ".memory_file",
+    "MemorySnapshot": ".formats.memory_file",
     "say_together": ".conversation",
     "stream_together": ".conversation",
 }
 
 if "llama_cpp" in sys.modules:
-    importlib.import_module("._lib", __name__)  # says so if the library loaded before is not ours
+    importlib.import_module(".runtime.library", __name__)  # says so if the library loaded before is not ours
 
 
 def __getattr__(name: str) -> Any:

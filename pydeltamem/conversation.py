@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from . import _lib
 from .errors import InputError, MemoryFileError, NotFiniteError
-from .history import n_common
-from .lock import all_of, holding
+from .formats.memory_file import MemoryFileLock
 from .memory import Memory
-from .memory_file import MemoryFileLock
-from .names import option
-from .stream import Assembler, checked_grammar
-from .text import Reading, Text
+from .runtime import library
+from .runtime.history import n_common
+from .runtime.lock import all_of, holding
+from .runtime.names import option
+from .runtime.stream import Assembler, checked_grammar
+from .runtime.text import Reading, Text
 
 if TYPE_CHECKING:
     from .llama import DeltaMemLlama
@@ -694,7 +694,7 @@ def _checked_options(llm: DeltaMemLlama, options: Mapping[str, Any]) -> dict[str
     grammar = options.get("grammar")
     if isinstance(grammar, str):
         options["grammar"] = checked_grammar(llm, grammar)
-    elif grammar is not None and not isinstance(grammar, _lib.llama_cpp.LlamaGrammar):
+    elif grammar is not None and not isinstance(grammar, library.llama_cpp.LlamaGrammar):
         raise InputError(f"grammar is GBNF text or a LlamaGrammar, not {grammar!r}")
     return options
 

@@ -29,9 +29,9 @@ import platformdirs
 
 from . import __version__
 from .errors import AdapterError, FetchError, InputError, ModelError
-from .files import no_file
-from .names import nearest
-from .outfile import disk_errors, files_of
+from .formats.atomic import no_file
+from .formats.outputs import disk_errors, files_of
+from .runtime.names import nearest
 
 HUB = "hf:"  # before the name of a Hugging Face repository
 
@@ -341,9 +341,9 @@ def _as_gguf(path: str, title: str) -> str:
 
 def _converted_adapter(path: str, model: str | os.PathLike[str], title: str) -> str:
     """A PyTorch adapter as GGUF for that model."""
-    from .convert.base import Base
-    from .convert.checkpoint import Checkpoint
-    from .convert.pack import write_adapter
+    from .convert.adapter import write_adapter
+    from .formats.base_model import Base
+    from .formats.checkpoint import Checkpoint
 
     base = Base(model)
     title = os.path.basename(os.path.abspath(title))

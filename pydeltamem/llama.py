@@ -20,33 +20,33 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
-from . import _lib
-from ._lib import BaseLlamaCache, Llama, LlamaState
-from .completion import Completion
-from .cpus import usable
-from .embedding import tokenized, vectors
 from .errors import AdapterError, InputError, ModelError, NotFiniteError
-from .ggml import can_be_mapped
-from .gguf_header import Header
-from .history import History, n_common
+from .formats.gguf_header import Header
+from .formats.memory_file import MemorySnapshot
+from .formats.model_numbers import check_numbers
 from .hub import HUB, adapter_file, model_file
-from .lock import holding
 from .memory import Memory
-from .memory_file import MemorySnapshot
-from .model_numbers import check_numbers
-from .names import nearest, option
-from .rpc import connect
-from .sampling import Guard, Sampler
-from .seats import Seats, check
-from .stream import checked_grammar
-from .text import Before, Text
-from .tokenizer import Tokenizer
+from .runtime import library
+from .runtime.completion import Completion
+from .runtime.cpus import usable
+from .runtime.embedding import tokenized, vectors
+from .runtime.ggml import can_be_mapped
+from .runtime.history import History, n_common
+from .runtime.library import BaseLlamaCache, Llama, LlamaState
+from .runtime.lock import holding
+from .runtime.names import nearest, option
+from .runtime.remote import connect
+from .runtime.sampling import Guard, Sampler
+from .runtime.slots import Seats, check
+from .runtime.stream import checked_grammar
+from .runtime.text import Before, Text
+from .runtime.tokenizer import Tokenizer
 
 SEAT = 0  # the sequence of the context that llama_cpp.Llama evaluates its text in
 
 MAX_THREADS = 512  # GGML_MAX_N_THREADS: arrays of this length stand in ggml
 
-_llama = _lib.llama_cpp
+_llama = library.llama_cpp
 _GENERATE = inspect.signature(Llama.generate)
 _KEYWORDS = [name for name, of in inspect.signature(Llama.__init__).parameters.items() if of.kind == of.KEYWORD_ONLY]
 _SAMPLER = inspect.signature(Llama._init_sampler)
@@ -115,8 +115,8 @@ class DeltaMemLlama(Llama):
                 raise InputError(f"{name} is no keyword of DeltaMemLlama{nearest(name, known)}")
         if kwargs.get("lora_path") is not None:
             kwargs["lora_path"] = _Path(os.fsdecode(kwargs["lora_path"]))
-        self._adapter: _lib.llama_deltamem_adapter_p | None = None
-        self._adapters: list[_lib.llama_deltamem_adapter_p] = []  # that one, to be freed
+        self._adapter: library.llama_deltamem_adapter_p | None = None
+        self._adapters: list[library.llama_deltamem_adapter_p] = []  # that one, to be freed
         self._text: Text | None = None
         if not 1 <= n_seq_max <= _llama.llama_max_parallel_sequences():
             raise InputError(f"n_seq_max is 1 to {_llama.llama_max_parallel_sequences()}, not {n_seq_max}")
@@ -138,7 +138,7 @@ class DeltaMemLlama(Llama):
         if n_ctx == 0 and n_seq_max > 1:
             n_ctx = _trained_context(model_path)  # llama_cpp would divide that among the texts
         _check_numbers(model_path, kwargs.get("kv_overrides") or {})
-        with _lib.silencing, _lib.errors_held() as log:
+        with library.silencing, library.errors_held() as log:
             if not can_be_mapped(model_path):
                 kwargs["use_mmap"] = False
             try:
@@ -154,12 +154,12 @@ class DeltaMemLlama(Llama):
                             f"{model_path}: is a δ-mem adapter: give it as {option('deltamem_path')}, and the base "
                             f"model as {option('model_path')}"
                         ) from error
-                    raise ModelError(f"{model_path}: the model cannot be loaded{_lib.reason(log)}") from error
+                    raise ModelError(f"{model_path}: the model cannot be loaded{library.reason(log)}") from error
                 raise
             try:
                 # a null pointer, which llama_cpp takes for an adapter and llama.cpp would follow
                 if self._lora_adapter is not None and not self._lora_adapter:
-                    raise ModelError(f"{self.lora_path}: the LoRA adapter cannot be loaded{_lib.reason(log)}")
+                    raise ModelError(f"{self.lora_path}: the LoRA adapter cannot be loaded{library.reason(log)}")
                 self._stack.callback(_free, self._adapters)  # before context and model
                 self._seats = Seats(self._ctx, self._batch, self.n_batch, model_path)
                 self._attach_first()
@@ -169,7 +169,7 @@ class DeltaMemLlama(Llama):
 
         if kwargs.get("seed") == 0:
             self._seed = 0  # llama_cpp takes it for none given
-        if type(self.tokenizer_) is _lib.LlamaTokenizer:
+        if type(self.tokenizer_) is library.LlamaTokenizer:
             self.tokenizer_ = self.tokenizer()
         self._text = Text(self._seats, home=SEAT)
         # llama_cpp has rows that nothing is ever written to, and with a draft model only n_batch
@@ -229,13 +229,13 @@ class DeltaMemLlama(Llama):
     @holding("_seats.lock")
     def _attach(self, path: str) -> None:
         """Attaches an adapter in place of the present one. Raises AdapterError; the present one stays then."""
-        adapter = _lib.llama_deltamem_adapter_load(self.model, os.fsencode(path))
+        adapter = library.llama_deltamem_adapter_load(self.model, os.fsencode(path))
         if not adapter:
-            raise AdapterError(_naming(path, _lib.last_error()))
+            raise AdapterError(_naming(path, library.last_error()))
         try:
             self._seats.attach(adapter)
         except AdapterError as error:
-            _lib.llama_deltamem_adapter_free(adapter)
+            library.llama_deltamem_adapter_free(adapter)
             raise AdapterError(_naming(path, str(error))) from None
         self._adapter = adapter
         self._seats.adapter_path = path
@@ -600,7 +600,7 @@ class DeltaMemLlama(Llama):
     @holding("_seats.lock")
     def _granularity(self) -> int | None:
         """LLAMA_DELTAMEM_TOKEN, …; None without a memory."""
-        return _lib.llama_deltamem_write_granularity(self._adapter) if self._seats.has_memory else None
+        return library.llama_deltamem_write_granularity(self._adapter) if self._seats.has_memory else None
 
     def _begin_after(self, n: int) -> None:
         """Another text, of which the first n tokens stand here already."""
@@ -624,7 +624,7 @@ class DeltaMemLlama(Llama):
     def _checked_segments(self, tokens: Sequence[int], segments: Sequence[int]) -> npt.NDArray[np.int32]:
         if not self.memory.attached:
             raise AdapterError("segments were given but no memory adapter is attached")
-        if self._granularity == _lib.LLAMA_DELTAMEM_TOKEN:
+        if self._granularity == library.LLAMA_DELTAMEM_TOKEN:
             raise InputError("segments were given but the adapter writes per token: call eval without them")
         if len(segments) != len(tokens):
             raise InputError(f"{len(segments)} segment ids were given for {len(tokens)} tokens")
@@ -686,12 +686,12 @@ class DeltaMemLlama(Llama):
                 sitting = self._seats.text(seat)
                 if sitting is not None:
                     self._seats.leave(sitting)
-                check(_lib.llama_deltamem_state_copy(self.ctx, SEAT, seat))
-            check(_lib.llama_deltamem_set_write(self.ctx, -1, False))
+                check(library.llama_deltamem_state_copy(self.ctx, SEAT, seat))
+            check(library.llama_deltamem_set_write(self.ctx, -1, False))
             self._seats.forget_writes()
         self._seats.lost_kv()
         try:
-            with _lib.decoding():
+            with library.decoding():
                 embedded = vectors(self, texts, normalize)
         finally:
             self._ctx.kv_cache_clear()
@@ -917,9 +917,9 @@ def _hub_name(repository: str, file: str | None) -> str:
     return f"{HUB}{repository}" if file is None else f"{HUB}{repository}:{file}"
 
 
-def _free(adapters: list[_lib.llama_deltamem_adapter_p]) -> None:
+def _free(adapters: list[library.llama_deltamem_adapter_p]) -> None:
     while adapters:
-        _lib.llama_deltamem_adapter_free(adapters.pop())
+        library.llama_deltamem_adapter_free(adapters.pop())
 
 
 def _trained_context(model_path: str) -> int:

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from . import _lib
 from .errors import AdapterError, InputError, MemoryFileError
+from .formats.memory_file import MemorySnapshot, owner
 from .hub import adapter_file
-from .lock import holding
-from .memory_file import MemorySnapshot, owner
-from .seats import no_adapter
-from .text import log
+from .runtime import library
+from .runtime.lock import holding
+from .runtime.slots import no_adapter
+from .runtime.text import log
 
 if TYPE_CHECKING:
     from .llama import DeltaMemLlama
-    from .text import Text
+    from .runtime.text import Text
 
 
 class Memory:
@@ -43,7 +43,7 @@ class Memory:
     @holding("_text.lock")
     def by_segment(self) -> bool:
         """Whether the adapter writes once per segment, so that `DeltaMemLlama.eval` takes segment ids."""
-        return self._llm._granularity not in (None, _lib.LLAMA_DELTAMEM_TOKEN)
+        return self._llm._granularity not in (None, library.LLAMA_DELTAMEM_TOKEN)
 
     @property
     @holding("_text.lock")
@@ -52,7 +52,7 @@ class Memory:
         adapter = self._llm._adapter
         if adapter is None:
             return []
-        return [_lib.llama_deltamem_layer(adapter, i) for i in range(_lib.llama_deltamem_n_layer(adapter))]
+        return [library.llama_deltamem_layer(adapter, i) for i in range(library.llama_deltamem_n_layer(adapter))]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -168,7 +168,7 @@ class Memory:
         self._restore(snapshot, "the copy")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the memory to a memory file (`pydeltamem.memory_file`), in one step. Raises MemoryFileError."""
+        """Writes the memory to a memory file (docs/formats.md), in one step. Raises MemoryFileError."""
         self.copy().save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -216,7 +216,7 @@ class Memory:
             path = adapter_file(path, self._llm.model_path)
         if path is None and self._llm._adapter is None:
             raise AdapterError(no_adapter())
-        with _lib.errors_held():
+        with library.errors_held():
             if path is not None:
                 self._llm._attach(path)
                 self._llm.deltamem_path = path
@@ -248,12 +248,12 @@ class Memory:
         with self._text.lock:
             _ = self.shape
             adapter = self._llm._adapter
-            name = _lib.meta(adapter, "general.name") or _lib.meta(adapter, "deltamem.source.name")
+            name = library.meta(adapter, "general.name") or library.meta(adapter, "deltamem.source.name")
             return {
                 "layers": ",".join(map(str, self.layers)),
-                "adapter": _lib.meta(adapter, "deltamem.source.sha256") or "",
+                "adapter": library.meta(adapter, "deltamem.source.sha256") or "",
                 "adapter_name": name or "",
-                "architecture": _lib.meta(adapter, "general.architecture") or "",
+                "architecture": library.meta(adapter, "general.architecture") or "",
                 "base": self._llm.fingerprint,
                 "base_name": self._llm.metadata.get("general.name", ""),
                 "tokens_written": tokens_written,

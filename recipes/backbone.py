@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pydeltamem.files import replacing
-from pydeltamem.kinds import PYTORCH, TOKENIZER
-from pydeltamem.world import Turn, World
+from pydeltamem.evals.world import Turn, World
+from pydeltamem.formats.atomic import replacing
+from pydeltamem.formats.kinds import PYTORCH, TOKENIZER
 
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from pydeltamem.evaluate import wilson
+from pydeltamem.evals.recall import wilson
 
 
 def main() -> None:

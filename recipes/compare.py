@@ -19,10 +19,10 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pydeltamem.default_model import default_files
-from pydeltamem.evaluate import MAX_ANSWER, NativeReader, make_cases
-from pydeltamem.reference import DeltaMem
-from pydeltamem.world import Turn
+from pydeltamem.evals.recall import MAX_ANSWER, NativeReader, make_cases
+from pydeltamem.evals.world import Turn
+from pydeltamem.models import default_files
+from pydeltamem.train.reference import DeltaMem
 
 
 class TorchReader:
@@ -84,7 +84,17 @@ def main() -> None:
     for name, adapter in adapters.items():
         f32 = args.directory / f"{name}-f32.gguf"
         base = args.directory / "base.gguf"
-        command = [sys.executable, "-m", "pydeltamem.cli", "convert", args.directory / name, "--base", base, "-o", f32]
+        command = [
+            sys.executable,
+            "-m",
+            "pydeltamem.cli.main",
+            "convert",
+            args.directory / name,
+            "--base",
+            base,
+            "-o",
+            f32,
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         readers = {
             "torch": TorchReader(args.directory / "hf", args.directory / name),

@@ -3,7 +3,7 @@ questions.
 
     python recipes/conversations.py build/default/train.jsonl --count 40000 --seed 1
 
-Only facts and phrasings that no test asks for (pydeltamem/world.py: part and phrasings "seen").
+Only facts and phrasings that no test asks for (pydeltamem/evals/world.py: part and phrasings "seen").
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import argparse
 import json
 from pathlib import Path
 
-from pydeltamem.files import replacing
-from pydeltamem.kinds import CONVERSATIONS
-from pydeltamem.world import Turn, World
+from pydeltamem.evals.world import Turn, World
+from pydeltamem.formats.atomic import replacing
+from pydeltamem.formats.kinds import CONVERSATIONS
 
 N_FACTS = (1, 1, 2, 2, 3, 4, 4, 6, 8, 12)
 N_ASKS = 4

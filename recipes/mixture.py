@@ -27,9 +27,9 @@ from typing import Any
 
 from conversations import conversation, messages
 
-from pydeltamem import kinds
-from pydeltamem.files import replacing
-from pydeltamem.world import World
+from pydeltamem.evals.world import World
+from pydeltamem.formats import kinds
+from pydeltamem.formats.atomic import replacing
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("DELTAMEM_DATA", HERE.parents[1] / "shared" / "data"))

@@ -25,10 +25,10 @@ from rich.table import Table
 
 from pydeltamem import DeltaMemLlama
 from pydeltamem.conversation import chat_prompt
-from pydeltamem.evaluate import wilson
-from pydeltamem.history import n_common
-from pydeltamem.kinds import json_of
-from pydeltamem.outfile import output
+from pydeltamem.evals.recall import wilson
+from pydeltamem.formats.kinds import json_of
+from pydeltamem.formats.outputs import output
+from pydeltamem.runtime.history import n_common
 
 LONGEST = 40  # tokens of an answer
 UNTOLD = r"n't|\bnot\b|\bnever\b|\bno idea\b|\bunknown\b"  # what an answer to what was not told has in it

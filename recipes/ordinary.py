@@ -12,8 +12,9 @@ from pathlib import Path
 
 from mixture import DATA, HERE, lines
 
-from pydeltamem import DeltaMemLlama, kinds
-from pydeltamem.files import replacing
+from pydeltamem import DeltaMemLlama
+from pydeltamem.formats import kinds
+from pydeltamem.formats.atomic import replacing
 
 LONGEST = 128  # tokens: longer answers would be cut, and are left out
 SUBJECTS = (

@@ -22,7 +22,7 @@ def golden_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def adapter(golden_dir, tmp_path_factory):
     """adapter(arch, case, outtype="f32"): that golden checkpoint as adapter GGUF, converted once per session."""
-    from pydeltamem.convert import cli
+    from pydeltamem.cli import convert as command
 
     folder = tmp_path_factory.mktemp("adapters")
 
@@ -30,10 +30,10 @@ def adapter(golden_dir, tmp_path_factory):
         out = folder / f"{arch}-{case}-{outtype}.gguf"
         if not out.exists():
             parser = argparse.ArgumentParser()
-            cli.add_arguments(parser)
+            command.add_arguments(parser)
             base = golden_dir / arch / "base-f32.gguf"
             arguments = [golden_dir / arch / case, "--base", base, "-o", out, "--outtype", outtype]
-            assert cli.run(parser.parse_args([str(argument) for argument in arguments])) == 0
+            assert command.run(parser.parse_args([str(argument) for argument in arguments])) == 0
         return out
 
     return convert
@@ -80,7 +80,7 @@ def directories(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     import backbone
 
-    from pydeltamem.reference import DeltaMem, DeltaMemConfig
+    from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 
     model_dir, checkpoint_dir = tmp_path / "MODEL_DIR", tmp_path / "CHECKPOINT_DIR"
     model_dir.mkdir()

@@ -10,7 +10,7 @@ import ctypes
 
 import pytest
 
-from pydeltamem.default_model import default_files
+from pydeltamem.models import default_files
 from session import llama, open_session
 
 CACHE_LINE = 64

@@ -1,7 +1,8 @@
 """Architectures that the golden data does not have: llama.cpp's graph with the hooks against the reference in PyTorch.
 
 On tiny random models that llama.cpp's own converter has converted. `make architectures` prints the table of
-docs/architectures.md and writes pydeltamem/architectures.json, which tells `deltamem architectures` what is verified.
+docs/architectures.md and writes pydeltamem/cli/architectures.json, which tells `deltamem architectures` what is
+verified.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ transformers = pytest.importorskip("transformers", reason="the reference is test
 
 import pydeltamem  # noqa: E402
 from conftest import ROOT  # noqa: E402
-from pydeltamem import _lib  # noqa: E402
-from pydeltamem.architectures import RESULTS  # noqa: E402
-from pydeltamem.convert import cli, hf  # noqa: E402
+from pydeltamem.cli import convert  # noqa: E402
+from pydeltamem.cli.architectures import RESULTS  # noqa: E402
+from pydeltamem.convert import hf  # noqa: E402
 from pydeltamem.errors import ModelError  # noqa: E402
-from pydeltamem.gguf_header import Header  # noqa: E402
-from pydeltamem.reference import DeltaMem, DeltaMemConfig  # noqa: E402
+from pydeltamem.formats.gguf_header import Header  # noqa: E402
+from pydeltamem.runtime import library  # noqa: E402
+from pydeltamem.train.reference import DeltaMem, DeltaMemConfig  # noqa: E402
 from session import open_session  # noqa: E402
 from test_reference import ARCHITECTURES, randomise, tiny, tokens  # noqa: E402
 
@@ -88,8 +90,8 @@ def converted(folder):
     done = subprocess.run([*script, str(folder / "hf"), str(base)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    assert cli.run(parser.parse_args([str(folder / "adapter"), "--base", str(base), "-o", str(adapter)])) == 0
+    convert.add_arguments(parser)
+    assert convert.run(parser.parse_args([str(folder / "adapter"), "--base", str(base), "-o", str(adapter)])) == 0
     return base, adapter
 
 
@@ -101,7 +103,7 @@ def results():
     path = os.environ.get("DELTAMEM_ARCHITECTURES")
     if path and [model["model"] for model in models] == NAMES:
         versions = {
-            "llama_cpp_python": _lib.LLAMA_CPP_VERSION,
+            "llama_cpp_python": library.LLAMA_CPP_VERSION,
             "pydeltamem": pydeltamem.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -118,8 +120,8 @@ def test_architecture(tmp_path, name, results):
     with open_session(base, adapter) as session:
         got = session.decode([(token, 0) for token in prompt])
         got_state = session.state(0)
-        n_layer = _lib.llama_deltamem_n_layer(session.adapter)
-        hooked = [_lib.llama_deltamem_layer(session.adapter, i) for i in range(n_layer)]
+        n_layer = library.llama_deltamem_n_layer(session.adapter)
+        hooked = [library.llama_deltamem_layer(session.adapter, i) for i in range(n_layer)]
     architecture = Header(base).keys["general.architecture"]
     errors = nmse(without, plain), nmse(got, logits), nmse(got_state, state)
     measured = dict(zip(("backbone", "logits", "state"), (float(f"{error:.0e}") for error in errors)))
@@ -161,7 +163,7 @@ def test_going_back_where_the_cache_holds_a_window_only(tmp_path, monkeypatch):
 def test_the_results_in_the_package_are_of_this_library():
     """After another llama-cpp-python, or with other models: `make architectures`."""
     shipped = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert shipped["llama_cpp_python"] == _lib.LLAMA_CPP_VERSION
+    assert shipped["llama_cpp_python"] == library.LLAMA_CPP_VERSION
     assert [model["model"] for model in shipped["models"]] == NAMES
     for model in shipped["models"]:
         assert max(model["backbone"], model["logits"], model["state"]) <= bound_of(model["model"])

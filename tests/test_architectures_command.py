@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from pydeltamem import AdapterError, DeltaMemLlama, InputError, LibraryError, _lib, architectures, cli
+from pydeltamem import AdapterError, DeltaMemLlama, InputError, LibraryError
+from pydeltamem.cli import architectures, main
 from pydeltamem.convert import hf
+from pydeltamem.runtime import library
 from test_unsupported import bitnet, rewrite  # noqa: F401 - a fixture
 
 
@@ -36,7 +38,7 @@ def test_every_architecture_is_there(rows):
 def test_what_is_verified_is_supported(rows):
     """The results are of this library, and the library agrees with them."""
     shipped = json.loads(architectures.RESULTS.read_text(encoding="utf-8"))
-    assert shipped["llama_cpp_python"] == _lib.LLAMA_CPP_VERSION
+    assert shipped["llama_cpp_python"] == library.LLAMA_CPP_VERSION
     names = {model["architecture"] for model in shipped["models"]}
     assert len(names) > 5
     assert names == {name for name, row in rows.items() if row["verified"]}
@@ -120,7 +122,7 @@ def test_an_assertion_of_llama_cpp_is_not_the_end(rows):
 
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "architectures.json"
-    assert cli.main(["architectures", "qwen3", "bitnet", "mamba", "baichuan", "--json", str(path)]) == 0
+    assert main.main(["architectures", "qwen3", "bitnet", "mamba", "baichuan", "--json", str(path)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     said = {line[0]: " ".join(line[1:]) for line in lines if line}
     assert said["qwen3"].startswith("verified q, k, v, o q, k, v, o Qwen3 in PyTorch: NMSE below 1e-1")
@@ -132,14 +134,14 @@ def test_command_line(tmp_path, capsys):
         "bitnet",
         "mamba",
     ]
-    assert cli.main(["architectures", "qwen3", "--json", "-"]) == 0
+    assert main.main(["architectures", "qwen3", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["architectures"][0]["status"] == "verified"
 
 
 def test_user_errors(tmp_path, capsys):
     with pytest.raises(InputError, match=r"'qwen9' is no architecture that llama\.cpp knows"):
         architectures.describe(["qwen9"])
-    assert cli.main(["architectures", "qwen3", "--json", str(tmp_path / "no" / "file")]) == 1
+    assert main.main(["architectures", "qwen3", "--json", str(tmp_path / "no" / "file")]) == 1
     error = capsys.readouterr().err
     assert "cannot be written" in error and error.count("\n") == 1
 
@@ -153,32 +155,32 @@ def test_results_of_another_library_do_not_count(monkeypatch, tmp_path):
 
 
 def test_tiny_adapters_that_cannot_be(tmp_path):
-    library = architectures.library()
-    with _lib.errors_held() as log:
-        model = library.deltamem_tiny_model(b"qwen3")
-        assert library.deltamem_tiny_adapter(model, 99, b"q", str(tmp_path / "a").encode()) == -1
-        assert "99" in _lib.last_error()
-        assert library.deltamem_tiny_adapter(model, 0, b"q", str(tmp_path / "no" / "a").encode()) == -1
-        assert str(tmp_path / "no" / "a") in _lib.last_error()
-        _lib.llama_cpp.llama_model_free(model)
-        assert not library.deltamem_tiny_model(b"qwen9")
-        assert "qwen9" in _lib.last_error()
+    tiny = architectures.tiny_models()
+    with library.errors_held() as log:
+        model = tiny.deltamem_tiny_model(b"qwen3")
+        assert tiny.deltamem_tiny_adapter(model, 99, b"q", str(tmp_path / "a").encode()) == -1
+        assert "99" in library.last_error()
+        assert tiny.deltamem_tiny_adapter(model, 0, b"q", str(tmp_path / "no" / "a").encode()) == -1
+        assert str(tmp_path / "no" / "a") in library.last_error()
+        library.llama_cpp.llama_model_free(model)
+        assert not tiny.deltamem_tiny_model(b"qwen9")
+        assert "qwen9" in library.last_error()
         log.clear()
-    assert library.deltamem_architecture_name(-1) is None and library.deltamem_architecture_name(10_000) is None
+    assert tiny.deltamem_architecture_name(-1) is None and tiny.deltamem_architecture_name(10_000) is None
 
 
 def test_only_this_command_loads_the_tiny_models():
     """They are a test file of llama.cpp, which the library that everybody loads does without."""
-    assert hasattr(architectures.library(), "deltamem_tiny_model")
-    llama = _lib.llama_cpp.llama_cpp._lib
+    assert hasattr(architectures.tiny_models(), "deltamem_tiny_model")
+    llama = library.llama_cpp.llama_cpp._lib
     assert not [name for name in ("llama_deltamem_tiny_model", "deltamem_tiny_model") if hasattr(llama, name)]
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(_lib, "library_folder", lambda: str(tmp_path))
-    architectures.library.cache_clear()
+    monkeypatch.setattr(library, "library_folder", lambda: str(tmp_path))
+    architectures.tiny_models.cache_clear()
     with pytest.raises(LibraryError) as info:
         architectures.describe(["qwen3"])
     assert str(tmp_path) in str(info.value)
-    assert cli.main(["architectures", "qwen3"]) == 1
+    assert main.main(["architectures", "qwen3"]) == 1
     assert capsys.readouterr().err.count("\n") == 1

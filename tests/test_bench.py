@@ -13,11 +13,13 @@ import statistics
 
 import pytest
 
-from pydeltamem import _lib, bench, bench_nodes, bench_op, bench_run
-from pydeltamem.bench import median_interval
+from pydeltamem.bench import nodes, operator, runs
+from pydeltamem.cli import bench
+from pydeltamem.cli.bench import median_interval
 from pydeltamem.errors import AdapterError, InputError, LibraryError, OutputError
-from pydeltamem.gguf_header import Header
-from pydeltamem.quantize import file_type
+from pydeltamem.formats.gguf_header import Header
+from pydeltamem.runtime import library
+from pydeltamem.runtime.quantize import file_type
 from test_cli import deltamem
 
 SMALL = ["-t", "1", "--pairs", "2"]
@@ -36,17 +38,17 @@ def run_bench(base, adapter):
 
 @pytest.fixture
 def options(base):
-    return bench_run.Options(str(base()), 256, 64, 32, 1, 0, False, "f16", "f16")
+    return runs.Options(str(base()), 256, 64, 32, 1, 0, False, "f16", "f16")
 
 
 @pytest.fixture
 def session(options, adapter):
     """session(with_adapter): a Session of the golden Qwen3."""
-    model = bench_run.Model(_lib.llama_cpp, options)
+    model = runs.Model(library.llama_cpp, options)
     made = []
 
     def make(with_adapter=True):
-        made.append(bench_run.Session(model, str(adapter("qwen3", "tsw_qo")) if with_adapter else None))
+        made.append(runs.Session(model, str(adapter("qwen3", "tsw_qo")) if with_adapter else None))
         return made[-1]
 
     yield make
@@ -106,7 +108,7 @@ def test_json_to_standard_output(run_bench):
 def test_against_another_library(run_bench, tmp_path):
     """The other library runs in its own process: here a copy of ours, so that the test needs no second build."""
     other = tmp_path / "lib"
-    shutil.copytree(_lib.library_folder(), other)
+    shutil.copytree(library.library_folder(), other)
     path = tmp_path / "result.json"
     result = run_bench("-p", "8", "-n", "2", "--rss", "0", "--against", other, "--json", path, "--renew", "1")
     assert result.returncode == 0, result.stderr
@@ -235,12 +237,12 @@ def test_a_run_is_what_it_says(session):
 
 def test_what_is_computed_as_one_follows_each_other(options, adapter):
     """A layer's projection, read and correction of q: only neighbours are computed together."""
-    nodes = bench_nodes.Nodes()
-    model = bench_run.Model(_lib.llama_cpp, options)
-    side = bench_run.Session(model, str(adapter("qwen3", "tsw_qo")), nodes.callback)
-    with nodes.watch(alike=True):
+    watched = nodes.Nodes()
+    model = runs.Model(library.llama_cpp, options)
+    side = runs.Session(model, str(adapter("qwen3", "tsw_qo")), watched.callback)
+    with watched.watch(alike=True):
         side.decode(0, 1)
-    names = [name for _, name, _, _ in nodes.least]
+    names = [name for _, name, _, _ in watched.least]
     first = [i for i, name in enumerate(names) if name.startswith("deltamem_in")]
     assert len(first) == 4
     for layer, i in enumerate(first):
@@ -254,16 +256,16 @@ def test_the_adapter_is_attached_and_writes(session):
     on, off = session(True), session(False)
     for side in (on, off):
         side.prefill(10)
-    assert _lib.llama_deltamem_is_attached(on.ctx) and not _lib.llama_deltamem_is_attached(off.ctx)
+    assert library.llama_deltamem_is_attached(on.ctx) and not library.llama_deltamem_is_attached(off.ctx)
     assert on.n_graphs > 0 and off.n_graphs == 0
-    size = _lib.llama_deltamem_state_size(on.ctx)
+    size = library.llama_deltamem_state_size(on.ctx)
     state = (ctypes.c_float * size)()
-    assert _lib.llama_deltamem_state_get(on.ctx, 0, state, size) == 0
+    assert library.llama_deltamem_state_get(on.ctx, 0, state, size) == 0
     assert any(state)
 
 
 def test_worker_does_what_a_session_does(options, adapter):
-    worker = bench_run.Worker(_lib.library_folder(), options, str(adapter("qwen3", "tsw_qo")))
+    worker = runs.Worker(library.library_folder(), options, str(adapter("qwen3", "tsw_qo")))
     try:
         assert worker.prefill(20)[0] > 0
         nanoseconds, built = worker.decode(20, 3)
@@ -280,7 +282,7 @@ def test_worker_does_what_a_session_does(options, adapter):
     finally:
         worker.close()
     with pytest.raises(AdapterError, match="not a δ-mem adapter"):
-        bench_run.Worker(_lib.library_folder(), options, options.model)
+        runs.Worker(library.library_folder(), options, options.model)
 
 
 def test_median_interval_covers_the_median():
@@ -357,7 +359,7 @@ def test_refused_by_the_library(run_bench, base, tmp_path):
         (run_bench(*short, "--rss", "0", "--against", broken), f"the llama library in {broken} cannot be used"),
         (run_bench(*short, "-m", cut), f"{cut}: is not a readable GGUF file"),
         (
-            run_bench("-p", "0", "-n", "0", "--rss", "8", "--against", _lib.library_folder(), memory=False),
+            run_bench("-p", "0", "-n", "0", "--rss", "8", "--against", library.library_folder(), memory=False),
             "nothing to measure",
         ),
     ):
@@ -381,8 +383,8 @@ def test_op(tmp_path):
 def test_op_computes_the_operator(monkeypatch):
     """The graph that is timed: states change by what the tokens write, each layer's alike."""
     graphs = []
-    compute = bench_op._Graph.compute
-    allocate = bench_op._Graph.allocate
+    compute = operator._Graph.compute
+    allocate = operator._Graph.allocate
 
     def keep(graph, values):
         graphs.append([tensor for tensor, data in values.items() if len(data) == 4 * 2 * 64 and not any(data)])
@@ -400,52 +402,52 @@ def test_op_computes_the_operator(monkeypatch):
         assert len(states) == graph.n_nodes
         assert any(states[0]) and len(set(states)) == 1
 
-    monkeypatch.setattr(bench_op._Graph, "allocate", keep)
-    monkeypatch.setattr(bench_op._Graph, "compute", check)
-    row = bench_op.measure(8, 2, 64, 1)
+    monkeypatch.setattr(operator._Graph, "allocate", keep)
+    monkeypatch.setattr(operator._Graph, "compute", check)
+    row = operator.measure(8, 2, 64, 1)
     assert row["layers"] == 36 and row["heads"] == 2
 
 
 def test_floor():
     """The floor by hand: rank 8, one head, at a nanosecond a cycle."""
-    found = bench_op.floor(8, 1, 1.0, None)
+    found = operator.floor(8, 1, 1.0, None)
     operations = 4 * 64 + 16 * 20 + 8 * 18 + 7 * 8
-    assert found["vector_instructions"] == operations / bench_op.lanes()
-    assert found["issue_cycles"] == operations / bench_op.lanes() / 2
+    assert found["vector_instructions"] == operations / operator.lanes()
+    assert found["issue_cycles"] == operations / operator.lanes() / 2
     assert found["chain_cycles"] == 4 * (1 + 3 + 2)
     assert found["ns"] == max(found["issue_cycles"], found["chain_cycles"])
-    assert bench_op.floor(8, 3, 1.0, None)["vector_instructions"] == 3 * found["vector_instructions"]
-    assert bench_op.floor(8, 1, None, None)["ns"] is None
+    assert operator.floor(8, 3, 1.0, None)["vector_instructions"] == 3 * found["vector_instructions"]
+    assert operator.floor(8, 1, None, None)["ns"] is None
     # a rate is a bound from below, and whole: 0.9 and 1.04 are 1 vector a cycle, 1.4 are 2
     for rate, starts in ((0.9, 1), (1.04, 1), (1.4, 2), (2.02, 2)):
-        assert bench_op.floor(8, 1, 1.0, rate)["issue_cycles"] == operations / bench_op.lanes() / starts
+        assert operator.floor(8, 1, 1.0, rate)["issue_cycles"] == operations / operator.lanes() / starts
 
 
 def test_synthetic_files_are_kept(tmp_path, monkeypatch, golden_dir):
-    from pydeltamem import bench_model, synthetic
+    from pydeltamem.bench import models, synthetic
 
     shape = synthetic.Shape("qwen3", n_layer=2, n_embd=256, n_head=4, n_head_kv=2, head_dim=64, n_ff=512, n_ctx=512)
     monkeypatch.setitem(synthetic.SHAPES, "tiny", shape)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     arguments = ("tiny", "q4_k_m", "f16", 4, 2, str(golden_dir / "qwen3" / "base-f32.gguf"))
-    files = bench_model.synthetic_files(*arguments)
-    made = {path: path.stat().st_mtime_ns for path in bench_model.cache_folder().iterdir()}
+    files = models.synthetic_files(*arguments)
+    made = {path: path.stat().st_mtime_ns for path in models.cache_folder().iterdir()}
     assert {str(path) for path in made} == set(files)
-    assert bench_model.synthetic_files(*arguments[:-1]) == files  # and needs no vocabulary any more
-    assert {path: path.stat().st_mtime_ns for path in bench_model.cache_folder().iterdir()} == made
+    assert models.synthetic_files(*arguments[:-1]) == files  # and needs no vocabulary any more
+    assert {path: path.stat().st_mtime_ns for path in models.cache_folder().iterdir()} == made
 
     result = deltamem("bench", "-m", files[0], "--deltamem", files[1], *SMALL, "-p", "8", "-n", "2", "--rss", "0")
     assert result.returncode == 0, result.stderr
     assert f"{17 * 2 * 4 * 4 * 2 * 4:,} bytes of states and checkpoints" in result.stdout
 
     # a type that is made by llama.cpp's quantiser; what it was made from does not stay
-    quantised, adapter = bench_model.synthetic_files("tiny", "IQ4_NL", *arguments[2:])
+    quantised, adapter = models.synthetic_files("tiny", "IQ4_NL", *arguments[2:])
     assert adapter == files[1] and Header(quantised).keys["general.file_type"] == file_type("iq4_nl")
-    assert {str(path) for path in bench_model.cache_folder().iterdir()} == {*files, quantised}
+    assert {str(path) for path in models.cache_folder().iterdir()} == {*files, quantised}
     with pytest.raises(InputError, match="'q9' is no type of"):
-        bench_model.synthetic_files("tiny", "q9", *arguments[2:])
+        models.synthetic_files("tiny", "q9", *arguments[2:])
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="--synthetic keeps its files there"):
-        bench_model.synthetic_files(*arguments)
+        models.synthetic_files(*arguments)

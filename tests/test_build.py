@@ -315,7 +315,9 @@ def test_metadata_and_licences():
     distribution = importlib.metadata.distribution("pydeltamem")
     assert distribution.version == importlib.import_module("pydeltamem").__version__
     assert f"llama-cpp-python=={fetch.VERSION}" in distribution.requires
-    assert {(entry.name, entry.value) for entry in distribution.entry_points} == {("deltamem", "pydeltamem.cli:main")}
+    assert {(entry.name, entry.value) for entry in distribution.entry_points} == {
+        ("deltamem", "pydeltamem.cli.main:main")
+    }
 
     shipped = {path.name: path for path in distribution.files if "licenses" in path.parts}
     for path in [ROOT / "LICENSE", *(ROOT / "licenses").iterdir()]:

@@ -13,10 +13,10 @@ import time
 import numpy as np
 import pytest
 
-from pydeltamem.chat import Chat, describe
+from pydeltamem.cli.chat import Chat, describe
 from pydeltamem.conversation import Conversation
 from pydeltamem.errors import InputError, MemoryFileError
-from pydeltamem.memory_file import read_memory_file
+from pydeltamem.formats.memory_file import read_memory_file
 
 OPTIONS = ["-n", "12", "--temp", "0", "-c", "512", "-t", "1", "-tb", "1"]
 
@@ -215,7 +215,7 @@ def test_a_line_of_a_pipe_is_a_turn(piped, llm, tmp_path):
 
 def test_replies_of_the_package_model_begin_with_a_word(capsys):
     from pydeltamem import DeltaMemLlama
-    from pydeltamem.default_model import default_files
+    from pydeltamem.models import default_files
 
     model, adapters = default_files()
     llm = DeltaMemLlama(model, deltamem_path=adapters["tsw"], n_ctx=256, n_threads=1)

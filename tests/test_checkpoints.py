@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pydeltamem import _lib
+from pydeltamem.runtime import library
 from session import open_session
 
 TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88, 200, 31]
@@ -13,13 +13,13 @@ TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88, 200, 31]
 
 def ask(session, tokens):
     marks = np.asarray(tokens, dtype=np.int32)
-    return _lib.llama_deltamem_set_checkpoints(session.ctx, marks.ctypes.data_as(_lib.int32_p), len(marks))
+    return library.llama_deltamem_set_checkpoints(session.ctx, marks.ctypes.data_as(library.int32_p), len(marks))
 
 
 def kept(session, i):
     state = np.empty_like(session.state(0))
-    if _lib.llama_deltamem_checkpoint_get(session.ctx, i, state.ctypes.data_as(_lib.float_p), state.size):
-        raise RuntimeError(_lib.last_error())
+    if library.llama_deltamem_checkpoint_get(session.ctx, i, state.ctypes.data_as(library.float_p), state.size):
+        raise RuntimeError(library.last_error())
     return state
 
 
@@ -77,7 +77,7 @@ def test_they_hold_for_one_batch(base, adapter):
 def test_what_cannot_be_asked_for(base, adapter, marks, says):
     with open_session(base(), adapter("qwen3", "tsw_qo")) as session:
         assert ask(session, marks) == -1
-        assert says in _lib.last_error()
+        assert says in library.last_error()
         session.decode([(14, 0)])
 
 

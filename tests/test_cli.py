@@ -13,8 +13,8 @@ import pytest
 from llama_cpp import Llama
 
 from pydeltamem import __version__
-from pydeltamem.memory_file import read_memory_file
-from pydeltamem.stream import TextStream
+from pydeltamem.formats.memory_file import read_memory_file
+from pydeltamem.runtime.stream import TextStream
 
 PLAIN = ["-n", "16", "--temp", "0", "-c", "512", "-t", "1", "-tb", "1"]
 
@@ -297,7 +297,7 @@ def test_every_option_is_taken(generate):
     ],
 )
 def test_stream(monkeypatch, pieces, stop, text):
-    from pydeltamem import stream as module
+    from pydeltamem.runtime import stream as module
 
     monkeypatch.setattr(module, "_piece", lambda vocab, token: pieces[token])
     assembler = module.Assembler(None, stop)
@@ -387,7 +387,7 @@ def test_ctrl_c_saves_the_memory(base, adapter, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "pydeltamem.cli",
+        "pydeltamem.cli.main",
         "generate",
         "-m",
         base(),
@@ -410,7 +410,7 @@ def test_broken_pipe_is_quiet(base, adapter, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "pydeltamem.cli",
+        "pydeltamem.cli.main",
         "generate",
         "-m",
         base(),

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from pydeltamem.cli import SUBCOMMANDS
-from pydeltamem.default_model import default_files
-from pydeltamem.memory_file import read_memory_file
+from pydeltamem.cli.main import SUBCOMMANDS
+from pydeltamem.formats.memory_file import read_memory_file
+from pydeltamem.models import default_files
 
 MODEL, MEMORIES = default_files()
 ADAPTER = MEMORIES["tsw"]

@@ -21,9 +21,9 @@ from pydeltamem import (
     ModelError,
     say_together,
     stream_together,
-)  # fmt: skip
+)
 from pydeltamem.conversation import chat_prompt
-from pydeltamem.default_model import default_files
+from pydeltamem.models import default_files
 
 GREEDY = {"n_predict": 8, "temp": 0.0}
 SAME = {"rtol": 0, "atol": 2e-6}  # float32 sums in another order

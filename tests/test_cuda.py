@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from golden_data import ARCHITECTURES, CASES
-from pydeltamem import DeltaMemLlama, _lib
+from pydeltamem import DeltaMemLlama
+from pydeltamem.runtime import library
 from test_golden import F32, errors_of, expected_of, nmse, read_one_by_one, read_prompt
 
 BOUND = 1e-5  # TF32 products and sums in another order; the backbone's own figure is printed beside it
@@ -19,7 +20,7 @@ BOUND = 1e-5  # TF32 products and sums in another order; the backbone's own figu
 
 def gpu_names() -> list[str]:
     """The GPUs of the loaded library. RPC devices are none."""
-    ggml = ctypes.CDLL(_lib.llama_cpp.llama_cpp._lib._name)  # finds what it links to
+    ggml = ctypes.CDLL(library.llama_cpp.llama_cpp._lib._name)  # finds what it links to
     for name in ("ggml_backend_dev_get", "ggml_backend_dev_name"):
         getattr(ggml, name).restype = ctypes.c_void_p
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t

@@ -69,7 +69,7 @@ def test_a_failed_embedding_says_so(make_llm, pooled):
 
 
 def test_a_failed_decode_on_the_command_line(base, adapter, monkeypatch, capsys):
-    from pydeltamem.cli import main
+    from pydeltamem.cli.main import main
 
     def fail(ctx, batch):
         raise RuntimeError("llama_decode returned 1")

@@ -11,12 +11,22 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pydeltamem import evaluate
-from pydeltamem.cli import main
-from pydeltamem.default_model import default_files
+from pydeltamem.cli.main import main
 from pydeltamem.errors import InputError
-from pydeltamem.evaluate import Case, Row, answer_all, found_turns, last_turns, make_cases, ratios_of, table_of, wilson
-from pydeltamem.world import Fact
+from pydeltamem.evals import recall
+from pydeltamem.evals.recall import (
+    Case,
+    Row,
+    answer_all,
+    found_turns,
+    last_turns,
+    make_cases,
+    ratios_of,
+    table_of,
+    wilson,
+)
+from pydeltamem.evals.world import Fact
+from pydeltamem.models import default_files
 from test_cli import deltamem
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
@@ -89,7 +99,7 @@ def test_what_the_search_finds():
 
 
 def test_cases_ask_for_what_was_told():
-    tasks = evaluate.TASKS
+    tasks = recall.TASKS
     cases = list(make_cases(tasks, 30, [1, 4], [40], 1, Parrot()))
     assert {c.task for c in cases} == set(tasks)
     for c in cases:
@@ -108,7 +118,7 @@ def test_cases_ask_for_what_was_told():
 
 
 def test_an_overwritten_fact_comes_last():
-    from pydeltamem.world_phrases import ATTRIBUTES
+    from pydeltamem.evals.world_phrases import ATTRIBUTES
 
     replaced = 0
     for c in make_cases(["overwrite"], 50, [4], [40], 1, Parrot()):
@@ -213,12 +223,12 @@ def test_shipped_files_are_small():
 
 
 def test_missing_model_is_named(monkeypatch, tmp_path):
-    from pydeltamem import default_model
+    from pydeltamem import models
     from pydeltamem.errors import ModelError
 
-    monkeypatch.setattr(default_model, "FOLDER", tmp_path)
+    monkeypatch.setattr(models, "FOLDER", tmp_path)
     with pytest.raises(ModelError, match=r"default\.gguf"):
-        default_model.default_files()
+        models.default_files()
 
 
 def test_unknown_reader_option():

@@ -8,7 +8,8 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from pydeltamem import Conversation, DeltaMemError, DeltaMemLlama, _lib, say_together
+from pydeltamem import Conversation, DeltaMemError, DeltaMemLlama, say_together
+from pydeltamem.runtime import library
 
 
 class Limit:
@@ -69,10 +70,10 @@ def test_a_state_between_two_is_not_handed_out(llm):
     limit.after(20)
     batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * 3)(1, 2, 3), 3)
     assert llama_cpp.llama_decode(llm.ctx, batch) == 2
-    state = np.empty(_lib.llama_deltamem_state_size(llm.ctx), dtype=np.float32)
-    pointer = state.ctypes.data_as(_lib.float_p)
-    assert _lib.llama_deltamem_state_get(llm.ctx, 0, pointer, state.size) == -1 and _lib.last_error()
-    assert _lib.llama_deltamem_checkpoint_get(llm.ctx, 0, pointer, state.size) == -1
+    state = np.empty(library.llama_deltamem_state_size(llm.ctx), dtype=np.float32)
+    pointer = state.ctypes.data_as(library.float_p)
+    assert library.llama_deltamem_state_get(llm.ctx, 0, pointer, state.size) == -1 and library.last_error()
+    assert library.llama_deltamem_checkpoint_get(llm.ctx, 0, pointer, state.size) == -1
     with pytest.raises(DeltaMemError):
         _ = llm.memory.state
     llm.memory.reset()

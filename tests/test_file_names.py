@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from pydeltamem import Conversation, DeltaMemLlama, MemoryFileError, MemorySnapshot, ModelError, OutputError
-from pydeltamem.convert.base import Base
-from pydeltamem.convert.checkpoint import CheckpointError
+from pydeltamem.bench.synthetic import write_adapter_checkpoint
 from pydeltamem.convert.hf import convert_base
-from pydeltamem.gguf_header import Header
-from pydeltamem.memory_file import MemoryFileLock, check_writable
-from pydeltamem.pack import pack, unpack
-from pydeltamem.quantize import quantize
-from pydeltamem.synthetic import write_adapter_checkpoint
+from pydeltamem.formats.base_model import Base
+from pydeltamem.formats.checkpoint import CheckpointError
+from pydeltamem.formats.gguf_header import Header
+from pydeltamem.formats.memory_file import MemoryFileLock, check_writable
+from pydeltamem.formats.packed import pack, unpack
+from pydeltamem.runtime.quantize import quantize
 
 SNAPSHOT = MemorySnapshot(np.ones((2, 1, 4, 4)), {"layers": "0,1", "adapter": "ab" * 32, "architecture": "qwen3"})
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pydeltamem import DeltaMemLlama, InputError, ModelError
-from pydeltamem.default_model import default_files
+from pydeltamem.models import default_files
 
 MODEL, MEMORIES = default_files()
 PLAIN = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
@@ -115,7 +115,7 @@ def test_what_is_raised_is_not_logged_too(tmp_path, caplog, capfd):
 
 def test_bench_says_how_large_the_model_is(capsys):
     """llama.cpp has no name for so small a size, and a share of a GB is none."""
-    from pydeltamem.cli import main
+    from pydeltamem.cli.main import main
 
     options = ["-p", "8", "-n", "0", "--pairs", "2", "--rss", "0", "-t", "1"]
     assert main(["bench", "-m", str(MODEL), "--deltamem", str(MEMORIES["tsw"]), *options]) == 0
@@ -128,7 +128,7 @@ def test_bench_says_how_large_the_model_is(capsys):
 
 def test_quantize_says_why_a_model_grew(tmp_path, capsys):
     """From Q4_0, the table of tokens too, to Q4_K_M, which takes Q6_K for some."""
-    from pydeltamem.cli import main
+    from pydeltamem.cli.main import main
 
     small, large = str(tmp_path / "small.gguf"), str(tmp_path / "large.gguf")
     assert main(["quantize", str(MODEL), small, "q4_0", "--allow-requantize"]) == 0

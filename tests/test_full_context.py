@@ -9,7 +9,7 @@ from llama_cpp import LogitsProcessorList, StoppingCriteriaList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from pydeltamem import Conversation
-from pydeltamem.stream import TextStream
+from pydeltamem.runtime.stream import TextStream
 
 N_CTX = 256
 SMILE = "\N{GRINNING FACE}"

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from pydeltamem import FetchError, InputError, ModelError, hub
-from pydeltamem.cli import SUBCOMMANDS
-from pydeltamem.default_model import default_files
+from pydeltamem.cli.main import SUBCOMMANDS
+from pydeltamem.models import default_files
 from stand_in_hub import GATED, StandInHub
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from pydeltamem import _lib
+from pydeltamem.runtime import library
 
-LIB_DIR = _lib.LIB_DIR
+LIB_DIR = library.LIB_DIR
 IS_OURS = "import llama_cpp; llama_cpp.llama_cpp._lib.llama_deltamem_adapter_load; "
 CLEAN = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
 
@@ -67,10 +67,10 @@ def fake(tmp_path, version, library):
 @pytest.mark.parametrize(
     ("imported", "version", "library", "takes"),
     [
-        ("llama_cpp", _lib.LLAMA_CPP_VERSION, False, "ours"),
-        ("llama_cpp", _lib.LLAMA_CPP_VERSION, True, "its own"),  # a program that knows nothing of us
-        ("pydeltamem, llama_cpp", _lib.LLAMA_CPP_VERSION, True, "ours"),
-        ("pydeltamem, llama_cpp", _lib.LLAMA_CPP_VERSION, False, "ours"),
+        ("llama_cpp", library.LLAMA_CPP_VERSION, False, "ours"),
+        ("llama_cpp", library.LLAMA_CPP_VERSION, True, "its own"),  # a program that knows nothing of us
+        ("pydeltamem, llama_cpp", library.LLAMA_CPP_VERSION, True, "ours"),
+        ("pydeltamem, llama_cpp", library.LLAMA_CPP_VERSION, False, "ours"),
         ("pydeltamem, llama_cpp", "0.1.0", True, "its own"),  # bindings that are not of our library
         ("pydeltamem, llama_cpp", "0.1.0", False, "nothing"),
         ("llama_cpp", "0.1.0", False, "nothing"),

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pydeltamem.cli import main
+from pydeltamem.cli.inspect import describe
+from pydeltamem.cli.main import main
 from pydeltamem.errors import AdapterError, MemoryFileError, ModelError
-from pydeltamem.gguf_header import Header
-from pydeltamem.inspect import describe
-from pydeltamem.memory_file import write_memory_file
+from pydeltamem.formats.gguf_header import Header
+from pydeltamem.formats.memory_file import write_memory_file
 
 
 @pytest.fixture
@@ -265,7 +265,9 @@ def test_names_are_no_markup(printed, base, adapter, tmp_path):
 
 
 def test_loads_no_llama_cpp(adapter):
-    code = "import sys, pydeltamem.cli as c; c.main(['inspect', sys.argv[1]]); sys.exit('llama_cpp' in sys.modules)"
+    code = (
+        "import sys, pydeltamem.cli.main as c; c.main(['inspect', sys.argv[1]]); sys.exit('llama_cpp' in sys.modules)"
+    )
     command = [sys.executable, "-c", code, adapter("qwen3", "tsw_qo")]
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
 

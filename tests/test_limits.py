@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from pydeltamem.synthetic import Shape, write_model
+from pydeltamem.bench.synthetic import Shape, write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny" / "base.gguf"

@@ -12,7 +12,7 @@ from llama_cpp import LLAMA_POOLING_TYPE_MEAN, Llama, LlamaGrammar
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from pydeltamem import AdapterError, DeltaMemError, DeltaMemLlama, InputError, ModelError
-from pydeltamem.gguf_header import Header
+from pydeltamem.formats.gguf_header import Header
 
 TOKENS = [5, 17, 40, 99, 7, 63, 120, 5, 17, 88, 200, 31]
 MESSAGES = [{"role": "system", "content": "short"}, {"role": "user", "content": "hello there"}]
@@ -425,7 +425,9 @@ def python(code):
 
 
 def test_the_package_alone_does_not_load_llama_cpp():
-    result = python("import sys, pydeltamem.cli, pydeltamem.memory_file; sys.exit('llama_cpp' in sys.modules)")
+    result = python(
+        "import sys, pydeltamem.cli.main, pydeltamem.formats.memory_file; sys.exit('llama_cpp' in sys.modules)"
+    )
     assert result.returncode == 0, result.stderr
 
 

@@ -102,7 +102,7 @@ def test_long_tokens(base, tmp_path):
 
 
 def test_sizes(llm, base):
-    from pydeltamem.gguf_header import Header
+    from pydeltamem.formats.gguf_header import Header
 
     keys = Header(base()).keys
     assert llm.token_bos() == keys["tokenizer.ggml.bos_token_id"]

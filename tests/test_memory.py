@@ -8,8 +8,9 @@ import pickle
 import numpy as np
 import pytest
 
-from pydeltamem import AdapterError, DeltaMemError, InputError, MemoryFileError, ModelError, _lib
-from pydeltamem.memory_file import read_memory_file, write_memory_file
+from pydeltamem import AdapterError, DeltaMemError, InputError, MemoryFileError, ModelError
+from pydeltamem.formats.memory_file import read_memory_file, write_memory_file
+from pydeltamem.runtime import library
 from test_memory_file import BAD_FILES, bad_file
 
 TOKENS = [5, 17, 40, 99, 7, 63, 120, 5, 17, 88]
@@ -122,7 +123,7 @@ def test_when_a_memory_began(llm, tmp_path, monkeypatch):
         return llm.memory.copy().metadata["created"]
 
     first = began()
-    monkeypatch.setattr("pydeltamem.text.now", lambda: "2030-01-01T00:00:00+00:00")
+    monkeypatch.setattr("pydeltamem.runtime.text.now", lambda: "2030-01-01T00:00:00+00:00")
     llm.eval([14, 17, 40])
     llm.memory.save(tmp_path / "a.memory")
     assert began() == first
@@ -199,8 +200,8 @@ def test_detach_and_attach(make_llm):
 
 
 def test_an_adapter_is_freed_when_another_takes_its_place(make_llm, adapter, monkeypatch):
-    freed, free = [], _lib.llama_deltamem_adapter_free
-    monkeypatch.setattr(_lib, "llama_deltamem_adapter_free", lambda adapter: (freed.append(adapter), free(adapter)))
+    freed, free = [], library.llama_deltamem_adapter_free
+    monkeypatch.setattr(library, "llama_deltamem_adapter_free", lambda adapter: (freed.append(adapter), free(adapter)))
     llm, other = make_llm(), make_llm("msw4_qo")
     for case in ("msw4_qo", "tsw_qo", "msw4_qo"):
         llm.memory.attach(adapter("qwen3", case))

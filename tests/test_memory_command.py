@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from pydeltamem import MemorySnapshot, cli
-from pydeltamem.memory_command import effective_rank
-from pydeltamem.memory_file import MemoryFileLock
+from pydeltamem import MemorySnapshot
+from pydeltamem.cli import main
+from pydeltamem.cli.memory import effective_rank
+from pydeltamem.formats.memory_file import MemoryFileLock
 
 METADATA = {
     "layers": "2,5",
@@ -44,7 +45,7 @@ def run(capsys):
     """run(*arguments): exit code, standard output, standard error."""
 
     def call(*arguments):
-        code = cli.main(["memory", *map(str, arguments)])
+        code = main.main(["memory", *map(str, arguments)])
         return code, *capsys.readouterr()
 
     return call

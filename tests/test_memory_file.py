@@ -19,10 +19,10 @@ import pytest
 import safetensors.numpy
 
 from pydeltamem import Conversation, InputError, MemoryFileError, MemoryFileInUse, MemorySnapshot
-from pydeltamem.files import leftovers, replacing
-from pydeltamem.kinds import MEMORY, MEMORY_JSON
-from pydeltamem.memory_file import MemoryFileLock, check_writable, read_memory_file, write_memory_file
-from pydeltamem.outfile import output
+from pydeltamem.formats.atomic import leftovers, replacing
+from pydeltamem.formats.kinds import MEMORY, MEMORY_JSON
+from pydeltamem.formats.memory_file import MemoryFileLock, check_writable, read_memory_file, write_memory_file
+from pydeltamem.formats.outputs import output
 
 METADATA = {"layers": "2,5", "adapter": "ab" * 32, "adapter_name": "test", "architecture": "qwen3"}
 SHAPE = (2, 1, 8, 8)
@@ -289,7 +289,7 @@ def test_exports(tmp_path):
 
 HOLDER = """
 import sys
-from pydeltamem.memory_file import MemoryFileLock
+from pydeltamem.formats.memory_file import MemoryFileLock
 lock = MemoryFileLock(sys.argv[1])
 lock.acquire()
 print("held", flush=True)
@@ -509,7 +509,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path):
 def test_a_child_does_not_keep_the_lock_of_a_parent_that_is_gone(tmp_path):
     code = (
         "import os, sys, time\n"
-        "from pydeltamem.memory_file import MemoryFileLock\n"
+        "from pydeltamem.formats.memory_file import MemoryFileLock\n"
         "lock = MemoryFileLock(sys.argv[1])\n"
         "lock.acquire()\n"
         "if os.fork():\n"
@@ -537,7 +537,7 @@ def test_a_full_disk_leaves_no_lock(tmp_path, act):
         "import resource, sys\n"
         "import numpy as np\n"
         "from pydeltamem import MemoryFileError, MemorySnapshot\n"
-        "from pydeltamem.memory_file import MemoryFileLock\n"
+        "from pydeltamem.formats.memory_file import MemoryFileLock\n"
         "snapshot = MemorySnapshot(np.ones((1, 1, 8, 8)), {'layers': '0'})\n"
         "act = MemoryFileLock(sys.argv[1]).acquire if sys.argv[2] == 'lock' else lambda: snapshot.save(sys.argv[1])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
@@ -561,7 +561,7 @@ def test_many_processes_hold_it_in_turn(tmp_path):
     code = (
         "import sys, time\n"
         "from pydeltamem.errors import MemoryFileError\n"
-        "from pydeltamem.memory_file import MemoryFileLock\n"
+        "from pydeltamem.formats.memory_file import MemoryFileLock\n"
         "for _ in range(100):\n"
         "    while True:\n"
         "        try:\n"

@@ -75,7 +75,7 @@ def write(tmp_path):
 TRY = """
 import sys
 from pydeltamem import DeltaMemLlama, ModelError
-from pydeltamem.quantize import quantize
+from pydeltamem.runtime.quantize import quantize
 
 def load(path, **options):
     llm = DeltaMemLlama(path, n_ctx=256, n_threads=1, n_threads_batch=1, **options)

@@ -12,8 +12,8 @@ import pytest
 from llama_cpp import LLAMA_POOLING_TYPE_MEAN, LogitsProcessorList, llama_vocab_is_eog
 
 from pydeltamem import Conversation, DeltaMemLlama, NotFiniteError, say_together
-from pydeltamem.cli import main
-from pydeltamem.seats import Seats
+from pydeltamem.cli.main import main
+from pydeltamem.runtime.slots import Seats
 
 GREEDY = {"n_predict": 8, "temp": 0.0}
 TOKENS = [14, 17, 40, 99, 7, 63]

@@ -12,8 +12,8 @@ from llama_cpp import LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
 from pydeltamem import Conversation, DeltaMemLlama, InputError
-from pydeltamem.history import Checkpoint, Checkpoints
-from pydeltamem.text import Text
+from pydeltamem.runtime.history import Checkpoint, Checkpoints
+from pydeltamem.runtime.text import Text
 
 TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88, 200, 31]
 OTHER = [9, 8, 77, 6, 50, 4]
@@ -941,7 +941,7 @@ def test_an_interrupt_while_going_back(make, read_once, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pydeltamem.text.Text.put_state", interrupted)
+        patch.setattr("pydeltamem.runtime.text.Text.put_state", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.memory.rollback(len(TOKENS))
     llm.memory.rollback(len(TOKENS))

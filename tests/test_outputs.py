@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from pydeltamem import Conversation, MemoryFileError, MemorySnapshot, OutputError
-from pydeltamem.cli import main
-from pydeltamem.convert.base import Base
-from pydeltamem.convert.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from pydeltamem.bench.synthetic import Shape, write_adapter_checkpoint, write_model
+from pydeltamem.cli.main import main
+from pydeltamem.convert.adapter import write_adapter
 from pydeltamem.convert.hf import convert_base
-from pydeltamem.convert.pack import write_adapter
-from pydeltamem.memory_file import write_memory_file
-from pydeltamem.pack import pack, unpack
-from pydeltamem.quantize import quantize
-from pydeltamem.synthetic import Shape, write_adapter_checkpoint, write_model
+from pydeltamem.formats.base_model import Base
+from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from pydeltamem.formats.memory_file import write_memory_file
+from pydeltamem.formats.packed import pack, unpack
+from pydeltamem.runtime.quantize import quantize
 
 METADATA = {"layers": "0,1", "adapter": "ab" * 32, "adapter_name": "test", "architecture": "qwen3"}
 SNAPSHOT = MemorySnapshot(np.ones((2, 1, 4, 4)), METADATA)
@@ -182,7 +182,7 @@ def test_checkpoints(files, base, tmp_path):
     """Both files of a checkpoint, or none."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from pydeltamem.reference import DeltaMem, DeltaMemConfig
+    from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 
     config = transformers.Qwen3Config(
         vocab_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,

@@ -11,10 +11,11 @@ import gguf
 import numpy as np
 import pytest
 
-from pydeltamem import AdapterError, DeltaMemLlama, InputError, ModelError, OutputError, cli
-from pydeltamem.gguf_header import Header
-from pydeltamem.pack import pack, unpack
-from pydeltamem.quantize import file_type, quantize
+from pydeltamem import AdapterError, DeltaMemLlama, InputError, ModelError, OutputError
+from pydeltamem.cli import main
+from pydeltamem.formats.gguf_header import Header
+from pydeltamem.formats.packed import pack, unpack
+from pydeltamem.runtime.quantize import file_type, quantize
 from test_with_others import write_like
 
 TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88]
@@ -86,12 +87,12 @@ def test_other_alignment(adapter, aligned, tmp_path):
 
 def test_command_line(base, adapter, tmp_path, capsys):
     model = str(tmp_path / "model.gguf")
-    assert cli.main(["pack", str(base()), str(adapter("qwen3", "tsw_qo")), "-o", model]) == 0
+    assert main.main(["pack", str(base()), str(adapter("qwen3", "tsw_qo")), "-o", model]) == 0
     assert "loads as one model" in capsys.readouterr().out
-    assert cli.main(["inspect", model]) == 0
+    assert main.main(["inspect", model]) == 0
     assert "model with a δ-mem adapter" in capsys.readouterr().out
     files = [str(tmp_path / "base.gguf"), str(tmp_path / "memory.gguf")]
-    assert cli.main(["unpack", model, "--base", files[0], "--adapter", files[1]]) == 0
+    assert main.main(["unpack", model, "--base", files[0], "--adapter", files[1]]) == 0
     options = ["-p", "hello", "-n", "4", "-c", "256", "--save-memory", str(tmp_path / "a.memory")]
     result = subprocess.run(
         [sys.executable, "-m", "pydeltamem.cli", "generate", "-m", model, *options], capture_output=True, text=True
@@ -224,7 +225,7 @@ def test_packing_holds_neither_file_in_memory(base, adapter, tmp_path):
     writer.close()
     code = (
         "import resource, sys\n"
-        "from pydeltamem.pack import pack\n"
+        "from pydeltamem.formats.packed import pack\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "pack(*sys.argv[1:])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
@@ -290,10 +291,10 @@ def test_shards_of_a_size(base, adapter, tmp_path):
 
 def test_a_base_in_shards(base, adapter, packed, sharded, tmp_path):
     """Is what the whole base is: to convert, inspect, pack and load."""
-    from pydeltamem.convert.base import Base
-    from pydeltamem.convert.checkpoint import Checkpoint
-    from pydeltamem.convert.pack import write_adapter
-    from pydeltamem.inspect import describe
+    from pydeltamem.cli.inspect import describe
+    from pydeltamem.convert.adapter import write_adapter
+    from pydeltamem.formats.base_model import Base
+    from pydeltamem.formats.checkpoint import Checkpoint
 
     first = sharded()
     whole = describe(str(base()))
@@ -335,11 +336,11 @@ def test_shards_quantise(base, adapter, packed, tmp_path):
 
 def test_shards_on_the_command_line(base, adapter, tmp_path, capsys):
     arguments = ["pack", str(base()), str(adapter("qwen3", "tsw_qo")), "-o", str(tmp_path / "model.gguf")]
-    assert cli.main([*arguments, "--split-max-size", "1M"]) == 0
+    assert main.main([*arguments, "--split-max-size", "1M"]) == 0
     said = capsys.readouterr().out.strip()
     first = tmp_path / "model-00001-of-00002.gguf"
     assert said.startswith(f"{first}: ") and "in 2 shards, loads as one model" in said
-    assert cli.main(["inspect", str(first)]) == 0
+    assert main.main(["inspect", str(first)]) == 0
     assert "in 2 shards" in capsys.readouterr().out
     command = [sys.executable, "-m", "pydeltamem.cli", "generate", "-m", str(first), "-p", "hello", "-n", "4"]
     memory = tmp_path / "a.memory"
@@ -349,7 +350,7 @@ def test_shards_on_the_command_line(base, adapter, tmp_path, capsys):
     both = ["--split-max-tensors", "2", "--split-max-size", "1M"]
     for wrong in (["--split-max-size", "1k"], ["--split-max-tensors", "0"], both):
         with pytest.raises(SystemExit) as info:
-            cli.main([*arguments, *wrong])
+            main.main([*arguments, *wrong])
         assert info.value.code == 2
 
 
@@ -417,7 +418,7 @@ def test_a_packed_model_quantises_and_keeps_its_memory(packed, adapter, tmp_path
 
 
 def test_quantising_a_plain_model(base, tmp_path, capsys):
-    assert cli.main(["quantize", str(base()), str(tmp_path / "small.gguf"), "Q8_0"]) == 0
+    assert main.main(["quantize", str(base()), str(tmp_path / "small.gguf"), "Q8_0"]) == 0
     assert "q8_0" in capsys.readouterr().out.lower()
     assert os.path.getsize(tmp_path / "small.gguf") < 0.4 * os.path.getsize(base())
     assert len({file_type(name) for name in ("q4_k_m", "Q8_0", "f16", "bf16", "f32")}) == 5

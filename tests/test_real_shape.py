@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from conftest import ROOT
-from pydeltamem.synthetic import write_adapter_checkpoint, write_model
+from pydeltamem.bench.synthetic import write_adapter_checkpoint, write_model
 
 VOCAB = ROOT / "build" / "native" / "llama.cpp" / "models" / "ggml-vocab-qwen2.gguf"
 

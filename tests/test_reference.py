@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch", reason="the reference needs PyTorch")
 transformers = pytest.importorskip("transformers", reason="the reference is tested on transformers' models")
 
 from golden_data import CASES  # noqa: E402
-from pydeltamem.convert.checkpoint import CONFIG, WEIGHTS, Checkpoint  # noqa: E402
 from pydeltamem.errors import CheckpointError, InputError, ModelError  # noqa: E402
-from pydeltamem.reference import (  # noqa: E402
+from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint  # noqa: E402
+from pydeltamem.train.reference import (  # noqa: E402
     DeltaMem,
     DeltaMemConfig,
     chunked_recurrence,
@@ -570,5 +570,5 @@ def test_a_failed_save_keeps_the_old_checkpoint(attach, tmp_path):
 
 
 def test_importing_the_package_leaves_torch_alone(tmp_path):
-    code = "import sys, pydeltamem, pydeltamem.convert.checkpoint; sys.exit('torch' in sys.modules)"
+    code = "import sys, pydeltamem, pydeltamem.formats.checkpoint; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -16,7 +16,7 @@ from conftest import ROOT
 from golden_data import CASES
 from pydeltamem import DeltaMemLlama
 from pydeltamem.errors import InputError
-from pydeltamem.rpc import connect
+from pydeltamem.runtime.remote import connect
 from test_golden import BOUND, F32, expected_of, nmse
 
 LAYERS = {"all": -1, "half": 3}  # two of four: llama.cpp counts the output layer too
@@ -33,7 +33,16 @@ def server(tmp_path_factory):
     """An endpoint where the CPU of this machine is served; what it prints is in its log."""
     endpoint, log = f"127.0.0.1:{free_port()}", tmp_path_factory.mktemp("rpc") / "log"
     with open(log, "wb") as file:
-        command = [sys.executable, "-m", "pydeltamem.cli", "rpc-server", "--port", endpoint.split(":")[1], "-t", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "pydeltamem.cli.main",
+            "rpc-server",
+            "--port",
+            endpoint.split(":")[1],
+            "-t",
+            "1",
+        ]
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
         for _ in range(100):
@@ -116,7 +125,7 @@ def test_golden(server, golden_dir, adapter, base, case, layers, tmp_path):
 SEQUENCES = """
 import sys
 import numpy as np
-from pydeltamem.rpc import connect
+from pydeltamem.runtime.remote import connect
 from session import open_session
 
 endpoint, base, adapter, out = sys.argv[1:]
@@ -144,7 +153,7 @@ import sys
 from pathlib import Path
 import llama_cpp.llama as high
 from pydeltamem import DeltaMemLlama
-from pydeltamem.rpc import connect
+from pydeltamem.runtime.remote import connect
 from test_golden import F32, errors_of, expected_of
 
 endpoint, base, adapter, golden = sys.argv[1:]

@@ -13,8 +13,8 @@ import random
 import numpy as np
 import pytest
 
-from pydeltamem import _lib
 from pydeltamem.conversation import Conversation, chat_prompt, say_together
+from pydeltamem.runtime import library
 from session import llama, open_session
 
 N_SCHEDULES = int(os.environ.get("DELTAMEM_SCHEDULES", "40"))  # `make schedules` runs 1,000
@@ -42,7 +42,7 @@ class Simple:
 
     def become(self, state):
         """Another memory: the text cannot take it back."""
-        assert not _lib.llama_deltamem_state_set(self.session.ctx, self.seq, pointer(state), state.size)
+        assert not library.llama_deltamem_state_set(self.session.ctx, self.seq, pointer(state), state.size)
         self.states[len(self.tokens)] = state.copy()
         self.floor = len(self.tokens)
 
@@ -51,13 +51,13 @@ class Simple:
         self.n_kv = self.session.n_past[self.seq] = n
 
     def decode(self, token, write):
-        assert not _lib.llama_deltamem_set_write(self.session.ctx, self.seq, write)
+        assert not library.llama_deltamem_set_write(self.session.ctx, self.seq, write)
         self.session.decode([(token, self.seq)])
         self.n_kv += 1
 
     def decode_segment(self, tokens):
         n = len(tokens)
-        assert not _lib.llama_deltamem_set_write(self.session.ctx, self.seq, True)
+        assert not library.llama_deltamem_set_write(self.session.ctx, self.seq, True)
         self.session.decode([(token, self.seq) for token in tokens], [0] * n, [0] * (n - 1) + [1])
         self.n_kv += n
 
@@ -79,7 +79,7 @@ class Simple:
     def start_over(self):
         """All is read again as it was the first time, with writing."""
         state = self.states[self.floor]
-        assert not _lib.llama_deltamem_state_set(self.session.ctx, self.seq, pointer(state), state.size)
+        assert not library.llama_deltamem_state_set(self.session.ctx, self.seq, pointer(state), state.size)
         self.cut_kv(0)
         for token in self.tokens[: self.floor]:
             self.decode(token, False)
@@ -112,7 +112,7 @@ class Simple:
         state = self.states[max(begun, self.floor)]
         self.states = [*self.states[:begun], state.copy()]
         self.tokens, self.begun = self.tokens[:begun], self.begun[:begun]
-        assert not _lib.llama_deltamem_state_set(self.session.ctx, self.seq, pointer(state), state.size)
+        assert not library.llama_deltamem_state_set(self.session.ctx, self.seq, pointer(state), state.size)
         self.floor = min(self.floor, begun)
         if self.n_kv > begun:
             self.cut_kv(begun)
@@ -150,7 +150,7 @@ class Simple:
         other.tokens, other.states, other.floor = list(self.tokens), list(self.states), self.floor
         other.begun = list(self.begun)
         state = self.states[-1]
-        assert not _lib.llama_deltamem_state_set(self.session.ctx, other.seq, pointer(state), state.size)
+        assert not library.llama_deltamem_state_set(self.session.ctx, other.seq, pointer(state), state.size)
         if with_kv:
             llama.llama_memory_seq_cp(self.memory, self.seq, other.seq, -1, -1)
             other.n_kv = self.session.n_past[other.seq] = self.n_kv
@@ -162,7 +162,7 @@ def is_lost(text):
 
 
 def pointer(state):
-    return np.ascontiguousarray(state, dtype=np.float32).ctypes.data_as(_lib.float_p)
+    return np.ascontiguousarray(state, dtype=np.float32).ctypes.data_as(library.float_p)
 
 
 def common(a, b):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pydeltamem.pack import pack
+from pydeltamem.formats.packed import pack
 
 STOCK_LIB = os.environ.get("DELTAMEM_STOCK_LIB")
 OUR_LIB = Path(__file__).resolve().parents[1] / "pydeltamem" / "lib"

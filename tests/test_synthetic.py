@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pydeltamem import DeltaMemLlama
-from pydeltamem.convert import cli as convert
+from pydeltamem.bench.synthetic import FTYPES, SHAPES, Shape, write_adapter_checkpoint, write_model
+from pydeltamem.cli import convert
 from pydeltamem.errors import InputError, ModelError, OutputError
-from pydeltamem.gguf_header import Header
-from pydeltamem.synthetic import FTYPES, SHAPES, Shape, write_adapter_checkpoint, write_model
+from pydeltamem.formats.gguf_header import Header
 
 # K-quants need rows of 256
 TINY = {
@@ -143,7 +143,7 @@ def test_vocabulary_and_progress(golden_dir, tmp_path):
 
 
 def test_large_tensors_come_in_pieces(golden_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("pydeltamem.synthetic._PIECE", 1 << 14)
+    monkeypatch.setattr("pydeltamem.bench.synthetic._PIECE", 1 << 14)
     vocab = golden_dir / "qwen3" / "base-f32.gguf"
     for ftype in FTYPES:
         write_model(tmp_path / "m.gguf", TINY["qwen3"], vocab, ftype)

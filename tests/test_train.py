@@ -14,9 +14,10 @@ transformers = pytest.importorskip("transformers", reason="training needs transf
 from rich.console import Console  # noqa: E402
 
 from pydeltamem import train  # noqa: E402
-from pydeltamem.convert.checkpoint import Checkpoint  # noqa: E402
+from pydeltamem.cli import train as command  # noqa: E402
 from pydeltamem.errors import InputError, ModelError, OutputError, TrainingError  # noqa: E402
-from pydeltamem.reference import DeltaMem, DeltaMemConfig  # noqa: E402
+from pydeltamem.formats.checkpoint import Checkpoint  # noqa: E402
+from pydeltamem.train.reference import DeltaMem, DeltaMemConfig  # noqa: E402
 
 WORDS = ["<|user|>", "<|assistant|>", "<|end|>", "red", "green", "blue", "my", "door", "is", "what", "colour", "yours"]
 WORDS += ["hello", "there", "it"]
@@ -65,20 +66,20 @@ def data(tmp_path_factory):
 
 def arguments(hf_dir, data, out, *options):
     parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
+    command.add_arguments(parser)
     return parser.parse_args([str(hf_dir), str(data), "-o", str(out), "--batch", "4", "--device", "cpu", *options])
 
 
 def trainer(hf_dir, data, out, *options):
     args = arguments(hf_dir, data, out, *options)
-    return train.Trainer(args, replace(train.config_of(args), rank=4), Console(quiet=True))
+    return train.Trainer(args, replace(command.config_of(args), rank=4), Console(quiet=True))
 
 
 @pytest.fixture
 def memory(hf_dir):
     def make(strategy):
         model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).double().eval()
-        granularity, heads = train.STRATEGIES[strategy]
+        granularity, heads = command.STRATEGIES[strategy]
         torch.manual_seed(5)
         config = DeltaMemConfig(
             rank=4, num_state_heads=heads, memory_write_granularity=granularity, output_init="random",
@@ -95,7 +96,7 @@ def memory(hf_dir):
 
 
 @pytest.mark.parametrize("tail", [0, 2])
-@pytest.mark.parametrize("strategy", train.STRATEGIES)
+@pytest.mark.parametrize("strategy", command.STRATEGIES)
 def test_a_batch_computes_what_each_conversation_does(hf_dir, data, memory, strategy, tail):
     model, memory = memory(strategy)
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
@@ -277,7 +278,7 @@ def test_other_bad_input(hf_dir, data, tmp_path):
     with pytest.raises(InputError, match="--update: with --init it is that of the checkpoint"):
         trainer(hf_dir, data, tmp_path / "init", "--init", str(tmp_path / "out"), "--update", "no_lambda")
     with pytest.raises(InputError, match="rank = 65 must be from 1 to 64"):
-        train.config_of(arguments(hf_dir, data, tmp_path, "--rank", "65"))
+        command.config_of(arguments(hf_dir, data, tmp_path, "--rank", "65"))
     for option in (("--rate", "-1"), ("--rate", "nan"), ("--clip", "0"), ("--heads-gain", "x")):
         with pytest.raises(SystemExit):
             arguments(hf_dir, data, tmp_path, *option)
@@ -313,7 +314,7 @@ def test_fewer_conversations_than_a_batch(hf_dir, data, tmp_path, capsys):
     few.write_text("".join(data.read_text(encoding="utf-8").splitlines(keepends=True)[:3]), encoding="utf-8")
     report = trainer(hf_dir, few, tmp_path / "out", "--steps", "2").train()
     assert report.steps == 2 and report.held_out == 0
-    train.print_report(report, Console())
+    command.print_report(report, Console())
     assert "none of fewer than 10" in capsys.readouterr().out
 
 
@@ -321,7 +322,7 @@ def test_fewer_conversations_than_a_batch(hf_dir, data, tmp_path, capsys):
 def test_a_memory_that_begins_as_a_head_adds_what_the_head_does(hf_dir, strategy):
     """What one value, read as it was written, adds to the layer: the head's output for it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).double().eval()
-    _, heads = train.STRATEGIES[strategy]
+    _, heads = command.STRATEGIES[strategy]
     rank = 16 // (heads // 2 or 1)  # as many directions as a head has, so that nothing is lost
     memory = DeltaMem(model, DeltaMemConfig(rank=rank, num_state_heads=heads, alpha=4.0)).double()
     train.start_from_heads(memory, model, gain=0.5)

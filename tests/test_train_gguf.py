@@ -15,8 +15,9 @@ pytest.importorskip("transformers", reason="training needs transformers (extra: 
 from rich.console import Console  # noqa: E402
 
 from pydeltamem import DeltaMemLlama, train  # noqa: E402
-from pydeltamem.convert.checkpoint import Checkpoint  # noqa: E402
+from pydeltamem.cli import train as command  # noqa: E402
 from pydeltamem.errors import InputError, ModelError  # noqa: E402
+from pydeltamem.formats.checkpoint import Checkpoint  # noqa: E402
 from pydeltamem.train.model import load_frozen  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -48,10 +49,10 @@ def data(tmp_path_factory):
 
 def trainer(data, out, *options, model=MODEL):
     parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
+    command.add_arguments(parser)
     given = [str(model), str(data), "-o", str(out), "--batch", "3", "--device", "cpu", *options]
     args = parser.parse_args(given)
-    return train.Trainer(args, train.config_of(args), Console(quiet=True))
+    return train.Trainer(args, command.config_of(args), Console(quiet=True))
 
 
 def test_what_is_trained_on_is_what_runs():

@@ -9,9 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", reason="training needs transformers (extra: train)")
 
-from pydeltamem.reference import DeltaMem, DeltaMemConfig  # noqa: E402
-from pydeltamem.reference import recurrence as token_by_token  # noqa: E402
 from pydeltamem.train import Batch, Example, PackedBatch, PackedModel, answer_logits, kernels  # noqa: E402
+from pydeltamem.train.reference import DeltaMem, DeltaMemConfig  # noqa: E402
+from pydeltamem.train.reference import recurrence as token_by_token  # noqa: E402
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "tie_word_embeddings": True}

@@ -61,18 +61,18 @@ def test_what_is_in_reach_works(bitnet, adapter, tmp_path):
 
 def test_attaching_fails_and_the_context_is_as_it_was(bitnet, adapter, tmp_path):
     """A refused adapter leaves the one that was attached, and its state."""
-    from pydeltamem import _lib
+    from pydeltamem.runtime import library
 
     good = rewrite(adapter("smollm3", "standard_uncoupled_scalar_gate"), tmp_path / "good.gguf", "bitnet")
     bad = rewrite(adapter("smollm3", "tsw_qo"), tmp_path / "bad.gguf", "bitnet")
     llm = DeltaMemLlama(model_path=bitnet, deltamem_path=good, n_ctx=256, verbose=False)
     llm.eval([1, 5, 9, 11])
     state = llm.memory.state
-    handle = _lib.llama_deltamem_adapter_load(llm.model, str(bad).encode())
-    with _lib.errors_held() as log:
-        assert _lib.llama_deltamem_attach(llm.ctx, handle) == -1
+    handle = library.llama_deltamem_adapter_load(llm.model, str(bad).encode())
+    with library.errors_held() as log:
+        assert library.llama_deltamem_attach(llm.ctx, handle) == -1
         log.clear()
-    _lib.llama_deltamem_adapter_free(handle)
+    library.llama_deltamem_adapter_free(handle)
     assert np.array_equal(llm.memory.state, state)
     llm.eval([12])
     assert not np.array_equal(llm.memory.state, state)

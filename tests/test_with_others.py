@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pydeltamem import AdapterError, Conversation
-from pydeltamem.gguf_header import Header
+from pydeltamem.formats.gguf_header import Header
 
 TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88]
 
@@ -90,8 +90,8 @@ def test_with_a_control_vector(adapter, golden_dir, make_llm, arch, case):
     """The same as the reference in PyTorch with the vectors added to the outputs of its layers, all but the first."""
     torch = pytest.importorskip("torch", reason="the reference needs PyTorch")
     transformers = pytest.importorskip("transformers", reason="the backbone is transformers' model")
-    from pydeltamem import _lib
-    from pydeltamem.reference import DeltaMem
+    from pydeltamem.runtime import library
+    from pydeltamem.train.reference import DeltaMem
 
     hf = transformers.AutoModelForCausalLM.from_pretrained(golden_dir / arch / "hf", dtype=torch.float32).eval()
     layers = hf.model.layers
@@ -115,9 +115,9 @@ def test_with_a_control_vector(adapter, golden_dir, make_llm, arch, case):
     llm = make_llm(case, arch, type_k=0, type_v=0, logits_all=True)
 
     def got(data, first, last):
-        flat = None if data is None else data[1:].ctypes.data_as(_lib.float_p)
+        flat = None if data is None else data[1:].ctypes.data_as(library.float_p)
         n = 0 if data is None else data[1:].size
-        assert _lib.llama_cpp.llama_set_adapter_cvec(llm.ctx, flat, n, vectors.shape[1], first, last) == 0
+        assert library.llama_cpp.llama_set_adapter_cvec(llm.ctx, flat, n, vectors.shape[1], first, last) == 0
         llm.reset()
         llm.memory.reset()
         llm.eval(TOKENS)
@@ -158,26 +158,27 @@ def test_two_adapters_in_turn(adapter, make_llm):
 
 def test_two_adapters_on_one_model_at_once(adapter, base):
     """Two contexts of one model, each with an adapter of its own."""
-    from pydeltamem import _lib, bench_run
+    from pydeltamem.bench import runs
+    from pydeltamem.runtime import library
     from session import llama
 
-    model = bench_run.Model(llama, bench_run.Options(str(base()), 256, 64, 64, 1, 0, False, "f32", "f32"))
+    model = runs.Model(llama, runs.Options(str(base()), 256, 64, 64, 1, 0, False, "f32", "f32"))
     states = {}
-    sessions = {case: bench_run.Session(model, str(adapter("qwen3", case))) for case in ("tsw_qo", "no_lambda_raw_qk")}
+    sessions = {case: runs.Session(model, str(adapter("qwen3", case))) for case in ("tsw_qo", "no_lambda_raw_qk")}
     for _ in range(2):  # in turns
         for session in sessions.values():
             session.decode(0, 5)
     for case, session in sessions.items():
-        state = np.empty(_lib.llama_deltamem_state_size(session.ctx), dtype=np.float32)
-        assert not _lib.llama_deltamem_state_get(session.ctx, 0, state.ctypes.data_as(_lib.float_p), state.size)
+        state = np.empty(library.llama_deltamem_state_size(session.ctx), dtype=np.float32)
+        assert not library.llama_deltamem_state_get(session.ctx, 0, state.ctypes.data_as(library.float_p), state.size)
         states[case] = state
         session.close()
     for case, state in states.items():
-        alone = bench_run.Session(model, str(adapter("qwen3", case)))
+        alone = runs.Session(model, str(adapter("qwen3", case)))
         for _ in range(2):
             alone.decode(0, 5)
         expected = np.empty_like(state)
-        assert not _lib.llama_deltamem_state_get(alone.ctx, 0, expected.ctypes.data_as(_lib.float_p), state.size)
+        assert not library.llama_deltamem_state_get(alone.ctx, 0, expected.ctypes.data_as(library.float_p), state.size)
         np.testing.assert_array_equal(state, expected)
         alone.close()
     model.close()

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from pydeltamem.world import FACTS, Fact, World, is_recalled
-from pydeltamem.world_phrases import ATTRIBUTES, CHATTER, VALUES
+from pydeltamem.evals.world import FACTS, Fact, World, is_recalled
+from pydeltamem.evals.world_phrases import ATTRIBUTES, CHATTER, VALUES
 
 
 def test_phrases_are_whole():

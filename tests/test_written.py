@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pydeltamem import DeltaMemLlama, ModelError
-from pydeltamem.gguf_header import Header
-from pydeltamem.pack import pack
-from pydeltamem.quantize import quantize
-from pydeltamem.synthetic import Shape, write_model
+from pydeltamem.bench.synthetic import Shape, write_model
+from pydeltamem.formats.gguf_header import Header
+from pydeltamem.formats.packed import pack
+from pydeltamem.runtime.quantize import quantize
 from test_cli import deltamem
 from test_with_others import write_like
 
@@ -166,10 +166,10 @@ def test_quantize_writes_no_infinity(base, odd, tmp_path):
 def test_an_adapter_has_no_infinity(golden_dir, base, tmp_path):
     """BF16 rounds the largest float32 to infinity."""
     torch = pytest.importorskip("torch")
-    from pydeltamem.convert.base import Base
-    from pydeltamem.convert.checkpoint import CONFIG, WEIGHTS, Checkpoint
-    from pydeltamem.convert.pack import write_adapter
+    from pydeltamem.convert.adapter import write_adapter
     from pydeltamem.errors import CheckpointError
+    from pydeltamem.formats.base_model import Base
+    from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
 
     shutil.copy(golden_dir / "qwen3" / "tsw_qo" / CONFIG, tmp_path / CONFIG)
     tensors = torch.load(golden_dir / "qwen3" / "tsw_qo" / WEIGHTS[0], weights_only=True)

@@ -1,4 +1,4 @@
-"""The native side against `pydeltamem.reference`, the memory in PyTorch, on one shape (`make bench-reference`).
+"""The native side against `pydeltamem.train.reference`, the memory in PyTorch, on one shape (`make bench-reference`).
 
     python tools/bench_reference.py --shape qwen3-0.6b --pairs 10 [--ftype q4_k_m f16] [--flash-attn off on]
 
@@ -19,12 +19,12 @@ from time import perf_counter
 import torch
 import transformers
 
-from pydeltamem import _lib
-from pydeltamem.bench import median_interval
-from pydeltamem.bench_model import synthetic_files
-from pydeltamem.bench_run import Model, Options, Session
-from pydeltamem.reference import DeltaMem, chunked_recurrence, recurrence
-from pydeltamem.synthetic import SHAPES
+from pydeltamem.bench.models import synthetic_files
+from pydeltamem.bench.runs import Model, Options, Session
+from pydeltamem.bench.synthetic import SHAPES
+from pydeltamem.cli.bench import median_interval
+from pydeltamem.runtime import library
+from pydeltamem.train.reference import DeltaMem, chunked_recurrence, recurrence
 
 FORMS = {"token by token": recurrence, "in chunks": chunked_recurrence}
 
@@ -63,7 +63,7 @@ class Reference:
 def native(shape: str, ftype: str, flash_attn: bool, n_ctx: int, n_threads: int) -> Session:
     path, adapter = synthetic_files(shape, ftype, "f16", 8, 1)
     options = Options(path, n_ctx, 512, 512, n_threads, 0, flash_attn, "f16", "f16")
-    return Session(Model(_lib.llama_cpp, options), adapter)
+    return Session(Model(library.llama_cpp, options), adapter)
 
 
 def main() -> int:

@@ -19,18 +19,19 @@ ROOT = Path(__file__).resolve().parent.parent
 LOAD = """
 import pathlib
 import pydeltamem
-from pydeltamem import DeltaMemLlama, _lib
+from pydeltamem import DeltaMemLlama
+from pydeltamem.runtime import library
 import pydeltamem.convert
 
 folder = pathlib.Path(pydeltamem.__file__).parent
-library = pathlib.Path(_lib.llama_cpp.llama_cpp._lib._name)
+path = pathlib.Path(library.llama_cpp.llama_cpp._lib._name)
 assert "site-packages" in folder.parts, folder
-assert library.parent == folder / "lib", library
-_lib.llama_cpp.llama_backend_init()
+assert path.parent == folder / "lib", path
+library.llama_cpp.llama_backend_init()
 maps = pathlib.Path("/proc/self/maps")
 if maps.exists():
     assert {root!r} not in maps.read_text(), "a library of the source tree is loaded"
-print(library, _lib.llama_cpp.llama_print_system_info().decode())
+print(path, library.llama_cpp.llama_print_system_info().decode())
 """
 
 

@@ -172,7 +172,7 @@ def ncu_kernels(text: str) -> Kernels:
 
 def floors(shape: str) -> dict[str, float]:
     """Nanoseconds below which a kernel of ours cannot come, adapter weights in F16; empty if the GPU does not tell."""
-    from pydeltamem.synthetic import SHAPES
+    from pydeltamem.bench.synthetic import SHAPES
 
     try:
         cuda, device, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
@@ -266,7 +266,7 @@ def steps(check: Check, shape: str, options: list[str]) -> None:
         return
     vocab = build / "llama.cpp" / "models" / "ggml-vocab-qwen2.gguf"
     write = (
-        "import sys; from pydeltamem.bench_model import synthetic_files;"
+        "import sys; from pydeltamem.bench.models import synthetic_files;"
         " synthetic_files(*sys.argv[1:4], 8, 1, sys.argv[4])"
     )
     writers = [start([python, "-c", write, shape, ftype, "f16", vocab]) for ftype in ("f16", "q4_k_m")]

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pydeltamem import _lib
+from pydeltamem.runtime import library
 
-llama = _lib.llama_cpp
+llama = library.llama_cpp
 
 
 class Session:
@@ -39,16 +39,16 @@ class Session:
             if segments is not None:
                 ids = np.asarray(segments, dtype=np.int32)
                 flags = None if ends is None else np.asarray(ends, dtype=np.int8)
-                status = _lib.llama_deltamem_set_segments(
+                status = library.llama_deltamem_set_segments(
                     self.ctx,
-                    ids.ctypes.data_as(_lib.int32_p),
-                    None if flags is None else flags.ctypes.data_as(_lib.int8_p),
+                    ids.ctypes.data_as(library.int32_p),
+                    None if flags is None else flags.ctypes.data_as(library.int8_p),
                     len(ids),
                 )
-                assert status == 0, _lib.last_error()
+                assert status == 0, library.last_error()
             status = llama.llama_decode(self.ctx, batch)
             if status != 0:
-                raise RuntimeError(f"llama_decode: {status}: {_lib.last_error()}")
+                raise RuntimeError(f"llama_decode: {status}: {library.last_error()}")
             rows = [
                 np.ctypeslib.as_array(llama.llama_get_logits_ith(self.ctx, i), (self.n_vocab,))
                 for i in range(len(tokens))
@@ -60,13 +60,13 @@ class Session:
     def state(self, seq: int) -> np.ndarray:
         """The sequence's state [L, H, r, r]."""
         n_layer, n_head, rank = (
-            _lib.llama_deltamem_n_layer(self.adapter),
-            _lib.llama_deltamem_n_head(self.adapter),
-            _lib.llama_deltamem_rank(self.adapter),
+            library.llama_deltamem_n_layer(self.adapter),
+            library.llama_deltamem_n_head(self.adapter),
+            library.llama_deltamem_rank(self.adapter),
         )
         state = np.empty((n_layer, n_head, rank, rank), dtype=np.float32)
-        status = _lib.llama_deltamem_state_get(self.ctx, seq, state.ctypes.data_as(_lib.float_p), state.size)
-        assert status == 0, _lib.last_error()
+        status = library.llama_deltamem_state_get(self.ctx, seq, state.ctypes.data_as(library.float_p), state.size)
+        assert status == 0, library.last_error()
         return state
 
     def forget_text(self, seq: int) -> None:
@@ -106,13 +106,13 @@ def open_session(
     handle = None
     try:
         if adapter is not None:
-            handle = _lib.llama_deltamem_adapter_load(model, str(adapter).encode())
-            assert handle, _lib.last_error()
-            assert _lib.llama_deltamem_attach(ctx, handle) == 0, _lib.last_error()
+            handle = library.llama_deltamem_adapter_load(model, str(adapter).encode())
+            assert handle, library.last_error()
+            assert library.llama_deltamem_attach(ctx, handle) == 0, library.last_error()
         n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
         yield Session(model, ctx, n_vocab, handle)
     finally:
         llama.llama_free(ctx)
         if handle:
-            _lib.llama_deltamem_adapter_free(handle)
+            library.llama_deltamem_adapter_free(handle)
         llama.llama_model_free(model)

@@ -1,11 +1,11 @@
-"""`deltamem train`: trains a memory on a frozen model, as the paper does.
+"""Trains an adapter on a frozen model, as the paper does (`deltamem train`).
 
 Of each conversation the earlier turns are read with writes on; their text is thrown away; the last turn is answered
 with only the state and a visible tail, and the next-token loss of the answer trains the memory's weights. Gradients go
 through the state, over all the tokens that wrote it. The result is a published checkpoint for `deltamem convert`.
 
-    command.py        options and report          conversations.py   lines of a file as tokens
-    trainer.py        the run                     model.py           the frozen model, of a directory or a GGUF
+    trainer.py        the run                     conversations.py   lines of a file as tokens
+    reference.py      the memory in PyTorch       model.py           the frozen model, of a directory or a GGUF
     packed.py         a step, conversations end to end (kernels.py: what it does between products)
     padded.py         a step by hooks on the model, the reference of packed.py
     heads.py          initial weights             recall.py          what the native runtime recalls, while it trains
@@ -21,7 +21,6 @@ try:
 except ImportError:
     raise InputError("deltamem train needs torch and transformers: pip install 'pydeltamem[train]'") from None
 
-from .command import STRATEGIES, add_arguments, config_of, print_report, run
 from .conversations import Conversations, Example
 from .heads import start_from_heads
 from .packed import PackedBatch, PackedModel
@@ -29,7 +28,6 @@ from .padded import Batch, answer_logits, answer_loss
 from .trainer import Report, Trainer
 
 __all__ = [
-    "STRATEGIES",
     "Batch",
     "Conversations",
     "Example",
@@ -37,11 +35,7 @@ __all__ = [
     "PackedModel",
     "Report",
     "Trainer",
-    "add_arguments",
     "answer_logits",
     "answer_loss",
-    "config_of",
-    "print_report",
-    "run",
     "start_from_heads",
 ]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert.checkpoint import HEADS
-from ..reference import DeltaMem, find_attention
+from ..formats.checkpoint import HEADS
+from .reference import DeltaMem, find_attention
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..errors import DeltaMemError, InputError, ModelError
-from ..gguf_header import Header
+from ..formats.gguf_header import Header
 from .tokenizer import GgufTokenizer
 
 DTYPES = ("auto", "float32", "bfloat16")

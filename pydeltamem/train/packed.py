@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference import DeltaMem
 from .kernels import Runs, Span, attention, recurrence, rms_norm, rotate, swiglu
+from .reference import DeltaMem
 
 if TYPE_CHECKING:
     from .conversations import Example

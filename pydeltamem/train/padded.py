@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference import DeltaMem
 from .conversations import Example
+from .reference import DeltaMem
 
 
 @dataclass

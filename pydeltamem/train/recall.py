@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..convert.base import Base
-from ..convert.checkpoint import Checkpoint
-from ..convert.pack import write_adapter
+from ..convert.adapter import write_adapter
 from ..errors import InputError
+from ..formats.base_model import Base
+from ..formats.checkpoint import Checkpoint
 from .conversations import Example
 
 LONGEST = 48  # tokens of an answer

@@ -21,7 +21,7 @@ class GgufTokenizer:
     def __init__(self, path: str | os.PathLike[str]):
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-        from .._lib import Llama
+        from ..runtime.library import Llama
 
         self.name_or_path = os.fspath(path)
         try:

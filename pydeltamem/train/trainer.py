@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import kinds
-from ..convert.checkpoint import CONFIG, WEIGHTS
 from ..errors import InputError, OutputError, TrainingError
-from ..files import replacing
+from ..formats import kinds
+from ..formats.atomic import replacing
+from ..formats.checkpoint import CONFIG, WEIGHTS
+from ..formats.outputs import check_target, make_folder, writing
 from ..hub import is_name, model_file
-from ..outfile import check_target, make_folder, writing
-from ..reference import DeltaMem, DeltaMemConfig, chunked_recurrence, fused_recurrence
 from .conversations import Conversations, Example
 from .heads import start_from_heads
 from .model import load_frozen
 from .packed import PackedBatch, PackedModel
 from .padded import Batch, answer_logits
 from .recall import NativeRecall
+from .reference import DeltaMem, DeltaMemConfig, chunked_recurrence, fused_recurrence
 
 HELD_OUT = 64  # conversations, a tenth of all at most, that measure the loss and train nothing
 TEACHER_ANSWER = 48  # tokens that a teacher writes at most

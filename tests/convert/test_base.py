@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pydeltamem.convert.base import IN_ORDER, PERMUTED, RESCALED, Base, converts
 from pydeltamem.convert.hf import converter
 from pydeltamem.errors import ModelError
+from pydeltamem.formats.base_model import IN_ORDER, PERMUTED, RESCALED, Base, converts
 
 KEYS = {"block_count": 2, "embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2}
 TENSORS = {"attn_q": 64, "attn_k": 32, "attn_v": 32, "attn_output": 64}

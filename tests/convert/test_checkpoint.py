@@ -12,10 +12,10 @@ import pytest
 import safetensors.numpy
 import torch
 
-from pydeltamem.convert.base import Base
-from pydeltamem.convert.checkpoint import Checkpoint
-from pydeltamem.convert.pack import write_adapter
+from pydeltamem.convert.adapter import write_adapter
 from pydeltamem.errors import CheckpointError, InputError
+from pydeltamem.formats.base_model import Base
+from pydeltamem.formats.checkpoint import Checkpoint
 
 CONFIG, PT, SAFETENSORS = "delta_mem_config.json", "delta_mem_adapter.pt", "delta_mem_adapter.safetensors"
 LAYER = "model.layers.1.self_attn."

@@ -17,11 +17,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from pydeltamem.cli import main
-from pydeltamem.convert.base import Base
-from pydeltamem.convert.checkpoint import Checkpoint
-from pydeltamem.convert.pack import write_adapter
+from pydeltamem.cli.main import main
+from pydeltamem.convert.adapter import write_adapter
 from pydeltamem.errors import CheckpointError, InputError, ModelError, OutputError
+from pydeltamem.formats.base_model import Base
+from pydeltamem.formats.checkpoint import Checkpoint
 
 CONFIG, PT, SAFETENSORS = "delta_mem_config.json", "delta_mem_adapter.pt", "delta_mem_adapter.safetensors"
 LAYER = "model.layers.1.self_attn."

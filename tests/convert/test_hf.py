@@ -12,10 +12,10 @@ pytest.importorskip("transformers", reason="llama.cpp's converter needs transfor
 
 import safetensors.numpy
 
-from pydeltamem.cli import main
+from pydeltamem.cli.main import main
 from pydeltamem.convert.hf import convert_base
 from pydeltamem.errors import ModelError, OutputError
-from pydeltamem.gguf_header import Header
+from pydeltamem.formats.gguf_header import Header
 from test_pack import on_a_full_disk
 
 

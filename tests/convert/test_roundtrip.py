@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from golden_data import ARCHITECTURES, CASES
-from pydeltamem.cli import main
+from pydeltamem.cli.main import main
 
 every_golden = pytest.mark.parametrize(("arch", "case"), [(arch, case) for arch in ARCHITECTURES for case in CASES])
 

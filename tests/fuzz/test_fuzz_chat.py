@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import inputs  # noqa: F401 - how many
 from pydeltamem import Conversation, DeltaMemError, DeltaMemLlama
-from pydeltamem.chat import COMMANDS, Chat
-from pydeltamem.default_model import default_files
+from pydeltamem.cli.chat import COMMANDS, Chat
+from pydeltamem.models import default_files
 
 PRECIOUS = {"model.gguf": b"GGUF precious", "text": b"precious", "empty": b""}
 SAVED = ["a.memory", "b.memory"]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 import inputs  # noqa: F401 - how many
 from damage import damaged
 from pydeltamem import DeltaMemError, ModelError
-from pydeltamem.convert.base import Base
-from pydeltamem.gguf_header import Header
-from pydeltamem.inspect import describe
-from pydeltamem.kinds import ADAPTER, MODEL, SHARD
-from pydeltamem.pack import pack, unpack
+from pydeltamem.cli.inspect import describe
+from pydeltamem.formats.base_model import Base
+from pydeltamem.formats.gguf_header import Header
+from pydeltamem.formats.kinds import ADAPTER, MODEL, SHARD
+from pydeltamem.formats.packed import pack, unpack
 from small import ARRAY, BASE, MEMORY, STRING, U32, key, text
 
 

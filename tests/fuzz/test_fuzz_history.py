@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import inputs  # noqa: F401 - how many
-from pydeltamem.history import TOKEN, History
+from pydeltamem.runtime.history import TOKEN, History
 
 N_CTX = 48
 

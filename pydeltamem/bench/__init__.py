@@ -1,0 +1,1 @@
+"""What a memory costs: time and bytes, with an adapter and without."""

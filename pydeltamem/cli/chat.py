@@ -1,0 +1,221 @@
+"""`deltamem chat`: a conversation at the terminal, with commands for the memory and for going back."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import DeltaMemError, InputError
+from ..formats.memory_file import check_writable
+from ..runtime.names import nearest
+from . import prompt
+from .model_options import (
+    add_memory_arguments,
+    add_model_arguments,
+    add_sampling_arguments,
+    load,
+    memory_attached,
+    memory_saved,
+    note,
+    sampling,
+)
+from .parser import text
+
+COMMANDS = {
+    "/again": (),
+    "/edit": (),
+    "/undo": (),
+    "/save": prompt.FILE,
+    "/load": prompt.FILE,
+    "/reset": (),
+    "/clear": (),
+    "/memory": (),
+    "/write": ("on", "off"),
+    "/help": (),
+    "/quit": (),
+}
+
+HELP = f"""\
+/again           another reply in place of the last one
+/edit TEXT       say TEXT in place of what you said last
+/undo            take the last turn back
+/save [FILE]     save the memory (default: the file of --memory or --save-memory, or the one saved or loaded last)
+/load [FILE]     load a memory
+/reset           empty the memory, keep the text
+/clear           forget the text, keep the memory
+/memory          what the memory holds, per layer
+/write on|off    write memory, or only read it
+/help            this list
+/quit            leave (also Ctrl-D)
+Ctrl-C stops a reply. {prompt.HELP}"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    group = add_memory_arguments(parser)
+    group.add_argument(
+        "--memory", metavar="FILE", help="the memory of this conversation: loaded if it exists, saved after each turn"
+    )
+    add_sampling_arguments(parser)
+    group = parser.add_argument_group("chat")
+    group.add_argument(
+        "-sys", "--system-prompt", "--system", type=text, default="", metavar="TEXT", help="system prompt"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.memory:
+        for other in ("no_memory", "load_memory", "save_memory"):
+            if getattr(args, other):
+                raise InputError(f"--memory and --{other.replace('_', '-')} do not go together: drop one of them")
+        check_writable(args.memory)
+
+    llm = load(args)
+    from ..conversation import Conversation
+
+    conversation = Conversation(llm, system=args.system_prompt, **sampling(args, llm))
+    if llm.memory.attached:
+        conversation.memory.restore(llm.memory.copy())
+        conversation.memory.write = llm.memory.write
+    if args.memory:
+        conversation.open(args.memory)
+    chat = Chat(conversation, args.memory or args.save_memory or args.load_memory)
+    with contextlib.closing(conversation), memory_saved(conversation.memory, args.save_memory):
+        note(memory_attached(llm, args))
+        if sys.stdin.isatty():
+            note("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
+        for said in prompt.said(COMMANDS):
+            try:
+                if not said.startswith("/"):
+                    chat.say(said)
+                elif not chat.command(said):
+                    break
+            except DeltaMemError as error:
+                note(str(error))
+    return 0
+
+
+class Chat:
+    """A conversation at the terminal: prints replies, and runs the commands."""
+
+    def __init__(self, conversation: Any, memory_file: str | None = None) -> None:
+        self.conversation = conversation
+        self.memory_file = memory_file
+
+    def say(self, said: str) -> None:
+        """One turn."""
+        if said.strip():
+            self._print(self.conversation.stream(_readable(said)))
+
+    def _print(self, pieces: Iterator[str]) -> None:
+        """Streams a reply to standard output. Ctrl-C ends it; what was said so far counts."""
+        from ..runtime.stream import interruptible
+
+        conversation = self.conversation
+        n_dropped, n_predict = conversation.n_dropped, conversation.options.get("n_predict")
+        begun = False
+        try:
+            with contextlib.closing(pieces):
+                try:
+                    for piece in interruptible(pieces):
+                        begun = True
+                        sys.stdout.write(piece)
+                        sys.stdout.flush()
+                except KeyboardInterrupt:
+                    note(" [stopped]")
+                else:
+                    if conversation.finish_reason == "length" and (n_predict is None or n_predict < 0):
+                        note(" [the context is full: the reply was cut]")
+                begun = True
+        finally:
+            if begun:  # also if the memory could not be saved then
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+        n_dropped = conversation.n_dropped - n_dropped
+        if n_dropped:
+            note(f"[the context is full: the oldest {n_dropped} messages left the text, the memory keeps]")
+
+    def command(self, said: str) -> bool:
+        """Runs one command. Returns False to leave."""
+        name, *rest = said[1:].split(None, 1) or [""]
+        argument = rest[0].strip() if rest else ""
+        conversation, memory = self.conversation, self.conversation.memory
+        if name in ("quit", "exit"):
+            return False
+        if name == "help":
+            note(HELP)
+        elif name == "again":
+            self._print(conversation.stream_again())
+        elif name == "edit" and argument:
+            self._print(conversation.stream_edited(_readable(argument)))
+        elif name == "edit":
+            raise InputError("/edit TEXT: say what you meant")
+        elif name == "undo":
+            conversation.undo()
+            note("the last turn is taken back")
+        elif name == "save":
+            file = self._file(argument)
+            memory.save(file)
+            self.memory_file = file
+            note(f"memory saved to {file}")
+        elif name == "load":
+            file = self._file(argument)
+            memory.load(file)
+            self.memory_file = file
+            conversation.save()
+            note(f"memory loaded from {file}")
+        elif name == "reset":
+            memory.reset()
+            conversation.save()
+            note("the memory is empty")
+        elif name == "clear":
+            conversation.clear()
+            note("the text is forgotten, the memory stays")
+        elif name == "memory":
+            note(describe(memory))
+        elif name == "write" and argument in ("on", "off"):
+            memory.write = argument == "on"
+            note(f"writes are {argument}")
+        elif name == "write":
+            raise InputError("/write on, or /write off")
+        else:
+            near = nearest(f"/{name}", COMMANDS) or ": /help lists them."
+            raise InputError(f"/{_readable(name)} is no command{near} Begin with a space to say it")
+        return True
+
+    def _file(self, name: str) -> str:
+        if name:
+            file = os.path.expanduser(os.fsdecode(name.encode("utf-8", "surrogateescape")))
+            try:
+                os.lstat(file)
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError) as error:  # too long, or with a zero in it
+                raise InputError(f"{file!a} is no name of a file: {getattr(error, 'strerror', error)}") from error
+            return file
+        if not self.memory_file:
+            raise InputError("name a file")
+        return self.memory_file
+
+
+def _readable(said: str) -> str:
+    """Text, with a sign in place of what is no UTF-8."""
+    return said.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def describe(memory: Any) -> str:
+    """The memory in a few lines: sizes, and the norm of each layer's state."""
+    state = memory.state
+    n_layer, n_head, rank, _ = state.shape
+    heads = "1 head" if n_head == 1 else f"{n_head} heads"
+    lines = [
+        f"{n_layer} layers, {heads} of rank {rank}, {state.nbytes / 1000:.1f} kB, {memory.n_written} tokens written, "
+        f"writes are {'on' if memory.write else 'off'}; norm per layer:"
+    ]
+    norms = [f"{layer:3d}: {float((s * s).sum()) ** 0.5:<8.4g}" for layer, s in zip(memory.layers, state.astype(float))]
+    lines += ["  ".join(norms[i : i + 6]).rstrip() for i in range(0, len(norms), 6)]
+    return "\n".join(lines)

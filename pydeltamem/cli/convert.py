@@ -1,0 +1,65 @@
+"""`deltamem convert`: a published δ-mem checkpoint to an adapter GGUF."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from ..convert.adapter import OUTTYPES, layers_of, write_adapter
+from ..convert.hf import convert_base
+from ..formats.base_model import Base
+from ..formats.checkpoint import Checkpoint
+from ..formats.kinds import ADAPTER
+from ..formats.outputs import check_target, files_of, refuse_inputs
+from ..hub import fetch, is_name, model_file, repository
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="ADAPTER_DIR", help="directory with delta_mem_config.json and its weights, or hf:REPO"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        required=True,
+        help="the base model: a GGUF of any quantisation, a Hugging Face folder, or a name (deltamem pull)",
+    )
+    parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the adapter to write")
+    parser.add_argument("--outtype", choices=sorted(OUTTYPES), default="f32", help="type of the weights (default: f32)")
+    parser.add_argument("--name", help="name to record in the file (default: that of the directory)")
+
+
+def _base(path: str, outfile: str) -> Base:
+    """What the adapter has to fit. Of a directory a GGUF is made to look at, and thrown away."""
+    if is_name(path):
+        path = model_file(path)
+    refuse_inputs(outfile, files_of(path) if os.path.isdir(path) else [path])
+    check_target(outfile, ADAPTER)  # before a conversion that may take long
+    if not os.path.isdir(path):
+        return Base(path)
+    with tempfile.TemporaryDirectory() as folder:
+        made = os.path.join(folder, "base.gguf")
+        convert_base(path, made, "q8_0")
+        base = Base(made)
+    base.path = Path(path)
+    return base
+
+
+def run(args: argparse.Namespace) -> int:
+    name = args.name
+    if is_name(args.checkpoint):
+        name = name or repository(args.checkpoint).rpartition("/")[2]
+        args.checkpoint = fetch(args.checkpoint)
+    checkpoint, base = Checkpoint(args.checkpoint), _base(args.base, args.outfile)
+    write_adapter(checkpoint, base, args.outfile, args.outtype, name)
+
+    config, n_layer = checkpoint.config, len(layers_of(checkpoint, base))
+    heads = f"{config.num_state_heads} head{'s' if config.num_state_heads > 1 else ''}"
+    print(
+        f"{args.outfile}: {base.architecture}, {n_layer} of {base.n_layer} layers, {heads} of rank {config.rank}, "
+        f"corrects {', '.join(config.delta_heads)}, writes per {config.memory_write_granularity.replace('_', ' ')}, "
+        f"{args.outtype}, {os.path.getsize(args.outfile) / 1e6:.2f} MB"
+    )
+    return 0

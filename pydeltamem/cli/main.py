@@ -1,0 +1,88 @@
+"""The command `deltamem`: finds the subcommand, turns errors of the package into one sentence and an exit code.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. Only the one that is called is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import DeltaMemError
+from ..runtime.names import as_on_the_command_line, nearest
+from .parser import Parser
+
+SUBCOMMANDS = {
+    "pull": ("pydeltamem.cli.pull", "get a model or an adapter by name"),
+    "convert": ("pydeltamem.cli.convert", "convert a published checkpoint to an adapter GGUF"),
+    "convert-base": ("pydeltamem.cli.convert_base", "convert a Hugging Face model to GGUF"),
+    "pack": ("pydeltamem.cli.pack", "put base and adapter in one file that loads as one model"),
+    "unpack": ("pydeltamem.cli.unpack", "get base and adapter back out of a packed model"),
+    "quantize": ("pydeltamem.cli.quantize", "write a model in a smaller type"),
+    "architectures": (
+        "pydeltamem.cli.architectures",
+        "list what takes a memory, what was verified and what is refused",
+    ),
+    "inspect": ("pydeltamem.cli.inspect", "show what an adapter, model or memory file holds"),
+    "generate": ("pydeltamem.cli.generate", "read a prompt and write on"),
+    "chat": ("pydeltamem.cli.chat", "talk to a model that remembers"),
+    "demo": ("pydeltamem.cli.demo", "tell the small model of the package some facts and ask for them later"),
+    "memory": ("pydeltamem.cli.memory", "show, compare, copy and export memories"),
+    "train": ("pydeltamem.cli.train", "train a memory on a frozen model"),
+    "eval": ("pydeltamem.evals.recall", "measure what a memory recalls once the text is gone"),
+    "rpc-server": ("pydeltamem.cli.rpc_server", "serve this machine's memory and processors to others (--rpc there)"),
+    "bench": ("pydeltamem.cli.bench", "time a model with and without its memory"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand. Returns 0, 1 after an error of the package, 130 after Ctrl-C, 141 if nobody reads the output
+    any more; wrong usage exits with 2.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["help"]:  # of the whole, or of the commands that follow
+        argv = [*argv[1:], "--help"]
+    parser = Parser(
+        prog="deltamem",
+        description="δ-mem for llama.cpp: language models with a memory that learns as it reads.",
+        epilog="deltamem help COMMAND says what a command takes.",
+    )
+    parser.add_argument("--version", action="version", version=f"deltamem {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    if argv and not argv[0].startswith("-") and argv[0] not in SUBCOMMANDS:
+        parser.error(f"there is no command {argv[0]}{nearest(argv[0], SUBCOMMANDS)} (deltamem help lists them)")
+    try:
+        module = None
+        for name, (module_name, summary) in SUBCOMMANDS.items():
+            command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+            if argv[:1] == [name]:
+                module = importlib.import_module(module_name)
+                module.add_arguments(command)
+
+        args = parser.parse_args(argv)
+        with as_on_the_command_line():
+            status = module.run(args)
+        sys.stdout.flush()
+        return status
+    except DeltaMemError as error:
+        print(f"deltamem: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        broken = isinstance(error, BrokenPipeError)
+        if broken or error.filename is None:  # Python flushes what is left once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if broken:  # the reader of our output is gone: leave quietly, as a program that SIGPIPE ends
+            return 141
+        print(f"deltamem: error: {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""`deltamem memory`: look into memory files, compare, copy and export them. Needs no llama.cpp."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import InputError, MemoryFileError
+from ..formats.memory_file import MemoryFileLock, MemorySnapshot, owner
+from .picture import picture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+
+    show = add("show", "whose memory it is, what each layer holds, and a picture")
+    show.add_argument("file", metavar="FILE")
+    show.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    diff = add("diff", "how far two memories of one adapter lie apart")
+    diff.add_argument("a", metavar="A")
+    diff.add_argument("b", metavar="B")
+    diff.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    copy = add("copy", "a second memory that begins as the first")
+    copy.add_argument("source", metavar="FROM")
+    copy.add_argument("target", metavar="TO")
+    copy.add_argument("--force", action="store_true", help="replace a file that is there")
+    export = add("export", "the memory for other programs")
+    export.add_argument("file", metavar="FILE")
+    export.add_argument("target", metavar="OUT", help="a file that ends in .npz (NumPy) or .json")
+
+
+def run(args: argparse.Namespace) -> int:
+    # a pipe has no width: there nothing is folded
+    # names come from files: they are text, not rich's markup
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
+    if args.action == "show":
+        snapshot = MemorySnapshot.load(args.file)
+        if args.json:
+            print(json.dumps(described(snapshot), indent=2))
+        else:
+            _print(console, args.file, snapshot)
+    elif args.action == "diff":
+        difference = compared(args.a, MemorySnapshot.load(args.a), args.b, MemorySnapshot.load(args.b))
+        if args.json:
+            print(json.dumps(difference, indent=2))
+        else:
+            _print_difference(console, difference)
+    elif args.action == "copy":
+        snapshot = MemorySnapshot.load(args.source)
+        with MemoryFileLock(args.target):  # whoever saves to it would soon replace the copy
+            if os.path.exists(args.target) and not args.force:
+                raise InputError(f"{args.target}: is there already: name another file, or add --force")
+            snapshot.save(args.target)
+    else:
+        snapshot = MemorySnapshot.load(args.file)
+        exporters = {".npz": snapshot.to_npz, ".json": snapshot.to_json}
+        suffix = os.path.splitext(args.target)[1]
+        if suffix not in exporters:
+            raise InputError(f"{args.target}: a memory is exported to a file that ends in .npz or .json")
+        exporters[suffix](args.target)
+    return 0
+
+
+def described(snapshot: MemorySnapshot) -> dict[str, Any]:
+    """What a memory holds, as values that JSON can hold. Per layer and head: norm, singular values, effective rank."""
+    return {
+        "metadata": dict(snapshot.metadata),
+        "shape": list(snapshot.state.shape),
+        "layers": [
+            {
+                "layer": layer,
+                "norms": norms.tolist(),
+                "singular_values": values.tolist(),
+                "effective_ranks": [effective_rank(row) for row in values],
+            }
+            for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values)
+        ],
+    }
+
+
+def effective_rank(singular_values: npt.NDArray[np.float32]) -> float:
+    """How many directions a state uses: e to the entropy of the singular values' shares, 1 to r; 0 for an empty state.
+
+    Roy and Vetterli, The effective rank, 2007.
+    """
+    values = singular_values[singular_values > 0].astype(np.float64)
+    shares = values / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
+
+
+def compared(a_name: str, a: MemorySnapshot, b_name: str, b: MemorySnapshot) -> dict[str, Any]:
+    """How far two memories lie apart: |A|, |B|, |A - B|, that relative to the larger one, and the cosine between them;
+    in all and per layer. Raises MemoryFileError if they belong to different adapters.
+    """
+    mine, theirs = a.metadata, b.metadata
+    if any(mine.get(key, "") != theirs.get(key, "") for key in ("adapter", "architecture")):
+        raise MemoryFileError(
+            f"{b_name}: the memory of another adapter, {owner(theirs)}; that of {a_name} is {owner(mine)}"
+        )
+    if mine.get("layers", "") != theirs.get("layers", "") or a.state.shape != b.state.shape:
+        raise MemoryFileError(
+            f"{b_name}: holds layers {theirs.get('layers', '')} of shape {b.state.shape}; "
+            f"{a_name} holds layers {mine.get('layers', '')} of shape {a.state.shape}"
+        )
+    return {
+        "a": a_name,
+        "b": b_name,
+        "identical": a.state.tobytes() == b.state.tobytes(),
+        "total": _apart(a.state, b.state),
+        "layers": [{"layer": layer, **_apart(x, y)} for layer, x, y in zip(a.layers, a.state, b.state)],
+    }
+
+
+def _apart(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> dict[str, float]:
+    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    norm_a, norm_b, difference = (float(np.linalg.norm(x)) for x in (a, b, a - b))
+    larger = max(norm_a, norm_b)
+    cosine = float(a @ b) / (norm_a * norm_b) if norm_a and norm_b else float(norm_a == norm_b)
+    return {
+        "norm_a": norm_a,
+        "norm_b": norm_b,
+        "difference": difference,
+        "relative": difference / larger if larger else 0.0,
+        "cosine": min(1.0, max(-1.0, cosine)),  # it may be rounded beyond them
+    }
+
+
+def _print(console: Console, path: str, snapshot: MemorySnapshot) -> None:
+    metadata = snapshot.metadata
+    n_layer, n_head, rank, _ = snapshot.state.shape
+    fingerprint = metadata.get("base", "")[:12]
+    facts = Table(show_header=False)
+    for name, value in {
+        "state": f"{n_layer} layers, {n_head} {'head' if n_head == 1 else 'heads'} of rank {rank}",
+        "adapter": f"{metadata.get('adapter_name') or 'unnamed'} ({metadata.get('adapter', '')[:12] or 'no checksum'})",
+        "base": " ".join(
+            filter(None, (metadata.get("architecture"), metadata.get("base_name"), fingerprint and f"({fingerprint})"))
+        ),
+        "tokens written": f"{snapshot.tokens_written:,}" if "tokens_written" in metadata else None,
+        "began": metadata.get("created"),
+        "saved": metadata.get("saved"),
+    }.items():
+        if value:
+            facts.add_row(name, value)
+    console.print(path, style="bold", soft_wrap=True)  # a table's title would be folded to its width
+    console.print(facts)
+
+    leading = min(rank, 3)
+    table = Table()
+    for name in ("layer", *(["head"] if n_head > 1 else []), "|S|", *["σ₁", "σ₂", "σ₃"][:leading], "rank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in described(snapshot)["layers"]:
+        for head, (norm, values, effective) in enumerate(
+            zip(row["norms"], row["singular_values"], row["effective_ranks"])
+        ):
+            name = [str(row["layer"]), *([str(head)] if n_head > 1 else [])]
+            table.add_row(*name, *(f"{value:.3g}" for value in (norm, *values[:leading])), f"{effective:.1f}")
+    console.print("Each state's norm, leading singular values and effective rank.")
+    console.print(table)
+
+    largest = float(np.abs(snapshot.state).max())
+    coloured = console.color_system is not None and not console.no_color
+    legend = "blue negative, red positive" if coloured else "shaded by size, - before what is negative"
+    console.print(f"Each state, rows are values, columns are keys; {legend}; the largest value is {largest:.3g}.")
+    pictures = [
+        picture(state, largest, coloured, f"{layer}" if n_head == 1 else f"{layer}.{head}")
+        for layer, heads in zip(snapshot.layers, snapshot.state)
+        for head, state in enumerate(heads)
+    ]
+    console.print(Columns(pictures, padding=(0, 2)))
+
+
+def _print_difference(console: Console, difference: dict[str, Any]) -> None:
+    if difference["identical"]:
+        console.print(f"{difference['a']} and {difference['b']} are identical.", soft_wrap=True)
+        return
+    console.print(f"A: {difference['a']}\nB: {difference['b']}", soft_wrap=True)
+    table = Table()
+    for name in ("layer", "|A|", "|B|", "|A - B|", "relative", "cosine"):
+        table.add_column(name, justify="right")
+    for row in [*difference["layers"], {"layer": "all", **difference["total"]}]:
+        numbers = (row[key] for key in ("norm_a", "norm_b", "difference", "relative", "cosine"))
+        table.add_row(str(row["layer"]), *(f"{number:.4g}" for number in numbers))
+    console.print(table)

@@ -1,0 +1,233 @@
+"""Command-line options that `generate` and `chat` share, named as in llama.cpp, and what they turn into."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..formats.atomic import no_file
+from ..formats.memory_file import check_writable, read_memory_file
+from .parser import at_least, count, finite, gpu_layers, not_negative, positive, positive_number, probability, text
+
+if TYPE_CHECKING:
+    from ..llama import DeltaMemLlama
+    from ..memory import Memory
+
+MODEL_HELP = "model GGUF, plain or packed, or a name (deltamem pull)"
+ADAPTER_HELP = "adapter: GGUF, PyTorch directory or name (not needed for a packed model)"
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model and context."""
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", required=True, metavar="FILE", help=MODEL_HELP)
+    group.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF")
+    group.add_argument(
+        "-c", "--ctx-size", type=count, default=4096, metavar="N", help="context (%(default)s; 0: the model's)"
+    )
+    group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the CPUs that it may use)")
+    group.add_argument(
+        "-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t, or all CPUs)"
+    )
+    group.add_argument("--rpc", metavar="HOST:PORT,...", help="layers on these machines too (deltamem rpc-server)")
+    add_context_arguments(group)
+    group.add_argument("--no-mmap", action="store_true", help="read the model instead of mapping it")
+    group.add_argument("--mlock", action="store_true", help="keep the model in RAM")
+    group.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
+
+
+def add_context_arguments(group: argparse._ArgumentGroup) -> None:
+    """Of a context, for every command that makes one."""
+    group.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="batch (%(default)s)")
+    group.add_argument(
+        "-ub", "--ubatch-size", type=positive, default=512, metavar="N", help="micro-batch (%(default)s)"
+    )
+    group.add_argument(
+        "-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layers, default=-1, metavar="N",
+        help="layers on the GPU (all)",
+    )  # fmt: skip
+    group.add_argument(
+        "-fa", "--flash-attn", nargs="?", const="on", default="off", choices=("on", "off"), help="flash attention (off)"
+    )
+    for letter in "kv":
+        group.add_argument(
+            f"-ct{letter}", f"--cache-type-{letter}", choices=CACHE_TYPES, default="f16", metavar="TYPE",
+            help=f"KV cache type of {letter.upper()} (f16): {', '.join(CACHE_TYPES)}",
+        )  # fmt: skip
+
+
+def add_memory_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adapter and memory. Returns the group."""
+    group = parser.add_argument_group("memory")
+    group.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
+    group.add_argument("--no-memory", action="store_true", help="run the plain model")
+    group.add_argument("--no-write", action="store_true", help="read memory, do not write it")
+    group.add_argument("--load-memory", metavar="FILE", help="start from this memory")
+    group.add_argument("--save-memory", metavar="FILE", help="save the memory at the end, also after Ctrl-C")
+    return group
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is generated and how."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "-n", "--n-predict", "--predict", type=at_least(-1), default=-1, metavar="N",
+        help="tokens to generate (-1: until the end of the text or the context)",
+    )  # fmt: skip
+    group.add_argument("-s", "--seed", type=at_least(-1, 2**32 - 1), default=-1, metavar="N", help="seed (-1: random)")
+
+    def add(name: str, type: Callable[[str], Any], default: Any, help: str, *names: str) -> None:
+        metavar = "N" if isinstance(default, int) else "X"
+        group.add_argument(name, *names, type=type, default=default, metavar=metavar, help=help)
+
+    add("--temp", not_negative, 0.8, "temperature (%(default)s; 0: greedy)")
+    add("--top-k", count, 40, "top-k (%(default)s; 0: off)")
+    add("--top-p", probability, 0.95, "top-p (%(default)s; 1: off)")
+    add("--min-p", probability, 0.05, "min-p (%(default)s; 0: off)")
+    add("--typical", probability, 1.0, "typical-p (1: off)", "--typical-p")
+    add("--repeat-last-n", count, 64, "tokens to penalise (%(default)s; 0: off)")
+    add("--repeat-penalty", positive_number, 1.0, "repeat penalty (1: off)")
+    add("--presence-penalty", finite, 0.0, "presence penalty (0: off)")
+    add("--frequency-penalty", finite, 0.0, "frequency penalty (0: off)")
+    group.add_argument(
+        "-r", "--reverse-prompt", "--stop", type=text, action="append", default=[], metavar="TEXT",
+        help="end the reply before this text (may be given several times)",
+    )  # fmt: skip
+    group.add_argument("--ignore-eos", action="store_true", help="generate past the end of the text")
+    grammar = group.add_mutually_exclusive_group()
+    grammar.add_argument("--grammar", type=text, metavar="GBNF", help="grammar that the output must follow")
+    grammar.add_argument("--grammar-file", metavar="FILE", help="file with a grammar")
+
+
+def load(args: argparse.Namespace) -> DeltaMemLlama:
+    """Loads the model with its adapter and memory. What can be refused without the model is refused first."""
+    if args.no_memory and (args.load_memory or args.save_memory or args.no_write):
+        raise InputError("--no-memory leaves no memory to load, save or read: drop it, or the options of the memory")
+    if args.save_memory:
+        check_writable(args.save_memory)
+    if args.load_memory:
+        read_memory_file(args.load_memory)
+    if args.lora and not os.path.isfile(args.lora):
+        raise InputError(no_file(args.lora, "LoRA file"))
+    n_ctx = -(-args.ctx_size // 256) * 256  # llama.cpp pads it likewise
+
+    from ..llama import DeltaMemLlama
+    from ..runtime import library
+
+    llm = DeltaMemLlama(
+        args.model,
+        deltamem_path=None if args.no_memory else args.deltamem,
+        lora_path=args.lora,
+        n_ctx=n_ctx,
+        n_batch=args.batch_size,
+        n_ubatch=args.ubatch_size,
+        n_threads=args.threads,
+        n_threads_batch=args.threads_batch or args.threads,
+        n_gpu_layers=args.gpu_layers,
+        rpc_servers=args.rpc,
+        flash_attn=args.flash_attn == "on",
+        type_k=getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
+        type_v=getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
+        use_mmap=not args.no_mmap,
+        use_mlock=args.mlock,
+        last_n_tokens_size=args.repeat_last_n,
+        verbose=args.verbose,
+    )
+    if n_ctx != args.ctx_size:
+        note(f"--ctx-size {args.ctx_size}: the context holds {n_ctx} tokens, as llama.cpp takes multiples of 256")
+    if args.no_memory:
+        if llm.memory.attached:
+            llm.memory.detach()
+        return llm
+    if args.load_memory:
+        llm.memory.load(args.load_memory)
+    if args.save_memory:
+        _ = llm.memory.state  # says now that there is none
+    if args.no_write:
+        llm.memory.write = False
+    return llm
+
+
+def memory_attached(llm: DeltaMemLlama, args: argparse.Namespace) -> str:
+    """Which memory the model has, in a line."""
+    if args.no_memory:
+        return "memory: none (--no-memory)"
+    if not llm.memory.attached:
+        return "memory: none, this is the plain model (--deltamem FILE attaches an adapter)"
+    parts = [f"memory: adapter {llm.deltamem_path or llm.model_path}"]
+    file = getattr(args, "memory", None) or args.load_memory
+    parts.append(f"memory of {file}" if file else "empty")
+    return ", ".join(parts + ["only read"] * args.no_write)
+
+
+@contextlib.contextmanager
+def memory_saved(memory: Memory, path: str | None) -> Iterator[None]:
+    """Saves the memory at the end, however it comes."""
+    try:
+        yield
+    finally:
+        if path:
+            memory.save(path)
+
+
+def sampling(args: argparse.Namespace, llm: DeltaMemLlama) -> dict[str, Any]:
+    """Keyword arguments for TextStream."""
+    return {
+        "n_predict": args.n_predict,
+        "temp": args.temp,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "typical_p": args.typical,
+        "repeat_penalty": args.repeat_penalty,
+        "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty,
+        "seed": args.seed if args.seed >= 0 else random.randrange(2**32 - 1),
+        "stop": args.reverse_prompt,
+        "grammar": _grammar(args, llm),
+        "logits_processor": _ignore_eos(llm) if args.ignore_eos else None,
+    }
+
+
+def read_text(path: str) -> str:
+    """A text file as UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a UTF-8 text file") from error
+
+
+def _grammar(args: argparse.Namespace, llm: DeltaMemLlama) -> Any:
+    from ..runtime.stream import checked_grammar
+
+    text = read_text(args.grammar_file) if args.grammar_file else args.grammar
+    return checked_grammar(llm, text, args.grammar_file or "--grammar") if text else None
+
+
+def _ignore_eos(llm: DeltaMemLlama) -> Any:
+    import numpy as np
+    from llama_cpp import LogitsProcessorList, llama_vocab_is_eog
+
+    ends = [token for token in range(llm.n_vocab()) if llama_vocab_is_eog(llm._model.vocab, token)]
+
+    def never_end(input_ids: Any, scores: Any) -> Any:
+        scores[ends] = -np.inf
+        return scores
+
+    return LogitsProcessorList([never_end])
+
+
+def note(text: str) -> None:
+    """A line to the person, apart from the output."""
+    print(text, file=sys.stderr, flush=True)

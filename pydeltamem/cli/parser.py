@@ -1,0 +1,159 @@
+"""Command-line arguments: a parser, and types for it. Each returns the value or says what is wrong with the text."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..runtime.names import nearest
+
+LARGEST = 2**31 - 1  # what llama.cpp's numbers hold
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but what it does not know it refuses itself, with its own usage and the nearest option; argparse
+    hands that up to the outermost parser.
+    """
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        if args is not None and self._subparsers is None:
+            for arg in args:  # before argparse misses the option that was meant
+                name = arg.partition("=")[0]
+                if arg == "--":
+                    break
+                known = any(option.startswith(name) for option in self._option_string_actions)
+                if name.startswith("--") and " " not in name and not known:
+                    self._refuse(name)
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self._refuse(unknown[0])
+        return namespace, unknown
+
+    def _refuse(self, arg: str) -> None:
+        if arg.startswith("-"):
+            self.error(f"there is no option {arg}{nearest(arg, self._option_string_actions)}")
+        self.error(f"{arg} is one argument too many")
+
+
+def text(given: str) -> str:
+    """Text as UTF-8, whatever the locale is."""
+    try:
+        return utf8(given)
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{given!a} is not UTF-8 text") from None
+
+
+def utf8(given: str, errors: str = "strict") -> str:
+    """What was typed, read as UTF-8 where the locale could not. Raises UnicodeDecodeError if it is not UTF-8."""
+    try:
+        given.encode("utf-8")
+        return given
+    except UnicodeEncodeError:  # Python keeps bytes that the locale does not know as surrogates
+        return os.fsencode(given).decode("utf-8", errors)
+
+
+def integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def at_least(least: int, most: int = LARGEST) -> Callable[[str], int]:
+    """A whole number of this range."""
+
+    def check(text: str) -> int:
+        value = integer(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not in {least} to {most}")
+        return value
+
+    return check
+
+
+def count(text: str) -> int:
+    """0 or more."""
+    value = integer(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    if value > LARGEST:
+        raise argparse.ArgumentTypeError(f"{value} is more than {LARGEST}")
+    return value
+
+
+def positive(text: str) -> int:
+    """1 or more."""
+    value = count(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
+def finite(text: str) -> float:
+    value = number(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """0 or more, and finite."""
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def probability(text: str) -> float:
+    """In [0, 1]."""
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 to 1")
+    return value
+
+
+def share(text: str) -> float:
+    """In [0, 1)."""
+    value = number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """Above 0, and finite."""
+    value = number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def duration(text: str) -> float:
+    """Seconds, 0 or more."""
+    value = number(text)
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return value
+
+
+def integers(text: str) -> list[int]:
+    """Whole numbers with commas between, each 0 or more."""
+    try:
+        return [count(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 1,2,4") from None
+
+
+def gpu_layers(text: str) -> int:
+    """A number of layers; all or auto: -1."""
+    return -1 if text in ("all", "auto") else at_least(-1)(text)

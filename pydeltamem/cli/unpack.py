@@ -1,0 +1,21 @@
+"""`deltamem unpack`: base and adapter out of a packed model (formats/packed.py)."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..formats.packed import unpack
+from .progress import progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("packed", metavar="MODEL", help="packed model")
+    parser.add_argument("--base", metavar="FILE", required=True, help="the base model to write")
+    parser.add_argument("--adapter", metavar="FILE", required=True, help="the adapter to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    with progress() as advance:
+        unpack(args.packed, args.base, args.adapter, advance)
+    print(f"{args.base}, {args.adapter}")
+    return 0

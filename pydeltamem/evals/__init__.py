@@ -1,0 +1,1 @@
+"""What a memory recalls: one module a benchmark."""

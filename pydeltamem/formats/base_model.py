@@ -1,0 +1,147 @@
+"""What a converter must know of the base model's GGUF: sizes, and the order of the rows of its q and k projections."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pydeltamem.errors import ModelError, named
+from pydeltamem.formats.gguf_header import Header
+
+# llama.cpp runs RoPE on neighbouring rows for some architectures, where Hugging Face pairs the halves of a head. Its
+# converter then permutes the rows of the q and k projections. What is listed is what its classes do with numbered rows
+# (tools/converter_rows.py).
+PERMUTED = frozenset({
+    "arcee", "arctic", "bailingmoe", "chameleon", "deci", "deepseek", "granite", "granite_swa", "granitehybrid",
+    "granitemoe", "internlm2", "llada", "llama", "llama-embed", "minicpm", "mistral3", "muse-glimmer", "nanbeige",
+    "olmo", "smollm3", "xverse",
+})  # fmt: skip
+IN_ORDER = frozenset({
+    "afmoe", "apertus", "cohere2", "cohere2moe", "command-r", "dots1", "ernie4_5", "ernie4_5-moe", "exaone",
+    "exaone-moe", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gemma3n", "glm4", "glm4moe", "gpt-oss",
+    "gptneox", "grok", "grovemoe", "hunyuan-dense", "hunyuan-moe", "hunyuan_vl", "hy_v3", "jais2", "jamba", "laguna",
+    "lfm2", "lfm2moe", "llada-moe", "llama4", "maincoder", "maple", "mellum", "minimax-01", "minimax-m2",
+    "minimax-m3", "nemotron", "olmo2", "olmoe", "orion", "paddleocr", "pangu-embedded", "phi2", "phi3", "phimoe",
+    "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen35", "qwen35moe", "qwen3moe", "qwen3next", "qwen3vl", "qwen3vlmoe",
+    "seed_oss", "smallthinker", "stablelm", "starcoder2", "step35", "talkie",
+})  # fmt: skip
+# Its converter multiplies these weights by what Hugging Face multiplies activations by, in front of the projections and
+# behind them: the memory's own weights would need that too.
+RESCALED = frozenset({"falcon-h1"})
+
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+
+
+def converts(architecture: str) -> str:
+    """The corrections, of q, k, v and o, that can be converted for it."""
+    if architecture in RESCALED:
+        return ""
+    return "qkvo" if architecture in PERMUTED | IN_ORDER else "vo"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Widths of a layer's projections and its head counts; 0 where it has no attention."""
+
+    n_q: int
+    n_k: int
+    n_v: int
+    n_o: int
+    n_head: int
+    n_head_kv: int
+
+    @property
+    def has_attention(self) -> bool:
+        return self.n_q > 0
+
+    def rows(self, head: str) -> int:
+        """Rows of the projection q, k, v or o."""
+        return {"q": self.n_q, "k": self.n_k, "v": self.n_v, "o": self.n_o}[head]
+
+
+class Base:
+    """A base model's GGUF, or the first one of its shards. Reads its header, no weights. Raises ModelError."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not os.path.exists(self.path):
+            raise ModelError(f"{named(self.path)}: no such base model")
+        header = Header.of_model(self.path)
+        self.files = header.files  # what is read: also its other shards
+        self._keys = header.keys
+        self._shapes = {tensor.name: tensor.shape for tensor in header.tensors.values()}
+
+        if (kind := self._keys.get("general.type", "model")) != "model":
+            raise ModelError(f"{self.path}: is no base model: its general.type is '{kind}'")
+        self.architecture: str = self._value("general.architecture")
+        # those that predict further tokens are counted in the file, and are no layers to llama.cpp
+        self.n_layer = self._size("block_count") - self._size("nextn_predict_layers", 0)
+        if not 0 < self.n_layer <= MAX_LAYERS:
+            raise ModelError(f"{self.path}: has {self.n_layer} layers, llama.cpp takes 1 to {MAX_LAYERS}")
+        self.n_embd = self._size("embedding_length")
+        self.layers = [self._layer(i) for i in range(self.n_layer)]
+
+    def permute(self, head: str, layer: int, rows: np.ndarray) -> np.ndarray:
+        """Brings the rows of a q or k correction, [rows, n], into this file's order; those of v and o are in it."""
+        if self.architecture in RESCALED:
+            raise ModelError(
+                f"{self.path}: no memory can be converted for architecture '{self.architecture}', whose weights are "
+                "rescaled in GGUF files"
+            )
+        mrope = self.architecture == "glm4" and "glm4.rope.dimension_sections" in self._keys  # has an order of its own
+        if head not in ("q", "k") or (self.architecture in IN_ORDER and not mrope):
+            return rows
+        if self.architecture not in PERMUTED:
+            raise ModelError(
+                f"{self.path}: it is not known whether llama.cpp's converter permutes the q and k rows of architecture "
+                f"'{self.architecture}', which this checkpoint corrects"
+            )
+        n_head = self.layers[layer].n_head if head == "q" else self.layers[layer].n_head_kv
+        if n_head < 1 or len(rows) % (2 * n_head):
+            raise ModelError(
+                f"{self.path}: the {len(rows)} rows of {head} in layer {layer} are not {n_head} heads' rows"
+            )
+        # as LlamaModel.permute of llama.cpp's converter
+        return rows.reshape(n_head, 2, rows.shape[0] // n_head // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+    def _value(self, key: str, default=None):
+        value = self._keys.get(key, default)
+        if value is None:
+            raise ModelError(f"{self.path}: has no key {key}, it is no language model")
+        return value
+
+    def _size(self, key: str, default: int | None = None) -> int:
+        return self._integer(key, self._value(f"{self.architecture}.{key}", default))
+
+    def _per_layer(self, key: str, layer: int, default: int | None = None) -> int:
+        value = self._value(f"{self.architecture}.{key}", default)
+        if isinstance(value, list) and len(value) < self.n_layer:
+            raise ModelError(
+                f"{self.path}: {self.architecture}.{key} has {len(value)} values for {self.n_layer} layers"
+            )
+        return self._integer(key, value[layer] if isinstance(value, list) else value)
+
+    def _integer(self, key: str, value) -> int:
+        if not isinstance(value, int) or value < 0:
+            raise ModelError(f"{self.path}: {key} is {value!r}, it must be a whole number")
+        return value
+
+    def _layer(self, i: int) -> Layer:
+        def rows(name: str) -> int:
+            shape = self._shapes.get(f"blk.{i}.{name}.weight")
+            return shape[0] if shape else 0
+
+        n_head = self._per_layer("attention.head_count", i)
+        n_head_kv = self._per_layer("attention.head_count_kv", i, n_head)
+        if not rows("attn_output"):  # of linear attention too, where some models have attn_qkv
+            return Layer(0, 0, 0, 0, 0, 0)
+        n_q, n_k, n_v = rows("attn_q"), rows("attn_k"), rows("attn_v")
+        if fused := rows("attn_qkv"):
+            head_dim = self._per_layer("attention.key_length", i, self.n_embd // max(n_head, 1))
+            value_dim = self._per_layer("attention.value_length", i, head_dim)
+            n_k, n_v = head_dim * n_head_kv, value_dim * n_head_kv
+            n_q = fused - n_k - n_v
+        return Layer(n_q, n_k, n_v, rows("attn_output"), n_head, n_head_kv)

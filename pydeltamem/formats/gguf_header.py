@@ -1,0 +1,248 @@
+"""What stands before the weights in a GGUF file: its keys, and the tensors' names, shapes, types and places.
+
+gguf.GGUFReader makes objects for every element of every array: 14 s and 0.5 GB for a vocabulary of 150000 tokens.
+Conversion and `deltamem inspect` want the few keys beside it at once. A model may be in shards, as llama.cpp splits it:
+the first one has the keys, all have tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import re
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType
+
+from ..errors import ModelError, named, shown
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_DIMS = 4
+
+_SCALARS = {
+    GGUFValueType.UINT8: "u1",
+    GGUFValueType.INT8: "i1",
+    GGUFValueType.UINT16: "<u2",
+    GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4",
+    GGUFValueType.INT32: "<i4",
+    GGUFValueType.FLOAT32: "<f4",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT64: "<f8",
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor's entry. `shape` in numpy's order, rows first; `offset` in bytes from the start of its file, `path`."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType | int  # a number: newer than the gguf package
+    offset: int
+    path: Path
+
+    @property
+    def type_name(self) -> str:
+        return self.type.name if isinstance(self.type, GGMLQuantizationType) else f"type {self.type}"
+
+    @property
+    def n_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its values; 0 for a type that the gguf package does not know."""
+        block, block_bytes = gguf.GGML_QUANT_SIZES.get(self.type, (1, 0))
+        return self.n_elements // block * block_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the values that are stored together; 0 for a type that the gguf package does not know."""
+        return gguf.GGML_QUANT_SIZES.get(self.type, (1, 0))[1]
+
+
+class Header:
+    """The header of a GGUF file. Raises ModelError if it is missing, damaged, cut off or of an unknown version.
+
+    Attributes:
+        path: the file.
+        keys: every key's value, in the file's order: a bool, int, float, str, or a list of them.
+        types: every key's type; of a list, that of its elements.
+        tensors: every tensor's entry by name, in the file's order; each lies wholly inside the file.
+        spans: where every key's type and value stand in the file, bytes from and to.
+        version, alignment: of the file.
+        files: the file, or the shards of a model that `of_model` reads, the first one first.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if os.path.isdir(self.path):  # unlike those of Path it takes every name
+            raise ModelError(f"{self.path}: is a folder; name a GGUF file")
+        if not os.path.isfile(self.path):
+            raise ModelError(f"{named(self.path)}: no such file")
+        try:
+            with open(self.path, "rb") as file:
+                if file.read(len(MAGIC)) != MAGIC:
+                    raise ModelError(f"{self.path}: is not a GGUF file")
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    parser = _Parser(data, self.path)
+                    self.keys, self.types, self.tensors = parser.parse()
+                    self.spans, self.version, self.alignment = parser.spans, parser.version, parser.alignment
+        except OSError as error:
+            raise ModelError(f"{self.path}: cannot be read: {error.strerror}") from error
+        except _Damaged as error:
+            raise ModelError(f"{self.path}: is not a readable GGUF file: {error}") from None
+        self.files = [self.path]
+
+    @classmethod
+    def of_model(cls, path: str | os.PathLike[str]) -> Header:
+        """The header of a model that may be in shards: the keys of the first one, which is to be named, and the tensors
+        of all. Raises ModelError, also if one is missing or they do not belong together.
+        """
+        header = cls(path)
+        n = header.keys.get("split.count", 1)
+        if not isinstance(n, int) or n < 2:
+            return header
+        name = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", header.path.name)
+        if not name or header.keys.get("split.no") != 0 or (int(name[2]), int(name[3])) != (1, n):
+            raise ModelError(
+                f"{header.path}: is a part of a split model: name its first part, ...-00001-of-{n:05}.gguf"
+            )
+        for i in range(1, n):
+            shard = cls(header.path.with_name(f"{name[1]}-{i + 1:05}-of-{n:05}.gguf"))
+            if shard.keys.get("split.no") != i or shard.keys.get("split.count") != n:
+                raise ModelError(f"{shard.path}: is not part {i + 1} of {n} of {header.path}: it says otherwise")
+            if twice := header.tensors.keys() & shard.tensors.keys():
+                raise ModelError(f"{shard.path}: has tensor {shown(min(twice))}, which another part has too")
+            header.tensors.update(shard.tensors)
+            header.files.append(shard.path)
+        expected = header.keys.get("split.tensors.count")
+        if expected != len(header.tensors):
+            raise ModelError(f"{header.path}: its {n} parts have {len(header.tensors)} tensors, not {expected}")
+        return header
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its files."""
+        return sum(path.stat().st_size for path in self.files)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor's values, dequantised: float32, rows first."""
+        tensor = self.tensors[name]
+        data = np.fromfile(tensor.path, np.uint8, tensor.n_bytes, offset=tensor.offset)
+        try:
+            return gguf.quants.dequantize(data, tensor.type).reshape(tensor.shape)
+        except (NotImplementedError, AttributeError):  # the latter for a type that gguf does not know
+            raise ModelError(f"{self.path}: tensor {name} is {tensor.type_name}, which cannot be read here") from None
+
+
+class _Damaged(Exception):
+    """What is wrong, to be completed by the file's name."""
+
+
+class _Parser:
+    def __init__(self, data: mmap.mmap, path: Path):
+        self.data = data
+        self.path = path
+        self.at = len(MAGIC)
+        self.spans: dict[str, tuple[int, int]] = {}
+        self.version = 0
+        self.alignment = gguf.GGUF_DEFAULT_ALIGNMENT
+
+    def parse(self) -> tuple[dict[str, Any], dict[str, GGUFValueType], dict[str, Tensor]]:
+        self.version = version = self.scalar(GGUFValueType.UINT32)
+        if version not in VERSIONS:
+            raise _Damaged(f"its version is {version}, this release reads {' and '.join(map(str, VERSIONS))}")
+        n_tensors, n_keys = self.scalar(GGUFValueType.UINT64), self.scalar(GGUFValueType.UINT64)
+
+        keys: dict[str, Any] = {}
+        types: dict[str, GGUFValueType] = {}
+        for _ in range(n_keys):
+            key = self.string()
+            if key in keys:
+                raise _Damaged(f"key {shown(key)} is there twice")
+            start = self.at
+            keys[key], types[key] = self.value()
+            self.spans[key] = start, self.at
+
+        entries = [self.entry() for _ in range(n_tensors)]
+        alignment = keys.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+            raise _Damaged(f"general.alignment is {alignment}, no power of two")
+        self.alignment = alignment
+        start = -(-self.at // alignment) * alignment
+
+        tensors: dict[str, Tensor] = {}
+        expected: int | None = 0  # llama.cpp takes tensors one behind the other only
+        for name, shape, kind, offset in entries:
+            tensor = Tensor(name, shape, kind, start + offset, self.path)
+            if name in tensors:
+                raise _Damaged(f"tensor {shown(name)} is there twice")
+            if tensor.offset + tensor.n_bytes > len(self.data):
+                raise _Damaged(f"it is truncated, tensor {shown(name)} reaches past its end")
+            if offset % alignment or expected not in (None, offset):
+                raise _Damaged(f"tensor {shown(name)} stands at {offset}, not at {expected} as llama.cpp wants it")
+            expected = -(-(offset + tensor.n_bytes) // alignment) * alignment if tensor.block_bytes else None
+            tensors[name] = tensor
+        return keys, types, tensors
+
+    def take(self, n_bytes: int) -> int:
+        """Moves on by n_bytes. Returns where they begin."""
+        at = self.at
+        if n_bytes > len(self.data) - at:
+            raise _Damaged("it is truncated")
+        self.at += n_bytes
+        return at
+
+    def scalar(self, kind: GGUFValueType) -> Any:
+        return self.scalars(kind, 1)[0]
+
+    def scalars(self, kind: GGUFValueType, n: int) -> list:
+        dtype = np.dtype(_SCALARS[kind])
+        at = self.take(n * dtype.itemsize)
+        return np.frombuffer(self.data[at : self.at], dtype).tolist()
+
+    def string(self) -> str:
+        (length,) = struct.unpack_from("<Q", self.data, self.take(8))
+        at = self.take(length)
+        return self.data[at : self.at].decode("utf-8", errors="surrogateescape")
+
+    def value(self) -> tuple[Any, GGUFValueType]:
+        """A value, and its type or that of a list's elements."""
+        kind = self.value_type()
+        if kind != GGUFValueType.ARRAY:
+            return self.string() if kind == GGUFValueType.STRING else self.scalar(kind), kind
+        kind, n = self.value_type(), self.scalar(GGUFValueType.UINT64)
+        if kind == GGUFValueType.ARRAY:
+            raise _Damaged("it has an array of arrays")
+        return [self.string() for _ in range(n)] if kind == GGUFValueType.STRING else self.scalars(kind, n), kind
+
+    def value_type(self) -> GGUFValueType:
+        kind = self.scalar(GGUFValueType.UINT32)
+        try:
+            return GGUFValueType(kind)
+        except ValueError:
+            raise _Damaged(f"it has a value of unknown type {kind}") from None
+
+    def entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType | int, int]:
+        name, n_dims = self.string(), self.scalar(GGUFValueType.UINT32)
+        if not 1 <= n_dims <= MAX_DIMS:
+            raise _Damaged(f"tensor {shown(name)} has {n_dims} dimensions")
+        shape = tuple(self.scalars(GGUFValueType.UINT64, n_dims)[::-1])
+        kind, offset = self.scalar(GGUFValueType.UINT32), self.scalar(GGUFValueType.UINT64)
+        with contextlib.suppress(ValueError):
+            kind = GGMLQuantizationType(kind)
+        if shape[-1] % gguf.GGML_QUANT_SIZES.get(kind, (1, 0))[0]:
+            raise _Damaged(f"tensor {shown(name)} has rows of {shape[-1]}, no multiple of the blocks of {kind.name}")
+        return name, shape, kind, offset

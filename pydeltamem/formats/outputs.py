@@ -1,0 +1,97 @@
+"""Files that commands write: what cannot be is refused before the work, and a full disk told from a bad model."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from ..errors import InputError, OutputError, named
+from .atomic import is_stream, replacing, target_of
+from .kinds import Kind
+
+
+def refuse_inputs(path: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]]) -> None:
+    """Raises InputError if `path` is one of the files that are read, by whatever name."""
+    for source in sources:
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise InputError(f"{os.fspath(path)}: is read for the conversion; name another file to write")
+
+
+def files_of(folder: str | os.PathLike[str]) -> list[Path]:
+    """What a conversion may read in a folder: all but GGUF, which is what it writes."""
+    return [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".gguf"]
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """OSErrors of writing `path` as OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{named(path)}: cannot be written: {error.strerror or error}") from error
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Makes a folder, and those above it, unless it is there. Raises OutputError."""
+    with disk_errors(path):
+        try:
+            os.makedirs(path, exist_ok=True)
+        except ValueError as error:
+            raise OSError(errno.EINVAL, f"no folder can have this name ({error})") from error
+
+
+def check_target(path: str | os.PathLike[str], kind: Kind) -> None:
+    """Raises OutputError if no file can be written there, or one of another kind is there."""
+    with disk_errors(path):
+        target = target_of(path)
+        if target.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        if not is_stream(target):
+            kind.check(target)
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix="."):
+                pass
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
+    """`replacing`, whose errors are OutputErrors: what can be seen before the work is seen before it."""
+    check_target(path, kind)
+    with disk_errors(path), replacing(path, kind) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def output(path: str | None, kind: Kind) -> Iterator[Callable[[str | bytes], None]]:
+    """A function that writes the file of `--json FILE` or `--plot FILE`, as `writing` does; - is standard output, None
+    nothing. That it can be written is seen at once. Raises OutputError.
+    """
+    if path is None or path == "-":
+        yield (lambda data: None) if path is None else _to_stdout
+        return
+    check_target(path, kind)
+
+    def write(data: str | bytes) -> None:
+        with writing(path, kind) as temporary:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+    yield write
+
+
+def _to_stdout(data: str | bytes) -> None:
+    if isinstance(data, str):
+        sys.stdout.write(data)
+    else:
+        sys.stdout.buffer.write(data)
+
+
+def check_disk(path: str | os.PathLike[str], temporary: Path) -> None:
+    """After a program failed to write `temporary`: raises OutputError if the reason is that the disk takes no more."""
+    with disk_errors(path), open(temporary, "ab") as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())

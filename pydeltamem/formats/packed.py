@@ -1,0 +1,233 @@
+"""Packed models: base and adapter in one GGUF that loads as one model, and both back again.
+
+The base's keys and tensors come first, as they are; the adapter's follow. Keys of the adapter that are not `deltamem.…`
+are kept as `deltamem.packed.…`, so that unpacking gives back both files byte for byte. Nothing is held in memory but
+headers. What is read may be in shards, and what is packed may be written in shards, as llama-gguf-split makes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import gguf
+
+from ..errors import AdapterError, InputError, ModelError
+from .base_model import Base
+from .gguf_header import MAGIC, Header, Tensor
+from .kinds import ADAPTER, MODEL, SHARD, Kind
+from .outputs import disk_errors, refuse_inputs, writing
+
+PREFIX = "deltamem."
+OTHERS = "deltamem.packed."  # before the adapter's keys that are not its own
+SPLIT = "split."  # before the keys that tell shards apart
+PIECE = 8 << 20  # bytes that are copied at a time
+MAX_SHARDS = 65535  # split.count has 16 bits
+
+
+class Part(NamedTuple):
+    """What one file gets: its keys as bytes, its tensors. And what it is."""
+
+    keys: list[bytes]
+    tensors: list[Tensor]
+    version: int
+    alignment: int
+    kind: Kind
+
+
+def pack(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    advance: Callable[[int, int], None] = lambda n, total: None,
+    max_size: int | None = None,
+    max_tensors: int | None = None,
+) -> list[Path]:
+    """Writes base and adapter as one model, in one step. `advance(bytes, bytes in all)` is called as it is written.
+
+    With max_size, bytes of tensors, or max_tensors it is in shards: of `x.gguf` x-00001-of-0000N.gguf and so on.
+    Returns the files that it wrote.
+
+    Raises ModelError or AdapterError if they are damaged or do not belong together, InputError if `path` is one of
+    them, OutputError if it cannot be written.
+    """
+    model, memory = Header.of_model(base), Header(adapter)
+    if model.keys.get("general.type") == "adapter":
+        raise ModelError(f"{model.path}: is an adapter, not a model: give the base first, then the adapter")
+    if "deltamem.version" in model.keys:
+        raise ModelError(f"{model.path}: is packed already: unpack it first")
+    if memory.keys.get("adapter.type") != "deltamem":
+        raise AdapterError(f"{memory.path}: is no δ-mem adapter")
+    _check_fit(Base(base), memory)
+    keys = [_key(model, key) for key in model.keys if not key.startswith(SPLIT)]
+    keys += [_key(memory, key, key if key.startswith(PREFIX) else OTHERS + key) for key in memory.keys]
+    tensors = [*model.tensors.values(), *memory.tensors.values()]
+    if max_size is None and max_tensors is None:
+        parts = {Path(path): Part(keys, tensors, model.version, model.alignment, MODEL)}
+    else:
+        parts = _shards(path, keys, tensors, model, max_size, max_tensors)
+    for part in parts:
+        refuse_inputs(part, (*model.files, memory.path))
+    _write(parts, advance)
+    return list(parts)
+
+
+def _check_fit(base: Base, memory: Header) -> None:
+    """Raises AdapterError if the adapter is for another model, as loading it would."""
+    for key, mine, theirs in (
+        ("architecture", base.architecture, memory.keys.get("general.architecture")),
+        ("embedding_length", base.n_embd, memory.keys.get("deltamem.base.embedding_length")),
+        ("block_count", base.n_layer, memory.keys.get("deltamem.base.block_count")),
+    ):
+        if mine != theirs:
+            raise AdapterError(f"{memory.path}: is for another model than {base.path}: {key} {theirs}, not {mine}")
+    for i, layer in enumerate(base.layers):
+        for head in "qkvo":
+            tensor = memory.tensors.get(f"blk.{i}.deltamem_{head}.weight")
+            if tensor and tensor.shape[0] != layer.rows(head):
+                raise AdapterError(
+                    f"{memory.path}: is for another model than {base.path}: {tensor.name} has {tensor.shape[0]} rows, "
+                    f"the projection {layer.rows(head)}"
+                )
+
+
+def unpack(
+    packed: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    advance: Callable[[int, int], None] = lambda n, total: None,
+) -> None:
+    """Writes the base and the adapter of a packed model, both or none. Raises ModelError if it is none, InputError and
+    OutputError as `pack`.
+    """
+    model = Header.of_model(packed)
+    if "deltamem.version" not in model.keys or model.keys.get("general.type") == "adapter":
+        raise ModelError(f"{model.path}: is no packed model")
+    for path in (base, adapter):
+        refuse_inputs(path, model.files)
+    if os.path.realpath(base) == os.path.realpath(adapter):
+        raise InputError(f"{os.fspath(base)}: is named for both, base and adapter: name two files")
+
+    of_base = [_key(model, key) for key in model.keys if not key.startswith((PREFIX, SPLIT))]
+    of_adapter = [_key(model, key, key.removeprefix(OTHERS)) for key in model.keys if key.startswith(PREFIX)]
+    tensors: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for name, tensor in model.tensors.items():
+        tensors[".deltamem_" in name].append(tensor)
+    alignment = model.keys.get(OTHERS + "general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    parts = {
+        Path(base): Part(of_base, tensors[0], model.version, model.alignment, MODEL),
+        Path(adapter): Part(of_adapter, tensors[1], gguf.GGUF_VERSION, alignment, ADAPTER),
+    }
+    _write(parts, advance)
+
+
+def _shards(
+    path: str | os.PathLike[str],
+    keys: list[bytes],
+    tensors: list[Tensor],
+    model: Header,
+    max_size: int | None,
+    max_tensors: int | None,
+) -> dict[Path, Part]:
+    """The parts of a model in shards: keys in the first, tensors in order. A tensor above max_size has one alone."""
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        padded = _padded(tensor.n_bytes, model.alignment)
+        full = size + padded > max_size if max_size is not None else len(shards[-1]) == max_tensors
+        if full and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += padded
+    n = len(shards)
+    if n > MAX_SHARDS:
+        raise InputError(f"{os.fspath(path)}: that makes {n} shards, {MAX_SHARDS} are the most: take larger ones")
+    path = Path(path)
+    parts = {}
+    for i, shard in enumerate(shards):
+        of_shard = keys if i == 0 else []
+        if i and model.alignment != gguf.GGUF_DEFAULT_ALIGNMENT:
+            of_shard = [_scalar("general.alignment", "I", gguf.GGUFValueType.UINT32, model.alignment)]
+        of_shard = [
+            *of_shard,
+            _scalar("split.no", "H", gguf.GGUFValueType.UINT16, i),
+            _scalar("split.count", "H", gguf.GGUFValueType.UINT16, n),
+            _scalar("split.tensors.count", "i", gguf.GGUFValueType.INT32, len(tensors)),
+        ]
+        file = path.with_name(f"{path.name.removesuffix('.gguf')}-{i + 1:05}-of-{n:05}.gguf")
+        parts[file] = Part(of_shard, shard, model.version, model.alignment, SHARD)
+    return parts
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8", errors="surrogateescape")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _key(header: Header, key: str, name: str | None = None) -> bytes:
+    """A key with its value as in the file, perhaps under another name."""
+    start, end = header.spans[key]
+    with open(header.path, "rb") as file:
+        file.seek(start)
+        return _string(name or key) + file.read(end - start)
+
+
+def _scalar(key: str, letter: str, kind: gguf.GGUFValueType, value: int) -> bytes:
+    return _string(key) + struct.pack(f"<I{letter}", int(kind), value)
+
+
+def _padded(n_bytes: int, alignment: int) -> int:
+    return -(-n_bytes // alignment) * alignment
+
+
+def _entry(tensor: Tensor, offset: int) -> bytes:
+    dims = tensor.shape[::-1]
+    return _string(tensor.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, int(tensor.type), offset)
+
+
+def _write(parts: dict[Path, Part], advance: Callable[[int, int], None]) -> None:
+    """Writes the files, all or none."""
+    tensors = [tensor for part in parts.values() for tensor in part.tensors]
+    for tensor in tensors:
+        if tensor.n_bytes == 0 and tensor.n_elements:
+            raise ModelError(f"{tensor.path}: tensor {tensor.name} is of a type that is too new: upgrade gguf")
+    done, total = 0, sum(tensor.n_bytes for tensor in tensors)
+    with contextlib.ExitStack() as stack:  # they take their names when all are written, the first shard last
+        temporaries = [stack.enter_context(writing(path, part.kind)) for path, part in parts.items()]
+        for temporary, (path, part) in zip(temporaries, parts.items()):
+            with disk_errors(path), open(temporary, "wb") as out:
+                for n in _written(out, part):
+                    done += n
+                    advance(done, total)
+
+
+def _written(out: BinaryIO, part: Part) -> Iterable[int]:
+    """Writes a file. Yields bytes of tensors as they are written."""
+    entries, offset = [], 0
+    for tensor in part.tensors:
+        entries.append(_entry(tensor, offset))
+        offset += _padded(tensor.n_bytes, part.alignment)
+    out.write(MAGIC + struct.pack("<IQQ", part.version, len(part.tensors), len(part.keys)))
+    for data in (*part.keys, *entries):
+        out.write(data)
+    out.write(bytes(-out.tell() % part.alignment))
+    for tensor in part.tensors:
+        with open(tensor.path, "rb") as source:
+            source.seek(tensor.offset)
+            yield from _copied(source, out, tensor.n_bytes)
+        out.write(bytes(-tensor.n_bytes % part.alignment))
+
+
+def _copied(source: BinaryIO, out: BinaryIO, n_bytes: int) -> Iterable[int]:
+    while n_bytes > 0:
+        piece = source.read(min(PIECE, n_bytes))
+        if not piece:
+            raise ModelError(f"{source.name}: it is truncated")
+        out.write(piece)
+        n_bytes -= len(piece)
+        yield len(piece)

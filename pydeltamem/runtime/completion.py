@@ -1,0 +1,327 @@
+"""`DeltaMemLlama.create_completion`: a prompt, what follows it, and the log probabilities of both.
+
+llama_cpp's own takes the log probabilities of a prompt from the wrong row, generates without end where nothing was
+asked for, drops `logit_bias` beside `logits_processor`, and loses a reply that ends within a character; all of it is in
+docs/llama-methods.md.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import random
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError
+from . import library
+from .history import n_common
+from .stream import Assembler
+from .tokenizer import Tokenizer, encoded, piece, token_text
+
+if TYPE_CHECKING:
+    from ..llama import DeltaMemLlama
+
+_llama = library.llama_cpp
+
+
+class Scored(NamedTuple):
+    """A token of the text, as log probabilities list it."""
+
+    token: str
+    offset: int  # characters of the text before it
+    logprob: float | None  # None: nothing stands before it
+    top: dict[str, float] | None
+
+
+class Completion:
+    """One call of `create_completion`, with its arguments.
+
+    Raises InputError if they do not fit.
+    """
+
+    def __init__(
+        self,
+        llm: DeltaMemLlama,
+        prompt: str | Sequence[int],
+        *,
+        suffix: str | None,
+        max_tokens: int | None,
+        logprobs: int | None,
+        echo: bool,
+        stop: str | Sequence[str] | None,
+        seed: int | None,
+        model: str | None,
+        temperature: float,
+        logit_bias: Mapping[int, float] | None,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        **sampling: Any,
+    ) -> None:
+        self.llm = llm
+        self.logprobs, self.echo, self.seed = logprobs, echo, seed
+        self._vocab = llm._model.vocab
+        if logprobs is not None and (not isinstance(logprobs, int) or logprobs < 0):
+            raise InputError(f"logprobs is a number of tokens, 0 or more, not {logprobs!r}")
+        if logprobs is not None and not llm._logits_all:
+            raise InputError("logprobs needs the logits of every token: load the model with logits_all=True")
+        if max_tokens is not None and not isinstance(max_tokens, int):
+            raise InputError(f"max_tokens is a number of tokens, not {max_tokens!r}")
+        self._given = isinstance(prompt, str)
+        if not isinstance(prompt, str):
+            prompt = llm._checked_tokens(prompt).tolist()
+        self._is_empty = not prompt
+        self.tokens, self._n_hidden, self._appended = self._tokenized(prompt, suffix)
+        shown = self.tokens[self._n_hidden :]
+        self.prompt: str = prompt if self._given else self._text(shown).decode(errors="replace")
+        n_ctx, n_prompt = llm.n_ctx(), len(self.tokens)
+        if n_prompt > n_ctx or (n_prompt == n_ctx and max_tokens != 0):
+            # llama_cpp.server tells its clients what it reads out of these words
+            raise InputError(f"Requested tokens ({n_prompt}) exceed context window of {n_ctx}: raise n_ctx")
+        room = n_ctx - n_prompt
+        self.max_tokens = room if max_tokens is None or max_tokens < 0 else min(max_tokens, room)
+        self.stop = [stop] if isinstance(stop, str) else list(stop or ())
+        self.completion: list[int] = []
+        self.finish_reason = "length"
+        self._n_bytes = 0  # of the text that a tokenizer of its own gave
+        self._criteria, self._ended = stopping_criteria, False
+        self._about = {
+            "id": f"cmpl-{uuid.uuid4()}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": llm.model_path if model is None else model,
+        }
+        processors = list(logits_processor) if isinstance(logits_processor, list) else [logits_processor]
+        processors = [processor for processor in processors if processor is not None]
+        if logit_bias:
+            processors.append(_biased(logit_bias, llm.n_vocab()))
+        self.sampling = {
+            **sampling,
+            "temp": temperature,
+            "logits_processor": _llama.LogitsProcessorList(processors) if processors else None,
+            "stopping_criteria": None if stopping_criteria is None else self._ends,
+        }
+
+    #
+    # the prompt
+    #
+
+    def _tokenized(self, prompt: str | Sequence[int], suffix: str | None) -> tuple[list[int], int, str]:
+        """The tokens to be read, how many of them a tokenizer put before the prompt, and what is to be appended.
+
+        With a suffix, and a model that knows tokens for it, the text is to be written that stands before it.
+        """
+        llm, model = self.llm, self.llm._model
+        marks = (_llama.llama_vocab_fim_pre, _llama.llama_vocab_fim_suf, _llama.llama_vocab_fim_mid)
+        fill = [mark(self._vocab) for mark in marks]
+        infill = suffix is not None and min(fill) >= 0
+        before, after, middle = ([token] if infill else [] for token in fill)
+        if isinstance(prompt, str):
+            if prompt:
+                before += llm.tokenize(encoded(prompt, "the prompt"), add_bos=False, special=not infill)
+        else:
+            before += prompt
+        if infill and suffix:
+            after += self._without_space(suffix)
+        begin, end = [], []
+        if isinstance(prompt, str) or infill:
+            cls, sep = model.token_cls(), model.token_sep()
+            if model.add_bos_token():
+                begin = [cls if cls != -1 else llm.token_bos()]
+            if model.add_eos_token() or sep != -1:
+                end = [sep if sep != -1 else llm.token_eos()]
+        begin, end = ([token for token in tokens if token >= 0] for tokens in (begin, end))
+        first, second = (after, before) if llm.spm_infill else (before, after)
+        tokens = [*begin, *first, *second, *middle, *end]
+        if not tokens:
+            if llm.token_bos() < 0:
+                raise InputError("the prompt is empty, and the model has no token that begins a text: give a prompt")
+            begin = tokens = [llm.token_bos()]
+        if tokens[:2] == [llm.token_bos()] * 2:
+            warnings.warn(
+                "the prompt begins with the token that begins a text, and the tokenizer adds another: leave it out",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return tokens, len(begin), "" if suffix is None or infill else suffix
+
+    def _without_space(self, text: str) -> list[int]:
+        """Tokens of a text that goes on: without the space that some tokenizers put before it."""
+        mark = self.llm.tokenize("☺".encode(), add_bos=False)
+        tokens = self.llm.tokenize(encoded(f"☺{text}", "the suffix"), add_bos=False)
+        if tokens[: len(mark)] == mark:
+            return tokens[len(mark) :]
+        return self.llm.tokenize(text.encode(), add_bos=False)
+
+    def _from_cache(self) -> None:
+        """Takes the text of the cache that begins most like the prompt, if it is more than the present text."""
+        llm = self.llm
+        if llm.cache is None:
+            return
+        with contextlib.suppress(KeyError, InputError):  # there is none, or it is of another context
+            state = llm.cache[self.tokens]
+            if n_common(state.input_ids[: state.n_tokens], self.tokens) > n_common(llm._input_ids, self.tokens):
+                llm.load_state(state)
+
+    def _want_rows(self) -> None:
+        """Tokens whose logits were not kept are read again: a text from a saved state may be without."""
+        llm, text = self.llm, self.llm._text
+        n = min(n_common(text.tokens, self.tokens), len(self.tokens) - 1)
+        lost = np.flatnonzero(np.isnan(llm.scores[:n, 0]))
+        if len(lost):
+            text.n_kv = min(text.n_kv, int(lost[0]))
+            llm._requires_eval = True
+
+    #
+    # what follows
+    #
+
+    def pieces(self) -> Iterator[tuple[str, list[Scored]]]:
+        """Text as it becomes certain, with the tokens that it is made of if their log probabilities were asked for."""
+        llm, scored = self.llm, self.logprobs is not None
+        self._from_cache()
+        if scored and self.echo:
+            self._want_rows()
+        llm.set_seed(random.Random(llm._seed).randint(0, 2**32) if self.seed is None else self.seed)
+        text = Assembler(self._vocab, self.stop, errors="ignore")
+        waiting: list[Scored] = []
+        tokens = llm.generate(self.tokens, **self.sampling)
+        try:
+            token = next(tokens, None)
+            if self.echo:
+                yield self.prompt, self._prompt_scored() if scored else []
+            while token is not None and len(self.completion) < self.max_tokens:
+                if _llama.llama_vocab_is_eog(self._vocab, token):
+                    self.finish_reason = "stop"
+                    break
+                if scored:
+                    row = llm.scores[len(self.tokens) + len(self.completion) - 1]
+                    waiting.append(self._scored(token, len(self.prompt) + text.n_chars, row))
+                self.completion.append(token)
+                certain = text.push_bytes(self._bytes(token))
+                if certain:
+                    yield certain, waiting
+                    waiting = []
+                if text.stopped:
+                    self.finish_reason = "stop"
+                    break
+                if len(self.completion) < self.max_tokens:
+                    token = next(tokens, None)
+            if self._ended:
+                self.finish_reason = "stop"
+        finally:
+            tokens.close()
+        rest = text.finish() + self._appended
+        if rest or waiting:
+            yield rest, waiting
+        if llm.cache is not None:
+            llm.cache[self.tokens + self.completion] = llm.save_state()
+
+    def _ends(self, ids: npt.NDArray[np.intc], logits: npt.NDArray[np.float32]) -> bool:
+        self._ended = bool(self._criteria(ids, logits))
+        return self._ended
+
+    def _bytes(self, token: int) -> bytes:
+        """What the latest token adds to the text."""
+        llm = self.llm
+        if isinstance(llm.tokenizer_, Tokenizer):
+            data = piece(self._vocab, token)
+            return data.removeprefix(b" ") if self._is_empty and len(self.completion) == 1 else data
+        whole = llm.detokenize(self.completion, prev_tokens=self.tokens)
+        if whole.endswith("\N{REPLACEMENT CHARACTER}".encode()):
+            return b""  # a character of which the rest may come
+        self._n_bytes, begin = len(whole), self._n_bytes
+        return whole[begin:]
+
+    def _text(self, tokens: Sequence[int]) -> bytes:
+        """With the names of control tokens."""
+        return b"".join(piece(self._vocab, token, special=True) for token in tokens)
+
+    #
+    # log probabilities
+    #
+
+    def _prompt_scored(self) -> list[Scored]:
+        """The tokens of the prompt, without one that the tokenizer put before it."""
+        decoder, n_chars, scored = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
+        shown = self.tokens[self._n_hidden :]
+        # the space that some tokenizers put before a text is none of its characters
+        n_added = int(self._given and self._text(shown).startswith(b" " + self.prompt.encode()))
+        for i, token in enumerate(shown, self._n_hidden):
+            row = self.llm.scores[i - 1] if i > 0 else None
+            scored.append(self._scored(token, min(max(0, n_chars - n_added), len(self.prompt)), row))
+            n_chars += len(decoder.decode(piece(self._vocab, token, True)))
+        return scored
+
+    def _scored(self, token: int, offset: int, row: npt.NDArray[np.float32] | None) -> Scored:
+        """`row`: logits of what may stand in the token's place."""
+        name = token_text(self._vocab, token)
+        if row is None:
+            return Scored(name, offset, None, None)
+        values = self.llm.logits_to_logprobs(row)
+        n = min(self.logprobs, len(values))
+        best = np.argpartition(-values, n - 1)[:n] if n else []
+        top: dict[str, float] = {}
+        for i in sorted(best, key=lambda i: (-values[i], i)):
+            top.setdefault(token_text(self._vocab, int(i)), float(values[i]))
+        top.setdefault(name, float(values[token]))
+        return Scored(name, offset, float(values[token]), top)
+
+    def _logprobs(self, scored: list[Scored]) -> dict[str, Any] | None:
+        if self.logprobs is None:
+            return None
+        return {
+            "tokens": [each.token for each in scored],
+            "text_offset": [each.offset for each in scored],
+            "token_logprobs": [each.logprob for each in scored],
+            "top_logprobs": [each.top for each in scored],
+        }
+
+    #
+    # as OpenAI's API puts it
+    #
+
+    def _answer(self, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        choice = {"text": text, "index": 0, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._about, "choices": [choice]}
+
+    def whole(self) -> dict[str, Any]:
+        """The response."""
+        text, scored = "", []
+        for each, tokens in self.pieces():
+            text += each
+            scored += tokens
+        n_prompt, n = len(self.tokens), len(self.completion)
+        usage = {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
+        return {**self._answer(text, self._logprobs(scored), self.finish_reason), "usage": usage}
+
+    def streamed(self) -> Iterator[dict[str, Any]]:
+        """Chunks of the response; the last one has no text and says why it ended."""
+        for text, scored in self.pieces():
+            yield self._answer(text, self._logprobs(scored), None)
+        yield self._answer("", None, self.finish_reason)
+
+
+def _biased(logit_bias: Mapping[Any, float], n_vocab: int) -> Any:
+    """A logits processor. Raises InputError if a token or a bias is none."""
+    try:
+        bias = {int(token): float(value) for token, value in logit_bias.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"logit_bias is a mapping of token ids to numbers, not {logit_bias!r}") from None
+    for token in bias:
+        if not 0 <= token < n_vocab:
+            raise InputError(f"logit_bias: {token} is no token id of this model: they are 0 to {n_vocab - 1}")
+
+    def process(ids: npt.NDArray[np.intc], scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        scores = scores.copy()
+        for token, value in bias.items():
+            scores[token] += value
+        return scores
+
+    return process

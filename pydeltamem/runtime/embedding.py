@@ -1,0 +1,109 @@
+"""Vectors of texts: `DeltaMemLlama.embed`.
+
+llama_cpp's own reads vectors from the wrong place from the second text on when nothing is pooled, writes before its
+batch for a text without tokens, and averages over a part of a text that does not fit in one micro-batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError
+from . import library
+from .tokenizer import encoded
+
+if TYPE_CHECKING:
+    from ..llama import DeltaMemLlama
+
+_llama = library.llama_cpp
+
+
+def tokenized(llm: DeltaMemLlama, texts: list[str], truncate: bool) -> list[list[int]]:
+    """The tokens of texts to be embedded. Raises InputError, which counts texts from 0, if one cannot be."""
+    limit = n_tokens_max(llm)
+    pooled = llm.pooling_type() != _llama.LLAMA_POOLING_TYPE_NONE
+    tokens = []
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"text {i} to embed is a {type(text).__name__}: texts are str")
+        ids = llm.tokenize(encoded(text, f"text {i} to embed"))
+        if len(ids) > limit and not truncate:
+            raise InputError(
+                f"text {i} to embed has {len(ids)} tokens, {limit} fit: raise n_ctx, n_batch and n_ubatch, or truncate"
+            )
+        if not ids and pooled:
+            raise InputError(f"text {i} to embed has no tokens, so it has no vector: leave empty texts out")
+        tokens.append(ids[:limit])
+    return tokens
+
+
+def n_tokens_max(llm: DeltaMemLlama) -> int:
+    """Most tokens of a text to embed, and of a batch of them."""
+    if _in_one_go(llm):
+        return min(_llama.llama_n_ubatch(llm.ctx), llm.n_batch, llm.n_ctx())
+    return min(llm.n_batch, llm.n_ctx())
+
+
+def _in_one_go(llm: DeltaMemLlama) -> bool:
+    """Whether all of a text must be in one micro-batch: others would be pooled without what came before, and where
+    tokens attend to those behind them llama.cpp ends the process.
+    """
+    kind = llm.context_params.attention_type
+    causal = kind != _llama.LLAMA_ATTENTION_TYPE_NON_CAUSAL
+    if kind == _llama.LLAMA_ATTENTION_TYPE_UNSPECIFIED:
+        causal = llm.metadata.get(f"{llm.metadata.get('general.architecture')}.attention.causal") != "false"
+    encodes = _llama.llama_get_memory(llm.ctx) is None
+    in_parts = (_llama.LLAMA_POOLING_TYPE_NONE, _llama.LLAMA_POOLING_TYPE_LAST)
+    return encodes or not causal or llm.pooling_type() not in in_parts
+
+
+def vectors(llm: DeltaMemLlama, texts: list[list[int]], normalize: bool) -> list[Any]:
+    """For each text its vector, a list of floats; without pooling a list of vectors, one a token."""
+    limit, n_seq_max = n_tokens_max(llm), _llama.llama_n_seq_max(llm.ctx)
+    result: list[Any] = []
+    batch: list[list[int]] = []
+    for tokens in texts:
+        if batch and (len(batch) == n_seq_max or sum(map(len, batch)) + len(tokens) > limit):
+            result += _decoded(llm, batch, normalize)
+            batch = []
+        batch.append(tokens)
+    return result + _decoded(llm, batch, normalize)
+
+
+def _decoded(llm: DeltaMemLlama, texts: list[list[int]], normalize: bool) -> list[Any]:
+    """One llama_decode: each text in a sequence of its own."""
+    llm._batch.reset()
+    for seat, tokens in enumerate(texts):
+        if tokens:
+            llm._batch.add_sequence(tokens, seat, True)
+    n_tokens = llm._batch.n_tokens()
+    if n_tokens:
+        llm._ctx.kv_cache_clear()
+        llm._ctx.decode(llm._batch)
+        llm._batch.reset()
+    pooling = llm.pooling_type()
+    if pooling == _llama.LLAMA_POOLING_TYPE_NONE:
+        n_embd = _llama.llama_model_n_embd_out(llm.model)
+        rows = np.empty((0, n_embd), dtype=np.float32)
+        if n_tokens:
+            rows = np.ctypeslib.as_array(_llama.llama_get_embeddings(llm.ctx), (n_tokens, n_embd))
+        ends = np.cumsum([len(tokens) for tokens in texts])
+        return [_scaled(rows[end - len(tokens) : end], normalize).tolist() for tokens, end in zip(texts, ends)]
+    ranks = pooling == _llama.LLAMA_POOLING_TYPE_RANK
+    width = _llama.llama_model_n_cls_out(llm.model) if ranks else _llama.llama_model_n_embd_out(llm.model)
+    return [
+        _scaled(np.ctypeslib.as_array(_llama.llama_get_embeddings_seq(llm.ctx, seat), (width,)), normalize).tolist()
+        for seat in range(len(texts))
+    ]
+
+
+def _scaled(rows: npt.NDArray[np.float32], normalize: bool) -> npt.NDArray[np.float64]:
+    """A copy, of length 1 if that was asked for; zeros stay zeros."""
+    rows = rows.astype(np.float64)
+    if normalize:
+        lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+        rows /= np.where(lengths == 0, 1, lengths)
+    return rows

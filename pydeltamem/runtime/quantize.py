@@ -1,0 +1,92 @@
+"""A model in a smaller type, by llama.cpp's own quantiser. A packed adapter keeps its type."""
+
+from __future__ import annotations
+
+import os
+
+from gguf import GGUF_DEFAULT_ALIGNMENT as DEFAULT
+
+from ..errors import InputError, ModelError
+from ..formats.gguf_header import Header
+from ..formats.kinds import MODEL
+from ..formats.model_numbers import check_numbers
+from ..formats.outputs import check_disk, refuse_inputs, writing
+
+_PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
+
+
+def grown(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> str:
+    """Which tensors became larger, by their types: "2 tensors Q6_K that were Q4_1 (+0.24 MB)"."""
+    old, kinds = Header.of_model(before).tensors, {}
+    for name, tensor in Header.of_model(after).tensors.items():
+        if name in old and tensor.n_bytes > old[name].n_bytes:
+            sizes = kinds.setdefault((tensor.type_name, old[name].type_name), [])
+            sizes.append(tensor.n_bytes - old[name].n_bytes)
+    parts = [f"{len(n)} tensors {new} that were {was} (+{sum(n) / 1e6:,.2f} MB)" for (new, was), n in kinds.items()]
+    return ", ".join(parts) or "its header longer"
+
+
+def file_type(name: str) -> int:
+    """llama.cpp's number of a type by the name that llama-quantize has for it. Raises InputError if there is none."""
+    from . import library
+
+    known = {
+        key.removeprefix(prefix).lower(): value
+        for key, value in vars(library.llama_cpp).items()
+        for prefix in _PREFIXES
+        if key.startswith(prefix)
+    }
+    if name.lower() not in known:
+        raise InputError(f"'{name}' is no type of llama.cpp: it is one of {', '.join(sorted(known))}")
+    return known[name.lower()]
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    type: str,
+    n_threads: int = 0,
+    allow_requantize: bool = False,
+    verbose: bool = False,
+) -> None:
+    """Writes `model` in another type, in one step.
+
+    Raises ModelError, InputError if there is no such type or `path` is a file of the model, OutputError if it cannot be
+    written.
+    """
+    from llama_cpp._logger import set_verbose
+    from llama_cpp._utils import suppress_stdout_stderr
+
+    from . import library
+    from .ggml import written
+
+    ftype = file_type(type)
+    header = Header.of_model(model)
+    if header.keys.get("general.type") == "adapter":
+        raise ModelError(f"{header.path}: is an adapter: convert it again with --outtype, or pack it first")
+    check_numbers(header.path, header.keys)
+    refuse_inputs(path, header.files)
+    params = library.llama_cpp.llama_model_quantize_default_params()
+    # llama.cpp places tensors by the default alignment, whatever the key says that it copies
+    overrides = (library.llama_cpp.llama_model_kv_override * 2)()  # the second one ends them
+    if header.keys.get("general.alignment", DEFAULT) != DEFAULT:
+        overrides[0].tag = library.llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
+        overrides[0].key = b"general.alignment"
+        overrides[0].value.val_i64 = DEFAULT
+        params.kv_overrides = overrides
+    params.ftype = ftype
+    params.nthread = n_threads
+    params.allow_requantize = allow_requantize
+    set_verbose(verbose)
+    with writing(path, MODEL) as temporary, library.errors_held() as log:
+        with library.silencing, suppress_stdout_stderr(disable=verbose):  # it prints what is not finite
+            status = library.llama_cpp.llama_model_quantize(os.fsencode(header.path), os.fsencode(temporary), params)
+        if status != 0:
+            reason = library.reason(log)
+            log.clear()
+            check_disk(path, temporary)
+            hint = ": --allow-requantize takes it all the same" if "requantizing" in reason else ""
+            if "validation failed" in reason:
+                hint = f": a value is not finite as {type}: take bf16 or f32, unless it was not to begin with"
+            raise ModelError(f"{header.path}: cannot be quantised{reason}{hint}")
+        written(temporary, header.path)

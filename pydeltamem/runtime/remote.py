@@ -1,0 +1,104 @@
+"""Layers on other machines, by llama.cpp's RPC backend: `deltamem rpc-server` there, `--rpc HOST:PORT,...` here.
+
+    DeltaMemLlama("base.gguf", deltamem_path="memory.gguf", rpc_servers="10.0.0.2:50052")
+
+A layer's memory lives where the layer does. Servers must be this package's: a stock rpc-server has no such operator.
+llama.cpp's protocol has no password and no encryption: never run a server on a network that others can reach.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import socket
+
+from ..errors import InputError, LibraryError
+from . import library
+
+DEFAULT_PORT = 50052
+CPU = 0  # enum ggml_backend_dev_type
+
+_connected: set[str] = set()
+
+
+def connect(endpoints: str) -> None:
+    """Makes the devices of RPC servers devices of this process; every model loaded from then on may have layers there.
+
+    Args:
+        endpoints: `host:port`, several with commas. One that is connected stays so.
+
+    Raises InputError if an endpoint is malformed or nobody listens there, LibraryError if the library has no RPC.
+    """
+    for endpoint in filter(None, (part.strip() for part in endpoints.split(","))):
+        if endpoint in _connected:
+            continue
+        host, port = _parse(endpoint)
+        try:
+            # llama.cpp aborts the process where nobody answers
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            raise InputError(f"{endpoint}: no RPC server answers there: {error.strerror or error}") from error
+        add_server = _function("ggml_backend_rpc_add_server", ctypes.c_void_p, [ctypes.c_char_p])
+        server = add_server(endpoint.encode())
+        if not server:
+            raise InputError(f"{endpoint}: the RPC server there has no devices")
+        register = _ggml().ggml_backend_register
+        register.restype, register.argtypes = None, [ctypes.c_void_p]
+        register(server)
+        _connected.add(endpoint)
+
+
+def serve(host: str, port: int, n_threads: int) -> None:
+    """Serves this machine's GPUs, or its CPU if it has none, until it is stopped. Returns only if it cannot begin.
+
+    Raises InputError if nothing can listen there, LibraryError if the library has no RPC.
+    """
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{host}:{port}: cannot listen there: {reason}") from error
+    devices = _local_devices()
+    start = _function(
+        "ggml_backend_rpc_start_server",
+        None,
+        [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)],
+    )
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the loop is C's: no Python runs to see a Ctrl-C
+    start(f"{host}:{port}".encode(), None, n_threads, len(devices), (ctypes.c_void_p * len(devices))(*devices))
+
+
+def _parse(endpoint: str) -> tuple[str, int]:
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"{endpoint!r} is no RPC server: give host:port, like 10.0.0.2:{DEFAULT_PORT}")
+    return host, int(port)
+
+
+def _ggml() -> ctypes.CDLL:
+    return library.llama_cpp.llama_cpp._lib  # looks into what it links to as well
+
+
+def _function(name: str, result: type | None, arguments: list) -> ctypes._CFuncPtr:
+    """A function of the RPC backend, which ggml gives by name."""
+    ggml = _ggml()
+    ggml.ggml_backend_reg_by_name.restype, ggml.ggml_backend_reg_by_name.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    find = ggml.ggml_backend_reg_get_proc_address
+    find.restype, find.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]
+    backend = ggml.ggml_backend_reg_by_name(b"RPC")
+    if not backend:
+        raise LibraryError("this library was built without RPC: build it with -DGGML_RPC=ON")
+    return ctypes.CFUNCTYPE(result, *arguments)(find(backend, name.encode()))
+
+
+def _local_devices() -> list[int]:
+    """The GPUs, or else the CPU. Accelerators like BLAS hold no buffers of their own."""
+    ggml = _ggml()
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    ggml.ggml_backend_dev_get.restype, ggml.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    ggml.ggml_backend_dev_type.restype, ggml.ggml_backend_dev_type.argtypes = ctypes.c_int, [ctypes.c_void_p]
+    devices = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
+    gpus = [device for device in devices if ggml.ggml_backend_dev_type(device) in (1, 2)]  # discrete, integrated
+    return gpus or [device for device in devices if ggml.ggml_backend_dev_type(device) == CPU]

@@ -1,0 +1,186 @@
+"""Text as it is generated, for the terminal: UTF-8 split over tokens, stop strings, and Ctrl-C.
+
+llama_cpp's own stream waits for ever on a byte that is no UTF-8 and decodes the whole reply again for each token.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import signal
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from . import library
+from .tokenizer import piece as _piece
+
+if TYPE_CHECKING:
+    from llama_cpp import LlamaGrammar
+
+    from ..llama import DeltaMemLlama
+
+_llama = library.llama_cpp
+
+_checked_grammars: weakref.WeakSet[LlamaGrammar] = weakref.WeakSet()
+
+
+class Assembler:
+    """Text out of tokens: UTF-8 split over tokens, and stop strings, which are not part of the text.
+
+    Args:
+        errors: what becomes of bytes that are no UTF-8, as `bytes.decode`.
+
+    Attributes:
+        stopped: a stop string was found.
+        n_chars: characters so far, those of stop strings too.
+    """
+
+    def __init__(self, vocab: Any, stop: Sequence[str] = (), errors: str = "replace") -> None:
+        self.vocab = vocab
+        self.stop = [text for text in stop if text]
+        self.stopped = False
+        self.n_chars = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        self._held = ""  # it may be the beginning of a stop string
+
+    def push(self, token: int) -> str:
+        """The text that a token makes certain, often none."""
+        return self.push_bytes(_piece(self.vocab, token))
+
+    def push_bytes(self, data: bytes) -> str:
+        """The text that these bytes make certain."""
+        new = self._decoder.decode(data)
+        self.n_chars += len(new)
+        text = self._held + new
+        found = [at for at in map(text.find, self.stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        certain = len(text) - self._n_held_back(text)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def finish(self) -> str:
+        """What is left at the end."""
+        text, self._held = self._held + self._decoder.decode(b"", final=True), ""
+        return "" if self.stopped else text
+
+    def _n_held_back(self, text: str) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = min(len(text), max(map(len, self.stop), default=1) - 1)
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self.stop)), 0)
+
+
+class TextStream:
+    """Iterates over the pieces of text that follow a prompt.
+
+    Args:
+        llm: the model.
+        prompt: token ids.
+        n_predict: tokens to generate. 0: the prompt is read; negative: until the end of the text or the context.
+        stop: strings that end the text; they are not part of it.
+        **options: sampling, as `Llama.generate`, and `seed`.
+
+    Attributes:
+        n_tokens: tokens generated so far.
+        finish_reason: "stop" after the end of the text or a stop string, "length" after n_predict or a full context.
+    """
+
+    def __init__(
+        self,
+        llm: DeltaMemLlama,
+        prompt: Sequence[int],
+        *,
+        n_predict: int = -1,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.llm = llm
+        self.prompt = list(prompt)
+        room = llm.n_ctx() - len(self.prompt)
+        self.limit = room if n_predict < 0 else min(n_predict, room)
+        self.reads_only = n_predict == 0
+        self.stop = stop
+        self.seed = seed
+        self.options = options
+        self.n_tokens = 0
+        self.finish_reason = "length"
+
+    def __iter__(self) -> Iterator[str]:
+        if self.reads_only:
+            with contextlib.closing(self.llm.generate(self.prompt, **self.options)) as tokens:
+                next(tokens, None)
+        if self.limit <= 0:
+            return
+        if self.seed is not None:
+            self.llm.set_seed(self.seed)
+        text = Assembler(self.llm._model.vocab, self.stop)
+        for token in self.llm.generate(self.prompt, **self.options):
+            if self.llm._seats.is_end(token):
+                self.finish_reason = "stop"
+                break
+            self.n_tokens += 1
+            piece = self.llm._seats.call(text.push, token)
+            if piece:
+                yield piece
+            if text.stopped:
+                self.finish_reason = "stop"
+                return
+            if self.n_tokens >= self.limit:
+                break
+        piece = text.finish()
+        if piece:
+            yield piece
+
+
+def checked_grammar(llm: DeltaMemLlama, text: str | LlamaGrammar, name: str = "grammar") -> LlamaGrammar:
+    """A GBNF grammar for sampling. Raises InputError, which calls it `name`, if llama.cpp cannot use it."""
+    from llama_cpp import LlamaGrammar
+    from llama_cpp._utils import suppress_stdout_stderr
+
+    # llama_cpp hands a grammar on unchecked, and llama.cpp's parser prints what it dislikes
+    grammar = LlamaGrammar.from_string(text, verbose=False) if isinstance(text, str) else text
+    if not isinstance(grammar, LlamaGrammar):
+        raise InputError(f"{name} is GBNF text or a LlamaGrammar, not {grammar!r}")
+    if grammar in _checked_grammars:
+        return grammar
+    with library.silencing, library.errors_held() as log, suppress_stdout_stderr(disable=llm.verbose):
+        sampler = llm._seats.call(
+            lambda: _llama.llama_sampler_init_grammar(
+                llm._model.vocab, grammar._grammar.encode(), grammar._root.encode()
+            )
+        )
+        reason = library.reason(log)
+        log.clear()
+    if not sampler:
+        raise InputError(f"{name}: not a valid GBNF grammar with a rule root{reason}")
+    _llama.llama_sampler_free(sampler)
+    _checked_grammars.add(grammar)
+    return grammar
+
+
+def interruptible(pieces: Iterator[str]) -> Iterator[str]:
+    """Yields from a stream. Once it flows, Ctrl-C raises KeyboardInterrupt between two pieces.
+
+    Anywhere else it may fall into a callback from llama.cpp (--ignore-eos has one), and Python drops exceptions there.
+    """
+    pressed = False
+
+    def press(signum: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+
+    before = None
+    try:
+        for piece in pieces:
+            if before is None:
+                before = signal.signal(signal.SIGINT, press)
+            yield piece
+            if pressed:
+                raise KeyboardInterrupt
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)

@@ -1,0 +1,63 @@
+"""Tokens as bytes.
+
+llama_cpp's own `detokenize` drops every token of more than 32 bytes, and a token id that the model does not have ends
+the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import InputError
+from . import library
+
+_llama = library.llama_cpp
+
+
+def piece(vocab: Any, token: int, special: bool = False) -> bytes:
+    """The bytes of a token that the vocabulary has. `special`: those of control tokens too, else they have none."""
+    size = 64
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = _llama.llama_token_to_piece(vocab, token, buffer, size, 0, special)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n
+
+
+def token_text(vocab: Any, token: int) -> str:
+    """The name of a token in log probabilities: its text, or `bytes:\\xe2` where that is no UTF-8 by itself."""
+    data = piece(vocab, token, special=True)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def encoded(text: str, what: str) -> bytes:
+    """Raises InputError, which calls the text `what`, if it holds half a character (a lone surrogate)."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is no Unicode text: {error.reason} at character {error.start}") from None
+
+
+class Tokenizer(library.LlamaTokenizer):
+    """The tokenizer of a model."""
+
+    def detokenize(
+        self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
+    ) -> bytes:
+        """The bytes of tokens. A space that the tokenizer put behind a token that begins a text is left out.
+
+        Raises InputError if the model has no such token.
+        """
+        vocab, n_vocab = self._model.vocab, self._model.n_vocab()
+        for token in tokens:
+            if not 0 <= token < n_vocab:
+                raise InputError(f"{token} is no token id of this model: they are 0 to {n_vocab - 1}")
+        data = b"".join(piece(vocab, int(token), special) for token in tokens)
+        begins = len(tokens) > 0 and tokens[0] == self._model.token_bos()
+        return data.removeprefix(b" ") if begins else data

@@ -1,0 +1,587 @@
+"""δ-mem in PyTorch: the recurrence token by token, two faster forms to train with, and hooks that give a memory to
+any Hugging Face decoder. The native side is tested against it.
+
+    memory = DeltaMem.from_checkpoint(model, "adapter")
+    model(input_ids)                            # every token reads and writes
+    with memory.segments(ids): model(input_ids) # segment adapters: one ingest
+    memory.write = False                        # tokens only read
+    memory.save_checkpoint("trained")           # the published format
+
+A hook runs whenever its layer does: gradient checkpointing, which runs layers twice, would write twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+try:
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+except ImportError:
+    raise ImportError("pydeltamem.train.reference needs PyTorch: pip install 'pydeltamem[train]'") from None
+
+from ..errors import InputError, ModelError, OutputError
+from ..formats import kinds
+from ..formats.checkpoint import (
+    ANY_OF,
+    ARCHIVED,
+    CONFIG,
+    HEADS,
+    MAX_RANK,
+    MAX_STATE_HEADS,
+    WEIGHTS,
+    Checkpoint,
+    Config,
+    read_config,
+)
+from ..formats.outputs import make_folder, writing
+
+#
+# the recurrence
+#
+# state [B, H, r, r], the other arguments [B, T, H, r]: row i of a head's state has its own keep, erase and write.
+# Returns the reads, [B, T, H, r], each from the state before its token's write, and the state after all tokens.
+#
+
+
+def recurrence(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule of design section 1, token by token."""
+    reads = []
+    for q_t, k_t, v_t, keep_t, erase_t, write_t in zip(*(x.unbind(1) for x in (q, k, v, keep, erase, write))):
+        reads.append((state @ q_t[..., None])[..., 0])
+        predicted = (state @ k_t[..., None])[..., 0]
+        change = write_t * v_t - erase_t * predicted
+        state = keep_t[..., None] * state + change[..., :, None] * k_t[..., None, :]
+    return torch.stack(reads, 1), state
+
+
+def fused_recurrence(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same token by token, with a gradient written by hand: four operations a token forward, four back, the rest
+    for all tokens at once. The states of all tokens are kept, T·H·r² values a sequence. It has no second derivative.
+    """
+    return _FusedRecurrence.apply(state, q, k, v, keep, erase, write)
+
+
+class _FusedRecurrence(torch.autograd.Function):
+    # In here time comes first and batch and heads are one: columns [T, B·H, r, 1], states [T + 1, B·H, r, r].
+
+    @staticmethod
+    def forward(ctx, state, *values):
+        n_batch, n_head = state.shape[:2]
+        q, k, v, keep, erase, write = (x.transpose(0, 1).flatten(1, 2).contiguous()[..., None] for x in values)
+        states = state.new_empty(len(q) + 1, *state.flatten(0, 1).shape)
+        states[0] = state.flatten(0, 1)
+        written, k_rows = write * v, k.mT
+        change = torch.empty_like(v)
+        for t, (here, after) in enumerate(itertools.pairwise(states)):
+            torch.addcmul(written[t], erase[t], torch.bmm(here, k[t]), value=-1, out=change[t])
+            torch.mul(here, keep[t], out=after)
+            after.baddbmm_(change[t], k_rows[t])
+        ctx.save_for_backward(states, change, q, k, v, keep, erase, write)
+        reads = (states[:-1] @ q).unflatten(1, (n_batch, n_head))[..., 0].transpose(0, 1)
+        return reads, states[-1].unflatten(0, (n_batch, n_head)).clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_reads, d_state):
+        states, change, q, k, v, keep, erase, write = ctx.saved_tensors
+        n_batch, n_head = d_state.shape[:2]
+        d_reads = d_reads.transpose(0, 1).flatten(1, 2).contiguous()[..., None]
+        d_states = d_reads @ q.mT  # by the reads first, then by all that comes after
+        d_states = torch.cat([d_states, d_state.flatten(0, 1)[None]])
+        d_change, d_predicted, k_rows = torch.empty_like(v), torch.empty_like(v), k.mT
+        for t in range(len(q) - 1, -1, -1):
+            torch.bmm(d_states[t + 1], k[t], out=d_change[t])
+            torch.mul(d_change[t], erase[t], out=d_predicted[t])
+            d_states[t].addcmul_(d_states[t + 1], keep[t]).baddbmm_(d_predicted[t], k_rows[t], alpha=-1)
+
+        before, later = states[:-1], d_states[1:]
+        found = (
+            before.mT @ d_reads,  # q
+            later.mT @ change - before.mT @ d_predicted,  # k
+            write * d_change,  # v
+            (later * before).sum(-1, keepdim=True),  # keep
+            -(before @ k) * d_change,  # erase
+            v * d_change,  # write
+        )
+        rest = (x[..., 0].unflatten(1, (n_batch, n_head)).transpose(0, 1) for x in found)
+        return d_states[0].unflatten(0, (n_batch, n_head)), *rest
+
+
+def chunked_recurrence(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    chunk: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """The same by matrices over chunks of tokens; only the states between chunks are computed one after the other.
+
+    In a chunk that starts with row s of a state, token t changes the row by u_t k_t, and before it the row is
+    s_t = K(t) s + Σ_{τ<t} K(t, τ) u_τ k_τ, where K is the product of the keeps in between. Thus
+    u_t = write_t v_t - erase_t (s_t · k_t) is a triangular system in u, solved for u = a - A s with s left open. Reads
+    and the row after the chunk are linear in u and s.
+    """
+    n_token, rank = q.shape[1], q.shape[-1]
+    chunk = min(chunk, n_token)
+
+    def fold(x: Tensor, value: float = 0.0) -> Tensor:  # [B, T, H, r] -> [B, chunks, H, C, r], the last chunk filled up
+        x = F.pad(x, (0, 0, 0, 0, 0, -n_token % chunk), value=value)
+        return x.unflatten(1, (-1, chunk)).transpose(2, 3)
+
+    q, k = fold(q), fold(k)
+    v, keep, erase, write = fold(v).mT, fold(keep, 1.0).mT, fold(erase).mT, fold(write).mT  # [B, chunks, H, r, C]
+
+    # logarithms of products of keeps, from the chunk's start to after and to before each token
+    step = keep.clamp_min(torch.finfo(keep.dtype).tiny).log()
+    after = step.cumsum(-1)
+    before = after - step
+    past = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril(-1)
+    between = (before[..., :, None] - after[..., None, :]).masked_fill(~past, -math.inf).exp()  # K(t, τ)
+    k_rows, q_rows = k[..., None, :, :], q[..., None, :, :]  # [B, chunks, H, 1, C, r]: the same for every row
+
+    system = erase[..., None] * between * (k @ k.mT)[..., None, :, :]
+    right = torch.cat([(write * v)[..., None], (erase * before.exp())[..., None] * k_rows], -1)
+    u = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)  # [..., r, C, 1 + r]: a and A
+
+    read = (between * (q @ k.mT)[..., None, :, :]) @ u
+    read_fixed, read_linear = read[..., 0], before.exp()[..., None] * q_rows - read[..., 1:]
+    end = k_rows.mT @ ((after[..., -1:] - after).exp()[..., None] * u)
+    identity = torch.eye(rank, dtype=q.dtype, device=q.device)
+    end_fixed, end_linear = end[..., 0], after[..., -1].exp()[..., None, None] * identity - end[..., 1:]
+
+    starts = []
+    for fixed, linear in zip(end_fixed.unbind(1), end_linear.unbind(1)):
+        starts.append(state)
+        state = fixed + (linear @ state[..., None])[..., 0]
+    reads = read_fixed + (read_linear @ torch.stack(starts, 1)[..., None])[..., 0]  # [B, chunks, H, r, C]
+    return reads.permute(0, 1, 4, 2, 3).flatten(1, 2)[:, :n_token], state
+
+
+#
+# configuration and model
+#
+
+
+@dataclass(frozen=True)
+class DeltaMemConfig(Config):
+    """The published configuration, by default the released adapter's. The last four fields choose initial weights."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    normalize_qk: bool = True
+    couple_lambda: bool = True
+    state_update_mode: str = "standard"
+    rankwise_gates: bool = True
+    num_state_heads: int = 1
+    memory_write_granularity: str = "token"
+    target_layers: tuple[int, ...] = ()
+    delta_heads: tuple[str, ...] = ("q", "o")
+    delta_o_rmsnorm: bool = False
+    delta_o_rmsnorm_eps: float = 1e-6
+    trainable_delta_scale: bool = False
+    delta_scale_max: float = 2.0
+    delta_scale_granularity: str = "layer"
+    delta_scale_parameterization: str = "alpha_over_rank"
+    beta_bias_init: float = -1.5
+    output_init: str = "zero"  # or random, base_slice, base_slice_fixed
+    base_slice_ref_width: int = 8
+    delta_scale_init: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in {**ANY_OF, "output_init": ("zero", "random", "base_slice", "base_slice_fixed")}.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} = {getattr(self, name)!r} is unknown: it must be {' or '.join(allowed)}")
+        for name, most in (("rank", MAX_RANK), ("num_state_heads", MAX_STATE_HEADS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"{name} = {getattr(self, name)} must be from 1 to {most}")
+        if not self.delta_heads or not set(self.delta_heads) <= set(HEADS):
+            raise InputError(f"delta_heads = {self.delta_heads!r} must be some of q, k, v, o")
+        object.__setattr__(self, "delta_heads", tuple(head for head in HEADS if head in self.delta_heads))
+        object.__setattr__(self, "target_layers", tuple(sorted(set(self.target_layers))))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The projections of one layer's attention, and the rows that each of q, k, v, o has in them."""
+
+    inputs: tuple[nn.Module, ...]  # q, k and v, or one that computes them one after the other
+    output: nn.Module
+    rows: dict[str, int]
+
+    def weight(self, head: str) -> Tensor:
+        if head == "o":
+            return self.output.weight
+        if len(self.inputs) == 3:
+            return self.inputs["qkv".index(head)].weight
+        return self.inputs[0].weight.split([self.rows[x] for x in "qkv"])["qkv".index(head)]
+
+
+# How transformers' decoders name their attention and its projections.
+_SEPARATE = ("q_proj", "k_proj", "v_proj")
+_NAMES = (
+    ("self_attn", _SEPARATE, "o_proj"),  # nearly all
+    ("self_attn", _SEPARATE, "out_proj"),  # OPT, LFM2
+    ("self_attn", _SEPARATE, "dense"),  # Phi
+    ("self_attn", ("qkv_proj",), "o_proj"),  # Phi-3
+    ("attn", _SEPARATE, "out_proj"),  # GPT-J
+)
+
+
+def find_attention(model: nn.Module) -> dict[int, Attention]:
+    """The attention of each of a decoder's layers. Layers of hybrid models that have none are left out.
+
+    Raises ModelError if there is a layer of attention whose projections are not known.
+    """
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    layers = next((stack for stack in stacks if len(stack) == config.num_hidden_layers), None)
+    if layers is None:
+        raise ModelError(f"{name}: has no list of {config.num_hidden_layers} layers; it is no decoder that we know")
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    found = {}
+    for i, (layer, kind) in enumerate(zip(layers, kinds)):
+        attention = _attention(layer, config)
+        if attention:
+            found[i] = attention
+        elif kind.endswith("attention") and kind != "linear_attention":
+            raise ModelError(
+                f"{name}: layer {i} ({', '.join(child for child, _ in layer.named_children())}) has no attention with"
+                " projections that we know; add its names to pydeltamem/train/reference.py"
+            )
+    return found
+
+
+def _attention(layer: nn.Module, config) -> Attention | None:
+    for attention_name, input_names, output_name in _NAMES:
+        attention = getattr(layer, attention_name, None)
+        modules = [getattr(attention, name, None) for name in (*input_names, output_name)]
+        if all(isinstance(module, nn.Module) for module in modules):
+            *inputs, output = modules
+            sizes = [module.out_features for module in inputs]
+            if len(sizes) == 1:
+                head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+                n_q = config.num_attention_heads * head_dim
+                sizes = [n_q, (sizes[0] - n_q) // 2, (sizes[0] - n_q) // 2]
+            return Attention(tuple(inputs), output, dict(zip(HEADS, [*sizes, output.out_features])))
+    return None
+
+
+class LayerMemory(nn.Module):
+    """One layer's parameters, under their published names and in float32, and what is computed with them."""
+
+    dropout = 0.0  # share of the input's features that a sequence does without, while training
+
+    def __init__(self, config: DeltaMemConfig, attention: Attention):
+        super().__init__()
+        self.config = config
+        like = {"dtype": torch.float32, "device": attention.inputs[0].weight.device}
+
+        def add(name: str, values: Tensor, active: bool = True) -> None:  # what has no effect is saved, but not trained
+            setattr(self, name, nn.Parameter(values, requires_grad=active))
+
+        def random(*shape: int) -> Tensor:
+            return nn.init.kaiming_uniform_(torch.empty(shape, **like), a=math.sqrt(5))
+
+        n_embd, n_read, n_gate = attention.inputs[0].in_features, config.n_read, config.n_gate
+        for name in "qkv":
+            add(f"memory_{name}_proj", random(n_read, n_embd))
+        for name, bias in (("beta", config.beta_bias_init), ("lambda", -config.beta_bias_init)):
+            if name == "beta" or not config.couple_lambda:
+                active = name == "beta" or config.separate_lambda
+                add(f"{name}_proj", torch.zeros(n_gate, n_embd, **like), active)
+                add(f"{name}_bias", torch.full((n_gate,), bias, **like), active)
+        for head in HEADS:
+            active = head in config.delta_heads
+            values = torch.zeros(attention.rows[head], n_read, **like)
+            if active and config.output_init == "random":
+                values = random(*values.shape) * ARCHIVED["online_gain"]
+            elif active and config.output_init != "zero":
+                fixed = config.output_init == "base_slice_fixed"
+                width = min(config.rank, config.base_slice_ref_width) if fixed else config.rank
+                columns = F.normalize(attention.weight(head).detach()[:, :width].float(), dim=0, eps=1e-6)
+                values[:, : columns.shape[1]] = columns * ARCHIVED["online_gain"]
+            add(f"delta_{head}_proj", values, active)
+        if config.delta_o_rmsnorm:
+            add("delta_o_rmsnorm_weight", torch.ones(attention.rows["o"], **like), config.has_o_norm)
+        if config.trainable_delta_scale:
+            share = min(max(config.delta_scale_init / config.delta_scale_max, 1e-6), 1 - 1e-6)
+            n_scale = len(HEADS) if config.delta_scale_granularity == "head" else 1
+            add("delta_scale_raw", torch.full((n_scale,), math.log(share / (1 - share)), **like))
+
+    def packed_weight(self) -> Tensor:
+        """What projects h to q, k, v and gates, [3·H·r + gates, n_embd]."""
+        weights = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
+        return torch.cat(weights + ([self.lambda_proj] if self.config.separate_lambda else []))
+
+    def project(self, h: Tensor) -> Tensor:
+        """h [..., n_embd] -> [..., 3·H·r + gates]: linear, so that the mean of these is that of the mean of h."""
+        weight = self.packed_weight()
+        h = h.to(weight.dtype)
+        if self.dropout and self.training:
+            h = h * F.dropout(
+                torch.ones_like(h[..., :1, :]), self.dropout
+            )  # the same features for all tokens of a sequence
+        return F.linear(h, weight)
+
+    def activate(self, projected: Tensor, writes: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v, keep, erase and write [B, T, H, r] of projections [B, T, ...]; writes [B, T]: who writes."""
+        config, n_read, n_gate = self.config, self.config.n_read, self.config.n_gate
+        q, k, v, *gates = projected.split([n_read] * 3 + [n_gate] * (1 + config.separate_lambda), -1)
+        q, k, v = (x.unflatten(-1, (config.num_state_heads, config.rank)) for x in (q, k, v))
+        if config.normalize_qk:
+            q, k = (F.normalize(torch.tanh(x), dim=-1, eps=1e-6) for x in (q, k))
+
+        biases = [self.beta_bias, self.lambda_bias] if config.separate_lambda else [self.beta_bias]
+        gates = [torch.sigmoid(gate + bias) for gate, bias in zip(gates, biases)]
+        beta, *rest = (gate.unflatten(-1, (config.num_state_heads, -1)).expand_as(q) for gate in gates)
+        if config.state_update_mode == "no_lambda":
+            keep = torch.ones_like(beta)
+        else:
+            keep = 1 - beta if config.couple_lambda else rest[0]
+        erase = keep * beta if config.state_update_mode == "lambda_outside" else beta
+        writes = writes[..., None, None]
+        return q, k, v, torch.where(writes, keep, 1.0), erase * writes, beta * writes
+
+    def delta(self, head: str, read: Tensor) -> Tensor:
+        """The correction of a projection's output, [..., rows], from a read [..., H·r], in the read's type."""
+        config = self.config
+        weight = getattr(self, f"delta_{head}_proj") * (config.alpha / config.rank)
+        delta = F.linear(read, weight.to(read.dtype))
+        if config.trainable_delta_scale:
+            raw = self.delta_scale_raw[HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
+            delta = delta * (torch.sigmoid(raw) * config.delta_scale_max)
+        if head == "o" and config.delta_o_rmsnorm:
+            mean_square = delta.pow(2).mean(-1, keepdim=True)
+            delta = delta * torch.rsqrt(mean_square + config.delta_o_rmsnorm_eps) * self.delta_o_rmsnorm_weight
+        return delta
+
+
+#
+# the memory of a model
+#
+
+
+class DeltaMem(nn.Module):
+    """A memory on a Hugging Face decoder: the parameters of its layers, and hooks on the model's projections.
+
+    Args:
+        model: any decoder of transformers. Its weights stay as they are; freezing them is the caller's.
+        config: the released adapter's settings by default.
+        recurrence: `chunked_recurrence`, `fused_recurrence` or `recurrence`, for runs of more than one token.
+
+    Attributes:
+        layers: the layers that carry memory, ascending.
+        write: False: tokens read and do not write.
+        state: [L, B, H, r, r], differentiable; assigning sets it. It takes the batch size of the tokens that it meets,
+            and a state of one sequence serves every batch size. Detach it to cut backpropagation through time.
+
+    Raises ModelError if a layer has no attention that we know.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DeltaMemConfig | None = None,
+        recurrence: Callable[..., tuple[Tensor, Tensor]] = chunked_recurrence,
+    ):
+        super().__init__()
+        self.config = config or DeltaMemConfig()
+        self.recurrence = recurrence
+        self.write = True
+        attentions = find_attention(model)
+        self.layers = list(self.config.target_layers or attentions)
+        missing = [i for i in self.layers if i not in attentions]
+        if missing or not self.layers:
+            which = f"layer {missing[0]}" if missing else "any layer"
+            raise ModelError(f"{type(model).__name__}: has no attention in {which}: no memory can be put there")
+        self.memories = nn.ModuleList(LayerMemory(self.config, attentions[i]) for i in self.layers)
+        self._states: list[Tensor | None] = [None] * len(self.layers)
+        self._reads: list[Tensor | None] = [None] * len(self.layers)
+        self._ingest: _Ingest | None = None
+        self._hooks = []
+        for i, layer in enumerate(self.layers):
+            self._install(i, attentions[layer])
+
+    @property
+    def state(self) -> Tensor:
+        size = (1, self.config.num_state_heads, self.config.rank, self.config.rank)
+        states = [self.memories[0].beta_bias.new_zeros(size) if state is None else state for state in self._states]
+        return torch.stack([state.to(states[0].device) for state in states])
+
+    @state.setter
+    def state(self, state: Tensor) -> None:
+        expected = (len(self.layers), None, self.config.num_state_heads, self.config.rank, self.config.rank)
+        if state.ndim != 5 or any(want not in (None, have) for want, have in zip(expected, state.shape)):
+            shape = ", ".join("B" if size is None else str(size) for size in expected)
+            raise InputError(f"a state has shape {list(state.shape)}, expected [{shape}]")
+        self._states = [layer.to(m.beta_bias) for layer, m in zip(state.unbind(0), self.memories)]
+
+    def reset(self) -> None:
+        """An empty memory, ready for any batch size."""
+        self._states = [None] * len(self.layers)
+
+    def remove(self) -> None:
+        """Takes the hooks off: the plain model again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def segments(self, ids: Tensor | Sequence) -> Iterator[None]:
+        """One ingest, of as many model calls as one likes: ids [T] or [B, T], the segment that each token writes into.
+
+        Tokens with id -1 do not write. All tokens read the state as it was before the ingest; when the block is left,
+        each segment writes the mean of its tokens once, in the order of the ids. An exception drops the ingest. With
+        token granularity the other tokens write one by one, as without ids.
+
+        Raises InputError if the tokens of the calls are not as many as the ids.
+        """
+        ids = torch.as_tensor(ids)
+        if ids.ndim not in (1, 2) or ids.is_floating_point():
+            raise InputError(f"segments has shape {list(ids.shape)}, expected whole numbers [T] or [B, T]")
+        if self._ingest:
+            raise InputError("an ingest is open: leave its segments(...) first")
+        self._ingest = ingest = _Ingest(ids.reshape(-1, ids.shape[-1]), len(self.layers))
+        try:
+            yield
+            if any(done != ids.shape[-1] for done in ingest.done):
+                raise InputError(f"segments: {ids.shape[-1]} ids, but the model read {max(ingest.done)} tokens")
+            for i, memory in enumerate(self.memories):
+                if ingest.sums[i] is not None:
+                    self._run(i, memory.activate(*ingest.means(i)))
+        finally:
+            self._ingest = None
+
+    @classmethod
+    def from_checkpoint(cls, model: nn.Module, directory: str | Path, **arguments) -> DeltaMem:
+        """The memory of a published checkpoint directory, on that model. Raises CheckpointError or ModelError."""
+        checkpoint = Checkpoint(directory)
+        fields = json.loads((checkpoint.directory / CONFIG).read_text(encoding="utf-8"))
+        initial = ("beta_bias_init", "output_init", "base_slice_ref_width", "delta_scale_init")
+        config = DeltaMemConfig(
+            **asdict(checkpoint.config), **{name: fields[name] for name in initial if name in fields}
+        )
+        memory = cls(model, config, **arguments)
+        with torch.no_grad():
+            for layer, name, parameter in memory._named():
+                if parameter.requires_grad or f"model.layers.{layer}.self_attn.{name}" in checkpoint.tensors:
+                    parameter.copy_(torch.tensor(checkpoint.take(layer, name, tuple(parameter.shape))))
+        checkpoint.check_all_taken()
+        return memory
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        """Writes the published format. Raises CheckpointError, and OutputError if it cannot be written."""
+        directory = Path(directory)
+        tensors = {f"model.layers.{i}.self_attn.{name}": p.detach().cpu().clone() for i, name, p in self._named()}
+        fields = json.dumps({**ARCHIVED, **asdict(self.config)}, indent=2)
+        try:
+            make_folder(directory)
+            with (
+                writing(directory / WEIGHTS[0], kinds.PYTORCH) as weights,
+                writing(directory / CONFIG, kinds.CONFIG) as config,
+            ):
+                torch.save(tensors, weights)
+                config.write_text(fields, encoding="utf-8")
+                read_config(config)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
+            raise OutputError(f"{directory}: cannot be written: {error}") from error
+
+    def _named(self) -> Iterator[tuple[int, str, nn.Parameter]]:
+        for layer, memory in zip(self.layers, self.memories):
+            for name, parameter in memory.named_parameters():
+                yield layer, name, parameter
+
+    def _install(self, i: int, attention: Attention) -> None:
+        def read(module: nn.Module, args: tuple) -> None:
+            self._reads[i] = self._read(i, args[0])
+
+        def correct(heads: str) -> Callable:
+            def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+                parts = list(output.split([attention.rows[head] for head in heads], -1))
+                for part, head in enumerate(heads):
+                    if head in self.config.delta_heads:
+                        delta = self.memories[i].delta(head, self._reads[i])
+                        parts[part] = parts[part] + delta.to(output.dtype)
+                return torch.cat(parts, -1)
+
+            return hook
+
+        self._hooks.append(attention.inputs[0].register_forward_pre_hook(read))
+        inputs = zip(attention.inputs, "qkv" if len(attention.inputs) == 3 else ("qkv",))
+        for module, heads in (*inputs, (attention.output, "o")):
+            if set(heads) & set(self.config.delta_heads):
+                self._hooks.append(module.register_forward_hook(correct(heads)))
+
+    def _read(self, i: int, h: Tensor) -> Tensor:
+        """Reads and writes layer i's state by the attention's input h [B, T, n_embd]; returns reads [B, T, H·r]."""
+        memory, ingest = self.memories[i], self._ingest
+        projected = memory.project(h)
+        ids = ingest.take(i, *h.shape[:2]).to(h.device) if ingest else None
+        writes = torch.full(h.shape[:2], self.write, device=h.device) if ids is None else (ids >= 0) & self.write
+        values = memory.activate(projected, writes)
+        by_segment = ingest is not None and self.config.memory_write_granularity != "token"
+        if self.write and not by_segment:
+            return self._run(i, values).flatten(2)
+        if self.write:
+            ingest.add(i, projected, ids)
+        return torch.einsum("bhij,bthj->bthi", self._state_of(i, values[0]), values[0]).flatten(2)
+
+    def _run(self, i: int, values: tuple[Tensor, ...]) -> Tensor:
+        """Lets tokens or segments read and write layer i's state; returns the reads."""
+        run = recurrence if values[0].shape[1] == 1 else self.recurrence
+        reads, self._states[i] = run(self._state_of(i, values[0]), *values)
+        return reads
+
+    def _state_of(self, i: int, q: Tensor) -> Tensor:
+        """Layer i's state for the batch of q [B, T, H, r]."""
+        n_batch, _, n_head, rank = q.shape
+        state = q.new_zeros(1, n_head, rank, rank) if self._states[i] is None else self._states[i]
+        if state.shape[0] not in (1, n_batch):
+            raise InputError(f"the memory holds {state.shape[0]} sequences, the batch {n_batch}: reset() it first")
+        return state.expand(n_batch, -1, -1, -1)
+
+
+class _Ingest:
+    """What segments gather until they write: per layer a sum of projections for each segment."""
+
+    def __init__(self, ids: Tensor, n_layer: int):
+        self.ids = ids
+        known, index = ids.unique(return_inverse=True)
+        negative = int((known < 0).sum())
+        self.index, self.n_segment = index - negative, len(known) - negative  # in the order of the ids
+        self.done = [0] * n_layer
+        self.sums: list[Tensor | None] = [None] * n_layer
+
+    def take(self, i: int, n_batch: int, n_token: int) -> Tensor:
+        """The indices of the segments of layer i's next tokens, below 0 for none: [B, T]."""
+        begin, self.done[i] = self.done[i], self.done[i] + n_token
+        if self.done[i] > self.ids.shape[1] or len(self.ids) not in (1, n_batch):
+            raise InputError(f"segments: ids {list(self.ids.shape)} do not fit a batch [{n_batch}, {self.done[i]}]")
+        return self.index[:, begin : self.done[i]].expand(n_batch, -1)
+
+    def add(self, i: int, projected: Tensor, index: Tensor) -> None:
+        if self.n_segment:
+            belongs = (index[..., None] == torch.arange(self.n_segment, device=index.device)).to(projected.dtype)
+            ones = projected.new_ones(*projected.shape[:-1], 1)  # their sum is the number of tokens
+            added = belongs.mT @ torch.cat([projected, ones], -1)
+            self.sums[i] = added if self.sums[i] is None else self.sums[i] + added
+
+    def means(self, i: int) -> tuple[Tensor, Tensor]:
+        """The mean projection of each of layer i's segments [B, segments, ...], and which there are [B, segments]."""
+        total, count = self.sums[i].split([self.sums[i].shape[-1] - 1, 1], -1)
+        return total / count.clamp_min(1), count[..., 0] > 0
