@@ -65,7 +65,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.llama-cpp-pyth
 	@mv $@.begun $@
 
 $(TOOLS): constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt ruff clang-format
+	$(BIN)/python -m pip install -q -c constraints.txt ruff clang-format import-linter
 	@touch $@
 
 demo: $(INSTALLED) ## tell the small model of the package some facts, throw the text away, and ask (DEMO_ARGS)
@@ -210,6 +210,12 @@ lint: $(TOOLS) patch-count ## formatting and lint rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	@# over the package as it is installed, with convert in it; -S: not where an editable install would find it
+	@rm -rf build/imports && mkdir -p build/imports/pydeltamem
+	@cp -r pydeltamem/[!l]* pydeltamem/llama.py build/imports/pydeltamem && cp -r convert build/imports/pydeltamem/convert
+	cd build/imports && PYTHONPATH=$$($(CURDIR)/$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		$(CURDIR)/$(BIN)/python -S -c 'from importlinter.cli import lint_imports_command as run; run()' \
+		--config $(CURDIR)/pyproject.toml
 
 format: $(TOOLS) ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .

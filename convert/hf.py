@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pydeltamem
+from pydeltamem import errors
 from pydeltamem.errors import LibraryError, ModelError, named
 from pydeltamem.formats.kinds import MODEL
 from pydeltamem.formats.outputs import check_disk, files_of, refuse_inputs, writing
@@ -25,7 +25,7 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 
 def converter() -> Path:
     """llama.cpp's convert_hf_to_gguf.py. Raises LibraryError if it was not installed."""
-    script = Path(pydeltamem.__file__).parent / "lib" / "converter" / "convert_hf_to_gguf.py"
+    script = Path(errors.__file__).parent / "lib" / "converter" / "convert_hf_to_gguf.py"
     if not script.is_file():
         raise LibraryError(f"{script}: llama.cpp's converter is missing: reinstall pydeltamem")
     return script

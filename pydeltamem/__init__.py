@@ -27,14 +27,13 @@ from .errors import (
     OutputError,
     TrainingError,
 )
+from .version import __version__
 
 if TYPE_CHECKING:
     from .conversation import Conversation, say_together, stream_together
     from .formats.memory_file import MemorySnapshot
     from .llama import DeltaMemLlama
     from .memory import Memory
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",

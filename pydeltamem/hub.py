@@ -27,11 +27,11 @@ from typing import Any
 
 import platformdirs
 
-from . import __version__
 from .errors import AdapterError, FetchError, InputError, ModelError
 from .formats.atomic import no_file
 from .formats.outputs import disk_errors, files_of
 from .runtime.names import nearest
+from .version import __version__
 
 HUB = "hf:"  # before the name of a Hugging Face repository
 

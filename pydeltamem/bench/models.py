@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import __version__, hub
+from .. import hub
 from ..errors import InputError, OutputError
 from ..runtime.quantize import file_type, quantize
+from ..version import __version__
 from .synthetic import FTYPES, SHAPES, write_adapter_checkpoint, write_model
 
 # the vocabulary of each architecture, in llama.cpp's folder models

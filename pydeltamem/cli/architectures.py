@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..errors import InputError, LibraryError
 from ..formats.kinds import json_of
 from ..formats.outputs import output
+from ..version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..bench.models import cache_folder, synthetic_files
 from ..bench.synthetic import SHAPES
 from ..errors import DeltaMemError, InputError, LibraryError, ModelError
@@ -29,6 +28,7 @@ from ..formats.kinds import json_of
 from ..formats.outputs import output
 from ..hub import adapter_file, model_file
 from ..runtime.cpus import usable
+from ..version import __version__
 from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments
 from .parser import count, integers, positive
 

@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .. import __version__
 from ..errors import DeltaMemError
 from ..runtime.names import as_on_the_command_line, nearest
+from ..version import __version__
 from .parser import Parser
 
 SUBCOMMANDS = {
