@@ -43,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-memory architectures schedules fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format wheel check-wheel clean help
+.PHONY: all demo test test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-memory architectures schedules fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format docs wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -61,7 +61,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.llama-cpp-pyth
 	@touch $@.begun # what is edited from here on is newer than the stamp
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.11"
 	@echo "Building llama.cpp and the package: the first time takes some minutes, later what changed is compiled."
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[convert,train,eval,test,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[convert,train,eval,test,dev,docs]'
 	@mv $@.begun $@
 
 $(TOOLS): constraints.txt | $(BIN)/python
@@ -159,7 +159,7 @@ smollm2-memory: $(SMOLLM2)/train.jsonl ## train a memory for SmolLM2-135M (hours
 		$(BIN)/deltamem train smollm2 $< -o $(SMOLLM2)/msw --steps 5000 --batch 8 --rate 3e-3 --short-first 0 \
 		--max-tokens 400 --visible 0.12 --eval-every 500 $(SMOLLM2_ARGS)
 
-architectures: $(INSTALLED) ## hooks against the PyTorch reference: docs/architectures.md's table, pydeltamem/cli/architectures.json
+architectures: $(INSTALLED) ## hooks against PyTorch: docs/reference/architectures.md's table, pydeltamem/cli/architectures.json
 	DELTAMEM_ARCHITECTURES=$(CURDIR)/pydeltamem/cli/architectures.json \
 		$(BIN)/python -m pytest -q -s tests/test_architectures.py | grep -E '^\||passed|failed'
 
@@ -172,7 +172,7 @@ fuzz-native: $(INSTALLED) ## libFuzzer on the loader of adapters and on plans (F
 		-DDELTAMEM_FUZZ_RUNS=$(FUZZ_NATIVE)
 	cmake --build build/fuzz --target run
 
-fuzz: fuzz-native $(DEMO)/memory.gguf ## random and damaged inputs for whatever reads files or commands (FUZZ: how many a test; docs/fuzzing.md)
+fuzz: fuzz-native $(DEMO)/memory.gguf ## random and damaged inputs for whatever reads files or commands (FUZZ: how many a test; docs/how-to/fuzz.md)
 	DELTAMEM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/fuzz
 
 soak: $(DEMO)/memory.gguf ## 100,000 tokens of dialogue (SOAK_DATA: locomo10.json) through a window of 1,024, with a plot
@@ -221,6 +221,9 @@ format: $(TOOLS) ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: $(INSTALLED) ## the pages, in build/docs; a dead link, a warning or a name that does not exist fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 wheel: $(BIN)/python ## a wheel of the package in dist/
 	@rm -f dist/pydeltamem-*.whl

@@ -37,8 +37,8 @@ PINNED_DOWNLOADS = ROOT / "build" / "native" / "download"
 
 NEWEST = 3
 
-# the files that name the pinned release: pyproject.toml, which the build reads, and two copies
-PINS = ("README.md", "_pydeltamem_startup.py", "pyproject.toml")
+# the files that name the pinned release: pyproject.toml, which the build reads, and three copies
+PINS = ("_pydeltamem_startup.py", "docs/how-to/install.md", "docs/tutorial/index.md", "pyproject.toml")
 
 # what depends on llama.cpp or on its bindings; the rest tests our own files, or asks for the pinned release
 TESTS = (

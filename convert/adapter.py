@@ -1,4 +1,4 @@
-"""Packs a checkpoint into an adapter GGUF for a base model (docs/formats.md, design section 3)."""
+"""Packs a checkpoint into an adapter GGUF for a base model (docs/reference/formats.md, design section 3)."""
 
 from __future__ import annotations
 

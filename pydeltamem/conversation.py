@@ -1,6 +1,6 @@
 """`Conversation`: messages, the text that they make, and a memory that outlives it. Several share one model.
 
-The rule of one write, and what happens to text and memory in each case, is in docs/conversations.md.
+The rule of one write, and what happens to text and memory in each case, is in docs/reference/one-write.md.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Conversation:
     It may be used while a stream of it is open: that reply ends there, what was said so far counts, and the stream has
     no more pieces. It cannot be pickled or copied: `fork` makes a second one; messages and memory file can be kept.
 
-    Threads may share it, and its model (docs/conversations.md). Each call is whole: others of this one wait for
+    Threads may share it, and its model (docs/reference/public-api.md). Each call is whole: others of this one wait for
     its end. Those of other conversations go on meanwhile, decode by decode.
 
     Args:

@@ -89,13 +89,13 @@ class DeltaMemLlama(Llama):
 
     Memory and text are independent: `reset()` forgets the text and keeps the memory, `memory.reset()` the reverse.
 
-    Threads may share it (docs/conversations.md). Each call is whole: others that use this object's own text wait for
-    its end. They come in between two pieces of a stream, which ends with InputError if they change its text. A
+    Threads may share it (docs/reference/public-api.md). Each call is whole: others that use this object's own text wait
+    for its end. They come in between two pieces of a stream, which ends with InputError if they change its text. A
     `Conversation` has a text of its own, and goes on beside it.
 
-    Each token of a text is written once (docs/conversations.md). A text that goes back, to be asked again, edited or
-    because drafted tokens were wrong, takes the memory back with it; one that shares nothing with the present text, or
-    in a chat only the system prompt, is another one: the memory goes on.
+    Each token of a text is written once (docs/reference/one-write.md). A text that goes back, to be asked again, edited
+    or because drafted tokens were wrong, takes the memory back with it; one that shares nothing with the present text,
+    or in a chat only the system prompt, is another one: the memory goes on.
     """
 
     def __init__(

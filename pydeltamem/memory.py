@@ -168,7 +168,7 @@ class Memory:
         self._restore(snapshot, "the copy")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the memory to a memory file (docs/formats.md), in one step. Raises MemoryFileError."""
+        """Writes the memory to a memory file (docs/reference/formats.md), in one step. Raises MemoryFileError."""
         self.copy().save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:

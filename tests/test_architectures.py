@@ -1,8 +1,8 @@
 """Architectures that the golden data does not have: llama.cpp's graph with the hooks against the reference in PyTorch.
 
 On tiny random models that llama.cpp's own converter has converted. `make architectures` prints the table of
-docs/architectures.md and writes pydeltamem/cli/architectures.json, which tells `deltamem architectures` what is
-verified.
+docs/reference/architectures.md and writes pydeltamem/cli/architectures.json, which tells `deltamem architectures` what
+is verified.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ NAMES = [name for name in ARCHITECTURES if name not in ("OPT", "GPTJ", "Qwen3Nex
 
 
 def row(model):
-    """A line of the table of docs/architectures.md."""
+    """A line of the table of docs/reference/architectures.md."""
     layers = ", ".join(map(str, model["layers"]))
     errors = " | ".join(f"{model[what]:.0e}" for what in ("backbone", "logits", "state"))
     return f"| {model['model']} | `{model['architecture']}` | {layers} | {errors} |"
@@ -167,7 +167,7 @@ def test_the_results_in_the_package_are_of_this_library():
     assert [model["model"] for model in shipped["models"]] == NAMES
     for model in shipped["models"]:
         assert max(model["backbone"], model["logits"], model["state"]) <= bound_of(model["model"])
-    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs" / "reference" / "architectures.md").read_text(encoding="utf-8").splitlines()
     assert [line for line in page if line.count("|") == 7][2:] == [row(model) for model in shipped["models"]]
 
 

@@ -333,7 +333,8 @@ def test_one_release_of_llama_cpp_python_is_pinned(package):
     """pyproject.toml names it; what reads it there agrees, and so do the copies (tests/test_upstream.py finds more)."""
     assert f'"llama-cpp-python=={fetch.VERSION}"' in (ROOT / "pyproject.toml").read_text()
     assert fetch.VERSION == LLAMA_CPP_VERSION
-    assert f"llama-cpp-python=={fetch.VERSION}" in (ROOT / "README.md").read_text()
+    for page in ("docs/how-to/install.md", "docs/tutorial/index.md"):
+        assert f"llama-cpp-python=={fetch.VERSION}" in (ROOT / page).read_text(encoding="utf-8")
 
     ggml = load_shared_library("ggml-base", package / "lib")  # CMake told it
     ggml.ggml_commit.restype = ctypes.c_char_p

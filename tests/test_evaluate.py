@@ -208,7 +208,7 @@ def test_the_package_model_remembers(tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(path.read_text(encoding="utf-8"))
     accuracy = {(r["method"], r["task"], r["facts"]): r["accuracy"] for r in found["rows"]}
-    # well below what 200 questions give (docs/training.md): here are 20
+    # well below what 200 questions give (pydeltamem/models/README.md): here are 20
     for memory, one, four in (("tsw", 0.7, 0.4), ("msw", 0.75, 0.55)):
         assert accuracy[memory, "recall", 1] >= one
         assert accuracy[memory, "recall", 4] >= four

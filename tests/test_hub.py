@@ -266,7 +266,7 @@ def test_a_pytorch_model_is_converted(standing, directories, tmp_path):
     assert filecmp.cmp(converted, expected, shallow=False)
 
     # a chat with the released adapter, as the pages say
-    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/names.md")]
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/how-to/names.md")]
     (command,) = {re.search(r"^ {4}deltamem (chat -m hf:.*)$", page, re.MULTILINE)[1] for page in pages}
     rest = ["-n", "8", "--temp", "0", "-t", "1"]
     result = deltamem(*shlex.split(command), *rest, input="My name is Ada.\n", cwd=tmp_path)

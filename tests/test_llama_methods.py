@@ -1,4 +1,4 @@
-"""The public names of llama_cpp.Llama: docs/llama-methods.md lists them, and what is inherited works on our class."""
+"""The public names of llama_cpp.Llama: docs/reference/llama-methods.md lists them; the inherited ones work here too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_cpp.llama_tokenizer import LlamaHFTokenizer, LlamaTokenizer
 
 from pydeltamem import DeltaMemLlama, InputError, ModelError
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "llama-methods.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "llama-methods.md"
 TOKENS = [5, 17, 40, 99, 7, 63, 120, 5, 17, 88, 200, 31]
 PUBLIC = [name for name in dir(Llama) if not name.startswith("_")] + [
     "__call__",

@@ -1,4 +1,4 @@
-"""The rule of one write (docs/conversations.md): the state is that of a model which read the text once."""
+"""The rule of one write (docs/reference/one-write.md): the state is that of a model which read the text once."""
 
 from __future__ import annotations
 

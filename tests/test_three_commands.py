@@ -1,4 +1,4 @@
-"""From two PyTorch directories to a conversation: the README's three commands, with a tiny model."""
+"""From two PyTorch directories to a conversation: the three commands of docs/how-to/convert.md, with a tiny model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def commands():
-    """As they stand in the README."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    """As they stand in the page."""
+    text = (REPOSITORY / "docs" / "how-to" / "convert.md").read_text(encoding="utf-8")
     block = re.search(r"From two PyTorch directories.*?\n\n((?: {4}deltamem [^\n]*\n)+)", text, re.DOTALL)
     return [shlex.split(line) for line in block[1].splitlines()]
 

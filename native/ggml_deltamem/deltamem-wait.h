@@ -3,7 +3,7 @@
 // A node is short, so a thread that is done spins until the others are. OpenMP's runtimes do so for milliseconds and ggml for
 // ever, and then a machine with one busy core crawls: a thread that spins keeps its core from the one that it waits for, or
 // uses up its slice of time and loses the core itself when it would go on, hundreds of times a graph. Here a thread soon sleeps.
-// The system runs one that is woken at once (docs/performance.md).
+// The system runs one that is woken at once (docs/lab/threads.md).
 #pragma once
 
 // A spin in vain: longer than nearly all waits on an idle machine, and shorter than a slice of time.

@@ -1,4 +1,4 @@
-// A δ-mem adapter on its devices: the weights of an adapter GGUF (docs/formats.md), checked against a model.
+// A δ-mem adapter on its devices: the weights of an adapter GGUF (docs/reference/formats.md), checked against a model.
 #pragma once
 
 #include "ggml-cpp.h"

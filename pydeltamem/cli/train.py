@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="the model, which stays as it is: a GGUF, its name (deltamem pull), or a Hugging Face directory",
     )
-    parser.add_argument("data", metavar="FILE.jsonl", help="conversations, one in a line: docs/training.md")
+    parser.add_argument("data", metavar="FILE.jsonl", help="conversations, one in a line: docs/how-to/train.md")
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="checkpoint directory to write")
 
     memory = parser.add_argument_group("memory")

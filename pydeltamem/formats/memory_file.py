@@ -1,4 +1,6 @@
-"""Memory files: the state of one conversation as safetensors, bound to the adapter that wrote it (docs/formats.md).
+"""Memory files: the state of one conversation as safetensors, bound to the adapter that wrote it.
+
+The format is in docs/reference/formats.md.
 
 One tensor `state`, F32 [L, H, r, r] with S[i, j] = [row (value), column (key)], and the metadata
 
@@ -117,7 +119,7 @@ class MemorySnapshot:
         _write(path, MEMORY_NPZ, write)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Exports an object with `metadata` and `state`, nested lists [L][H][r][r]. Raises MemoryFileError."""
+        """Exports an object with `metadata` and `state`, nested lists of its shape. Raises MemoryFileError."""
         text = json.dumps({"metadata": self.metadata, "state": self.state.tolist()})
         _write(path, MEMORY_JSON, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

@@ -2,7 +2,7 @@
 
 llama_cpp's own takes the log probabilities of a prompt from the wrong row, generates without end where nothing was
 asked for, drops `logit_bias` beside `logits_processor`, and loses a reply that ends within a character; all of it is in
-docs/llama-methods.md.
+docs/reference/llama-methods.md.
 """
 
 from __future__ import annotations

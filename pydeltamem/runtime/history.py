@@ -1,7 +1,7 @@
 """What a memory has read: the tokens of one text by position, and checkpoints of the state between them.
 
-The rule of one write (design section 6, docs/conversations.md) is kept here, without llama.cpp: the state of a memory
-is always that after the first `n` tokens recorded, so a text that goes back takes the state back with it.
+The rule of one write (docs/reference/one-write.md) is kept here, without llama.cpp: the state of a memory is always
+that after the first `n` tokens recorded, so a text that goes back takes the state back with it.
 """
 
 from __future__ import annotations

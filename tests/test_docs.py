@@ -1,0 +1,84 @@
+"""The pages: what `make docs` generates and refuses (tools/mkdocs_hooks.py), and the programs of the tutorial."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pydeltamem.cli.main import SUBCOMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIAL = ROOT / "docs" / "tutorial" / "index.md"
+HEADER = ROOT / "native" / "llama_deltamem" / "llama-deltamem.h"
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    spec = importlib.util.spec_from_file_location("mkdocs_hooks", ROOT / "tools" / "mkdocs_hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "See [the notes](../../native/nothing.h).",
+        "See `native/nothing.h`.",
+        "The test is `test_that_nobody_wrote`.",
+        "Run `make nothing-at-all`.",
+        "    deltamem nothing",
+        "    deltamem pack base.gguf adapter.gguf                 # without -o",
+        "    deltamem chat -m base.gguf --no-such-option",
+    ],
+)
+def test_a_page_that_names_what_does_not_exist(hooks, line):
+    (problem,) = hooks.problems(f"# Page\n\n{line}\n", TUTORIAL)
+    assert any(word in problem for word in re.findall(r"[\w./-]{4,}", line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "See [the header](../../native/llama_deltamem/llama-deltamem.h) and [a site](https://example.org/nothing).",
+        "See `native/llama_deltamem`.",
+        "The test is `test_a_page_that_names_what_exists`.",
+        "Run `make test`.",
+        "    PIP_NO_INDEX=1 deltamem pull smollm2     # offline",
+        "    deltamem pack base.gguf adapter.gguf -o model.gguf",
+    ],
+)
+def test_a_page_that_names_what_exists(hooks, line):
+    assert list(hooks.problems(f"# Page\n\n{line}\n", TUTORIAL)) == []
+
+
+def test_the_page_of_the_command_line_has_every_option(hooks):
+    page = hooks.command_line()
+    for name in SUBCOMMANDS:
+        section = page.partition(f"## deltamem {name}\n")[2].partition("\n## ")[0]
+        options = {option for action in hooks.parser(name)._actions for option in action.option_strings} - {"--help"}
+        assert section and all(option in section for option in options), name
+
+
+def test_the_page_of_the_c_api_has_the_whole_header(hooks):
+    page = hooks.c_api()
+    functions = re.findall(r"^LLAMA_API[^(]*?(\w+)\(", HEADER.read_text(encoding="utf-8"), re.MULTILINE)
+    assert functions and re.findall(r"^LLAMA_API[^(]*?(\w+)\(", page, re.MULTILINE) == functions
+    assert re.findall(r"^## (.*)$", page, re.MULTILINE)[:2] == ["Adapters", "Contexts"]
+
+
+def test_the_programs_of_the_tutorial_print_what_it_says(tmp_path):
+    page = TUTORIAL.read_text(encoding="utf-8")
+    programs = re.findall(r'```python title="(\S+)"\n(.*?)```.*?```text\n(.*?)```', page, re.DOTALL)
+    assert [name for name, _, _ in programs] == ["tell.py", "ask.py"]
+    for name, program, said in programs:
+        (tmp_path / name).write_text(program, encoding="utf-8")
+        command = [sys.executable, name]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == said

@@ -1,0 +1,236 @@
+"""What `make docs` adds to MkDocs: pages generated from the sources, and checks of what the pages name.
+
+Generated are the command line, from the parser of each subcommand, and the C API, from its header. Checked are, in all
+pages and in the README files: links to files outside of docs/, paths, tests and make targets in `code`, and every
+`deltamem` command, which its parser must take. What does not exist is a warning: `mkdocs build --strict` fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import get_plugin_logger
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from pydeltamem.cli.main import SUBCOMMANDS
+from pydeltamem.cli.parser import Parser
+
+log = get_plugin_logger("pages")
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+HEADER = ROOT / "native" / "llama_deltamem" / "llama-deltamem.h"
+
+# pages that are read where they lie and are no part of the site
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "pydeltamem/models/README.md", "examples/tiny/README.md")
+
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+CODE = re.compile(r"`([^`\n]+)`")
+PATH = re.compile(r"(?:native|pydeltamem(?!/lib)|convert|recipes|tests|tools|cmake|docs|examples)/[\w./-]*")
+TEST = re.compile(r"(test_\w+)(?:\[.*\])?")
+MAKE = re.compile(r"make ([a-z][a-z0-9-]*)")
+COMMAND = re.compile(r"^ {4}(?:[A-Z_]+=\S+ )*(deltamem .*?)(?: {2,}#.*)?$", re.MULTILINE)
+
+
+def on_pre_build(config: MkDocsConfig) -> None:
+    for name in OUTSIDE:
+        path = ROOT / name
+        for problem in problems(path.read_text(encoding="utf-8"), path):
+            log.warning("%s: %s", name, problem)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for name, content in (("command-line.md", command_line()), ("c-api.md", c_api())):
+        files.append(File.generated(config, f"reference/{name}", content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    if page.file.generated_by is not None:
+        return markdown
+    path = DOCS / page.file.src_uri
+    for problem in problems(markdown, path):
+        log.warning("%s: %s", page.file.src_uri, problem)
+    return LINK.sub(lambda link: _without_link(link, path), markdown)
+
+
+#
+# checks
+#
+
+
+def problems(markdown: str, path: Path) -> Iterator[str]:
+    """What the page at `path` names and does not exist, a sentence each."""
+    is_outside = DOCS not in path.parents
+    prose = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    for _, _, target in LINK.findall(prose):
+        file = _file_of(target, path)
+        # MkDocs itself checks links from page to page
+        if file is not None and (is_outside or DOCS not in file.parents) and not file.exists():
+            yield f"{target} does not exist"
+    for code in CODE.findall(prose):
+        if PATH.fullmatch(code) and not (ROOT / code).exists():
+            yield f"{code} does not exist"
+        if (test := TEST.fullmatch(code)) and test[1] not in tests():
+            yield f"no test is called {test[1]}"
+        if (target := MAKE.match(code)) and target[1] not in targets():
+            yield f"the Makefile has no target {target[1]}"
+    for command in COMMAND.findall(markdown):
+        problem = command_problem(command)
+        if problem:
+            yield f"{command}: {problem}"
+
+
+def _file_of(target: str, page: Path) -> Path | None:
+    """The file that a link of a page means; None for the web and for places in the same page."""
+    name = target.partition("#")[0]
+    return None if not name or "://" in name else (page.parent / name).resolve()
+
+
+def _without_link(link: re.Match[str], page: Path) -> str:
+    """A link out of the site, to a source file, becomes its path: the site does not hold the sources."""
+    image, text, target = link.groups()
+    file = _file_of(target, page)
+    if image or file is None or DOCS in file.parents or not file.is_relative_to(ROOT):
+        return link[0]
+    path = f"`{file.relative_to(ROOT).as_posix()}`"
+    return path if text.strip("`") in path else f"{text} ({path})"
+
+
+@functools.cache
+def tests() -> frozenset[str]:
+    """The names of all Python tests."""
+    found: set[str] = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        found.update(re.findall(r"^\s*def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    return frozenset(found)
+
+
+@functools.cache
+def targets() -> frozenset[str]:
+    """The targets of the Makefile that have a name."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lists = re.findall(r"^((?:[a-z][a-z0-9-]* ?)+):(?!=)", text, re.MULTILINE)
+    return frozenset(name for line in lists for name in line.split())
+
+
+def command_problem(command: str) -> str | None:
+    """Why its parser does not take this command line; None if it does."""
+    words = shlex.split(command)
+    if "|" in words:
+        words = words[: words.index("|")]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            if words[1:2] != ["help"] and words[1:] and not words[1].startswith("-"):
+                parser(words[1]).parse_args(words[2:])
+    except SystemExit as end:
+        if end.code:
+            return said.getvalue().strip().splitlines()[-1].rpartition("error: ")[2]
+    except KeyError:
+        return "there is no such command"
+    return None
+
+
+#
+# generated pages
+#
+
+
+@functools.cache
+def parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a subcommand. Raises KeyError if there is none."""
+    module_name, summary = SUBCOMMANDS[name]
+    made = Parser(prog=f"deltamem {name}", description=summary[0].upper() + summary[1:] + ".")
+    importlib.import_module(module_name).add_arguments(made)
+    return made
+
+
+def command_line() -> str:
+    """The page of the command line, in Markdown."""
+    lines = [
+        "# Command line",
+        "",
+        "Options of `generate` and `chat` are named as llama.cpp's. `deltamem help COMMAND` prints what stands here.",
+        "Every command exits with 0; with 1 after an error, which is one sentence; with 2 after wrong usage; and with",
+        "130 after Ctrl-C.",
+        "",
+    ]
+    for name in SUBCOMMANDS:
+        lines += _command(parser(name), level=2)
+    return "\n".join(lines)
+
+
+def _command(made: argparse.ArgumentParser, level: int) -> list[str]:
+    lines = [f"{'#' * level} {made.prog}", "", made.description or "", ""]
+    if made.epilog:
+        lines += [made.epilog, ""]
+    nested = [action for action in made._actions if isinstance(action, argparse._SubParsersAction)]
+    if not nested:
+        lines += ["```text", " ".join(made.format_usage().split()), "```", ""]
+    for group in made._action_groups:
+        shown = [
+            action
+            for action in group._group_actions
+            if action.help != argparse.SUPPRESS and not isinstance(action, (argparse._HelpAction, *map(type, nested)))
+        ]
+        if shown:
+            title = {"positional arguments": "argument", "options": "option"}.get(group.title or "", group.title)
+            lines += [f"| {title} | |", "| --- | --- |", *map(functools.partial(_row, made), shown), ""]
+    for action in nested:
+        summaries = {choice.dest: choice.help for choice in action._choices_actions}
+        for name, command in action.choices.items():
+            if not command.description and summaries.get(name):
+                command.description = f"{summaries[name][0].upper()}{summaries[name][1:]}."
+            lines += _command(command, level + 1)
+    return lines
+
+
+def _row(made: argparse.ArgumentParser, action: argparse.Action) -> str:
+    formatter = made._get_formatter()
+    if action.option_strings:
+        value = "" if action.nargs == 0 else " " + formatter._format_args(action, action.dest.upper())
+        names = ", ".join(f"`{name}`" for name in action.option_strings[:-1])
+        names += (", " if names else "") + f"`{action.option_strings[-1]}{value}`"
+    else:
+        names = f"`{formatter._format_args(action, action.dest)}`"
+    text = formatter._expand_help(action) if action.help else ""
+    return f"| {_cell(names)} | {_cell(text).replace('*', chr(92) + '*')} |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def c_api() -> str:
+    """The page of the C API, in Markdown: the header, a heading for each of its sections."""
+    text = HEADER.read_text(encoding="utf-8")
+    head, *sections = re.split(r"(?<=\n\n)//\n// (.+)\n(?=//\n)", text)
+    lines = [
+        "# C API",
+        "",
+        "The header `native/llama_deltamem/llama-deltamem.h`, by section. The functions are in the same library as",
+        "llama.cpp's.",
+        "",
+        _c(head),
+    ]
+    for title, body in zip(sections[::2], sections[1::2], strict=True):
+        title, _, note = title.partition(": ")
+        lines += [f"## {title[0].upper()}{title[1:]}", "", *([f"{note[0].upper()}{note[1:]}.", ""] if note else [])]
+        lines += [_c(body)]
+    return "\n".join(lines)
+
+
+def _c(text: str) -> str:
+    text = re.sub(r"\A(//\s*\n)+", "", text.strip("\n"))
+    return f"```c\n{text}\n```\n"
