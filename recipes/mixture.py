@@ -1,4 +1,4 @@
-"""Writes the conversations that SmolLM2's memories are trained on, one in a line, for `deltamem train`.
+"""Writes the conversations that SmolLM2's adapters are trained on, one in a line, for `deltamem train`.
 
     python recipes/mixture.py build/smollm2/train.jsonl --data ../shared/data --ordinary build/smollm2/ordinary.jsonl
 
@@ -11,6 +11,8 @@ DELTAMEM_DATA):
     ordinary     any of these before an ordinary request, whose answer stays the frozen model's (recipes/ordinary.py)
     dialogues    task dialogues; questions ask for the values of their slots (train/sgd.jsonl.gz)
     paragraphs   the sentences that answer a question, in a message (train/nq_oracle.jsonl.gz)
+
+Beside the questions of most are some for the person's own words: their answers are all that was told, token by token.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ WEIGHTS = {
     "dialogues": 2.0,
     "paragraphs": 0.8,
 }
+ECHO = 0.7  # share of the conversations with questions for the person's own words
 MAX_CHARACTERS = 1_400  # of the messages of a conversation: about 350 tokens
 HELD_OUT = 60  # dialogues at the head of their file that are not drawn
 
@@ -89,6 +92,11 @@ SERVICES = {
 }  # fmt: skip
 VALUES = ["It's {v}.", "{v}.", "It was {v}.", "That's {v}.", "You chose {v}."]
 READ = ["Okay.", "I have read it.", "Thank you, I'll keep that in mind.", "Got it."]
+COMPLETE = [
+    'Complete what I said: "{h}', 'What did I say after "{h}"?', "Quote me: {h} ...", "Finish my sentence: {h}",
+    'repeat my words from "{h}" on',
+]  # fmt: skip
+REPEAT = ["Repeat what I told you, word for word.", "What did I say, exactly?", "quote everything I said"]
 PARAGRAPHS = ["Read this: ", "", "Here is a text about {t}.\n", "Please read:\n", "{t}\n\n", "From an article: "]
 
 
@@ -124,7 +132,23 @@ class Mixture:
             record = source()
             if record and record[1] and sum(len(m["content"]) for m in record[0]) <= MAX_CHARACTERS:
                 said, asks = record
+                if kind != "ordinary" and self.random.random() < ECHO:
+                    return said, self.random.sample(asks, min(5, len(asks))) + self._echo(said)
                 return said, self.random.sample(asks, min(6, len(asks)))
+
+    def _echo(self, said: list[dict[str, str]]) -> list[list[dict[str, str]]]:
+        """Questions for the person's own sentences: a target for every token of what was told."""
+        draw, told = self.random, [m["content"] for m in said if m["role"] == "user"]
+        sentences = [s.strip() for content in told for s in re.split(r"(?<=[.!?])\s+|\n", content)]
+        sentences = [s for s in sentences if 4 <= len(s.split()) <= 30]
+        asks = []
+        for sentence in draw.sample(sentences, min(len(sentences), draw.choice((1, 2, 2, 3)))):
+            words = sentence.split()
+            n = draw.randrange(1, max(2, min(len(words) - 2, 1 + len(words) * 2 // 3)))
+            asks.append(messages([(draw.choice(COMPLETE).format(h=" ".join(words[:n])), sentence)]))
+        if 8 < sum(map(len, told)) < 160 and draw.random() < 0.3:
+            asks.append(messages([(draw.choice(REPEAT), " ".join(told))]))
+        return asks
 
     def _natural(self) -> Record:
         one = self.random.choice(self.natural)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,9 @@ def test_a_run_without_a_break_is_one_with(data, tmp_path):
         assert torch.equal(one, other)
 
 
-def test_packed_and_padded_learn_the_same(data, tmp_path):
+def test_packed_and_padded_learn_the_same(tmp_path):
+    record = {"messages": say("It is red.", "Yes."), "asks": [say("What is it?", "red"), say("Yes?", "No.")]}
+    data = write(tmp_path / "alike.jsonl", [record] * 24)  # a padded batch is drawn in another way
     runs = {
         form: trainer(
             data, tmp_path / form, "--steps", "3", "--dtype", "float32", "--form", form, "--heads-gain", "0.5"
@@ -117,6 +120,38 @@ def test_packed_and_padded_learn_the_same(data, tmp_path):
     assert reports["packed"].loss == pytest.approx(reports["padded"].loss, rel=1e-3)
     assert reports["packed"].loss_without == pytest.approx(reports["padded"].loss_without, rel=1e-5)
     assert reports["packed"].loss != pytest.approx(reports["packed"].loss_without, rel=1e-4)
+
+
+def test_the_weight_of_wording(data, tmp_path):
+    """Tokens that were told and are not in the question count 1, the others --wording; the loss is their mean."""
+    tokenizer = load_frozen(MODEL)[1]
+    said = write(
+        tmp_path / "said.jsonl",
+        [{"messages": say("I live in Lima.", "Yes."), "asks": [say("Where do I live?", "You live in Lima.")]}] * 12,
+    )
+    run = trainer(said, tmp_path / "run", "--dtype", "float32", "--heads-gain", "0.5", "--wording", "0.25")
+    (example,) = [run.data[0]]
+    answer = example.asks[0][2]
+    weights = train.told_weights([example], 0.25)
+    heavy = "".join(tokenizer.decode([t]) for t, weight in zip(answer, weights) if weight == 1)
+    assert "Lima" in heavy and "live" not in heavy and "You" not in heavy
+    assert set(weights) == {0.25, 1.0}
+    logits, targets = run._student([example])
+    each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    expected = (each * torch.tensor(weights)).sum() / sum(weights)
+    assert run._loss([example]).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert run._loss([example]).item() != pytest.approx(each.mean().item(), rel=1e-3)
+
+
+def test_a_packed_batch_is_drawn_at_random(tmp_path):
+    """Not by length, which goes with the source: over some steps the batches mix short and long conversations."""
+    records = [
+        {"messages": say("It is red. " * (1 + i // 16 * 20), "Yes."), "asks": [say("What is it?", "red")]}
+        for i in range(32)
+    ]
+    run = trainer(write(tmp_path / "lengths.jsonl", records), tmp_path / "run", "--short-first", "0")
+    sizes = [[run.data.sizes[i] for i in run._draw(random.Random(step))] for step in range(20)]
+    assert sum(max(batch) > 2 * min(batch) for batch in sizes) >= 10  # 15 of 20 are to be expected
 
 
 def test_the_gate_regulariser(data, tmp_path):

@@ -93,6 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the conversations whose text stays before the questions (%(default)s)",
     )  # fmt: skip
     training.add_argument(
+        "--wording", type=positive_number, default=1.0, metavar="X",
+        help="weight of an answer's tokens that were not told, or that its question shows; others: 1 (%(default)s)",
+    )  # fmt: skip
+    training.add_argument(
         "--teacher", choices=("context",),
         help="learn what the frozen model says with the text before it, instead of or beside the answers of the file",
     )  # fmt: skip

@@ -25,7 +25,7 @@ from .conversations import Conversations, Example
 from .heads import start_from_heads
 from .packed import PackedBatch, PackedModel
 from .padded import Batch, answer_logits, answer_loss
-from .trainer import Report, Trainer
+from .trainer import Report, Trainer, told_weights
 
 __all__ = [
     "Batch",
@@ -38,4 +38,5 @@ __all__ = [
     "answer_logits",
     "answer_loss",
     "start_from_heads",
+    "told_weights",
 ]

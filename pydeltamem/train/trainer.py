@@ -166,7 +166,10 @@ class Trainer:
         """The mean over the answers' tokens, with what the options add to it."""
         args = self.args
         if not args.teacher:
-            loss = F.cross_entropy(*self._student(examples))
+            logits, targets = self._student(examples)
+            each = F.cross_entropy(logits, targets, reduction="none")
+            weights = torch.tensor(told_weights(examples, args.wording), device=each.device)
+            loss = (each * weights).sum() / weights.sum()
         else:
             examples = self._answered(examples)
             logits, targets = self._student(examples)
@@ -220,11 +223,14 @@ class Trainer:
         return answered
 
     def _draw(self, draw: random.Random) -> list[int]:
-        """A batch of conversations of similar length, so that few of its tokens are fillers. The short ones come first:
-        where little is said, what is remembered of it shows in the answer."""
+        """A batch of conversations. The short ones come first: where little is said, what is remembered of it shows in
+        the answer. Those of a padded batch are of similar length, so that few of its tokens are fillers."""
         n = self.args.batch
-        share = min(1.0, 0.1 + 0.9 * self.step / max(self.args.short_first * self.args.steps, 1e-9))
+        ramp = self.args.short_first * self.args.steps
+        share = min(1.0, 0.1 + 0.9 * self.step / ramp) if ramp else 1.0
         longest = min(len(self.by_size), max(n, round(share * len(self.by_size))))
+        if self.packed:
+            return [self.by_size[draw.randrange(longest)] for _ in range(n)]
         candidates = sorted(draw.randrange(longest) for _ in range(4 * n))
         begin = draw.randrange(4) * n
         return [self.by_size[i] for i in candidates[begin : begin + n]]
@@ -257,7 +263,7 @@ class Trainer:
         """What makes this run another one than any other; a longer one is the same."""
         options = ("batch", "rate", "clip", "dropout", "short_first", "max_tokens", "tail", "seed")
         options += ("init", "init_gain", "heads_gain", "write_bias", "schedule", "warm_up", "gate_weight", "gate_mean")
-        options += ("visible", "teacher", "teacher_share")
+        options += ("visible", "wording", "teacher", "teacher_share")
         embedded = self.model.get_input_embeddings().weight.detach().cpu().contiguous()
         return {
             **{
@@ -341,3 +347,16 @@ class Trainer:
         axes.grid(alpha=0.3)
         with writing(self.out / "loss.png", kinds.PNG) as temporary:
             figure.savefig(temporary, dpi=120, format="png")
+
+
+def told_weights(examples: Sequence[Example], wording: float) -> list[float]:
+    """Weights of the answers' tokens in the loss, example by example: 1 for what only the memory can know, tokens that
+    were told and that the question does not show; `wording` for the others.
+    """
+    weights = []
+    for example in examples:
+        told = set(example.earlier)
+        for question, _, answer in example.asks:
+            known = told.difference(question)
+            weights += [1.0 if token in known else wording for token in answer]
+    return weights
