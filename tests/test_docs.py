@@ -32,6 +32,7 @@ def hooks():
         "See `native/nothing.h`.",
         "The test is `test_that_nobody_wrote`.",
         "Run `make nothing-at-all`.",
+        "See `nothing_at_all` in `pydeltamem/errors.py`.",
         "    deltamem nothing",
         "    deltamem pack base.gguf adapter.gguf                 # without -o",
         "    deltamem chat -m base.gguf --no-such-option",
@@ -49,6 +50,7 @@ def test_a_page_that_names_what_does_not_exist(hooks, line):
         "See `native/llama_deltamem`.",
         "The test is `test_a_page_that_names_what_exists`.",
         "Run `make test`.",
+        "See `DeltaMemError` in `pydeltamem/errors.py`.",
         "    PIP_NO_INDEX=1 deltamem pull smollm2     # offline",
         "    deltamem pack base.gguf adapter.gguf -o model.gguf",
     ],
@@ -70,6 +72,13 @@ def test_the_page_of_the_c_api_has_the_whole_header(hooks):
     functions = re.findall(r"^LLAMA_API[^(]*?(\w+)\(", HEADER.read_text(encoding="utf-8"), re.MULTILINE)
     assert functions and re.findall(r"^LLAMA_API[^(]*?(\w+)\(", page, re.MULTILINE) == functions
     assert re.findall(r"^## (.*)$", page, re.MULTILINE)[:2] == ["Adapters", "Contexts"]
+
+
+def test_the_list_of_doors_is_the_one_that_is_checked():
+    checked = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\nlayers = [\n")[2].partition("]")[0]
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n## Doors\n")[2].partition("\n## ")[0]
+    layers = re.findall(r'"(.*)"', checked)
+    assert layers and re.findall(r"^ {4}(\S.*)$", page, re.MULTILINE) == layers
 
 
 def test_the_programs_of_the_tutorial_print_what_it_says(tmp_path):

@@ -38,6 +38,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"(?:native|pydeltamem(?!/lib)|convert|recipes|tests|tools|cmake|docs|examples)/[\w./-]*")
 TEST = re.compile(r"(test_\w+)(?:\[.*\])?")
+NAME_IN_FILE = re.compile(r"`([A-Za-z_][\w.]*)` (?:in|of) `([\w./-]+\.\w+)`")
 MAKE = re.compile(r"make ([a-z][a-z0-9-]*)")
 COMMAND = re.compile(r"^ {4}(?:[A-Z_]+=\S+ )*(deltamem .*?)(?: {2,}#.*)?$", re.MULTILINE)
 
@@ -85,6 +86,9 @@ def problems(markdown: str, path: Path) -> Iterator[str]:
             yield f"no test is called {test[1]}"
         if (target := MAKE.match(code)) and target[1] not in targets():
             yield f"the Makefile has no target {target[1]}"
+    for name, file in NAME_IN_FILE.findall(prose):
+        if (ROOT / file).is_file() and name.rpartition(".")[2] not in (ROOT / file).read_text(encoding="utf-8"):
+            yield f"{file} has no {name}"
     for command in COMMAND.findall(markdown):
         problem = command_problem(command)
         if problem:
