@@ -159,8 +159,8 @@ smollm2-memory: $(SMOLLM2)/train.jsonl ## train a memory for SmolLM2-135M (hours
 		$(BIN)/deltamem train smollm2 $< -o $(SMOLLM2)/msw --steps 5000 --batch 8 --rate 3e-3 --short-first 0 \
 		--max-tokens 400 --visible 0.12 --wording 0.35 --eval-every 500 $(SMOLLM2_ARGS)
 
-architectures: $(INSTALLED) ## hooks against PyTorch: docs/reference/architectures.md's table, pydeltamem/cli/architectures.json
-	DELTAMEM_ARCHITECTURES=$(CURDIR)/pydeltamem/cli/architectures.json \
+architectures: $(INSTALLED) ## hooks against PyTorch: docs/reference/architectures.md's table, pydeltamem/runtime/architectures.json
+	DELTAMEM_ARCHITECTURES=$(CURDIR)/pydeltamem/runtime/architectures.json \
 		$(BIN)/python -m pytest -q -s tests/test_architectures.py | grep -E '^\||passed|failed'
 
 schedules: $(INSTALLED) ## 1,000 random schedules over four conversations against a simple model (`make test` runs 40)

@@ -1,8 +1,8 @@
 """Architectures that the golden data does not have: llama.cpp's graph with the hooks against the reference in PyTorch.
 
 On tiny random models that llama.cpp's own converter has converted. `make architectures` prints the table of
-docs/reference/architectures.md and writes pydeltamem/cli/architectures.json, which tells `deltamem architectures` what
-is verified.
+docs/reference/architectures.md and writes pydeltamem/runtime/architectures.json, which tells `deltamem
+architectures` what is verified.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ transformers = pytest.importorskip("transformers", reason="the reference is test
 import pydeltamem  # noqa: E402
 from conftest import ROOT  # noqa: E402
 from pydeltamem.cli import convert  # noqa: E402
-from pydeltamem.cli.architectures import RESULTS  # noqa: E402
 from pydeltamem.convert import hf  # noqa: E402
 from pydeltamem.errors import ModelError  # noqa: E402
 from pydeltamem.formats.gguf_header import Header  # noqa: E402
 from pydeltamem.runtime import library  # noqa: E402
+from pydeltamem.runtime.architectures import RESULTS  # noqa: E402
 from pydeltamem.train.reference import DeltaMem, DeltaMemConfig  # noqa: E402
 from session import open_session  # noqa: E402
 from test_reference import ARCHITECTURES, randomise, tiny, tokens  # noqa: E402

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from pydeltamem import AdapterError, DeltaMemLlama, InputError, LibraryError
-from pydeltamem.cli import architectures, main
+from pydeltamem.cli import main
 from pydeltamem.convert import hf
-from pydeltamem.runtime import library
+from pydeltamem.runtime import architectures, library
 from test_unsupported import bitnet, rewrite  # noqa: F401 - a fixture
 
 

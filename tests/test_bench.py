@@ -13,9 +13,8 @@ import statistics
 
 import pytest
 
-from pydeltamem.bench import nodes, operator, runs
-from pydeltamem.cli import bench
-from pydeltamem.cli.bench import median_interval
+from pydeltamem.bench import floor, ggml_graph, nodes, operator, pairs, runs, worker
+from pydeltamem.bench.pairs import median_interval
 from pydeltamem.errors import AdapterError, InputError, LibraryError, OutputError
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.runtime import library
@@ -169,7 +168,7 @@ def test_sides_alternate():
             self.n += 1
             return 1000 * self.n, 1 if self.n == 1 else 0  # the first builds a graph
 
-    result = bench._measure({"on": Side("on"), "off": Side("off")}, "prefill", (5,), 4, lambda: None)
+    result = pairs.measure({"on": Side("on"), "off": Side("off")}, "prefill", (5,), 4, lambda: None)
     rounds = [tuple(order[i : i + 2]) for i in range(0, len(order), 2)]
     assert rounds == [("off", "on"), ("on", "off"), ("off", "on"), ("on", "off"), ("off", "on")]
     assert result["ns"] == {"on": [2000, 3000, 4000, 5000], "off": [2000, 3000, 4000, 5000]}
@@ -178,7 +177,7 @@ def test_sides_alternate():
 
 
 def test_pairs_that_share_contexts_count_once():
-    """Contexts are new where the groups of _compare end; two values of 0.9 and two of 1.1 are two, not four."""
+    """Contexts are new where the groups of compare end; two values of 0.9 and two of 1.1 are two, not four."""
     log = []
 
     class Side:
@@ -191,14 +190,14 @@ def test_pairs_that_share_contexts_count_once():
 
     for n_renew, n_groups in ((0, 5), (1, 5), (2, 3), (5, 1)):
         log.clear()
-        result = bench._measure({"on": Side(), "off": Side()}, "prefill", (5,), 5, lambda: None, n_renew)
+        result = pairs.measure({"on": Side(), "off": Side()}, "prefill", (5,), 5, lambda: None, n_renew)
         assert (result["pairs"], result["groups"]) == (5, n_groups)
         assert log.count("new") == (0 if n_renew == 0 else 2 * (n_groups - 1))
         # the runs since the contexts are new: untimed ones, then n_renew pairs
         parts = [part.count("run") for part in " ".join(log).replace("new new", "|").split("|")]
         assert n_renew == 0 or all(n == 2 + 2 * n_renew for n in parts[:-1])
 
-    shared = bench._compare([9, 9, 11, 11], [10] * 4, 2)
+    shared = pairs.compare([9, 9, 11, 11], [10] * 4, 2)
     assert shared["ratio"] == pytest.approx(1.0) and (shared["low"], shared["high"]) == (0.9, 1.1)
     assert (shared["groups"], shared["confidence"]) == (2, 0.5)
 
@@ -212,7 +211,7 @@ def test_the_interval_covers_where_pairs_share_contexts():
         for _ in range(12):
             offset = choice.gauss(1.0, 0.02)
             ratios += [offset + choice.gauss(0.0, 0.02) for _ in range(2)]
-        found = bench._compare(ratios, [1.0] * 24, 2)
+        found = pairs.compare(ratios, [1.0] * 24, 2)
         hits += found["low"] <= 1.0 <= found["high"]
     confidence = found["confidence"]
     assert confidence >= 0.95
@@ -265,24 +264,24 @@ def test_the_adapter_is_attached_and_writes(session):
 
 
 def test_worker_does_what_a_session_does(options, adapter):
-    worker = runs.Worker(library.library_folder(), options, str(adapter("qwen3", "tsw_qo")))
+    side = worker.Worker(library.library_folder(), options, str(adapter("qwen3", "tsw_qo")))
     try:
-        assert worker.prefill(20)[0] > 0
-        nanoseconds, built = worker.decode(20, 3)
+        assert side.prefill(20)[0] > 0
+        nanoseconds, built = side.decode(20, 3)
         assert nanoseconds > 0 and built == 0
-        assert worker.resident()["peak"] > 1 << 20
-        first = worker._process
-        worker.renew()
-        assert first.poll() == 0 and worker._process.pid != first.pid
-        assert worker.prefill(20)[0] > 0
-        assert worker.description["model_info"]["n_params"] > 0 and "CPU" in worker.description["system"]
-        worker._process.kill()
+        assert side.resident()["peak"] > 1 << 20
+        first = side._process
+        side.renew()
+        assert first.poll() == 0 and side._process.pid != first.pid
+        assert side.prefill(20)[0] > 0
+        assert side.description["model_info"]["n_params"] > 0 and "CPU" in side.description["system"]
+        side._process.kill()
         with pytest.raises(LibraryError, match="ended with status -9"):
-            worker.prefill(20)
+            side.prefill(20)
     finally:
-        worker.close()
+        side.close()
     with pytest.raises(AdapterError, match="not a δ-mem adapter"):
-        runs.Worker(library.library_folder(), options, options.model)
+        worker.Worker(library.library_folder(), options, options.model)
 
 
 def test_median_interval_covers_the_median():
@@ -383,8 +382,8 @@ def test_op(tmp_path):
 def test_op_computes_the_operator(monkeypatch):
     """The graph that is timed: states change by what the tokens write, each layer's alike."""
     graphs = []
-    compute = operator._Graph.compute
-    allocate = operator._Graph.allocate
+    compute = ggml_graph.Graph.compute
+    allocate = ggml_graph.Graph.allocate
 
     def keep(graph, values):
         graphs.append([tensor for tensor, data in values.items() if len(data) == 4 * 2 * 64 and not any(data)])
@@ -402,25 +401,25 @@ def test_op_computes_the_operator(monkeypatch):
         assert len(states) == graph.n_nodes
         assert any(states[0]) and len(set(states)) == 1
 
-    monkeypatch.setattr(operator._Graph, "allocate", keep)
-    monkeypatch.setattr(operator._Graph, "compute", check)
+    monkeypatch.setattr(ggml_graph.Graph, "allocate", keep)
+    monkeypatch.setattr(ggml_graph.Graph, "compute", check)
     row = operator.measure(8, 2, 64, 1)
     assert row["layers"] == 36 and row["heads"] == 2
 
 
 def test_floor():
     """The floor by hand: rank 8, one head, at a nanosecond a cycle."""
-    found = operator.floor(8, 1, 1.0, None)
+    found = floor.floor(8, 1, 1.0, None)
     operations = 4 * 64 + 16 * 20 + 8 * 18 + 7 * 8
-    assert found["vector_instructions"] == operations / operator.lanes()
-    assert found["issue_cycles"] == operations / operator.lanes() / 2
+    assert found["vector_instructions"] == operations / floor.lanes()
+    assert found["issue_cycles"] == operations / floor.lanes() / 2
     assert found["chain_cycles"] == 4 * (1 + 3 + 2)
     assert found["ns"] == max(found["issue_cycles"], found["chain_cycles"])
-    assert operator.floor(8, 3, 1.0, None)["vector_instructions"] == 3 * found["vector_instructions"]
-    assert operator.floor(8, 1, None, None)["ns"] is None
+    assert floor.floor(8, 3, 1.0, None)["vector_instructions"] == 3 * found["vector_instructions"]
+    assert floor.floor(8, 1, None, None)["ns"] is None
     # a rate is a bound from below, and whole: 0.9 and 1.04 are 1 vector a cycle, 1.4 are 2
     for rate, starts in ((0.9, 1), (1.04, 1), (1.4, 2), (2.02, 2)):
-        assert operator.floor(8, 1, 1.0, rate)["issue_cycles"] == operations / operator.lanes() / starts
+        assert floor.floor(8, 1, 1.0, rate)["issue_cycles"] == operations / floor.lanes() / starts
 
 
 def test_synthetic_files_are_kept(tmp_path, monkeypatch, golden_dir):

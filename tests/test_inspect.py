@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pydeltamem.cli.inspect import describe
 from pydeltamem.cli.main import main
 from pydeltamem.errors import AdapterError, MemoryFileError, ModelError
+from pydeltamem.formats.description import describe
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.formats.memory_file import write_memory_file
 

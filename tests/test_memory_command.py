@@ -12,8 +12,8 @@ import pytest
 
 from pydeltamem import MemorySnapshot
 from pydeltamem.cli import main
-from pydeltamem.cli.memory import effective_rank
 from pydeltamem.formats.memory_file import MemoryFileLock
+from pydeltamem.formats.memory_numbers import effective_rank
 
 METADATA = {
     "layers": "2,5",

@@ -291,10 +291,10 @@ def test_shards_of_a_size(base, adapter, tmp_path):
 
 def test_a_base_in_shards(base, adapter, packed, sharded, tmp_path):
     """Is what the whole base is: to convert, inspect, pack and load."""
-    from pydeltamem.cli.inspect import describe
     from pydeltamem.convert.adapter import write_adapter
     from pydeltamem.formats.base_model import Base
     from pydeltamem.formats.checkpoint import Checkpoint
+    from pydeltamem.formats.description import describe
 
     first = sharded()
     whole = describe(str(base()))

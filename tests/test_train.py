@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -15,6 +13,7 @@ from rich.console import Console  # noqa: E402
 
 from pydeltamem import train  # noqa: E402
 from pydeltamem.cli import train as command  # noqa: E402
+from pydeltamem.cli.main import main  # noqa: E402
 from pydeltamem.errors import InputError, ModelError, OutputError, TrainingError  # noqa: E402
 from pydeltamem.formats.checkpoint import Checkpoint  # noqa: E402
 from pydeltamem.train.reference import DeltaMem, DeltaMemConfig  # noqa: E402
@@ -64,22 +63,16 @@ def data(tmp_path_factory):
     return path
 
 
-def arguments(hf_dir, data, out, *options):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args([str(hf_dir), str(data), "-o", str(out), "--batch", "4", "--device", "cpu", *options])
-
-
-def trainer(hf_dir, data, out, *options):
-    args = arguments(hf_dir, data, out, *options)
-    return train.Trainer(args, replace(command.config_of(args), rank=4), Console(quiet=True))
+def trainer(hf_dir, data, out, **options):
+    options = {"batch": 4, "rank": None if "init" in options else 4, **options}
+    return train.Trainer(train.Options(str(hf_dir), str(data), str(out), **options), Console(quiet=True))
 
 
 @pytest.fixture
 def memory(hf_dir):
     def make(strategy):
         model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).double().eval()
-        granularity, heads = command.STRATEGIES[strategy]
+        granularity, heads = train.STRATEGIES[strategy]
         torch.manual_seed(5)
         config = DeltaMemConfig(
             rank=4, num_state_heads=heads, memory_write_granularity=granularity, output_init="random",
@@ -96,7 +89,7 @@ def memory(hf_dir):
 
 
 @pytest.mark.parametrize("tail", [0, 2])
-@pytest.mark.parametrize("strategy", command.STRATEGIES)
+@pytest.mark.parametrize("strategy", train.STRATEGIES)
 def test_a_batch_computes_what_each_conversation_does(hf_dir, data, memory, strategy, tail):
     model, memory = memory(strategy)
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
@@ -138,26 +131,26 @@ def test_the_state_is_all_that_the_answer_sees(hf_dir, data, memory):
 
 
 def test_beginning_with_a_checkpoint_of_another_strategy(hf_dir, data, tmp_path):
-    first = trainer(hf_dir, data, tmp_path / "tsw", "--steps", "2", "--heads-gain", "1")
+    first = trainer(hf_dir, data, tmp_path / "tsw", steps=2, heads_gain=1)
     first.train()
-    options = ("--init", str(tmp_path / "tsw"))
-    same = trainer(hf_dir, data, tmp_path / "same", *options)
+    options = {"init": str(tmp_path / "tsw")}
+    same = trainer(hf_dir, data, tmp_path / "same", **options)
     other = trainer(
-        hf_dir, data, tmp_path / "ssw", *options, "--strategy", "ssw", "--init-gain", "3", "--write-bias", "0.5"
+        hf_dir, data, tmp_path / "ssw", **options, strategy="ssw", init_gain=3, write_bias=0.5
     )  # fmt: skip
     assert same.memory.config == first.memory.config
     assert other.memory.config.memory_write_granularity == "message_mean"
-    assert other._report().loss_without > 0
+    assert other.report().held_out.loss_without > 0
     for a, b, c in zip(first.memory.memories, same.memory.memories, other.memory.memories):
         torch.testing.assert_close(b.state_dict(), a.state_dict(), rtol=0, atol=0)
         expected = {**a.state_dict(), "memory_v_proj": 3 * a.memory_v_proj, "beta_bias": torch.full((4,), 0.5)}
         torch.testing.assert_close(c.state_dict(), expected, rtol=0, atol=0)
     with pytest.raises(InputError, match="has 1 state heads, --strategy msw has 4"):
-        trainer(hf_dir, data, tmp_path / "msw", *options, "--strategy", "msw")
+        trainer(hf_dir, data, tmp_path / "msw", **options, strategy="msw")
 
 
 def test_dropout_leaves_features_out_while_training_only(hf_dir, data, tmp_path):
-    run = trainer(hf_dir, data, tmp_path / "out", "--dropout", "0.5")
+    run = trainer(hf_dir, data, tmp_path / "out", dropout=0.5)
     layer = run.memory.memories[0]
     h = torch.randn(3, 5, layer.memory_q_proj.shape[1])
     kept = layer.eval().project(h)
@@ -171,19 +164,19 @@ def test_dropout_leaves_features_out_while_training_only(hf_dir, data, tmp_path)
     assert (dropped - kept).abs().max() > 0.1
     run._update()
     assert layer.training
-    assert run._report().loss == run._report().loss
+    assert run.report().held_out.loss == run.report().held_out.loss
     assert not layer.training
 
 
 def test_training_lowers_the_loss_and_writes_a_published_checkpoint(hf_dir, data, tmp_path):
     before = {k: v.clone() for k, v in transformers.AutoModelForCausalLM.from_pretrained(hf_dir).state_dict().items()}
-    run = trainer(hf_dir, data, tmp_path / "out", "--steps", "60", "--rate", "0.02")
-    begin = run._report()
-    assert begin.loss == pytest.approx(begin.loss_without)  # corrections begin as zero
+    run = trainer(hf_dir, data, tmp_path / "out", steps=60, rate=0.02)
+    begin = run.report()
+    assert begin.held_out.loss == pytest.approx(begin.held_out.loss_without)  # corrections begin as zero
     report = run.train()
     assert report.steps == 60 and report.tokens > 0
-    assert report.loss < 0.9 * begin.loss
-    assert report.loss < report.loss_without
+    assert report.held_out.loss < 0.9 * begin.held_out.loss
+    assert report.held_out.loss < report.held_out.loss_without
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, before[name]), f"{name} of the frozen model changed"
     assert Checkpoint(tmp_path / "out").config.rank == 4
@@ -191,10 +184,10 @@ def test_training_lowers_the_loss_and_writes_a_published_checkpoint(hf_dir, data
 
 
 def test_an_interrupted_run_goes_on(hf_dir, data, tmp_path):
-    options = ("--steps", "20", "--save-every", "5", "--dropout", "0.3")
-    whole = trainer(hf_dir, data, tmp_path / "whole", *options)
+    options = {"steps": 20, "save_every": 5, "dropout": 0.3}
+    whole = trainer(hf_dir, data, tmp_path / "whole", **options)
     whole.train()
-    broken = trainer(hf_dir, data, tmp_path / "broken", *options)
+    broken = trainer(hf_dir, data, tmp_path / "broken", **options)
     update = broken._update
 
     def stop():
@@ -205,7 +198,7 @@ def test_an_interrupted_run_goes_on(hf_dir, data, tmp_path):
     broken._update = stop
     with pytest.raises(KeyboardInterrupt):
         broken.train()
-    again = trainer(hf_dir, data, tmp_path / "broken", *options)
+    again = trainer(hf_dir, data, tmp_path / "broken", **options)
     assert again.step == 15
     again.train()
     for name, value in whole.memory.state_dict().items():
@@ -253,20 +246,20 @@ def test_other_bad_input(hf_dir, data, tmp_path):
         trainer(tmp_path, data, tmp_path / "out")
     with pytest.raises(InputError, match="cannot be read"):
         trainer(hf_dir, tmp_path / "none.jsonl", tmp_path / "out")
-    trainer(hf_dir, data, tmp_path / "out", "--steps", "1").train()
+    trainer(hf_dir, data, tmp_path / "out", steps=1).train()
     for options, differs in (
-        (("--strategy", "msw"), "num_state_heads"),
-        (("--strategy", "ssw"), "memory_write_granularity"),
-        (("--rate", "1e-4"), "--rate"),
-        (("--layers", "0"), "target_layers"),
+        ({"strategy": "msw"}, "num_state_heads"),
+        ({"strategy": "ssw"}, "memory_write_granularity"),
+        ({"rate": 1e-4}, "--rate"),
+        ({"layers": [0]}, "target_layers"),
     ):
         with pytest.raises(InputError, match=f"of another run, {differs} differs"):
-            trainer(hf_dir, data, tmp_path / "out", *options)
+            trainer(hf_dir, data, tmp_path / "out", **options)
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text(encoding="utf-8") * 2, encoding="utf-8")
     with pytest.raises(InputError, match="the conversations differs"):
         trainer(hf_dir, other, tmp_path / "out")
-    trainer(hf_dir, data, tmp_path / "out", "--steps", "2").train()  # a longer run is the same one
+    trainer(hf_dir, data, tmp_path / "out", steps=2).train()  # a longer run is the same one
     (tmp_path / "out" / "checkpoint.pt").write_bytes(b"no checkpoint")
     with pytest.raises(InputError, match=r"checkpoint\.pt: cannot be read"):
         trainer(hf_dir, data, tmp_path / "out")
@@ -274,21 +267,25 @@ def test_other_bad_input(hf_dir, data, tmp_path):
     with pytest.raises(OutputError, match="afile: cannot be written"):
         trainer(hf_dir, data, tmp_path / "afile")
     with pytest.raises(InputError, match="--device cudax"):
-        trainer(hf_dir, data, tmp_path / "device", "--device", "cudax")
+        trainer(hf_dir, data, tmp_path / "device", device="cudax")
     with pytest.raises(InputError, match="--update: with --init it is that of the checkpoint"):
-        trainer(hf_dir, data, tmp_path / "init", "--init", str(tmp_path / "out"), "--update", "no_lambda")
+        trainer(hf_dir, data, tmp_path / "init", init=str(tmp_path / "out"), update="no_lambda")
     with pytest.raises(InputError, match="rank = 65 must be from 1 to 64"):
-        command.config_of(arguments(hf_dir, data, tmp_path, "--rank", "65"))
-    for option in (("--rate", "-1"), ("--rate", "nan"), ("--clip", "0"), ("--heads-gain", "x")):
-        with pytest.raises(SystemExit):
-            arguments(hf_dir, data, tmp_path, *option)
+        trainer(hf_dir, data, tmp_path / "rank", rank=65)
+
+
+@pytest.mark.parametrize("option", [("--rate", "-1"), ("--rate", "nan"), ("--clip", "0"), ("--heads-gain", "x")])
+def test_options_of_the_command(tmp_path, option):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "model", "data", "-o", str(tmp_path / "out"), *option])
+    assert ended.value.code == 2 and not any(tmp_path.iterdir())
 
 
 def test_a_loss_that_diverges(hf_dir, data, tmp_path):
     """The run ends, and what was saved before stays."""
-    trainer(hf_dir, data, tmp_path / "sound", "--steps", "1").train()
+    trainer(hf_dir, data, tmp_path / "sound", steps=1).train()
     saved = {path.name: path.read_bytes() for path in (tmp_path / "sound").iterdir()}
-    run = trainer(hf_dir, data, tmp_path / "sound", "--steps", "9", "--save-every", "1")
+    run = trainer(hf_dir, data, tmp_path / "sound", steps=9, save_every=1)
     with torch.no_grad():
         run.parameters[0].fill_(torch.inf)
     with pytest.raises(TrainingError, match="step 2"):
@@ -298,7 +295,7 @@ def test_a_loss_that_diverges(hf_dir, data, tmp_path):
 
 @pytest.mark.parametrize("full", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
 def test_a_full_disk(hf_dir, data, tmp_path, monkeypatch, full):
-    run = trainer(hf_dir, data, tmp_path / "out", "--steps", "1")
+    run = trainer(hf_dir, data, tmp_path / "out", steps=1)
 
     def fail(*args):
         raise full
@@ -312,8 +309,8 @@ def test_a_full_disk(hf_dir, data, tmp_path, monkeypatch, full):
 def test_fewer_conversations_than_a_batch(hf_dir, data, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(data.read_text(encoding="utf-8").splitlines(keepends=True)[:3]), encoding="utf-8")
-    report = trainer(hf_dir, few, tmp_path / "out", "--steps", "2").train()
-    assert report.steps == 2 and report.held_out == 0
+    report = trainer(hf_dir, few, tmp_path / "out", steps=2).train()
+    assert report.steps == 2 and report.held_out.n == 0
     command.print_report(report, Console())
     assert "none of fewer than 10" in capsys.readouterr().out
 
@@ -322,7 +319,7 @@ def test_fewer_conversations_than_a_batch(hf_dir, data, tmp_path, capsys):
 def test_a_memory_that_begins_as_a_head_adds_what_the_head_does(hf_dir, strategy):
     """What one value, read as it was written, adds to the layer: the head's output for it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).double().eval()
-    _, heads = command.STRATEGIES[strategy]
+    _, heads = train.STRATEGIES[strategy]
     rank = 16 // (heads // 2 or 1)  # as many directions as a head has, so that nothing is lost
     memory = DeltaMem(model, DeltaMemConfig(rank=rank, num_state_heads=heads, alpha=4.0)).double()
     train.start_from_heads(memory, model, gain=0.5)
@@ -341,9 +338,9 @@ def test_a_memory_that_begins_as_a_head_adds_what_the_head_does(hf_dir, strategy
 @pytest.mark.parametrize("name", ["checkpoint.pt", "delta_mem_adapter.pt", "delta_mem_config.json", "loss.png"])
 def test_a_file_of_another_kind_stays(hf_dir, data, tmp_path, name):
     path = tmp_path / name
-    run = trainer(hf_dir, data, tmp_path, "--steps", "1")
+    run = trainer(hf_dir, data, tmp_path, steps=1)
     path.write_bytes(b"a diary")
-    for act in (run.train, lambda: trainer(hf_dir, data, tmp_path, "--steps", "1")):  # later, and before the work
+    for act in (run.train, lambda: trainer(hf_dir, data, tmp_path, steps=1)):  # later, and before the work
         with pytest.raises((InputError, OutputError), match=name.replace(".", r"\.")):
             act()
         assert path.read_bytes() == b"a diary"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from pathlib import Path
@@ -16,7 +15,6 @@ pytest.importorskip("transformers", reason="training needs transformers (extra: 
 from rich.console import Console  # noqa: E402
 
 from pydeltamem import DeltaMemLlama, train  # noqa: E402
-from pydeltamem.cli import train as command  # noqa: E402
 from pydeltamem.errors import InputError, ModelError  # noqa: E402
 from pydeltamem.formats.checkpoint import Checkpoint  # noqa: E402
 from pydeltamem.train.model import load_frozen  # noqa: E402
@@ -48,12 +46,9 @@ def data(tmp_path_factory):
     )
 
 
-def trainer(data, out, *options, model=MODEL):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    given = [str(model), str(data), "-o", str(out), "--batch", "3", "--device", "cpu", *options]
-    args = parser.parse_args(given)
-    return train.Trainer(args, command.config_of(args), Console(quiet=True))
+def trainer(data, out, model=MODEL, **options):
+    options = train.Options(str(model), str(data), str(out), **{"batch": 3, **options})
+    return train.Trainer(options, Console(quiet=True))
 
 
 def test_what_is_trained_on_is_what_runs():
@@ -74,32 +69,23 @@ def test_what_is_trained_on_is_what_runs():
 
 def test_a_run_on_a_gguf(data, tmp_path):
     """It is packed, logs what the native runtime recalls, and its checkpoint goes on and converts."""
-    run = trainer(data, tmp_path / "out", "--steps", "4", "--eval-every", "2", "--heads-gain", "0.5")
-    assert run.packed is not None
+    run = trainer(data, tmp_path / "out", steps=4, eval_every=2, heads_gain=0.5)
+    assert run.objective.packed is not None
     report = run.train()
-    assert report.steps == 4 and report.held_out == 2 and report.loss > 0
+    assert report.steps == 4 and report.held_out.n == 2 and report.held_out.loss > 0
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in log] == [2, 4]
     assert all(row["questions"] == 4 and 0 <= row["right"] <= row["f1"] <= 1 for row in log)
     assert Checkpoint(tmp_path / "out").config.delta_heads == ("q", "o")
-    assert trainer(data, tmp_path / "out", "--steps", "6", "--heads-gain", "0.5").step == 4
+    assert trainer(data, tmp_path / "out", steps=6, heads_gain=0.5).step == 4
 
 
 def test_a_run_without_a_break_is_one_with(data, tmp_path):
-    options = (
-        "--short-first",
-        "0",
-        "--schedule",
-        "constant",
-        "--visible",
-        "0.5",
-        "--gate-weight",
-        "0.01",
-        "--strategy",
-        "msw",
-    )
-    trainer(data, tmp_path / "broken", "--steps", "2", *options).train()
-    runs = [trainer(data, tmp_path / name, "--steps", "4", *options) for name in ("broken", "whole")]
+    options = {
+        "short_first": 0, "schedule": "constant", "visible": 0.5, "gate_weight": 0.01, "strategy": "msw",
+    }  # fmt: skip
+    trainer(data, tmp_path / "broken", steps=2, **options).train()
+    runs = [trainer(data, tmp_path / name, steps=4, **options) for name in ("broken", "whole")]
     for run in runs:
         run.train()
     for one, other in zip(runs[0].parameters, runs[1].parameters):
@@ -110,16 +96,14 @@ def test_packed_and_padded_learn_the_same(tmp_path):
     record = {"messages": say("It is red.", "Yes."), "asks": [say("What is it?", "red"), say("Yes?", "No.")]}
     data = write(tmp_path / "alike.jsonl", [record] * 24)  # a padded batch is drawn in another way
     runs = {
-        form: trainer(
-            data, tmp_path / form, "--steps", "3", "--dtype", "float32", "--form", form, "--heads-gain", "0.5"
-        )
+        form: trainer(data, tmp_path / form, steps=3, dtype="float32", form=form, heads_gain=0.5)
         for form in ("packed", "padded")
     }
     reports = {form: run.train() for form, run in runs.items()}
     # three steps of float32's rounding, which Adam makes larger
-    assert reports["packed"].loss == pytest.approx(reports["padded"].loss, rel=1e-3)
-    assert reports["packed"].loss_without == pytest.approx(reports["padded"].loss_without, rel=1e-5)
-    assert reports["packed"].loss != pytest.approx(reports["packed"].loss_without, rel=1e-4)
+    assert reports["packed"].held_out.loss == pytest.approx(reports["padded"].held_out.loss, rel=1e-3)
+    assert reports["packed"].held_out.loss_without == pytest.approx(reports["padded"].held_out.loss_without, rel=1e-5)
+    assert reports["packed"].held_out.loss != pytest.approx(reports["packed"].held_out.loss_without, rel=1e-4)
 
 
 def test_the_weight_of_wording(data, tmp_path):
@@ -129,18 +113,18 @@ def test_the_weight_of_wording(data, tmp_path):
         tmp_path / "said.jsonl",
         [{"messages": say("I live in Lima.", "Yes."), "asks": [say("Where do I live?", "You live in Lima.")]}] * 12,
     )
-    run = trainer(said, tmp_path / "run", "--dtype", "float32", "--heads-gain", "0.5", "--wording", "0.25")
+    run = trainer(said, tmp_path / "run", dtype="float32", heads_gain=0.5, wording=0.25)
     (example,) = [run.data[0]]
     answer = example.asks[0][2]
     weights = train.told_weights([example], 0.25)
     heavy = "".join(tokenizer.decode([t]) for t, weight in zip(answer, weights) if weight == 1)
     assert "Lima" in heavy and "live" not in heavy and "You" not in heavy
     assert set(weights) == {0.25, 1.0}
-    logits, targets = run._student([example])
+    logits, targets = run.objective.student([example])
     each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     expected = (each * torch.tensor(weights)).sum() / sum(weights)
-    assert run._loss([example]).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert run._loss([example]).item() != pytest.approx(each.mean().item(), rel=1e-3)
+    assert run.objective.loss([example]).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert run.objective.loss([example]).item() != pytest.approx(each.mean().item(), rel=1e-3)
 
 
 def test_a_packed_batch_is_drawn_at_random(tmp_path):
@@ -149,7 +133,7 @@ def test_a_packed_batch_is_drawn_at_random(tmp_path):
         {"messages": say("It is red. " * (1 + i // 16 * 20), "Yes."), "asks": [say("What is it?", "red")]}
         for i in range(32)
     ]
-    run = trainer(write(tmp_path / "lengths.jsonl", records), tmp_path / "run", "--short-first", "0")
+    run = trainer(write(tmp_path / "lengths.jsonl", records), tmp_path / "run", short_first=0)
     sizes = [[run.data.sizes[i] for i in run._draw(random.Random(step))] for step in range(20)]
     assert sum(max(batch) > 2 * min(batch) for batch in sizes) >= 10  # 15 of 20 are to be expected
 
@@ -157,14 +141,14 @@ def test_a_packed_batch_is_drawn_at_random(tmp_path):
 def test_the_gate_regulariser(data, tmp_path):
     """Its gradient alone moves the gates' biases towards the mean that it is given."""
     means = []
-    for weight in ("1e-9", "1e4"):
+    for weight in (1e-9, 1e4):
         run = trainer(
-            data, tmp_path / weight, "--steps", "30", "--gate-weight", weight, "--gate-mean", "0.5", "--rate", "3e-2",
-            "--warm-up", "1",
+            data, tmp_path / str(weight), steps=30, gate_weight=weight, gate_mean=0.5, rate=3e-2,
+            warm_up=1,
         )  # fmt: skip
         run.train()
-        run._student([run.data[0]])
-        means.append(torch.stack(run.packed.gate_means).mean().item())
+        run.objective.student([run.data[0]])
+        means.append(torch.stack(run.objective.packed.gate_means).mean().item())
     assert abs(means[1] - 0.5) < abs(means[0] - 0.5) / 2
 
 
@@ -212,16 +196,14 @@ def test_learning_from_a_teacher(data, tmp_path):
         tmp_path / "questions.jsonl",
         [{"messages": say(f"It is {c}.", "Yes."), "asks": [say("What is it?"), say("And now?")]} for c in colours],
     )
-    run = trainer(
-        questions, tmp_path / "out", "--steps", "25", "--teacher", "context", "--rate", "1e-2", "--heads-gain", "1"
-    )
-    held_out = run._answered([run.data[i] for i in range(run.n_held_out)])
+    run = trainer(questions, tmp_path / "out", steps=25, teacher="context", rate=1e-2, heads_gain=1)
+    held_out = run.objective.answered([run.data[i] for i in range(run.n_held_out)])
     assert all(answer for example in held_out for _, _, answer in example.asks)
 
     def distance():
         with torch.no_grad():
-            student, _ = run._student(held_out)
-            taught = run._teacher(held_out).log_softmax(-1)
+            student, _ = run.objective.student(held_out)
+            taught = run.objective.teacher(held_out).log_softmax(-1)
             return torch.nn.functional.kl_div(
                 student.log_softmax(-1), taught, reduction="batchmean", log_target=True
             ).item()
@@ -237,15 +219,15 @@ def test_bad_input(data, tmp_path):
     with pytest.raises(ModelError, match=r"broken\.gguf"):
         trainer(data, tmp_path / "out", model=broken)
     for options in (
-        ("--strategy", "ssw", "--form", "packed"), ("--strategy", "ssw", "--visible", "0.1"),
-        ("--form", "padded", "--teacher", "context"), ("--dropout", "0.1", "--gate-weight", "1"),
+        {"strategy": "ssw", "form": "packed"}, {"strategy": "ssw", "visible": 0.1},
+        {"form": "padded", "teacher": "context"}, {"dropout": 0.1, "gate_weight": 1},
     ):  # fmt: skip
         with pytest.raises(InputError, match="packed"):
-            trainer(data, tmp_path / "out", *options)
+            trainer(data, tmp_path / "out", **options)
     with pytest.raises(InputError, match="--teacher-share"):
-        trainer(data, tmp_path / "out", "--teacher", "context", "--teacher-share", "2")
+        trainer(data, tmp_path / "out", teacher="context", teacher_share=2)
     with pytest.raises(ModelError, match=r"none\.gguf"):
-        trainer(data, tmp_path / "out", "--eval-every", "1", "--base", str(tmp_path / "none.gguf"))
+        trainer(data, tmp_path / "out", eval_every=1, base=str(tmp_path / "none.gguf"))
     few = write(tmp_path / "few.jsonl", [{"messages": say("It is red.", "Yes.", "What?", "Red.")}] * 3)
     with pytest.raises(InputError, match="--eval-every"):
-        trainer(few, tmp_path / "out", "--eval-every", "1")
+        trainer(few, tmp_path / "out", eval_every=1)

@@ -20,9 +20,9 @@ import torch
 import transformers
 
 from pydeltamem.bench.models import synthetic_files
+from pydeltamem.bench.pairs import median_interval
 from pydeltamem.bench.runs import Model, Options, Session
 from pydeltamem.bench.synthetic import SHAPES
-from pydeltamem.cli.bench import median_interval
 from pydeltamem.runtime import library
 from pydeltamem.train.reference import DeltaMem, chunked_recurrence, recurrence
 

@@ -56,8 +56,8 @@ def check_contents(wheel: Path) -> None:
             shipped = f"{info}/licenses/{path.relative_to(ROOT).as_posix()}"
             assert archive.read(shipped) == path.read_bytes(), shipped
 
-        others = [ROOT / "pydeltamem" / name for name in ("py.typed", "architectures.json")]
-        for path in [*ROOT.glob("pydeltamem/*.py"), *ROOT.glob("convert/*.py"), *others]:
+        others = [ROOT / "pydeltamem" / name for name in ("py.typed", "runtime/architectures.json")]
+        for path in [*ROOT.glob("pydeltamem/**/*.py"), *ROOT.glob("convert/*.py"), *others]:
             entry = path.relative_to(ROOT).as_posix()
             assert entry.replace("convert/", "pydeltamem/convert/", 1) in names, entry
 

@@ -1,28 +1,19 @@
-"""`deltamem bench`: what a memory costs. Time with the adapter over time without, in alternating runs; bytes.
-
-Two contexts of one loaded model, one with the adapter and one without, take turns in one process. The runs of a pair
-follow each other directly and their order alternates, so that a drift of the machine falls on both. Another llama
-library needs a process of its own; it takes turns with this one, without the adapter, in a process that is just alike.
-"""
+"""`deltamem bench`: what a memory costs. Its options, and the tables of what bench/ measures."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import math
-import os
-import platform
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 from ..bench.models import cache_folder, synthetic_files
+from ..bench.pairs import OFF, ON
 from ..bench.synthetic import SHAPES
-from ..errors import DeltaMemError, InputError, LibraryError, ModelError
+from ..errors import InputError
 from ..formats.gguf_header import Header
 from ..formats.kinds import json_of
 from ..formats.outputs import output
@@ -34,15 +25,8 @@ from .parser import count, integers, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
-    from ..bench.nodes import Nodes
-    from ..bench.runs import Session, Worker
-
-CONFIDENCE = 0.95
 REPORT = json_of("a report of deltamem bench", {"version", "setup"}, {"version", "op"})
-
-ON, OFF, PLAIN, OTHER = "on", "off", "plain", "against"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,134 +125,53 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--control is without an adapter: drop it or --deltamem")
     if args.cache_type_v not in ("f32", "f16", "bf16") and args.flash_attn == "off":
         raise InputError(f"-ctv {args.cache_type_v}: llama.cpp needs flash attention for it: add -fa on")
-    if not _timed(args) and (not args.rss or args.control or args.nodes):
+    if not (any(args.n_prompt) or args.n_gen) and (not args.rss or args.control or args.nodes):
         raise InputError("-p 0 and -n 0 leave nothing to time")
 
 
-def _timed(args: argparse.Namespace) -> bool:
-    return bool(_prompts(args) or args.n_gen)
-
-
-def _prompts(args: argparse.Namespace) -> list[int]:
-    return [n for n in args.n_prompt if n]
-
-
-#
-# models and adapters
-#
-
-
 def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, Any]:
-    from ..bench.nodes import Nodes
-    from ..bench.nodes import measure as measure_nodes
-    from ..bench.runs import Options, Worker
+    from ..bench import comparison
+    from ..bench.runs import Options
     from ..runtime import library
     from ..runtime.ggml import can_be_mapped
 
     library.logger.setLevel("DEBUG" if args.verbose else "ERROR")
-    folder = _library_folder(args.against) if args.against else None
-    with _progress(err) as progress:
-        model, adapter = _synthetic(args, progress) if args.synthetic else _files(args)
-    if args.control:
-        adapter = None
-    elif adapter is None and folder is None:
-        raise InputError(f"{model}: nothing to compare: name an adapter by --deltamem or a library by --against")
-    elif adapter is None and not _timed(args):
-        raise InputError(f"{model}: nothing to measure: -p 0 and -n 0 time nothing, --rss is for an adapter's memory")
-
-    n_rss = max([*_prompts(args), 1]) if args.rss is None else args.rss
-    longest = max([*_prompts(args), n_rss + 1, max(args.n_depth) + args.n_gen])
-    options = Options(
-        model=model,
-        n_ctx=-(-longest // 256) * 256,  # llama.cpp pads it likewise
-        n_batch=args.batch_size,
-        n_ubatch=min(args.ubatch_size, args.batch_size),
-        n_threads=args.threads or usable(),
-        n_gpu_layers=args.gpu_layers,
-        flash_attn=args.flash_attn == "on",
-        type_k=args.cache_type_k,
-        type_v=args.cache_type_v,
-        use_mmap=can_be_mapped(model),
-    )
-    results: dict[str, Any] = {
-        "setup": {
-            **asdict(options), "deltamem": adapter, "control": args.control, "cpu": _cpu(),
-            "pairs": args.pairs, "renew": args.renew,
-        }
-    }  # fmt: skip
-
-    lib_dir = library.library_folder()
-    memory: dict[str, Any] = {}
-    if n_rss and adapter is not None and not args.nodes:
-        memory = {"prompt": n_rss, **_resident(lib_dir, options, adapter, n_rss, err)}
-
-    with contextlib.ExitStack() as stack:
-        nodes = {name: Nodes() for name in (ON, OFF)} if args.nodes else {}
-        sides: dict[str, Session | Worker] = {}
-        if folder is None or adapter is not None:
-            sides |= _open(stack, options, adapter, nodes)
-            results["setup"].update(sides[OFF].model.describe())
-        if folder is not None:
-            for name, of in ((PLAIN, lib_dir), (OTHER, folder)):
-                sides[name] = Worker(of, options)
-                stack.callback(sides[name].close)
-            results["setup"].update(sides[PLAIN].description)
-            results["setup"]["against"] = {"folder": folder, "system": sides[OTHER].description["system"]}
-        if adapter is not None:
-            memory = {**{f"{key}_bytes": n for key, n in sides[ON].n_bytes.items()}, **memory}
-            memory["adapter_file_bytes"] = os.path.getsize(adapter) if adapter != model else None
-        results["memory"] = memory
-
-        tests: list[tuple[str, tuple[int, ...]]] = [("prefill", (n,)) for n in _prompts(args)]
-        tests += [("decode", (depth, args.n_gen)) for depth in args.n_depth if args.n_gen]
-        with _progress(err) as progress:
-            task = progress.add_task("", total=len(tests) * (args.pairs + 1) * len(sides))
-            for kind, arguments in tests:
-
-                def advance(label: str = _label(kind, arguments)) -> None:
-                    progress.update(task, advance=1, description=label)
-                    progress.refresh()  # by hand: no thread that draws while a run is timed
-
-                if nodes:
-                    both = {name: (sides[name], nodes[name]) for name in nodes}
-                    found = measure_nodes(both, kind, arguments, args.pairs, args.renew, advance)
-                    results.setdefault("nodes", []).append({"test": _label(kind, arguments), **found})
-                    continue
-                runs = results.setdefault(kind, {"runs": []})["runs"]
-                runs.append(_measure(sides, kind, arguments, args.pairs, advance, args.renew))
-
-    for kind in ("prefill", "decode"):
-        if kind in results:
-            first = results[kind]["runs"][0]
-            results[kind] = {**{key: value for key, value in first.items() if key != "ns"}, **results[kind]}
-    _print(out, results)
-    return results
-
-
-def _open(
-    stack: contextlib.ExitStack, options: Any, adapter: str | None, nodes: dict[str, Nodes]
-) -> dict[str, Session]:
-    """The two sides of this process; without an adapter they are alike."""
-    from ..bench.runs import Model, Session
-    from ..runtime import library
-
-    with library.errors_held() as log:
-        try:
-            model = Model(library.llama_cpp, options)
-            stack.callback(model.close)
-            sides = {}
-            for name in (ON, OFF):
-                observer = nodes[name].callback if nodes else None
-                sides[name] = Session(model, adapter if name == ON else None, observer)
-                stack.callback(sides[name].close)
-        except ModelError as error:
-            reason = library.reason(log)
-            log.clear()
-            raise ModelError(f"{error}{reason}") from error
-        except DeltaMemError:
-            log.clear()
-            raise
-    return sides
+    against = comparison.library_in(args.against) if args.against else None
+    prompts = tuple(n for n in args.n_prompt if n)
+    with _progress(err) as show:
+        model, adapter = _synthetic(args, show) if args.synthetic else _files(args)
+        if args.control:
+            adapter = None
+        elif adapter is None and against is None:
+            raise InputError(f"{model}: nothing to compare: name an adapter by --deltamem or a library by --against")
+        elif adapter is None and not prompts and not args.n_gen:
+            raise InputError(
+                f"{model}: nothing to measure: -p 0 and -n 0 time nothing, --rss is for an adapter's memory"
+            )
+        plan = comparison.Plan(
+            prompts=prompts,
+            depths=tuple(args.n_depth),
+            n_decode=args.n_gen,
+            n_pairs=args.pairs,
+            n_renew=args.renew,
+            n_resident=max([*prompts, 1]) if args.rss is None else args.rss,
+            by_node=args.nodes,
+        )
+        options = Options(
+            model=model,
+            n_ctx=plan.n_ctx,
+            n_batch=args.batch_size,
+            n_ubatch=min(args.ubatch_size, args.batch_size),
+            n_threads=args.threads or usable(),
+            n_gpu_layers=args.gpu_layers,
+            flash_attn=args.flash_attn == "on",
+            type_k=args.cache_type_k,
+            type_v=args.cache_type_v,
+            use_mmap=can_be_mapped(model),
+        )
+        report = comparison.run(options, adapter, plan, against, show)
+    _print(out, report)
+    return report
 
 
 def _files(args: argparse.Namespace) -> tuple[str, str | None]:
@@ -280,178 +183,22 @@ def _files(args: argparse.Namespace) -> tuple[str, str | None]:
     return model, model if "deltamem.version" in header.keys else None
 
 
-def _synthetic(args: argparse.Namespace, progress: Progress) -> tuple[str, str]:
-    task = progress.add_task(f"making {args.synthetic} {args.ftype}", total=None)
-
-    def show(done: int, total: int) -> None:
-        progress.update(task, completed=done, total=total)
-        progress.refresh()
-
+def _synthetic(args: argparse.Namespace, show: Callable[[str, int, int], None]) -> tuple[str, str]:
     ftype, outtype, rank, n_head = args.ftype or "q4_k_m", args.outtype or "f16", args.rank or 8, args.heads or 1
-    return synthetic_files(args.synthetic, ftype, outtype, rank, n_head, args.vocab, show)
-
-
-def _library_folder(path: str) -> str:
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if not any((folder / name).is_file() for name in ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")):
-        raise LibraryError(f"{path}: holds no llama library: name the folder of a build's libllama")
-    return str(folder.resolve())
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-#
-# measuring
-#
-
-
-def _measure(
-    sides: dict[str, Session | Worker],
-    kind: str,
-    arguments: tuple[int, ...],
-    n_pairs: int,
-    advance: Callable[[], None],
-    n_renew: int = 0,
-) -> dict[str, Any]:
-    """One setting: every side once untimed, then n_pairs rounds in which each runs once, forth and back in turn.
-
-    After every n_renew rounds the sides get new contexts, a worker a new process: where their buffers lie in physical
-    memory makes one or the other some percent slower for as long as they live. So rounds between two renewals depend
-    on each other.
-    """
-    times: dict[str, list[int]] = {name: [] for name in sides}
-    n_graphs = 0
-    forth, back = list(sides), list(reversed(sides))
-    for i in range(n_pairs + 1):
-        if n_renew and i > 1 and (i - 1) % n_renew == 0:
-            in_turn = forth if (i - 1) // n_renew % 2 else back
-            for name in in_turn:
-                sides[name].renew()
-            for name in in_turn:
-                getattr(sides[name], kind)(*arguments)
-        for name in forth if i % 2 else back:
-            nanoseconds, built = getattr(sides[name], kind)(*arguments)
-            advance()
-            if i > 0:
-                times[name].append(nanoseconds)
-                n_graphs += built
-    n_tokens = arguments[-1]
-    result: dict[str, Any] = {"n_tokens": n_tokens}
-    if kind == "decode":
-        result["depth"] = arguments[0]
-    result.update({name: n_tokens * 1e9 / median(ns) for name, ns in times.items()})
-    if ON in sides:
-        result.update(_compare(times[ON], times[OFF], n_renew))
-        result["graphs_built"] = n_graphs
-    if OTHER in sides:
-        pairs = ((PLAIN, OTHER), (OTHER, PLAIN))
-        result["ratios"] = {f"{a}/{b}": _compare(times[a], times[b], n_renew) for a, b in pairs}
-    result["ns"] = times
-    return result
-
-
-def _compare(a: Sequence[int], b: Sequence[int], n_shared: int) -> dict[str, Any]:
-    """Time a ÷ time b, pair by pair: the median, and the interval of the median.
-
-    n_shared pairs in a row share contexts and so an error of their own: their median counts, as one value. 0: all do,
-    and what is found holds for these contexts.
-    """
-    ratios = [x / y for x, y in zip(a, b)]
-    step = n_shared or 1
-    values = [median(ratios[i : i + step]) for i in range(0, len(ratios), step)]
-    low, high, confidence = median_interval(values)
-    found = {"ratio": median(values), "low": low, "high": high, "confidence": confidence}
-    return {**found, "pairs": len(ratios), "groups": len(values)}
-
-
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """Confidence interval of the median by order statistics, which asks nothing of the distribution.
-
-    The number of values below the true median is binomial with p = 1/2. Returns (low, high, confidence reached): at
-    least `confidence`, or with fewer than six values what their least and greatest give.
-    """
-    ordered, n = sorted(values), len(values)
-    rank, outside = 1, 2 * 0.5**n
-    while 2 * (rank + 1) <= n:
-        wider = outside + 2 * math.comb(n, rank) * 0.5**n
-        if wider > 1 - confidence:
-            break
-        rank, outside = rank + 1, wider
-    return ordered[rank - 1], ordered[n - rank], max(0.0, 1 - outside)
-
-
-def _resident(folder: str, options: Any, adapter: str, n_tokens: int, err: Console) -> dict[str, Any]:
-    """Resident bytes with and without the adapter, each in a process of its own, after a prompt and one token more."""
-    from ..bench.runs import Worker
-
-    result: dict[str, Any] = {}
-    for name, path in ((OFF, None), (ON, adapter)):
-        with err.status(f"resident memory, adapter {name}") if err.is_terminal else contextlib.nullcontext():
-            worker = Worker(folder, options, path)
-            try:
-                worker.prefill(n_tokens)
-                worker.decode(n_tokens, 1)
-                result[name] = worker.resident()
-            finally:
-                worker.close()
-    result["extra"] = {key: result[ON][key] - result[OFF][key] for key in result[ON]}
-    return result
+    what = f"making {args.synthetic} {ftype}"
+    return synthetic_files(
+        args.synthetic, ftype, outtype, rank, n_head, args.vocab, lambda done, total: show(what, done, total)
+    )
 
 
 def _bench_op(args: argparse.Namespace, out: Console, err: Console) -> dict[str, Any]:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from ..bench import operator
 
-    n_runs, n_head = max(args.pairs, 10), args.heads or 1
     ranks = [args.rank] if args.rank else [8, 16]
-    rows = []
-    with _progress(err) as progress:
-        task = progress.add_task("operator", total=len(ranks) * len(args.op_tokens) + 1)
-        cycle, node = operator.cycle_ns(n_runs), operator.node_ns(n_runs)
-        per_cycle = operator.per_cycle(n_runs, cycle)
-        floors = [operator.floor(rank, n_head, cycle, per_cycle) for rank in ranks]
-        for rank in ranks:
-            for n_tokens in args.op_tokens:
-                progress.advance(task)
-                progress.refresh()
-                rows.append(operator.measure(rank, n_head, n_tokens, n_runs))
-        progress.advance(task)
-
-    _say(out, f"The operator alone, one thread, {operator.simd_name()}, per token and layer; {_cpu()}")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("rank", "heads", "tokens per call", "median ns", "least ns", "instructions", "floor ns"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        count, floor = row["instructions"], floors[ranks.index(row["rank"])]["ns"]
-        table.add_row(
-            str(row["rank"]), str(row["heads"]), str(row["tokens"]), f"{row['ns']:.1f}", f"{row['ns_min']:.1f}",
-            "not available" if count is None else f"{count:.0f}", "unknown" if floor is None else f"{floor:.1f}",
-        )  # fmt: skip
-    out.print(table)
-    _say(out, f"A node that scales one value takes {node:.0f} ns: what ggml spends on any, and on each call above.")
-    if cycle is not None:
-        _say(
-            out,
-            f"A cycle: {cycle:.3f} ns, from a chain of multiply-adds of {operator.LATENCY} cycles each; "
-            f"of independent ones at least {per_cycle:.2f} vectors in a cycle.",
-        )
-    for floor in floors:
-        _say(out, f"Floor, {floor['text']}")
-    return {
-        "op": rows,
-        "floor": {str(rank): floor for rank, floor in zip(ranks, floors)},
-        "node_ns": node,
-        "simd": operator.simd_name(),
-        "cpu": _cpu(),
-    }
+    with _progress(err) as show:
+        report = operator.run(ranks, args.heads or 1, args.op_tokens, max(args.pairs, 10), show)
+    _print_op(out, report)
+    return report
 
 
 #
@@ -459,9 +206,41 @@ def _bench_op(args: argparse.Namespace, out: Console, err: Console) -> dict[str,
 #
 
 
+def _print_op(out: Console, report: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from ..bench.floor import LATENCY
+
+    _say(out, f"The operator alone, one thread, {report['simd']}, per token and layer; {report['cpu']}")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("rank", "heads", "tokens per call", "median ns", "least ns", "instructions", "floor ns"):
+        table.add_column(column, justify="right", no_wrap=True)
+    floors = report["floor"]
+    for row in report["op"]:
+        count, floor = row["instructions"], floors[str(row["rank"])]["ns"]
+        table.add_row(
+            str(row["rank"]), str(row["heads"]), str(row["tokens"]), f"{row['ns']:.1f}", f"{row['ns_min']:.1f}",
+            "not available" if count is None else f"{count:.0f}", "unknown" if floor is None else f"{floor:.1f}",
+        )  # fmt: skip
+    out.print(table)
+    _say(out, f"A node that scales one value takes {report['node_ns']:.0f} ns: ggml's share of each call above.")
+    floor = next(iter(floors.values()))
+    if floor["cycle_ns"] is not None:
+        _say(
+            out,
+            f"A cycle: {floor['cycle_ns']:.3f} ns, from a chain of multiply-adds of {LATENCY} cycles each; "
+            f"of independent ones at least {floor['per_cycle']:.2f} vectors in a cycle.",
+        )
+    for floor in floors.values():
+        _say(out, f"Floor, {floor['text']}")
+
+
 def _print(out: Console, results: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+
+    from ..bench.comparison import label
 
     setup, info = results["setup"], results["setup"]["model_info"]
     _say(
@@ -489,7 +268,7 @@ def _print(out: Console, results: dict[str, Any]) -> None:
                 a, b = name.split("/")
                 speeds = [_speed(run["n_tokens"], run["ns"][side]) for side in (a, b)]
                 interval = f"{ratio['low']:.4f}–{ratio['high']:.4f}"
-                table.add_row(_label(kind, arguments), f"{a} ÷ {b}", *speeds, f"{ratio['ratio']:.4f}", interval)
+                table.add_row(label(kind, arguments), f"{a} ÷ {b}", *speeds, f"{ratio['ratio']:.4f}", interval)
                 confidence = ratio["confidence"]
     if confidence is not None:
         out.print(table)
@@ -565,10 +344,6 @@ def _say(out: Console, text: str) -> None:
     out.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def _label(kind: str, arguments: tuple[int, ...]) -> str:
-    return f"prefill {arguments[0]}" if kind == "prefill" else f"decode {arguments[1]} at {arguments[0]}"
-
-
 def _speed(n_tokens: int, nanoseconds: Sequence[int]) -> str:
     speeds = [n_tokens * 1e9 / ns for ns in nanoseconds]
     low, _, high = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else speeds * 3
@@ -577,9 +352,19 @@ def _speed(n_tokens: int, nanoseconds: Sequence[int]) -> str:
     return f"{median(speeds):.{decimals}f} ± {spread:.{decimals}f}"
 
 
-def _progress(err: Console) -> Progress:
+@contextmanager
+def _progress(err: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on the terminal. Yields what moves it: called with what runs, how much of it is done, and of how much."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     percent = TextColumn("{task.percentage:.0f} %")
     columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
-    return Progress(*columns, console=err, auto_refresh=False, transient=True, disable=not err.is_terminal)
+    bar = Progress(*columns, console=err, auto_refresh=False, transient=True, disable=not err.is_terminal)
+    with bar:
+        task = bar.add_task("")
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+            bar.refresh()  # by hand: no thread that draws while a run is timed
+
+        yield show

@@ -9,13 +9,13 @@ import sys
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import InputError, MemoryFileError
-from ..formats.memory_file import MemoryFileLock, MemorySnapshot, owner
+from ..errors import InputError
+from ..formats.memory_file import MemoryFileLock, MemorySnapshot
+from ..formats.memory_numbers import compare_memories, describe_memory
 from .picture import picture
 
 
@@ -48,11 +48,11 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "show":
         snapshot = MemorySnapshot.load(args.file)
         if args.json:
-            print(json.dumps(described(snapshot), indent=2))
+            print(json.dumps(describe_memory(snapshot), indent=2))
         else:
             _print(console, args.file, snapshot)
     elif args.action == "diff":
-        difference = compared(args.a, MemorySnapshot.load(args.a), args.b, MemorySnapshot.load(args.b))
+        difference = compare_memories(args.a, MemorySnapshot.load(args.a), args.b, MemorySnapshot.load(args.b))
         if args.json:
             print(json.dumps(difference, indent=2))
         else:
@@ -71,70 +71,6 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{args.target}: a memory is exported to a file that ends in .npz or .json")
         exporters[suffix](args.target)
     return 0
-
-
-def described(snapshot: MemorySnapshot) -> dict[str, Any]:
-    """What a memory holds, as values that JSON can hold. Per layer and head: norm, singular values, effective rank."""
-    return {
-        "metadata": dict(snapshot.metadata),
-        "shape": list(snapshot.state.shape),
-        "layers": [
-            {
-                "layer": layer,
-                "norms": norms.tolist(),
-                "singular_values": values.tolist(),
-                "effective_ranks": [effective_rank(row) for row in values],
-            }
-            for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values)
-        ],
-    }
-
-
-def effective_rank(singular_values: npt.NDArray[np.float32]) -> float:
-    """How many directions a state uses: e to the entropy of the singular values' shares, 1 to r; 0 for an empty state.
-
-    Roy and Vetterli, The effective rank, 2007.
-    """
-    values = singular_values[singular_values > 0].astype(np.float64)
-    shares = values / values.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
-
-
-def compared(a_name: str, a: MemorySnapshot, b_name: str, b: MemorySnapshot) -> dict[str, Any]:
-    """How far two memories lie apart: |A|, |B|, |A - B|, that relative to the larger one, and the cosine between them;
-    in all and per layer. Raises MemoryFileError if they belong to different adapters.
-    """
-    mine, theirs = a.metadata, b.metadata
-    if any(mine.get(key, "") != theirs.get(key, "") for key in ("adapter", "architecture")):
-        raise MemoryFileError(
-            f"{b_name}: the memory of another adapter, {owner(theirs)}; that of {a_name} is {owner(mine)}"
-        )
-    if mine.get("layers", "") != theirs.get("layers", "") or a.state.shape != b.state.shape:
-        raise MemoryFileError(
-            f"{b_name}: holds layers {theirs.get('layers', '')} of shape {b.state.shape}; "
-            f"{a_name} holds layers {mine.get('layers', '')} of shape {a.state.shape}"
-        )
-    return {
-        "a": a_name,
-        "b": b_name,
-        "identical": a.state.tobytes() == b.state.tobytes(),
-        "total": _apart(a.state, b.state),
-        "layers": [{"layer": layer, **_apart(x, y)} for layer, x, y in zip(a.layers, a.state, b.state)],
-    }
-
-
-def _apart(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> dict[str, float]:
-    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    norm_a, norm_b, difference = (float(np.linalg.norm(x)) for x in (a, b, a - b))
-    larger = max(norm_a, norm_b)
-    cosine = float(a @ b) / (norm_a * norm_b) if norm_a and norm_b else float(norm_a == norm_b)
-    return {
-        "norm_a": norm_a,
-        "norm_b": norm_b,
-        "difference": difference,
-        "relative": difference / larger if larger else 0.0,
-        "cosine": min(1.0, max(-1.0, cosine)),  # it may be rounded beyond them
-    }
 
 
 def _print(console: Console, path: str, snapshot: MemorySnapshot) -> None:
@@ -161,7 +97,7 @@ def _print(console: Console, path: str, snapshot: MemorySnapshot) -> None:
     table = Table()
     for name in ("layer", *(["head"] if n_head > 1 else []), "|S|", *["σ₁", "σ₂", "σ₃"][:leading], "rank"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in described(snapshot)["layers"]:
+    for row in describe_memory(snapshot)["layers"]:
         for head, (norm, values, effective) in enumerate(
             zip(row["norms"], row["singular_values"], row["effective_ranks"])
         ):

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from typing import Any
 
-from ..errors import InputError
-from ..formats.checkpoint import HEADS
 from ..train.model import DTYPES
-from ..train.reference import DeltaMemConfig
-from ..train.trainer import SCHEDULES, Report, Trainer
+from ..train.options import SCHEDULES, STRATEGIES, Options
+from ..train.report import Report
+from ..train.trainer import Trainer
 from .parser import count, finite, integers, positive, positive_number, share
-
-# The paper's write strategies: granularity and state heads.
-STRATEGIES = {"tsw": ("token", 1), "ssw": ("message_mean", 1), "msw": ("token", 4)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,39 +58,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     training = parser.add_argument_group("training")
     training.add_argument(
-        "--dtype", choices=DTYPES, default="auto",
+        "--dtype", choices=DTYPES, default=Options.dtype,
         help="of the frozen model; auto: bfloat16 of a GGUF where the processor multiplies it (%(default)s)",
     )  # fmt: skip
     training.add_argument(
-        "--form", choices=("auto", "packed", "padded"), default="auto",
+        "--form", choices=("auto", "packed", "padded"), default=Options.form,
         help="of a step: conversations end to end, or side by side by the model's own modules (%(default)s)",
     )  # fmt: skip
     training.add_argument(
-        "--short-first", type=share, default=0.4, metavar="X",
+        "--short-first", type=share, default=Options.short_first, metavar="X",
         help="share of the steps in which longer and longer conversations come in (%(default)s; 0: all from the start)",
     )  # fmt: skip
-    training.add_argument("--steps", type=positive, default=1000, metavar="N", help="steps of training (%(default)s)")
     training.add_argument(
-        "--batch", type=positive, default=16, metavar="N", help="conversations per step (%(default)s)"
+        "--steps", type=positive, default=Options.steps, metavar="N", help="steps of training (%(default)s)"
     )
     training.add_argument(
-        "--rate", type=positive_number, default=2e-3, metavar="X", help="highest learning rate (%(default)s)"
+        "--batch", type=positive, default=Options.batch, metavar="N", help="conversations per step (%(default)s)"
     )
-    training.add_argument("--warm-up", type=positive, default=50, metavar="N", help="steps (%(default)s)")
     training.add_argument(
-        "--schedule", choices=tuple(SCHEDULES), default="cosine", help="of the rate after that (%(default)s)"
+        "--rate", type=positive_number, default=Options.rate, metavar="X", help="highest learning rate (%(default)s)"
+    )
+    training.add_argument("--warm-up", type=positive, default=Options.warm_up, metavar="N", help="steps (%(default)s)")
+    training.add_argument(
+        "--schedule", choices=tuple(SCHEDULES), default=Options.schedule, help="of the rate after that (%(default)s)"
     )
     training.add_argument(
         "--gate-weight", type=positive_number, metavar="X",
         help="weight of (mean write gate - --gate-mean)² in the loss; the publication: 0.01 (without it: none)",
     )  # fmt: skip
-    training.add_argument("--gate-mean", type=finite, default=0.05, metavar="X", help="(%(default)s)")
+    training.add_argument("--gate-mean", type=finite, default=Options.gate_mean, metavar="X", help="(%(default)s)")
     training.add_argument(
-        "--visible", type=share, default=0.0, metavar="P",
+        "--visible", type=share, default=Options.visible, metavar="P",
         help="share of the conversations whose text stays before the questions (%(default)s)",
     )  # fmt: skip
     training.add_argument(
-        "--wording", type=positive_number, default=1.0, metavar="X",
+        "--wording", type=positive_number, default=Options.wording, metavar="X",
         help="weight of an answer's tokens that were not told, or that its question shows; others: 1 (%(default)s)",
     )  # fmt: skip
     training.add_argument(
@@ -101,25 +100,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="learn what the frozen model says with the text before it, instead of or beside the answers of the file",
     )  # fmt: skip
     training.add_argument(
-        "--teacher-share", type=positive_number, default=1.0, metavar="X",
+        "--teacher-share", type=positive_number, default=Options.teacher_share, metavar="X",
         help="of the loss that is the teacher's; 1: all of it (%(default)s)",
     )  # fmt: skip
     training.add_argument(
-        "--dropout", type=share, default=0.0, metavar="P",
+        "--dropout", type=share, default=Options.dropout, metavar="P",
         help="share of the features of its input that the memory does without, other ones each time (%(default)s)",
     )  # fmt: skip
     training.add_argument(
-        "--clip", type=positive_number, default=1.0, metavar="X", help="largest norm of a gradient (%(default)s)"
+        "--clip",
+        type=positive_number,
+        default=Options.clip,
+        metavar="X",
+        help="largest norm of a gradient (%(default)s)",
     )
     training.add_argument(
-        "--max-tokens", type=positive, default=1024, metavar="N", help="last ones of the earlier turns (%(default)s)"
+        "--max-tokens",
+        type=positive,
+        default=Options.max_tokens,
+        metavar="N",
+        help="last ones of the earlier turns (%(default)s)",
     )
     training.add_argument(
-        "--tail", type=count, default=0, metavar="N", help="messages before the question left visible"
+        "--tail", type=count, default=Options.tail, metavar="N", help="messages before the question left visible"
     )
-    training.add_argument("--seed", type=count, default=1, help="seed of weights and batches (%(default)s)")
+    training.add_argument("--seed", type=count, default=Options.seed, help="seed of weights and batches (%(default)s)")
     training.add_argument(
-        "--save-every", type=positive, default=100, metavar="N", help="steps between checkpoints (%(default)s)"
+        "--save-every",
+        type=positive,
+        default=Options.save_every,
+        metavar="N",
+        help="steps between checkpoints (%(default)s)",
     )
     training.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch's name of it (%(default)s)"
@@ -129,14 +140,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps between answers of the native runtime to held-out questions, logged in log.jsonl (never)",
     )  # fmt: skip
     training.add_argument(
-        "--eval-questions", type=positive, default=100, metavar="N", help="questions of those (%(default)s)"
+        "--eval-questions",
+        type=positive,
+        default=Options.eval_questions,
+        metavar="N",
+        help="questions of those (%(default)s)",
     )
     training.add_argument("--base", metavar="FILE", help="the model as GGUF, for --eval-every (MODEL, if that is one)")
     training.add_argument(
         "--init", metavar="DIR", help="begin with the weights of this checkpoint, perhaps of another --strategy"
     )
     training.add_argument(
-        "--init-gain", type=positive_number, default=1.0, metavar="X", help="times what that writes (%(default)s)"
+        "--init-gain",
+        type=positive_number,
+        default=Options.init_gain,
+        metavar="X",
+        help="times what that writes (%(default)s)",
     )
 
 
@@ -144,39 +163,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(stderr=True)
-    report = Trainer(args, config_of(args), console).train()
+    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
+    report = Trainer(options, console).train()
     print_report(report, Console())
     return 0
-
-
-def config_of(args: argparse.Namespace) -> DeltaMemConfig:
-    """What the options ask for. Raises InputError."""
-    granularity, heads = STRATEGIES[args.strategy or "tsw"]
-    corrections = tuple((args.corrections or "qo").lower())
-    if args.teacher_share > 1:
-        raise InputError(f"--teacher-share {args.teacher_share}: is a share of the loss, at most 1")
-    if not set(corrections) <= set(HEADS):
-        raise InputError(f"--corrections {args.corrections}: must be letters of q, k, v, o")
-    if args.init:
-        given = [
-            n
-            for n in ("rank", "heads", "corrections", "layers", "alpha", "update", "heads_gain", "start")
-            if vars(args)[n]
-        ]
-        if given:
-            option = given[0].replace("_", "-")
-            raise InputError(f"--{option}: with --init it is that of the checkpoint: leave it out")
-    return DeltaMemConfig(
-        rank=args.rank or 8,
-        alpha=args.alpha or 16.0,
-        num_state_heads=args.heads or heads,
-        memory_write_granularity=granularity,
-        target_layers=tuple(args.layers or ()),
-        delta_heads=corrections,
-        beta_bias_init=-1.5 if args.write_bias is None else args.write_bias,
-        state_update_mode=args.update or "standard",
-        output_init=args.start or "zero",
-    )
 
 
 def print_report(report: Report, console: Any) -> None:
@@ -189,12 +179,13 @@ def print_report(report: Report, console: Any) -> None:
     table.add_row(
         "time", f"{report.seconds / 60:.1f} minutes, {report.tokens / max(report.seconds, 1e-9):,.0f} tokens/s"
     )
-    if report.held_out:
+    held_out = report.held_out
+    if held_out.n:
         table.add_row(
-            f"{report.held_out} held out: loss",
-            f"{report.loss:.4f} with the memory, {report.loss_without:.4f} with an empty one",
+            f"{held_out.n} held out: loss",
+            f"{held_out.loss:.4f} with the memory, {held_out.loss_without:.4f} with an empty one",
         )
-        table.add_row("answers right", f"{report.right:.1%} with, {report.right_without:.1%} without")
+        table.add_row("answers right", f"{held_out.right:.1%} with, {held_out.right_without:.1%} without")
     else:
         table.add_row("held out", "none of fewer than 10 conversations")
     console.print(table)

@@ -4,7 +4,9 @@ Of each conversation the earlier turns are read with writes on; their text is th
 with only the state and a visible tail, and the next-token loss of the answer trains the memory's weights. Gradients go
 through the state, over all the tokens that wrote it. The result is a published checkpoint for `deltamem convert`.
 
-    trainer.py        the run                     conversations.py   lines of a file as tokens
+    trainer.py        the run                     options.py         what it can be asked for
+    objective.py      its loss                    report.py          what it came to
+    conversations.py  lines of a file as tokens   tokenizer.py       those of a GGUF
     reference.py      the memory in PyTorch       model.py           the frozen model, of a directory or a GGUF
     packed.py         a step, conversations end to end (kernels.py: what it does between products)
     padded.py         a step by hooks on the model, the reference of packed.py
@@ -23,14 +25,20 @@ except ImportError:
 
 from .conversations import Conversations, Example
 from .heads import start_from_heads
+from .objective import told_weights
+from .options import STRATEGIES, Options
 from .packed import PackedBatch, PackedModel
 from .padded import Batch, answer_logits, answer_loss
-from .trainer import Report, Trainer, told_weights
+from .report import HeldOut, Report
+from .trainer import Trainer
 
 __all__ = [
+    "STRATEGIES",
     "Batch",
     "Conversations",
     "Example",
+    "HeldOut",
+    "Options",
     "PackedBatch",
     "PackedModel",
     "Report",

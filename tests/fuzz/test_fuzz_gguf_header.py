@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import inputs  # noqa: F401 - how many
 from damage import damaged
 from pydeltamem import DeltaMemError, ModelError
-from pydeltamem.cli.inspect import describe
 from pydeltamem.formats.base_model import Base
+from pydeltamem.formats.description import describe
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.formats.kinds import ADAPTER, MODEL, SHARD
 from pydeltamem.formats.packed import pack, unpack

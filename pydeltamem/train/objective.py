@@ -1,0 +1,122 @@
+"""The loss of one step: what the memory's answers are to be, of the file or of a teacher, in either form of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import InputError
+from .conversations import Example
+from .options import Options
+from .packed import PackedBatch, PackedModel
+from .padded import Batch, answer_logits
+from .reference import DeltaMem
+
+TEACHER_ANSWER = 48  # tokens that a teacher writes at most
+
+
+class Objective:
+    """The loss of a memory on a frozen model.
+
+    packed: the fast form of a step, if model and memory have one; else None, and the padded form runs.
+
+    Raises InputError if an option needs the packed form and there is none.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, memory: DeltaMem, options: Options):
+        self.model, self.tokenizer, self.memory, self.options = model, tokenizer, memory, options
+        self.packed = self._packed()
+
+    def _packed(self) -> PackedModel | None:
+        options = self.options
+        reason = PackedModel.refusal(self.model, self.memory)
+        if reason is None and options.dropout:
+            reason = "--dropout is for the padded form"
+        if reason is None and options.form != "padded":
+            return PackedModel(self.model, self.memory)
+        for option, given in (
+            ("--form packed", options.form == "packed"), ("--visible", options.visible), ("--teacher", options.teacher),
+            ("--gate-weight", options.gate_weight),
+        ):  # fmt: skip
+            if given:
+                raise InputError(f"{option}: needs the packed form of a step: {reason or '--form is padded'}")
+        return None
+
+    def loss(self, examples: Sequence[Example]) -> Tensor:
+        """The mean over the answers' tokens, with what the options add to it."""
+        options = self.options
+        if not options.teacher:
+            logits, targets = self.student(examples)
+            each = F.cross_entropy(logits, targets, reduction="none")
+            weights = torch.tensor(told_weights(examples, options.wording), device=each.device)
+            loss = (each * weights).sum() / weights.sum()
+        else:
+            examples = self.answered(examples)
+            logits, targets = self.student(examples)
+            taught = self.teacher(examples).log_softmax(-1)
+            loss = F.kl_div(logits.log_softmax(-1), taught, reduction="batchmean", log_target=True)
+            if options.teacher_share < 1:
+                loss = options.teacher_share * loss + (1 - options.teacher_share) * F.cross_entropy(logits, targets)
+        if options.gate_weight and self.packed:
+            means = torch.stack(self.packed.gate_means)
+            loss = loss + options.gate_weight * (means - options.gate_mean).pow(2).mean()
+        return loss
+
+    def student(self, examples: Sequence[Example], empty: bool = False) -> tuple[Tensor, Tensor]:
+        """Logits [K, vocab], float32, of the answers' tokens, and those [K]. empty: no earlier turn was written."""
+        if self.packed:
+            packed = PackedBatch.of(examples, self.options.device)
+            for begin, end, parent in zip(packed.runs.begin, packed.runs.end, packed.runs.parent):
+                if empty and parent < 0:  # earlier turns
+                    packed.writes[begin:end] = False
+            return self.packed.logits(packed).float(), packed.targets
+        batch = Batch.of(examples, self.options.device)
+        if empty:
+            batch = Batch(**{**vars(batch), "segments": torch.full_like(batch.segments, -1)})
+        return answer_logits(self.model, self.memory, batch)[batch.answer_mask].float(), batch.answer[batch.answer_mask]
+
+    @torch.no_grad()
+    def teacher(self, examples: Sequence[Example]) -> Tensor:
+        """Logits [K, vocab] of the frozen model with the text before it. Raises InputError in the padded form."""
+        if self.packed is None:
+            raise InputError("--teacher: needs the packed form of a step")
+        batch = PackedBatch.of(examples, self.options.device, memory=False)
+        return self.packed.logits(batch, memory=False).float()
+
+    @torch.no_grad()
+    def answered(self, examples: Sequence[Example]) -> list[Example]:
+        """The same, with the teacher's greedy answers where the file has none."""
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends, self.tokenizer.eos_token_id])
+        answered = []
+        for example in examples:
+            asks = list(example.asks)
+            for i, (question, segments, answer) in enumerate(asks):
+                if answer:
+                    continue
+                given: list[int] = []
+                while len(given) < TEACHER_ANSWER and not (given and given[-1] in ends):
+                    # one more token than there is, whose logits nobody asks for
+                    alone = replace(example, asks=[(question, segments, [*given, 0])], continued=[example.continued[i]])
+                    given.append(int(self.teacher([alone])[-1].argmax()))
+                asks[i] = (question, segments, given)
+            answered.append(replace(example, asks=asks))
+        return answered
+
+
+def told_weights(examples: Sequence[Example], wording: float) -> list[float]:
+    """Weights of the answers' tokens in the loss, example by example: 1 for what only the memory can know, tokens that
+    were told and that the question does not show; `wording` for the others.
+    """
+    weights = []
+    for example in examples:
+        told = set(example.earlier)
+        for question, _, answer in example.asks:
+            known = told.difference(question)
+            weights += [1.0 if token in known else wording for token in answer]
+    return weights

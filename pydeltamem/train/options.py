@@ -1,0 +1,97 @@
+"""What `deltamem train` can be asked for, and the memory that this makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..errors import InputError
+from ..formats.checkpoint import HEADS
+from .reference import DeltaMemConfig
+
+# The paper's write strategies: granularity and state heads.
+STRATEGIES = {"tsw": ("token", 1), "ssw": ("message_mean", 1), "msw": ("token", 4)}
+
+# Share of the rate by the share of the steps that are done.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)) + 0.02,
+    "linear": lambda done: 1.02 - done,
+    "constant": lambda done: 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run. Each is the option of that name (`deltamem train --help`); None: not given."""
+
+    model: str  # a GGUF, its name, or a Hugging Face directory
+    data: str  # JSON lines
+    out: str  # directory of the checkpoint
+
+    # the memory; of --init all but strategy and write_bias are the checkpoint's
+    strategy: str | None = None
+    rank: int | None = None
+    heads: int | None = None
+    corrections: str | None = None
+    layers: Sequence[int] | None = None
+    alpha: float | None = None
+    write_bias: float | None = None
+    update: str | None = None
+    heads_gain: float | None = None
+    start: str | None = None
+    init: str | None = None
+    init_gain: float = 1.0
+
+    # the training
+    dtype: str = "auto"
+    form: str = "auto"
+    short_first: float = 0.4
+    steps: int = 1000
+    batch: int = 16
+    rate: float = 2e-3
+    warm_up: int = 50
+    schedule: str = "cosine"
+    gate_weight: float | None = None
+    gate_mean: float = 0.05
+    visible: float = 0.0
+    wording: float = 1.0
+    teacher: str | None = None
+    teacher_share: float = 1.0
+    dropout: float = 0.0
+    clip: float = 1.0
+    max_tokens: int = 1024
+    tail: int = 0
+    seed: int = 1
+    device: str = "cpu"
+
+    # what is written, and measured meanwhile
+    save_every: int = 100
+    eval_every: int | None = None
+    eval_questions: int = 100
+    base: str | None = None  # the model as GGUF, for eval_every
+
+    def memory(self) -> DeltaMemConfig:
+        """The memory that is asked for. Raises InputError, which names the option."""
+        granularity, heads = STRATEGIES[self.strategy or "tsw"]
+        corrections = tuple((self.corrections or "qo").lower())
+        if self.teacher_share > 1:
+            raise InputError(f"--teacher-share {self.teacher_share}: is a share of the loss, at most 1")
+        if not set(corrections) <= set(HEADS):
+            raise InputError(f"--corrections {self.corrections}: must be letters of q, k, v, o")
+        if self.init:
+            of_checkpoint = ("rank", "heads", "corrections", "layers", "alpha", "update", "heads_gain", "start")
+            if given := [name for name in of_checkpoint if getattr(self, name)]:
+                option = given[0].replace("_", "-")
+                raise InputError(f"--{option}: with --init it is that of the checkpoint: leave it out")
+        return DeltaMemConfig(
+            rank=self.rank or 8,
+            alpha=self.alpha or 16.0,
+            num_state_heads=self.heads or heads,
+            memory_write_granularity=granularity,
+            target_layers=tuple(self.layers or ()),
+            delta_heads=corrections,
+            beta_bias_init=-1.5 if self.write_bias is None else self.write_bias,
+            state_update_mode=self.update or "standard",
+            output_init=self.start or "zero",
+        )

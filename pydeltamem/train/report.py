@@ -1,0 +1,72 @@
+"""What a training run came to: the loss and the right answers on what was held out, and a picture of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from ..formats import kinds
+from ..formats.outputs import writing
+from .conversations import Example
+from .objective import Objective
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What conversations that trained nothing come to."""
+
+    n: int
+    loss: float  # of their answers' tokens, the mean of the answers
+    loss_without: float  # the same with an empty memory
+    right: float  # share of the answers whose every token is the most likely one
+    right_without: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a training run came to."""
+
+    out: str
+    parameters: int
+    steps: int
+    tokens: int
+    seconds: float
+    held_out: HeldOut
+    curve: list[tuple[int, float]] = field(default_factory=list)  # steps and the loss
+
+
+@torch.no_grad()
+def measure(objective: Objective, examples: Sequence[Example]) -> HeldOut:
+    """Measures a memory on conversations, a batch at a time."""
+    objective.memory.eval()
+    size = objective.options.batch
+    sums, count = [0.0] * 4, 0
+    for begin in range(0, len(examples), size):
+        rows: Sequence[Example] = examples[begin : begin + size]
+        if objective.options.teacher:
+            rows = objective.answered(rows)
+        lengths = [len(answer) for row in rows for _, _, answer in row.asks]
+        count += len(lengths)
+        for i in range(2):
+            logits, targets = objective.student(rows, empty=bool(i))
+            sums[i] += len(lengths) * F.cross_entropy(logits, targets).item()
+            hits = (logits.argmax(-1) == targets).split(lengths)
+            sums[2 + i] += sum(bool(hit.all()) for hit in hits)
+    return HeldOut(len(examples), *(x / max(count, 1) for x in sums))
+
+
+def plot(curve: Sequence[tuple[int, float]], path: Path) -> None:
+    """Writes the curve of the loss as PNG. Raises ImportError without matplotlib, OutputError."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss of the answers")
+    if curve:
+        axes.plot(*zip(*curve))
+    axes.grid(alpha=0.3)
+    with writing(path, kinds.PNG) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
