@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import pydeltamem
 from pydeltamem.cli.main import SUBCOMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,13 @@ def test_the_page_of_the_c_api_has_the_whole_header(hooks):
     functions = re.findall(r"^LLAMA_API[^(]*?(\w+)\(", HEADER.read_text(encoding="utf-8"), re.MULTILINE)
     assert functions and re.findall(r"^LLAMA_API[^(]*?(\w+)\(", page, re.MULTILINE) == functions
     assert re.findall(r"^## (.*)$", page, re.MULTILINE)[:2] == ["Adapters", "Contexts"]
+
+
+def test_the_page_of_python_has_every_public_name():
+    page = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^::: pydeltamem\.(\w+)$", page, re.MULTILINE))
+    names = {name for name in pydeltamem.__all__ if not hasattr(pydeltamem.errors, name)} - {"__version__"}
+    assert shown == names | {"errors"}
 
 
 def test_the_list_of_doors_is_the_one_that_is_checked():
