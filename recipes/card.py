@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from pydeltamem.evals.recall import wilson
+from pydeltamem.evals.statistics import wilson
 
 
 def main() -> None:

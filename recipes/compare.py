@@ -19,14 +19,15 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pydeltamem.evals.recall import MAX_ANSWER, NativeReader, make_cases
+from pydeltamem.evals.reader import MAX_ANSWER, NativeReader
+from pydeltamem.evals.recall import make_cases
 from pydeltamem.evals.world import Turn
 from pydeltamem.models import default_files
 from pydeltamem.train.reference import DeltaMem
 
 
 class TorchReader:
-    """The reader of evaluate.py in PyTorch."""
+    """The reader of evals/reader.py in PyTorch."""
 
     def __init__(self, model: Path, checkpoint: Path):
         self.tokenizer = AutoTokenizer.from_pretrained(model)

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from pydeltamem import DeltaMemLlama
 from pydeltamem.conversation import chat_prompt
-from pydeltamem.evals.recall import wilson
+from pydeltamem.evals.statistics import wilson
 from pydeltamem.formats.kinds import json_of
 from pydeltamem.formats.outputs import output
 from pydeltamem.runtime.history import n_common

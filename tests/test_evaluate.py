@@ -14,17 +14,9 @@ from rich.console import Console
 from pydeltamem.cli.main import main
 from pydeltamem.errors import InputError
 from pydeltamem.evals import recall
-from pydeltamem.evals.recall import (
-    Case,
-    Row,
-    answer_all,
-    found_turns,
-    last_turns,
-    make_cases,
-    ratios_of,
-    table_of,
-    wilson,
-)
+from pydeltamem.evals.methods import answer_all, found_turns, last_turns
+from pydeltamem.evals.recall import Case, make_cases
+from pydeltamem.evals.statistics import Row, ratios_of, table_of, wilson
 from pydeltamem.evals.world import Fact
 from pydeltamem.models import default_files
 from test_cli import deltamem

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InputError
-from ..evals.recall import MAX_ANSWER, NativeReader
+from ..evals.reader import MAX_ANSWER, NativeReader
 from ..evals.world import World, is_recalled
 from ..models import MEMORIES, default_files
 from . import prompt

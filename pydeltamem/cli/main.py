@@ -32,7 +32,7 @@ SUBCOMMANDS = {
     "demo": ("pydeltamem.cli.demo", "tell the small model of the package some facts and ask for them later"),
     "memory": ("pydeltamem.cli.memory", "show, compare, copy and export memories"),
     "train": ("pydeltamem.cli.train", "train a memory on a frozen model"),
-    "eval": ("pydeltamem.evals.recall", "measure what a memory recalls once the text is gone"),
+    "eval": ("pydeltamem.cli.eval", "measure what a memory recalls once the text is gone"),
     "rpc-server": ("pydeltamem.cli.rpc_server", "serve this machine's memory and processors to others (--rpc there)"),
     "bench": ("pydeltamem.cli.bench", "time a model with and without its memory"),
 }
