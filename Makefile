@@ -75,17 +75,18 @@ $(DEMO)/memory.gguf: $(INSTALLED) $(wildcard $(TINY)/base.gguf $(TINY)/adapter/*
 	@mkdir -p $(@D)
 	$(BIN)/deltamem convert $(TINY)/adapter --base $(TINY)/base.gguf -o $@
 
-test: test-native ## every test: native, then Python (PYTEST_ARGS)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: test-native ## every test: native, then Python (PYTEST_ARGS; STRICT=1 fails where a test skips that need not)
+	$(BIN)/python -m pytest $(if $(STRICT),--strict-skips) $(PYTEST_ARGS)
 
 test-native: $(DEMO)/memory.gguf ## the kernel, the operator and the C API
-	cmake -S . -B $(BUILD) $(NATIVE_TESTS)
+	$(if $(STRICT),tests/native/install-cross-tools.sh && tests/native/install-clang.sh)
+	cmake -S . -B $(BUILD) $(NATIVE_TESTS) -DDELTAMEM_REQUIRE_TOOLS=$(if $(STRICT),ON,OFF)
 	cmake --build $(BUILD)
 	ctest --test-dir $(BUILD) --output-on-failure --parallel 2
 
 test-neon: ## the NEON kernel under qemu-user (installs Debian's cross compiler and emulator if they are missing)
 	tests/native/install-cross-tools.sh
-	cmake -S tests/native -B build/neon -DDELTAMEM_REQUIRE_NEON=ON
+	cmake -S tests/native -B build/neon -DDELTAMEM_REQUIRE_TOOLS=ON
 	cmake --build build/neon --target test-kernel-neon
 	ctest --test-dir build/neon --output-on-failure -R kernel-neon
 

@@ -9,6 +9,7 @@ import pytest
 
 import pydeltamem  # noqa: F401 - before any test imports llama_cpp: it names the library folder
 from golden_data import lay_out
+from skip_limits import pytest_addoption, pytest_configure  # noqa: F401 - hooks of pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -3,22 +3,27 @@
 # emulator, and SIMDe. Does nothing where they are there already.
 set -e
 
-if [ "$(uname -m)" = aarch64 ] || { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64-static; } > /dev/null; then
+packages=
+if [ "$(uname -m)" != aarch64 ]; then
+    command -v aarch64-linux-gnu-g++ > /dev/null || packages="$packages g++-aarch64-linux-gnu"
+    command -v qemu-aarch64-static > /dev/null || packages="$packages qemu-user-static"
+fi
+echo '#include <simde/x86/avx512.h>' | "${CXX:-c++}" -E -x c++ - > /dev/null 2>&1 || packages="$packages libsimde-dev"
+
+if [ -z "$packages" ]; then
     exit 0
 fi
 
-packages="g++-aarch64-linux-gnu qemu-user-static libsimde-dev"
-
 if ! command -v apt-get > /dev/null; then
-    echo "The NEON test needs aarch64-linux-gnu-g++ and qemu-aarch64-static, and this system has no apt-get: install them" \
-         "with its own package manager (Debian calls the packages $packages)." >&2
+    echo "The NEON and AVX-512 tests need packages that Debian calls$packages, and this system has no apt-get: install" \
+         "them with its own package manager." >&2
     exit 1
 fi
 
 sudo=
 if [ "$(id -u)" != 0 ]; then
     if ! command -v sudo > /dev/null; then
-        echo "Installing $packages needs root: run 'apt-get install $packages' as root, then this again." >&2
+        echo "Installing$packages needs root: run 'apt-get install$packages' as root, then this again." >&2
         exit 1
     fi
     sudo=sudo
