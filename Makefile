@@ -43,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-memory architectures schedules fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format docs wheel check-wheel clean help
+.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-memory architectures schedules fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format docs wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -61,7 +61,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.llama-cpp-pyth
 	@touch $@.begun # what is edited from here on is newer than the stamp
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.11"
 	@echo "Building llama.cpp and the package: the first time takes some minutes, later what changed is compiled."
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[convert,train,eval,test,dev,docs]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,dev]'
 	@mv $@.begun $@
 
 $(TOOLS): constraints.txt | $(BIN)/python
@@ -77,6 +77,11 @@ $(DEMO)/memory.gguf: $(INSTALLED) $(wildcard $(TINY)/base.gguf $(TINY)/adapter/*
 
 test: test-native ## every test: native, then Python (PYTEST_ARGS; STRICT=1 fails where a test skips that need not)
 	$(BIN)/python -m pytest $(if $(STRICT),--strict-skips) $(PYTEST_ARGS)
+
+coverage: $(INSTALLED) ## lines of the package that the Python tests run, and those that they do not (PYTEST_ARGS)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(PYTEST_ARGS); status=$$?; \
+		$(BIN)/coverage combine -q && $(BIN)/coverage report && exit $$status
 
 test-native: $(DEMO)/memory.gguf ## the kernel, the operator and the C API
 	$(if $(STRICT),tests/native/install-cross-tools.sh && tests/native/install-clang.sh)

@@ -74,10 +74,9 @@ def llm(make_llm):
 @pytest.fixture
 def directories(tmp_path, monkeypatch):
     """MODEL_DIR and CHECKPOINT_DIR of a tiny Qwen3, as transformers and the published code write them."""
-    torch = pytest.importorskip("torch", reason="the model is PyTorch's")
-    reason = "llama.cpp's converter needs transformers (extra: convert)"
-    transformers = pytest.importorskip("transformers", reason=reason)
-    pytest.importorskip("sentencepiece", reason="the model's tokenizer is SentencePiece's (extra: convert)")
+    import torch
+    import transformers
+
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     import backbone
 

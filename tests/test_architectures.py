@@ -16,21 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch", reason="the reference needs PyTorch")
-transformers = pytest.importorskip("transformers", reason="the reference is tested on transformers' models")
-
-import pydeltamem  # noqa: E402
-from conftest import ROOT  # noqa: E402
-from pydeltamem.cli import convert  # noqa: E402
-from pydeltamem.convert import hf  # noqa: E402
-from pydeltamem.errors import ModelError  # noqa: E402
-from pydeltamem.formats.gguf_header import Header  # noqa: E402
-from pydeltamem.runtime import library  # noqa: E402
-from pydeltamem.runtime.architectures import RESULTS  # noqa: E402
-from pydeltamem.train.reference import DeltaMem, DeltaMemConfig  # noqa: E402
-from session import open_session  # noqa: E402
-from test_reference import ARCHITECTURES, randomise, tiny, tokens  # noqa: E402
+import pydeltamem
+from conftest import ROOT
+from pydeltamem.cli import convert
+from pydeltamem.convert import hf
+from pydeltamem.errors import ModelError
+from pydeltamem.formats.gguf_header import Header
+from pydeltamem.runtime import library
+from pydeltamem.runtime.architectures import RESULTS
+from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
+from session import open_session
+from test_reference import ARCHITECTURES, randomise, tiny, tokens
 
 # of float32 against float32, through two layers and a softmax
 BOUND = 1e-8

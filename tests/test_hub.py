@@ -161,7 +161,6 @@ def test_no_such_name(tiny, name):
 @pytest.fixture
 def standing(tmp_path, monkeypatch):
     """A stand-in hub and where it keeps: `repository(name, {file: source})` puts files there, or the folders' files."""
-    pytest.importorskip("huggingface_hub", reason="names of the hub need huggingface_hub (extra: hub)")
     stand_in = StandInHub(tmp_path / "hub")
 
     def repository(name: str, files: dict[str, Path]):

@@ -181,7 +181,7 @@ def test_progress_is_not_on_the_output(base, adapter, tmp_path):
 FULL = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-from pydeltamem.cli import main
+from pydeltamem.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -9,14 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch", reason="the reference needs PyTorch")
-transformers = pytest.importorskip("transformers", reason="the reference is tested on transformers' models")
-
-from golden_data import CASES  # noqa: E402
-from pydeltamem.errors import CheckpointError, InputError, ModelError  # noqa: E402
-from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint  # noqa: E402
-from pydeltamem.train.reference import (  # noqa: E402
+from golden_data import CASES
+from pydeltamem.errors import CheckpointError, InputError, ModelError
+from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from pydeltamem.train.reference import (
     DeltaMem,
     DeltaMemConfig,
     chunked_recurrence,

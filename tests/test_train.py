@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+import transformers
+from rich.console import Console
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", reason="training needs transformers (extra: train)")
-
-from rich.console import Console  # noqa: E402
-
-from pydeltamem import train  # noqa: E402
-from pydeltamem.cli import train as command  # noqa: E402
-from pydeltamem.cli.main import main  # noqa: E402
-from pydeltamem.errors import InputError, ModelError, OutputError, TrainingError  # noqa: E402
-from pydeltamem.formats.checkpoint import Checkpoint  # noqa: E402
-from pydeltamem.train.reference import DeltaMem, DeltaMemConfig  # noqa: E402
+from pydeltamem import train
+from pydeltamem.cli import train as command
+from pydeltamem.cli.main import main
+from pydeltamem.errors import InputError, ModelError, OutputError, TrainingError
+from pydeltamem.formats.checkpoint import Checkpoint
+from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 
 WORDS = ["<|user|>", "<|assistant|>", "<|end|>", "red", "green", "blue", "my", "door", "is", "what", "colour", "yours"]
 WORDS += ["hello", "there", "it"]

@@ -8,16 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers", reason="training needs transformers (extra: train)")
-
-from rich.console import Console  # noqa: E402
-
-from pydeltamem import DeltaMemLlama, train  # noqa: E402
-from pydeltamem.errors import InputError, ModelError  # noqa: E402
-from pydeltamem.formats.checkpoint import Checkpoint  # noqa: E402
-from pydeltamem.train.model import load_frozen  # noqa: E402
+from pydeltamem import DeltaMemLlama, train
+from pydeltamem.errors import InputError, ModelError
+from pydeltamem.formats.checkpoint import Checkpoint
+from pydeltamem.train.model import load_frozen
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny" / "base.gguf"  # float32, but its <|im_end|> is no control token

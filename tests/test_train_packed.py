@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", reason="training needs transformers (extra: train)")
-
-from pydeltamem.train import Batch, Example, PackedBatch, PackedModel, answer_logits, kernels  # noqa: E402
-from pydeltamem.train.reference import DeltaMem, DeltaMemConfig  # noqa: E402
-from pydeltamem.train.reference import recurrence as token_by_token  # noqa: E402
+from pydeltamem.train import Batch, Example, PackedBatch, PackedModel, answer_logits, kernels
+from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
+from pydeltamem.train.reference import recurrence as token_by_token
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "tie_word_embeddings": True}

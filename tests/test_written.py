@@ -106,8 +106,6 @@ def hf(golden_dir, tmp_path):
     """A model one of whose weights is beyond F16."""
     import safetensors.numpy
 
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     folder = tmp_path / "hf"
     shutil.copytree(golden_dir / "qwen3" / "hf", folder)
     folder.chmod(0o755)
@@ -165,7 +163,8 @@ def test_quantize_writes_no_infinity(base, odd, tmp_path):
 
 def test_an_adapter_has_no_infinity(golden_dir, base, tmp_path):
     """BF16 rounds the largest float32 to infinity."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     from pydeltamem.convert.adapter import write_adapter
     from pydeltamem.errors import CheckpointError
     from pydeltamem.formats.base_model import Base

@@ -60,7 +60,6 @@ def test_row_order_is_that_of_the_base(golden_dir, arch):
 
 def test_the_orders_are_those_of_the_converter():
     """As each of its classes treats rows: those that read a Hugging Face model of a listed architecture."""
-    pytest.importorskip("torch", reason="llama.cpp's converter needs PyTorch")
     script = Path(__file__).parents[2] / "tools" / "converter_rows.py"
     command = [sys.executable, str(script), str(converter().parent)]
     found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)

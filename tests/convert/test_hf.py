@@ -6,10 +6,6 @@ import json
 import shutil
 
 import pytest
-
-pytest.importorskip("torch", reason="llama.cpp's converter needs PyTorch")
-pytest.importorskip("transformers", reason="llama.cpp's converter needs transformers (extra: convert)")
-
 import safetensors.numpy
 
 from pydeltamem.cli.main import main

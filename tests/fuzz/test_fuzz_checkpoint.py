@@ -9,20 +9,18 @@ import zipfile
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import inputs  # noqa: F401 - how many
 from damage import damaged
+from pydeltamem.convert.adapter import write_adapter
+from pydeltamem.errors import CheckpointError, ModelError
+from pydeltamem.formats.base_model import Base
+from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from pydeltamem.formats.gguf_header import Header
 from small import BASE, MEMORY
-
-torch = pytest.importorskip("torch")
-
-from pydeltamem.convert.adapter import write_adapter  # noqa: E402
-from pydeltamem.errors import CheckpointError, ModelError  # noqa: E402
-from pydeltamem.formats.base_model import Base  # noqa: E402
-from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint  # noqa: E402
-from pydeltamem.formats.gguf_header import Header  # noqa: E402
 
 FIELDS = {"rank": 2, "alpha": 4.0, "delta_heads": ["q", "o"], "target_layers": [0], "memory_reader_layers": []}
 SHAPES = {f"memory_{name}_proj": (2, 32) for name in "qkv"} | {
