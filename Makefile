@@ -65,7 +65,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.llama-cpp-pyth
 	@mv $@.begun $@
 
 $(TOOLS): constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt ruff clang-format import-linter
+	$(BIN)/python -m pip install -q -c constraints.txt ruff clang-format import-linter mypy
 	@touch $@
 
 demo: $(INSTALLED) ## tell the small model of the package some facts, throw the text away, and ask (DEMO_ARGS)
@@ -212,16 +212,18 @@ upstream-check: $(DEMO)/memory.gguf ## build and test against the three newest l
 patch-count: ## lines and files of llama.cpp that our patches change, and their limits
 	@$(PYTHON) cmake/patch_count.py
 
-lint: $(TOOLS) patch-count ## formatting and lint rules
+lint: $(TOOLS) $(INSTALLED) patch-count ## formatting, lint rules, doors between the rooms, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	@# over the package as it is installed, with convert in it; -S: not where an editable install would find it
 	@rm -rf build/imports && mkdir -p build/imports/pydeltamem
 	@cp -r pydeltamem/[!l]* pydeltamem/llama.py build/imports/pydeltamem && cp -r convert build/imports/pydeltamem/convert
+	@cp _pydeltamem_startup.py build/imports
 	cd build/imports && PYTHONPATH=$$($(CURDIR)/$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 		$(CURDIR)/$(BIN)/python -S -c 'from importlinter.cli import lint_imports_command as run; run()' \
 		--config $(CURDIR)/pyproject.toml
+	cd build/imports && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p pydeltamem
 
 format: $(TOOLS) ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .

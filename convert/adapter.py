@@ -36,7 +36,7 @@ _LIMITS = {
 
 def layers_of(checkpoint: Checkpoint, base: Base) -> list[int]:
     """The base's layers that carry memory, ascending: those that the configuration names, or all with attention."""
-    layers = checkpoint.config.target_layers
+    layers = list(checkpoint.config.target_layers)
     for layer in layers:
         if layer >= base.n_layer:
             raise CheckpointError(
@@ -45,7 +45,7 @@ def layers_of(checkpoint: Checkpoint, base: Base) -> list[int]:
     layers = layers or [i for i, layer in enumerate(base.layers) if layer.has_attention]
     if not layers:
         raise ModelError(f"{base.path}: has no layer with attention projections, a memory needs one")
-    return list(layers)
+    return layers
 
 
 def packed_tensors(checkpoint: Checkpoint, base: Base) -> Iterator[tuple[str, np.ndarray]]:

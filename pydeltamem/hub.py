@@ -289,11 +289,11 @@ def _listing(hub: Any, repo: str, where: dict[str, Any]) -> list[str]:
 def _huggingface_hub(name: str) -> Any:
     try:
         import huggingface_hub.errors
-        import huggingface_hub.utils
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError:
         raise FetchError(f"{name}: getting it needs huggingface_hub: pip install 'pydeltamem[hub]'") from None
     if not _is_terminal():
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     return huggingface_hub
 
 

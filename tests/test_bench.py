@@ -222,16 +222,16 @@ def test_a_run_is_what_it_says(session):
     """Positions after each run, for both sides; decode leaves the depth as it found it and builds no graph."""
     for side in (session(True), session(False)):
         assert side.prefill(100)[0] > 0
-        assert side._length() == 100
+        assert side.n_tokens == 100
         nanoseconds, built = side.decode(70, 5)
         assert nanoseconds > 0 and built == 0
-        assert side._length() == 75
+        assert side.n_tokens == 75
         side.decode(70, 2)
-        assert side._length() == 72
+        assert side.n_tokens == 72
         side.decode(0, 3)
-        assert side._length() == 3
+        assert side.n_tokens == 3
         side.decode(50, 1)  # longer than what is there: the text is read again
-        assert side._length() == 51
+        assert side.n_tokens == 51
 
 
 def test_what_is_computed_as_one_follows_each_other(options, adapter):

@@ -19,7 +19,7 @@ from ..runtime import library
 from .machine import cpu_name
 from .nodes import Nodes
 from .nodes import measure as measure_nodes
-from .pairs import OFF, ON, OTHER, PLAIN, measure
+from .pairs import OFF, ON, OTHER, PLAIN, Side, measure
 from .runs import Model, Options, Session
 from .worker import Worker
 
@@ -99,7 +99,7 @@ def run(
             memory["adapter_file_bytes"] = os.path.getsize(adapter) if adapter != options.model else None
         report["memory"] = memory
 
-        sides = {**sessions, **workers}
+        sides: dict[str, Side] = {**sessions, **workers}
         total = len(plan.tests) * (plan.n_pairs + 1) * len(sides)
         done = 0
         for kind, arguments in plan.tests:

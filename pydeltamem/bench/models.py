@@ -103,6 +103,8 @@ def _vocabulary(architecture: str) -> Path:
         member = f"{archive.name[: -len('.tar.gz')]}/vendor/llama.cpp/models/{name}"
         with contextlib.suppress(tarfile.TarError, KeyError, EOFError), tarfile.open(archive) as tar:
             source = tar.extractfile(member)
+            if source is None:  # no file
+                continue
             temporary = kept.with_name(f".{name}.{os.getpid()}.tmp")
             try:
                 with open(temporary, "wb") as file:

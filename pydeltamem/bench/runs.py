@@ -74,7 +74,16 @@ class Session:
     """
 
     def __init__(self, model: Model, adapter: str | None = None, observer: Any = None) -> None:
-        llama, options = model.llama, model.options
+        self.llama, self.model, self.adapter, self.observer = model.llama, model, adapter, observer
+        self._tokens: Any = (ctypes.c_int32 * model.options.n_ctx)()
+        choice = random.Random(0)
+        for i in range(model.options.n_ctx):
+            self._tokens[i] = choice.randrange(model.n_vocab)
+        self._batches: dict[int, list[Any]] = {}
+        self._open()
+
+    def _open(self) -> None:
+        llama, options = self.llama, self.model.options
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = options.n_ctx, options.n_batch, options.n_ubatch
         params.n_threads = params.n_threads_batch = options.n_threads
@@ -84,24 +93,17 @@ class Session:
         params.type_k = getattr(llama, f"GGML_TYPE_{options.type_k.upper()}")
         params.type_v = getattr(llama, f"GGML_TYPE_{options.type_v.upper()}")
         params.n_seq_max, params.no_perf = 1, True
-        if observer is not None:
-            params.cb_eval = observer
-
-        self.llama, self.model, self.adapter, self.observer = llama, model, adapter, observer
+        if self.observer is not None:
+            params.cb_eval = self.observer
         self._lib: Any = None
-        self.ctx = llama.llama_init_from_model(model.pointer, params)
+        self.ctx = llama.llama_init_from_model(self.model.pointer, params)
         if not self.ctx:
             raise ModelError(f"{options.model}: no context of {options.n_ctx} tokens can be made")
         self._memory = llama.llama_get_memory(self.ctx)
-        self._batches: dict[int, list[Any]] = {}
-        self._tokens: Any = (ctypes.c_int32 * options.n_ctx)()
-        choice = random.Random(0)
-        for i in range(options.n_ctx):
-            self._tokens[i] = choice.randrange(model.n_vocab)
         self.n_bytes = {"weights": 0, "states": 0}
-        if adapter is not None:
+        if self.adapter is not None:
             try:
-                self._attach(adapter)
+                self._attach(self.adapter)
             except AdapterError:
                 self.close()
                 raise
@@ -142,7 +144,7 @@ class Session:
         The text is read when it is not there yet. One token goes before the others untimed: it wakes the threads and
         has llama.cpp make the graph that the others reuse.
         """
-        if self._length() < depth:
+        if self.n_tokens < depth:
             self.prefill(depth)
         token = self._prompt(1)
         self._cut(depth)
@@ -179,7 +181,9 @@ class Session:
             ]
         return self._batches[n_tokens]
 
-    def _length(self) -> int:
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the KV cache."""
         return self.llama.llama_memory_seq_pos_max(self._memory, 0) + 1
 
     def _cut(self, length: int) -> None:
@@ -189,7 +193,7 @@ class Session:
     def renew(self) -> None:
         """Another context like this one, whose buffers lie elsewhere in memory."""
         self.close()
-        self.__init__(self.model, self.adapter, self.observer)
+        self._open()
 
     def close(self) -> None:
         if self.ctx:

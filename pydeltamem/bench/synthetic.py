@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import gguf
 import numpy as np
@@ -128,7 +129,7 @@ def write_adapter_checkpoint(
         settings = read_config(directory / CONFIG)
 
         def normal(*dims: int, std: float) -> np.ndarray:
-            return rng.standard_normal(dims, dtype=np.float32) * np.float32(std)
+            return np.multiply(rng.standard_normal(dims, dtype=np.float32), np.float32(std))
 
         n_read, n_gate, width = settings.n_read, settings.n_gate, model.n_embd**-0.5
         tensors = {}
@@ -216,8 +217,9 @@ def _write_header(
         writer.add_layer_norm_rms_eps(1e-6)
         for key, value in vocab.keys.items():
             if key.startswith("tokenizer."):
-                kind = vocab.types[key]
-                writer.add_key_value(key, value, *((GGUFValueType.ARRAY, kind) if isinstance(value, list) else (kind,)))
+                of_key = vocab.types[key]
+                types = (GGUFValueType.ARRAY, of_key) if isinstance(value, list) else (of_key,)
+                writer.add_key_value(key, value, *types)
         if shape.architecture == "smollm3":
             writer.add_vocab_size(len(vocab.keys["tokenizer.ggml.tokens"]))
         for name, dims, kind in tensors:
@@ -229,7 +231,7 @@ def _write_header(
         writer.close()
 
 
-def _pad(file) -> None:
+def _pad(file: BinaryIO) -> None:
     file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
 
 

@@ -34,6 +34,9 @@ class Worker:
 
     def __init__(self, folder: str | os.PathLike[str], options: Options, adapter: str | None = None) -> None:
         self.folder, self._options, self._adapter = os.fspath(folder), options, adapter
+        self._start()
+
+    def _start(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pydeltamem.bench.worker"],
             env={**os.environ, "LLAMA_CPP_LIB_PATH": self.folder},
@@ -45,32 +48,35 @@ class Worker:
             from ..runtime import library  # not in the worker
 
             ours = self.folder == library.library_folder()
-            self.description = self._call(options=asdict(options), adapter=adapter, ours=ours)["result"]
+            self.description = self._call(options=asdict(self._options), adapter=self._adapter, ours=ours)["result"]
         except BaseException:
             self.close()
             raise
 
     def prefill(self, n_tokens: int) -> tuple[int, int]:
-        return tuple(self._call(run="prefill", arguments=[n_tokens])["result"])
+        nanoseconds, built = self._call(run="prefill", arguments=[n_tokens])["result"]
+        return nanoseconds, built
 
     def decode(self, depth: int, n_tokens: int) -> tuple[int, int]:
-        return tuple(self._call(run="decode", arguments=[depth, n_tokens])["result"])
+        nanoseconds, built = self._call(run="decode", arguments=[depth, n_tokens])["result"]
+        return nanoseconds, built
 
     def renew(self) -> None:
         """Another process like this one: the weights lie elsewhere in memory too."""
         self.close()
-        self.__init__(self.folder, self._options, self._adapter)
+        self._start()
 
     def resident(self) -> dict[str, int]:
         """As resident(), of the worker."""
         return self._call(run="resident", arguments=[])["result"]
 
     def _call(self, **request: Any) -> dict[str, Any]:
-        line = ""
+        line, to, of = "", self._process.stdin, self._process.stdout
+        assert to and of  # both are pipes
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            to.write(json.dumps(request) + "\n")
+            to.flush()
+            line = of.readline()
         if not line:
             raise LibraryError(f"the worker over the library in {self.folder} ended with status {self._process.wait()}")
         reply = json.loads(line)
@@ -82,7 +88,8 @@ class Worker:
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
-                pipe.close()
+                if pipe:
+                    pipe.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -112,7 +119,11 @@ def _serve(requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
         reply({"result": session.model.describe()})
         for line in requests:
             request = json.loads(line)
-            runs = {"prefill": session.prefill, "decode": session.decode, "resident": resident}
+            runs: dict[str, Callable[..., Any]] = {
+                "prefill": session.prefill,
+                "decode": session.decode,
+                "resident": resident,
+            }
             reply({"result": runs[request["run"]](*request["arguments"])})
     except DeltaMemError as error:
         text = str(error)

@@ -26,9 +26,10 @@ def run(args: argparse.Namespace) -> int:
 
     from ..runtime.architectures import describe
 
-    plain = {"highlight": False, "markup": False}
-    err = Console(stderr=True, width=None if sys.stderr.isatty() else 160, **plain)
-    out = err if args.json == "-" else Console(width=None if sys.stdout.isatty() else 160, **plain)
+    err = Console(stderr=True, width=None if sys.stderr.isatty() else 160, highlight=False, markup=False)
+    out = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    if args.json == "-":
+        out = err
     with output(args.json, REPORT) as write:
         description = describe(args.names)
         _print(out, description)

@@ -311,7 +311,8 @@ def _amount(n: int) -> str:
 
 def _sample(setup: dict[str, Any]) -> str:
     """What a ratio is the median of."""
-    n_pairs, n_renew = setup["pairs"], setup["renew"]
+    n_pairs: int = setup["pairs"]
+    n_renew: int = setup["renew"]
     if n_renew == 0:
         return f"median over {n_pairs} pairs, which all share contexts"
     return f"median over {n_pairs} pairs" + (f", by the medians of each {n_renew} that share contexts" * (n_renew > 1))

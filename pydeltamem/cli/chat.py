@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from ..errors import DeltaMemError, InputError
@@ -111,7 +111,7 @@ class Chat:
         if said.strip():
             self._print(self.conversation.stream(_readable(said)))
 
-    def _print(self, pieces: Iterator[str]) -> None:
+    def _print(self, pieces: Generator[str]) -> None:
         """Streams a reply to standard output. Ctrl-C ends it; what was said so far counts."""
         from ..runtime.stream import interruptible
 

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
-        return args.prompt
+        return str(args.prompt)
     if args.file is not None:
         return read_text(args.file)
     if sys.stdin.isatty():

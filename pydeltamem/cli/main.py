@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import DeltaMemError
 from ..runtime.names import as_on_the_command_line, nearest
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in SUBCOMMANDS:
         parser.error(f"there is no command {argv[0]}{nearest(argv[0], SUBCOMMANDS)} (deltamem help lists them)")
     try:
-        module = None
+        module: Any = None  # whose command it is: argparse wants one
         for name, (module_name, summary) in SUBCOMMANDS.items():
             command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
             if argv[:1] == [name]:
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         args = parser.parse_args(argv)
         with as_on_the_command_line():
-            status = module.run(args)
+            status: int = module.run(args)
         sys.stdout.flush()
         return status
     except DeltaMemError as error:

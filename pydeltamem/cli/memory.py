@@ -101,8 +101,8 @@ def _print(console: Console, path: str, snapshot: MemorySnapshot) -> None:
         for head, (norm, values, effective) in enumerate(
             zip(row["norms"], row["singular_values"], row["effective_ranks"])
         ):
-            name = [str(row["layer"]), *([str(head)] if n_head > 1 else [])]
-            table.add_row(*name, *(f"{value:.3g}" for value in (norm, *values[:leading])), f"{effective:.1f}")
+            place = [str(row["layer"]), *([str(head)] if n_head > 1 else [])]
+            table.add_row(*place, *(f"{value:.3g}" for value in (norm, *values[:leading])), f"{effective:.1f}")
     console.print("Each state's norm, leading singular values and effective rank.")
     console.print(table)
 

@@ -18,7 +18,9 @@ class Parser(argparse.ArgumentParser):
     hands that up to the outermost parser.
     """
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override] # overloaded there
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         if args is not None and self._subparsers is None:
             for arg in args:  # before argparse misses the option that was meant
                 name = arg.partition("=")[0]

@@ -47,11 +47,11 @@ def replacing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
             temporary.unlink()
         raise
     if os.name == "posix":  # the rename itself must reach the disk too
-        folder = os.open(target.parent, os.O_RDONLY)
+        descriptor = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
 def target_of(path: str | os.PathLike[str]) -> Path:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pydeltamem.errors import ModelError, named
-from pydeltamem.formats.gguf_header import Header
+from ..errors import ModelError, named
+from .gguf_header import Header
 
 # llama.cpp runs RoPE on neighbouring rows for some architectures, where Hugging Face pairs the halves of a head. Its
 # converter then permutes the rows of the q and k projections. What is listed is what its classes do with numbered rows
@@ -65,7 +66,7 @@ class Layer:
 class Base:
     """A base model's GGUF, or the first one of its shards. Reads its header, no weights. Raises ModelError."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         if not os.path.exists(self.path):
             raise ModelError(f"{named(self.path)}: no such base model")
@@ -105,9 +106,10 @@ class Base:
                 f"{self.path}: the {len(rows)} rows of {head} in layer {layer} are not {n_head} heads' rows"
             )
         # as LlamaModel.permute of llama.cpp's converter
-        return rows.reshape(n_head, 2, rows.shape[0] // n_head // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+        pairs = rows.reshape(n_head, 2, rows.shape[0] // n_head // 2, rows.shape[1])
+        return np.reshape(pairs.swapaxes(1, 2), rows.shape)
 
-    def _value(self, key: str, default=None):
+    def _value(self, key: str, default: Any = None) -> Any:
         value = self._keys.get(key, default)
         if value is None:
             raise ModelError(f"{self.path}: has no key {key}, it is no language model")
@@ -124,7 +126,7 @@ class Base:
             )
         return self._integer(key, value[layer] if isinstance(value, list) else value)
 
-    def _integer(self, key: str, value) -> int:
+    def _integer(self, key: str, value: Any) -> int:
         if not isinstance(value, int) or value < 0:
             raise ModelError(f"{self.path}: {key} is {value!r}, it must be a whole number")
         return value

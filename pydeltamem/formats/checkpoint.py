@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pydeltamem.errors import CheckpointError, named, shown
+from ..errors import CheckpointError, named, shown
 
 CONFIG = "delta_mem_config.json"
 WEIGHTS = ("delta_mem_adapter.pt", "delta_mem_adapter.safetensors")
@@ -138,7 +138,7 @@ class Checkpoint:
     Raises CheckpointError, with a sentence that names the file and what is wrong with it.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
         if not os.path.isdir(self.directory):
             is_there = os.path.exists(self.directory)
@@ -294,7 +294,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     import safetensors
 
     try:
-        tensors = safetensors.deserialize(path.read_bytes())
+        tensors = safetensors.deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: is damaged or no safetensors file ({shown(error)})") from error
     return {name: _to_float32(path, name, **tensor) for name, tensor in tensors}

@@ -63,13 +63,18 @@ class Tensor:
     @property
     def n_bytes(self) -> int:
         """Bytes of its values; 0 for a type that the gguf package does not know."""
-        block, block_bytes = gguf.GGML_QUANT_SIZES.get(self.type, (1, 0))
+        block, block_bytes = _block(self.type)
         return self.n_elements // block * block_bytes
 
     @property
     def block_bytes(self) -> int:
         """Bytes of the values that are stored together; 0 for a type that the gguf package does not know."""
-        return gguf.GGML_QUANT_SIZES.get(self.type, (1, 0))[1]
+        return _block(self.type)[1]
+
+
+def _block(kind: GGMLQuantizationType | int) -> tuple[int, int]:
+    """Values that a type stores together, and their bytes; (1, 0) for a type that the gguf package does not know."""
+    return gguf.GGML_QUANT_SIZES[kind] if isinstance(kind, GGMLQuantizationType) else (1, 0)
 
 
 class Header:
@@ -141,10 +146,10 @@ class Header:
         """A tensor's values, dequantised: float32, rows first."""
         tensor = self.tensors[name]
         data = np.fromfile(tensor.path, np.uint8, tensor.n_bytes, offset=tensor.offset)
-        try:
-            return gguf.quants.dequantize(data, tensor.type).reshape(tensor.shape)
-        except (NotImplementedError, AttributeError):  # the latter for a type that gguf does not know
-            raise ModelError(f"{self.path}: tensor {name} is {tensor.type_name}, which cannot be read here") from None
+        with contextlib.suppress(NotImplementedError):
+            if isinstance(tensor.type, GGMLQuantizationType):
+                return gguf.quants.dequantize(data, tensor.type).reshape(tensor.shape)
+        raise ModelError(f"{self.path}: tensor {name} is {tensor.type_name}, which cannot be read here")
 
 
 class _Damaged(Exception):
@@ -208,10 +213,10 @@ class _Parser:
     def scalar(self, kind: GGUFValueType) -> Any:
         return self.scalars(kind, 1)[0]
 
-    def scalars(self, kind: GGUFValueType, n: int) -> list:
+    def scalars(self, kind: GGUFValueType, n: int) -> list[Any]:
         dtype = np.dtype(_SCALARS[kind])
         at = self.take(n * dtype.itemsize)
-        return np.frombuffer(self.data[at : self.at], dtype).tolist()
+        return list(np.frombuffer(self.data[at : self.at], dtype).tolist())
 
     def string(self) -> str:
         (length,) = struct.unpack_from("<Q", self.data, self.take(8))
@@ -240,9 +245,10 @@ class _Parser:
         if not 1 <= n_dims <= MAX_DIMS:
             raise _Damaged(f"tensor {shown(name)} has {n_dims} dimensions")
         shape = tuple(self.scalars(GGUFValueType.UINT64, n_dims)[::-1])
-        kind, offset = self.scalar(GGUFValueType.UINT32), self.scalar(GGUFValueType.UINT64)
+        kind: GGMLQuantizationType | int = self.scalar(GGUFValueType.UINT32)
+        offset = self.scalar(GGUFValueType.UINT64)
         with contextlib.suppress(ValueError):
             kind = GGMLQuantizationType(kind)
-        if shape[-1] % gguf.GGML_QUANT_SIZES.get(kind, (1, 0))[0]:
+        if isinstance(kind, GGMLQuantizationType) and shape[-1] % _block(kind)[0]:
             raise _Damaged(f"tensor {shown(name)} has rows of {shape[-1]}, no multiple of the blocks of {kind.name}")
         return name, shape, kind, offset

@@ -102,7 +102,8 @@ class MemorySnapshot:
     @property
     def norms(self) -> npt.NDArray[np.float32]:
         """Frobenius norms of the states, [L, H]."""
-        return np.sqrt((self.state.astype(np.float64) ** 2).sum(axis=(2, 3))).astype(np.float32)
+        norms: npt.NDArray[np.float64] = np.linalg.norm(self.state.astype(np.float64), axis=(2, 3))
+        return norms.astype(np.float32)
 
     @property
     def singular_values(self) -> npt.NDArray[np.float32]:
@@ -238,7 +239,7 @@ class MemoryFileLock:
             target = target_of(path)
         self._lock = target.with_name(f".{target.name}.lock")
         self._file: int | None = None
-        self._freed: weakref.finalize | None = None
+        self._freed: weakref.finalize[[int, Path], MemoryFileLock] | None = None
 
     @classmethod
     def is_held_here(cls, path: str | os.PathLike[str]) -> bool:
@@ -325,9 +326,10 @@ class MemoryFileLock:
     def _forget_all(cls) -> None:
         """In a forked child: the locks are the parent's, and must end with it."""
         for lock in list(cls._held_here.values()):
-            lock._freed.detach()
-            os.close(lock._file)
-            lock._file = lock._freed = None
+            if lock._freed is not None and lock._file is not None:
+                lock._freed.detach()
+                os.close(lock._file)
+                lock._file = lock._freed = None
         cls._held_here.clear()
 
     def __enter__(self) -> MemoryFileLock:

@@ -62,10 +62,10 @@ def compare_memories(a_name: str, a: MemorySnapshot, b_name: str, b: MemorySnaps
 
 
 def _apart(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> dict[str, float]:
-    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    norm_a, norm_b, difference = (float(np.linalg.norm(x)) for x in (a, b, a - b))
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    norm_a, norm_b, difference = (float(np.linalg.norm(values)) for values in (x, y, x - y))
     larger = max(norm_a, norm_b)
-    cosine = float(a @ b) / (norm_a * norm_b) if norm_a and norm_b else float(norm_a == norm_b)
+    cosine = float(x @ y) / (norm_a * norm_b) if norm_a and norm_b else float(norm_a == norm_b)
     return {
         "norm_a": norm_a,
         "norm_b": norm_b,

@@ -169,7 +169,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Any, ...]:
-        return _Rotate._turn(d_y, *ctx.saved_tensors, -1.0), None, None
+        cosine, sine = ctx.saved_tensors
+        return _Rotate._turn(d_y, cosine, sine, -1.0), None, None
 
     @staticmethod
     def _turn(x: Tensor, cosine: Tensor, sine: Tensor, sign: float) -> Tensor:
@@ -204,6 +205,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], scale: float) -> Tensor:
         out, log_sums = torch.empty_like(q), []
         n_group, flash = q.shape[1] // k.shape[1], _flash()
+        assert flash is not None  # `attention` asks before
         for begin, end, visible in spans:
             of_q = q[begin:end].transpose(0, 1)[None]
             of_k, of_v = (
@@ -301,7 +303,7 @@ def _call(name: str, *arguments: Any) -> None:
     """Calls a kernel: tensors by their addresses, which must be contiguous, whole numbers as int64 but for the last two
     of an element-wise kernel, which are int and, in every calling convention that we build for, may come wider.
     """
-    given = []
+    given: list[Any] = []
     for x in arguments:
         if isinstance(x, Tensor):
             if not x.is_contiguous():

@@ -51,7 +51,7 @@ def load_frozen(path: str | os.PathLike[str], dtype: str = "auto", device: str =
                 tokenizer = AutoTokenizer.from_pretrained(folder)
             # dequantised in float32; asked for less it warns, and rounds no other way
             loaded = torch.float32 if is_file else wanted
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded, **options)
     except DeltaMemError:
         raise
     except ImportError as error:  # accelerate, gguf

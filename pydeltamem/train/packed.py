@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .kernels import Runs, Span, attention, recurrence, rms_norm, rotate, swiglu
-from .reference import DeltaMem
+from .reference import DeltaMem, LayerMemory
 
 if TYPE_CHECKING:
     from .conversations import Example
@@ -118,7 +118,7 @@ class PackedModel:
         config = model.config.get_text_config()
         self.layers = list(model.model.layers)
         self.size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.of_layer = {layer: memory.memories[i] for i, layer in enumerate(memory.layers)}
+        self.of_layer: dict[int, LayerMemory] = {layer: memory.memories[i] for i, layer in enumerate(memory.layers)}
         self.gate_means: list[Tensor] = []  # of the latest pass: the mean write gate of each layer
 
     @staticmethod
@@ -156,15 +156,13 @@ class PackedModel:
     ) -> Tensor:
         parameters = self.of_layer.get(i) if memory else None
         projected = {head: _linear(getattr(block, f"{head}_proj"), h) for head in "qkv"}
-        corrected: Any = ()
         if parameters is not None:
-            corrected = parameters.config.delta_heads
             inputs = F.linear(h, parameters.packed_weight().to(h.dtype)).float()
             values = [x[0] for x in parameters.activate(inputs[None], batch.writes[None])]
             n_write = batch.writes.sum().clamp_min(1) * values[5][0].numel()
             self.gate_means.append(values[5].sum() / n_write)
             read = recurrence(batch.runs, values).flatten(1).to(h.dtype)
-            for head in set(corrected) & set("qkv"):
+            for head in set(parameters.config.delta_heads) & set("qkv"):
                 projected[head] = projected[head] + parameters.delta(head, read)
         q, k, v = (projected[head].unflatten(-1, (-1, self.size)) for head in "qkv")
         if hasattr(block, "q_norm"):
@@ -172,7 +170,7 @@ class PackedModel:
         if getattr(block, "use_rope", True):
             q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
         out = _linear(block.o_proj, attention(q, k, v, batch.spans, block.scaling).flatten(1))
-        if "o" in corrected:
+        if parameters is not None and "o" in parameters.config.delta_heads:
             out = out + parameters.delta("o", read)
         return out
 

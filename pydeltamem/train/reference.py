@@ -19,11 +19,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 try:
     import torch
     from torch import Tensor, nn
     from torch.nn import functional as F
+    from torch.utils.hooks import RemovableHandle
 except ImportError:
     raise ImportError("pydeltamem.train.reference needs PyTorch: pip install 'pydeltamem[train]'") from None
 
@@ -77,7 +79,7 @@ class _FusedRecurrence(torch.autograd.Function):
     # In here time comes first and batch and heads are one: columns [T, B·H, r, 1], states [T + 1, B·H, r, r].
 
     @staticmethod
-    def forward(ctx, state, *values):
+    def forward(ctx: Any, state: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
         n_batch, n_head = state.shape[:2]
         q, k, v, keep, erase, write = (x.transpose(0, 1).flatten(1, 2).contiguous()[..., None] for x in values)
         states = state.new_empty(len(q) + 1, *state.flatten(0, 1).shape)
@@ -94,7 +96,7 @@ class _FusedRecurrence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_reads, d_state):
+    def backward(ctx: Any, d_reads: Tensor, d_state: Tensor) -> tuple[Tensor, ...]:
         states, change, q, k, v, keep, erase, write = ctx.saved_tensors
         n_batch, n_head = d_state.shape[:2]
         d_reads = d_reads.transpose(0, 1).flatten(1, 2).contiguous()[..., None]
@@ -219,8 +221,8 @@ class DeltaMemConfig(Config):
 class Attention:
     """The projections of one layer's attention, and the rows that each of q, k, v, o has in them."""
 
-    inputs: tuple[nn.Module, ...]  # q, k and v, or one that computes them one after the other
-    output: nn.Module
+    inputs: tuple[nn.Linear, ...]  # q, k and v, or one that computes them one after the other
+    output: nn.Linear
     rows: dict[str, int]
 
     def weight(self, head: str) -> Tensor:
@@ -242,7 +244,7 @@ _NAMES = (
 )
 
 
-def find_attention(model: nn.Module) -> dict[int, Attention]:
+def find_attention(model: Any) -> dict[int, Attention]:
     """The attention of each of a decoder's layers. Layers of hybrid models that have none are left out.
 
     Raises ModelError if there is a layer of attention whose projections are not known.
@@ -267,10 +269,10 @@ def find_attention(model: nn.Module) -> dict[int, Attention]:
     return found
 
 
-def _attention(layer: nn.Module, config) -> Attention | None:
+def _attention(layer: nn.Module, config: Any) -> Attention | None:
     for attention_name, input_names, output_name in _NAMES:
         attention = getattr(layer, attention_name, None)
-        modules = [getattr(attention, name, None) for name in (*input_names, output_name)]
+        modules: list[Any] = [getattr(attention, name, None) for name in (*input_names, output_name)]
         if all(isinstance(module, nn.Module) for module in modules):
             *inputs, output = modules
             sizes = [module.out_features for module in inputs]
@@ -285,12 +287,26 @@ def _attention(layer: nn.Module, config) -> Attention | None:
 class LayerMemory(nn.Module):
     """One layer's parameters, under their published names and in float32, and what is computed with them."""
 
+    memory_q_proj: nn.Parameter  # [H·r, n_embd], and so are those of k and v
+    memory_k_proj: nn.Parameter
+    memory_v_proj: nn.Parameter
+    beta_proj: nn.Parameter  # [gates, n_embd]
+    beta_bias: nn.Parameter  # [gates]
+    lambda_proj: nn.Parameter  # where λ is not coupled
+    lambda_bias: nn.Parameter
+    delta_q_proj: nn.Parameter  # [rows of the projection, H·r]
+    delta_k_proj: nn.Parameter
+    delta_v_proj: nn.Parameter
+    delta_o_proj: nn.Parameter
+    delta_scale_raw: nn.Parameter  # where it is trained
+    delta_o_rmsnorm_weight: nn.Parameter  # where there is a norm
+
     dropout = 0.0  # share of the input's features that a sequence does without, while training
 
     def __init__(self, config: DeltaMemConfig, attention: Attention):
         super().__init__()
         self.config = config
-        like = {"dtype": torch.float32, "device": attention.inputs[0].weight.device}
+        like: dict[str, Any] = {"dtype": torch.float32, "device": attention.inputs[0].weight.device}
 
         def add(name: str, values: Tensor, active: bool = True) -> None:  # what has no effect is saved, but not trained
             setattr(self, name, nn.Parameter(values, requires_grad=active))
@@ -326,7 +342,7 @@ class LayerMemory(nn.Module):
 
     def packed_weight(self) -> Tensor:
         """What projects h to q, k, v and gates, [3·H·r + gates, n_embd]."""
-        weights = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
+        weights: list[Tensor] = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
         return torch.cat(weights + ([self.lambda_proj] if self.config.separate_lambda else []))
 
     def project(self, h: Tensor) -> Tensor:
@@ -410,11 +426,12 @@ class DeltaMem(nn.Module):
         if missing or not self.layers:
             which = f"layer {missing[0]}" if missing else "any layer"
             raise ModelError(f"{type(model).__name__}: has no attention in {which}: no memory can be put there")
-        self.memories = nn.ModuleList(LayerMemory(self.config, attentions[i]) for i in self.layers)
+        memories = nn.ModuleList(LayerMemory(self.config, attentions[i]) for i in self.layers)
+        self.memories = cast("Sequence[LayerMemory]", memories)
         self._states: list[Tensor | None] = [None] * len(self.layers)
-        self._reads: list[Tensor | None] = [None] * len(self.layers)
+        self._reads: dict[int, Tensor] = {}  # of the layers' latest call
         self._ingest: _Ingest | None = None
-        self._hooks = []
+        self._hooks: list[RemovableHandle] = []
         for i, layer in enumerate(self.layers):
             self._install(i, attentions[layer])
 
@@ -442,7 +459,7 @@ class DeltaMem(nn.Module):
             hook.remove()
 
     @contextlib.contextmanager
-    def segments(self, ids: Tensor | Sequence) -> Iterator[None]:
+    def segments(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Iterator[None]:
         """One ingest, of as many model calls as one likes: ids [T] or [B, T], the segment that each token writes into.
 
         Tokens with id -1 do not write. All tokens read the state as it was before the ingest; when the block is left,
@@ -462,13 +479,13 @@ class DeltaMem(nn.Module):
             if any(done != ids.shape[-1] for done in ingest.done):
                 raise InputError(f"segments: {ids.shape[-1]} ids, but the model read {max(ingest.done)} tokens")
             for i, memory in enumerate(self.memories):
-                if ingest.sums[i] is not None:
-                    self._run(i, memory.activate(*ingest.means(i)))
+                if (total := ingest.sums[i]) is not None:
+                    self._run(i, memory.activate(*_means(total)))
         finally:
             self._ingest = None
 
     @classmethod
-    def from_checkpoint(cls, model: nn.Module, directory: str | Path, **arguments) -> DeltaMem:
+    def from_checkpoint(cls, model: nn.Module, directory: str | Path, **arguments: Any) -> DeltaMem:
         """The memory of a published checkpoint directory, on that model. Raises CheckpointError or ModelError."""
         checkpoint = Checkpoint(directory)
         fields = json.loads((checkpoint.directory / CONFIG).read_text(encoding="utf-8"))
@@ -507,11 +524,11 @@ class DeltaMem(nn.Module):
                 yield layer, name, parameter
 
     def _install(self, i: int, attention: Attention) -> None:
-        def read(module: nn.Module, args: tuple) -> None:
+        def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._reads[i] = self._read(i, args[0])
 
-        def correct(heads: str) -> Callable:
-            def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        def correct(heads: str) -> Callable[..., Tensor]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 parts = list(output.split([attention.rows[head] for head in heads], -1))
                 for part, head in enumerate(heads):
                     if head in self.config.delta_heads:
@@ -537,7 +554,7 @@ class DeltaMem(nn.Module):
         by_segment = ingest is not None and self.config.memory_write_granularity != "token"
         if self.write and not by_segment:
             return self._run(i, values).flatten(2)
-        if self.write:
+        if self.write and ingest and ids is not None:
             ingest.add(i, projected, ids)
         return torch.einsum("bhij,bthj->bthi", self._state_of(i, values[0]), values[0]).flatten(2)
 
@@ -550,7 +567,9 @@ class DeltaMem(nn.Module):
     def _state_of(self, i: int, q: Tensor) -> Tensor:
         """Layer i's state for the batch of q [B, T, H, r]."""
         n_batch, _, n_head, rank = q.shape
-        state = q.new_zeros(1, n_head, rank, rank) if self._states[i] is None else self._states[i]
+        state = self._states[i]
+        if state is None:
+            state = q.new_zeros(1, n_head, rank, rank)
         if state.shape[0] not in (1, n_batch):
             raise InputError(f"the memory holds {state.shape[0]} sequences, the batch {n_batch}: reset() it first")
         return state.expand(n_batch, -1, -1, -1)
@@ -579,9 +598,11 @@ class _Ingest:
             belongs = (index[..., None] == torch.arange(self.n_segment, device=index.device)).to(projected.dtype)
             ones = projected.new_ones(*projected.shape[:-1], 1)  # their sum is the number of tokens
             added = belongs.mT @ torch.cat([projected, ones], -1)
-            self.sums[i] = added if self.sums[i] is None else self.sums[i] + added
+            total = self.sums[i]
+            self.sums[i] = added if total is None else total + added
 
-    def means(self, i: int) -> tuple[Tensor, Tensor]:
-        """The mean projection of each of layer i's segments [B, segments, ...], and which there are [B, segments]."""
-        total, count = self.sums[i].split([self.sums[i].shape[-1] - 1, 1], -1)
-        return total / count.clamp_min(1), count[..., 0] > 0
+
+def _means(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean projection of each of a layer's segments [B, segments, ...], and which there are [B, segments]."""
+    total, count = sums.split([sums.shape[-1] - 1, 1], -1)
+    return total / count.clamp_min(1), count[..., 0] > 0

@@ -30,11 +30,11 @@ class GgufTokenizer:
             raise ModelError(f"{self.name_or_path}: its vocabulary cannot be read: {error}") from error
         self.chat_template: str | None = self._vocabulary.metadata.get("tokenizer.chat_template")
         self.eos_token_id: int = self._vocabulary.token_eos()
-        texts = [self._text(token) for token in (self.eos_token_id, self._vocabulary.token_bos())]
+        eos, bos = self._text(self.eos_token_id), self._text(self._vocabulary.token_bos())
         self._formatters: dict[bool, Any] = {}
         for asked in (False, True) if self.chat_template else ():
             try:
-                self._formatters[asked] = Jinja2ChatFormatter(str(self.chat_template), *texts, asked)
+                self._formatters[asked] = Jinja2ChatFormatter(str(self.chat_template), eos, bos, asked)
             except TemplateError as error:
                 raise ModelError(f"{self.name_or_path}: its chat template cannot be read: {error}") from error
 

@@ -69,7 +69,8 @@ class Trainer:
         self.objective = Objective(self.model, self.tokenizer, self.memory, options)
         self.parameters = [p for p in self.memory.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0)
-        self.step, self.tokens, self.seconds, self.curve = 0, 0, 0.0, []
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.curve: list[tuple[int, float]] = []  # steps and the loss
         self.mean: float | None = None  # of the loss
         self._resume()
         self.recall: NativeRecall | None = None
@@ -96,10 +97,10 @@ class Trainer:
                     self.curve.append((self.step, self.mean))
                 progress.update(bar, advance=1, description=f"{name}, loss {self.mean:.3f}")
                 last = self.step == options.steps
-                measured = self.recall is not None and (last or self.step % options.eval_every == 0)
+                measured = options.eval_every is not None and (last or self.step % options.eval_every == 0)
                 if last or measured or self.step % options.save_every == 0:
                     self._save()
-                if measured:
+                if measured and self.recall:
                     self._measure(self.recall)
         self._plot()
         return self.report()
@@ -163,9 +164,11 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What makes this run another one than any other; a longer one is the same."""
-        names = ("batch", "rate", "clip", "dropout", "short_first", "max_tokens", "tail", "seed")
-        names += ("init", "init_gain", "heads_gain", "write_bias", "schedule", "warm_up", "gate_weight", "gate_mean")
-        names += ("visible", "wording", "teacher", "teacher_share")
+        names = [
+            "batch", "rate", "clip", "dropout", "short_first", "max_tokens", "tail", "seed", "init", "init_gain",
+            "heads_gain", "write_bias", "schedule", "warm_up", "gate_weight", "gate_mean", "visible", "wording",
+            "teacher", "teacher_share",
+        ]  # fmt: skip
         embedded = self.model.get_input_embeddings().weight.detach().cpu().contiguous()
         return {
             **{
@@ -214,7 +217,7 @@ class Trainer:
             granularity = config.memory_write_granularity
             self.memory.config = replace(of_checkpoint, memory_write_granularity=granularity)
         for parameters in self.memory.memories:
-            parameters.memory_v_proj *= options.init_gain
+            parameters.memory_v_proj.mul_(options.init_gain)
             if options.write_bias is not None:
                 parameters.beta_bias.fill_(options.write_bias)
 
