@@ -116,7 +116,7 @@ tsan: $(DEMO)/memory.gguf ## the operator and two threads' worth of calls under 
 		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
 	cmake --build build/tsan --target test-op test-wait test-threads test-lifecycle
 	TSAN_OPTIONS=halt_on_error=1 \
-		ctest --test-dir build/tsan --output-on-failure -R '^(op|wait|threads|lifecycle|lifecycle-segments)$$'
+		ctest --test-dir build/tsan --output-on-failure -R '^(op|wait|wait-pool|threads|lifecycle|lifecycle-segments)$$'
 
 memcheck: $(DEMO)/memory.gguf ## the same under valgrind
 	cmake -S . -B $(MEMCHECK) $(MEMCHECK_ARGS) $(NATIVE_TESTS)

@@ -6,6 +6,8 @@ What would end the process, or never end, runs in a process of its own, with a t
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -186,9 +188,35 @@ def nothing_swallows_the_output(base, adapter):
     at_once(read, read, read, *[lambda: [load(base, adapter).close() for _ in range(5)]] * 2)
 
 
+def forked(base, adapter):
+    """A process that was forked from one that had computed on several threads: it says what that one says."""
+    llm = load(base, adapter, n_threads=2, n_threads_batch=2)
+    mine = Conversation(llm, **GREEDY)
+    mine.say("hello")
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(TIMEOUT // 2)  # rather than wait for ever
+    said = "\n".join(mine.say(content) for content in SAID).encode()
+    if child == 0:
+        os.write(writer, said)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read() == said
+    assert os.waitpid(child, 0)[1] == 0
+
+
 @pytest.mark.parametrize(
     "run",
-    [side_by_side, crowded, closed_while_it_speaks, streams_that_are_dropped, nothing_swallows_the_output],
+    [
+        side_by_side,
+        crowded,
+        closed_while_it_speaks,
+        streams_that_are_dropped,
+        nothing_swallows_the_output,
+        pytest.param(forked, marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")),
+    ],
 )
 def test_in_threads(files, run):
     in_a_process(run.__name__, *files)
