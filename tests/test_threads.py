@@ -14,6 +14,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import LogitsProcessorList
@@ -207,6 +208,12 @@ def forked(base, adapter):
     assert os.waitpid(child, 0)[1] == 0
 
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+needs_own_threads = pytest.mark.skipif(
+    b"OPENMP = 1" in llama_cpp.llama_print_system_info(), reason="built with OpenMP, whose threads a fork loses"
+)
+
+
 @pytest.mark.parametrize(
     "run",
     [
@@ -215,7 +222,7 @@ def forked(base, adapter):
         closed_while_it_speaks,
         streams_that_are_dropped,
         nothing_swallows_the_output,
-        pytest.param(forked, marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")),
+        pytest.param(forked, marks=[needs_fork, needs_own_threads]),
     ],
 )
 def test_in_threads(files, run):
