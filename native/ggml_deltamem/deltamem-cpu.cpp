@@ -1,4 +1,4 @@
-// CPU forward of GGML_OP_DELTAMEM: spreads the work over the threads. Compiled into ggml-cpu, and so once per CPU variant
+// CPU forward of GGML_OP_DELTAMEM: divides the work among the threads. Compiled into ggml-cpu, so once per CPU variant,
 // with that variant's flags.
 
 #include "deltamem-cpu.h"
@@ -12,8 +12,8 @@
 #include <cstdlib>
 #include <cstring>
 
-// so many tokens pass the weights as they are stored; for more, a correction converts its weights first, and a projection is
-// ggml's product
+// Up to so many tokens, a correction takes weights as they are stored, and a projection is computed with its read. For
+// more, a correction converts its weights to float32 first, and a projection is left to ggml's product.
 static constexpr int64_t FEW_TOKENS = 4;
 
 static struct deltamem_head_args head_args(const struct ggml_tensor * dst, int64_t i_seq, int64_t head) {
@@ -46,7 +46,7 @@ static struct deltamem_head_args head_args(const struct ggml_tensor * dst, int64
     return args;
 }
 
-// (sequence, head) pairs over the threads
+// read = S q and the state update: each thread has (sequence, head) pairs
 static void forward_read(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_deltamem_params p = ggml_deltamem_get_params(dst);
 
@@ -57,19 +57,19 @@ static void forward_read(const struct ggml_compute_params * params, struct ggml_
     }
 }
 
-// A thread has a range of outputs, for all tokens; of many tokens it has a range, for all outputs. The outputs come in tiles:
-// a tile's weights, as float32, stay in the first-level cache while the tokens pass. For a few tokens that does not pay, and
-// the kernel takes weights of half precision as they are.
+// dst = out + weight read + added: a correction, and the addition that follows it unless `added` is NULL; then dst is
+// the correction itself. `reads` are those of correction->src[2], rows read_stride floats apart.
 //
-// `reads` are those of correction->src[2], rows read_stride floats apart. With `added`, of the shape of the correction,
-// dst = correction + added; dst is the correction otherwise.
+// A thread has a range of outputs for all tokens, or, if there are many, a range of tokens for all outputs. It takes
+// the outputs in tiles: a tile's weights, as float32, stay in the first-level cache for all tokens. For a few tokens
+// the conversion costs more than it saves, and the kernel takes weights of half precision as they are.
 static void forward_correct(const struct ggml_compute_params * params, const struct ggml_tensor * correction,
                             const float * reads, size_t read_stride, const struct ggml_tensor * added,
                             struct ggml_tensor * dst) {
     const struct ggml_tensor * out    = correction->src[0];
     const struct ggml_tensor * weight = correction->src[1];
 
-    constexpr int64_t UNIT = 64;  // outputs that are not divided: whole cache lines, whole blocks of vectors
+    constexpr int64_t UNIT = 64;  // outputs that one thread has together: whole cache lines, whole blocks of vectors
     constexpr int64_t TILE = 256; // outputs
     constexpr int64_t COLS = 16;  // columns of the correction at a time
 
@@ -79,7 +79,7 @@ static void forward_correct(const struct ggml_compute_params * params, const str
 
     const bool by_tokens = n_tokens >= 4 * params->nth;
 
-    // where the k-th of nth ranges of n begins
+    // the first of range k, if n are divided into nth ranges
     const auto bound = [params](int64_t n, int64_t k) { return n * k / params->nth; };
 
     const int64_t n_units = (n_out + UNIT - 1) / UNIT;
@@ -88,10 +88,11 @@ static void forward_correct(const struct ggml_compute_params * params, const str
     const int64_t begin   = by_tokens ? 0 : UNIT * bound(n_units, params->ith);
     const int64_t end     = by_tokens ? n_out : std::min(n_out, UNIT * bound(n_units, params->ith + 1));
 
-    // outputs [i0, i0 + ni) of this thread's tokens take columns [j0, j0 + nj), whose weights for them lie there
+    // adds columns [j0, j0 + nj) of the weights to outputs [i0, i0 + ni) of this thread's tokens; `weights` begins
+    // there
     const auto correct = [&](int64_t i0, int64_t ni, int64_t j0, int64_t nj, const void * weights, size_t stride,
                              bool half) {
-        // the first columns are added to `out`, the others to what is there by then
+        // the first columns are added to `out`, the others to the sum so far
         const struct ggml_tensor * base = j0 == 0 ? out : dst;
 
         struct deltamem_correct_args args = {};
@@ -163,11 +164,11 @@ void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, st
 }
 
 //
-// two or three nodes at once
+// fused nodes
 //
 
-// The rows of the projection over the threads. Its activation is taken in float32, where ggml's product would convert it to
-// the weights' type and synchronise.
+// dst = weight in: each thread has rows. `in` stays float32; ggml's product would convert it to the weights' type, and
+// synchronise the threads once more.
 static void forward_project(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * weight = dst->src[0];
     const struct ggml_tensor * in     = dst->src[1];
@@ -189,7 +190,8 @@ static void forward_project(const struct ggml_compute_params * params, struct gg
     deltamem_project_forward(&args);
 }
 
-// what is not a product as ggml makes it is left to ggml's, which says so
+// Whether forward_project computes this product. Those that no constructor of ggml makes are left to ggml, which
+// refuses them.
 static bool takes_projection(const struct ggml_tensor * mul_mat) {
     const struct ggml_tensor * weight = mul_mat->src[0];
     const struct ggml_tensor * in     = mul_mat->src[1];
@@ -209,23 +211,24 @@ static bool apart(const struct ggml_tensor * a, const struct ggml_tensor * b) {
     return pa + ggml_nbytes(a) <= pb || pb + ggml_nbytes(b) <= pa;
 }
 
-// whether threads that share out the elements of dst may overwrite those of src, of the same shape
+// whether a thread may write its elements of dst while others still read theirs of src, of the same shape
 static bool in_place_or_apart(const struct ggml_tensor * dst, const struct ggml_tensor * src) {
     return (dst->data == src->data && dst->nb[1] == src->nb[1]) || apart(dst, src);
 }
 
 static bool takes_addition(const struct ggml_tensor * correction, const struct ggml_tensor * add,
                            const struct ggml_tensor * added) {
-    // the allocator may have given `add` the place of what the correction alone needs
+    // the allocator may have given `add` the memory of what only the correction reads
     return added && added->data && add->data && added->type == GGML_TYPE_F32 && add->type == GGML_TYPE_F32 &&
            ggml_are_same_shape(added, correction) && added->nb[0] == sizeof(float) && add->nb[0] == sizeof(float) &&
            in_place_or_apart(add, correction->src[0]) && in_place_or_apart(add, added) &&
            apart(add, correction->src[1]) && apart(add, correction->src[2]);
 }
 
-// Of one token, a projection, its read, and a correction by it. Every thread reads for itself what it corrects by, instead of
-// waiting for the one that has the head; that one alone writes.
-static constexpr int64_t OWN_HEADS = 4, OWN_STATES = 1024; // heads and floats of S that a thread has of its own
+// A projection, its read and its correction, of one token. Each thread computes S q of all heads for its own
+// corrections, instead of waiting for the thread that has the head; only that one writes the state.
+static constexpr int64_t OWN_HEADS  = 4,
+                         OWN_STATES = 1024; // the most heads, and floats of S, for which a thread does so
 
 static void forward_project_read_correct(const struct ggml_compute_params * params, struct ggml_tensor * proj,
                                          struct ggml_tensor * read, struct ggml_tensor * correction) {
@@ -238,7 +241,7 @@ static void forward_project_read_correct(const struct ggml_compute_params * para
 
     struct deltamem_head_args heads[OWN_HEADS];
 
-    // before the barrier, behind which the state is written
+    // a copy of S from before the barrier, after which it is written
     for (int64_t head = 0; head < p.n_head; ++head) {
         heads[head] = head_args(read, 0, head);
         memcpy(states + head * n_state, heads[head].record, n_state * sizeof(float));
@@ -270,7 +273,7 @@ static bool takes_correction(const struct ggml_tensor * read, const struct ggml_
     ggml_deltamem_check(correction);
     for (int i = 0; i < 4; ++i) {
         if (!apart(correction, read->src[i])) {
-            return false; // the allocator has given the correction the place of what the read alone needs
+            return false; // the allocator gave the correction the memory of what only the read needs
         }
     }
     const struct ggml_deltamem_params p = ggml_deltamem_get_params(read);
@@ -279,17 +282,20 @@ static bool takes_correction(const struct ggml_tensor * read, const struct ggml_
 }
 
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
-    struct ggml_tensor * node = cgraph->nodes[i];
     if (i + 1 >= cgraph->n_nodes) {
         return 0;
     }
+    struct ggml_tensor * node = cgraph->nodes[i];
     struct ggml_tensor * next = cgraph->nodes[i + 1];
-    if (!(node->flags & next->flags & GGML_TENSOR_FLAG_COMPUTE) || ggml_is_empty(node) || ggml_is_empty(next)) {
+
+    const bool is_projection = node->op == GGML_OP_MUL_MAT && next->op == GGML_OP_DELTAMEM && next->src[0] == node;
+    const bool is_correction = node->op == GGML_OP_DELTAMEM && next->op == GGML_OP_ADD;
+    if (!(is_projection || is_correction) || !(node->flags & next->flags & GGML_TENSOR_FLAG_COMPUTE) ||
+        ggml_is_empty(node) || ggml_is_empty(next)) {
         return 0;
     }
 
-    if (node->op == GGML_OP_MUL_MAT && next->op == GGML_OP_DELTAMEM && next->src[0] == node &&
-        ggml_deltamem_get_kind(next) == GGML_DELTAMEM_READ && takes_projection(node)) {
+    if (is_projection && ggml_deltamem_get_kind(next) == GGML_DELTAMEM_READ && takes_projection(node)) {
         ggml_deltamem_check(next);
         if (i + 2 < cgraph->n_nodes && takes_correction(next, cgraph->nodes[i + 2])) {
             forward_project_read_correct(params, node, next, cgraph->nodes[i + 2]);
@@ -301,7 +307,7 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
         return 1;
     }
 
-    if (node->op == GGML_OP_DELTAMEM && ggml_deltamem_get_kind(node) == GGML_DELTAMEM_CORRECT &&
+    if (is_correction && ggml_deltamem_get_kind(node) == GGML_DELTAMEM_CORRECT &&
         ggml_can_fuse(cgraph, i, { GGML_OP_DELTAMEM, GGML_OP_ADD })) {
         const struct ggml_tensor * added = next->src[next->src[0] == node ? 1 : 0];
         ggml_deltamem_check(node);

@@ -1,22 +1,22 @@
-// The CUDA kernels of GGML_OP_DELTAMEM on raw pointers. Free of ggml-cuda's internals, so that a test can run them on a
-// CPU, thread by thread (tests/native/cuda-emulation.h), where there is no GPU.
+// The CUDA kernels of GGML_OP_DELTAMEM on raw pointers. The equations are ggml-deltamem.h's. The kernels use nothing of
+// ggml-cuda's internals, so that a test runs them on a CPU, thread by thread (tests/native/cuda-emulation.h).
 //
 // A read has one block per head and sequence. Its warps are of two kinds: some stage a chunk of tokens in shared memory
-// (loads, tanh, norms, gates), while others run the recurrence over the chunk staged before; the two swap buffers at one
-// barrier per chunk. In the recurrence a lane has a row of the state: rows evolve independently, so no value crosses
+// (loads, tanh, norms, gates), while others run the recurrence over the chunk staged before; they swap buffers at one
+// barrier per chunk. In the recurrence a lane has a row of the state: no row depends on another, so no value crosses
 // lanes, and for r = 8 and 16 the row stays in registers from the first token to the last.
 //
-// Why the plain recurrence and no chunked (WY) form. What is sequential is, per token, S k, u = write v - erase S k and
-// S <- keep S + u kᵀ: for a row 3 r + 1 = 25 arithmetic instructions at r = 8, of which r/2 + 3 depend on one another, 28
-// cycles. With loads and the loop a warp issues some 45 (counted in the SASS for sm_90), so it is bound by issuing, not by
+// Why the plain recurrence and no chunked (WY) form. Sequential are, per token, S k, u = write v - erase S k and S <-
+// keep S + u kᵀ: for a row 3 r + 1 = 25 arithmetic instructions at r = 8, of which r/2 + 3 depend on one another, 28
+// cycles. With loads and the loop a warp issues about 45 (counted in the SASS for sm_90), so issue limits it, not
 // latency. A chunk of C tokens would solve u_t = write_t v_t - Σ_s<t M_ts u_s instead, with (C - 1)/2 products and as
 // many decays per token and row, and update and multiply the state once per chunk: about C + 4 r/C + r instructions per
-// token, 20 at C = 8, before the coefficients M, which differ from row to row because gates do. At r = 8 that is no
-// gain; from r = 32 on it would be one. 45 cycles are 26 ns at 1.75 GHz: 53 µs for 2,048 tokens, by one multiprocessor,
-// beside the 3 ms or so that a layer of a 4B model takes for them on all of an H100's.
+// token, 20 at C = 8, before the coefficients M, which differ from row to row because gates do. At r = 8 that gains
+// nothing; from r = 32 on it would. 45 cycles are 26 ns at 1.75 GHz: 53 µs for 2,048 tokens on one multiprocessor,
+// while a layer of a 4B model takes about 3 ms for them on all of an H100's.
 //
-// Reads S q do not belong to the sequential part, but need the state of their token. So several warps run the same
-// recurrence, on schedulers of their own, and each reads for its share of the tokens: 16 instructions less for each.
+// A read S q is not sequential, but needs the state of its token. So several warps run the same recurrence, one per
+// scheduler, and each computes S q for its share of the tokens: 16 instructions less per warp.
 #pragma once
 
 #include "deltamem-simd.h"
@@ -24,22 +24,22 @@
 
 #include <type_traits>
 
-// what a kernel launched before its predecessor has ended waits with
+// waits, in a kernel that was launched before its predecessor has ended
 #ifndef DELTAMEM_WAIT_FOR_PREDECESSOR
     #define DELTAMEM_WAIT_FOR_PREDECESSOR()
 #endif
 
 namespace deltamem {
 
-static constexpr int WARP         = 32;
-static constexpr int RECUR_WARPS  = 4; // that run the recurrence, one per scheduler of a multiprocessor; a power of two
-static constexpr int STAGE_WARPS  = 8;
-static constexpr int STAGE_TOKENS = 2; // that a lane stages at a time, to have their loads in flight together
-static constexpr int MAX_CHUNK    = 64;
-static constexpr size_t MAX_SHARED = 48 * 1024; // bytes that every GPU gives a block unasked
+static constexpr int    WARP         = 32;
+static constexpr int    RECUR_WARPS  = 4; // warps that run the recurrence, one per scheduler; a power of two
+static constexpr int    STAGE_WARPS  = 8;
+static constexpr int    STAGE_TOKENS = 2; // tokens that a lane stages at a time, so that their loads overlap
+static constexpr int    MAX_CHUNK    = 64;
+static constexpr size_t MAX_SHARED   = 48 * 1024; // bytes that a block has on every GPU without an opt-in
 
 //
-// shared memory of a read: two chunks, then what segments and ranks without a kernel of their own need
+// shared memory of a read: two chunks, then the arrays for segments, and for ranks without a kernel of their own
 //
 
 static inline bool has_kernel_for(int rank) {
@@ -50,7 +50,7 @@ static inline int round_up(int n, int to) {
     return (n + to - 1) / to * to;
 }
 
-// Places in floats, each a multiple of 4. `registers`: the kernel is one for this rank, which keeps states in registers.
+// Offsets in floats, each a multiple of 4. `registers`: this rank has its own kernel, which keeps states in registers.
 struct read_layout {
     int n_vector; // floats of a staged q or k
     int n_raw;    // floats of a token's raw projections of one head, q, k, v, β, λ; 0 without segments
@@ -104,10 +104,11 @@ struct cuda_read_args {
     int         n_stage_warps;
     read_layout layout;
 
-    // What follows from the parameters and the number of tokens of all sequences: no more tokens at a time than shared memory
-    // holds, no more warps than there is work for.
+    // Sets what follows from the parameters and the number of tokens of all sequences: chunks that fit shared memory,
+    // and no more warps than there is work for.
     void prepare(const ggml_deltamem_params & p, int64_t n_tokens_all) {
-        // what the longest sequence has if each has one; a plan with empty ones is computed too, if not as fast
+        // of the longest sequence, if each has at least one; a plan with empty sequences is computed correctly, but
+        // slower
         const int64_t n_tokens   = n_tokens_all - p.n_seqs >= 0 ? n_tokens_all - p.n_seqs + 1 : 1;
         const bool    registers  = has_kernel_for(p.rank);
         const int64_t n_per_warp = STAGE_TOKENS * (registers ? WARP / p.rank : 1);
@@ -117,7 +118,7 @@ struct cuda_read_args {
         n_gate   = p.flags & GGML_DELTAMEM_RANKWISE_GATES ? p.rank : 1;
         n_proj   = (int) ggml_deltamem_n_proj(&p);
         n_record = (int) ggml_deltamem_n_record(&p);
-        // a state in shared memory is one warp's, and so is a running sum
+        // only one warp may update a state in shared memory, or a running sum
         const bool alone = !registers || (p.flags & GGML_DELTAMEM_SEGMENTS) || n_tokens < 2 * RECUR_WARPS;
         n_recur_warps    = alone ? 1 : RECUR_WARPS;
         n_stage_warps    = n_warps < STAGE_WARPS ? (int) n_warps : STAGE_WARPS;
@@ -151,7 +152,7 @@ template <typename F> static void for_rank(const ggml_deltamem_params & p, F lau
 // a lane's rows of a state
 //
 
-// r known: one row, in registers
+// rank R: one row, in registers
 template <int R> class state_rows {
 public:
     static constexpr int N = 1; // rows per lane
@@ -179,7 +180,7 @@ public:
         }
     }
 
-    // row i of S x, x in shared memory; two chains of additions, to halve their latency
+    // (S x)_i, x in shared memory; two sums, so that additions do not wait for each other
     __device__ float times(const float * x, int) const {
         const float4 * x4   = reinterpret_cast<const float4 *>(x);
         float          even = 0.0f, odd = 0.0f;
@@ -211,7 +212,7 @@ private:
     float s[R];
 };
 
-// any r: in shared memory, by columns as in the record, so that lanes find their rows side by side
+// any rank: in shared memory, column-major as in the record, so that the rows of neighbouring lanes are contiguous
 template <> class state_rows<0> {
 public:
     static constexpr int N = (GGML_DELTAMEM_MAX_RANK + WARP - 1) / WARP;
@@ -261,7 +262,7 @@ struct raw_token {
     const float *q, *k, *v, *beta, *lambda;
 };
 
-// row i of one token: before the activations
+// row i of one token, before the activations
 struct raw_row {
     float q, k, v, beta, lambda;
 };
@@ -295,17 +296,22 @@ static __device__ __forceinline__ gate_biases load_biases(const cuda_read_args &
     return bias;
 }
 
-// { keep, erase, write v, 0 } of one row
+// { keep_i, erase_i, write_i v_i, 0 } of one row
 static __device__ __forceinline__ float4 activate_gates(const ggml_deltamem_params & p, const raw_row & row,
                                                         const gate_biases & bias) {
+    // β = sigmoid(β + b_β)
     const float beta = sigmoid(scalar { row.beta + bias.beta }).v;
+
+    // keep = λ = 1, sigmoid(λ + b_λ) or 1 - β
     const float keep = p.lambda == GGML_DELTAMEM_LAMBDA_NONE       ? 1.0f
                        : p.lambda == GGML_DELTAMEM_LAMBDA_SEPARATE ? sigmoid(scalar { row.lambda + bias.lambda }).v
                                                                    : 1.0f - beta;
+
+    // erase = λ β or β, write v = β v
     return make_float4(keep, p.flags & GGML_DELTAMEM_LAMBDA_OUTSIDE ? keep * beta : beta, beta * row.v, 0.0f);
 }
 
-// x / max(|x|, 1e-6) for a vector spread over groups of G lanes; every lane of the warp must call
+// x <- x / max(|x|, 1e-6) for a vector spread over groups of G lanes; every lane of the warp must call
 template <int G, int N> static __device__ __forceinline__ void l2_normalize(float (&x)[N]) {
     float sum = 0.0f;
 #pragma unroll
@@ -323,8 +329,8 @@ template <int G, int N> static __device__ __forceinline__ void l2_normalize(floa
     }
 }
 
-// Activates the rows of one token per group of G lanes and stores them where `valid`. Every lane of the warp must call.
-// A token that does not write becomes one that changes nothing: keep 1, erase 0, k 0.
+// Computes q, k and the gates of one token per group of G lanes, and stores them if `valid`. Every lane of the warp
+// must call. A token that does not write gets gates that leave the state as it is: keep 1, erase 0, k 0.
 template <int G, int N>
 static __device__ __forceinline__ void activate(const ggml_deltamem_params & p, const raw_row (&rows)[N],
                                                 const gate_biases (&bias)[N], bool valid, bool writes, float * q,
@@ -336,6 +342,7 @@ static __device__ __forceinline__ void activate(const ggml_deltamem_params & p, 
         qs[n] = rows[n].q;
         ks[n] = rows[n].k;
     }
+    // q, k <- norm(tanh(q)), norm(tanh(k))
     if (p.flags & GGML_DELTAMEM_NORMALIZE_QK) {
 #pragma unroll
         for (int n = 0; n < N; ++n) {
@@ -365,8 +372,8 @@ static __device__ __forceinline__ void activate(const ggml_deltamem_params & p, 
 
 extern __shared__ float4 deltamem_shared[];
 
-// A plan may come from an RPC client: what it says beyond the tensors ends the kernel, as GGML_ASSERT ends the CPU's
-// (deltamem_sequence_fits).
+// A plan may come from an RPC client: one that reaches beyond the tensors ends the kernel, as GGML_ASSERT of
+// deltamem_sequence_fits ends the CPU's.
 static __device__ __forceinline__ void require(bool fits) {
     if (!fits) {
         __trap();
@@ -441,10 +448,10 @@ private:
     float * const     slots;
     float * const     record;
 
-    // the recurrence's, see ggml-deltamem.h
+    // the record while the recurrence runs, see ggml-deltamem.h
     state_rows<R> state;
     state_rows<R> pending;
-    float         sum[SUMS]; // lane c has columns c, c + 32, ..
+    float         sum[SUMS]; // lane c has values c, c + 32, ..
     float         count;
 
     __device__ int r() const { return R ? R : p.rank; }
@@ -453,7 +460,8 @@ private:
 
     __device__ float * chunk(int turn) const { return shared + (turn % 2) * layout.chunk_size; }
 
-    // The rows of this lane. Lanes beyond the rank repeat what others do, which takes no branch; they store nothing.
+    // The rows of this lane. Lanes beyond the rank compute the same as others, which saves a branch; they store
+    // nothing.
     template <typename F> __device__ void for_each_row(F visit) const {
         if constexpr (R != 0) {
             visit(lane % R);
@@ -515,8 +523,8 @@ private:
         return t;
     }
 
-    // Stages the chunk of one turn: the warps that do not recur, a group of lanes per token. Returns whether one of this
-    // thread's tokens leaves a checkpoint.
+    // Stages the chunk of one turn, a group of lanes per token; called by the warps that do not run the recurrence.
+    // Returns whether one of this thread's tokens leaves a checkpoint.
     __device__ bool stage(int turn) {
         constexpr int T = STAGE_TOKENS;
 
@@ -534,7 +542,7 @@ private:
         }
 
         bool checkpoints = false;
-        // a whole warp runs as often as its first group
+        // all groups of a warp run as often as its first one
         for (int t0 = 0; t0 + group / (WARP / GROUP) * (WARP / GROUP) < n; t0 += T * step) {
             int     token[T], bits[T];
             raw_row rows[T][ROWS] = {};
@@ -595,7 +603,7 @@ private:
         }
     }
 
-    // The staged tokens of one turn, in order. PLAIN: they read, and write or not, and leave no checkpoint.
+    // The recurrence over the staged tokens of one turn. PLAIN: without segments and checkpoints.
     template <bool PLAIN> __device__ void recur(int at, int turn) {
         const float *  q      = chunk(turn) + layout.q;
         const float *  k      = chunk(turn) + layout.k;
@@ -608,11 +616,13 @@ private:
         for (int t = 0; t < n; ++t) {
             const int bits = PLAIN ? 0 : staged[GGML_DELTAMEM_PLAN_TOKEN * t + 1];
 
+            // pending <- S, sum <- 0, count <- 0
             if (SEGMENTS && (bits & GGML_DELTAMEM_TOKEN_BEGIN)) {
                 for_each_row([&](int i) { pending.copy(state, i); });
                 clear_sum();
             }
 
+            // read = S q
             if ((t & (args.n_recur_warps - 1)) == warp) {
                 const int token = staged[GGML_DELTAMEM_PLAN_TOKEN * t];
                 for_each_row([&](int i) {
@@ -623,20 +633,25 @@ private:
                 });
             }
 
+            // S_i,: <- keep_i S_i,: + (write_i v_i - erase_i (S k)_i) kᵀ; without a write keep is 1 and k is 0
             if (!SEGMENTS || (bits & GGML_DELTAMEM_TOKEN_WRITE)) {
                 write(state, k + t * vector_size(), gates + t * r());
             }
 
             if constexpr (SEGMENTS) {
                 if (bits & GGML_DELTAMEM_TOKEN_SEGMENT) {
-                    flush_sum();
+                    write_mean();
                 }
+
+                // sum <- sum + (q, k, v, β, λ), count <- count + 1
                 if (bits & GGML_DELTAMEM_TOKEN_ACCUMULATE) {
                     for_each_sum([&](int c, float & x) { x += raw[t * layout.n_raw + c]; });
                     count += 1.0f;
                 }
+
+                // S <- pending
                 if (bits & GGML_DELTAMEM_TOKEN_COMMIT) {
-                    flush_sum();
+                    write_mean();
                     for_each_row([&](int i) { state.copy(pending, i); });
                 }
             }
@@ -651,7 +666,12 @@ private:
     __device__ void write(state_rows<R> & s, const float * k, const float4 * gates) const {
         for_each_row([&](int i) {
             const float4 gate = gates[i]; // keep, erase, write v
-            s.write(gate.x, gate.z - gate.y * s.times(k, i), k, i);
+
+            // u_i = write_i v_i - erase_i (S k)_i
+            const float u = gate.z - gate.y * s.times(k, i);
+
+            // S_i,: <- keep_i S_i,: + u_i kᵀ
+            s.write(gate.x, u, k, i);
         });
     }
 
@@ -660,11 +680,14 @@ private:
         count = 0.0f;
     }
 
-    // One write of the mean. W mean(h) = mean(W h): the mean of projections is the projection of the mean.
-    __device__ void flush_sum() {
+    // Writes the mean of a segment's tokens to pending. W mean(h) = mean(W h): the mean of projections is the
+    // projection of the mean.
+    __device__ void write_mean() {
         if (count == 0.0f) {
             return;
         }
+
+        // mean = sum / count
         float * mean = shared + layout.mean;
         for_each_sum([&](int c, float & x) { mean[c] = (scalar { x } / scalar { count }).v; });
         __syncwarp();
@@ -685,6 +708,7 @@ private:
         activate<GROUP>(p, rows, bias, lane < GROUP, true, shared + layout.mean_q, shared + layout.mean_k, gates);
         __syncwarp();
 
+        // pending_i,: <- keep_i pending_i,: + (write_i v_i - erase_i (pending k)_i) kᵀ
         write(pending, shared + layout.mean_k, gates);
         clear_sum();
         __syncwarp();
@@ -698,7 +722,7 @@ static __global__ void __launch_bounds__((RECUR_WARPS + STAGE_WARPS) * WARP) rea
 }
 
 //
-// a projection and the read of its one token, for decode: a launch less
+// a projection and its read, of one token: one launch instead of two
 //
 
 // eight elements of a row of weights
@@ -719,8 +743,8 @@ template <typename W> static __device__ __forceinline__ void load8(const W * fro
 static constexpr int    PROJECT_WARPS     = 32;
 static constexpr size_t PROJECT_MAX_BYTES = 512 * 1024;
 
-// One block, one head, one token. 32 rows of 2,560 half-precision weights are 164 KB: about 1.5 µs for one multiprocessor,
-// less than the launch that is saved. Weight rows are 16-byte aligned and n_embd is a multiple of 8.
+// One block, one head, one token. One multiprocessor loads 32 rows of 2,560 half-precision weights, 164 KB, in about
+// 1.5 µs, less than a launch takes. Weight rows are 16-byte aligned and n_embd is a multiple of 8.
 template <typename W, int R, bool SEGMENTS>
 static __global__ void __launch_bounds__(PROJECT_WARPS * WARP)
         project_read_kernel(const W * weight, size_t weight_stride, const float * x, int n_embd, cuda_read_args args) {
@@ -737,6 +761,7 @@ static __global__ void __launch_bounds__(PROJECT_WARPS * WARP)
     __syncthreads();
 
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    // proj = weight x
     for (int row = warp; row < args.n_proj; row += blockDim.x / WARP) {
         float dot = 0.0f;
 #pragma unroll 4
@@ -764,12 +789,12 @@ static __global__ void __launch_bounds__(PROJECT_WARPS * WARP)
 }
 
 //
-// a correction: dst = out + weightᵀ read
+// a correction: dst = out + weight read
 //
 
 static constexpr int CORRECT_THREADS = 128;
-static constexpr int CORRECT_TOKENS  = 8;  // that share what is loaded of the weights
-static constexpr int CORRECT_COLUMNS = 32; // of the correction at a time
+static constexpr int CORRECT_TOKENS  = 8;  // tokens that share a load of the weights
+static constexpr int CORRECT_COLUMNS = 32; // columns of the correction at a time
 
 struct cuda_correct_args {
     const float * out; // strides in elements
@@ -808,8 +833,8 @@ struct cuda_correct_args {
     template <int V, int T> int n_blocks_y() const { return (n_tokens + T - 1) / T; }
 };
 
-// A thread has V neighbouring outputs (1 or 4; 4 needs aligned rows and n_out a multiple of 4) of T tokens: what it moves
-// is `out` and `dst` once, and the weights once per T tokens.
+// A thread has V neighbouring outputs (1 or 4; 4 needs aligned rows and n_out a multiple of 4) of T tokens: it loads
+// `out` and stores `dst` once, and loads the weights once per T tokens.
 template <typename W, int V, int T>
 static __global__ void __launch_bounds__(CORRECT_THREADS)
         correct_kernel(const W * weight, const cuda_correct_args args) {
@@ -820,6 +845,7 @@ static __global__ void __launch_bounds__(CORRECT_THREADS)
     const int t0    = T * blockIdx.y;
     const int n     = min(T, args.n_tokens - t0);
 
+    // acc = out
     alignas(16) float acc[T][V];
 #pragma unroll
     for (int t = 0; t < T; ++t) {
@@ -832,6 +858,7 @@ static __global__ void __launch_bounds__(CORRECT_THREADS)
         }
     }
 
+    // acc <- acc + weight_:,j read_j
     for (int j0 = 0; j0 < args.n_read; j0 += CORRECT_COLUMNS) {
         const int nj = min(CORRECT_COLUMNS, args.n_read - j0);
         __syncthreads();

@@ -1,4 +1,4 @@
-// CUDA forward of GGML_OP_DELTAMEM: picks and launches the kernels. Compiled into ggml-cuda.
+// CUDA forward of GGML_OP_DELTAMEM: selects and launches the kernels. Compiled into ggml-cuda.
 
 #include "deltamem-cuda.cuh"
 
@@ -96,7 +96,7 @@ static void op_correct(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
         case GGML_TYPE_F32:  correct(ctx, (const float *) weight->data, args); break;
         case GGML_TYPE_F16:  correct(ctx, (const half *) weight->data, args); break;
         case GGML_TYPE_BF16: correct(ctx, (const nv_bfloat16 *) weight->data, args); break;
-        default:             GGML_ABORT("a correction of type %s", ggml_type_name(weight->type));
+        default:             GGML_ABORT("a correction cannot have weights of type %s", ggml_type_name(weight->type));
     }
 }
 
@@ -117,7 +117,7 @@ bool ggml_cuda_op_deltamem(ggml_backend_cuda_context & ctx, ggml_tensor * node) 
 }
 
 int ggml_cuda_deltamem_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i) {
-    // what ggml_can_fuse asks, except that both have one shape
+    // what ggml_can_fuse checks, except that the two have the same shape
     if (cgraph->nodes[i]->op != GGML_OP_MUL_MAT || i + 1 >= cgraph->n_nodes ||
         cgraph->nodes[i + 1]->op != GGML_OP_DELTAMEM || !ggml_node_has_n_uses(cgraph, i, 1) ||
         !(cgraph->nodes[i]->flags & cgraph->nodes[i + 1]->flags & GGML_TENSOR_FLAG_COMPUTE)) {
@@ -139,7 +139,7 @@ int ggml_cuda_deltamem_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph *
                            p.n_head == 1 && p.n_seqs == 1 && p.rank == 8 && input->type == GGML_TYPE_F32 &&
                            ggml_is_contiguous(input) && n_embd % 8 == 0 && (uintptr_t) input->data % 16 == 0 &&
                            (uintptr_t) weight->data % 16 == 0 && weight->nb[1] % 16 == 0;
-    // a single multiprocessor reads the weights: more of them are better off with the matrix product of all
+    // one multiprocessor loads the weights: larger ones take less time in a product on all multiprocessors
     if (!fits || ggml_nbytes(weight) > PROJECT_MAX_BYTES) {
         return 0;
     }

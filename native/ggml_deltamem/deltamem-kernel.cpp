@@ -1,10 +1,9 @@
-// The CPU kernels of GGML_OP_DELTAMEM: a read (gate activations, normalisation and the delta-rule recurrence of one head),
-// a correction, and the projection that a read of a few tokens takes with it.
+// The CPU kernels of GGML_OP_DELTAMEM: a read (gates, normalisation and the delta-rule recurrence of one head), a
+// correction, and the projection that is computed with a read of a few tokens. The equations are ggml-deltamem.h's.
 //
-// Entries are taken in short chunks. The activations of a chunk are computed first, over contiguous arrays and so in full
-// vectors whatever the rank. The recurrence then walks the chunk with lanes over the rows of the state: rows evolve
-// independently, so neither the read S q nor S k needs a sum over lanes, and for r = 8 and 16 a block of rows stays in
-// registers for the whole chunk.
+// A read takes the entries in short chunks. It computes the activations of a chunk first, over contiguous arrays, so in
+// full vectors whatever the rank. The recurrence then runs over the chunk with the rows of the state as lanes: no row
+// depends on another, so neither S q nor S k sums over lanes, and for r = 8 and 16 a block of rows stays in registers.
 
 #include "deltamem-kernel.h"
 
@@ -18,9 +17,9 @@ namespace deltamem {
 static constexpr int MAX_RANK = GGML_DELTAMEM_MAX_RANK;
 static constexpr int PAD      = 16; // floats that a vector may reach past the last row
 
-// What the recurrence needs of each token, activated; token t, row i at [t*r + i]. Gates are per row here in any case.
-// R is the rank where it is known at compile time, 0 for any: all arrays of a head then fit a first-level cache with room to
-// spare (2 KB each), where its lines may lie at will.
+// What the recurrence needs of each token, after the activations; token t, row i at [t*r + i]. Gates are per row here
+// even if the adapter's are per head. R is the rank if it is known at compile time, else 0. An array of a chunk takes 2
+// KB if R is known: all of a head's fit a first-level cache.
 template <int R> struct chunk {
     static constexpr int N    = R ? 512 / R : 16; // entries
     static constexpr int SIZE = N * (R ? R : MAX_RANK) + PAD;
@@ -29,7 +28,7 @@ template <int R> struct chunk {
     alignas(64) float k[SIZE];
     alignas(64) float keep[SIZE];
     alignas(64) float erase[SIZE];
-    alignas(64) float value[SIZE]; // write * v
+    alignas(64) float value[SIZE]; // write v
 };
 
 // one head's rows in a column of the packed projections, or in a running sum
@@ -84,7 +83,8 @@ static inline float sum_of_squares(const float * x, int n) {
     return sum;
 }
 
-// S x with two chains of additions, to halve their latency; s(j) is column j of a block of rows
+// S x = Σ_j S_:,j x_j for a block of rows, s(j) being its column j. Two sums, so that additions do not wait for each
+// other.
 template <typename V, typename Column> static inline V state_times(Column s, const float * x, int r) {
     V   even = s(0) * V::splat(x[0]);
     V   odd  = V::splat(0.0f);
@@ -99,7 +99,7 @@ template <typename V, typename Column> static inline V state_times(Column s, con
     return even + odd;
 }
 
-// one head
+// a read of one head
 template <int R> class head {
 public:
     explicit head(const deltamem_head_args & args) :
@@ -123,6 +123,7 @@ public:
             const int32_t * run = args.entries + at * GGML_DELTAMEM_PLAN_TOKEN;
             const int       n   = gather_run(run, args.n_entries - at);
 
+            // pending <- S, sum <- 0, count <- 0
             if (segments && (run[1] & GGML_DELTAMEM_TOKEN_BEGIN)) {
                 copy(pending, state, r() * r());
                 clear_sum();
@@ -144,7 +145,7 @@ private:
     const int  rank;
     const int  n_gate;       // floats per gate: r, or 1 if gates are per head
     const bool has_lambda;   // λ has a projection of its own
-    const bool keep_all;     // keep = 1
+    const bool keep_all;     // λ = 1
     const bool erase_lambda; // erase = λ β
     const bool normalize;
     const bool segments;
@@ -152,7 +153,7 @@ private:
     const float * const bias_beta;
     const float * const bias_lambda;
 
-    // the record, see ggml-deltamem.h; without segments it ends after the state
+    // the record, see ggml-deltamem.h; without segments it holds the state only
     float * const state;
     float * const pending;
     float * const sum; // q, k, v, β, λ
@@ -160,7 +161,7 @@ private:
 
     chunk<R> c;
 
-    // gate pre-activations while gathering
+    // of the chunk, before the sigmoid
     alignas(64) float beta[chunk<R>::SIZE];
     alignas(64) float lambda[chunk<R>::SIZE];
 
@@ -179,7 +180,7 @@ private:
         return t;
     }
 
-    // where the state goes after this entry, nullptr for most
+    // where a checkpoint of the state goes after this entry, nullptr for most
     float * checkpoint(const int32_t * entry) const {
         const int32_t slot = GGML_DELTAMEM_TOKEN_CHECKPOINT_SLOT(entry[1]);
         return slot >= 0 ? args.slots + slot * args.slot_stride : nullptr;
@@ -189,8 +190,8 @@ private:
     // activations
     //
 
-    // Gathers a run of entries that read one state, changed by their own token writes alone: a run ends before BEGIN and
-    // after COMMIT. Returns its length.
+    // Gathers a run of entries, between which only token writes change the state: it ends before BEGIN and after
+    // COMMIT. Returns its length.
     int gather_run(const int32_t * run, int64_t n_max) {
         int n = 0;
         while (n < chunk<R>::N && n < n_max) {
@@ -217,6 +218,7 @@ private:
         }
     }
 
+    // β + b_β or λ + b_λ, for each row
     void gather_gate(float * dst, const float * src, const float * bias) {
         if (n_gate == 1) {
             const float gate = src[0] + bias[0];
@@ -231,12 +233,13 @@ private:
     void activate(int n_tokens) {
         const int n = n_tokens * r();
 
-        // vectors reach past the last row: what they find there must be finite
+        // vectors reach past the last row, where values must be finite
         float * const arrays[] = { c.q, c.k, c.keep, c.erase, c.value, beta, lambda };
         for (float * array : arrays) {
             zero(array + n, PAD);
         }
 
+        // q, k <- norm(tanh(q)), norm(tanh(k))
         if (normalize) {
             for (int i = 0; i < n; i += wide::width) {
                 tanh(wide::load(c.q + i)).store(c.q + i);
@@ -248,16 +251,20 @@ private:
 
         const wide one = wide::splat(1.0f);
         for (int i = 0; i < n; i += wide::width) {
+            // β = sigmoid(β + b_β)
             const wide b = sigmoid(wide::load(beta + i));
+
+            // λ = 1, sigmoid(λ + b_λ) or 1 - β
             const wide l = keep_all ? one : has_lambda ? sigmoid(wide::load(lambda + i)) : one - b;
 
+            // keep = λ, erase = λ β or β, write v = β v
             l.store(c.keep + i);
             (erase_lambda ? l * b : b).store(c.erase + i);
-            (wide::load(c.value + i) * b).store(c.value + i);
+            (b * wide::load(c.value + i)).store(c.value + i);
         }
     }
 
-    // x <- x / max(|x|, 1e-6) per token
+    // x <- x / max(|x|, 1e-6) for each token
     void l2_normalize(float * x, int n_tokens) {
         alignas(64) float factor[chunk<R>::N + PAD];
         zero(factor + n_tokens, PAD);
@@ -287,7 +294,7 @@ private:
         }
     }
 
-    // the row-wise factors of token t in the block of rows at i0
+    // keep_i, erase_i and write_i v_i for a block of rows of one token
     template <typename V> struct row_block {
         V keep, erase, value;
 
@@ -295,7 +302,7 @@ private:
             keep(V::load(c.keep + at)), erase(V::load(c.erase + at)), value(V::load(c.value + at)) {}
     };
 
-    // A block of rows lives in R vectors across the chunk.
+    // Rank R: a block of rows stays in R vectors for the whole chunk.
     template <typename V>
     void recur_fixed(float * state, const int32_t * entries, int n, float * read, size_t read_stride) {
         static_assert(R % V::width == 0, "rows come in full vectors");
@@ -310,13 +317,17 @@ private:
             for (int t = 0; t < n; ++t) {
                 const int32_t * entry = entries + t * GGML_DELTAMEM_PLAN_TOKEN;
 
+                // read = S q
                 state_times<V>(column, c.q + t * R, R).store(read + entry[0] * read_stride + i0);
 
                 if (entry[1] & GGML_DELTAMEM_TOKEN_WRITE) {
                     const float * k = c.k + t * R;
 
+                    // u_i = write_i v_i - erase_i (S k)_i
                     const row_block<V> row(c, t * R + i0);
                     const V            u = row.value - row.erase * state_times<V>(column, k, R);
+
+                    // S_i,: <- keep_i S_i,: + u_i kᵀ
                     for (int j = 0; j < R; ++j) {
                         s[j] = V::fma(u, V::splat(k[j]), row.keep * s[j]);
                     }
@@ -335,7 +346,7 @@ private:
         }
     }
 
-    // Any rank: the state in a copy whose columns are padded to full vectors.
+    // Any rank: the same on a copy of the state whose columns are padded to full vectors.
     template <typename V>
     void recur_any(float * state, const int32_t * entries, int n, float * read, size_t read_stride) {
         const int rows = (rank + V::width - 1) / V::width * V::width;
@@ -354,15 +365,19 @@ private:
             for (int t = 0; t < n; ++t) {
                 const int32_t * entry = entries + t * GGML_DELTAMEM_PLAN_TOKEN;
 
+                // read = S q
                 state_times<V>(column, c.q + t * rank, rank).store(out);
                 copy(read + entry[0] * read_stride + i0, out, rank - i0 < V::width ? rank - i0 : V::width);
 
                 if (entry[1] & GGML_DELTAMEM_TOKEN_WRITE) {
                     const float * k = c.k + t * rank;
 
-                    // rows past the last take what follows in the chunk; they are never copied back
+                    // u_i = write_i v_i - erase_i (S k)_i; rows past the last compute with the next token's, for
+                    // nothing
                     const row_block<V> row(c, t * rank + i0);
                     const V            u = row.value - row.erase * state_times<V>(column, k, rank);
+
+                    // S_i,: <- keep_i S_i,: + u_i kᵀ
                     for (int j = 0; j < rank; ++j) {
                         V::fma(u, V::splat(k[j]), row.keep * column(j)).store(s + j * rows + i0);
                     }
@@ -388,14 +403,19 @@ private:
     void write_segments(const int32_t * run, int n) {
         for (int t = 0; t < n; ++t) {
             const int32_t * entry = run + t * GGML_DELTAMEM_PLAN_TOKEN;
+
             if (entry[1] & GGML_DELTAMEM_TOKEN_SEGMENT) {
-                flush_sum();
+                write_mean();
             }
+
+            // sum <- sum + (q, k, v, β, λ), count <- count + 1
             if (entry[1] & GGML_DELTAMEM_TOKEN_ACCUMULATE) {
                 accumulate(projected(entry));
             }
+
+            // S <- pending
             if (entry[1] & GGML_DELTAMEM_TOKEN_COMMIT) {
-                flush_sum();
+                write_mean();
                 copy(state, pending, r() * r());
                 if (float * kept = checkpoint(entry)) {
                     copy(kept, state, r() * r());
@@ -422,11 +442,14 @@ private:
         *count += 1.0f;
     }
 
-    // One write of the mean. W mean(h) = mean(W h): the mean of projections is the projection of the mean.
-    void flush_sum() {
+    // Writes the mean of a segment's tokens to pending. W mean(h) = mean(W h): the mean of projections is the
+    // projection of the mean.
+    void write_mean() {
         if (*count == 0.0f) {
             return;
         }
+
+        // mean = sum / count
         for (float * x = sum; x < count; ++x) {
             *x /= *count;
         }
@@ -435,6 +458,7 @@ private:
         const int32_t entry[GGML_DELTAMEM_PLAN_TOKEN] = { 0, GGML_DELTAMEM_TOKEN_WRITE };
         float         unused[MAX_RANK];
 
+        // pending_i,: <- keep_i pending_i,: + (write_i v_i - erase_i (pending k)_i) kᵀ
         gather(mean, 0);
         activate(1);
         recur(pending, entry, 1, unused, 0);
@@ -446,10 +470,11 @@ private:
 // corrections
 //
 
-// n vectors of outputs of one token, held in registers while the columns of the correction pass by; weights of type W
+// n vectors of outputs of one token, in registers for all columns of the correction; W is the type of the weights
 template <typename V, int n, typename W>
 static inline void correct_block(const deltamem_correct_args & args, const float * read, const float * out,
                                  const float * added, float * dst, int64_t i) {
+    // acc = out + added
     V acc[n];
     for (int b = 0; b < n; ++b) {
         acc[b] = V::load(out + i + b * V::width);
@@ -459,6 +484,7 @@ static inline void correct_block(const deltamem_correct_args & args, const float
             acc[b] = acc[b] + V::load(added + i + b * V::width);
         }
     }
+    // acc <- acc + weight_:,j read_j
     for (int64_t j = 0; j < args.n_read; ++j) {
         const W * w = (const W *) args.weight + j * args.weight_stride + i;
         const V   x = V::splat(read[j]);
@@ -495,8 +521,9 @@ template <typename W> static void correct(const deltamem_correct_args & args) {
 // projections
 //
 
+// Σ_i w_i x_i
 template <typename W> static float dot(const W * w, const float * x, int64_t n) {
-    constexpr int N = 4; // sums at a time
+    constexpr int N = 4; // sums, so that additions do not wait for each other
 
     wide acc[N] = { wide::splat(0.0f), wide::splat(0.0f), wide::splat(0.0f), wide::splat(0.0f) };
 
@@ -524,7 +551,7 @@ template <typename W> static float dot(const W * w, const float * x, int64_t n) 
     return sum;
 }
 
-// A row's weights come from memory for the first token and from the cache for the others.
+// dst = weight in, row by row: the first token loads a row's weights from memory, the others find them in the cache.
 template <typename W> static void project(const deltamem_project_args & args) {
     for (int64_t row = 0; row < args.n_out; ++row) {
         const W * w = (const W *) args.weight + row * args.weight_stride;
@@ -544,11 +571,12 @@ bool deltamem_sequence_fits(const int32_t * plan, int64_t n_seqs, int64_t i, int
     }
     const int32_t * entries = plan + GGML_DELTAMEM_PLAN_SEQ * n_seqs + GGML_DELTAMEM_PLAN_TOKEN * first;
 
-    // negative numbers are the largest; bits below the next checkpoint's are those of a slot that is there
+    // As unsigned numbers, negative ones are too large. Bits below those of a checkpoint in slot n_slots name a slot
+    // that exists, or none.
     const uint32_t token_end = (uint32_t) std::min<int64_t>(n_tokens, INT32_MAX);
     const uint32_t bits_end  = (uint32_t) std::min<int64_t>(GGML_DELTAMEM_TOKEN_CHECKPOINT(n_slots), INT32_MAX);
 
-    uint32_t n_wrong = 0; // no branch, so that it takes several at a time
+    uint32_t n_wrong = 0; // without a branch, so that the compiler vectorises the loop
     for (int64_t e = 0; e < count; ++e) {
         const uint32_t token = (uint32_t) entries[GGML_DELTAMEM_PLAN_TOKEN * e];
         const uint32_t bits  = (uint32_t) entries[GGML_DELTAMEM_PLAN_TOKEN * e + 1];

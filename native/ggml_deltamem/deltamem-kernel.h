@@ -1,5 +1,5 @@
-// The CPU kernels of GGML_OP_DELTAMEM on raw pointers. Free of ggml's internals, so that tests compile them for every
-// instruction set and compare them with a naive reference.
+// The CPU kernels of GGML_OP_DELTAMEM on raw pointers. They use nothing of ggml's internals, so that tests compile them
+// for every instruction set and compare them with a naive reference.
 #pragma once
 
 #include "ggml-deltamem.h"
@@ -12,8 +12,9 @@
 extern "C" {
 #endif
 
-// Whether what sequence i of a plan says can be done: its slot and those of its checkpoints are among n_slots, its entries among
-// n_tokens, and so are the tokens that they name. Whoever follows a plan asks: it may come from an RPC client.
+// Whether sequence i of a plan stays within the tensors: its slot and those of its checkpoints below n_slots, its
+// entries and the tokens that they name below n_tokens. Called before a plan is followed, which may come from an RPC
+// client.
 bool deltamem_sequence_fits(const int32_t * plan, int64_t n_seqs, int64_t i, int64_t n_tokens, int64_t n_slots);
 
 struct deltamem_head_args {
@@ -25,16 +26,16 @@ struct deltamem_head_args {
     size_t        proj_stride;
     const float * gate_bias; // [n_gates]
     float *       record;    // this head's record in the sequence's slot, updated in place
-    float * slots; // this head's record in slot 0, for tokens that leave a checkpoint; slots slot_stride floats apart
-    size_t  slot_stride;
-    float * read; // [n_tokens][H*r], rows read_stride floats apart
-    size_t  read_stride;
+    float *       slots;     // this head's record in slot 0, for checkpoints; slots slot_stride floats apart
+    size_t        slot_stride;
+    float *       read; // [n_tokens][H*r], rows read_stride floats apart
+    size_t        read_stride;
 
     const int32_t * entries; // [n_entries]{token, bits}, see ggml-deltamem.h
     int64_t         n_entries;
 };
 
-// A read: one head of one sequence. Runs the entries in order. Uses less than 64 KiB of stack and allocates nothing.
+// The read of one head of one sequence, entry by entry. Uses less than 64 KiB of stack and allocates nothing.
 void deltamem_head_forward(const struct deltamem_head_args * args);
 
 struct deltamem_correct_args {
@@ -44,7 +45,7 @@ struct deltamem_correct_args {
     size_t        weight_stride;
     const float * read; // [n_tokens][n_read], rows read_stride floats apart
     size_t        read_stride;
-    const float * added; // [n_tokens][n_out], rows added_stride floats apart: added too; or NULL
+    const float * added; // [n_tokens][n_out], rows added_stride floats apart; or NULL for zero
     size_t        added_stride;
     float *       dst; // [n_tokens][n_out], rows dst_stride floats apart; may be `out` or `added`
     size_t        dst_stride;
@@ -55,7 +56,7 @@ struct deltamem_correct_args {
     bool    half;
 };
 
-// A correction: dst = out + added + read weight.
+// A correction: dst = out + added + weight read.
 void deltamem_correct_forward(const struct deltamem_correct_args * args);
 
 struct deltamem_project_args {
@@ -72,7 +73,7 @@ struct deltamem_project_args {
     bool    half;
 };
 
-// A projection of a few tokens: dst = in weight^T, in float32.
+// A projection of a few tokens: dst = weight in, in float32.
 void deltamem_project_forward(const struct deltamem_project_args * args);
 
 // "AVX-512", "AVX2", "NEON" or "scalar": what this translation unit was compiled for

@@ -1,9 +1,9 @@
-// Vectors of float32 for the δ-mem kernel: one small struct per instruction set, all with the same members, so that the
-// kernel is written once. `deltamem::wide` is the widest of this translation unit, `deltamem::narrow` the one that holds
-// the eight rows of the usual rank, or divides them.
+// Vectors of float32 for the δ-mem kernels: one small struct per instruction set, all with the same members, so that
+// the kernels are written once. `deltamem::wide` is the widest of this translation unit; the width of
+// `deltamem::narrow` is 8, for the rows of rank 8, or divides 8.
 //
-// For tests: DELTAMEM_SIMD_SCALAR forces the scalar path, DELTAMEM_SIMDE the AVX-512 path, on any machine, through SIMDe.
-// In CUDA sources the scalar path is a GPU thread's.
+// For tests, DELTAMEM_SIMD_SCALAR selects the scalar code, and DELTAMEM_SIMDE the AVX-512 code on any machine, through
+// SIMDe. In CUDA sources a GPU thread runs the scalar code.
 #pragma once
 
 #include <math.h>
@@ -37,7 +37,8 @@
     #include <simde/x86/fma.h>
 #elif defined(DELTAMEM_AVX2)
     #if defined(DELTAMEM_AVX512) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-        // GCC 12 takes what its unmasked intrinsics are given for the lanes that a mask would keep for uninitialised
+        // GCC 12 warns of the undefined vector that its own unmasked intrinsics pass for the lanes that a mask would
+        // keep
         #pragma GCC diagnostic push
         #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
         #include <immintrin.h>
@@ -67,7 +68,7 @@ static inline float widen(float16 x) {
     return x.bits & 0x8000 ? -magnitude : magnitude;
 }
 
-// for a vector without an instruction that does it
+// for vectors that have no instruction for it
 template <typename V> static inline V load_widened(const float16 * p) {
     float x[V::width];
     for (int i = 0; i < V::width; ++i) {
@@ -100,7 +101,7 @@ struct scalar {
     DELTAMEM_FN friend scalar operator*(scalar a, scalar b) { return { a.v * b.v }; }
     DELTAMEM_FN friend scalar operator/(scalar a, scalar b) {
 #if defined(__CUDA_ARCH__)
-        return { __fdiv_rn(a.v, b.v) }; // ggml compiles with -use_fast_math, whose quotients are zero beyond 2^126
+        return { __fdiv_rn(a.v, b.v) }; // under ggml's -use_fast_math, `/` is zero for divisors above 2^126
 #else
         return { a.v / b.v };
 #endif
@@ -108,7 +109,7 @@ struct scalar {
 
     DELTAMEM_FN static scalar fma(scalar a, scalar b, scalar c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-        return { fmaf(a.v, b.v, c.v) }; // whether a compiler makes one of the expression differs from loop to loop
+        return { fmaf(a.v, b.v, c.v) }; // a compiler contracts a*b + c in some loops and not in others
 #else
         return { a.v * b.v + c.v };
 #endif
@@ -119,7 +120,7 @@ struct scalar {
     DELTAMEM_FN static scalar round(scalar a) { return { nearbyintf(a.v) }; }
 
     DELTAMEM_FN static scalar scale(scalar x, scalar n) {
-        // a NaN must not reach the conversion to an integer
+        // converting a NaN to an integer is undefined
         const int32_t bits = n.v == n.v ? ((int32_t) n.v + 127) << 23 : 0x7fc00000;
         float         factor;
         memcpy(&factor, &bits, sizeof(factor));

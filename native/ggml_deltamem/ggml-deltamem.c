@@ -4,20 +4,16 @@
 
 #include "ggml-impl.h"
 
+#include <stddef.h>
 #include <string.h>
 
-// op_params: the kind, then the parameters of a read
-static void set_op_params(struct ggml_tensor * node, enum ggml_deltamem_kind kind,
-                          const struct ggml_deltamem_params * params) {
-    GGML_ASSERT(sizeof(int32_t) + sizeof(*params) <= sizeof(node->op_params));
+// the op_params of a node
+struct op_params {
+    int32_t                     kind; // enum ggml_deltamem_kind
+    struct ggml_deltamem_params read; // zero for a correction
+};
 
-    node->op_params[0] = kind;
-    if (params) {
-        memcpy(node->op_params + 1, params, sizeof(*params));
-    }
-}
-
-// rows of whole values, wherever each begins
+// rows are contiguous, and begin a whole number of values apart
 static bool is_matrix_of_rows(const struct ggml_tensor * t) {
     return ggml_is_matrix(t) && ggml_is_contiguous_rows(t) && t->nb[1] % t->nb[0] == 0;
 }
@@ -47,7 +43,7 @@ static void check_read(const struct ggml_tensor * node) {
     GGML_ASSERT(is_matrix_of_rows(state));
     GGML_ASSERT(ggml_is_vector(plan) && ggml_is_contiguous(plan));
 
-    GGML_ASSERT(node->ne[1] <= INT32_MAX && state->ne[1] <= INT32_MAX); // a plan has 32 bits for either
+    GGML_ASSERT(node->ne[1] <= INT32_MAX && state->ne[1] <= INT32_MAX); // a plan is I32
     GGML_ASSERT(node->ne[0] == (int64_t) params.n_head * params.rank);
     GGML_ASSERT(proj->ne[0] == ggml_deltamem_n_proj(&params));
     GGML_ASSERT(proj->ne[1] == node->ne[1]);
@@ -82,7 +78,7 @@ static void check_shapes(const struct ggml_tensor * node) {
     switch (ggml_deltamem_get_kind(node)) {
         case GGML_DELTAMEM_READ:    check_read(node); break;
         case GGML_DELTAMEM_CORRECT: check_correct(node); break;
-        default:                    GGML_ABORT("a node of GGML_OP_DELTAMEM of kind %d", node->op_params[0]);
+        default:                    GGML_ABORT("GGML_OP_DELTAMEM has no kind %d", ggml_get_op_params_i32(node, 0));
     }
 }
 
@@ -100,13 +96,15 @@ struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct ggml_tensor
     struct ggml_tensor * result =
             ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) params.n_head * params.rank, proj->ne[1]);
 
+    const struct op_params op = { GGML_DELTAMEM_READ, params };
+    ggml_set_op_params(result, &op, sizeof(op));
+
     result->op     = GGML_OP_DELTAMEM;
     result->src[0] = proj;
     result->src[1] = gate_bias;
     result->src[2] = state;
     result->src[3] = plan;
 
-    set_op_params(result, GGML_DELTAMEM_READ, &params);
     check_shapes(result);
 
     return result;
@@ -114,9 +112,8 @@ struct ggml_tensor * ggml_deltamem(struct ggml_context * ctx, struct ggml_tensor
 
 struct ggml_tensor * ggml_deltamem_mul_mat(struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b) {
     struct ggml_tensor * result = ggml_mul_mat(ctx, a, b);
-    // what ggml_mul_mat_set_prec does, or ggml_prec_set_acc, as later releases call it
+    // as ggml_mul_mat_set_prec, which later releases call ggml_prec_set_acc
     ggml_set_op_params_i32(result, 0, GGML_PREC_F32);
-    result->op_params[GGML_DELTAMEM_MUL_MAT_MARK] = GGML_OP_DELTAMEM;
     return result;
 }
 
@@ -124,12 +121,14 @@ struct ggml_tensor * ggml_deltamem_correct(struct ggml_context * ctx, struct ggm
                                            struct ggml_tensor * weight, struct ggml_tensor * read) {
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, out->ne[0], out->ne[1]);
 
+    const struct op_params op = { GGML_DELTAMEM_CORRECT, { 0 } };
+    ggml_set_op_params(result, &op, sizeof(op));
+
     result->op     = GGML_OP_DELTAMEM;
     result->src[0] = out;
     result->src[1] = weight;
     result->src[2] = read;
 
-    set_op_params(result, GGML_DELTAMEM_CORRECT, NULL);
     check_shapes(result);
 
     return result;
@@ -137,13 +136,13 @@ struct ggml_tensor * ggml_deltamem_correct(struct ggml_context * ctx, struct ggm
 
 enum ggml_deltamem_kind ggml_deltamem_get_kind(const struct ggml_tensor * node) {
     GGML_ASSERT(node->op == GGML_OP_DELTAMEM);
-    return (enum ggml_deltamem_kind) node->op_params[0];
+    return (enum ggml_deltamem_kind) ggml_get_op_params_i32(node, 0);
 }
 
 struct ggml_deltamem_params ggml_deltamem_get_params(const struct ggml_tensor * node) {
     GGML_ASSERT(ggml_deltamem_get_kind(node) == GGML_DELTAMEM_READ);
 
     struct ggml_deltamem_params params;
-    memcpy(&params, node->op_params + 1, sizeof(params));
+    memcpy(&params, (const char *) node->op_params + offsetof(struct op_params, read), sizeof(params));
     return params;
 }

@@ -1,5 +1,5 @@
-// Builds the memory's part of llama.cpp's graphs: per layer one packed projection, one read, and for each corrected
-// projection one node more (product and addition apart where the device lacks the operator or a norm stands between).
+// Builds the memory's part of llama.cpp's graphs: per layer one packed projection, one read, and one node for each
+// corrected projection (a product and an addition if the device has no operator, or if Δo is normalised).
 
 #include "deltamem-graph.h"
 
@@ -18,8 +18,7 @@ class llm_graph_input_deltamem : public llm_graph_input_i {
 public:
     llm_graph_input_deltamem(llama_deltamem_context & deltamem, ggml_tensor * plan) : deltamem(deltamem), plan(plan) {}
 
-    // Whole cache lines, so that what is allocated behind it begins on one: where the blocks of a product straddle two,
-    // llama.cpp's threads write to the same lines (K·Q of a prompt: up to 1.6 times slower).
+    // a whole number of cache lines: docs/explanation/where-time-goes.md, "Alignment"
     static int64_t size(const llama_ubatch & ubatch) {
         return GGML_PAD(ggml_deltamem_n_plan(std::max(1u, ubatch.n_seqs_unq), ubatch.n_tokens),
                         CACHE_LINE / sizeof(int32_t));
@@ -68,7 +67,7 @@ struct llama_deltamem_graph {
         deltamem.n_graphs++;
     }
 
-    // A layer that cannot be hooked is left alone and remembered: attaching then refuses the model.
+    // Remembers why a layer cannot have a memory; such a layer gets no nodes, and attaching refuses the adapter.
     bool expect(int i, bool ok, const char * problem) {
         std::string & known = deltamem.covered[i].problem;
         if (!ok && known.empty()) {
@@ -87,14 +86,14 @@ struct llama_deltamem_graph {
         return plan;
     }
 
-    // Which weights it has stands in a node's name: CUDA launches a captured graph again if names, shapes and addresses are
-    // what they were, and of another adapter's weights the type alone may differ.
+    // The name contains the type of the weights. CUDA launches a captured graph again if names, shapes and addresses
+    // are equal, and those of two adapters may differ in nothing else.
     static void name(ggml_tensor * node, const char * what, ggml_type type, int il) {
         ggml_format_name(node, "deltamem_%s-%d (%s)", what, il, ggml_type_name(type));
     }
 
-    // The state is updated in place, so the operator must not be moved away from it. False if the context does not compute
-    // on that device.
+    // Has the scheduler compute a node on `device`: the operator updates the state in place, so it must run where the
+    // state is. False if the context does not use that device.
     bool pin(ggml_tensor * node, ggml_backend_dev_t device) {
         for (int b = 0; b < ggml_backend_sched_get_n_backends(sched); ++b) {
             ggml_backend_t backend = ggml_backend_sched_get_backend(sched, b);
@@ -129,8 +128,8 @@ struct llama_deltamem_graph {
             return;
         }
         if (!lw.q && !lw.qkv) {
-            ggml_build_forward_expand(gf, reads[i]); // it writes the state even where nothing depends on its read
-        } // else it comes right before the correction, which may then be computed with it
+            ggml_build_forward_expand(gf, reads[i]); // it writes the state, even if nothing depends on its read
+        } // else the graph places it right before the correction, and the CPU may fuse the two
 
         deltamem.covered[i].read = true;
     }
@@ -150,7 +149,7 @@ struct llama_deltamem_graph {
             return out;
         }
         if (!reads[i]) {
-            return out; // attaching then refuses the layer
+            return out; // read() has remembered why, so attaching refuses the adapter
         }
         if (!expect(i,
                     out->ne[0] == correction.n_out() && out->ne[1] == ubatch.n_tokens &&
@@ -205,7 +204,7 @@ bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, con
             const int32_t n = batch.n_seq_id ? batch.n_seq_id[i] : 1;
             tokens.push_back({ (size_t) n, n > 0 && batch.seq_id ? batch.seq_id[i][0] : 0 });
         }
-    } else { // llama_batch_ext, which took its place
+    } else { // llama_batch_ext of later releases
         for (const auto & token : batch.tokens) {
             tokens.push_back({ token.seq_ids.size(), token.seq_ids.empty() ? -1 : *token.seq_ids.begin() });
         }
