@@ -1,6 +1,6 @@
-# GCC 12 takes all but the first bytes of what ldtilecfg loads for dead and drops their stores; and there are virtual machines
-# that report AMX and do not execute it. Either way ggml's products would end a quantised model's first prompt with an
-# illegal instruction. -march=native is for this machine, so what ggml does can be tried here. Sets DELTAMEM_AMX_FLAGS.
+# Tries AMX as ggml uses it, and sets DELTAMEM_AMX_FLAGS to leave it out where it fails. GCC 12 drops the stores to all but the
+# first bytes that ldtilecfg loads, and some virtual machines report AMX but do not execute it: ggml's products would end the
+# first prompt of a quantised model with an illegal instruction. A build with -march=native runs here, so the test does too.
 if ((DEFINED GGML_NATIVE AND NOT GGML_NATIVE) OR CMAKE_CROSSCOMPILING OR NOT CMAKE_SYSTEM_NAME STREQUAL "Linux" OR
         NOT CMAKE_C_COMPILER_ID MATCHES "GNU|Clang" OR NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     return()
@@ -20,7 +20,7 @@ struct tile_config { uint8_t palette_id, start_row, reserved[14]; uint16_t colsb
 
 int main() {
     if (syscall(SYS_arch_prctl, 0x1023, 18)) {
-        return 0; // ggml asks, too, and does without
+        return 0; // ggml asks for this permission too, and then uses no AMX
     }
     alignas(64) tile_config tc = {};
     tc.palette_id = 1;
@@ -37,6 +37,6 @@ int main() {}
 unset(CMAKE_REQUIRED_FLAGS)
 
 if (NOT DELTAMEM_AMX_RUNS)
-    message(STATUS "AMX is left out: this machine does not run what this compiler makes of it")
+    message(STATUS "AMX is left out: this machine does not run AMX code of this compiler")
     set(DELTAMEM_AMX_FLAGS -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 endif()

@@ -1,11 +1,11 @@
-# Where the CUDA toolkit has no cuBLAS: the one that pip installs (pip install nvidia-cublas nvidia-cuda-cccl).
+# If the CUDA toolkit has no cuBLAS, uses the one that pip installs (pip install nvidia-cublas nvidia-cuda-cccl).
 
 set(DELTAMEM_CUBLAS_INCLUDE "" CACHE PATH "deltamem: headers of a cuBLAS outside of the CUDA toolkit")
 
 find_package(CUDAToolkit QUIET)
 
 if (NOT DELTAMEM_CUBLAS_INCLUDE AND NOT TARGET CUDA::cublas)
-    # in the build's own packages, or in those of the environment that pip installs into
+    # in pip's build environment, or in the environment that pip installs into
     execute_process(
         COMMAND ${Python_EXECUTABLE} -c "
 import glob, sys, sysconfig
@@ -28,7 +28,7 @@ endif()
 
 if (DELTAMEM_CUBLAS_INCLUDE)
     message(STATUS "cuBLAS: ${CUDA_cublas_LIBRARY}")
-    # by name: what CMake adds by itself leaves out folders in the source tree, where .venv is
+    # CMake leaves folders within the source tree out of the rpath, and .venv is there
     get_filename_component(library_dir ${CUDA_cublas_LIBRARY} DIRECTORY)
     list(APPEND CMAKE_INSTALL_RPATH ${library_dir})
     set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} -isystem ${DELTAMEM_CUBLAS_INCLUDE}")

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Obtains the pinned llama.cpp source, applies our patches and lays the result out for CMake.
+"""Downloads the pinned llama.cpp source, applies our patches and writes the tree that CMake builds.
 
 The source is vendor/llama.cpp inside the source distribution of llama-cpp-python, which pip downloads by name: mirrors,
-offline caches and pip's own configuration work as for any package. A source distribution already on disk, or an
-unpacked tree, can be named instead; a tree is copied, never changed.
+offline caches and pip's own configuration work as for any package. A source distribution on disk, or an unpacked tree,
+can be named instead; a tree is copied, never changed.
 
-The patched tree is put together aside and then copied over the old one file by file where content differs. Files that
-stay the same keep their modification time, so a changed patch recompiles only what it touches.
+The patched tree is made in a temporary folder; then the files that differ are copied over the old tree. The others keep
+their modification time, so a changed patch recompiles only the files that it changes.
 
-Needs nothing but the standard library, git and, to download, pip. On failure it prints one sentence and exits with 1.
+Needs the standard library, git and, to download, pip. On failure it prints one sentence and exits with 1.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def check_sha256(path: Path, expected: str, remedy: str) -> None:
 
 
 def download(folder: Path, expected: str | None = SHA256, version: str = VERSION) -> Path:
-    """Returns the source distribution in `folder`, downloaded by pip unless it is there. None: whatever comes."""
+    """The source distribution in `folder`, which pip downloads if it is missing. expected=None: of any checksum."""
     requirement = f"llama-cpp-python=={version}"
     archive = folder / f"llama_cpp_python-{version}.tar.gz"
     if archive.exists():
@@ -99,7 +99,7 @@ def download(folder: Path, expected: str | None = SHA256, version: str = VERSION
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--no-binary", "llama-cpp-python", "--dest", aside, requirement]
-        # pip asks the package's build backend for its metadata. Ours is the same one: no need to install it once more.
+        # pip asks the package's build backend for its metadata; we have the same one installed
         if importlib.util.find_spec("scikit_build_core"):
             command.insert(-1, "--no-build-isolation")
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -111,7 +111,7 @@ def download(folder: Path, expected: str | None = SHA256, version: str = VERSION
             )
         fetched = Path(aside) / archive.name
         if not fetched.exists():
-            raise FetchError(f"pip downloaded {requirement} under another name than {archive.name}: use a newer pip.")
+            raise FetchError(f"pip downloaded {requirement}, but not as {archive.name}: use a newer pip.")
         if expected:
             check_sha256(fetched, expected, "pip's index offers another file: use one that mirrors the original")
         fetched.replace(archive)
@@ -119,7 +119,7 @@ def download(folder: Path, expected: str | None = SHA256, version: str = VERSION
 
 
 def extract(archive: Path, tree: Path) -> None:
-    """Unpacks the kept part of vendor/llama.cpp into `tree`."""
+    """Unpacks KEEP of vendor/llama.cpp into `tree`."""
     prefix = re.compile(r"[^/]+/vendor/llama\.cpp/(.+)")
     try:
         with tarfile.open(archive) as tar:
@@ -136,7 +136,7 @@ def extract(archive: Path, tree: Path) -> None:
 
 
 def copy_tree(source: Path, tree: Path) -> None:
-    """Copies the kept part of an unpacked llama.cpp, or of llama-cpp-python, into `tree`."""
+    """Copies KEEP of an unpacked llama.cpp, or llama-cpp-python, into `tree`."""
     if (source / "vendor" / "llama.cpp" / "CMakeLists.txt").exists():
         source = source / "vendor" / "llama.cpp"
     if not (source / "ggml" / "CMakeLists.txt").exists():
@@ -154,8 +154,8 @@ def copy_tree(source: Path, tree: Path) -> None:
 
 
 def git_apply(tree: Path, patch: Path, *options: str) -> subprocess.CompletedProcess:
-    # Inside a repository, git apply takes paths as relative to that repository and skips files that it ignores, without
-    # a word. It must not look above the tree.
+    # Inside a repository, git apply takes paths relative to that repository and skips files that it ignores, silently:
+    # it must not look above the tree.
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     env["GIT_CEILING_DIRECTORIES"] = str(tree.parent)
     command = [
@@ -175,7 +175,7 @@ def git_apply(tree: Path, patch: Path, *options: str) -> subprocess.CompletedPro
 
 
 def blob_id(path: Path) -> str:
-    """git's name for a file's content, as in the index lines of a diff."""
+    """git's hash of a file's content, as in the index lines of a diff."""
     data = path.read_bytes() if path.exists() else b""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
@@ -183,7 +183,7 @@ def blob_id(path: Path) -> str:
 def check_index_lines(tree: Path, patch: Path, side: int) -> None:
     """Compares files with a patch's `index old..new` lines, where it has them: side 0 before, 1 after it is applied.
 
-    Hunks without context fit any file that is long enough: the index lines are what notices another version.
+    Hunks without context fit any file that is long enough: only the index lines tell that it is another version.
     """
     name = None
     for line in patch.read_text(encoding="utf-8").splitlines():
@@ -194,7 +194,7 @@ def check_index_lines(tree: Path, patch: Path, side: int) -> None:
         if index and name and not blob_id(tree / name).startswith(index[side + 1]) and set(index[side + 1]) != {"0"}:
             raise FetchError(
                 f"The patch {patch.name} does not apply: {name} is not the file that it was made for; "
-                f"use the source of {REQUIREMENT}, or make the patch anew."
+                f"use the source of {REQUIREMENT}, or make the patch again."
             )
 
 
@@ -210,7 +210,7 @@ def apply_patches(tree: Path, patches: list[Path]) -> None:
                 f"The patch {patch.name} does not apply{place}: make it fit the llama.cpp source, "
                 f"or use the source of {REQUIREMENT}."
             )
-        # trust, but verify: what is applied can be taken back
+        # a patch that was applied can be reversed
         if git_apply(tree, patch, "--reverse", "--check").returncode != 0:
             raise FetchError(
                 f"The patch {patch.name} left the source as it was: git apply skipped it, use a newer git."
@@ -223,7 +223,7 @@ def files_of(tree: Path) -> set[Path]:
 
 
 def synchronize(fresh: Path, tree: Path) -> list[Path]:
-    """Makes `tree` equal to `fresh`, touching only files that differ. Returns those that were written."""
+    """Makes `tree` equal to `fresh` and writes only the files that differ. Returns them."""
     tree.mkdir(parents=True, exist_ok=True)
     wanted = files_of(fresh)
     for path in files_of(tree) - wanted:
@@ -242,7 +242,7 @@ def synchronize(fresh: Path, tree: Path) -> list[Path]:
 def prepare(
     tree: Path, patches: list[Path], download_dir: Path, source: Path | None = None, expected: str = SHA256
 ) -> list[Path]:
-    """Brings `tree` up to date with the source and the patches. Returns the files that were written."""
+    """Makes `tree` the patched source, unless it is. Returns the files that were written."""
     if source is not None and not source.exists():
         raise FetchError(
             f"The llama.cpp source {source} does not exist: correct DELTAMEM_LLAMA_CPP_SOURCE or unset it."

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Counts what native/patches change in llama.cpp: lines added and removed, and files. Exits with 1 past the limits.
+"""Counts the lines and files of llama.cpp that native/patches change. Exits with 1 above the limits.
 
-The logic is in files of ours; a patch only declares and dispatches. The count is what keeps it so.
+The logic is in our own files; a patch only declares and dispatches. The limits keep it that way.
 """
 
 from __future__ import annotations

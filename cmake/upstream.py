@@ -56,7 +56,7 @@ COLUMNS = ("release", "sha256", "patches", "build", "native tests", "Python test
 
 
 class StepError(Exception):
-    """What stands in the table where a step failed."""
+    """A step failed; the text stands in the table."""
 
 
 #
@@ -93,7 +93,7 @@ def patched_files(patch: Path) -> list[str]:
 
 
 def resolve(theirs: list[str], base: list[str], ours: list[str]) -> list[str] | None:
-    """What a conflict comes to; None if the lines do not say."""
+    """The merged lines of a conflict, None if they cannot be told."""
     if ours[: len(base)] == base:
         return theirs + ours[len(base) :]
     if ours[len(ours) - len(base) :] == base:
@@ -111,7 +111,7 @@ def resolve(theirs: list[str], base: list[str], ours: list[str]) -> list[str] | 
 
 def merge(theirs: Path, base: Path, ours: Path) -> tuple[bytes, int]:
     """The merged file, and how many hunks `resolve` placed. Raises ValueError where that is not possible."""
-    size = 40  # of the markers, so that no line of the files is one
+    size = 40  # of the markers: no line of the files begins with so many
     command = ["git", "merge-file", "--stdout", "--diff3", f"--marker-size={size}", theirs, base, ours]
     output = subprocess.run(command, stdout=subprocess.PIPE).stdout.decode()
 
@@ -136,7 +136,7 @@ def merge(theirs: Path, base: Path, ours: Path) -> tuple[bytes, int]:
 
 def carry_over(patches: list[Path], pinned: Path, other: Path) -> tuple[dict[str, str], int]:
     """The patches for the tree `other`, by file name, from those for `pinned`; and how many hunks `resolve` placed."""
-    # nothing of the user's git must change what is written
+    # the user's git configuration must not change the patches
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     env.update(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_NOSYSTEM="1")
 
@@ -194,7 +194,7 @@ def pins_moved_to(version: str, sha256: str) -> dict[str, str]:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Leaves a file that stays the same alone: no new modification time, nothing to compile again."""
+    """Writes a file if it differs: one that stays the same keeps its modification time and is not compiled again."""
     if not path.exists() or path.read_bytes() != data:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -246,10 +246,10 @@ class Check:
         return True
 
     def step(self, what: str, *command: object, env: dict[str, str] | None = None, cwd: Path = ROOT) -> str:
-        """Runs a command; returns what it printed, which goes to the log too."""
+        """Runs a command and returns its output, which is logged too."""
         print(f"{self.version}: {what}", flush=True)
         arguments = [str(argument) for argument in command]
-        # what would put another library or package in the way
+        # these would select another library or package
         clean = {key: value for key, value in os.environ.items() if key not in ("LLAMA_CPP_LIB_PATH", "PYTHONPATH")}
         result = subprocess.run(
             arguments,
@@ -310,7 +310,7 @@ class Check:
         return "yes"
 
     def native_tests(self) -> str:
-        # not those of the kernel, which knows no llama.cpp and is the same for each release
+        # not those of the kernel, which uses nothing of llama.cpp and is the same for each release
         tests = ["ctest", "--test-dir", self.cmake, "--output-on-failure", "--exclude-regex", "^kernel-"]
         output = self.step("native tests", *tests)
         passed, skipped = output.count(" Passed "), output.count("***Skipped")

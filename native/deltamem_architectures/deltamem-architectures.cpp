@@ -25,8 +25,9 @@
 #include <utility>
 #include <vector>
 
-// llama.cpp's test file, unchanged, for get_gguf_ctx and moe_mandatory: the hyperparameters that each architecture needs.
-// What it includes is included above, outside of the namespace. The compiler drops the functions that nothing here calls.
+// llama.cpp's test file, unchanged, for get_gguf_ctx and moe_mandatory: the hyperparameters that each architecture
+// needs. What it includes is included above, outside of the namespace. The compiler drops the functions that nothing
+// here calls.
 namespace {
 #include "test-llama-archs.cpp"
 
@@ -119,7 +120,8 @@ int32_t deltamem_tiny_adapter(const llama_model * model, int32_t il, const char 
         gguf_set_val_u32(file.get(), "deltamem.base.block_count", model->hparams.n_layer());
         gguf_set_arr_data(file.get(), "deltamem.layers", GGUF_TYPE_UINT32, &il, 1);
 
-        // of a fused projection the rows are told apart as the loader does; a layer without projections has one row each
+        // of a fused projection the rows are told apart as the loader does; a layer without projections has one row
+        // each
         const int64_t n_k = layer.wqkv ? model->hparams.n_embd_k_gqa(il) : layer.wk ? layer.wk->ne[1] : 1;
         const int64_t n_v = layer.wqkv ? model->hparams.n_embd_v_gqa(il) : layer.wv ? layer.wv->ne[1] : 1;
         const int64_t n_q = layer.wqkv ? layer.wqkv->ne[1] - n_k - n_v : layer.wq ? layer.wq->ne[1] : 1;

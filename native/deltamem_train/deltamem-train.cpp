@@ -31,7 +31,7 @@ inline void store(bf16 & to, float value) { // to the nearest, ties to even
     to.bits = (uint16_t) ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// exp with a relative error of 2e-7. The library's is a call, which keeps a loop from being vectorised.
+// exp with a relative error of 2e-7. A call of the library's would keep the compiler from vectorising the loop.
 inline float exponential(float x) {
     x                 = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
     const float whole = nearbyintf(x * 1.44269504f);
@@ -50,10 +50,10 @@ inline float sigmoid(float x) {
 }
 
 //
-// the recurrence: S is kept column by column, so that the rows, which do not touch each other, are the vector
+// the recurrence: S is column-major, so that its rows, which do not depend on each other, are lanes
 //
 
-// R: the rank, known to the compiler; 0: any up to MAX_RANK
+// R is the rank if it is known at compile time; 0: any up to MAX_RANK
 constexpr int MAX_RANK = 64;
 
 template <int R> void recurrence(const deltamem_train_runs & runs, const float * q, const float * k, const float * v,
@@ -75,7 +75,7 @@ template <int R> void recurrence(const deltamem_train_runs & runs, const float *
                 const int64_t at = (t * runs.n_heads + h) * r;
                 memcpy(states + at * r, S, size * sizeof(float));
 
-                // read = S q, before the write; predicted = S k
+                // read = S q, predicted = S k
                 float read[M] = {}, predicted[M] = {}, added[M];
                 for (int64_t c = 0; c < r; ++c) {
                     for (int64_t i = 0; i < r; ++i) {
@@ -83,12 +83,13 @@ template <int R> void recurrence(const deltamem_train_runs & runs, const float *
                         predicted[i] += S[c * r + i] * k[at + c];
                     }
                 }
-                // S = keep S + (write v - erase (S k)) k^T
+                // added_i = write_i v_i - erase_i (S k)_i
                 for (int64_t i = 0; i < r; ++i) {
                     added[i]       = write[at + i] * v[at + i] - erase[at + i] * predicted[i];
                     reads[at + i]  = read[i];
                     change[at + i] = added[i];
                 }
+                // S_i,: <- keep_i S_i,: + added_i kᵀ
                 for (int64_t c = 0; c < r; ++c) {
                     for (int64_t i = 0; i < r; ++i) {
                         S[c * r + i] = keep[at + i] * S[c * r + i] + added[i] * k[at + c];
@@ -109,14 +110,15 @@ void recurrence_back(const deltamem_train_runs & runs, const float * q, const fl
     const int64_t r    = R ? R : runs.rank;
     const int64_t size = r * r;
 
-    for (int64_t j = runs.n_runs - 1; j >= 0; --j) { // what starts from a run comes after it
+    for (int64_t j = runs.n_runs - 1; j >= 0; --j) { // the runs that start from a run come after it
         for (int64_t h = 0; h < runs.n_heads; ++h) {
-            float D[M * M]; // of the state after the token
+            float D[M * M]; // the gradient of the state after the token
             memcpy(D, d_last + (j * runs.n_heads + h) * size, size * sizeof(float));
             for (int64_t t = runs.end[j] - 1; t >= runs.begin[j]; --t) {
                 const int64_t at = (t * runs.n_heads + h) * r;
                 const float * S  = states + at * r;
 
+                // d_added = D k, predicted = S k, kept_i = Σ_c D_i,c S_i,c
                 float d_added[M] = {}, predicted[M] = {}, kept[M] = {}, d_predicted[M];
                 for (int64_t c = 0; c < r; ++c) {
                     for (int64_t i = 0; i < r; ++i) {
@@ -125,6 +127,7 @@ void recurrence_back(const deltamem_train_runs & runs, const float * q, const fl
                         kept[i] += D[c * r + i] * S[c * r + i];
                     }
                 }
+                // added = write v - erase predicted
                 for (int64_t i = 0; i < r; ++i) {
                     d_predicted[i]  = -erase[at + i] * d_added[i];
                     d_v[at + i]     = write[at + i] * d_added[i];
@@ -132,6 +135,7 @@ void recurrence_back(const deltamem_train_runs & runs, const float * q, const fl
                     d_erase[at + i] = -predicted[i] * d_added[i];
                     d_keep[at + i]  = kept[i];
                 }
+                // d_q = Sᵀ d_reads, d_k = Dᵀ added + Sᵀ d_predicted
                 for (int64_t c = 0; c < r; ++c) {
                     float of_q = 0, of_k = 0;
                     for (int64_t i = 0; i < r; ++i) {
@@ -141,6 +145,7 @@ void recurrence_back(const deltamem_train_runs & runs, const float * q, const fl
                     d_q[at + c] = of_q;
                     d_k[at + c] = of_k;
                 }
+                // D <- keep D + d_reads qᵀ + d_predicted kᵀ
                 for (int64_t c = 0; c < r; ++c) {
                     for (int64_t i = 0; i < r; ++i) {
                         D[c * r + i] =
@@ -268,7 +273,7 @@ template <typename T> void attention_back(T * scores, T * d_probs, const float *
 
 } // namespace
 
-// one call for each kind of activations
+// calls the function for the type of the activations
 #define DISPATCH(half, function, ...)                                                                                  \
     do {                                                                                                               \
         if (half) {                                                                                                    \

@@ -16,7 +16,7 @@
 
 namespace {
 
-// The adapter file while it is read. All members throw a sentence that begins with the file's name.
+// The adapter file while it is loaded. All members throw a sentence that begins with the file's name.
 class reader {
 public:
     explicit reader(const std::string & path) : path(path) {
@@ -29,12 +29,12 @@ public:
         open(path);
         gguf = files.front().gguf.get();
 
-        // a packed model in shards: the keys are in the first one, tensors in all
+        // a packed model in shards: the first one has the keys, all have tensors
         const int n_split = has("split.count") ? u16("split.count") : 0;
         if (n_split > 1) {
             std::vector<char> prefix(path.size() + 1);
             if (!llama_split_prefix(prefix.data(), prefix.size(), path.c_str(), u16("split.no"), n_split)) {
-                fail("is one shard of several, but is not named as one");
+                fail("is one shard of several, but its name is not that of a shard");
             }
             std::vector<char> shard(path.size() + 1);
             for (int i = 1; i < n_split; ++i) {
@@ -69,7 +69,7 @@ public:
         return values;
     }
 
-    // the value's place in `names`
+    // the value's index in `names`
     template <size_t n> int choice(const std::string & key, const char * const (&names)[n]) const {
         const std::string value = str(key);
         for (size_t i = 0; i < n; ++i) {
@@ -77,7 +77,7 @@ public:
                 return (int) i;
             }
         }
-        fail("has " + key + " = '" + value + "', which this library does not know");
+        fail("has " + key + " = '" + value + "', which this library does not support");
     }
 
     std::map<std::string, std::string> meta() const {
@@ -93,7 +93,7 @@ public:
         return values;
     }
 
-    // metadata of a tensor of that shape; throws unless it is there, well-formed and inside its file
+    // metadata of a tensor of that shape; throws unless it exists, is well-formed and lies within its file
     const ggml_tensor * tensor(const std::string & name, std::vector<int64_t> ne) const {
         const source *      f = source_of(name);
         const ggml_tensor * t = f ? ggml_get_tensor(f->ctx.get(), name.c_str()) : nullptr;
@@ -115,7 +115,7 @@ public:
         return t;
     }
 
-    // the bytes of a tensor that was checked before, all of its values finite
+    // the bytes of a tensor that tensor() has checked; throws unless all of its values are finite
     std::vector<uint8_t> data(const std::string & name) const {
         const source *       f = source_of(name);
         const ggml_tensor *  t = ggml_get_tensor(f->ctx.get(), name.c_str());
@@ -206,13 +206,13 @@ private:
 ggml_backend_dev_t cpu_device() {
     ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     if (!cpu) {
-        throw std::runtime_error("there is no CPU backend");
+        throw std::runtime_error("ggml has no CPU backend");
     }
     return cpu;
 }
 
-// Where the adapter's weights of a layer go: beside the layer's own, except that some buffer types hold nothing else:
-// repacked weights of the CPU, rows that are split over GPUs, mapped files.
+// The buffer type for the adapter's weights of a layer: that of the layer's own weights, unless it holds nothing else,
+// as those of weights repacked for the CPU, of rows split over GPUs, and of mapped files do.
 ggml_backend_buffer_type_t select_buft(const ggml_tensor * layer_weight, ggml_backend_dev_t layer_device) {
     ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(layer_weight->buffer);
 
@@ -235,7 +235,7 @@ ggml_backend_buffer_type_t select_buft(const ggml_tensor * layer_weight, ggml_ba
     return buft;
 }
 
-// Asks the device with a node of the very shape that the graphs will hold.
+// Asks the device about a node of the shape that the graphs will have.
 bool supports_operator(ggml_backend_dev_t dev, const ggml_deltamem_params & params) {
     ggml_context_ptr ctx { ggml_init({ 8 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }) };
 
@@ -280,7 +280,8 @@ public:
         return t;
     }
 
-    // A correction from one or more parts below each other, by columns if it may and its type has no blocks.
+    // A correction whose rows are those of one or more parts in order, stored by columns if `by_columns` and its type
+    // has no blocks.
     llama_deltamem_correction add_correction(ggml_backend_buffer_type_t buft, const std::string & name, int64_t n_read,
                                              const std::vector<part> & parts, bool by_columns) {
         int64_t   n_rows = 0;
@@ -308,7 +309,7 @@ public:
         for (const auto & [buft, ctx] : ctx_map) {
             ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft) };
             if (!buf) {
-                throw std::runtime_error(format("no memory for the adapter in %s", ggml_backend_buft_name(buft)));
+                throw std::runtime_error(format("the adapter cannot be allocated in %s", ggml_backend_buft_name(buft)));
             }
             ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
             LLAMA_LOG_INFO("%s: %10s δ-mem buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf.get()),
@@ -340,7 +341,7 @@ private:
         if (!ctx) {
             ctx = ggml_init({ n_tensors_max * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true });
             if (!ctx) {
-                throw std::runtime_error("out of memory");
+                throw std::runtime_error("the adapter's tensors cannot be allocated");
             }
             weights.ctxs.emplace_back(ctx);
         }
@@ -382,7 +383,8 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
     }
     if (const uint32_t version = file.u32("deltamem.version"); version < 1 || version > LLAMA_DELTAMEM_VERSION) {
         file.fail(format(
-                "has adapter version %u, this library reads version %d: update it or convert the checkpoint again",
+                "has adapter version %u, this library loads version %d: update pydeltamem, or convert the PyTorch "
+                "checkpoint again",
                 version, LLAMA_DELTAMEM_VERSION));
     }
 
@@ -393,7 +395,7 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
 
     llama_deltamem_check_attention(model.arch);
 
-    // llama.cpp cuts every node in pieces there, knows no rule for this operator and would abort
+    // there llama.cpp splits every node over devices, has no rule for this operator and would abort
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
         file.fail("cannot be used with split mode 'tensor': load the model with split mode 'layer'");
     }
@@ -417,10 +419,10 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
     const uint32_t rank   = file.u32("deltamem.rank");
     const uint32_t n_head = file.u32("deltamem.head_count");
     if (rank < 1 || rank > GGML_DELTAMEM_MAX_RANK) {
-        file.fail(format("has rank %u, this library takes 1 to %d", rank, GGML_DELTAMEM_MAX_RANK));
+        file.fail(format("has rank %u, this library supports 1 to %d", rank, GGML_DELTAMEM_MAX_RANK));
     }
     if (n_head < 1 || n_head > 1024) {
-        file.fail(format("has %u state heads, this library takes 1 to 1024", n_head));
+        file.fail(format("has %u state heads, this library supports 1 to 1024", n_head));
     }
 
     params.rank   = (int32_t) rank;
@@ -438,7 +440,7 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
     for (const std::string & head : file.strs("deltamem.delta_heads")) {
         bool * flag = head == "q" ? &q : head == "k" ? &k : head == "v" ? &v : head == "o" ? &o : nullptr;
         if (!flag) {
-            file.fail("corrects '" + head + "', this library knows q, k, v and o");
+            file.fail("corrects '" + head + "', this library corrects q, k, v and o");
         }
         *flag = true;
     }
@@ -447,7 +449,7 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
     if (has_o_norm) {
         o_norm_eps = file.f32("deltamem.o_norm_epsilon");
         if (!(o_norm_eps >= 0.0f) || !std::isfinite(o_norm_eps)) {
-            file.fail("has a deltamem.o_norm_epsilon that is not a small positive number");
+            file.fail(format("has deltamem.o_norm_epsilon = %g, it must be finite and not negative", o_norm_eps));
         }
     }
 
@@ -460,7 +462,8 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
 
     for (const uint32_t il : file.u32s("deltamem.layers")) {
         if (il >= n_layer || (!layers.empty() && (int) il <= layers.back().il)) {
-            file.fail("has a list of layers that is not ascending within the model's");
+            file.fail(format("has %u in deltamem.layers, which must be ascending layers of the model, 0 to %u", il,
+                             n_layer - 1));
         }
         const llama_layer & layer = model.layers[il];
         const ggml_tensor * w     = layer.wqkv ? layer.wqkv : layer.wq;
@@ -481,7 +484,7 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         }
 
         lw.in = load.add_matrix(buft, name("in.weight"), n_embd, ggml_deltamem_n_proj(&params));
-        // where the operator is, which may be another device than its weights': no copy per token
+        // on the operator's device, which may not be that of the other weights: saves a copy per token
         lw.gate_bias = load.add_vector(ggml_backend_dev_buffer_type(lw.device), name("gate.bias"),
                                        ggml_deltamem_n_gates(&params));
 
@@ -519,14 +522,15 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         layers.push_back(lw);
     }
     if (layers.empty()) {
-        file.fail("names no layer that carries memory");
+        file.fail("has no layer in deltamem.layers");
     }
 
     load.finish();
 
     if (fallback) {
-        LLAMA_LOG_WARN("%s: a device of this model has no δ-mem operator, the memory of its layers runs on the CPU\n",
-                       __func__);
+        LLAMA_LOG_WARN(
+                "%s: a device of this model has no δ-mem operator, so the CPU computes the memory of its layers\n",
+                __func__);
     }
 }
 

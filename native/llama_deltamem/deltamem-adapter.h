@@ -1,4 +1,4 @@
-// A δ-mem adapter on its devices: the weights of an adapter GGUF (docs/reference/formats.md), checked against a model.
+// The weights of an adapter GGUF (docs/reference/formats.md) on their devices, checked against a model.
 #pragma once
 
 #include "ggml-cpp.h"
@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-// the low-rank correction of one projection's output, null if it is off
+// the low-rank correction of one projection's output, null if the adapter has none
 struct llama_deltamem_correction {
     ggml_tensor * weight     = nullptr;
     bool          by_columns = false; // [n_out, H*r] for ggml_deltamem_correct; else [H*r, n_out] for ggml_mul_mat
@@ -21,7 +21,7 @@ struct llama_deltamem_correction {
     int64_t n_out() const { return weight->ne[by_columns ? 0 : 1]; }
 };
 
-// the weights of one layer that carries memory
+// the weights of one layer with memory
 struct llama_deltamem_layer_weights {
     int                il = -1; // the model's layer
     ggml_backend_dev_t device =
@@ -32,7 +32,7 @@ struct llama_deltamem_layer_weights {
     ggml_tensor * o_norm    = nullptr; // [n_embd], null if Δo is not normalised
 
     llama_deltamem_correction q, k, v, o;
-    llama_deltamem_correction qkv; // instead of q, k, v where the model's projection is fused; zero where they are off
+    llama_deltamem_correction qkv; // instead of q, k, v if the model's projection is fused; zero for those without one
 };
 
 struct llama_deltamem_weights {
@@ -56,7 +56,8 @@ struct llama_deltamem_weights {
 
 using llama_deltamem_weights_ptr = std::shared_ptr<const llama_deltamem_weights>;
 
-// Throw std::runtime_error with the sentence that refuses an architecture: if it has no attention, or for a reason.
+// Throw std::runtime_error with the sentence that refuses an architecture: if it has no attention, or for the reason
+// `why`.
 void              llama_deltamem_check_attention(llm_arch arch);
 [[noreturn]] void llama_deltamem_refuse(llm_arch arch, const std::string & why);
 [[noreturn]] void llama_deltamem_refuse(llm_arch arch, int il, const std::string & why);

@@ -29,14 +29,14 @@ template <typename F> static int32_t guarded(F f) {
     } catch (const std::exception & err) {
         llama_deltamem_set_error(err.what());
     } catch (...) {
-        llama_deltamem_set_error("an error of an unknown kind");
+        llama_deltamem_set_error("unknown error");
     }
     return -1;
 }
 
 static llama_deltamem_context & attached(const llama_context * ctx) {
     if (!ctx->deltamem) {
-        throw std::runtime_error("no memory adapter is attached to this context");
+        throw std::runtime_error("no adapter is attached to this context");
     }
     return *ctx->deltamem;
 }
@@ -121,7 +121,8 @@ size_t llama_deltamem_n_bytes(const llama_deltamem_adapter * adapter) {
 // contexts
 //
 
-// Throws, naming the first layer that the model's graph does not hand to the hooks.
+// Throws if the model's graph does not pass a layer or a correction of the adapter through the hooks; names the first
+// one.
 static void check_coverage(const llama_deltamem_context & deltamem) {
     const auto & weights = *deltamem.weights;
 
@@ -157,7 +158,7 @@ void llama_context::set_deltamem(llama_deltamem_context_ptr value) {
     }
     synchronize();
     deltamem = std::move(value);
-    // graphs and their buffers are made for one adapter
+    // the reserved graphs and buffers are of the adapter before
     sched_need_reserve = true;
 }
 

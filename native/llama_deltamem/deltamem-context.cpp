@@ -1,4 +1,4 @@
-// Which token of a batch reads and writes what.
+// What each token of a batch does: checks a batch and its description, and makes the plan of each micro-batch.
 
 #include "deltamem-context.h"
 
@@ -31,7 +31,7 @@ void llama_deltamem_context::set_segments(const int32_t * segments, const int8_t
 }
 
 void llama_deltamem_context::begin_batch() {
-    // consumed whatever happens: it describes one llama_decode
+    // a description holds for one llama_decode, even if it is refused
     current = {};
     std::swap(current, next);
 
@@ -55,26 +55,26 @@ void llama_deltamem_context::begin_batch() {
     for (size_t i = 0; i < n_tokens; ++i) {
         if (batch[i].n_seqs != 1) {
             throw std::runtime_error(
-                    format("token %zu of the batch belongs to %zu sequences; with a memory it must be one", i,
-                           batch[i].n_seqs));
+                    format("token %zu of the batch belongs to %zu sequences; with an adapter attached, it must be one",
+                           i, batch[i].n_seqs));
         }
         const llama_seq_id seq_id = batch[i].seq_id;
         if (seq_id < 0 || (uint32_t) seq_id >= n_seqs()) {
             throw std::runtime_error(
-                    format("token %zu of the batch belongs to sequence %d, this context has %u memories", i, seq_id,
+                    format("token %zu of the batch belongs to sequence %d, this context has %u sequences", i, seq_id,
                            n_seqs()));
         }
         check_whole(seq_id);
         if (sequences[seq_id].ingest.torn) {
             throw std::runtime_error(
-                    format("the ingest of sequence %d was broken off by a llama_decode that failed; abandon it first",
+                    format("a llama_decode that failed interrupted the ingest of sequence %d: abandon the ingest first",
                            seq_id));
         }
         if (!current.given && sequences[seq_id].ingest.open && sequences[seq_id].write) {
-            throw std::runtime_error(
-                    format("sequence %d is in the middle of an ingest, this batch gives it no segments; "
-                           "end or abandon the ingest first",
-                           seq_id));
+            throw std::runtime_error(format(
+                    "sequence %d has an unfinished ingest, and this batch gives it no segments: end or abandon the "
+                    "ingest first",
+                    seq_id));
         }
         sequences[seq_id].tokens.push_back((int32_t) i);
     }
@@ -92,7 +92,7 @@ void llama_deltamem_context::begin_batch() {
         }
     }
 
-    // segments are written in order: an id must not fall within an ingest
+    // segments are written in order: ids must not decrease within an ingest
     std::vector<int32_t> segment;
     for (const sequence & s : sequences) {
         segment.push_back(s.ingest.open ? s.ingest.segment : -1);
@@ -102,12 +102,12 @@ void llama_deltamem_context::begin_batch() {
         const int32_t      id     = current.segments[i];
         if (id < -1) {
             throw std::runtime_error(
-                    format("token %zu of the batch has segment %d; ids are 0 and up, -1 for none", i, id));
+                    format("token %zu of the batch has segment %d: ids are 0 and above, -1 for none", i, id));
         }
         if (id >= 0 && id < segment[seq_id]) {
             throw std::runtime_error(
-                    format("token %zu of the batch goes back to segment %d after %d; segments of an ingest "
-                           "must not fall",
+                    format("token %zu of the batch has segment %d after segment %d: segment ids must not decrease "
+                           "within an ingest",
                            i, id, segment[seq_id]));
         }
         segment[seq_id] = current.ends[i] ? -1 : std::max(segment[seq_id], id);
@@ -126,9 +126,10 @@ void llama_deltamem_context::end_batch() {
 
 void llama_deltamem_context::check_whole(llama_seq_id seq_id) const {
     if (sequences[seq_id].torn) {
-        throw std::runtime_error(format("the state of sequence %d is between two, since a llama_decode of it failed; "
-                                        "set, reset or copy over it first",
-                                        seq_id));
+        throw std::runtime_error(
+                format("the state of sequence %d is incomplete, because a llama_decode failed: set it, "
+                       "reset it or copy another over it first",
+                       seq_id));
     }
 }
 
@@ -137,7 +138,7 @@ uint32_t llama_deltamem_context::checkpoint_slot(int32_t i) const {
         throw std::runtime_error("the last llama_decode failed and left no checkpoints");
     }
     if (i < 0 || i >= n_checkpoints) {
-        throw std::runtime_error(format("the last batch left %d checkpoints, there is no number %d", n_checkpoints, i));
+        throw std::runtime_error(format("the last batch left %d checkpoints, none has index %d", n_checkpoints, i));
     }
     return n_seqs() + i;
 }
@@ -160,7 +161,7 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
                 continue;
             }
 
-            // where it is in the batch; -1: nothing was said of this batch
+            // its index in the batch; -1 if begin_batch was not given it
             const int32_t at = sq.n_planned < sq.tokens.size() ? sq.tokens[sq.n_planned++] : -1;
 
             int32_t bits = 0;
@@ -194,7 +195,7 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
                 }
             }
 
-            // until the batch ends well
+            // until end_batch
             sq.torn |= (bits & (GGML_DELTAMEM_TOKEN_WRITE | GGML_DELTAMEM_TOKEN_COMMIT)) != 0;
             sq.ingest.torn |= current.given && at >= 0;
 

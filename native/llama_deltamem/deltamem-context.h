@@ -22,15 +22,15 @@ struct llama_deltamem_context {
     llama_deltamem_state state;
 
     std::vector<llama_deltamem_token>
-            batch; // the tokens of the batch that begins; kept, so that none is allocated anew
+            batch; // the tokens of the batch that begins; a member, so that its memory is allocated once
 
-    // what the last graph saw of each memory layer; attaching reads it after a dry run
+    // what the last graph built for each layer with memory; attaching checks it after it has reserved a graph
     struct coverage {
         bool        read    = false;
         uint32_t    targets = 0; // bits of enum llama_deltamem_target that were corrected
         std::string problem;     // why the layer cannot be hooked, "" if it can
     };
-    std::vector<coverage> covered; // per memory layer
+    std::vector<coverage> covered; // per layer with memory
     int64_t               n_graphs = 0;
 
     llama_deltamem_context(llama_deltamem_weights_ptr weights, uint32_t n_seq_max);
@@ -45,13 +45,13 @@ struct llama_deltamem_context {
     void set_write(llama_seq_id seq_id, bool write) { sequences[seq_id].write = write; }
     void abandon_ingest(llama_seq_id seq_id) { sequences[seq_id].ingest = {}; }
 
-    // The sequence has another state now, whatever a failed batch made of the one before.
+    // The sequence got a new state: one that a failed batch left incomplete is gone, and so is an unfinished ingest.
     void renew(llama_seq_id seq_id) {
         sequences[seq_id].torn = false;
         abandon_ingest(seq_id);
     }
 
-    // throws std::runtime_error if a failed batch has left the sequence's state between two
+    // throws std::runtime_error if a failed batch has left the sequence's state incomplete
     void check_whole(llama_seq_id seq_id) const;
 
     // describes the next batch; see llama_deltamem_set_segments
@@ -62,32 +62,32 @@ struct llama_deltamem_context {
         next.checkpoints.assign(tokens, tokens + n_tokens);
     }
 
-    // the slot of the state that the i-th of them left in the last batch; throws std::runtime_error
+    // the slot of checkpoint i of the last batch; throws std::runtime_error
     uint32_t checkpoint_slot(int32_t i) const;
 
     // Takes the description for `batch` and checks it. Throws std::runtime_error with the reason to refuse the batch.
     void begin_batch();
 
-    // The batch was computed. One that is begun and never ended has failed.
+    // The batch was computed. A batch without end_batch has failed.
     void end_batch();
 
-    // The plan (ggml-deltamem.h) of a micro-batch of the current batch, in the order of computation.
+    // The plan (ggml-deltamem.h) of a micro-batch of the current batch; called in the order of computation.
     void make_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan);
 
 private:
-    // one call of the model over text that reads the state as it was before
+    // tokens that read the state as it was before the first of them, and write it when the last one ends
     struct ingest {
         bool    open    = false;
         int32_t segment = -1;    // the one that the running sum belongs to, -1 if none
-        bool    torn    = false; // a batch that has not ended, or failed, has gathered some of it
+        bool    torn    = false; // a batch that failed, or has not ended, has summed some of its tokens
     };
 
     struct sequence {
         bool          write = true;
-        bool          torn  = false; // a batch that has not ended, or failed, has written some of its layers
+        bool          torn  = false; // a batch that failed, or has not ended, has written the state of some layers
         struct ingest ingest;
 
-        // its tokens in the current batch, and how many of them micro-batches have had, which keep their order
+        // its tokens in the current batch, and how many of them the micro-batches so far had; these keep their order
         std::vector<int32_t> tokens;
         size_t               n_planned = 0;
     };

@@ -1,5 +1,5 @@
 // The hooks that llama.cpp's graph builder and decoder call (native/patches). Every one is a no-op without an adapter.
-// Included by llama-graph.h, so kept light.
+// llama-graph.h includes this file, so it only declares.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ struct llama_model;
 struct llm_graph_params;
 
 struct llama_deltamem_context; // an attached adapter with the states of one llama_context: deltamem-context.h
-struct llama_deltamem_graph;   // the memory's part of one graph under construction
+struct llama_deltamem_graph;   // the memory's part of one graph while it is built
 
 using llama_deltamem_context_ptr = std::shared_ptr<llama_deltamem_context>;
 using llama_deltamem_graph_ptr   = std::shared_ptr<llama_deltamem_graph>;
@@ -25,26 +25,26 @@ enum llama_deltamem_target {
     LLAMA_DELTAMEM_O,
 };
 
-// null if params carry no adapter
+// null if no adapter is attached
 llama_deltamem_graph_ptr llama_deltamem_graph_init(const llm_graph_params & params);
 
-// Builds the memory's read (and write) of layer il from its attention input `cur` [n_embd, n_tokens].
+// Builds the read (and the write) of the memory of layer il, from its attention input `cur` [n_embd, n_tokens].
 void llama_deltamem_read(const llama_deltamem_graph_ptr & graph, ggml_tensor * cur, int il);
 
 // Returns `out` [rows, n_tokens] plus the layer's correction for that projection, `out` itself if there is none.
 ggml_tensor * llama_deltamem_correct(const llama_deltamem_graph_ptr & graph, llama_deltamem_target target,
                                      ggml_tensor * out, int il);
 
-// Called for each llama_decode before anything is computed. False, with the reason logged, refuses the batch.
-// There is one instance, for the type of batch that this llama.cpp's decoder takes.
+// Called for each llama_decode before anything is computed. Logs the reason and returns false to refuse the batch.
+// Instantiated once, for the type of batch that this llama.cpp's decoder takes.
 template <typename batch_type>
 bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, const batch_type & batch);
 
-// Called when the batch was computed; not called if that failed.
+// Called after the batch was computed; not called if that failed.
 void llama_deltamem_end_batch(const llama_deltamem_context_ptr & deltamem);
 
-// Called before a context is made, with a memory or without. False, with the reason logged, refuses parameters that llama.cpp
-// would find fault with by assertion.
+// Called before a context is made, with an adapter or without. Logs the reason and returns false for parameters that an
+// assertion of llama.cpp would fail on.
 bool llama_deltamem_check_params(const llama_model & model, const llama_context_params & params);
 
 // an upper bound of the nodes that the hooks add to a graph

@@ -1,4 +1,4 @@
-// What llama.cpp asserts, and would end the process for, although a caller can ask for it: asked before.
+// Checks parameters that a caller may pass and that fail an assertion of llama.cpp, which would end the process.
 
 #include "deltamem-graph.h"
 #include "ggml.h"
@@ -14,7 +14,7 @@
 #include <functional>
 #include <string>
 
-// A type that a KV cache may have. Of the others some have no conversion from float32, some no product, some are gone.
+// Whether a KV cache may have this type. The others have no conversion from float32 or no product, or no longer exist.
 static bool is_cache_type(int type) {
     switch (type) {
         case GGML_TYPE_F32:
@@ -32,7 +32,7 @@ static bool is_cache_type(int type) {
     }
 }
 
-// why the cache cannot have this type, "" if it can; `n_embd_head`: values of a head in a layer
+// why the cache cannot have this type, "" if it can; n_embd_head(il) is the values of a head in layer il
 static std::string cache_problem(const llama_hparams & hparams, const char * option, int type,
                                  const std::function<uint32_t(uint32_t)> & n_embd_head) {
     if (!is_cache_type(type)) {
@@ -71,7 +71,7 @@ bool llama_deltamem_check_params(const llama_model & model, const llama_context_
     return problem.empty();
 }
 
-// whether one of those layers has positions to rotate: of a cache without, llama.cpp cannot make the graph that shifts it
+// Whether a layer of a cache has positions to rotate. llama.cpp cannot build the graph that shifts a cache without one.
 static bool rotates(const llama_hparams & hparams, const std::function<bool(uint32_t)> & in_cache) {
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         if (hparams.has_kv(il) && hparams.has_rope(il) && in_cache(il)) {
@@ -88,7 +88,7 @@ bool llama_deltamem_can_shift(const llama_context * ctx) {
         return false;
     }
     if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
-        return true; // positions are numbers only
+        return true; // a shift changes the positions only, and no key
     }
     const auto full    = [&hparams](uint32_t il) { return !hparams.is_recr(il) && !hparams.is_swa(il); };
     const auto sliding = [&hparams](uint32_t il) { return !hparams.is_recr(il) && hparams.is_swa(il); };
@@ -99,5 +99,5 @@ bool llama_deltamem_can_shift(const llama_context * ctx) {
     if (dynamic_cast<llama_kv_cache *>(memory) || dynamic_cast<llama_memory_hybrid *>(memory)) {
         return rotates(hparams, [&hparams](uint32_t il) { return !hparams.is_recr(il); });
     }
-    return false; // caches of several parts, of which a part may have none
+    return false; // caches of several parts, one of which may have no such layer
 }

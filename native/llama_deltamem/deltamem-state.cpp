@@ -1,4 +1,4 @@
-// State store: placement on devices, and moving slots in and out.
+// The state store: places the states on devices, and copies slots in and out.
 
 #include "deltamem-state.h"
 
@@ -29,12 +29,13 @@ llama_deltamem_state::llama_deltamem_state(const llama_deltamem_weights & weight
         ggml_set_name(d.tensor, "deltamem_state");
         d.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(d.ctx.get(), ggml_backend_dev_buffer_type(d.device)));
         if (!d.buf) {
-            throw std::runtime_error(format("no memory for %u states on %s", n_slots, ggml_backend_dev_name(d.device)));
+            throw std::runtime_error(
+                    format("%u states cannot be allocated on %s", n_slots, ggml_backend_dev_name(d.device)));
         }
         ggml_backend_buffer_clear(d.buf.get(), 0);
     }
 
-    // A leaf of its own for each layer rather than a view: it adds no node to the graph.
+    // a leaf for each layer rather than a view, which would be a node of the graph
     for (size_t i = 0; i < layers.size(); ++i) {
         const records & d = devices[layers[i].device_index];
         ggml_tensor *   t = ggml_new_tensor_2d(d.ctx.get(), GGML_TYPE_F32, n_layer_record, n_slots);
@@ -70,7 +71,7 @@ template <typename F> void llama_deltamem_state::for_each_head(F visit) const {
     }
 }
 
-// The operator stores S by columns, the API has it by rows.
+// The operator stores S column-major, the API has it row-major.
 static void transpose(float * dst, const float * src, int r) {
     for (int i = 0; i < r; ++i) {
         for (int j = 0; j < r; ++j) {
@@ -91,7 +92,7 @@ void llama_deltamem_state::get(uint32_t slot, float * dst) const {
 void llama_deltamem_state::set(uint32_t slot, const float * src) {
     std::vector<std::vector<float>> host;
     for (const auto & d : devices) {
-        host.emplace_back(d.tensor->ne[0], 0.0f); // what an unfinished ingest had gathered is dropped
+        host.emplace_back(d.tensor->ne[0], 0.0f); // zero also drops an unfinished ingest
     }
     for_each_head([&](size_t d, size_t at, size_t in) { transpose(host[d].data() + at, src + in, params.rank); });
     for (size_t i = 0; i < devices.size(); ++i) {

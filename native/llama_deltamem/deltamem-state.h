@@ -1,4 +1,4 @@
-// The states of one context: one slot per sequence, beside the KV cache and not part of it (design section 4).
+// The states of one context: one slot per sequence, then one per checkpoint. They are not part of the KV cache.
 #pragma once
 
 #include "deltamem-adapter.h"
@@ -7,10 +7,10 @@
 
 class llama_deltamem_state {
 public:
-    // All slots empty. Each layer's states live where its operator runs. Throws std::runtime_error.
+    // Makes empty states, those of each layer on the device of its operator. Throws std::runtime_error.
     llama_deltamem_state(const llama_deltamem_weights & weights, uint32_t n_slots);
 
-    // F32 [H*n_record, n_slots], records as in ggml-deltamem.h; i counts the layers that carry memory
+    // F32 [H*n_record, n_slots], records as in ggml-deltamem.h; i counts the layers with memory
     ggml_tensor * tensor(size_t i) const { return layers[i].tensor; }
 
     uint32_t n_slots() const { return n; }
@@ -31,7 +31,7 @@ private:
         size_t        offset; // of this layer's records in a slot, floats
     };
 
-    // all records of a device; a slot is contiguous, so it moves in one copy
+    // all records of a device; a slot is contiguous, so one copy moves it
     struct records {
         ggml_backend_dev_t      device;
         ggml_context_ptr        ctx;

@@ -1,4 +1,4 @@
-// δ-mem for llama.cpp: load a memory adapter, attach it to a context, and work with the states of its sequences.
+// δ-mem for llama.cpp: load an adapter, attach it to a context, and work with the states of its sequences.
 //
 // Threads: as for llama.h; one context is used by one thread at a time.
 // Errors:  functions that can fail return NULL, a negative number or 0 bytes as documented. They log the reason through
@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-// The newest adapter file version that this library reads (key deltamem.version).
+// The newest version of adapter files that this library loads (key deltamem.version).
 #define LLAMA_DELTAMEM_VERSION 1
 
 // when a state is written (key deltamem.write_granularity)
@@ -35,16 +35,16 @@ LLAMA_API const char * llama_deltamem_last_error(void);
 // adapters
 //
 
-// Loads an adapter GGUF, or a packed model's memory, for `model`, onto the devices where the model's layers live.
-// Checks architecture, version, shapes and that all weights are finite. Returns NULL on failure.
+// Loads an adapter for `model` from its GGUF or from a packed model, onto the devices of the model's layers. Checks
+// architecture, version, shapes and that all weights are finite. Returns NULL on failure.
 // The model must outlive the adapter.
 LLAMA_API struct llama_deltamem_adapter * llama_deltamem_adapter_load(const struct llama_model * model,
                                                                       const char *               path);
 
-// Frees the handle. Contexts that the adapter is attached to keep what they need.
+// Frees the handle. Contexts that the adapter is attached to keep its weights.
 LLAMA_API void llama_deltamem_adapter_free(struct llama_deltamem_adapter * adapter);
 
-// Layers that carry memory, in order: their number, and the model layer of the i-th (-1 if there is none).
+// The layers with memory, in order: their number, and the model layer of the i-th (-1 if there is none).
 LLAMA_API int32_t llama_deltamem_n_layer(const struct llama_deltamem_adapter * adapter);
 LLAMA_API int32_t llama_deltamem_layer(const struct llama_deltamem_adapter * adapter, int32_t i);
 
@@ -54,8 +54,9 @@ LLAMA_API int32_t llama_deltamem_rank(const struct llama_deltamem_adapter * adap
 LLAMA_API enum llama_deltamem_granularity
 llama_deltamem_write_granularity(const struct llama_deltamem_adapter * adapter);
 
-// A metadata value of the adapter's file as text (arrays: comma-separated), as llama_adapter_meta_val_str: returns the
-// length, or -1 if there is no such key. `buf` is always terminated; a longer value is cut.
+// Copies a metadata value of the adapter's file to `buf` as text, arrays as comma-separated values, and returns its
+// length, or -1 if there is no such key, as llama_adapter_meta_val_str does. `buf` is always terminated; a longer value
+// is cut.
 LLAMA_API int32_t llama_deltamem_meta_val_str(const struct llama_deltamem_adapter * adapter, const char * key,
                                               char * buf, size_t buf_size);
 
@@ -66,43 +67,44 @@ LLAMA_API size_t llama_deltamem_n_bytes(const struct llama_deltamem_adapter * ad
 // contexts
 //
 
-// Attaches the adapter to the context: one empty state per sequence (n_seq_max of them), beside the KV cache. Replaces an
-// adapter attached before, and its states. Returns 0, or -1 if the model's graph does not pass through the hooks in
-// every layer that the adapter names; the context is then as it was.
+// Attaches the adapter to the context, with one empty state per sequence (n_seq_max of them), apart from the KV cache.
+// Replaces an adapter attached before, and its states. Returns 0; or -1, and leaves the context as it was, if the
+// model's graph does not pass through the hooks in every layer that the adapter names.
 LLAMA_API int32_t llama_deltamem_attach(struct llama_context * ctx, struct llama_deltamem_adapter * adapter);
 
-// Back to the plain model. The states are lost. Returns 0, or -1 if the device failed while it was waited for.
+// Detaches the adapter and frees the states. Returns 0, or -1 if the device failed while the call waited for it.
 LLAMA_API int32_t llama_deltamem_detach(struct llama_context * ctx);
 
 LLAMA_API bool llama_deltamem_is_attached(const struct llama_context * ctx);
 
-// Whether tokens can be moved in the KV cache: what llama_memory_can_shift says, except where llama.cpp then aborts, at the next
-// llama_decode: a cache of the model has no layer with positions, as that of full attention where all layers slide.
+// Whether positions in the KV cache can be shifted: llama_memory_can_shift, but false where llama.cpp would abort at
+// the next llama_decode, because one of the model's caches has no layer with rotated positions. In a model whose layers
+// all have sliding windows, the cache of full attention is such a one.
 LLAMA_API bool llama_deltamem_can_shift(const struct llama_context * ctx);
 
-// bytes of all states of the context, checkpoints among them; nothing else grows or shrinks with use
+// bytes of all states of the context and its checkpoints; constant while the adapter is attached
 LLAMA_API size_t llama_deltamem_state_n_bytes(const struct llama_context * ctx);
 
-// How often a graph with memory was built since the adapter was attached. llama.cpp reuses graphs: while one shape of
-// batch repeats, this stands still.
+// How many graphs with memory were built since the adapter was attached. llama.cpp reuses a graph while the shape of
+// the batch stays the same.
 LLAMA_API int64_t llama_deltamem_n_graphs(const struct llama_context * ctx);
 
 //
-// states: independent of the text; llama_memory_seq_rm and the like never touch them
+// states: independent of the text; llama_memory_seq_rm and related functions do not change them
 //
-// A llama_decode that fails in the middle has written the states of some layers, or of some tokens, of the sequences in its
-// batch: such a state is not the one before and not the one after. Until it is set, reset or copied over,
-// llama_deltamem_state_get, llama_deltamem_state_copy from it and llama_decode with it fail. Sequences that were not in the
-// batch, or only read, and batches that were refused before anything was computed (llama_decode returns 1 or -1) leave
-// states as they were. What an unfinished ingest had gathered is lost likewise: llama_deltamem_abandon_ingest goes on.
+// A llama_decode that fails while it computes may have written the states of some layers, or for some tokens, of the
+// sequences in its batch. Such a state is incomplete: llama_deltamem_state_get, llama_deltamem_state_copy from it and
+// llama_decode with it fail until it is set, reset or copied over. An unfinished ingest in that batch is lost too:
+// llama_deltamem_abandon_ingest ends it. The states of other sequences, and of those that only read, stay as they were;
+// so do all if the batch was refused before anything was computed (llama_decode returns 1 or -1).
 //
 
 // floats of one sequence's state, L*H*r*r; 0 if no adapter is attached
 LLAMA_API size_t llama_deltamem_state_size(const struct llama_context * ctx);
 
-// Copies a state out or in, [L, H, r, r] with S[i, j] = [row (value), column (key)]. `n` must be llama_deltamem_state_size.
-// Getting refuses a state that a failed llama_decode left, setting refuses non-finite values and changes nothing then.
-// Returns 0 or -1.
+// Copies a state out or in, [L, H, r, r] with S[i, j] = [row (value), column (key)]. `n` must be
+// llama_deltamem_state_size. Return 0 or -1: getting refuses an incomplete state, setting refuses values that are not
+// finite and then changes nothing.
 LLAMA_API int32_t llama_deltamem_state_get(struct llama_context * ctx, llama_seq_id seq_id, float * dst, size_t n);
 LLAMA_API int32_t llama_deltamem_state_set(struct llama_context * ctx, llama_seq_id seq_id, const float * src,
                                            size_t n);
@@ -110,22 +112,22 @@ LLAMA_API int32_t llama_deltamem_state_set(struct llama_context * ctx, llama_seq
 // Empties a state; all of them if seq_id < 0. Returns 0 or -1.
 LLAMA_API int32_t llama_deltamem_state_reset(struct llama_context * ctx, llama_seq_id seq_id);
 
-// Copies one sequence's state over another's, on the device; not one that a failed llama_decode left. Returns 0 or -1.
+// Copies one sequence's state over another's, on the device; refuses to copy an incomplete one. Returns 0 or -1.
 LLAMA_API int32_t llama_deltamem_state_copy(struct llama_context * ctx, llama_seq_id seq_id_src,
                                             llama_seq_id seq_id_dst);
 
 //
-// checkpoints: states in the middle of a batch
+// checkpoints: copies of states within a batch
 //
 
 #define LLAMA_DELTAMEM_MAX_CHECKPOINTS 16
 
-// Tokens of the next llama_decode after which the state of their sequence is kept: indices in its batch, ascending, at
-// most LLAMA_DELTAMEM_MAX_CHECKPOINTS. Holds for one llama_decode, also for one that fails. Returns 0 or -1.
+// Sets after which tokens of the next llama_decode the state of their sequence is kept: indices in its batch,
+// ascending, at most LLAMA_DELTAMEM_MAX_CHECKPOINTS. Holds for one llama_decode, even if it fails. Returns 0 or -1.
 LLAMA_API int32_t llama_deltamem_set_checkpoints(struct llama_context * ctx, const int32_t * tokens, int32_t n_tokens);
 
-// Copies out the state that the i-th of them left, until the next llama_decode. `n` as for llama_deltamem_state_get.
-// Returns 0, or -1, also after a llama_decode that failed: it leaves none.
+// Copies out checkpoint i of the last llama_decode. `n` as for llama_deltamem_state_get. Returns 0 or -1; a
+// llama_decode that failed leaves no checkpoints.
 LLAMA_API int32_t llama_deltamem_checkpoint_get(struct llama_context * ctx, int32_t i, float * dst, size_t n);
 
 //
@@ -136,17 +138,17 @@ LLAMA_API int32_t llama_deltamem_checkpoint_get(struct llama_context * ctx, int3
 LLAMA_API int32_t llama_deltamem_set_write(struct llama_context * ctx, llama_seq_id seq_id, bool write);
 LLAMA_API bool    llama_deltamem_get_write(const struct llama_context * ctx, llama_seq_id seq_id);
 
-// Describes the next llama_decode for a segment adapter, one entry per token of its batch:
-//     segments  segment that the token writes into, -1 for none; must not fall within one sequence's ingest
-//     ends      non-zero on the token that ends its sequence's ingest. NULL: the last token of each sequence in the batch
-// All tokens of an ingest read the state as it was before the ingest; when it ends, each segment has written the mean of
-// its tokens once, in order. An ingest may span many batches. Holds for one llama_decode, also for one that fails;
-// without it every token writes by itself. Returns 0, or -1 for an adapter that writes per token.
+// Describes the next llama_decode to an adapter that writes per segment, one entry per token of its batch:
+//     segments  the segment that the token belongs to, -1 for none; ids must not decrease within a sequence's ingest
+//     ends      non-zero for the token that ends its sequence's ingest. NULL: the last token of each sequence in the batch
+// All tokens of an ingest read the state as it was before the ingest; by its end, each segment has written the mean of
+// its tokens once, in order. An ingest may span many batches. Holds for one llama_decode, even if it fails; without it,
+// every token writes by itself. Returns 0, or -1 for an adapter that writes per token.
 LLAMA_API int32_t llama_deltamem_set_segments(struct llama_context * ctx, const int32_t * segments, const int8_t * ends,
                                               int32_t n_tokens);
 
-// Drops what an unfinished ingest of the sequence has gathered, all sequences if seq_id < 0. Its state is as it was
-// before the ingest. Returns 0 or -1.
+// Ends an unfinished ingest of the sequence, or of all if seq_id < 0, without writing: the state is as it was before
+// the ingest. Returns 0 or -1.
 LLAMA_API int32_t llama_deltamem_abandon_ingest(struct llama_context * ctx, llama_seq_id seq_id);
 
 #ifdef __cplusplus
