@@ -1,4 +1,4 @@
-"""Prints what the model's card shows of `deltamem eval recall --json FILE`: the table, in Markdown, and the ratios.
+"""Prints what a model's card shows of `deltamem eval recall --json FILE`: the table, in Markdown, and the ratios.
 
     deltamem eval recall --seed 7 --json recall.json && python recipes/card.py recall.json
 
@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from pydeltamem.evals.report import RATIOS, name_of
 from pydeltamem.evals.statistics import wilson
 
 
@@ -18,23 +19,23 @@ def main() -> None:
     runs = [json.loads(Path(path).read_text(encoding="utf-8")) for path in sys.argv[1:]]
     if not runs:
         sys.exit(__doc__)
-    right: dict[tuple, dict[str, list[float]]] = {}
+    right: dict[tuple[str, str], dict[str, list[float]]] = {}
     for run in runs:
         for row in run["rows"]:
-            of_kind = right.setdefault((row["task"], row["facts"], row["distance"]), {})
-            count = of_kind.setdefault(row["method"], [0, 0])
+            count = right.setdefault((row["task"], row["kind"]), {}).setdefault(row["method"], [0, 0])
             count[0] += row["accuracy"] * row["n"]
             count[1] += row["n"]
     methods = list(next(iter(right.values())))
     print(f"| % right | {' | '.join(methods)} |")
     print("| --- " * (len(methods) + 1) + "|")
-    for (task, facts, distance), of_kind in right.items():
-        detail = f"{distance} tokens" if distance else f"{facts} fact{'s' if facts > 1 else ''}"
+    for kind, of_kind in right.items():
         shares = (wilson(round(of_kind[method][0]), of_kind[method][1]) for method in methods)
         cells = (f"{100 * p:.0f} ({100 * low:.0f}–{100 * high:.0f})" for p, low, high in shares)
-        print(f"| {task.replace('_', ' ')}, {detail} | {' | '.join(cells)} |")
+        print(f"| {name_of(*kind)} | {' | '.join(cells)} |")
     for run in runs:
-        print({name: ratio if isinstance(ratio, str) else round(ratio, 3) for name, ratio in run["ratios"].items()})
+        for memory, ratios in run["ratios"].items():
+            for name, of in ratios.items():
+                print(f"- {memory}: {RATIOS[name]}: {of['ratio']:.2f} ({of['low']:.2f}–{of['high']:.2f})")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """PyTorch and the native runtime on the same questions: the texts of their answers in F32, and what quantising costs.
 
     python recipes/compare.py build/default -n 50
+    python recipes/compare.py --model MODEL --base F32.gguf --shipped MODEL.gguf --memory CHECKPOINT ADAPTER.gguf
 
-Needs what `make default-model` leaves in build/default. Exits with 1 if an F32 answer differs, or if the recall of the
-shipped files is more than 2 points away.
+The first form needs what `make default-model` leaves in build/default. In the second MODEL is what the memory was
+trained on, a directory or a GGUF. Exits with 1 if an F32 answer differs, or if the recall of the shipped files is more
+than 2 points away.
 """
 
 from __future__ import annotations
@@ -11,111 +13,102 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pydeltamem.evals.reader import MAX_ANSWER, NativeReader
+from pydeltamem.evals.case import Case
+from pydeltamem.evals.reader import MAX_ANSWER, Asked, NativeReader
 from pydeltamem.evals.recall import make_cases
-from pydeltamem.evals.world import Turn
 from pydeltamem.models import default_files
+from pydeltamem.train.model import load_frozen
 from pydeltamem.train.reference import DeltaMem
 
 
 class TorchReader:
-    """The reader of evals/reader.py in PyTorch."""
+    """What evals/reader.py asks, in PyTorch, of the same tokens."""
 
-    def __init__(self, model: Path, checkpoint: Path):
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model = AutoModelForCausalLM.from_pretrained(model).eval()
+    def __init__(self, model: Path, checkpoint: Path, native: NativeReader):
+        self.model, _ = load_frozen(model, "float32")
         self.memory = DeltaMem.from_checkpoint(self.model, checkpoint)
+        self.native = native
         self.cache = None
 
-    def n_tokens(self, turns: list[Turn]) -> int:
-        return sum(len(self._message(role, text)) for turn in turns for role, text in zip(("user", "assistant"), turn))
-
-    def begin(self, write: bool) -> None:
-        self.cache = None
+    def answer(self, case: Case) -> str:
+        """After the conversation's text is gone; the question is read without writing."""
         self.memory.reset()
-        self.memory.write = write
-
-    def read(self, turns: list[Turn]) -> None:
-        messages = [self._message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)]
-        with self.memory.segments([i for i, message in enumerate(messages) for _ in message]):
-            self._run([token for message in messages for token in message])
-
-    def forget_text(self) -> None:
-        self.cache = None
-
-    def answer(self, question: str) -> str:
-        asked = [*self._message("user", question), self.tokenizer.convert_tokens_to_ids("<|assistant|>")]
-        with self.memory.segments([0] * len(asked)):
-            logits = self._run(asked)
+        self.memory.write = True
+        self._run(*self.native.tokens(case.turns))
+        self.cache, self.memory.write = None, False
+        asked = self.native.prompt([], case.question)
+        logits = self._run(asked, [0] * len(asked))
         given: list[int] = []
         while len(given) < MAX_ANSWER:
             token = int(logits.argmax())
-            if token == self.tokenizer.eos_token_id:
+            if token == self.native.llm.token_eos():
                 break
             given.append(token)
-            logits = self._run([token])
-        return self.tokenizer.decode(given).strip()
+            logits = self._run([token], [0])
+        self.cache = None
+        return self.native.llm.detokenize(given).decode("utf-8", errors="replace").strip()
 
     @torch.no_grad()
-    def _run(self, ids: list[int]) -> torch.Tensor:
-        done = self.model(torch.tensor([ids]), past_key_values=self.cache, use_cache=True)
+    def _run(self, ids: list[int], segments: list[int]) -> torch.Tensor:
+        with self.memory.segments(segments):
+            done = self.model(torch.tensor([ids]), past_key_values=self.cache, use_cache=True)
         self.cache = done.past_key_values
         return done.logits[0, -1]
 
-    def _message(self, role: str, text: str) -> list[int]:
-        return self.tokenizer(f"<|{role}|>{text}<|end|>", add_special_tokens=False)["input_ids"]
+
+def native_answers(reader: NativeReader, adapter: Path, cases: Sequence[Case]) -> list[str]:
+    reader.attach(adapter)
+    asked = [Asked(reader.read(case.turns), (), (case.question,)) for case in cases]
+    return [answer for (answer,) in reader.answer(asked)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", type=Path, nargs="?")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--shipped", type=Path)
+    parser.add_argument("--memory", type=Path, nargs=2, action="append", metavar=("CHECKPOINT", "ADAPTER"))
     parser.add_argument("-n", type=int, default=50)
     args = parser.parse_args()
-    shipped, adapters = default_files()
+    if args.directory:
+        model, base = args.directory / "hf", args.directory / "base.gguf"
+        shipped, adapters = default_files()
+        memories = [(args.directory / name, adapter) for name, adapter in adapters.items()]
+    elif args.model and args.base and args.shipped and args.memory:
+        model, base, shipped, memories = args.model, args.base, args.shipped, args.memory
+    else:
+        parser.error("name a directory, or --model, --base, --shipped and --memory")
     good = True
     table = Table("memory", "questions", "F32 answers that differ", "PyTorch right", "shipped right", box=None)
-    for name, adapter in adapters.items():
-        f32 = args.directory / f"{name}-f32.gguf"
-        base = args.directory / "base.gguf"
-        command = [
-            sys.executable,
-            "-m",
-            "pydeltamem.cli.main",
-            "convert",
-            args.directory / name,
-            "--base",
-            base,
-            "-o",
-            f32,
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        readers = {
-            "torch": TorchReader(args.directory / "hf", args.directory / name),
-            "native": NativeReader(base, f32),
-            "shipped": NativeReader(shipped, adapter),
-        }
-        cases = list(make_cases(["recall", "overwrite"], args.n, [1, 4, 8], [], 1, readers["native"]))
-        differ, right = 0, {"torch": 0, "native": 0, "shipped": 0}
-        for case in track(cases, description=name, console=Console(stderr=True), transient=True):
-            answers = {}
-            for kind, reader in readers.items():
-                reader.begin(write=True)
-                reader.read(list(case.turns))
-                reader.forget_text()
-                answers[kind] = reader.answer(case.question)
-                right[kind] += case.is_right(answers[kind])
-            differ += answers["torch"] != answers["native"]
-        shares = [100 * right[kind] / len(cases) for kind in ("torch", "shipped")]
-        good &= differ == 0 and abs(shares[0] - shares[1]) <= 2
-        table.add_row(name, str(len(cases)), str(differ), f"{shares[0]:.1f} %", f"{shares[1]:.1f} %")
+    for checkpoint, adapter in memories:
+        with tempfile.TemporaryDirectory() as folder:
+            f32 = Path(folder, "f32.gguf")
+            command = [sys.executable, "-m", "pydeltamem.cli", "convert", checkpoint, "--base", base, "-o", f32]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            native = NativeReader(base, f32)
+            cases = list(make_cases(["recall", "overwrite"], args.n, [1, 4, 8], [], 1, native))
+            in_torch = TorchReader(model, checkpoint, native)
+            console = Console(stderr=True)
+            said = [in_torch.answer(case) for case in track(cases, adapter.name, console=console, transient=True)]
+            in_f32 = native_answers(native, f32, cases)
+            native.close()
+            reader = NativeReader(shipped)
+            by_shipped = native_answers(reader, adapter, cases)
+            reader.close()
+        differ = sum(a != b for a, b in zip(said, in_f32))
+        right = [sum(map(Case.is_right, cases, given)) / len(cases) * 100 for given in (said, by_shipped)]
+        good &= differ == 0 and abs(right[0] - right[1]) <= 2
+        table.add_row(adapter.stem, str(len(cases)), str(differ), *(f"{share:.1f} %" for share in right))
     Console().print(table)
     sys.exit(not good)
 

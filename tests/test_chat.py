@@ -488,7 +488,7 @@ def test_replies_go_to_a_file_and_the_prompt_to_the_terminal(terminal, command, 
 
 
 def test_the_demo_reads_as_the_chat_does(terminal):
-    term = terminal([sys.executable, "-m", "pydeltamem.cli", "demo", "--interactive"])
+    term = terminal([sys.executable, "-m", "pydeltamem.cli", "demo", "--interactive", "--strategy", "msw"])
     term.expect(PROMPT)
     term.send(f"{PASTE[0]}My name is Anna.\nI live in Lima.{PASTE[1]}\r")
     term.expect(rb"the memory changed by")

@@ -80,7 +80,8 @@ def test_tables(tmp_path, console):
     right(deltamem("generate", "-m", MODEL, "--deltamem", ADAPTER, *PLAIN, "-p", "hello", "--save-memory", path))
     for command in (["inspect", ADAPTER], ["memory", "show", path], ["memory", "diff", path, path], ["architectures"]):
         assert right(deltamem(*command, console=console))
-    assert b"right" in right(deltamem("demo", "--facts", "1", "--seed", "1", "--delay", "0", console=console))
+    demo = ["demo", "--strategy", "msw", "--facts", "1", "--seed", "1", "--delay", "0"]
+    assert b"right" in right(deltamem(*demo, console=console))
 
 
 def test_a_prompt_that_is_no_text():

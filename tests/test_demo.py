@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 
+from pydeltamem import models
+from pydeltamem.cli import demo
+from pydeltamem.cli.main import main
+from pydeltamem.errors import FetchError
+from pydeltamem.evals.scoring import holds
+from pydeltamem.evals.stories import STORIES
+from pydeltamem.models import default_files
 from test_cli import deltamem
 
 
@@ -17,19 +25,88 @@ def test_the_memory_answers_and_the_frozen_model_does_not(strategy):
     assert "The text is thrown away" in result.stdout
     right, alone = map(int, re.search(r"right\s+(\d) of 4\s+(\d) of 4", result.stdout).groups())
     assert right >= 3 and alone == 0, result.stdout
+    assert result.stdout.count("The memory after that") == 1
 
 
 def test_facts_of_ones_own():
     said = "My name is Anna.\nI live in Oslo.\n/forget\nWhere do I live?\n/reset\nWhere do I live?\n/nonsense\n/quit\n"
-    result = deltamem("demo", "--interactive", input=said)
+    result = deltamem("demo", "--interactive", "--strategy", "msw", input=said)
     assert result.returncode == 0, result.stderr
     before, _, after = result.stdout.partition("of text are gone, the memory stays.")
     recalled, _, emptied = after.partition("Text and memory are empty.")
     assert "Oslo" in recalled and "Oslo" not in emptied, result.stdout
-    assert "the memory changed by" in before
+    assert before.count("the memory changed by") == 2 and "changed" not in after  # questions only read
     assert result.stdout.count("/forget") >= 2  # the help, again after an unknown command
+
+
+def test_the_picture_comes_at_the_end():
+    result = deltamem("demo", "--interactive", "--strategy", "msw", input="I live in Oslo.\nMy name is Anna.\n")
+    assert result.stdout.count("The memory after that") == 1
+    assert result.stdout.rpartition("the memory changed by")[2].count("The memory after that") == 1
 
 
 def test_wrong_options_are_named():
     result = deltamem("demo", "--facts", "99")
     assert result.returncode == 2 and "--facts" in result.stderr
+    for options in (["-m", "x.gguf"], ["-m", "x.gguf", "--deltamem", "y.gguf", "--strategy", "msw"]):
+        result = deltamem("demo", *options)
+        assert result.returncode == 1 and options[-2] in result.stderr and "Traceback" not in result.stderr
+
+
+#
+# which model is shown
+#
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The folder of the package's models, as it is without a memory for the real one."""
+    model, memories = default_files()
+    for path in (model, *memories.values()):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(models, "FOLDER", tmp_path)
+    return tmp_path
+
+
+SHOWN = ["demo", "--seed", "1", "--delay", "0"]
+
+
+def test_the_real_model_is_shown_where_there_is_one(package, monkeypatch, capsys):
+    """A person's messages in English, to the model that the name stands for."""
+    shutil.copy(package / "default-msw.gguf", package / "smollm2-msw.gguf")
+    named = []
+    monkeypatch.setattr(demo, "model_file", lambda name: named.append(name) or str(package / "default.gguf"))
+    assert main(SHOWN) == 0
+    shown = capsys.readouterr()
+    assert named == ["smollm2"] and not shown.err
+    assert any(all(user in shown.out for user, _ in story.turns) for story in STORIES)
+
+
+def test_else_the_small_one_and_a_line_says_why(package, monkeypatch, capsys):
+    assert main(SHOWN) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "smollm2" in line
+
+    def cannot(name):
+        raise FetchError(f"{name}: no network")
+
+    shutil.copy(package / "default-msw.gguf", package / "smollm2-msw.gguf")
+    monkeypatch.setattr(demo, "model_file", cannot)
+    assert main(SHOWN) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no network" in line
+    assert main([*SHOWN, "--strategy", "tsw"]) == 0
+    assert not capsys.readouterr().err  # it was asked for
+
+
+def test_a_model_that_is_named(package, capsys):
+    assert main([*SHOWN, "-m", str(package / "default.gguf"), "--deltamem", str(package / "default-tsw.gguf")]) == 0
+    shown = capsys.readouterr().out
+    assert any(story.turns[0][0] in shown for story in STORIES)
+
+
+def test_what_is_asked_was_told():
+    for story in STORIES:
+        for question, values in story.asks:
+            assert any(holds(user, value) for user, _ in story.turns for value in values), question
+            assert not any(holds(question, value) for value in values), question

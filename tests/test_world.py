@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from pydeltamem.evals.world import FACTS, Fact, World, is_recalled
+from pydeltamem.evals.scoring import is_right
+from pydeltamem.evals.world import FACTS, Fact, World, rivals
 from pydeltamem.evals.world_phrases import ATTRIBUTES, CHATTER, VALUES
 
 
@@ -96,7 +97,7 @@ def test_another_value_replaces():
     ],
 )
 def test_an_answer_is_right_if_it_names_the_value_alone(answer, right):
-    assert is_recalled(answer, Fact("home", "Lima")) is right
+    assert is_right(answer, ["Lima"], rivals(Fact("home", "Lima"))) is right
 
 
 def test_nobody_is_asked_what_was_told_as_unknown():

@@ -1,164 +1,230 @@
-"""`deltamem demo`: tells the package's small model some facts, throws the text away, and asks.
+"""`deltamem demo`: reads what a person says, throws the text away, and asks.
 
-Beside it the same frozen model without a memory, which has the same empty context. The states are drawn as they change.
+Beside it the same frozen model without a memory, which has the same empty context. It is a real model where the package
+has a memory for one and the model can be had; else the small one of the package, in its world of a few hundred words.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from rich.columns import Columns
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
-from ..errors import InputError
-from ..evals.reader import MAX_ANSWER, NativeReader
-from ..evals.world import World, is_recalled
-from ..models import MEMORIES, default_files
+from ..conversation import Conversation
+from ..errors import FetchError, InputError
+from ..evals.case import Case
+from ..evals.reader import Asked, NativeReader
+from ..evals.stories import STORIES
+from ..evals.world import Turn, World, rivals
+from ..hub import adapter_file, model_file
+from ..models import MEMORIES, REAL_MODEL, default_files, real_adapter
 from . import prompt
+from .model_options import ADAPTER_HELP, MODEL_HELP
 from .parser import duration
 from .picture import picture
 
+N_CTX = 1024
+MAX_REPLY = 64  # tokens
+PICTURES = 16  # of states
 HELP = """\
-Tell it something ("My name is Anna.", "I live in Lima."), /forget to throw the text away, ask ("Where do I live?").
-It knows the words of its small world only: names, cities, jobs, pets, colours, food, sports, music, months, languages.
+Tell it something ("{told}"), /forget to throw the text away, ask ("{asked}"). What ends with a question
+mark is read without writing the memory.{limits}
 /forget   throw the text away, keep the memory     /reset   empty the memory too     /facts   examples     /quit"""
+LIMITS = """
+It knows the words of its small world only: names, cities, jobs, pets, colours, food, sports, music, languages."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The model that is shown, and its memory."""
+
+    model: str
+    adapter: str
+    is_small: bool  # it knows its small world only
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--interactive", action="store_true", help="tell it facts of your own")
-    parser.add_argument("--strategy", choices=MEMORIES, default="msw", help="which of its memories (%(default)s)")
+    parser.add_argument("--interactive", action="store_true", help="tell it something of your own")
+    parser.add_argument("-m", "--model", metavar="FILE", help=f"{MODEL_HELP} ({REAL_MODEL})")
+    parser.add_argument("--deltamem", metavar="FILE", help=f"{ADAPTER_HELP}; with -m")
+    parser.add_argument("--strategy", choices=MEMORIES, help="the small model of the package, with this memory of it")
     parser.add_argument(
-        "--facts", type=int, choices=range(1, 17), default=4, metavar="N", help="facts told (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=None, help="which facts (others each time)")
+        "--facts", type=int, choices=range(1, 17), default=4, metavar="N",
+        help="facts that the small model is told (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=None, help="what is told (something else each time)")
     parser.add_argument(
         "--delay", type=duration, default=0.15, metavar="S", help="pause after a message (%(default)s s)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    model, memories = default_files()
+    cast = _cast(args)
     console = Console(highlight=False)
-    with ExitStack() as stack:
-        reader = NativeReader(model, memories[args.strategy])
-        plain = NativeReader(model, None)
-        stack.callback(reader.llm.close)
-        stack.callback(plain.llm.close)
-        if args.interactive:
-            return _converse(console, reader)
-        return _show(console, reader, plain, args)
+    reader = NativeReader(cast.model, cast.adapter, n_ctx=N_CTX, parallel=1)
+    try:
+        return _converse(console, reader, cast) if args.interactive else _show(console, reader, cast, args)
+    finally:
+        reader.close()
 
 
-def _show(console: Console, reader: NativeReader, plain: NativeReader, args: argparse.Namespace) -> int:
-    seed = int(time.time()) if args.seed is None else args.seed
-    world = World(seed, part="new_pair")  # none of them was told so while the memory was trained
+def _cast(args: argparse.Namespace) -> Cast:
+    """Who is shown. Where it is not the real model, a line says why."""
+    if args.strategy and (args.model or args.deltamem):
+        raise InputError("--strategy: is of the small model of the package: leave -m and --deltamem out")
+    if args.model and not args.deltamem:
+        raise InputError("--deltamem: name an adapter for -m MODEL")
+    if args.deltamem:
+        model = model_file(args.model or REAL_MODEL)
+        return Cast(model, adapter_file(args.deltamem, model), False)
+    adapter = real_adapter()
+    if not args.strategy:
+        reason = f"this package has no memory for {REAL_MODEL}"
+        if adapter is not None:
+            try:
+                return Cast(model_file(REAL_MODEL), str(adapter), False)
+            except FetchError as error:
+                reason = str(error)
+        print(f"The small model of the package is shown: {reason}.", file=sys.stderr)
+    small, memories = default_files()
+    return Cast(str(small), str(memories[args.strategy or "msw"]), True)
+
+
+def _script(cast: Cast, args: argparse.Namespace) -> tuple[tuple[Turn, ...], list[Case]]:
+    """What is told, and what is asked then."""
+    draw = random.Random(int(time.time()) if args.seed is None else args.seed)
+    if not cast.is_small:
+        story = draw.choice(STORIES)
+        return story.turns, [Case("", "", story.turns, question, values) for question, values in story.asks]
+    world = World(draw.randrange(1 << 32), part="new_pair")  # none of them was told so while the memory was trained
     facts = world.facts(args.facts)
     turns = [world.tell(fact) for fact in facts]
     for _ in range(3):
         turns.insert(world.random.randint(0, len(turns)), world.chatter())
+    told = tuple(turns)
+    return told, [Case("", "", told, world.ask(fact)[0], (fact.value,), rivals(fact)) for fact in facts]
+
+
+def _show(console: Console, reader: NativeReader, cast: Cast, args: argparse.Namespace) -> int:
+    turns, cases = _script(cast, args)
     n_token = reader.n_tokens(turns)
-    state = reader.llm.memory.state
+    memory = reader.read(turns)
+    layers = reader.llm.memory.layers
+    name = reader.llm.metadata.get("general.name", cast.model)
     console.print(
-        f"A frozen model of {plain.llm.metadata.get('general.name', 'the package')} reads {len(turns)} turns,"
-        f" {n_token} tokens. Its memory: {state.size} numbers in {len(reader.llm.memory.layers)} layers"
-        f" ({args.strategy.upper()}).\n"
+        f"A frozen model, {name}, reads {len(turns)} messages and their replies, {n_token} tokens. Its memory:"
+        f" {memory.state.size} numbers in {len(layers)} layers.\n",
+        markup=False,
     )
-    reader.begin(write=True)
-    if console.is_terminal:
-        with Live(console=console, refresh_per_second=20, transient=True) as live:
-            for i, turn in enumerate(turns):
-                reader.read([turn])
-                said = Group(
-                    *(Text(f"  you: {user}\n  it:  {answer}") for user, answer in turns[max(0, i - 3) : i + 1])
-                )
-                live.update(Group(said, Text(), _states(console, reader)))
-                time.sleep(args.delay)
-    else:
-        for turn in turns:
-            reader.read([turn])
-    for user, answer in turns:
-        console.print(f"  you: {user}\n  it:  {answer}")
-    console.print("\nThe memory after that; rows are values, columns are keys, a picture for each layer and head:")
-    console.print(_states(console, reader))
-    reader.forget_text()
+    for user, reply in turns:
+        console.print(f"  you: {user}\n  it:  {reply}", markup=False)
+        if console.is_terminal:
+            time.sleep(args.delay)
     console.print(f"\nThe text is thrown away: {n_token} tokens are gone, the memory stays. Now it is asked.\n")
 
+    questions = tuple(case.question for case in cases)
+    with_memory = reader.answer([Asked(memory, (), questions)])[0]
+    reader.attach(None)
+    alone = reader.answer([Asked(None, (), questions)])[0]
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("question", "with the memory", "", "the frozen model alone", ""):
-        table.add_column(name)
+    for title in ("question", "with the memory", "", "the frozen model alone", ""):
+        table.add_column(title)
     right = [0, 0]
-    kept = reader.llm.memory.state
-    for fact in facts:
-        question, _ = world.ask(fact)
-        reader.forget_text()
-        reader.llm.memory.state = kept  # each question meets the memory as the conversation left it
-        plain.begin(write=False)
-        answers = [reader.answer(question), plain.answer(question)]
-        marks = []
+    for case, *answers in zip(cases, with_memory, alone):
+        cells = []
         for i, answer in enumerate(answers):
-            good = is_recalled(answer, fact)
+            good = case.is_right(answer)
             right[i] += good
-            marks.append("[green]✓[/]" if good else "[red]✗[/]")
-        table.add_row(question, answers[0], marks[0], answers[1], marks[1])
+            cells += [escape(answer), "[green]✓[/]" if good else "[red]✗[/]"]
+        table.add_row(escape(case.question), *cells)
     table.add_section()
-    table.add_row("right", f"{right[0]} of {len(facts)}", "", f"{right[1]} of {len(facts)}", "")
+    table.add_row("right", f"{right[0]} of {len(cases)}", "", f"{right[1]} of {len(cases)}", "")
     console.print(table)
+    _draw(console, memory.state, layers)
     console.print(
         "\n`deltamem demo --interactive` lets you tell it something yourself; `deltamem eval recall` measures it."
     )
     return 0
 
 
-def _converse(console: Console, reader: NativeReader) -> int:
-    reader.begin(write=True)
-    console.print(HELP)
-    for said in prompt.said({"/forget": (), "/reset": (), "/facts": (), "/help": (), "/quit": ()}):
-        line = " ".join(said.encode("utf-8", "surrogateescape").decode("utf-8", "replace").split())
-        if not line:
-            continue
-        if line == "/quit":
-            break
-        if line == "/forget":
-            n_token = reader.llm.n_tokens
-            reader.forget_text()
-            console.print(f"{n_token} tokens of text are gone, the memory stays.")
-        elif line == "/reset":
-            reader.begin(write=True)
-            console.print("Text and memory are empty.")
-        elif line == "/facts":
-            world = World(int(time.time()))
-            for fact in world.facts(5):
-                console.print(f"  {world.tell(fact)[0]}  {world.ask(fact)[0]}", markup=False)
-        elif line.startswith("/"):
-            console.print(HELP)
-        elif (n_token := reader.n_tokens([(line, "")])) + MAX_ANSWER > reader.llm.n_ctx():
-            console.print(f"That is too long: {n_token} tokens, the model reads {reader.llm.n_ctx()}.")
-        elif reader.llm.n_tokens + n_token + MAX_ANSWER > reader.llm.n_ctx():
-            console.print("The text is full: /forget it.")
-        else:
-            before = reader.llm.memory.state
-            console.print(reader.answer(line), markup=False)
-            change = float(np.linalg.norm(reader.llm.memory.state - before))
-            console.print(_states(console, reader))
-            console.print(f"[dim]the memory changed by {change:.2f}[/]")
+def _converse(console: Console, reader: NativeReader, cast: Cast) -> int:
+    first = ("My name is Anna.", "What is my name?") if cast.is_small else ("I live in Lisbon.", "Where do I live?")
+    help_ = HELP.format(told=first[0], asked=first[1], limits=LIMITS if cast.is_small else "")
+    console.print(help_, markup=False)
+    with Conversation(reader.llm, n_predict=MAX_REPLY, temp=0.0) as talk:
+        for said in prompt.said({"/forget": (), "/reset": (), "/facts": (), "/help": (), "/quit": ()}):
+            line = " ".join(said.encode("utf-8", "surrogateescape").decode("utf-8", "replace").split())
+            if line == "/quit":
+                break
+            if line == "/forget":
+                n_token = talk.n_tokens
+                talk.clear()
+                console.print(f"{n_token} tokens of text are gone, the memory stays.")
+            elif line == "/reset":
+                talk.clear()
+                talk.memory.reset()
+                console.print("Text and memory are empty.")
+            elif line == "/facts":
+                for told, asked in _examples(cast):
+                    console.print(f"  {told}  {asked}", markup=False)
+            elif line.startswith("/"):
+                console.print(help_, markup=False)
+            elif line:
+                _say(console, talk, line)
+        state = talk.memory.state
+        if state.any():
+            _draw(console, state, reader.llm.memory.layers)
     return 0
 
 
-def _states(console: Console, reader: NativeReader) -> Columns:
-    state = reader.llm.memory.state
-    largest = float(np.abs(state).max())
-    coloured = console.color_system is not None and not console.no_color
-    if not np.isfinite(largest):
+def _say(console: Console, talk: Conversation, line: str) -> None:
+    """One turn. What does not fit is said; a full text loses its oldest turns."""
+    talk.memory.write = not line.endswith("?")
+    before = talk.memory.state
+    try:
+        console.print(talk.say(line).strip(), markup=False)
+    except InputError as error:
+        console.print(str(error), markup=False)
+        return
+    change = float(np.linalg.norm(talk.memory.state - before))
+    console.print(f"[dim]the memory changed by {change:.2f}[/]" if change else "[dim]the memory was read[/]")
+
+
+def _examples(cast: Cast) -> Sequence[tuple[str, str]]:
+    if cast.is_small:
+        world = World(int(time.time()))
+        return [(world.tell(fact)[0], world.ask(fact)[0]) for fact in world.facts(5)]
+    story = random.choice(STORIES)
+    return list(zip((user for user, _ in story.turns), (question for question, _ in story.asks)))
+
+
+def _draw(console: Console, state: npt.NDArray[np.float32], layers: Sequence[int]) -> None:
+    """The states of the layers that hold most, a picture for each head, each layer in shades of its own."""
+    if not np.isfinite(state).all():
         raise InputError("the memory holds values that are not finite")
+    n_layer = max(1, PICTURES // state.shape[1])
+    most = sorted(np.argsort(-np.linalg.norm(state.reshape(len(state), -1), axis=1), kind="stable")[:n_layer])
+    which = "by layer and head" if len(most) == len(layers) else f"of the {len(most)} layers that hold most"
+    console.print(f"\nThe memory after that, {which}; rows are values, columns are keys:")
+    coloured = console.color_system is not None and not console.no_color
     pictures = [
-        picture(matrix, largest, coloured, f"{layer}" if len(heads) == 1 else f"{layer}.{head}")
-        for layer, heads in zip(reader.llm.memory.layers, state)
-        for head, matrix in enumerate(heads)
+        picture(
+            matrix,
+            float(np.abs(state[i]).max()),
+            coloured,
+            f"{layers[i]}" if state.shape[1] == 1 else f"{layers[i]}.{head}",
+        )
+        for i in most
+        for head, matrix in enumerate(state[i])
     ]
-    return Columns(pictures, padding=(0, 1))
+    console.print(Columns(pictures, padding=(0, 1)))

@@ -2,53 +2,107 @@
 
 Every question is asked of the same conversation in the same words. What differs is what the model has before it:
 
-    none      nothing                           window    the last turns that fit into the window
-    bm25      the turns that a search finds     full      the whole text
-    tsw, …    its memory                        tsw+window, …    its memory and the last turns
+    none      nothing                               window        the last turns that fit into the window
+    bm25      the turns that a search finds         full          the whole text
+    msw       its memory, named so                  msw+window    its memory and the last turns
+                                                    msw+full      its memory and the whole text
 
-All but the memories are the same frozen model with an empty memory that is not written.
+Those without a memory are the frozen model. A memory has read the whole conversation; visible text and questions are
+read without writing it. A turn that is longer than the window is found, and shown, by sentences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
-from .reader import Reader
-from .recall import Case
+from .case import Case
+from .reader import Asked, Reader
 from .world import Turn
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 PLAIN = ("none", "window", "bm25", "full")  # methods without a memory
+VISIBLE = ("", "+window", "+full")  # what a memory has beside it
+STEP = 64  # cases between two signs of progress
 
 
-def last_turns(turns: Sequence[Turn], window: int, reader: Reader) -> list[Turn]:
+def names_of(memories: Iterable[str]) -> list[str]:
+    """All methods, with memories of these names."""
+    return [*PLAIN, *(name + visible for name in memories for visible in VISIBLE)]
+
+
+def chosen(memories: Iterable[str], only: Sequence[str] | None = None) -> list[str]:
+    """The methods that are asked, in the order of all. Raises InputError if there is none of such a name."""
+    methods = names_of(memories)
+    for name in only or ():
+        if name not in methods:
+            raise InputError(f"--methods: there is no method {name}: {', '.join(methods)}")
+    return [name for name in methods if not only or name in only]
+
+
+#
+# what fits into a window
+#
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A turn, or a sentence of one that is longer than the window."""
+
+    turn: int
+    user: str
+    assistant: str
+
+
+def pieces_of(turns: Sequence[Turn], window: int, reader: Reader) -> list[Piece]:
+    pieces = []
+    for i, (user, assistant) in enumerate(turns):
+        fits = reader.n_tokens([(user, assistant)]) <= window
+        parts = [user] if fits else re.split(r"(?<=[.!?])\s+", user)
+        pieces += [Piece(i, part, assistant) for part in parts]
+    return pieces
+
+
+def shown(pieces: Iterable[Piece]) -> tuple[Turn, ...]:
+    """Pieces as turns, those of one turn together."""
+    turns: dict[int, Turn] = {}
+    for piece in pieces:
+        before = turns.get(piece.turn)
+        turns[piece.turn] = (f"{before[0]} {piece.user}" if before else piece.user, piece.assistant)
+    return tuple(turns.values())
+
+
+def last_turns(turns: Sequence[Turn], window: int, reader: Reader) -> tuple[Turn, ...]:
     """As many of the last turns as fit into the window."""
-    kept: list[Turn] = []
-    for turn in reversed(turns):
-        if reader.n_tokens([turn, *kept]) > window:
+    kept: list[Piece] = []
+    for piece in reversed(pieces_of(turns, window, reader)):
+        if reader.n_tokens(shown([piece, *kept])) > window:
             break
-        kept.insert(0, turn)
-    return kept
+        kept.insert(0, piece)
+    return shown(kept)
 
 
-def found_turns(turns: Sequence[Turn], question: str, window: int, reader: Reader) -> list[Turn]:
+def found_turns(
+    turns: Sequence[Turn], question: str, window: int, reader: Reader, replies: bool = False
+) -> tuple[Turn, ...]:
     """The turns that BM25 finds most relevant to the question, as many as fit into the window, in their order.
 
-    What the user said is searched, without the words that are in every text; of turns alike the newer one is taken.
+    What the user said is searched, with `replies` also what the assistant said, without the words that are in every
+    text; of turns alike the newer one is taken.
     """
+    pieces = pieces_of(turns, window, reader)
     kept: list[int] = []
-    scores = _relevance([user for user, _ in turns], question)
-    for i in sorted(range(len(turns)), key=lambda i: (-scores[i], -i)):
-        if reader.n_tokens([turns[j] for j in (*kept, i)]) <= window:
+    scores = _relevance([f"{piece.user} {piece.assistant}" if replies else piece.user for piece in pieces], question)
+    for i in sorted(range(len(pieces)), key=lambda i: (-scores[i], -i)):
+        if reader.n_tokens(shown(pieces[j] for j in sorted((*kept, i)))) <= window:
             kept.append(i)
-    return [turns[i] for i in sorted(kept)]
+    return shown(pieces[i] for i in sorted(kept))
 
 
 def _relevance(texts: Sequence[str], question: str) -> npt.NDArray[np.float32]:
@@ -61,58 +115,6 @@ def _relevance(texts: Sequence[str], question: str) -> npt.NDArray[np.float32]:
     return search.get_scores(asked)
 
 
-def answer_all(
-    cases: Sequence[Case],
-    readers: dict[str, Any],
-    window: int,
-    console: Console,
-    only: Sequence[str] | None = None,
-) -> dict[str, list[str]]:
-    """Every method's answer to every case."""
-    from rich.progress import track
-
-    plain = next(iter(readers.values()))
-
-    def show_text(turns_of: Any) -> Any:
-        def answer(case: Case) -> str:
-            plain.begin(write=False)
-            plain.read(turns_of(case))
-            return plain.answer(case.question)
-
-        return answer
-
-    def remember(reader: Any, visible: bool) -> Any:
-        def answer(case: Case) -> str:
-            kept = last_turns(case.turns, window, reader) if visible else []
-            reader.begin(write=True)
-            reader.read(case.turns[: len(case.turns) - len(kept)])
-            reader.forget_text()
-            reader.read(kept)
-            return reader.answer(case.question)
-
-        return answer
-
-    shown = {
-        "none": lambda case: [],
-        "window": lambda case: last_turns(case.turns, window, plain),
-        "bm25": lambda case: found_turns(case.turns, case.question, window, plain),
-        "full": lambda case: case.turns,
-    }
-    methods = {name: show_text(shown[name]) for name in PLAIN}
-    for name, reader in readers.items():
-        methods[name] = remember(reader, visible=False)
-        methods[f"{name}+window"] = remember(reader, visible=True)
-    unknown = [name for name in only or () if name not in methods]
-    if unknown:
-        raise InputError(f"--methods: there is no method {unknown[0]}: {', '.join(methods)}")
-    chosen = only or list(methods)
-    steps = [(name, case) for name in chosen for case in cases]
-    answers: dict[str, list[str]] = {name: [] for name in chosen}
-    for name, case in track(steps, description="asking", console=console, transient=True):
-        answers[name].append(methods[name](case))
-    return answers
-
-
 def bm25s_module() -> Any:
     """The search. Raises InputError if it is not installed."""
     try:
@@ -122,3 +124,86 @@ def bm25s_module() -> Any:
             "the method bm25 needs bm25s: pip install 'pydeltamem[eval]', or name other methods by --methods"
         ) from None
     return bm25s
+
+
+#
+# asking
+#
+
+
+def answer_all(
+    cases: Sequence[Case],
+    reader: Reader,
+    memories: Mapping[str, str | os.PathLike[str]],
+    window: int,
+    only: Sequence[str] | None = None,
+    progress: Callable[[int], object] = lambda n: None,
+) -> dict[str, list[str]]:
+    """Every method's answer to every case.
+
+    Args:
+        reader: the model, which is left without a memory.
+        memories: adapters by name.
+        window: tokens.
+        only: the methods; None: all of them.
+        progress: called with the number of answers that were given since.
+
+    Raises InputError if there is no such method.
+    """
+    methods = chosen(memories, only)
+    answers = {name: [""] * len(cases) for name in methods}
+    by_text: dict[tuple[Turn, ...], list[int]] = {}
+    for i, case in enumerate(cases):
+        by_text.setdefault(case.turns, []).append(i)
+
+    def ask(names: Sequence[str], has_memory: bool) -> None:
+        for some in _steps(list(by_text.values())):
+            snapshots = [reader.read(cases[group[0]].turns) if has_memory else None for group in some]
+            for name in names:
+                asked: list[tuple[Asked, list[int]]] = []
+                for group, memory in zip(some, snapshots):
+                    by_visible: dict[tuple[Turn, ...], list[int]] = {}
+                    for i in group:
+                        by_visible.setdefault(_visible(name, cases[i], window, reader), []).append(i)
+                    asked += [
+                        (Asked(memory, turns, tuple(cases[i].question for i in those)), those)
+                        for turns, those in by_visible.items()
+                    ]
+                for (_, those), given in zip(asked, reader.answer([item for item, _ in asked])):
+                    for i, answer in zip(those, given):
+                        answers[name][i] = answer
+                progress(sum(map(len, some)))
+
+    reader.attach(None)
+    if plain := [name for name in methods if name in PLAIN]:
+        ask(plain, has_memory=False)
+    for memory, adapter in memories.items():
+        if names := [memory + visible for visible in VISIBLE if memory + visible in methods]:
+            reader.attach(adapter)
+            ask(names, has_memory=True)
+    reader.attach(None)
+    return answers
+
+
+def _visible(method: str, case: Case, window: int, reader: Reader) -> tuple[Turn, ...]:
+    """The text that a method shows."""
+    what = method.rpartition("+")[2]
+    if what == "full":
+        return case.turns
+    if what == "window":
+        return last_turns(case.turns, window, reader)
+    if method == "bm25":
+        return found_turns(case.turns, case.question, window, reader, case.replies)
+    return ()
+
+
+def _steps(groups: Sequence[list[int]]) -> Iterable[list[list[int]]]:
+    """Groups of cases, so many together that a step is neither long nor small."""
+    some: list[list[int]] = []
+    for group in groups:
+        some.append(group)
+        if sum(map(len, some)) >= STEP:
+            yield some
+            some = []
+    if some:
+        yield some

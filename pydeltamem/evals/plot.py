@@ -8,32 +8,53 @@ from typing import Any
 
 from ..errors import InputError
 from .methods import PLAIN
+from .report import name_of
 from .statistics import Row
+
+# Tasks whose kinds are sizes, and what these are
+SIZES = {"recall": "facts told", "distance": "tokens of small talk after four facts"}
 
 
 def plot(rows: Sequence[Row]) -> bytes:
-    """A PNG: accuracy by the number of facts and by distance, a line for each method, with its interval."""
-    figure = matplotlib_figure()(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, task, key in zip(panels, ("recall", "distance"), ("facts", "distance")):
-        for method in dict.fromkeys(row.method for row in rows):
-            points = sorted((getattr(row, key), row) for row in rows if row.method == method and row.task == task)
-            if points:
-                x, found = zip(*points)
-                low = [row.accuracy - row.low for row in found]
-                high = [row.high - row.accuracy for row in found]
-                style = "--" if method in PLAIN else "-"
-                axes.errorbar(x, [row.accuracy for row in found], [low, high], label=method, linestyle=style, capsize=2)
-        ticks = sorted({getattr(row, key) for row in rows if row.task == task})
+    """A PNG: accuracy, with its interval. Lines by the number of facts, and by distance; points for all other kinds."""
+    sized = [task for task in SIZES if len({row.size for row in rows if row.task == task}) > 1]
+    others = [row for row in rows if row.task not in sized]
+    kinds = list(dict.fromkeys((row.task, row.kind) for row in others))
+    widths = [4.0] * len(sized) + [max(4.0, 0.9 * len(kinds))] * bool(kinds)
+    figure = matplotlib_figure()(figsize=(sum(widths) + 2, 4.5), layout="constrained")
+    panels = list(figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0])
+    methods = list(dict.fromkeys(row.method for row in rows))
+    for axes, task in zip(panels, sized):
+        for method in methods:
+            points = sorted(
+                (row for row in rows if row.method == method and row.task == task), key=lambda row: row.size
+            )
+            _draw(axes, [row.size for row in points], points, method, "--" if method in PLAIN else "-")
+        ticks = sorted({row.size for row in rows if row.task == task})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xlabel(SIZES[task])
+    if kinds:
+        axes = panels[-1]
+        for i, method in enumerate(methods):
+            points = [row for row in others if row.method == method]
+            shift = (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
+            _draw(axes, [kinds.index((row.task, row.kind)) + shift for row in points], points, method, "none")
+        axes.set_xticks(range(len(kinds)), [name_of(*kind) for kind in kinds], rotation=30, ha="right")
+    for axes in panels:
         axes.grid(alpha=0.3)
-    panels[0].set(xlabel="facts told", ylabel="answers that are right", ylim=(-0.02, 1.02))
-    panels[1].set(xlabel="tokens of small talk after four facts")
+    panels[0].set(ylabel="answers that are right", ylim=(-0.02, 1.02))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     return picture.getvalue()
+
+
+def _draw(axes: Any, x: Sequence[float], points: Sequence[Row], label: str, style: str) -> None:
+    marker = "s" if label in PLAIN else "o"
+    errors = [[row.accuracy - row.low for row in points], [row.high - row.accuracy for row in points]]
+    y = [row.accuracy for row in points]
+    axes.errorbar(x, y, errors, label=label, linestyle=style, marker=marker, markersize=3, capsize=2)
 
 
 def matplotlib_figure() -> Any:

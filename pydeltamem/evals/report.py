@@ -1,49 +1,86 @@
-"""The results of an evaluation as tables in the terminal, and conversations with their answers."""
+"""The results of an evaluation: as tables in the terminal, as JSON, and single conversations with their answers."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..formats.kinds import json_of
-from .recall import Case
-from .statistics import Row
+from .case import Case
+from .statistics import Ratio, Row
 
 REPORT = json_of("a report of deltamem eval", {"setup", "rows", "ratios"})
+RATIOS = {
+    "average": "memory and window, all tasks, over the backbone with that window",
+    "other": "memory and window, all tasks, over the best other method with that window",
+    "memory_heavy": "memory and window, tasks that need memory, over the backbone with that window",
+    "no_memory": "memory and window, tasks that need none, over the backbone with that window",
+    "full": "memory and full text, all tasks, over the backbone with the full text",
+}
 
 
-def print_tables(console: Console, rows: Sequence[Row], ratios: Mapping[str, float | str]) -> None:
+def as_json(
+    setup: Mapping[str, Any],
+    rows: Sequence[Row],
+    ratios: Mapping[str, Mapping[str, Ratio]],
+    cases: Sequence[Case],
+    answers: Mapping[str, Sequence[str]],
+) -> str:
+    asked = [
+        {
+            "task": case.task,
+            "kind": case.kind,
+            "question": case.question,
+            "values": case.values,
+            "answers": {method: given[i] for method, given in answers.items()},
+            "right": [method for method, given in answers.items() if case.is_right(given[i])],
+        }
+        for i, case in enumerate(cases)
+    ]
+    of_memories = {memory: {name: asdict(of) for name, of in found.items()} for memory, found in ratios.items()}
+    report = {"setup": setup, "rows": [asdict(row) for row in rows], "ratios": of_memories, "answers": asked}
+    return json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+
+
+def print_tables(console: Console, rows: Sequence[Row], ratios: Mapping[str, Mapping[str, Ratio]]) -> None:
     """Prints a line for each kind of question, a column for each method; then the ratios."""
-    kinds = list(dict.fromkeys((row.task, row.facts, row.distance) for row in rows))
+    kinds = list(dict.fromkeys((row.task, row.kind) for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
-    by_key = {(row.method, row.task, row.facts, row.distance): row for row in rows}
-    title, label, cell = "Answers that are right, in % (95 % interval)", 23, 13  # columns of the terminal
+    by_key = {(row.method, row.task, row.kind): row for row in rows}
+    title, label, cell = "Answers that are right, in % (95 % interval)", 30, 13  # columns of the terminal
     n_fit = max(1, (console.width - label) // cell)
     for some in (methods[i : i + n_fit] for i in range(0, len(methods), n_fit)):
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-        table.add_column("", width=label - 1)
+        table.add_column("", width=label - 6)
+        table.add_column("n", width=5, justify="right")
         for method in some:
             table.add_column(method, justify="right", width=cell - 1)
-        for task, facts, distance in kinds:
-            detail = f"{distance} tokens" if distance else f"{facts} fact{'s' if facts > 1 else ''}"
-            found = (by_key[method, task, facts, distance] for method in some)
+        for task, kind in kinds:
+            found = [by_key[method, task, kind] for method in some]
             cells = (f"{100 * r.accuracy:.0f} ({100 * r.low:.0f}–{100 * r.high:.0f})" for r in found)
-            table.add_row(f"{task.replace('_', ' ')}, {detail}", *cells)
+            table.add_row(name_of(task, kind), str(found[0].n), *cells)
         console.print(table)
     if ratios:
-        names = {
-            "average": "all tasks, over the backbone with the same window",
-            "other": "all tasks, over the best other method with that window",
-            "memory_heavy": "tasks that need memory, over the backbone with that window",
-            "no_memory": "tasks that need none, over the backbone with that window",
-        }
-        summary = Table(title=f"Ratios of {ratios['best']}", box=None, show_header=False)
-        for name, text in names.items():
-            if name in ratios:
-                summary.add_row(text, f"{ratios[name]:.2f} ×")
+        summary = Table("", *ratios, title="Ratios (95 % interval)", title_justify="left", box=None)
+        for name, text in RATIOS.items():
+            cells = [_shown(found[name]) if name in found else "" for found in ratios.values()]
+            if any(cells):
+                summary.add_row(text, *cells)
         console.print(summary)
+
+
+def name_of(task: str, kind: str) -> str:
+    """What a kind of question is called."""
+    return f"{task.replace('_', ' ')}, {kind}" if kind else task.replace("_", " ")
+
+
+def _shown(ratio: Ratio) -> str:
+    return f"{ratio.ratio:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
 
 
 def show(case: Case, answers: Mapping[str, str]) -> None:
@@ -51,6 +88,6 @@ def show(case: Case, answers: Mapping[str, str]) -> None:
     print()
     for user, assistant in case.turns:
         print(f"> {user}\n{assistant}")
-    print(f"> {case.question}  [{case.fact.value if case.fact else case.answer}]")
+    print(f"> {case.question}  [{' / '.join(case.values) or 'was not told'}]")
     for method, answer in answers.items():
         print(f"{'+' if case.is_right(answer) else '-'} {method}: {answer}")

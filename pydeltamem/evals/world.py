@@ -149,7 +149,6 @@ def _article(text: str) -> str:
     return re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)
 
 
-def is_recalled(answer: str, fact: Fact) -> bool:
-    """Whether an answer gives the fact's value, as a word, and no other value of the same kind."""
-    words = set(re.findall(r"\w+", answer))
-    return fact.value in words and not words & (set(VALUES[ATTRIBUTES[fact.attribute][0]]) - {fact.value})
+def rivals(fact: Fact) -> frozenset[str]:
+    """The other values of the kind that the fact's value is of."""
+    return frozenset(VALUES[ATTRIBUTES[fact.attribute][0]]) - {fact.value}

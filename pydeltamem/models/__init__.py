@@ -1,4 +1,7 @@
-"""The small model that the package brings, with its memories: see models/README.md for what it can and cannot do."""
+"""The small model that the package brings, with its memories, and the memory of a real model that is got by name.
+
+models/README.md says what the small one can and cannot do.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from ..errors import ModelError
 
 FOLDER = Path(__file__).parent
 MEMORIES = ("tsw", "ssw", "msw")
+REAL_MODEL = "smollm2"  # the name that it is got by (hub.py)
 
 
 def default_files() -> tuple[Path, dict[str, Path]]:
@@ -18,3 +22,9 @@ def default_files() -> tuple[Path, dict[str, Path]]:
         if not path.is_file():
             raise ModelError(f"{path}: the model of the package is missing: reinstall pydeltamem")
     return model, memories
+
+
+def real_adapter() -> Path | None:
+    """The adapter of the real model; None if this package has none."""
+    path = FOLDER / f"{REAL_MODEL}-msw.gguf"
+    return path if path.is_file() else None
