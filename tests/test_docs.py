@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -87,6 +88,16 @@ def test_the_list_of_doors_is_the_one_that_is_checked():
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n## Doors\n")[2].partition("\n## ")[0]
     layers = re.findall(r'"(.*)"', checked)
     assert layers and re.findall(r"^ {4}(\S.*)$", page, re.MULTILINE) == layers
+
+
+def test_the_demo_prints_what_the_tutorial_says(tmp_path):
+    page = TUTORIAL.read_text(encoding="utf-8")
+    command, said = re.search(r"^ {4}deltamem (demo .*?)$.*?```text\n(.*?)```", page, re.MULTILINE | re.DOTALL).groups()
+    command = [sys.executable, "-m", "pydeltamem.cli", *command.split(), "--delay", "0"]
+    env = {**os.environ, "COLUMNS": "110", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert " ".join(said.split()) in " ".join(done.stdout.split())
 
 
 def test_the_programs_of_the_tutorial_print_what_it_says(tmp_path):
