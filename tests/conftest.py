@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -23,18 +22,17 @@ def golden_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def adapter(golden_dir, tmp_path_factory):
     """adapter(arch, case, outtype="f32"): that golden checkpoint as adapter GGUF, converted once per session."""
-    from pydeltamem.cli import convert as command
+    from pydeltamem.convert.adapter import write_adapter
+    from pydeltamem.formats.base_model import Base
+    from pydeltamem.formats.checkpoint import Checkpoint
 
     folder = tmp_path_factory.mktemp("adapters")
 
     def convert(arch: str, case: str, outtype: str = "f32") -> Path:
         out = folder / f"{arch}-{case}-{outtype}.gguf"
         if not out.exists():
-            parser = argparse.ArgumentParser()
-            command.add_arguments(parser)
-            base = golden_dir / arch / "base-f32.gguf"
-            arguments = [golden_dir / arch / case, "--base", base, "-o", out, "--outtype", outtype]
-            assert command.run(parser.parse_args([str(argument) for argument in arguments])) == 0
+            base = Base(golden_dir / arch / "base-f32.gguf")
+            write_adapter(Checkpoint(golden_dir / arch / case), base, out, outtype)
         return out
 
     return convert

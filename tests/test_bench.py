@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import random
-import re
 import shutil
 import statistics
 
@@ -19,6 +18,7 @@ from pydeltamem.errors import AdapterError, InputError, LibraryError, OutputErro
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.runtime import library
 from pydeltamem.runtime.quantize import file_type
+from refusals import refused, refuses
 from test_cli import deltamem
 
 SMALL = ["-t", "1", "--pairs", "2"]
@@ -270,17 +270,17 @@ def test_worker_does_what_a_session_does(options, adapter):
         nanoseconds, built = side.decode(20, 3)
         assert nanoseconds > 0 and built == 0
         assert side.resident()["peak"] > 1 << 20
-        first = side._process
+        first = side.process
         side.renew()
-        assert first.poll() == 0 and side._process.pid != first.pid
+        assert first.poll() == 0 and side.process.pid != first.pid
         assert side.prefill(20)[0] > 0
         assert side.description["model_info"]["n_params"] > 0 and "CPU" in side.description["system"]
-        side._process.kill()
-        with pytest.raises(LibraryError, match="ended with status -9"):
+        side.process.kill()
+        with refuses(LibraryError, library.library_folder(), "-9"):
             side.prefill(20)
     finally:
         side.close()
-    with pytest.raises(AdapterError, match="not a δ-mem adapter"):
+    with refuses(AdapterError, options.model):
         worker.Worker(library.library_folder(), options, options.model)
 
 
@@ -306,34 +306,32 @@ def test_median_interval_covers_the_median():
 
 
 @pytest.mark.parametrize(
-    "args, message",
+    "args, names",
     [
-        ((), "no model"),
-        (("-m", "nothing.gguf"), "nothing.gguf: no such"),
-        (("--op", "-m", "x"), "--op runs without a model"),
-        (("--op", "--nodes"), "--op runs without a model: drop --nodes"),
-        (("--op", "--ftype", "f16", "--vocab", "x"), "drop --ftype, --vocab"),
+        ((), ("-m", "--synthetic", "--op")),
+        (("-m", "nothing.gguf"), ("nothing.gguf",)),
+        (("--op", "-m", "x"), ("--op", "-m")),
+        (("--op", "--nodes"), ("--op", "--nodes")),
+        (("--op", "--ftype", "f16", "--vocab", "x"), ("--op", "--ftype", "--vocab")),
         (
             ("-m", "x", "--vocab", "y", "--rank", "99", "--ftype", "f16"),
-            "--ftype, --vocab, --rank: of --synthetic alone",
+            ("--ftype", "--vocab", "--rank", "--synthetic", "x"),
         ),
-        (("-m", "x", "--nodes", "--against", "y"), "graphs of one library"),
-        (("--op", "--rank", "65"), "ranks up to 64"),
-        (("--op", "--op-tokens", "0"), "one token at least"),
-        (("--synthetic", "qwen3-0.6b", "--deltamem", "x"), "drop --deltamem"),
-        (("-m", "x", "--control", "--deltamem", "y"), "--control"),
-        (("-m", "x", "-ctv", "q8_0"), "-fa on"),
-        (("-m", "x", "-p", "0", "-n", "0"), "nothing to time"),
-        (("-m", "x", "-p", "0", "-n", "0", "--rss", "64", "--control"), "nothing to time"),
-        (("-m", "x", "-p", "0", "-n", "0", "--rss", "64", "--nodes"), "nothing to time"),
-        (("-m", "x", "--against", "no-such-folder/lib"), "holds no llama library"),
-        (("-m", "x", "--json", "no-such-folder/x.json"), "no-such-folder/x.json: cannot be written"),
+        (("-m", "x", "--nodes", "--against", "y"), ("--nodes", "--against")),
+        (("--op", "--rank", "65"), ("--rank 65", "64")),
+        (("--op", "--op-tokens", "0"), ("--op-tokens",)),
+        (("--synthetic", "qwen3-0.6b", "--deltamem", "x"), ("--synthetic", "--deltamem")),
+        (("-m", "x", "--control", "--deltamem", "y"), ("--control", "--deltamem")),
+        (("-m", "x", "-ctv", "q8_0"), ("-ctv q8_0", "-fa on")),
+        (("-m", "x", "-p", "0", "-n", "0"), ("-p 0", "-n 0")),
+        (("-m", "x", "-p", "0", "-n", "0", "--rss", "64", "--control"), ("-p 0", "-n 0")),
+        (("-m", "x", "-p", "0", "-n", "0", "--rss", "64", "--nodes"), ("-p 0", "-n 0")),
+        (("-m", "x", "--against", "no-such-folder/lib"), ("no-such-folder/lib",)),
+        (("-m", "x", "--json", "no-such-folder/x.json"), ("no-such-folder/x.json",)),
     ],
 )
-def test_refused(args, message, tmp_path):
-    result = deltamem("bench", *args, cwd=tmp_path)
-    assert result.returncode == 1
-    assert re.fullmatch(r"deltamem: error: .+\n", result.stderr) and message in result.stderr
+def test_refused(args, names, tmp_path):
+    refused(deltamem("bench", *args, cwd=tmp_path), *names)
     assert not any(tmp_path.iterdir())
 
 
@@ -350,20 +348,14 @@ def test_refused_by_the_library(run_bench, base, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(base().read_bytes()[:100_000])
     short = ["-p", "8", "-n", "0"]
-    for result, message in (
-        (run_bench(*short, memory=False), "nothing to compare"),
-        (run_bench(*short, "--deltamem", base(), memory=False), "is not a δ-mem adapter"),
-        (run_bench(*short, "--deltamem", base(), "--rss", "0", memory=False), "is not a δ-mem adapter"),
-        (run_bench(*short, "--deltamem", tmp_path / "none", memory=False), "none: no such adapter file"),
-        (run_bench(*short, "--rss", "0", "--against", broken), f"the llama library in {broken} cannot be used"),
-        (run_bench(*short, "-m", cut), f"{cut}: is not a readable GGUF file"),
-        (
-            run_bench("-p", "0", "-n", "0", "--rss", "8", "--against", library.library_folder(), memory=False),
-            "nothing to measure",
-        ),
-    ):
-        assert result.returncode == 1
-        assert re.fullmatch(r"deltamem: error: .+\n", result.stderr) and message in result.stderr
+    refused(run_bench(*short, memory=False), base(), "--deltamem", "--against")
+    refused(run_bench(*short, "--deltamem", base(), memory=False), base())
+    refused(run_bench(*short, "--deltamem", base(), "--rss", "0", memory=False), base())
+    refused(run_bench(*short, "--deltamem", tmp_path / "none", memory=False), tmp_path / "none")
+    refused(run_bench(*short, "--rss", "0", "--against", broken), broken)
+    refused(run_bench(*short, "-m", cut), cut)
+    nothing = run_bench("-p", "0", "-n", "0", "--rss", "8", "--against", library.library_folder(), memory=False)
+    refused(nothing, "-p 0", "-n 0", "--rss")
 
 
 def test_op(tmp_path):
@@ -443,10 +435,10 @@ def test_synthetic_files_are_kept(tmp_path, monkeypatch, golden_dir):
     quantised, adapter = models.synthetic_files("tiny", "IQ4_NL", *arguments[2:])
     assert adapter == files[1] and Header(quantised).keys["general.file_type"] == file_type("iq4_nl")
     assert {str(path) for path in models.cache_folder().iterdir()} == {*files, quantised}
-    with pytest.raises(InputError, match="'q9' is no type of"):
+    with refuses(InputError, "q9"):
         models.synthetic_files("tiny", "q9", *arguments[2:])
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match="--synthetic keeps its files there"):
+    with refuses(OutputError, "--synthetic", models.cache_folder()):
         models.synthetic_files(*arguments)

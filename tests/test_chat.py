@@ -13,10 +13,11 @@ import time
 import numpy as np
 import pytest
 
-from pydeltamem.cli.chat import Chat, describe
+from pydeltamem.cli.chat import HELP, Chat, describe
 from pydeltamem.conversation import Conversation
 from pydeltamem.errors import InputError, MemoryFileError
 from pydeltamem.formats.memory_file import read_memory_file
+from refusals import check_names, refused, refuses
 
 OPTIONS = ["-n", "12", "--temp", "0", "-c", "512", "-t", "1", "-tb", "1"]
 
@@ -87,22 +88,16 @@ def test_bad_commands_do_not_end_the_chat(piped, tmp_path):
     )
     assert result.returncode == 0
     assert result.stdout.strip()
-    for says in (
-        "/nothing is no command",
-        "/write on",
-        "name a file",
-        "cut off or not a memory",
-        "cannot be saved",
-        "/quit",
-    ):
-        assert says in result.stderr
-    assert "Traceback" not in result.stderr
+    said = result.stderr.splitlines()[1:]  # the first line says which memory
+    for line, name in zip(said, ("/nothing", "/write on", None, tmp_path / "text", "/no/where")):
+        check_names(line, [name] if name else [])
+    assert len(said) == 5 + len(HELP.splitlines()) and "Traceback" not in result.stderr
 
 
 def test_no_memory(piped):
     result = piped(["hello there", "/memory"], "--no-memory")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() and "no memory adapter is attached" in result.stderr
+    assert result.stdout.strip() and "--deltamem" in result.stderr.splitlines()[1]
 
 
 def test_going_back(piped, tmp_path):
@@ -111,7 +106,8 @@ def test_going_back(piped, tmp_path):
     assert result.returncode == 0, result.stderr
     assert piped(["hello there", "good bye"], "--save-memory", plain, "--seed", "1").returncode == 0
     np.testing.assert_allclose(read_memory_file(again)[0], read_memory_file(plain)[0], rtol=0, atol=1e-4)
-    assert "there is nothing to take back" in piped(["/undo", "/again", "/edit"]).stderr
+    nothing = piped(["/undo", "/again", "/edit"])
+    assert nothing.returncode == 0 and len(nothing.stderr.splitlines()) == 4 and not nothing.stdout
 
 
 def test_reading_only(piped, tmp_path):
@@ -163,9 +159,7 @@ def test_memory_is_saved_after_each_turn(command, tmp_path):
                 time.sleep(0.05)
         second = subprocess.run(command("--memory", path), capture_output=True, text=True, timeout=300, input="")
         assert second.returncode == 1
-        assert second.stderr.strip().endswith(f"{path}: in use by process {chat.pid}: end it, or use another file"), (
-            second.stderr
-        )
+        check_names(second.stderr.splitlines()[-1], [path, f"process {chat.pid}"])
     finally:
         chat.kill()
         chat.wait()
@@ -177,11 +171,11 @@ def test_a_bad_memory_file_is_refused(piped, tmp_path):
     path = tmp_path / "a.memory"
     path.write_text("no memory")
     result = piped(["hello"], "--memory", path)
-    assert result.returncode == 1 and "a.memory" in result.stderr and "not a memory file" in result.stderr
+    refused(result, path)
     assert path.read_text() == "no memory"
     for option in (["--no-memory"], ["--load-memory", path], ["--save-memory", path]):
         result = piped([], "--memory", path, *option)
-        assert result.returncode == 1 and f"--memory and {option[0]} do not go together" in result.stderr
+        refused(result, "--memory", option[0])
 
 
 def expected(llm, *contents):
@@ -229,7 +223,7 @@ def test_replies_of_the_package_model_begin_with_a_word(capsys):
 
 
 def test_a_command_in_the_wrong_letters(llm):
-    with pytest.raises(InputError, match=r"/memry.*/memory"):
+    with refuses(InputError, "/memry", "/memory"):
         chat_of(llm).command("/memry")
 
 
@@ -299,7 +293,7 @@ def test_an_undo_that_is_refused(llm):
     chat.say("there")
     chat.command("/reset")
     messages = list(chat.conversation.messages)
-    with pytest.raises(InputError, match="began anew"):
+    with refuses(InputError):
         chat.command("/undo")
     assert chat.conversation.messages == messages
 
@@ -327,7 +321,7 @@ def test_a_reply_that_cannot_be_saved_is_shown(llm, tmp_path, capsys):
     chat.conversation.open(path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(MemoryFileError, match="cannot be saved"):
+    with refuses(MemoryFileError, path):
         chat.say("hello")
     assert capsys.readouterr().out == chat.conversation.messages[-1]["content"] + "\n"
 

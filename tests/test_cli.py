@@ -15,6 +15,7 @@ from llama_cpp import Llama
 from pydeltamem import __version__
 from pydeltamem.formats.memory_file import read_memory_file
 from pydeltamem.runtime.stream import TextStream
+from refusals import check_names, refused, refuses
 
 PLAIN = ["-n", "16", "--temp", "0", "-c", "512", "-t", "1", "-tb", "1"]
 
@@ -82,7 +83,7 @@ def test_usage(args, usage):
 def test_what_is_misspelt_is_named_with_what_was_meant(args, wrong, right):
     result = deltamem(*args)
     assert result.returncode == 2
-    assert f"{wrong}: did you mean {right}?" in result.stderr.splitlines()[-1]
+    check_names(result.stderr.splitlines()[-1], [wrong, right])
 
 
 def test_help_as_a_command():
@@ -178,7 +179,8 @@ def test_a_folder_is_called_one(base, tmp_path, args):
 
 def test_a_file_is_called_one(base, tmp_path):
     result = deltamem("convert", base(), "--base", base(), "-o", tmp_path / "out.gguf")
-    assert result.returncode == 1 and f"{base()}: is a file" in result.stderr
+    refused(result, base())
+    assert "file" in result.stderr.replace(str(base()), "")
 
 
 @pytest.mark.parametrize(
@@ -193,23 +195,22 @@ def test_a_file_is_called_one(base, tmp_path):
 def test_options_go_by_the_names_of_the_command_line(base, adapter, tmp_path, args, option, keyword):
     names = {"BASE": base(), "ADAPTER": adapter("qwen3", "tsw_qo")}
     result = deltamem("generate", *(names.get(arg, arg) for arg in args), "-p", "x", cwd=tmp_path)
-    assert result.returncode == 1
-    assert option in result.stderr and keyword not in result.stderr
+    refused(result, option)
+    assert keyword not in result.stderr
 
 
 def test_keywords_go_by_their_names_in_python(base, adapter):
     from pydeltamem import AdapterError, DeltaMemLlama, InputError, ModelError
 
-    with pytest.raises(InputError) as info:
-        DeltaMemLlama(base(), n_threads=9999)
-    assert "n_threads" in str(info.value) and "--" not in str(info.value)
-    with pytest.raises(ModelError) as info:
-        DeltaMemLlama(adapter("qwen3", "tsw_qo"))
-    assert "deltamem_path" in str(info.value) and "--" not in str(info.value)
     llm = DeltaMemLlama(base(), n_ctx=256)
-    with pytest.raises(AdapterError) as info:
-        _ = llm.memory.state
-    assert "deltamem_path" in str(info.value) and "--" not in str(info.value)
+    for kind, name, call in (
+        (InputError, "n_threads", lambda: DeltaMemLlama(base(), n_threads=9999)),
+        (ModelError, "deltamem_path", lambda: DeltaMemLlama(adapter("qwen3", "tsw_qo"))),
+        (AdapterError, "deltamem_path", lambda: llm.memory.state),
+    ):
+        with refuses(kind, name) as info:
+            call()
+        assert "--" not in str(info.value)
     llm.close()
 
 

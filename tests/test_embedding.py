@@ -12,6 +12,7 @@ from llama_cpp import (
 )
 
 from pydeltamem import InputError
+from refusals import refuses
 
 TEXTS = ["hello there", "how are you today", "a", "one two three four five six seven", "hello there"]
 NONE, MEAN = LLAMA_POOLING_TYPE_NONE, LLAMA_POOLING_TYPE_MEAN
@@ -72,7 +73,7 @@ def test_a_text_that_is_too_long(embedder):
     llm, cut = embedder(MEAN, n_batch=20), embedder(MEAN, n_batch=20, n_ubatch=10)
     for model in (llm, cut):
         assert len(model.embed("one two three four " * 10)) == model.n_embd()
-        with pytest.raises(InputError, match="text 1 "):
+        with refuses(InputError, "text 1"):
             model.embed(["one", "one two three four " * 10], truncate=False)
 
 
@@ -104,11 +105,11 @@ def test_empty_texts_without_pooling(embedder):
     np.testing.assert_allclose(found[3], llm.embed("how are you"), **NEAR)
 
 
-@pytest.mark.parametrize(("texts", "which"), [("", "text 0 "), (["", "a"], "text 0 "), (["a", "b", ""], "text 2 ")])
+@pytest.mark.parametrize(("texts", "which"), [("", "text 0"), (["", "a"], "text 0"), (["a", "b", ""], "text 2")])
 def test_empty_texts_have_nothing_to_be_pooled(embedder, texts, which):
     llm = embedder(MEAN)
     state, expected = llm.memory.state, llm.embed("hello")
-    with pytest.raises(InputError, match=which):
+    with refuses(InputError, which):
         llm.embed(texts)
     np.testing.assert_array_equal(llm.memory.state, state)
     np.testing.assert_allclose(llm.embed("hello"), expected, **NEAR)
@@ -123,13 +124,13 @@ def test_an_empty_text_of_a_model_that_begins_texts(embedder):
 
 @pytest.mark.parametrize("texts", [[1], [["a"]], [b"a"], [None]])
 def test_what_is_no_text(embedder, texts):
-    with pytest.raises(InputError, match="text 0 "):
+    with refuses(InputError, "text 0"):
         embedder(MEAN).embed(texts)
 
 
 def test_a_model_that_was_not_loaded_for_it(llm):
     llm.eval([5, 6])
-    with pytest.raises(InputError, match="embedding=True"):
+    with refuses(InputError, "embedding=True"):
         llm.embed("hello")
     assert llm.n_tokens == 2
 

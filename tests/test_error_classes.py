@@ -17,6 +17,7 @@ from pydeltamem import (
     OutputError,
     TrainingError,
 )
+from refusals import refuses
 
 
 def test_every_error_is_of_the_package():
@@ -41,17 +42,15 @@ def test_a_failed_decode_says_why(llm, monkeypatch, capfd):
     llm.eval([5, 17, 40])
     capfd.readouterr()
     monkeypatch.setattr("llama_cpp._internals.LlamaContext.decode", decode_elsewhere)
-    with pytest.raises(DecodeError) as info:
+    with refuses(DecodeError, -1, "inconsistent sequence positions"):  # llama.cpp's words
         llm.eval([99])
-    assert "llama_decode returned -1" in str(info.value) and "inconsistent sequence positions" in str(info.value)
-    assert "\n" not in str(info.value)
     assert "inconsistent" not in capfd.readouterr().err  # said once
 
 
 def test_a_decode_that_was_stopped(llm):
     callback = llama_cpp.ggml_abort_callback(lambda data: True)
     llama_cpp.llama_set_abort_callback(llm.ctx, callback, None)
-    with pytest.raises(DecodeError, match="llama_decode returned 2"):
+    with refuses(DecodeError, 2):
         llm.eval([5, 17, 40])
     llama_cpp.llama_set_abort_callback(llm.ctx, ctypes.cast(None, llama_cpp.ggml_abort_callback), None)
     llm.eval([5, 17, 40])
@@ -78,4 +77,4 @@ def test_a_failed_decode_on_the_command_line(base, adapter, monkeypatch, capsys)
     arguments = ["-m", str(base()), "--deltamem", str(adapter("qwen3", "tsw_qo")), "-p", "hello"]
     assert main(["generate", *arguments]) == 1
     error = capsys.readouterr().err
-    assert "deltamem: error:" in error and "llama_decode returned 1" in error and "Traceback" not in error
+    assert error.startswith("deltamem: error: ") and error.count("\n") == 1 and "returned 1" in error

@@ -21,6 +21,7 @@ from pydeltamem.evals.reader import Asked, NativeReader
 from pydeltamem.evals.recall import make_cases
 from pydeltamem.evals.statistics import ratios_of, right_of, table_of, wilson
 from pydeltamem.models import default_files
+from refusals import check_names, refuses
 from test_cli import deltamem
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
@@ -364,25 +365,24 @@ def test_what_a_memory_reads(native):
 
 
 def test_bad_options_are_named(tmp_path):
-    for options, reason in (
-        (("--tasks", "recal"), "no task recal"),
-        (("--methods", "magic", "-n", "1"), "no method magic"),
-        (("-m", tmp_path / "none.gguf", "--memories", f"a={tmp_path}/b"), "none.gguf"),
-        (("--memories", "a"), "--memories"),
-        (("--facts", "1,x"), "no list of whole numbers"),
-        (("--facts", "1,34"), "the world holds 1 to 33 facts"),
-        (("--distance", "5000", "-n", "1", "--tasks", "distance"), "do not fit into the 1024"),
-        (("--memories", "none=x"), "two methods would be called none"),
-        (("--memories", "a=x", "a=y"), "two methods would be called a"),
-        (("-m", TINY / "base.gguf"), "--memories"),
-        (("--json", tmp_path / "none" / "x.json"), "x.json: cannot be written"),
-        (("--plot", tmp_path), "cannot be written: it is a folder"),
-        (("-m", TINY / "base.gguf", "--memories", f"a={TINY / 'base.gguf'}"), "base.gguf"),
+    for options, code, names in (
+        (("--tasks", "recal"), 1, ["recal"]),
+        (("--methods", "magic", "-n", "1"), 1, ["magic"]),
+        (("-m", tmp_path / "none.gguf", "--memories", f"a={tmp_path}/b"), 1, [tmp_path / "none.gguf"]),
+        (("--memories", "a"), 1, ["--memories"]),
+        (("--facts", "1,x"), 2, ["--facts", "1,x"]),
+        (("--facts", "1,34"), 1, [33]),
+        (("--distance", "5000", "-n", "1", "--tasks", "distance"), 1, [1024]),
+        (("--memories", "none=x"), 1, ["none"]),
+        (("--memories", "a=x", "a=y"), 1, ["a"]),
+        (("-m", TINY / "base.gguf"), 1, ["--memories"]),
+        (("--json", tmp_path / "none" / "x.json"), 1, [tmp_path / "none" / "x.json"]),
+        (("--plot", tmp_path), 1, [tmp_path]),
+        (("-m", TINY / "base.gguf", "--memories", f"a={TINY / 'base.gguf'}"), 1, [TINY / "base.gguf"]),
     ):
         result = deltamem("eval", "recall", *options)
-        assert result.returncode in (1, 2) and reason in result.stderr and "Traceback" not in result.stderr, (
-            result.stderr
-        )
+        assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
+        check_names(result.stderr.splitlines()[-1], names)
 
 
 def test_the_search_is_an_extra(monkeypatch, capsys):
@@ -427,10 +427,10 @@ def test_missing_model_is_named(monkeypatch, tmp_path):
     from pydeltamem.errors import ModelError
 
     monkeypatch.setattr(models, "FOLDER", tmp_path)
-    with pytest.raises(ModelError, match=r"default\.gguf"):
+    with refuses(ModelError, tmp_path / "default.gguf"):
         models.default_files()
 
 
 def test_unknown_reader_option():
-    with pytest.raises(InputError, match="no method"):
+    with refuses(InputError, "b"):
         answer_all([], Parrot(), {"a": "a"}, 8, ["b"])

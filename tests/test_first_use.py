@@ -10,6 +10,7 @@ import pytest
 
 from pydeltamem import DeltaMemLlama, InputError, ModelError
 from pydeltamem.models import default_files
+from refusals import refuses
 
 MODEL, MEMORIES = default_files()
 PLAIN = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
@@ -28,13 +29,12 @@ PLAIN = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
     ],
 )
 def test_unknown_keywords_are_refused_with_the_nearest(wrong, right):
-    with pytest.raises(InputError) as info:
+    with refuses(InputError, wrong, right):
         DeltaMemLlama(MODEL, **{wrong: None})
-    assert wrong in str(info.value) and right in str(info.value)
 
 
 def test_an_unknown_keyword_that_is_near_to_none():
-    with pytest.raises(InputError, match="xyzzy"):
+    with refuses(InputError, "xyzzy"):
         DeltaMemLlama(MODEL, xyzzy=1)
 
 
@@ -107,7 +107,7 @@ def test_the_log_reaches_a_handler_on_stderr():
 def test_what_is_raised_is_not_logged_too(tmp_path, caplog, capfd):
     path = tmp_path / "text.gguf"
     path.write_text("no model")
-    with pytest.raises(ModelError, match=r"text\.gguf"):
+    with refuses(ModelError, path):
         DeltaMemLlama(path)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert capfd.readouterr().err == ""

@@ -14,6 +14,7 @@ from pydeltamem import MemorySnapshot
 from pydeltamem.cli import main
 from pydeltamem.formats.memory_file import MemoryFileLock
 from pydeltamem.formats.memory_numbers import effective_rank
+from refusals import check_names
 
 METADATA = {
     "layers": "2,5",
@@ -135,20 +136,19 @@ def test_identical_are_equal_bits(memory, run):
 
 
 @pytest.mark.parametrize(
-    ("other", "says"),
+    ("other", "names"),
     [
-        (
-            {"adapter": "cd" * 32, "adapter_name": "second"},
-            "another adapter, second for qwen3 (cdcdcdcdcdcd); that of ",
-        ),
-        ({"architecture": "llama"}, "another adapter, test for llama (abababababab); that of "),
-        ({"layers": "2,6"}, "holds layers 2,6 of shape (2, 1, 8, 8); "),
-        ({"state": random_state(shape=(2, 1, 4, 4))}, "holds layers 2,5 of shape (2, 1, 4, 4); "),
+        ({"adapter": "cd" * 32, "adapter_name": "second"}, ["second", "cdcdcdcdcdcd", "abababababab"]),
+        ({"architecture": "llama"}, ["llama", "qwen3"]),
+        ({"layers": "2,6"}, ["2,6", "2,5"]),
+        ({"state": random_state(shape=(2, 1, 4, 4))}, ["(2, 1, 4, 4)", "(2, 1, 8, 8)"]),
     ],
 )
-def test_diff_of_memories_that_have_nothing_in_common(memory, run, other, says):
-    code, _, err = run("diff", memory("a.memory"), memory("b.memory", **other))
-    assert code == 1 and "b.memory: " in err and says in err and "a.memory " in err
+def test_diff_of_memories_that_have_nothing_in_common(memory, run, other, names):
+    a, b = memory("a.memory"), memory("b.memory", **other)
+    code, _, err = run("diff", a, b)
+    assert code == 1
+    check_names(err.rstrip("\n"), [a, b, *names])
 
 
 def test_copy(memory, run, tmp_path):
@@ -157,7 +157,8 @@ def test_copy(memory, run, tmp_path):
     np.testing.assert_array_equal(MemorySnapshot.load(b).state, random_state())
     assert MemorySnapshot.load(b).metadata["created"] == MemorySnapshot.load(a).metadata["created"]
     code, _, err = run("copy", memory("c.memory", random_state(1)), b)
-    assert code == 1 and "b.memory: is there already" in err
+    assert code == 1
+    check_names(err.rstrip("\n"), [b, "--force"])
     np.testing.assert_array_equal(MemorySnapshot.load(b).state, random_state())
     assert run("copy", memory("c.memory", random_state(1)), b, "--force")[0] == 0
     np.testing.assert_array_equal(MemorySnapshot.load(b).state, random_state(1))
@@ -167,7 +168,8 @@ def test_copy_to_a_memory_in_use(memory, run):
     b = memory("b.memory")
     with MemoryFileLock(b):
         code, _, err = run("copy", memory("a.memory", random_state(1)), b, "--force")
-    assert code == 1 and "b.memory: in use by a conversation of this process" in err
+    assert code == 1
+    check_names(err.rstrip("\n"), [b, "this process"])
     np.testing.assert_array_equal(MemorySnapshot.load(b).state, random_state())
 
 
@@ -177,7 +179,8 @@ def test_export(memory, run, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["state"], random_state())
     assert json.loads((tmp_path / "a.json").read_text())["metadata"]["tokens_written"] == "1234"
     code, _, err = run("export", a, tmp_path / "a.csv")
-    assert code == 1 and "ends in .npz or .json" in err
+    assert code == 1 and ".npz" in err and ".json" in err
+    check_names(err.rstrip("\n"), [tmp_path / "a.csv"])
 
 
 @pytest.mark.parametrize(
@@ -185,4 +188,4 @@ def test_export(memory, run, tmp_path):
 )
 def test_a_missing_file(run, arguments):
     code, _, err = run(*arguments)
-    assert code == 1 and err == "deltamem: error: none: no such memory file\n"
+    assert code == 1 and err.startswith("deltamem: error: none: ") and err.count("\n") == 1

@@ -23,6 +23,7 @@ from pydeltamem.formats.atomic import leftovers, replacing
 from pydeltamem.formats.kinds import MEMORY, MEMORY_JSON
 from pydeltamem.formats.memory_file import MemoryFileLock, check_writable, read_memory_file, write_memory_file
 from pydeltamem.formats.outputs import output
+from refusals import refuses
 
 METADATA = {"layers": "2,5", "adapter": "ab" * 32, "adapter_name": "test", "architecture": "qwen3"}
 SHAPE = (2, 1, 8, 8)
@@ -76,7 +77,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MemoryFileError, match=r"a\.memory.*No space left"):
+    with refuses(MemoryFileError, path, "No space left on device"):
         write_memory_file(path, state + 1, METADATA)
     np.testing.assert_array_equal(read_memory_file(path)[0], state)
     assert os.listdir(tmp_path) == ["a.memory"]
@@ -93,9 +94,9 @@ def test_save_follows_a_link(tmp_path):
 
 @pytest.mark.parametrize("target", ["nowhere/a.memory", "."])
 def test_save_where_nothing_can_be_saved(tmp_path, target):
-    with pytest.raises(MemoryFileError, match="cannot be saved"):
+    with refuses(MemoryFileError, tmp_path / target):
         write_memory_file(tmp_path / target, random_state(), METADATA)
-    with pytest.raises(MemoryFileError, match="cannot be saved"):
+    with refuses(MemoryFileError, tmp_path / target):
         check_writable(tmp_path / target)
 
 
@@ -112,7 +113,7 @@ def test_a_file_of_the_first_release_is_read(tmp_path):
 
 
 def bad_file(path, kind):
-    """Writes a file that must be refused; returns what the sentence says."""
+    """Writes a file that must be refused; returns what the sentence names beside it."""
     state = random_state()
     good = {"format": "deltamem-memory", "format_version": "1", **METADATA}
 
@@ -120,45 +121,45 @@ def bad_file(path, kind):
         path.write_bytes(safetensors.numpy.save(tensors, metadata))
 
     if kind == "missing":
-        return "no such memory file"
+        return []
     if kind == "folder":
         path.mkdir()
-        return "the memory file cannot be read: Is a directory" if os.name == "posix" else "cannot be read"
+        return ["Is a directory"] if os.name == "posix" else []
     if kind == "truncated":
         write_memory_file(path, state, METADATA)
         path.write_bytes(path.read_bytes()[:-100])
-        return "cut off or not a memory file"
+        return []
     if kind == "empty":
         path.write_bytes(b"")
-        return "cut off or not a memory file"
+        return []
     if kind == "text":
         path.write_text("this is not a memory\n" * 20)
-        return "cut off or not a memory file"
+        return []
     if kind == "other safetensors":
         save({"weight": state}, {"format": "pt"})
-        return "not a memory file"
+        return []
     if kind == "no metadata":
         save({"state": state}, None)
-        return "not a memory file"
+        return []
     if kind == "newer version":
         save({"state": state}, {**good, "format_version": "2"})
-        return "format version 2, this release reads 1"
+        return [2, 1]
     if kind == "no state":
         save({"weight": state}, good)
-        return "holds no state"
+        return ["state"]
     if kind == "half precision":
         save({"state": state.astype(np.float16)}, good)
-        return "F16"
+        return ["F16"]
     if kind == "not square":
         save({"state": random_state(shape=(2, 1, 8, 4))}, good)
-        return r"\[2, 1, 8, 4\]"
+        return ["[2, 1, 8, 4]"]
     if kind == "empty state":
         save({"state": random_state(shape=(2, 1, 0, 0))}, good)
-        return r"\[2, 1, 0, 0\]"
+        return ["[2, 1, 0, 0]"]
     assert kind == "NaN"
     state[1, 0, 3, 3] = np.nan
     save({"state": state}, good)
-    return "not finite"
+    return ["state"]
 
 
 BAD_FILES = [
@@ -170,10 +171,22 @@ BAD_FILES = [
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_bad_file(tmp_path, kind):
     path = tmp_path / "bad.memory"
-    says = bad_file(path, kind)
-    with pytest.raises(MemoryFileError, match=rf"bad\.memory: .*{says}") as info:
+    with refuses(MemoryFileError, path, *bad_file(path, kind)):
         read_memory_file(path)
-    assert "\n" not in str(info.value)
+
+
+def test_bad_files_are_told_apart(tmp_path):
+    """Those of different kinds by different sentences."""
+    said = {}
+    for kind in BAD_FILES:
+        path = tmp_path / f"{kind.replace(' ', '-')}.memory"
+        bad_file(path, kind)
+        with pytest.raises(MemoryFileError) as info:
+            read_memory_file(path)
+        said[kind] = re.sub(r"\(.*\)", "", str(info.value).replace(str(path), ""))  # what safetensors says
+    assert said["truncated"] == said["empty"] == said["text"]
+    assert said["other safetensors"] == said["no metadata"]
+    assert len(set(said.values())) == len(BAD_FILES) - 3
 
 
 @posix
@@ -186,7 +199,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(MemoryFileError, match=r"a\.memory: the memory file cannot be read: Permission denied"):
+    with refuses(MemoryFileError, path, "Permission denied"):
         read_memory_file(path)
 
 
@@ -235,22 +248,22 @@ def test_a_snapshot_cannot_be_changed():
     snapshot = MemorySnapshot(state, METADATA)
     state[:] = 0
     assert snapshot.state.any()
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(ValueError):  # numpy's
         snapshot.state[:] = 0
 
 
 @pytest.mark.parametrize(
-    ("state", "says"),
+    ("state", "value"),
     [
-        (np.zeros((2, 8, 8)), r"shape \(2, 8, 8\)"),
-        (np.zeros((2, 1, 8, 4)), r"shape \(2, 1, 8, 4\)"),
-        (np.zeros((0, 1, 8, 8)), r"shape \(0, 1, 8, 8\)"),
-        (np.full(SHAPE, np.nan), "finite"),
-        (np.full(SHAPE, -np.inf), "finite"),
+        (np.zeros((2, 8, 8)), "(2, 8, 8)"),
+        (np.zeros((2, 1, 8, 4)), "(2, 1, 8, 4)"),
+        (np.zeros((0, 1, 8, 8)), "(0, 1, 8, 8)"),
+        (np.full(SHAPE, np.nan), "NaN"),
+        (np.full(SHAPE, -np.inf), "infinite"),
     ],
 )
-def test_a_bad_snapshot(state, says):
-    with pytest.raises(InputError, match=says):
+def test_a_bad_snapshot(state, value):
+    with refuses(InputError, value):
         MemorySnapshot(state, METADATA)
 
 
@@ -280,7 +293,7 @@ def test_exports(tmp_path):
     exported = json.loads((tmp_path / "a.json").read_text())
     np.testing.assert_array_equal(np.array(exported["state"], dtype=np.float32), snapshot.state)
     assert exported["metadata"] == metadata
-    with pytest.raises(MemoryFileError, match="cannot be saved"):
+    with refuses(MemoryFileError, tmp_path / "no" / "a.json"):
         snapshot.to_json(tmp_path / "no" / "a.json")
     assert sorted(os.listdir(tmp_path)) == ["a.json", "a.npz"]
 
@@ -338,7 +351,7 @@ def test_the_second_in_one_process_is_told(tmp_path):
     (tmp_path / "link.memory").symlink_to(path)
     with MemoryFileLock(path) as lock:
         for name in ("a.memory", "link.memory"):
-            with pytest.raises(MemoryFileInUse, match=f"{name}: in use by a conversation of this process: close it"):
+            with refuses(MemoryFileInUse, tmp_path / name, "this process"):
                 MemoryFileLock(tmp_path / name).acquire()
         lock.acquire()  # it has it
     lock.release()
@@ -358,14 +371,14 @@ def test_a_file_that_another_process_keeps_is_not_saved_to(tmp_path, holder):
     path = tmp_path / "a.memory"
     snapshot = MemorySnapshot(random_state(), METADATA)
     for call in (lambda: snapshot.save(path), lambda: check_writable(path)):
-        with pytest.raises(MemoryFileInUse, match=f"in use by process {holder.pid}"):
+        with refuses(MemoryFileInUse, path, f"process {holder.pid}"):
             call()
     assert not path.exists()
     holder.communicate(b"")
     snapshot.save(path)
     with MemoryFileLock(path):
         snapshot.save(path)  # the process that keeps it may
-        with pytest.raises(MemoryFileInUse, match="in use"):
+        with refuses(MemoryFileInUse, path, "this process"):
             MemoryFileLock(path).acquire()
     assert os.listdir(tmp_path) == ["a.memory"]
 
@@ -400,7 +413,7 @@ def test_a_pipe_is_written_to(tmp_path):
 
 
 def test_no_folder_no_lock(tmp_path):
-    with pytest.raises(MemoryFileError, match="cannot be saved"):
+    with refuses(MemoryFileError, tmp_path / "no" / "a.memory"):
         MemoryFileLock(tmp_path / "no" / "a.memory").acquire()
 
 
@@ -456,7 +469,7 @@ def test_what_is_no_lock_is_left_alone(tmp_path, what, act):
         "save": lambda: snapshot.save(path),
         "check": lambda: check_writable(path),
     }
-    with pytest.raises(MemoryFileError, match=re.escape(str(lock))):
+    with refuses(MemoryFileError, lock, path):
         acts[act]()
     assert sorted(os.listdir(tmp_path)) == names
     assert os.path.samestat(lock.lstat(), kept) and victim.read_bytes() == b"precious"

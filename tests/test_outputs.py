@@ -19,6 +19,7 @@ from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from pydeltamem.formats.memory_file import write_memory_file
 from pydeltamem.formats.packed import pack, unpack
 from pydeltamem.runtime.quantize import quantize
+from refusals import refuses
 
 METADATA = {"layers": "0,1", "adapter": "ab" * 32, "adapter_name": "test", "architecture": "qwen3"}
 SNAPSHOT = MemorySnapshot(np.ones((2, 1, 4, 4)), METADATA)
@@ -108,14 +109,14 @@ def test_a_conversation_does_not_open_another_file(files, tmp_path, llm):
     path = tmp_path / "a.memory"
     for kind in KINDS:
         shutil.copy(files[kind], path)
-        with pytest.raises(MemoryFileError, match=r"a\.memory"):
+        with refuses(MemoryFileError, path):
             Conversation(llm, memory_file=path)
         assert path.read_bytes() == files[kind].read_bytes()
 
 
 def test_a_file_that_came_into_the_place_of_a_memory_file(files, tmp_path, llm):
     path = tmp_path / "a.memory"
-    with pytest.raises(MemoryFileError, match=r"a\.memory"), Conversation(llm, memory_file=path) as conversation:
+    with refuses(MemoryFileError, path), Conversation(llm, memory_file=path) as conversation:
         shutil.copy(files["model"], path)
         conversation.say("hello", n_predict=2)
     assert path.read_bytes() == files["model"].read_bytes()
@@ -125,7 +126,7 @@ def test_a_link_leads_to_what_must_stay(files, tmp_path):
     target = tmp_path / "model.gguf"
     shutil.copy(files["model"], target)
     (tmp_path / "a.memory").symlink_to(target)
-    with pytest.raises(MemoryFileError, match=r"a\.memory"):
+    with refuses(MemoryFileError, tmp_path / "a.memory"):
         SNAPSHOT.save(tmp_path / "a.memory")
     assert target.read_bytes() == files["model"].read_bytes()
 
@@ -170,7 +171,7 @@ def test_adapters(files, base, adapter, golden_dir, tmp_path):
 
 def test_what_unpack_writes(files, base, adapter, tmp_path):
     pack(base(), adapter("qwen3", "msw4_qo"), tmp_path / "packed.gguf")
-    one, two = tmp_path / "out" / "base.gguf", tmp_path / "out" / "memory.gguf"
+    one, two = tmp_path / "out" / "base.gguf", tmp_path / "out" / "adapter.gguf"
     other = tmp_path / "model"
     for path, own in ((one, ["model"]), (two, ["adapter"])):
         of_files = files | ({"model": other} if own == ["model"] else {})

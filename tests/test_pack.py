@@ -16,6 +16,7 @@ from pydeltamem.cli import main
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.formats.packed import pack, unpack
 from pydeltamem.runtime.quantize import file_type, quantize
+from refusals import refuses
 from test_with_others import write_like
 
 TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88]
@@ -53,9 +54,9 @@ def test_a_packed_model_is_base_and_adapter(base, adapter, packed, arch, case):
 
 @pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
 def test_unpacking_gives_back_both_files(base, adapter, packed, tmp_path, outtype):
-    unpack(packed("qwen3", "tsw_qo", outtype), tmp_path / "base.gguf", tmp_path / "memory.gguf")
+    unpack(packed("qwen3", "tsw_qo", outtype), tmp_path / "base.gguf", tmp_path / "adapter.gguf")
     assert (tmp_path / "base.gguf").read_bytes() == base().read_bytes()
-    assert (tmp_path / "memory.gguf").read_bytes() == adapter("qwen3", "tsw_qo", outtype).read_bytes()
+    assert (tmp_path / "adapter.gguf").read_bytes() == adapter("qwen3", "tsw_qo", outtype).read_bytes()
 
 
 @pytest.fixture
@@ -80,9 +81,9 @@ def aligned(base, tmp_path):
 def test_other_alignment(adapter, aligned, tmp_path):
     pack(aligned, adapter("qwen3", "tsw_qo"), tmp_path / "packed.gguf")
     assert all(tensor.offset % 256 == 0 for tensor in Header(tmp_path / "packed.gguf").tensors.values())
-    unpack(tmp_path / "packed.gguf", tmp_path / "base.gguf", tmp_path / "memory.gguf")
+    unpack(tmp_path / "packed.gguf", tmp_path / "base.gguf", tmp_path / "adapter.gguf")
     assert (tmp_path / "base.gguf").read_bytes() == aligned.read_bytes()
-    assert (tmp_path / "memory.gguf").read_bytes() == adapter("qwen3", "tsw_qo").read_bytes()
+    assert (tmp_path / "adapter.gguf").read_bytes() == adapter("qwen3", "tsw_qo").read_bytes()
 
 
 def test_command_line(base, adapter, tmp_path, capsys):
@@ -91,7 +92,7 @@ def test_command_line(base, adapter, tmp_path, capsys):
     assert "loads as one model" in capsys.readouterr().out
     assert main.main(["inspect", model]) == 0
     assert "model with a δ-mem adapter" in capsys.readouterr().out
-    files = [str(tmp_path / "base.gguf"), str(tmp_path / "memory.gguf")]
+    files = [str(tmp_path / "base.gguf"), str(tmp_path / "adapter.gguf")]
     assert main.main(["unpack", model, "--base", files[0], "--adapter", files[1]]) == 0
     options = ["-p", "hello", "-n", "4", "-c", "256", "--save-memory", str(tmp_path / "a.memory")]
     result = subprocess.run(
@@ -105,25 +106,24 @@ def test_what_cannot_be_packed(base, adapter, packed, tmp_path):
     memory, out = adapter("qwen3", "tsw_qo"), tmp_path / "out.gguf"
     text = tmp_path / "text.gguf"
     text.write_text("no model")
-    for error, says, arguments in (
-        (ModelError, "is packed already", (packed(), memory, out)),
-        (ModelError, "is an adapter, not a model", (memory, base(), out)),
-        (AdapterError, "is no δ-mem adapter", (base(), base("smollm3"), out)),
-        (AdapterError, "is for another model than .*: architecture qwen3, not smollm3", (base("smollm3"), memory, out)),
-        (ModelError, "is not a GGUF file", (text, memory, out)),
-        (ModelError, "no such file", (base(), tmp_path / "none", out)),
-        (InputError, "is read for the conversion; name another file", (base(), memory, memory)),
-        (OutputError, "cannot be written: No such file", (base(), memory, tmp_path / "no" / "out.gguf")),
-        (OutputError, "cannot be written: it is a folder", (base(), memory, tmp_path)),
-        (ModelError, "is a folder; name a GGUF file", (tmp_path, memory, out)),
+    for error, names, arguments in (
+        (ModelError, [packed(), "unpack"], (packed(), memory, out)),
+        (ModelError, [memory, "adapter"], (memory, base(), out)),
+        (AdapterError, [base("smollm3")], (base(), base("smollm3"), out)),
+        (AdapterError, [memory, base("smollm3"), "qwen3", "smollm3"], (base("smollm3"), memory, out)),
+        (ModelError, [text, "GGUF"], (text, memory, out)),
+        (ModelError, [tmp_path / "none"], (base(), tmp_path / "none", out)),
+        (InputError, [memory], (base(), memory, memory)),
+        (OutputError, [tmp_path / "no" / "out.gguf", "No such file"], (base(), memory, tmp_path / "no" / "out.gguf")),
+        (OutputError, [tmp_path, "folder"], (base(), memory, tmp_path)),
+        (ModelError, [tmp_path, "folder"], (tmp_path, memory, out)),
     ):
-        with pytest.raises(error, match=says) as info:
+        with refuses(error, *names):
             pack(*arguments)
-        assert "\n" not in str(info.value)
     assert not out.exists()
-    with pytest.raises(ModelError, match="is no packed model"):
+    with refuses(ModelError, base()):
         unpack(base(), tmp_path / "a", tmp_path / "b")
-    with pytest.raises(InputError, match="is named for both"):
+    with refuses(InputError, tmp_path / "a"):
         unpack(packed(), tmp_path / "a", tmp_path / "a")
 
 
@@ -132,11 +132,11 @@ def test_an_adapter_of_other_shapes_is_not_packed(base, adapter, tmp_path):
     header = Header(adapter("qwen3", "tsw_qo"))
     tensors = {name: header.read(name) for name in header.tensors}
     tensors["blk.2.deltamem_q.weight"] = np.concatenate([tensors["blk.2.deltamem_q.weight"]] * 2)
-    write_like(tmp_path / "memory.gguf", header, tensors)
+    write_like(tmp_path / "adapter.gguf", header, tensors)
     with pytest.raises(AdapterError):
-        DeltaMemLlama(base(), deltamem_path=tmp_path / "memory.gguf", n_ctx=64, verbose=False)
-    with pytest.raises(AdapterError, match=r"blk\.2\.deltamem_q\.weight has 384 rows, the projection 192"):
-        pack(base(), tmp_path / "memory.gguf", tmp_path / "out.gguf")
+        DeltaMemLlama(base(), deltamem_path=tmp_path / "adapter.gguf", n_ctx=64, verbose=False)
+    with refuses(AdapterError, tmp_path / "adapter.gguf", base(), "blk.2.deltamem_q.weight", 384, 192):
+        pack(base(), tmp_path / "adapter.gguf", tmp_path / "out.gguf")
 
 
 def test_layers_that_predict_further_tokens_are_not_counted(base, adapter, tmp_path):
@@ -158,7 +158,7 @@ def test_unpacking_writes_both_files_or_none(base, packed, tmp_path):
     model, old = packed(), tmp_path / "base.gguf"
     quantize(base(), old, "f16")
     before = old.read_bytes()
-    with pytest.raises(OutputError, match="memory: cannot be written: No such file"):
+    with refuses(OutputError, tmp_path / "no" / "memory", "No such file"):
         unpack(model, old, tmp_path / "no" / "memory")
 
     def advance(done, total):
@@ -166,7 +166,7 @@ def test_unpacking_writes_both_files_or_none(base, packed, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        unpack(model, old, tmp_path / "memory.gguf", advance)
+        unpack(model, old, tmp_path / "adapter.gguf", advance)
     assert old.read_bytes() == before
     assert set(tmp_path.iterdir()) == {model, old}
 
@@ -201,7 +201,7 @@ def test_a_full_disk_is_named(base, adapter, packed, tmp_path):
     out = folder / "out.gguf"
     for arguments in (
         ("pack", base(), memory, "-o", out),
-        ("unpack", model, "--base", out, "--adapter", folder / "memory.gguf"),
+        ("unpack", model, "--base", out, "--adapter", folder / "adapter.gguf"),
         ("quantize", base(), out, "q8_0"),
     ):
         assert on_a_full_disk(*arguments) == f"deltamem: error: {out}: cannot be written: File too large\n"
@@ -270,9 +270,9 @@ def test_a_packed_model_in_shards_is_the_same_model(base, adapter, packed, tmp_p
     same(logits_and_state(files[0]), one)
     assert one[1].any()
 
-    unpack(files[0], tmp_path / "base.gguf", tmp_path / "memory.gguf")
+    unpack(files[0], tmp_path / "base.gguf", tmp_path / "adapter.gguf")
     assert (tmp_path / "base.gguf").read_bytes() == base(arch).read_bytes()
-    assert (tmp_path / "memory.gguf").read_bytes() == adapter(arch, case).read_bytes()
+    assert (tmp_path / "adapter.gguf").read_bytes() == adapter(arch, case).read_bytes()
 
 
 def test_shards_of_a_size(base, adapter, tmp_path):
@@ -304,8 +304,8 @@ def test_a_base_in_shards(base, adapter, packed, sharded, tmp_path):
 
     checkpoint = adapter("qwen3", "tsw_qo")
     source = base().parent / "tsw_qo"
-    write_adapter(Checkpoint(source), Base(first), tmp_path / "memory.gguf", name="tsw_qo")
-    assert (tmp_path / "memory.gguf").read_bytes() == checkpoint.read_bytes()
+    write_adapter(Checkpoint(source), Base(first), tmp_path / "adapter.gguf", name="tsw_qo")
+    assert (tmp_path / "adapter.gguf").read_bytes() == checkpoint.read_bytes()
 
     expected = logits_and_state(packed())
     same(logits_and_state(first, checkpoint), expected)
@@ -320,9 +320,9 @@ def test_a_base_in_shards(base, adapter, packed, sharded, tmp_path):
 def test_shards_of_another_alignment(aligned, adapter, tmp_path):
     files = pack(aligned, adapter("qwen3", "tsw_qo"), tmp_path / "model.gguf", max_tensors=20)
     assert all(tensor.offset % 256 == 0 for file in files for tensor in Header(file).tensors.values())
-    unpack(files[0], tmp_path / "base.gguf", tmp_path / "memory.gguf")
+    unpack(files[0], tmp_path / "base.gguf", tmp_path / "adapter.gguf")
     assert (tmp_path / "base.gguf").read_bytes() == aligned.read_bytes()
-    assert (tmp_path / "memory.gguf").read_bytes() == adapter("qwen3", "tsw_qo").read_bytes()
+    assert (tmp_path / "adapter.gguf").read_bytes() == adapter("qwen3", "tsw_qo").read_bytes()
 
 
 def test_shards_quantise(base, adapter, packed, tmp_path):
@@ -330,7 +330,7 @@ def test_shards_quantise(base, adapter, packed, tmp_path):
     quantize(files[0], tmp_path / "from-shards.gguf", "q8_0")
     quantize(packed(), tmp_path / "from-one.gguf", "q8_0")
     same(logits_and_state(tmp_path / "from-shards.gguf"), logits_and_state(tmp_path / "from-one.gguf"))
-    with pytest.raises(InputError, match="is read"):
+    with refuses(InputError, files[1]):
         quantize(files[0], files[1], "q8_0")
 
 
@@ -357,11 +357,11 @@ def test_shards_on_the_command_line(base, adapter, tmp_path, capsys):
 def test_shards_that_are_not_whole(base, adapter, tmp_path):
     memory = adapter("qwen3", "tsw_qo")
     files = pack(base(), memory, tmp_path / "model.gguf", max_tensors=20)
-    with pytest.raises(ModelError, match=r"is a part of a split model: name its first part, \.\.\.-00001-of-00004"):
+    with refuses(ModelError, files[1], "...-00001-of-00004.gguf"):
         unpack(files[1], tmp_path / "a", tmp_path / "b")
-    with pytest.raises(ModelError, match="must be loaded with the first split"):
+    with refuses(ModelError, files[1]):
         DeltaMemLlama(files[1], n_ctx=64, verbose=False)
-    with pytest.raises(InputError, match="is read"):
+    with refuses(InputError, files[2]):
         unpack(files[0], files[2], tmp_path / "b")
     last = files[-1].read_bytes()
     files[-1].unlink()
@@ -369,17 +369,15 @@ def test_shards_that_are_not_whole(base, adapter, tmp_path):
         lambda: unpack(files[0], tmp_path / "a", tmp_path / "b"),
         lambda: pack(files[0], memory, tmp_path / "c"),
     ):
-        with pytest.raises(ModelError, match=r"model-00004-of-00004\.gguf: no such file"):
+        with refuses(ModelError, files[-1]):
             read()
-    with pytest.raises(ModelError, match="model-00004-of-00004") as info:
+    with refuses(ModelError, files[0], files[-1].name):
         DeltaMemLlama(files[0], n_ctx=64, verbose=False)
-    assert "\n" not in str(info.value)
     files[-1].write_bytes(last[:-5000])
-    with pytest.raises(ModelError) as info:
+    with refuses(ModelError, files[0]):
         DeltaMemLlama(files[0], n_ctx=64, verbose=False)
-    assert "\n" not in str(info.value)
     moved = files[0].rename(tmp_path / "model.gguf")
-    with pytest.raises(ModelError, match="is a part of a split model"):
+    with refuses(ModelError, moved, "...-00001-of-00004.gguf"):
         unpack(moved, tmp_path / "a", tmp_path / "b")
 
 
@@ -411,10 +409,10 @@ def test_a_packed_model_quantises_and_keeps_its_memory(packed, adapter, tmp_path
     assert 0 < ((state - exact_state) ** 2).sum() / (exact_state**2).sum() < 1e-2
 
     # as the quantised base with the adapter beside it
-    unpack(tmp_path / "small.gguf", tmp_path / "base.gguf", tmp_path / "memory.gguf")
-    memory, original = Header(tmp_path / "memory.gguf"), Header(adapter("qwen3", "tsw_qo"))
+    unpack(tmp_path / "small.gguf", tmp_path / "base.gguf", tmp_path / "adapter.gguf")
+    memory, original = Header(tmp_path / "adapter.gguf"), Header(adapter("qwen3", "tsw_qo"))
     assert memory.keys == original.keys and memory.tensors.keys() == original.tensors.keys()
-    np.testing.assert_array_equal(logits_and_state(tmp_path / "base.gguf", tmp_path / "memory.gguf")[0], logits)
+    np.testing.assert_array_equal(logits_and_state(tmp_path / "base.gguf", tmp_path / "adapter.gguf")[0], logits)
 
 
 def test_quantising_a_plain_model(base, tmp_path, capsys):
@@ -428,20 +426,20 @@ def test_what_cannot_be_quantised(base, adapter, tmp_path, capfd):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(base().read_bytes()[:-1000])
     out = tmp_path / "out.gguf"
-    for error, says, arguments in (
-        (InputError, "'q9' is no type of llama.cpp", (base(), out, "q9")),
-        (ModelError, "is an adapter", (adapter("qwen3", "tsw_qo"), out, "q8_0")),
-        (ModelError, "truncated", (cut, out, "q8_0")),
-        (InputError, "is read", (base(), base(), "q8_0")),
-        (OutputError, "cannot be written: No such file", (base(), tmp_path / "no" / "out.gguf", "q8_0")),
-        (OutputError, "cannot be written: it is a folder", (base(), tmp_path, "q8_0")),
-        (ModelError, "is a folder; name a GGUF file", (tmp_path, out, "q8_0")),
+    memory = adapter("qwen3", "tsw_qo")
+    for error, names, arguments in (
+        (InputError, ["q9"], (base(), out, "q9")),
+        (ModelError, [memory, "adapter"], (memory, out, "q8_0")),
+        (ModelError, [cut], (cut, out, "q8_0")),
+        (InputError, [base()], (base(), base(), "q8_0")),
+        (OutputError, [tmp_path / "no" / "out.gguf", "No such file"], (base(), tmp_path / "no" / "out.gguf", "q8_0")),
+        (OutputError, [tmp_path, "folder"], (base(), tmp_path, "q8_0")),
+        (ModelError, [tmp_path, "folder"], (tmp_path, out, "q8_0")),
     ):
-        with pytest.raises(error, match=says) as info:
+        with refuses(error, *names):
             quantize(*arguments)
-        assert "\n" not in str(info.value)
     quantize(base(), tmp_path / "small.gguf", "q8_0")
-    with pytest.raises(ModelError, match="requantizing from type q8_0 is disabled: --allow-requantize"):
+    with refuses(ModelError, tmp_path / "small.gguf", "q8_0", "--allow-requantize"):
         quantize(tmp_path / "small.gguf", out, "q4_0")
     assert not out.exists()
     quantize(tmp_path / "small.gguf", out, "q4_0", allow_requantize=True)

@@ -25,7 +25,7 @@ def test_qwen3_0_6b(tmp_path):
     if not VOCAB.is_file():
         pytest.skip(f"no {VOCAB}: the vocabulary is in the source that the build unpacks")
     base, small = tmp_path / "q8_0.gguf", tmp_path / "q4_k_m.gguf"
-    checkpoint, adapter = tmp_path / "checkpoint", tmp_path / "memory.gguf"
+    checkpoint, adapter = tmp_path / "checkpoint", tmp_path / "adapter.gguf"
     write_model(base, "qwen3-0.6b", VOCAB, "q8_0")
     write_adapter_checkpoint(checkpoint, base)
     assert "28 of 28 layers" in deltamem("convert", checkpoint, "--base", base, "-o", adapter)

@@ -17,6 +17,7 @@ from golden_data import CASES
 from pydeltamem import DeltaMemLlama
 from pydeltamem.errors import InputError
 from pydeltamem.runtime.remote import connect
+from refusals import check_names, refuses
 from test_golden import BOUND, F32, expected_of, nmse
 
 LAYERS = {"all": -1, "half": 3}  # two of four: llama.cpp counts the output layer too
@@ -205,20 +206,19 @@ def test_split_by_tensors_is_refused(server, base, adapter):
     """llama.cpp has no rule for cutting the operator in pieces: it would abort the process."""
     path = adapter("qwen3", "tsw_qo")
     said = in_process(SPLIT, server[0], base("qwen3"), path)
-    assert f"{path} cannot be used with split mode 'tensor': load the model with split mode 'layer'" in said
+    check_names(said.strip(), [path, "'tensor'", "'layer'"])
 
 
 @pytest.mark.parametrize("endpoints", ["nowhere", "host:0", ":50052", "127.0.0.1:1"])
 def test_wrong_endpoints_are_named(endpoints):
-    reason = "no RPC server answers" if endpoints == "127.0.0.1:1" else "host:port"
-    with pytest.raises(InputError, match=reason):
+    with refuses(InputError, endpoints):
         connect(endpoints)
 
 
 def test_command_line(server, base):
     command = [sys.executable, "-m", "pydeltamem.cli"]
     taken = subprocess.run([*command, "rpc-server", "--port", server[0].split(":")[1]], capture_output=True, text=True)
-    assert taken.returncode == 1 and "cannot listen there" in taken.stderr and "Traceback" not in taken.stderr
+    assert taken.returncode == 1 and server[0] in taken.stderr and "Traceback" not in taken.stderr
     there = [*command, "generate", "-m", base("qwen3"), "-p", "a b c", "-n", "4", "--temp", "0"]
     plain = subprocess.run(there, capture_output=True, text=True)
     remote = subprocess.run([*there, "--rpc", server[0]], capture_output=True, text=True)

@@ -15,6 +15,7 @@ from pydeltamem.cli.main import main
 from pydeltamem.errors import InputError, ModelError, OutputError, TrainingError
 from pydeltamem.formats.checkpoint import Checkpoint
 from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
+from refusals import check_names, refuses
 
 WORDS = ["<|user|>", "<|assistant|>", "<|end|>", "red", "green", "blue", "my", "door", "is", "what", "colour", "yours"]
 WORDS += ["hello", "there", "it"]
@@ -143,7 +144,7 @@ def test_beginning_with_a_checkpoint_of_another_strategy(hf_dir, data, tmp_path)
         torch.testing.assert_close(b.state_dict(), a.state_dict(), rtol=0, atol=0)
         expected = {**a.state_dict(), "memory_v_proj": 3 * a.memory_v_proj, "beta_bias": torch.full((4,), 0.5)}
         torch.testing.assert_close(c.state_dict(), expected, rtol=0, atol=0)
-    with pytest.raises(InputError, match="has 1 state heads, --strategy msw has 4"):
+    with refuses(InputError, tmp_path / "tsw", 1, "--strategy msw", 4):
         trainer(hf_dir, data, tmp_path / "msw", **options, strategy="msw")
 
 
@@ -160,7 +161,7 @@ def test_dropout_leaves_features_out_while_training_only(hf_dir, data, tmp_path)
     layer.eval()
     torch.testing.assert_close(dropped, layer.project(h * mask))  # one mask for the tokens of a sequence
     assert (dropped - kept).abs().max() > 0.1
-    run._update()
+    run.update()
     assert layer.training
     assert run.report().held_out.loss == run.report().held_out.loss
     assert not layer.training
@@ -186,14 +187,14 @@ def test_an_interrupted_run_goes_on(hf_dir, data, tmp_path):
     whole = trainer(hf_dir, data, tmp_path / "whole", **options)
     whole.train()
     broken = trainer(hf_dir, data, tmp_path / "broken", **options)
-    update = broken._update
+    update = broken.update
 
     def stop():
         if broken.step == 17:
             raise KeyboardInterrupt
         return update()
 
-    broken._update = stop
+    broken.update = stop
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     again = trainer(hf_dir, data, tmp_path / "broken", **options)
@@ -223,26 +224,25 @@ def test_segments_are_messages(hf_dir, data):
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"),
+    ("line", "names"),
     [
-        ("{", "conversation 1"),
-        ('{"messages": []}', "conversation 1"),
-        (json.dumps({"messages": [*say("hello"), *say("hello")]}), "assistant's answer"),
-        ("", "holds no conversation"),
+        ("{", ["conversation 1"]),
+        ('{"messages": []}', ["conversation 1"]),
+        (json.dumps({"messages": [*say("hello"), *say("hello")]}), ["conversation 1"]),
+        ("", []),
     ],
 )  # fmt: skip
-def test_bad_lines_are_named(hf_dir, tmp_path, line, reason):
+def test_bad_lines_are_named(hf_dir, tmp_path, line, names):
     path = tmp_path / "bad.jsonl"
     path.write_text(line + "\n", encoding="utf-8")
-    with pytest.raises(InputError, match=reason) as caught:
+    with refuses(InputError, path, *names):
         train.Conversations(path, transformers.AutoTokenizer.from_pretrained(hf_dir))[0]
-    assert str(path) in str(caught.value)
 
 
 def test_other_bad_input(hf_dir, data, tmp_path):
-    with pytest.raises(ModelError, match=r"no config\.json"):
+    with refuses(ModelError, tmp_path, "config.json"):
         trainer(tmp_path, data, tmp_path / "out")
-    with pytest.raises(InputError, match="cannot be read"):
+    with refuses(InputError, tmp_path / "none.jsonl"):
         trainer(hf_dir, tmp_path / "none.jsonl", tmp_path / "out")
     trainer(hf_dir, data, tmp_path / "out", steps=1).train()
     for options, differs in (
@@ -251,24 +251,24 @@ def test_other_bad_input(hf_dir, data, tmp_path):
         ({"rate": 1e-4}, "--rate"),
         ({"layers": [0]}, "target_layers"),
     ):
-        with pytest.raises(InputError, match=f"of another run, {differs} differs"):
+        with refuses(InputError, tmp_path / "out" / "checkpoint.pt", differs):
             trainer(hf_dir, data, tmp_path / "out", **options)
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text(encoding="utf-8") * 2, encoding="utf-8")
-    with pytest.raises(InputError, match="the conversations differs"):
+    with refuses(InputError, tmp_path / "out" / "checkpoint.pt", "conversations"):
         trainer(hf_dir, other, tmp_path / "out")
     trainer(hf_dir, data, tmp_path / "out", steps=2).train()  # a longer run is the same one
     (tmp_path / "out" / "checkpoint.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(InputError, match=r"checkpoint\.pt: cannot be read"):
+    with refuses(InputError, tmp_path / "out" / "checkpoint.pt"):
         trainer(hf_dir, data, tmp_path / "out")
     (tmp_path / "afile").write_text("", encoding="utf-8")
-    with pytest.raises(OutputError, match="afile: cannot be written"):
+    with refuses(OutputError, tmp_path / "afile"):
         trainer(hf_dir, data, tmp_path / "afile")
-    with pytest.raises(InputError, match="--device cudax"):
+    with refuses(InputError, "--device cudax"):
         trainer(hf_dir, data, tmp_path / "device", device="cudax")
-    with pytest.raises(InputError, match="--update: with --init it is that of the checkpoint"):
+    with refuses(InputError, "--update", "--init"):
         trainer(hf_dir, data, tmp_path / "init", init=str(tmp_path / "out"), update="no_lambda")
-    with pytest.raises(InputError, match="rank = 65 must be from 1 to 64"):
+    with refuses(InputError, "rank", 65, 64):
         trainer(hf_dir, data, tmp_path / "rank", rank=65)
 
 
@@ -286,7 +286,7 @@ def test_a_loss_that_diverges(hf_dir, data, tmp_path):
     run = trainer(hf_dir, data, tmp_path / "sound", steps=9, save_every=1)
     with torch.no_grad():
         run.parameters[0].fill_(torch.inf)
-    with pytest.raises(TrainingError, match="step 2"):
+    with refuses(TrainingError, "step 2", "--rate"):
         run.train()
     assert {path.name: path.read_bytes() for path in (tmp_path / "sound").iterdir()} == saved
 
@@ -299,7 +299,7 @@ def test_a_full_disk(hf_dir, data, tmp_path, monkeypatch, full):
         raise full
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OutputError, match="cannot be written"):
+    with refuses(OutputError, tmp_path / "out"):
         run.train()
     assert not list((tmp_path / "out").iterdir())
 
@@ -339,6 +339,7 @@ def test_a_file_of_another_kind_stays(hf_dir, data, tmp_path, name):
     run = trainer(hf_dir, data, tmp_path, steps=1)
     path.write_bytes(b"a diary")
     for act in (run.train, lambda: trainer(hf_dir, data, tmp_path, steps=1)):  # later, and before the work
-        with pytest.raises((InputError, OutputError), match=name.replace(".", r"\.")):
+        with pytest.raises((InputError, OutputError)) as info:
             act()
+        check_names(str(info.value), [path])
         assert path.read_bytes() == b"a diary"

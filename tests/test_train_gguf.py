@@ -15,6 +15,7 @@ from pydeltamem import DeltaMemLlama, train
 from pydeltamem.errors import InputError, ModelError
 from pydeltamem.formats.checkpoint import Checkpoint
 from pydeltamem.train.model import load_frozen
+from refusals import refuses
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny" / "base.gguf"  # float32, but its <|im_end|> is no control token
@@ -131,7 +132,7 @@ def test_a_packed_batch_is_drawn_at_random(tmp_path):
         for i in range(32)
     ]
     run = trainer(write(tmp_path / "lengths.jsonl", records), tmp_path / "run", short_first=0)
-    sizes = [[run.data.sizes[i] for i in run._draw(random.Random(step))] for step in range(20)]
+    sizes = [[run.data.sizes[i] for i in run.draw(random.Random(step))] for step in range(20)]
     assert sum(max(batch) > 2 * min(batch) for batch in sizes) >= 10  # 15 of 20 are to be expected
 
 
@@ -169,10 +170,10 @@ def test_documents_and_texts(data, tmp_path):
     assert len(first) == 1 and len(rest) == len(whole) // 2 - 1
 
     short = write(tmp_path / "short.jsonl", [{"text": "a"}])
-    with pytest.raises(InputError, match=r"short\.jsonl.*1"):
+    with refuses(InputError, short, "line 1"):
         train.Conversations(short, tokenizer)[0]
     open_question = write(tmp_path / "open.jsonl", [{"document": "Red.", "questions": [{"question": "What?"}]}])
-    with pytest.raises(InputError, match=r"open\.jsonl"):
+    with refuses(InputError, open_question, "conversation 1"):
         train.Conversations(open_question, tokenizer)[0]
     assert train.Conversations(open_question, tokenizer, teacher=True)[0].asks[0][2] == []
 
@@ -213,18 +214,18 @@ def test_learning_from_a_teacher(data, tmp_path):
 def test_bad_input(data, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(MODEL.read_bytes()[:3000])
-    with pytest.raises(ModelError, match=r"broken\.gguf"):
+    with refuses(ModelError, broken):
         trainer(data, tmp_path / "out", model=broken)
-    for options in (
-        {"strategy": "ssw", "form": "packed"}, {"strategy": "ssw", "visible": 0.1},
-        {"form": "padded", "teacher": "context"}, {"dropout": 0.1, "gate_weight": 1},
+    for option, options in (
+        ("--form packed", {"strategy": "ssw", "form": "packed"}), ("--visible", {"strategy": "ssw", "visible": 0.1}),
+        ("--teacher", {"form": "padded", "teacher": "context"}), ("--gate-weight", {"dropout": 0.1, "gate_weight": 1}),
     ):  # fmt: skip
-        with pytest.raises(InputError, match="packed"):
+        with refuses(InputError, option, "packed form"):
             trainer(data, tmp_path / "out", **options)
-    with pytest.raises(InputError, match="--teacher-share"):
+    with refuses(InputError, "--teacher-share 2"):
         trainer(data, tmp_path / "out", teacher="context", teacher_share=2)
-    with pytest.raises(ModelError, match=r"none\.gguf"):
+    with refuses(ModelError, tmp_path / "none.gguf"):
         trainer(data, tmp_path / "out", eval_every=1, base=str(tmp_path / "none.gguf"))
     few = write(tmp_path / "few.jsonl", [{"messages": say("It is red.", "Yes.", "What?", "Red.")}] * 3)
-    with pytest.raises(InputError, match="--eval-every"):
+    with refuses(InputError, "--eval-every"):
         trainer(few, tmp_path / "out", eval_every=1)

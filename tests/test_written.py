@@ -14,6 +14,7 @@ from pydeltamem.bench.synthetic import Shape, write_model
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.formats.packed import pack
 from pydeltamem.runtime.quantize import quantize
+from refusals import refuses
 from test_cli import deltamem
 from test_with_others import write_like
 
@@ -94,7 +95,7 @@ def test_offsets_are_as_llama_cpp_takes_them(odd, tmp_path):
     at = data.index(key) + len(key) - 4
     data[at : at + 4] = struct.pack("<I", 128)
     (tmp_path / "m.gguf").write_bytes(data + bytes(1 << 16))
-    with pytest.raises(ModelError, match=r"m\.gguf"):
+    with refuses(ModelError, tmp_path / "m.gguf"):
         Header(tmp_path / "m.gguf")
 
 
@@ -122,9 +123,8 @@ def test_convert_base_writes_no_infinity(hf, base, tmp_path):
     out = tmp_path / "out" / "base.gguf"
     out.parent.mkdir()
     shutil.copy(base(), out)
-    with pytest.raises(ModelError, match=r"blk\.1\.ffn_up") as info:
+    with refuses(ModelError, hf, "blk.1.ffn_up.weight", "bf16"):
         convert_base(hf, out, "f16")
-    assert str(hf) in str(info.value) and "bf16" in str(info.value)
     assert out.read_bytes() == base().read_bytes() and len(list(out.parent.iterdir())) == 1
     result = deltamem("convert-base", hf, "-o", out, "--outtype", "f16")
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
@@ -142,7 +142,7 @@ def test_convert_base_refuses_what_is_not_finite(hf, tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
     safetensors.numpy.save_file(tensors, hf / "model.safetensors", {"format": "pt"})
     for outtype in ("f32", "bf16", "q8_0"):
-        with pytest.raises(ModelError, match=r"blk\.1\.ffn_up"):
+        with refuses(ModelError, hf, "blk.1.ffn_up.weight"):
             convert_base(hf, tmp_path / "base.gguf", outtype)
     assert not (tmp_path / "base.gguf").exists()
 
@@ -150,11 +150,14 @@ def test_convert_base_refuses_what_is_not_finite(hf, tmp_path):
 def test_quantize_writes_no_infinity(base, odd, tmp_path):
     """Weights, and what keeps its type."""
     header = Header(odd(32))
-    for name in ("blk.1.ffn_up.weight", "output_norm.weight"):
+    for name, value, said in (
+        ("blk.1.ffn_up.weight", 1e6, "f16"),
+        ("output_norm.weight", np.inf, "output_norm.weight"),
+    ):
         tensors = {tensor: header.read(tensor) for tensor in header.tensors}
-        tensors[name].flat[7] = 1e6 if name.startswith("blk") else np.inf
+        tensors[name].flat[7] = value
         write_like(tmp_path / "large.gguf", header, tensors)
-        with pytest.raises(ModelError, match=r"large\.gguf"):
+        with refuses(ModelError, tmp_path / "large.gguf", said):
             quantize(tmp_path / "large.gguf", tmp_path / "q.gguf", "f16")
         result = deltamem("quantize", tmp_path / "large.gguf", tmp_path / "q.gguf", "f16")
         assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
@@ -175,7 +178,7 @@ def test_an_adapter_has_no_infinity(golden_dir, base, tmp_path):
     next(tensor for name, tensor in tensors.items() if "memory_v_proj" in name).view(-1)[0] = 3.4e38
     torch.save(tensors, tmp_path / WEIGHTS[0])
     for outtype in ("bf16", "f16", "q8_0"):
-        with pytest.raises(CheckpointError, match="deltamem_in"):
+        with refuses(CheckpointError, tmp_path / WEIGHTS[0], "blk.0.deltamem_in.weight"):
             write_adapter(Checkpoint(tmp_path), Base(base()), tmp_path / "a.gguf", outtype)
         assert not (tmp_path / "a.gguf").exists()
     write_adapter(Checkpoint(tmp_path), Base(base()), tmp_path / "a.gguf", "f32")

@@ -1,6 +1,6 @@
 """A long chat in a short window: resident memory, time per token and the state's size as it goes on (`make soak`).
 
-    python tools/soak.py --data locomo10.json --model base.gguf --deltamem memory.gguf --tokens 100000 --out build/soak
+    python tools/soak.py --data locomo10.json --model base.gguf --deltamem adapter.gguf --tokens 100000 --out build/soak
 
 The dialogues of the file (LoCoMo: [{"conversation": {"session_1": [{"speaker", "text"}, ...]}}]) are read as turns of
 one conversation; to some the model replies. Writes soak.json and soak.png, and ends with 1 if resident memory grew by

@@ -29,6 +29,8 @@ class Worker:
         folder: holds libllama.so (or .dylib, .dll), a build of the llama.cpp that llama-cpp-python's bindings mirror.
         adapter: only for a library with δ-mem.
 
+    process: that process; another one after `renew`.
+
     Raises ModelError, AdapterError or LibraryError with the worker's reason.
     """
 
@@ -37,7 +39,7 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-m", "pydeltamem.bench.worker"],
             env={**os.environ, "LLAMA_CPP_LIB_PATH": self.folder},
             stdin=subprocess.PIPE,
@@ -71,14 +73,14 @@ class Worker:
         return self._call(run="resident", arguments=[])["result"]
 
     def _call(self, **request: Any) -> dict[str, Any]:
-        line, to, of = "", self._process.stdin, self._process.stdout
+        line, to, of = "", self.process.stdin, self.process.stdout
         assert to and of  # both are pipes
         with contextlib.suppress(BrokenPipeError):
             to.write(json.dumps(request) + "\n")
             to.flush()
             line = of.readline()
         if not line:
-            raise LibraryError(f"the worker over the library in {self.folder} ended with status {self._process.wait()}")
+            raise LibraryError(f"the worker over the library in {self.folder} ended with status {self.process.wait()}")
         reply = json.loads(line)
         if "error" in reply:
             kinds = {kind.__name__: kind for kind in (AdapterError, DecodeError, LibraryError, ModelError)}
@@ -86,15 +88,15 @@ class Worker:
         return reply
 
     def close(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
                 if pipe:
                     pipe.close()
         try:
-            self._process.wait(timeout=30)
+            self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.process.kill()
+            self.process.wait()
 
 
 def _serve(requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
@@ -102,7 +104,7 @@ def _serve(requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
     folder = os.environ.get("LLAMA_CPP_LIB_PATH")
     errors: list[str] = []
     try:
-        if request["ours"]:  # also without an adapter, so that memory with and without one compares
+        if request["ours"]:  # also without an adapter, so that RAM with and without one compares
             from ..runtime import library  # noqa: F401 - before llama_cpp
         try:
             import llama_cpp.llama_cpp as llama

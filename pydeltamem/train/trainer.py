@@ -42,7 +42,7 @@ class Trainer:
 
     def __init__(self, options: Options, console: Any):
         self.options, self.console = options, console
-        config = options.memory()
+        config = options.adapter()
         self.out = Path(options.out)
         make_folder(self.out)
         for name, kind in ((WEIGHTS[0], kinds.PYTORCH), (CONFIG, kinds.CONFIG), ("loss.png", kinds.PNG)):
@@ -84,11 +84,11 @@ class Trainer:
         options = self.options
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as progress:
-            name = options.strategy or "memory"
+            name = options.strategy or "adapter"
             bar = progress.add_task(name, total=options.steps, completed=self.step)
             while self.step < options.steps:
                 begun = time.monotonic()
-                loss = self._update()
+                loss = self.update()
                 self.seconds += time.monotonic() - begun
                 self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
                 if not math.isfinite(loss):
@@ -105,14 +105,15 @@ class Trainer:
         self._plot()
         return self.report()
 
-    def _update(self) -> float:
+    def update(self) -> float:
+        """One step. Returns its loss."""
         options = self.options
         done = self.step / options.steps
         share = min((self.step + 1) / options.warm_up, SCHEDULES[options.schedule](done))
         for group in self.optimizer.param_groups:
             group["lr"] = options.rate * min(share, 1.0)
         draw = random.Random(options.seed * 1_000_003 + self.step)
-        examples = [self.data[i] for i in self._draw(draw)]
+        examples = [self.data[i] for i in self.draw(draw)]
         if options.visible:
             examples = [replace(example, visible=draw.random() < options.visible) for example in examples]
         self.memory.train()
@@ -125,7 +126,7 @@ class Trainer:
         self.tokens += sum(len(example.earlier) for example in examples)
         return loss.item()
 
-    def _draw(self, draw: random.Random) -> list[int]:
+    def draw(self, draw: random.Random) -> list[int]:
         """A batch of conversations. The short ones come first: where little is said, what is remembered of it shows in
         the answer. Those of a padded batch are of similar length, so that few of its tokens are fillers."""
         n = self.options.batch

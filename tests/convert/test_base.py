@@ -15,6 +15,7 @@ import safetensors.numpy
 from pydeltamem.convert.hf import converter
 from pydeltamem.errors import ModelError
 from pydeltamem.formats.base_model import IN_ORDER, PERMUTED, RESCALED, Base, converts
+from refusals import refuses
 
 KEYS = {"block_count": 2, "embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2}
 TENSORS = {"attn_q": 64, "attn_k": 32, "attn_v": 32, "attn_output": 64}
@@ -91,7 +92,7 @@ def test_unknown_order(tmp_path, architecture, more):
     base = Base(write(tmp_path / "base.gguf", architecture, {**KEYS, **more}))
     rows = np.ones((64, 8), np.float32)
     for head in "qk":
-        with pytest.raises(ModelError, match=rf"base\.gguf: .*architecture '{architecture}'"):
+        with refuses(ModelError, tmp_path / "base.gguf", architecture):
             base.permute(head, 0, rows)
     for head in "vo":
         assert base.permute(head, 0, rows) is rows
@@ -105,10 +106,7 @@ def test_rescaled_weights(tmp_path):
     """Falcon-H1: nothing can be converted, for the memory's own weights would be wrong."""
     base = Base(write(tmp_path / "base.gguf", "falcon-h1"))
     for head in "qkvo":
-        with pytest.raises(
-            ModelError,
-            match=r"base\.gguf: no memory can be converted for architecture 'falcon-h1', whose weights are rescaled",
-        ):
+        with refuses(ModelError, tmp_path / "base.gguf", "falcon-h1"):
             base.permute(head, 0, np.ones((64, 8), np.float32))
     assert converts("falcon-h1") == ""
 
@@ -147,7 +145,7 @@ def test_layers_that_predict_further_tokens(tmp_path):
     """They are counted in the file, and are no layers of the model to llama.cpp."""
     base = Base(write(tmp_path / "base.gguf", keys={**KEYS, "nextn_predict_layers": 1}))
     assert base.n_layer == len(base.layers) == 1
-    with pytest.raises(ModelError, match="has 0 layers"):
+    with refuses(ModelError, tmp_path / "base.gguf", "0 layers"):
         Base(write(tmp_path / "base.gguf", keys={**KEYS, "nextn_predict_layers": 2}))
 
 
@@ -156,45 +154,45 @@ def test_split_model(tmp_path):
     second = write(tmp_path / "base-00002-of-00002.gguf", keys={}, layers=(1,), split=(1, 2))
     assert [layer.n_q for layer in Base(first).layers] == [64, 64]
     second.unlink()
-    with pytest.raises(ModelError, match=r"base-00002-of-00002\.gguf: no such file"):
+    with refuses(ModelError, second):
         Base(first)
     write(second, keys={}, layers=(1,), split=(0, 2))
-    with pytest.raises(ModelError, match=r"base-00002-of-00002\.gguf: is not part 2 of 2 of .*base-00001-of-00002"):
+    with refuses(ModelError, second, "part 2 of 2", first):
         Base(first)
     write(second, keys={}, layers=(0,), split=(1, 2))
-    with pytest.raises(ModelError, match=r"has tensor blk\.0\.attn_k\.weight, which another part has too"):
+    with refuses(ModelError, second, "blk.0.attn_k.weight"):
         Base(first)
     write(second, keys={}, layers=(), split=(1, 2))
-    with pytest.raises(ModelError, match="its 2 parts have 4 tensors, not 8"):
+    with refuses(ModelError, first, "2 parts", "4 tensors", 8):
         Base(first)
     other = write(tmp_path / "part.gguf", layers=(1,), split=(1, 2))
-    with pytest.raises(ModelError, match="part of a split model: name its first part"):
+    with refuses(ModelError, other, "...-00001-of-00002.gguf"):
         Base(other)
 
 
 @pytest.mark.parametrize("missing", ["block_count", "embedding_length", "attention.head_count"])
 def test_missing_key(tmp_path, missing):
     keys = {key: value for key, value in KEYS.items() if key != missing}
-    with pytest.raises(ModelError, match=rf"base\.gguf: has no key qwen3\.{missing}"):
+    with refuses(ModelError, tmp_path / "base.gguf", f"qwen3.{missing}"):
         Base(write(tmp_path / "base.gguf", keys=keys))
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "names"),
     [
-        ({"block_count": [2, 2]}, r"block_count is \[2, 2\], it must be a whole number"),
-        ({"block_count": 0}, "has 0 layers"),
-        ({"block_count": 1 << 31}, "has 2147483648 layers"),
-        ({"attention.head_count": [4]}, "attention.head_count has 1 values for 2 layers"),
+        ({"block_count": [2, 2]}, ["block_count", "[2, 2]"]),
+        ({"block_count": 0}, ["0 layers"]),
+        ({"block_count": 1 << 31}, ["2147483648 layers"]),
+        ({"attention.head_count": [4]}, ["qwen3.attention.head_count", "1 values", "2 layers"]),
     ],
 )
-def test_sizes_that_cannot_be(tmp_path, keys, says):
-    with pytest.raises(ModelError, match=says):
+def test_sizes_that_cannot_be(tmp_path, keys, names):
+    with refuses(ModelError, tmp_path / "base.gguf", *names):
         Base(write(tmp_path / "base.gguf", keys={**KEYS, **keys}))
 
 
 @pytest.mark.parametrize("n_head", [0, 3, 1 << 31])
 def test_rows_that_are_not_the_heads(tmp_path, n_head):
     base = Base(write(tmp_path / "base.gguf", "llama", {**KEYS, "attention.head_count_kv": n_head}))
-    with pytest.raises(ModelError, match=rf"the 32 rows of k in layer 1 are not {n_head} heads' rows"):
+    with refuses(ModelError, tmp_path / "base.gguf", "32 rows of k", "layer 1", f"{n_head} heads"):
         base.permute("k", 1, np.ones((32, 8), np.float32))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -19,9 +18,10 @@ import torch
 
 from pydeltamem.cli.main import main
 from pydeltamem.convert.adapter import write_adapter
-from pydeltamem.errors import CheckpointError, InputError, ModelError, OutputError
+from pydeltamem.errors import CheckpointError, DeltaMemError, InputError, ModelError, OutputError
 from pydeltamem.formats.base_model import Base
 from pydeltamem.formats.checkpoint import Checkpoint
+from refusals import check_names, refuses
 
 CONFIG, PT, SAFETENSORS = "delta_mem_config.json", "delta_mem_adapter.pt", "delta_mem_adapter.safetensors"
 LAYER = "model.layers.1.self_attn."
@@ -33,7 +33,7 @@ class Job:
     """A conversion of a golden checkpoint that a test spoils."""
 
     def __init__(self, golden_dir, folder, case="tsw_qo"):
-        self.directory, self.out = folder / "checkpoint", folder / "out" / "memory.gguf"
+        self.directory, self.out = folder / "checkpoint", folder / "out" / "adapter.gguf"
         shutil.copytree(golden_dir / "qwen3" / case, self.directory, ignore=shutil.ignore_patterns("expected.npz"))
         self.base = folder / "base.gguf"
         shutil.copy(golden_dir / "qwen3" / "base-f32.gguf", self.base)
@@ -65,19 +65,16 @@ def job(golden_dir, tmp_path):
     return Job(golden_dir, tmp_path)
 
 
-def refused(job, capsys, error, names, says):
+def refused(job, capsys, error, *names):
     """The conversion is refused with that error, from Python and on the command line, and leaves no trace."""
 
     def files():
         return {path.name: path.read_bytes() for path in job.out.parent.iterdir()} if job.out.parent.is_dir() else None
 
     before = files()
-    with pytest.raises(error) as info:
+    with refuses(error, *names) as info:
         job.convert()
     sentence = str(info.value)
-    assert "\n" not in sentence
-    assert str(names) in sentence
-    assert says in sentence
 
     capsys.readouterr()
     assert main(job.arguments()) == 1
@@ -85,6 +82,13 @@ def refused(job, capsys, error, names, says):
     assert captured.err == f"deltamem: error: {sentence}\n"
     assert captured.out == ""
     assert files() == before
+
+
+def reason(job):
+    """The sentence with which it is refused."""
+    with pytest.raises(DeltaMemError) as info:
+        job.convert()
+    return str(info.value)
 
 
 # the configuration
@@ -122,56 +126,58 @@ ARCHIVED = {
 }
 
 BAD_FIELDS = [
-    *((name, value, "is archived in the publication") for name, value in ARCHIVED.items()),
-    ("tie_memory_partition_read_write", 0, "is archived"),  # equal to false, and yet not it
-    ("new_field", 1, "does not know"),
-    ("rank", "8", "must be an integer from 1 to 64"),
-    ("rank", 8.0, "must be an integer"),
-    ("rank", True, "must be an integer"),
-    ("rank", 0, "must be an integer"),
-    ("rank", 65, "must be an integer"),
-    ("rank", None, "has no field rank"),
-    ("alpha", None, "has no field alpha"),
-    ("alpha", "16", "must be a finite number"),
-    ("alpha", float("nan"), "must be a finite number"),
-    ("alpha", float("inf"), "must be a finite number"),
-    ("alpha", 10**400, "must be a finite number"),
-    ("alpha", [16], "must be a finite number"),
-    ("num_state_heads", 0, "must be an integer from 1 to 1024"),
-    ("num_state_heads", 1.5, "must be an integer"),
-    ("normalize_qk", 1, "must be true or false"),
-    ("couple_lambda", "yes", "must be true or false"),
-    ("rankwise_gates", [], "must be true or false"),
-    ("delta_o_rmsnorm", 0, "must be true or false"),
-    ("trainable_delta_scale", {}, "must be true or false"),
-    ("delta_scale_max", "2", "must be a finite number"),
-    ("delta_o_rmsnorm_eps", -1e-6, "must not be negative"),
-    ("state_update_mode", "gated", "must be standard or lambda_outside or no_lambda"),
-    ("state_update_mode", ["standard"], "must be standard"),
-    ("memory_write_granularity", "word", "must be token or message_mean or sentence_mean"),
-    ("delta_scale_granularity", "tensor", "must be layer or head"),
-    ("delta_scale_parameterization", "alpha", "must be alpha_over_rank"),
-    ("delta_heads", [], "must be a list of some of q, k, v, o"),
-    ("delta_heads", ["q", "x"], "must be a list of some of"),
-    ("delta_heads", "qo", "must be a list of some of"),
-    ("delta_heads", [["q"]], "must be a list of some of"),
-    ("target_layers", [-1], "must be a list of layer numbers"),
-    ("target_layers", [1.5], "must be a list of layer numbers"),
-    ("target_layers", 3, "must be a list of layer numbers"),
+    *ARCHIVED.items(),
+    ("tie_memory_partition_read_write", 0),  # equal to false, and yet not it
+    ("new_field", 1),
+    ("rank", "8"),
+    ("rank", 8.0),
+    ("rank", True),
+    ("rank", 0),
+    ("rank", 65),
+    ("rank", None),
+    ("alpha", None),
+    ("alpha", "16"),
+    ("alpha", float("nan")),
+    ("alpha", float("inf")),
+    ("alpha", 10**400),
+    ("alpha", [16]),
+    ("num_state_heads", 0),
+    ("num_state_heads", 1.5),
+    ("normalize_qk", 1),
+    ("couple_lambda", "yes"),
+    ("rankwise_gates", []),
+    ("delta_o_rmsnorm", 0),
+    ("trainable_delta_scale", {}),
+    ("delta_scale_max", "2"),
+    ("delta_o_rmsnorm_eps", -1e-6),
+    ("state_update_mode", "gated"),
+    ("state_update_mode", ["standard"]),
+    ("memory_write_granularity", "word"),
+    ("delta_scale_granularity", "tensor"),
+    ("delta_scale_parameterization", "alpha"),
+    ("delta_heads", []),
+    ("delta_heads", ["q", "x"]),
+    ("delta_heads", "qo"),
+    ("delta_heads", [["q"]]),
+    ("target_layers", [-1]),
+    ("target_layers", [1.5]),
+    ("target_layers", 3),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "says"), BAD_FIELDS)
-def test_config_field(job, capsys, name, value, says):
+@pytest.mark.parametrize(("name", "value"), BAD_FIELDS)
+def test_config_field(job, capsys, name, value):
     job.config(**{name: value})
-    refused(job, capsys, CheckpointError, job.directory / CONFIG, says)
+    given = "" if value is None else f" = {json.dumps(value)[:50]}"
+    refused(job, capsys, CheckpointError, job.directory / CONFIG, name)
+    assert f"{name}{given}" in reason(job)
 
 
 def test_every_archived_field_is_tried(golden_dir):
     """What a published configuration holds is either archived, or used by a golden case, or an initial value."""
     published = json.loads((golden_dir / "qwen3" / "tsw_qo" / CONFIG).read_text())
     initial = {"beta_bias_init", "output_init", "base_slice_ref_width", "delta_scale_init"}
-    tried = {name for name, _, _ in BAD_FIELDS} | initial
+    tried = {name for name, _ in BAD_FIELDS} | initial
     assert set(published) <= tried
 
 
@@ -191,31 +197,25 @@ def test_older_configuration(job):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b'{"rank": 8,', "is not a readable JSON file"),
-        (b"", "is not a readable JSON file"),
-        (b"\xff\xfe\x00", "is not a readable JSON file"),
-        (b"[" * 100_000, "is not a readable JSON file"),
-        (b"[1, 2]", "holds no JSON object"),
-    ],
+    "content",
+    [b'{"rank": 8,', b"", b"\xff\xfe\x00", b"[" * 100_000, b"[1, 2]"],
     ids=["cut", "empty", "binary", "deep", "list"],
 )
-def test_broken_config(job, capsys, content, says):
+def test_broken_config(job, capsys, content):
     (job.directory / CONFIG).write_bytes(content)
-    refused(job, capsys, CheckpointError, job.directory / CONFIG, says)
+    refused(job, capsys, CheckpointError, job.directory / CONFIG, "JSON")
 
 
 def test_missing_files(job, capsys):
     (job.directory / CONFIG).rename(job.directory / "other.json")
-    refused(job, capsys, CheckpointError, job.directory / CONFIG, "no such file")
+    refused(job, capsys, CheckpointError, job.directory / CONFIG)
     (job.directory / "other.json").rename(job.directory / CONFIG)
     (job.directory / PT).unlink()
-    refused(job, capsys, CheckpointError, job.directory, f"holds neither {PT} nor {SAFETENSORS}")
+    refused(job, capsys, CheckpointError, job.directory, PT, SAFETENSORS)
     shutil.rmtree(job.directory)
-    refused(job, capsys, CheckpointError, job.directory, "no such checkpoint directory")
+    refused(job, capsys, CheckpointError, job.directory)
     job.directory.write_text("a file")
-    refused(job, capsys, CheckpointError, job.directory, "is a file")
+    refused(job, capsys, CheckpointError, job.directory)
 
 
 # the weights
@@ -226,7 +226,7 @@ def test_truncated_pt(job, capsys, keep):
     path = job.directory / PT
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    refused(job, capsys, CheckpointError, path, "is damaged or no PyTorch checkpoint")
+    refused(job, capsys, CheckpointError, path, "PyTorch")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 0.5, 0.99])
@@ -235,7 +235,7 @@ def test_truncated_safetensors(job, capsys, keep):
     path = job.directory / SAFETENSORS
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    refused(job, capsys, CheckpointError, path, "is damaged or no safetensors file")
+    refused(job, capsys, CheckpointError, path, "safetensors")
 
 
 class Code:
@@ -256,7 +256,7 @@ def test_a_pickle_that_wants_to_run_code(job, capsys, tmp_path, container):
         assert zipfile.is_zipfile(path)
     else:
         path.write_bytes(pickle.dumps(Code(ran)))
-    refused(job, capsys, CheckpointError, path, "")
+    refused(job, capsys, CheckpointError, path)
     assert not ran.exists()
     if container == "zip":  # it is armed
         torch.load(path, weights_only=False)
@@ -275,7 +275,7 @@ def test_a_pickle_that_wants_to_run_code_is_named_as_such(job, capsys, tmp_path)
 )
 def test_no_state_dict(job, capsys, content):
     torch.save(content, job.directory / PT)
-    refused(job, capsys, CheckpointError, job.directory / PT, "is not a flat state dict of tensors")
+    refused(job, capsys, CheckpointError, job.directory / PT, "state dict")
 
 
 @pytest.mark.parametrize("name", ["memory_q_proj", "beta_proj", "beta_bias", "delta_o_proj"])
@@ -286,13 +286,13 @@ def test_not_finite(job, capsys, name, value, kind):
         tensors[LAYER + name].view(-1)[-1] = value
 
     job.tensors(spoil, torch.save if kind == PT else safetensors.torch.save_file, kind)
-    refused(job, capsys, CheckpointError, job.directory / kind, f"tensor {LAYER}{name} has values that are not finite")
+    refused(job, capsys, CheckpointError, job.directory / kind, f"tensor {LAYER}{name}", "finite")
 
 
 def test_a_tensor_that_the_file_does_not_hold(job, capsys):
     """One value that is said to be there 2^42 times."""
     job.tensors(lambda tensors: {**tensors, LAYER + "beta_bias": torch.ones(1).half().expand(1 << 42)})
-    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {LAYER}beta_bias is larger than what the file")
+    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {LAYER}beta_bias")
 
 
 def test_names_out_of_a_file_stay_on_one_line(job, capsys):
@@ -305,12 +305,12 @@ def test_names_out_of_a_file_stay_on_one_line(job, capsys):
 def test_not_finite_once_scaled(job, capsys):
     job.config(alpha=3e38)
     job.tensors(lambda tensors: {**tensors, LAYER + "delta_q_proj": tensors[LAYER + "delta_q_proj"] + 1e3})
-    refused(job, capsys, CheckpointError, job.directory, "beyond float32")
+    refused(job, capsys, CheckpointError, job.directory, "delta_q_proj", "float32")
 
 
 def test_beyond_f16(job, capsys):
     job.tensors(lambda tensors: {**tensors, LAYER + "delta_q_proj": tensors[LAYER + "delta_q_proj"] + 1e6})
-    with pytest.raises(CheckpointError, match=r"beyond F16: use --outtype f32 or bf16"):
+    with refuses(CheckpointError, job.directory / PT, "F16", "--outtype f32 or bf16"):
         write_adapter(Checkpoint(job.directory), Base(job.base), job.out, "f16")
     assert not list(job.out.parent.iterdir())
     write_adapter(Checkpoint(job.directory), Base(job.base), job.out, "bf16")
@@ -336,7 +336,7 @@ def test_not_floats(job, capsys, dtype):
 def test_not_floats_in_safetensors(job, capsys):
     save = safetensors.torch.save_file
     job.tensors(lambda tensors: {**tensors, LAYER + "beta_bias": torch.ones(8, dtype=torch.int32)}, save, SAFETENSORS)
-    refused(job, capsys, CheckpointError, job.directory / SAFETENSORS, f"tensor {LAYER}beta_bias is I32")
+    refused(job, capsys, CheckpointError, job.directory / SAFETENSORS, f"tensor {LAYER}beta_bias", "I32")
 
 
 def test_sparse(job, capsys):
@@ -347,31 +347,31 @@ def test_sparse(job, capsys):
 @pytest.mark.parametrize("name", ["memory_k_proj", "beta_bias", "delta_o_proj"])
 def test_missing_tensor(job, capsys, name):
     job.tensors(lambda tensors: {key: tensor for key, tensor in tensors.items() if key != LAYER + name})
-    refused(job, capsys, CheckpointError, job.directory / PT, f"has no tensor {LAYER}{name}")
+    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {LAYER}{name}")
 
 
 @pytest.mark.parametrize("name", ["extra", LAYER + "lambda_proj", LAYER + "delta_x_proj"])
 def test_extra_tensor(job, capsys, name):
     job.tensors(lambda tensors: {**tensors, name: torch.zeros(2)})
-    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {name} does not belong to this configuration")
+    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {name}")
 
 
 @pytest.mark.parametrize("name", ["memory_v_proj", "beta_proj", "delta_q_proj", "delta_o_proj", "beta_bias"])
 def test_wrong_shape(job, capsys, name):
     job.tensors(lambda tensors: {**tensors, LAYER + name: tensors[LAYER + name][:-1].clone()})
-    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {LAYER}{name} has shape")
+    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {LAYER}{name}", "shape")
 
 
 def test_configuration_of_another_adapter(job, capsys):
     job.config(num_state_heads=2)
-    refused(job, capsys, CheckpointError, job.directory / PT, "has shape [8, 96], expected [16, 96]")
+    refused(job, capsys, CheckpointError, job.directory / PT, "[8, 96]", "[16, 96]")
     job.config(num_state_heads=1, couple_lambda=False)
-    refused(job, capsys, CheckpointError, job.directory / PT, "has no tensor model.layers.0.self_attn.lambda_proj")
+    refused(job, capsys, CheckpointError, job.directory / PT, "tensor model.layers.0.self_attn.lambda_proj")
 
 
 def test_layer_out_of_range(job, capsys):
     job.config(target_layers=[0, 4])
-    refused(job, capsys, CheckpointError, job.directory, "names layer 4, ")
+    refused(job, capsys, CheckpointError, job.directory, "layer 4", job.base)
 
 
 # the base
@@ -406,44 +406,42 @@ def test_this_base_would_do(job):
 
 
 @pytest.mark.parametrize(
-    ("base", "says"),
+    ("base", "names"),
     [
-        ({"n_embd": 128}, "is for a model of width 96"),
-        ({"n_q": 384}, "has shape [192, 8], expected [384, 8]"),
+        ({"n_embd": 128}, ["width 96", 128]),
+        ({"n_q": 384}, ["[192, 8]", "[384, 8]"]),
     ],
 )
-def test_base_of_another_size(job, capsys, base, says):
+def test_base_of_another_size(job, capsys, base, names):
     write_base(job.base, **base)
-    refused(job, capsys, CheckpointError, job.directory / PT, says)
+    refused(job, capsys, CheckpointError, job.directory / PT, *names)
 
 
 def test_base_with_other_layers(job, capsys):
-    write_base(job.base, n_layer=5)
-    refused(job, capsys, CheckpointError, job.directory / PT, "is for a model of 4 layers")
-    write_base(job.base, n_layer=3)
-    refused(job, capsys, CheckpointError, job.directory / PT, "is for a model of 4 layers")
+    for n_layer in (5, 3):
+        write_base(job.base, n_layer=n_layer)
+        refused(job, capsys, CheckpointError, job.directory / PT, "4 layers", job.base, n_layer)
 
 
 def test_base_with_attention_in_other_layers(job, capsys):
     """A memory in every layer, on a hybrid; and on a model that has no attention at all."""
     write_base(job.base, attention=(1, 2))
-    says = "is for a model of 4 layers, {} has 4, its last attention in layer 2"
-    refused(job, capsys, CheckpointError, job.directory / PT, says.format(job.base))
+    refused(job, capsys, CheckpointError, job.directory / PT, "4 layers", job.base, "layer 2")
     write_base(job.base, attention=(1, 3))
-    refused(job, capsys, CheckpointError, job.directory / PT, "tensor model.layers.0.")
+    refused(job, capsys, CheckpointError, job.directory / PT, "tensor model.layers.0.self_attn.beta_bias")
     write_base(job.base, attention=())
-    refused(job, capsys, ModelError, job.base, "has no layer with attention projections")
+    refused(job, capsys, ModelError, job.base, "layer")
 
 
 def test_base_of_another_architecture(job, capsys):
     job.base = job.golden_dir / "smollm3" / "base-f32.gguf"
-    refused(job, capsys, CheckpointError, job.directory / PT, "is for a model of 4 layers")
+    refused(job, capsys, CheckpointError, job.directory / PT, "4 layers", job.base)
 
 
 def test_checkpoint_of_another_model_in_some_layers(job, capsys):
     """Layers that are named fit any model that has them; then the shapes must."""
     job.config(target_layers=[0, 1])
-    refused(job, capsys, CheckpointError, job.directory / PT, "tensor model.layers.2.")
+    refused(job, capsys, CheckpointError, job.directory / PT, "tensor model.layers.2.self_attn.beta_bias")
 
 
 def test_base_in_several_files(job, capsys):
@@ -458,15 +456,15 @@ def test_base_in_several_files(job, capsys):
     job.convert()
     assert job.out.read_bytes() == expected
     job.base = parts[1]
-    refused(job, capsys, ModelError, parts[1], "")
+    refused(job, capsys, ModelError, parts[1])
     job.base = parts[0]
     parts[2].unlink()
-    refused(job, capsys, ModelError, parts[2], "no such file")
+    refused(job, capsys, ModelError, parts[2])
 
 
 def test_unknown_architecture(job, capsys):
     write_base(job.base, "newarch")
-    refused(job, capsys, ModelError, job.base, "architecture 'newarch'")
+    refused(job, capsys, ModelError, job.base, "newarch")
 
 
 def test_unknown_architecture_where_order_does_not_matter(job):
@@ -478,7 +476,7 @@ def test_unknown_architecture_where_order_does_not_matter(job):
 
 def test_no_language_model(job, capsys):
     write_base(job.base, keys=False)
-    refused(job, capsys, ModelError, job.base, "has no key qwen3.block_count")
+    refused(job, capsys, ModelError, job.base, "qwen3.block_count")
 
 
 def test_nonsensical_layers(job, capsys):
@@ -486,7 +484,7 @@ def test_nonsensical_layers(job, capsys):
     at = data.index(b"qwen3.block_count") + len(b"qwen3.block_count") + 4
     for n in (0, 2**31):
         job.base.write_bytes(data[:at] + n.to_bytes(4, "little") + data[at + 4 :])
-        refused(job, capsys, ModelError, job.base, f"has {n} layers")
+        refused(job, capsys, ModelError, job.base, f"{n} layers")
 
 
 def test_too_few_values_per_layer(job, capsys):
@@ -498,24 +496,24 @@ def test_too_few_values_per_layer(job, capsys):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    refused(job, capsys, ModelError, job.base, "attention.head_count has 3 values for 4 layers")
+    refused(job, capsys, ModelError, job.base, "qwen3.attention.head_count", "3 values", "4 layers")
 
 
 def test_base_is_missing(job, capsys):
     job.base.unlink()
-    refused(job, capsys, ModelError, job.base, "no such base model")
+    refused(job, capsys, ModelError, job.base)
     job.base.mkdir()
-    with pytest.raises(ModelError, match=r"base\.gguf: is a folder; name a GGUF file"):
+    with refuses(ModelError, job.base, "folder"):
         job.convert()
     assert main(job.arguments()) == 1
-    assert "base.gguf: is no Hugging Face model directory: it has no config.json" in capsys.readouterr().err
+    check_names(capsys.readouterr().err.rstrip("\n"), [job.base, "config.json"])  # of a Hugging Face model
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 16, 30, 300, 3000, 0.5, 0.999])
 def test_base_is_truncated(job, capsys, keep):
     data = job.base.read_bytes()
     job.base.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    refused(job, capsys, ModelError, job.base, "GGUF file")
+    refused(job, capsys, ModelError, job.base, "GGUF")
 
 
 def test_base_of_an_unknown_version(job, capsys):
@@ -526,7 +524,7 @@ def test_base_of_an_unknown_version(job, capsys):
 
 def test_base_is_no_gguf(job, capsys):
     job.base.write_text("no model\n" * 100)
-    refused(job, capsys, ModelError, job.base, "is not a GGUF file")
+    refused(job, capsys, ModelError, job.base, "GGUF")
 
 
 def test_base_is_an_adapter(job, capsys, adapter):
@@ -556,12 +554,12 @@ def test_damaged_base_never_crashes(job):
 
 def test_output_folder_is_missing(job, capsys):
     job.out.parent.rmdir()
-    refused(job, capsys, OutputError, job.out, "cannot be written: No such file")
+    refused(job, capsys, OutputError, job.out, "No such file or directory")
 
 
 def test_output_is_a_folder(job, capsys):
     job.out.mkdir()
-    with pytest.raises(OutputError, match="cannot be written: it is a folder"):
+    with refuses(OutputError, job.out, "folder"):
         job.convert()
     assert main(job.arguments()) == 1
     assert [path.name for path in job.out.parent.iterdir()] == [job.out.name]
@@ -576,11 +574,11 @@ def test_output_is_read(job):
     link.symlink_to(first)
     for out in (first, *others, link, job.directory / CONFIG, job.directory / PT):
         before, job.out = out.read_bytes(), out
-        with pytest.raises(InputError, match=re.escape(f"{out}: is read for the conversion; name another file")):
+        with refuses(InputError, out):
             job.convert()
         assert main(job.arguments()) == 1
         assert out.read_bytes() == before
-    job.out = job.directory / "memory.gguf"  # beside them it may be, twice too
+    job.out = job.directory / "adapter.gguf"  # beside them it may be, twice too
     job.convert()
     job.convert()
 
@@ -589,7 +587,7 @@ def test_an_existing_output_stays(job, capsys):
     job.convert()
     before = job.out.read_bytes()
     job.tensors(lambda tensors: {**tensors, LAYER + "beta_bias": torch.full((8,), float("nan"))})
-    refused(job, capsys, CheckpointError, job.directory / PT, "not finite")
+    refused(job, capsys, CheckpointError, job.directory / PT, f"tensor {LAYER}beta_bias")
     assert job.out.read_bytes() == before
 
 
@@ -597,13 +595,16 @@ def test_a_write_that_fails_leaves_the_old_file(job, monkeypatch):
     job.convert()
     before = job.out.read_bytes()
 
-    for error, says in ((OSError(28, "No space left on device"), "No space left"), (OSError("0 written"), "0 written")):
+    for error, says in (
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("0 written"), "0 written"),
+    ):
 
         def full(*args, error=error, **kwargs):
             raise error
 
         monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
-        with pytest.raises(OutputError, match=f"cannot be written: {says}"):
+        with refuses(OutputError, job.out, says):
             job.convert()
     assert [path.read_bytes() for path in job.out.parent.iterdir()] == [before]
 
@@ -624,6 +625,5 @@ def test_as_a_command(job):
     result = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"deltamem: error: {job.directory / CONFIG}: num_memory_partitions = 2 is archived")
+    assert result.stderr == f"deltamem: error: {reason(job)}\n"
     assert not list(job.out.parent.iterdir())

@@ -12,6 +12,7 @@ from pydeltamem.cli.main import main
 from pydeltamem.convert.hf import convert_base
 from pydeltamem.errors import ModelError, OutputError
 from pydeltamem.formats.gguf_header import Header
+from refusals import check_names, refuses
 from test_pack import on_a_full_disk
 
 
@@ -43,10 +44,10 @@ def test_a_folder_without_weights(hf, golden_dir, tmp_path, capsys):
     (hf / "model.safetensors").unlink()
     out = tmp_path / "out" / "base.gguf"
     out.parent.mkdir()
-    with pytest.raises(ModelError, match=r"hf: has no weights"):
+    with refuses(ModelError, hf, "weights"):
         convert_base(hf, out)
     assert main(["convert", str(golden_dir / "qwen3" / "tsw_qo"), "--base", str(hf), "-o", str(out)]) == 1
-    assert f"{hf}: has no weights" in capsys.readouterr().err
+    check_names(capsys.readouterr().err.rstrip("\n"), [hf, "weights"])
     assert not list(out.parent.iterdir())
 
 
@@ -60,32 +61,28 @@ def test_half_of_a_split_model(hf, tmp_path, there, missing):
         name: values for name, values in tensors.items() if (name.startswith(last) or "norm" in name) == bool(there)
     }
     safetensors.numpy.save_file(half, hf / f"model-0000{there + 1}-of-00002.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=rf"hf: is not whole, it makes no tensor {missing}\*: are files missing\?"):
+    with refuses(ModelError, hf, f"{missing}*"):
         convert_base(hf, tmp_path / "base.gguf")
     assert not (tmp_path / "base.gguf").exists()
 
 
 def test_where_it_cannot_be_written(hf, tmp_path):
-    for out, says in ((tmp_path / "no" / "base.gguf", "No such file or directory"), (hf, "it is a folder")):
-        with pytest.raises(OutputError, match=f"{out}: cannot be written: {says}"):
+    for out, says in ((tmp_path / "no" / "base.gguf", "No such file or directory"), (hf, "folder")):
+        with refuses(OutputError, out, says):
             convert_base(hf, out)
     folder = tmp_path / "out"
     folder.mkdir()
     out = folder / "base.gguf"
-    assert (
-        on_a_full_disk("convert-base", hf, "-o", out) == f"deltamem: error: {out}: cannot be written: File too large\n"
-    )
+    check_names(on_a_full_disk("convert-base", hf, "-o", out).rstrip("\n"), [out, "File too large"])
     assert not list(folder.iterdir())
 
 
 def test_what_the_converter_refuses(hf, tmp_path):
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
-    with pytest.raises(
-        ModelError, match=r"hf: llama\.cpp's converter refuses it: .*NoSuchModel.* is not supported"
-    ) as info:
+    with refuses(ModelError, hf, "NoSuchModel"):
         convert_base(hf, tmp_path / "base.gguf")
-    assert "\n" not in str(info.value) and not (tmp_path / "base.gguf").exists()
+    assert not (tmp_path / "base.gguf").exists()
     (hf / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"is no Hugging Face model directory: it has no config\.json"):
+    with refuses(ModelError, hf, "config.json"):
         convert_base(hf, tmp_path / "base.gguf")

@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 
 def convert(folder, weights: bytes, config: str = json.dumps(FIELDS), name: str = WEIGHTS[0]) -> None:
-    out, directory = folder / "memory.gguf", folder / "given"
+    out, directory = folder / "adapter.gguf", folder / "given"
     directory.mkdir(exist_ok=True)
     for path in (*directory.iterdir(), out):
         path.unlink(missing_ok=True)
@@ -82,7 +82,7 @@ def convert(folder, weights: bytes, config: str = json.dumps(FIELDS), name: str 
 def test_the_sound_ones(folder):
     for weights in (SOUND, LEGACY, zipped(MEMBERS[PICKLE]), SAFE):
         convert(folder, weights, name=WEIGHTS[weights is SAFE])
-        assert (folder / "memory.gguf").read_bytes() != MEMORY
+        assert (folder / "adapter.gguf").read_bytes() != MEMORY
 
 
 @given(weights=damaged(SOUND) | damaged(MEMBERS[PICKLE]).map(zipped) | damaged(LEGACY, front=400))

@@ -30,8 +30,8 @@ def folder(tmp_path_factory):
 def packed(folder):
     """The bytes of base and adapter packed."""
     (folder / "base.gguf").write_bytes(BASE)
-    (folder / "memory.gguf").write_bytes(MEMORY)
-    pack(folder / "base.gguf", folder / "memory.gguf", folder / "packed.gguf")
+    (folder / "adapter.gguf").write_bytes(MEMORY)
+    pack(folder / "base.gguf", folder / "adapter.gguf", folder / "packed.gguf")
     return (folder / "packed.gguf").read_bytes()
 
 
