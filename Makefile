@@ -14,7 +14,7 @@ NATIVE    := $(shell find native cmake -type f -not -path '*/__pycache__/*') CMa
 CXX_FILES  = $(shell find native tests/native -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 NATIVE_TESTS := -DDELTAMEM_BUILD_TESTS=ON \
-	-DDELTAMEM_TEST_BASE=$(CURDIR)/$(TINY)/base.gguf -DDELTAMEM_TEST_ADAPTER=$(CURDIR)/$(DEMO)/memory.gguf
+	-DDELTAMEM_TEST_BASE=$(CURDIR)/$(TINY)/base.gguf -DDELTAMEM_TEST_ADAPTER=$(CURDIR)/$(DEMO)/adapter.gguf
 
 # a build beside the package's own, of the source that it has downloaded
 OTHER_BUILD := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
@@ -71,7 +71,7 @@ $(TOOLS): constraints.txt | $(BIN)/python
 demo: $(INSTALLED) ## tell the small model of the package some facts, throw the text away, and ask (DEMO_ARGS)
 	$(BIN)/deltamem demo $(DEMO_ARGS)
 
-$(DEMO)/memory.gguf: $(INSTALLED) $(wildcard $(TINY)/base.gguf $(TINY)/adapter/*)
+$(DEMO)/adapter.gguf: $(INSTALLED) $(wildcard $(TINY)/base.gguf $(TINY)/adapter/*)
 	@mkdir -p $(@D)
 	$(BIN)/deltamem convert $(TINY)/adapter --base $(TINY)/base.gguf -o $@
 
@@ -83,7 +83,7 @@ coverage: $(INSTALLED) ## lines of the package that the Python tests run, and th
 	$(BIN)/coverage run -m pytest $(PYTEST_ARGS); status=$$?; \
 		$(BIN)/coverage combine -q && $(BIN)/coverage report && exit $$status
 
-test-native: $(DEMO)/memory.gguf ## the kernel, the operator and the C API
+test-native: $(DEMO)/adapter.gguf ## the kernel, the operator and the C API
 	@# STRICT: a machine that has no way to the tools says so, and skips what needs them
 	require=OFF; $(if $(STRICT),if tests/native/install-cross-tools.sh && tests/native/install-clang.sh; then require=ON; fi;) \
 		cmake -S . -B $(BUILD) $(NATIVE_TESTS) -DDELTAMEM_REQUIRE_TOOLS=$$require
@@ -103,7 +103,7 @@ test-stock: $(INSTALLED) ## without an adapter: bit for bit what llama.cpp compu
 	cmake --build build/stock
 	DELTAMEM_STOCK_LIB=$(CURDIR)/build/stock/bin $(BIN)/python -m pytest tests/test_stock.py
 
-sanitize: $(DEMO)/memory.gguf ## load, generate, save, load, free under the address, leak and undefined-behaviour sanitizers
+sanitize: $(DEMO)/adapter.gguf ## load, generate, save, load, free under the address, leak and undefined-behaviour sanitizers
 	cmake -S . -B build/sanitize $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_SANITIZE=ON -DGGML_OPENMP=OFF \
 		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
 	cmake --build build/sanitize
@@ -112,18 +112,18 @@ sanitize: $(DEMO)/memory.gguf ## load, generate, save, load, free under the addr
 
 # The three nodes that are computed as one, over one to four threads, and two threads in one library. GCC's thread sanitizer
 # knows ggml's own threads, not OpenMP's.
-tsan: $(DEMO)/memory.gguf ## the operator and two threads' worth of calls under the thread sanitizer
+tsan: $(DEMO)/adapter.gguf ## the operator and two threads' worth of calls under the thread sanitizer
 	cmake -S . -B build/tsan $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_TSAN=ON -DGGML_OPENMP=OFF \
 		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
 	cmake --build build/tsan --target test-op test-wait test-threads test-lifecycle
 	TSAN_OPTIONS=halt_on_error=1 \
 		ctest --test-dir build/tsan --output-on-failure -R '^(op|wait|wait-pool|threads|lifecycle|lifecycle-segments)$$'
 
-memcheck: $(DEMO)/memory.gguf ## the same under valgrind
+memcheck: $(DEMO)/adapter.gguf ## the same under valgrind
 	cmake -S . -B $(MEMCHECK) $(MEMCHECK_ARGS) $(NATIVE_TESTS)
 	cmake --build $(MEMCHECK)
 	valgrind --error-exitcode=1 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
-		$(MEMCHECK)/bin/test-lifecycle $(TINY)/base.gguf $(DEMO)/memory.gguf
+		$(MEMCHECK)/bin/test-lifecycle $(TINY)/base.gguf $(DEMO)/adapter.gguf
 
 # One command makes the model of the package again, from a seed; every step goes on where it was broken off.
 DEFAULT  := build/default
@@ -179,11 +179,11 @@ fuzz-native: $(INSTALLED) ## libFuzzer on the loader of adapters and on plans (F
 		-DDELTAMEM_FUZZ_RUNS=$(FUZZ_NATIVE)
 	cmake --build build/fuzz --target run
 
-fuzz: fuzz-native $(DEMO)/memory.gguf ## random and damaged inputs for whatever reads files or commands (FUZZ: how many a test; docs/how-to/fuzz.md)
+fuzz: fuzz-native $(DEMO)/adapter.gguf ## random and damaged inputs for whatever reads files or commands (FUZZ: how many a test; docs/how-to/fuzz.md)
 	DELTAMEM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/fuzz
 
-soak: $(DEMO)/memory.gguf ## 100,000 tokens of dialogue (SOAK_DATA: locomo10.json) through a window of 1,024, with a plot
-	$(BIN)/python tools/soak.py --data $(SOAK_DATA) --model $(TINY)/base.gguf --deltamem $(DEMO)/memory.gguf --out build/soak
+soak: $(DEMO)/adapter.gguf ## 100,000 tokens of dialogue (SOAK_DATA: locomo10.json) through a window of 1,024, with a plot
+	$(BIN)/python tools/soak.py --data $(SOAK_DATA) --model $(TINY)/base.gguf --deltamem $(DEMO)/adapter.gguf --out build/soak
 
 bench: $(INSTALLED) ## random models with and without the memory, and the operator (BENCH_SHAPES, BENCH_ARGS)
 	@mkdir -p build/bench
@@ -207,7 +207,7 @@ cuda-compile: $(INSTALLED) ## compile the whole CUDA backend for Ampere and Hopp
 		$(CUDA_ARGS)
 	cmake --build build/cuda-compile --target ggml-cuda
 
-upstream-check: $(DEMO)/memory.gguf ## build and test against the three newest llama-cpp-python (UPSTREAM_RELEASES)
+upstream-check: $(DEMO)/adapter.gguf ## build and test against the three newest llama-cpp-python (UPSTREAM_RELEASES)
 	$(BIN)/python cmake/upstream.py check $(UPSTREAM_RELEASES) -- $(NATIVE_TESTS) $(CMAKE_ARGS)
 
 patch-count: ## lines and files of llama.cpp that our patches change, and their limits

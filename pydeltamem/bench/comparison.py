@@ -1,4 +1,4 @@
-"""What a memory costs a model: with its adapter and without, and another llama library beside it, timed in turn.
+"""What an adapter costs a model: with it and without, and another llama library beside it, timed in turn.
 
 Two contexts of one loaded model, one with the adapter and one without, take turns in one process. The runs of a pair
 follow each other directly and their order alternates, so that a drift of the machine falls on both. Another llama
@@ -36,7 +36,7 @@ class Plan:
     n_decode: int = 32  # tokens of decode; 0: none
     n_pairs: int = 10
     n_renew: int = 1  # new contexts, and processes, after so many pairs; 0: never
-    n_resident: int = 0  # tokens of the prompt after which resident memory is read; 0: it is not
+    n_resident: int = 0  # tokens of the prompt after which RAM is measured; 0: it is not
     by_node: bool = False  # times every node of the graphs, instead of whole runs
 
     @property
@@ -164,7 +164,7 @@ def _resident(folder: str, options: Options, adapter: str, n_tokens: int, progre
     """Resident bytes with and without the adapter, each in a process of its own, after a prompt and one token more."""
     result: dict[str, Any] = {}
     for i, (name, path) in enumerate(((OFF, None), (ON, adapter))):
-        progress(f"resident memory, adapter {name}", i, 2)
+        progress(f"RAM, adapter {name}", i, 2)
         worker = Worker(folder, options, path)
         try:
             worker.prefill(n_tokens)

@@ -84,7 +84,7 @@ class Graph:
         """Buffers for all tensors, and what the given ones hold."""
         self.buffer = self.ggml.ggml_backend_alloc_ctx_tensors(self.ctx, self.backend)
         if not self.buffer:
-            raise LibraryError("no memory for the tensors of --op: take fewer --op-tokens")
+            raise LibraryError("no RAM for the tensors of --op: take fewer --op-tokens")
         for tensor, data in values.items():
             self.ggml.ggml_backend_tensor_set(tensor, data, 0, len(data))
 

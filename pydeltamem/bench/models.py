@@ -54,7 +54,7 @@ def synthetic_files(
     file_type(ftype)
     cache, ftype = cache_folder(), ftype.lower()
     model = cache / f"{shape}-{ftype}.gguf"
-    adapter = cache / f"{shape}-memory-r{rank}-h{n_head}-{outtype}.gguf"
+    adapter = cache / f"{shape}-adapter-r{rank}-h{n_head}-{outtype}.gguf"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if not model.exists():

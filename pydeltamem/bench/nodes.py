@@ -1,8 +1,8 @@
-"""`deltamem bench --nodes`: where the time of a graph goes, node by node, with and without the memory.
+"""`deltamem bench --nodes`: where the time of a graph goes, node by node, with and without the adapter.
 
 llama.cpp's evaluation callback has every node computed and waited for alone. Each node keeps the least of its times:
 what else runs on the machine can only lengthen a run, so the sums settle long before the times of whole prompts do.
-What nodes gain by following each other is not in it; that the threads start anew for each is.
+So per-node timing excludes fusion and cache reuse, and includes a start of the threads for each node.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import LibraryError
 from ..runtime import library
 from .runs import Session
 
-OURS = "deltamem"  # what the names of the memory's nodes begin with
+OURS = "deltamem"  # what the names of the adapter's nodes begin with
 VIEWS = (b"VIEW", b"RESHAPE", b"PERMUTE", b"TRANSPOSE", b"NONE")  # nothing to compute
 
 
@@ -105,8 +105,8 @@ def measure(
 ) -> dict[str, Any]:
     """The sides "on" and "off" in turn, once uncounted and n_rounds times, with new contexts after every n_renew.
 
-    Returns {on, off: milliseconds of a prompt or of a token of decode, own: those of the memory's nodes, ratio, rounds,
-    times: how often each node was timed at least, rows}.
+    Returns {on, off: milliseconds of a prompt or of a token of decode, own: those of the adapter's nodes, ratio,
+    rounds, times: how often each node was timed at least, rows}.
     """
     for session, nodes in sides.values():
         getattr(session, kind)(*arguments)

@@ -66,7 +66,7 @@ class Model:
 
 
 class Session:
-    """One context of a model, with the memory adapter at the path `adapter` or without any.
+    """One context of a model, with the adapter at the path `adapter` or without any.
 
     observer: called with every node of its graphs (ggml_backend_sched_eval_callback), as nodes.py has.
 
@@ -127,11 +127,11 @@ class Session:
 
     @property
     def n_graphs(self) -> int:
-        """Graphs with memory built so far; 0 without an adapter."""
+        """Graphs with the adapter built so far; 0 without an adapter."""
         return self._lib.llama_deltamem_n_graphs(self.ctx) if self._lib else 0
 
     def prefill(self, n_tokens: int) -> tuple[int, int]:
-        """Reads a prompt of n_tokens into an empty KV cache. Returns (nanoseconds, graphs built meanwhile)."""
+        """Decodes a prompt of n_tokens into an empty KV cache. Returns (nanoseconds, graphs built meanwhile)."""
         llama = self.llama
         batches = self._prompt(n_tokens)
         llama.llama_memory_clear(self._memory, False)
@@ -141,7 +141,7 @@ class Session:
     def decode(self, depth: int, n_tokens: int) -> tuple[int, int]:
         """Generates n_tokens, one llama_decode each, after a text of `depth` tokens. Returns as prefill().
 
-        The text is read when it is not there yet. One token goes before the others untimed: it wakes the threads and
+        The text is decoded when it is not there yet. One token goes before the others untimed: it wakes the threads and
         has llama.cpp make the graph that the others reuse.
         """
         if self.n_tokens < depth:

@@ -70,7 +70,7 @@ def write_model(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes a GGUF of that shape with random weights, in pieces: a few tens of MB of memory whatever the size.
+    """Writes a GGUF of that shape with random weights, in pieces: a few tens of MB of RAM whatever the size.
 
     Args:
         path: file to write; it appears whole or not at all.

@@ -1,4 +1,4 @@
-"""`deltamem architectures`: the table of which architectures take a memory."""
+"""`deltamem architectures`: the table of which architectures take an adapter."""
 
 from __future__ import annotations
 

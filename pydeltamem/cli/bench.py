@@ -1,4 +1,4 @@
-"""`deltamem bench`: what a memory costs. Its options, and the tables of what bench/ measures."""
+"""`deltamem bench`: what an adapter costs. Its options, and the tables of what bench/ measures."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"random weights of this shape, model and adapter, kept in {cache_folder()}: {', '.join(SHAPES)}",
     )  # fmt: skip
     model.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
-    model.add_argument("--ftype", metavar="TYPE", help="type of --synthetic, any of llama.cpp's (q4_k_m)")
-    model.add_argument("--outtype", choices=("f32", "f16", "bf16", "q8_0"), help="type of its adapter (f16)")
+    model.add_argument("--ftype", metavar="TYPE", help="type of the --synthetic model, any of llama.cpp's (q4_k_m)")
+    model.add_argument(
+        "--outtype", choices=("f32", "f16", "bf16", "q8_0"), help="type of the --synthetic adapter (f16)"
+    )
     model.add_argument("--vocab", metavar="FILE", help="GGUF whose vocabulary --synthetic takes")
     model.add_argument("--rank", type=positive, metavar="R", help="rank of --synthetic (8) and of --op (8 and 16)")
     model.add_argument("--heads", type=positive, metavar="H", help="state heads of both (1)")
@@ -69,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--control", action="store_true", help="no adapter: what the measurement can tell, or --against alone"
     )
     what.add_argument(
-        "--rss", type=count, metavar="N", help="prompt after which resident memory is read (the longest; 0: do not)"
+        "--rss", type=count, metavar="N", help="tokens of the prompt after which RAM is measured (the longest; 0: none)"
     )
     what.add_argument(
         "--nodes", action="store_true", help="the least time of each kind of node of the graphs, instead of whole runs"
@@ -145,9 +147,7 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
         elif adapter is None and against is None:
             raise InputError(f"{model}: nothing to compare: name an adapter by --deltamem or a library by --against")
         elif adapter is None and not prompts and not args.n_gen:
-            raise InputError(
-                f"{model}: nothing to measure: -p 0 and -n 0 time nothing, --rss is for an adapter's memory"
-            )
+            raise InputError(f"{model}: nothing to measure: -p 0 and -n 0 time nothing, --rss measures an adapter")
         plan = comparison.Plan(
             prompts=prompts,
             depths=tuple(args.n_depth),
@@ -319,7 +319,7 @@ def _sample(setup: dict[str, Any]) -> str:
 
 
 def _print_nodes(out: Console, test: dict[str, Any], least: float = 0.005) -> None:
-    """One line per kind of node, of those that make up more than `least` of the time or are the memory's own."""
+    """One line per kind of node, of those that make up more than `least` of the time or are the adapter's own."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -337,7 +337,7 @@ def _print_nodes(out: Console, test: dict[str, Any], least: float = 0.005) -> No
     _say(
         out,
         f"All nodes: {test['on']:.2f} ms with, {test['off']:.2f} without, ratio {test['ratio']:.4f}; "
-        f"the memory's own: {test['own']:.2f} ms, {test['own'] / test['off']:.2%} of those without.",
+        f"the adapter's own: {test['own']:.2f} ms, {test['own'] / test['off']:.2%} of those without.",
     )
 
 

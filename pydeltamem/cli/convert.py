@@ -1,4 +1,4 @@
-"""`deltamem convert`: a published δ-mem checkpoint to an adapter GGUF."""
+"""`deltamem convert`: a PyTorch checkpoint of an adapter, as published, to GGUF."""
 
 from __future__ import annotations
 

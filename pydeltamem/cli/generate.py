@@ -1,4 +1,4 @@
-"""`deltamem generate`: reads a prompt, writes on, and streams the text as it comes."""
+"""`deltamem generate`: decodes a prompt and streams what follows."""
 
 from __future__ import annotations
 

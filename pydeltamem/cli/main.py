@@ -18,24 +18,24 @@ from .parser import Parser
 
 SUBCOMMANDS = {
     "pull": ("pydeltamem.cli.pull", "get a model or an adapter by name"),
-    "convert": ("pydeltamem.cli.convert", "convert a published checkpoint to an adapter GGUF"),
+    "convert": ("pydeltamem.cli.convert", "convert a PyTorch checkpoint of an adapter to GGUF"),
     "convert-base": ("pydeltamem.cli.convert_base", "convert a Hugging Face model to GGUF"),
     "pack": ("pydeltamem.cli.pack", "put base and adapter in one file that loads as one model"),
     "unpack": ("pydeltamem.cli.unpack", "get base and adapter back out of a packed model"),
     "quantize": ("pydeltamem.cli.quantize", "write a model in a smaller type"),
     "architectures": (
         "pydeltamem.cli.architectures",
-        "list what takes a memory, what was verified and what is refused",
+        "list which architectures take an adapter, and how that is known",
     ),
     "inspect": ("pydeltamem.cli.inspect", "show what an adapter, model or memory file holds"),
-    "generate": ("pydeltamem.cli.generate", "read a prompt and write on"),
+    "generate": ("pydeltamem.cli.generate", "continue a prompt"),
     "chat": ("pydeltamem.cli.chat", "talk to a model that remembers"),
     "demo": ("pydeltamem.cli.demo", "tell the small model of the package some facts and ask for them later"),
     "memory": ("pydeltamem.cli.memory", "show, compare, copy and export memories"),
-    "train": ("pydeltamem.cli.train", "train a memory on a frozen model"),
+    "train": ("pydeltamem.cli.train", "train an adapter for a frozen model"),
     "eval": ("pydeltamem.cli.eval", "measure what a memory recalls once the text is gone"),
-    "rpc-server": ("pydeltamem.cli.rpc_server", "serve this machine's memory and processors to others (--rpc there)"),
-    "bench": ("pydeltamem.cli.bench", "time a model with and without its memory"),
+    "rpc-server": ("pydeltamem.cli.rpc_server", "serve this machine's RAM and processors to others (--rpc there)"),
+    "bench": ("pydeltamem.cli.bench", "time a model with and without its adapter"),
 }
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = [*argv[1:], "--help"]
     parser = Parser(
         prog="deltamem",
-        description="δ-mem for llama.cpp: language models with a memory that learns as it reads.",
+        description="δ-mem for llama.cpp: language models with a memory that learns from every token.",
         epilog="deltamem help COMMAND says what a command takes.",
     )
     parser.add_argument("--version", action="version", version=f"deltamem {__version__}")

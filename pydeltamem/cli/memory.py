@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         snapshot = MemorySnapshot.load(args.source)
         with MemoryFileLock(args.target):  # whoever saves to it would soon replace the copy
             if os.path.exists(args.target) and not args.force:
-                raise InputError(f"{args.target}: is there already: name another file, or add --force")
+                raise InputError(f"{args.target}: exists: name another file, or add --force")
             snapshot.save(args.target)
     else:
         snapshot = MemorySnapshot.load(args.file)

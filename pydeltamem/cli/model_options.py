@@ -70,7 +70,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     group = parser.add_argument_group("memory")
     group.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
     group.add_argument("--no-memory", action="store_true", help="run the plain model")
-    group.add_argument("--no-write", action="store_true", help="read memory, do not write it")
+    group.add_argument("--no-write", action="store_true", help="tokens read the memory and do not write it")
     group.add_argument("--load-memory", metavar="FILE", help="start from this memory")
     group.add_argument("--save-memory", metavar="FILE", help="save the memory at the end, also after Ctrl-C")
     return group

@@ -1,4 +1,4 @@
-"""`deltamem rpc-server`: serves this machine's memory and processors to others."""
+"""`deltamem rpc-server`: serves this machine's RAM and processors to others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         print(
-            f"Whoever reaches {args.host}:{args.port} can use this process and its memory: keep it off open networks.",
+            f"Whoever reaches {args.host}:{args.port} can use this process and its RAM: keep it off open networks.",
             flush=True,
         )
     serve(args.host, args.port, args.threads)

@@ -23,35 +23,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model, which stays as it is: a GGUF, its name (deltamem pull), or a Hugging Face directory",
     )
     parser.add_argument("data", metavar="FILE.jsonl", help="conversations, one in a line: docs/how-to/train.md")
-    parser.add_argument("-o", "--out", metavar="DIR", required=True, help="checkpoint directory to write")
+    parser.add_argument("-o", "--out", metavar="DIR", required=True, help="directory for the PyTorch checkpoint")
 
-    memory = parser.add_argument_group("memory")
-    memory.add_argument(
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument(
         "--strategy", choices=tuple(STRATEGIES),
         help="every token writes (tsw), the mean of a message (ssw), every token to several heads (msw); tsw, or that"
         " of --init",
     )  # fmt: skip
-    memory.add_argument("--rank", type=positive, metavar="R", help="rank of the state (8)")
-    memory.add_argument("--heads", type=positive, metavar="H", help="state heads (1; 4 for msw)")
-    memory.add_argument("--corrections", metavar="QKVO", help="projections that are corrected (qo)")
-    memory.add_argument("--layers", type=integers, metavar="N,...", help="layers with memory (all)")
-    memory.add_argument("--alpha", type=positive_number, metavar="X", help="scale of a correction: alpha / rank (16)")
-    memory.add_argument(
+    adapter.add_argument("--rank", type=positive, metavar="R", help="rank of the state (8)")
+    adapter.add_argument("--heads", type=positive, metavar="H", help="state heads (1; 4 for msw)")
+    adapter.add_argument("--corrections", metavar="QKVO", help="projections that are corrected (qo)")
+    adapter.add_argument("--layers", type=integers, metavar="N,...", help="layers with memory (all)")
+    adapter.add_argument("--alpha", type=positive_number, metavar="X", help="scale of a correction: alpha / rank (16)")
+    adapter.add_argument(
         "--write-bias", type=finite, metavar="X",
-        help="initial bias of the write gate; lower: the memory starts out forgetting less (-1.5, or that of --init)",
+        help="initial bias of the write gate; lower: writes replace less at first (-1.5, or that of --init)",
     )  # fmt: skip
 
-    memory.add_argument(
+    adapter.add_argument(
         "--update", choices=("standard", "lambda_outside", "no_lambda"),
         help="what a write does to the rest of the state; no_lambda: nothing (standard)",
     )  # fmt: skip
 
-    memory.add_argument(
+    adapter.add_argument(
         "--heads-gain", type=positive_number, metavar="X",
         help="begin as the model's own copying heads, X times as strong (without it: with no correction at all)",
     )  # fmt: skip
 
-    memory.add_argument(
+    adapter.add_argument(
         "--start", choices=("zero", "random", "base_slice", "base_slice_fixed"),
         help="initial corrections without --heads-gain; the publication: base_slice_fixed (zero)",
     )  # fmt: skip
@@ -59,15 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--dtype", choices=DTYPES, default=Options.dtype,
-        help="of the frozen model; auto: bfloat16 of a GGUF where the processor multiplies it (%(default)s)",
+        help="type of the frozen weights; auto: bfloat16 of a GGUF where the processor multiplies it (%(default)s)",
     )  # fmt: skip
     training.add_argument(
         "--form", choices=("auto", "packed", "padded"), default=Options.form,
-        help="of a step: conversations end to end, or side by side by the model's own modules (%(default)s)",
+        help="how a step is computed: conversations end to end, or padded, by the model's own modules (%(default)s)",
     )  # fmt: skip
     training.add_argument(
         "--short-first", type=share, default=Options.short_first, metavar="X",
-        help="share of the steps in which longer and longer conversations come in (%(default)s; 0: all from the start)",
+        help="share of the steps in which longer conversations are added little by little (%(default)s; 0: none)",
     )  # fmt: skip
     training.add_argument(
         "--steps", type=positive, default=Options.steps, metavar="N", help="steps of training (%(default)s)"
@@ -78,15 +78,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--rate", type=positive_number, default=Options.rate, metavar="X", help="highest learning rate (%(default)s)"
     )
-    training.add_argument("--warm-up", type=positive, default=Options.warm_up, metavar="N", help="steps (%(default)s)")
     training.add_argument(
-        "--schedule", choices=tuple(SCHEDULES), default=Options.schedule, help="of the rate after that (%(default)s)"
+        "--warm-up",
+        type=positive,
+        default=Options.warm_up,
+        metavar="N",
+        help="steps in which the rate rises (%(default)s)",
+    )
+    training.add_argument(
+        "--schedule",
+        choices=tuple(SCHEDULES),
+        default=Options.schedule,
+        help="of the rate after the warm-up (%(default)s)",
     )
     training.add_argument(
         "--gate-weight", type=positive_number, metavar="X",
         help="weight of (mean write gate - --gate-mean)² in the loss; the publication: 0.01 (without it: none)",
     )  # fmt: skip
-    training.add_argument("--gate-mean", type=finite, default=Options.gate_mean, metavar="X", help="(%(default)s)")
+    training.add_argument(
+        "--gate-mean", type=finite, default=Options.gate_mean, metavar="X", help="see --gate-weight (%(default)s)"
+    )
     training.add_argument(
         "--visible", type=share, default=Options.visible, metavar="P",
         help="share of the conversations whose text stays before the questions (%(default)s)",
@@ -101,11 +112,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     training.add_argument(
         "--teacher-share", type=positive_number, default=Options.teacher_share, metavar="X",
-        help="of the loss that is the teacher's; 1: all of it (%(default)s)",
+        help="share of the loss that comes from the teacher; 1: all of it (%(default)s)",
     )  # fmt: skip
     training.add_argument(
         "--dropout", type=share, default=Options.dropout, metavar="P",
-        help="share of the features of its input that the memory does without, other ones each time (%(default)s)",
+        help="share of its input's features that the adapter does without, other ones each time (%(default)s)",
     )  # fmt: skip
     training.add_argument(
         "--clip",
@@ -119,10 +130,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=Options.max_tokens,
         metavar="N",
-        help="last ones of the earlier turns (%(default)s)",
+        help="tokens of the earlier turns that are decoded, the last ones (%(default)s)",
     )
     training.add_argument(
-        "--tail", type=count, default=Options.tail, metavar="N", help="messages before the question left visible"
+        "--tail",
+        type=count,
+        default=Options.tail,
+        metavar="N",
+        help="messages before the question whose text stays (%(default)s)",
     )
     training.add_argument("--seed", type=count, default=Options.seed, help="seed of weights and batches (%(default)s)")
     training.add_argument(
@@ -130,10 +145,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=Options.save_every,
         metavar="N",
-        help="steps between checkpoints (%(default)s)",
+        help="steps between saves (%(default)s)",
     )
     training.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch's name of it (%(default)s)"
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device, as PyTorch names it (%(default)s)",
     )
     training.add_argument(
         "--eval-every", type=positive, metavar="N",
@@ -144,18 +161,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=Options.eval_questions,
         metavar="N",
-        help="questions of those (%(default)s)",
+        help="held-out questions each time (%(default)s)",
     )
     training.add_argument("--base", metavar="FILE", help="the model as GGUF, for --eval-every (MODEL, if that is one)")
     training.add_argument(
-        "--init", metavar="DIR", help="begin with the weights of this checkpoint, perhaps of another --strategy"
+        "--init", metavar="DIR", help="begin with the weights of this PyTorch checkpoint, perhaps of another --strategy"
     )
     training.add_argument(
         "--init-gain",
         type=positive_number,
         default=Options.init_gain,
         metavar="X",
-        help="times what that writes (%(default)s)",
+        help="factor on what the adapter of --init writes (%(default)s)",
     )
 
 
@@ -175,7 +192,7 @@ def print_report(report: Report, console: Any) -> None:
     table = Table(box=None, show_header=False)
     table.add_row("checkpoint", report.out)
     table.add_row("parameters", f"{report.parameters:,}")
-    table.add_row("steps, tokens read", f"{report.steps:,}, {report.tokens:,}")
+    table.add_row("steps, tokens decoded", f"{report.steps:,}, {report.tokens:,}")
     table.add_row(
         "time", f"{report.seconds / 60:.1f} minutes, {report.tokens / max(report.seconds, 1e-9):,.0f} tokens/s"
     )

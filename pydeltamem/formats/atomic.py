@@ -81,7 +81,7 @@ def is_stream(path: Path) -> bool:
 
 
 def leftovers(path: str | os.PathLike[str]) -> list[Path]:
-    """Temporary files that killed processes left behind for `path`."""
+    """Temporary files that killed processes left for `path`."""
     target = Path(os.path.realpath(path))
     return list(target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"))
 

@@ -29,8 +29,8 @@ IN_ORDER = frozenset({
     "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen35", "qwen35moe", "qwen3moe", "qwen3next", "qwen3vl", "qwen3vlmoe",
     "seed_oss", "smallthinker", "stablelm", "starcoder2", "step35", "talkie",
 })  # fmt: skip
-# Its converter multiplies these weights by what Hugging Face multiplies activations by, in front of the projections and
-# behind them: the memory's own weights would need that too.
+# Its converter multiplies these weights by what Hugging Face multiplies activations by, before the projections and
+# after them: the adapter's weights would need that too.
 RESCALED = frozenset({"falcon-h1"})
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
@@ -89,7 +89,7 @@ class Base:
         """Brings the rows of a q or k correction, [rows, n], into this file's order; those of v and o are in it."""
         if self.architecture in RESCALED:
             raise ModelError(
-                f"{self.path}: no memory can be converted for architecture '{self.architecture}', whose weights are "
+                f"{self.path}: no adapter can be converted for architecture '{self.architecture}', whose weights are "
                 "rescaled in GGUF files"
             )
         mrope = self.architecture == "glm4" and "glm4.rope.dimension_sections" in self._keys  # has an order of its own

@@ -142,8 +142,8 @@ class Checkpoint:
         self.directory = Path(directory)
         if not os.path.isdir(self.directory):
             is_there = os.path.exists(self.directory)
-            what = "is a file, not a checkpoint directory" if is_there else "no such checkpoint directory"
-            raise CheckpointError(f"{named(self.directory)}: {what}")
+            what = "is a file, not the directory of" if is_there else "no such directory; it must hold"
+            raise CheckpointError(f"{named(self.directory)}: {what} a PyTorch checkpoint")
         self.config = read_config(self.directory / CONFIG)
         self.path = _weights_file(self.directory)
         self.tensors = _read_tensors(self.path)
@@ -203,7 +203,7 @@ def read_config(path: Path) -> Config:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a checkpoint directory holds {CONFIG} and {WEIGHTS[0]}") from None
+        raise CheckpointError(f"{path}: no such file; a PyTorch checkpoint is {CONFIG} and {WEIGHTS[0]}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not a readable JSON file ({shown(error)})") from error
     if not isinstance(fields, dict):

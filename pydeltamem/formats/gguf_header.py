@@ -189,7 +189,7 @@ class _Parser:
         start = -(-self.at // alignment) * alignment
 
         tensors: dict[str, Tensor] = {}
-        expected: int | None = 0  # llama.cpp takes tensors one behind the other only
+        expected: int | None = 0  # llama.cpp takes tensors only one after the other
         for name, shape, kind, offset in entries:
             tensor = Tensor(name, shape, kind, start + offset, self.path)
             if name in tensors:

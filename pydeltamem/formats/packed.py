@@ -1,7 +1,7 @@
 """Packed models: base and adapter in one GGUF that loads as one model, and both back again.
 
 The base's keys and tensors come first, as they are; the adapter's follow. Keys of the adapter that are not `deltamem.…`
-are kept as `deltamem.packed.…`, so that unpacking gives back both files byte for byte. Nothing is held in memory but
+are kept as `deltamem.packed.…`, so that unpacking gives back both files byte for byte. Nothing is held in RAM but
 headers. What is read may be in shards, and what is packed may be written in shards, as llama-gguf-split makes them.
 """
 
@@ -55,42 +55,42 @@ def pack(
     Raises ModelError or AdapterError if they are damaged or do not belong together, InputError if `path` is one of
     them, OutputError if it cannot be written.
     """
-    model, memory = Header.of_model(base), Header(adapter)
+    model, weights = Header.of_model(base), Header(adapter)
     if model.keys.get("general.type") == "adapter":
         raise ModelError(f"{model.path}: is an adapter, not a model: give the base first, then the adapter")
     if "deltamem.version" in model.keys:
         raise ModelError(f"{model.path}: is packed already: unpack it first")
-    if memory.keys.get("adapter.type") != "deltamem":
-        raise AdapterError(f"{memory.path}: is no δ-mem adapter")
-    _check_fit(Base(base), memory)
+    if weights.keys.get("adapter.type") != "deltamem":
+        raise AdapterError(f"{weights.path}: is no δ-mem adapter")
+    _check_fit(Base(base), weights)
     keys = [_key(model, key) for key in model.keys if not key.startswith(SPLIT)]
-    keys += [_key(memory, key, key if key.startswith(PREFIX) else OTHERS + key) for key in memory.keys]
-    tensors = [*model.tensors.values(), *memory.tensors.values()]
+    keys += [_key(weights, key, key if key.startswith(PREFIX) else OTHERS + key) for key in weights.keys]
+    tensors = [*model.tensors.values(), *weights.tensors.values()]
     if max_size is None and max_tensors is None:
         parts = {Path(path): Part(keys, tensors, model.version, model.alignment, MODEL)}
     else:
         parts = _shards(path, keys, tensors, model, max_size, max_tensors)
     for part in parts:
-        refuse_inputs(part, (*model.files, memory.path))
+        refuse_inputs(part, (*model.files, weights.path))
     _write(parts, advance)
     return list(parts)
 
 
-def _check_fit(base: Base, memory: Header) -> None:
+def _check_fit(base: Base, weights: Header) -> None:
     """Raises AdapterError if the adapter is for another model, as loading it would."""
     for key, mine, theirs in (
-        ("architecture", base.architecture, memory.keys.get("general.architecture")),
-        ("embedding_length", base.n_embd, memory.keys.get("deltamem.base.embedding_length")),
-        ("block_count", base.n_layer, memory.keys.get("deltamem.base.block_count")),
+        ("architecture", base.architecture, weights.keys.get("general.architecture")),
+        ("embedding_length", base.n_embd, weights.keys.get("deltamem.base.embedding_length")),
+        ("block_count", base.n_layer, weights.keys.get("deltamem.base.block_count")),
     ):
         if mine != theirs:
-            raise AdapterError(f"{memory.path}: is for another model than {base.path}: {key} {theirs}, not {mine}")
+            raise AdapterError(f"{weights.path}: is for another model than {base.path}: {key} {theirs}, not {mine}")
     for i, layer in enumerate(base.layers):
         for head in "qkvo":
-            tensor = memory.tensors.get(f"blk.{i}.deltamem_{head}.weight")
+            tensor = weights.tensors.get(f"blk.{i}.deltamem_{head}.weight")
             if tensor and tensor.shape[0] != layer.rows(head):
                 raise AdapterError(
-                    f"{memory.path}: is for another model than {base.path}: {tensor.name} has {tensor.shape[0]} rows, "
+                    f"{weights.path}: is for another model than {base.path}: {tensor.name} has {tensor.shape[0]} rows, "
                     f"the projection {layer.rows(head)}"
                 )
 

@@ -1,4 +1,4 @@
-"""Which architectures take a memory, asked of the library itself.
+"""Which architectures take an adapter, asked of the library itself.
 
 For each architecture that the built llama.cpp knows, another process makes a tiny model, with the hyperparameters that
 llama.cpp's own tests have for it, and attaches an adapter to each of its layers, as it is done with any model. The tiny
@@ -30,11 +30,11 @@ RESULTS = Path(__file__).with_name("architectures.json")
 
 # what is said of an architecture, and on what that rests
 STATUSES = {
-    "verified": "every layer of a tiny model takes a memory, and others have the numbers of PyTorch",
-    "supported": "every layer of a tiny model takes a memory",
-    "in part": "some layers of a tiny model take a memory, or some corrections",
-    "refused": "no layer of a tiny model takes a memory, or llama.cpp runs no such model",
-    "unknown": "llama.cpp's tests make no tiny model to ask; attaching a memory to a real one tells",
+    "verified": "every layer of a tiny model takes an adapter, and other models have the numbers of PyTorch",
+    "supported": "every layer of a tiny model takes an adapter",
+    "in part": "some layers of a tiny model take an adapter, or some corrections",
+    "refused": "no layer of a tiny model takes an adapter, or llama.cpp runs no such model",
+    "unknown": "llama.cpp's tests make no tiny model to ask; attaching an adapter to a real one tells",
 }
 
 

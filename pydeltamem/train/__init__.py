@@ -1,13 +1,13 @@
 """Trains an adapter on a frozen model, as the paper does (`deltamem train`).
 
-Of each conversation the earlier turns are read with writes on; their text is thrown away; the last turn is answered
-with only the state and a visible tail, and the next-token loss of the answer trains the memory's weights. Gradients go
+Of each conversation the earlier turns are decoded with writes on; their text is thrown away; the last turn is answered
+with only the state and a visible tail, and the next-token loss of the answer trains the adapter's weights. Gradients go
 through the state, over all the tokens that wrote it. The result is a published checkpoint for `deltamem convert`.
 
     trainer.py        the run                     options.py         what it can be asked for
     objective.py      its loss                    report.py          what it came to
     conversations.py  lines of a file as tokens   tokenizer.py       those of a GGUF
-    reference.py      the memory in PyTorch       model.py           the frozen model, of a directory or a GGUF
+    reference.py      δ-mem in PyTorch            model.py           the frozen model, of a directory or a GGUF
     packed.py         a step, conversations end to end (kernels.py: what it does between products)
     padded.py         a step by hooks on the model, the reference of packed.py
     heads.py          initial weights             recall.py          what the native runtime recalls, while it trains

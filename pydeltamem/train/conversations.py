@@ -32,7 +32,7 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation as tokens: what is read into the memory, and what is asked once its text is gone."""
+    """A conversation as tokens: what is decoded first, and what is asked once its text is gone."""
 
     earlier: list[int]
     segments: list[int]  # of each of those tokens, the message that it belongs to
@@ -48,7 +48,7 @@ class Conversations:
         path: the file.
         tokenizer: of transformers, with a chat template.
         tail: messages before a question that stay visible.
-        max_tokens: last ones of the earlier turns that are read.
+        max_tokens: last ones of the earlier turns that are decoded.
         teacher: whether a question may lack its answer, which is then an empty list of tokens.
 
     Raises InputError, naming file and line.

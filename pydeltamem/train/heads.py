@@ -1,4 +1,4 @@
-"""Initial weights by which a memory reads and writes as the model's own copying heads do."""
+"""Initial weights by which an adapter reads and writes as the model's own copying heads do."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .reference import DeltaMem, find_attention
 
 @torch.no_grad()
 def start_from_heads(memory: DeltaMem, model: Any, gain: float = 1.0) -> None:
-    """Initial weights by which the memory reads and writes as the model's own copying heads do.
+    """Initial weights by which the adapter reads and writes as the model's own copying heads do.
 
     A head's value and output weights make one matrix, which maps what stands at a token to what attending to it adds;
     its query and key weights make another, by which it matches (Elhage et al., A mathematical framework for transformer
     circuits, 2021; without rotary positions and norms). In each layer the half of the heads is taken whose first
-    matrix best maps tokens to themselves. The memory's heads get the leading singular directions of both.
+    matrix best maps tokens to themselves. Its state heads get the leading singular directions of both.
 
     Both matrices are products of two narrow ones, so that their singular directions cost no more than a head's width.
     """

@@ -1,4 +1,4 @@
-"""The loss of one step: what the memory's answers are to be, of the file or of a teacher, in either form of a step."""
+"""The loss of one step: what the answers are to be, of the file or of a teacher, in either form of a step."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ TEACHER_ANSWER = 48  # tokens that a teacher writes at most
 
 
 class Objective:
-    """The loss of a memory on a frozen model.
+    """The loss of an adapter on a frozen model.
 
-    packed: the fast form of a step, if model and memory have one; else None, and the padded form runs.
+    packed: the fast form of a step, if model and adapter have one; else None, and the padded form runs.
 
     Raises InputError if an option needs the packed form and there is none.
     """

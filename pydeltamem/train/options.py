@@ -1,4 +1,4 @@
-"""What `deltamem train` can be asked for, and the memory that this makes."""
+"""What `deltamem train` can be asked for, and the configuration of the adapter that follows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Options:
     data: str  # JSON lines
     out: str  # directory of the checkpoint
 
-    # the memory; of --init all but strategy and write_bias are the checkpoint's
+    # the adapter; of --init all but strategy and write_bias are the checkpoint's
     strategy: str | None = None
     rank: int | None = None
     heads: int | None = None
@@ -71,8 +71,8 @@ class Options:
     eval_questions: int = 100
     base: str | None = None  # the model as GGUF, for eval_every
 
-    def memory(self) -> DeltaMemConfig:
-        """The memory that is asked for. Raises InputError, which names the option."""
+    def adapter(self) -> DeltaMemConfig:
+        """The adapter that is asked for. Raises InputError, which names the option."""
         granularity, heads = STRATEGIES[self.strategy or "tsw"]
         corrections = tuple((self.corrections or "qo").lower())
         if self.teacher_share > 1:

@@ -1,9 +1,9 @@
 """Conversations laid end to end, in one pass: what `deltamem train` runs.
 
 The earlier turns of every conversation, the beginning that its questions share, and each question with its answer are
-runs of one row of tokens. Nothing is filled up and nothing is read twice: attention stays within a text, and the state
-goes from the earlier turns to the questions' beginning and from there to each question on its own. `answer_logits`
-(padded.py) computes the same by hooks on the model, padded, for any decoder: it is the reference beside this.
+runs of one row of tokens. Nothing is filled up and nothing is decoded twice: attention stays within a text, and the
+state goes from the earlier turns to the questions' beginning and from there to each question on its own. padded.py
+computes the same by hooks on the model, for any decoder: it is the reference beside this.
 
 Known decoders only (FAMILIES): the model's own modules are not called, their weights are.
 """
@@ -42,7 +42,7 @@ class PackedBatch:
 
     @classmethod
     def of(cls, examples: Sequence[Example], device: str = "cpu", memory: bool = True) -> PackedBatch:
-        """memory False: the text stays before every question, as a teacher without a memory reads it."""
+        """memory False: the text stays before every question, as a teacher without an adapter decodes it."""
         ids: list[int] = []
         positions: list[int] = []
         begin: list[int] = []
@@ -106,11 +106,11 @@ def _visible(origin: int, end: int, own: Sequence[tuple[int, int]], device: str)
 
 
 class PackedModel:
-    """A frozen decoder and its memory, for packed batches.
+    """A frozen decoder and its adapter, for packed batches.
 
     Args:
         model: of one of FAMILIES; `refusal` says whether it is.
-        memory: on that model. Its hooks may stay: the model's modules are not called.
+        memory: of that model. Its hooks may stay: the model's modules are not called.
     """
 
     def __init__(self, model: Any, memory: DeltaMem):

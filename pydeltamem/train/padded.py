@@ -16,7 +16,9 @@ from .reference import DeltaMem
 
 @dataclass
 class Batch:
-    """Examples side by side. Earlier turns and answers are filled up behind, questions before; that writes nothing."""
+    """Examples side by side. Earlier turns and answers are filled up at the end, questions at the beginning: fillers
+    write nothing.
+    """
 
     earlier: Tensor  # [B, T]
     segments: Tensor  # [B, T], -1: filler
@@ -55,7 +57,7 @@ def answer_logits(model: Any, memory: DeltaMem, batch: Batch) -> Tensor:
     # one state for all if nothing was written
     memory.state = memory.state.expand(-1, len(batch.earlier), *memory.state.shape[2:])[:, batch.owner]
 
-    # the question is an ingest of its own, and so is each token of the answer; what fillers write nobody reads
+    # the question is an ingest of its own, and so is each token of the answer; what fillers write is not used
     mask = batch.question_segments >= 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     with memory.segments(batch.question_segments):

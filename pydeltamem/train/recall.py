@@ -1,4 +1,4 @@
-"""What the native runtime answers to held-out questions with the text gone, while a memory is trained."""
+"""What the native runtime answers to held-out questions with the text gone, while an adapter is trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NativeRecall:
     """Held-out conversations, asked greedily of the GGUF itself.
 
     Args:
-        base: the GGUF that the memory is for.
+        base: the GGUF that the adapter is for.
         examples: conversations as tokens; of their questions the first `n` that have an answer are asked.
 
     Raises InputError if there is nothing to ask.

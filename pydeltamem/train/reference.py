@@ -1,4 +1,4 @@
-"""δ-mem in PyTorch: the recurrence token by token, two faster forms to train with, and hooks that give a memory to
+"""δ-mem in PyTorch: the recurrence token by token, two faster forms to train with, and hooks that put it on
 any Hugging Face decoder. The native side is tested against it.
 
     memory = DeltaMem.from_checkpoint(model, "adapter")
@@ -394,7 +394,7 @@ class LayerMemory(nn.Module):
 
 
 class DeltaMem(nn.Module):
-    """A memory on a Hugging Face decoder: the parameters of its layers, and hooks on the model's projections.
+    """δ-mem on a Hugging Face decoder: the adapter's parameters, the state, and hooks on the model's projections.
 
     Args:
         model: any decoder of transformers. Its weights stay as they are; freezing them is the caller's.
@@ -425,7 +425,7 @@ class DeltaMem(nn.Module):
         missing = [i for i in self.layers if i not in attentions]
         if missing or not self.layers:
             which = f"layer {missing[0]}" if missing else "any layer"
-            raise ModelError(f"{type(model).__name__}: has no attention in {which}: no memory can be put there")
+            raise ModelError(f"{type(model).__name__}: has no attention in {which}: no adapter can be put there")
         memories = nn.ModuleList(LayerMemory(self.config, attentions[i]) for i in self.layers)
         self.memories = cast("Sequence[LayerMemory]", memories)
         self._states: list[Tensor | None] = [None] * len(self.layers)
@@ -477,7 +477,7 @@ class DeltaMem(nn.Module):
         try:
             yield
             if any(done != ids.shape[-1] for done in ingest.done):
-                raise InputError(f"segments: {ids.shape[-1]} ids, but the model read {max(ingest.done)} tokens")
+                raise InputError(f"segments: {ids.shape[-1]} ids, but the model decoded {max(ingest.done)} tokens")
             for i, memory in enumerate(self.memories):
                 if (total := ingest.sums[i]) is not None:
                     self._run(i, memory.activate(*_means(total)))
@@ -486,7 +486,7 @@ class DeltaMem(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, model: nn.Module, directory: str | Path, **arguments: Any) -> DeltaMem:
-        """The memory of a published checkpoint directory, on that model. Raises CheckpointError or ModelError."""
+        """A published checkpoint directory, on that model. Raises CheckpointError or ModelError."""
         checkpoint = Checkpoint(directory)
         fields = json.loads((checkpoint.directory / CONFIG).read_text(encoding="utf-8"))
         initial = ("beta_bias_init", "output_init", "base_slice_ref_width", "delta_scale_init")

@@ -41,7 +41,7 @@ class Report:
 
 @torch.no_grad()
 def measure(objective: Objective, examples: Sequence[Example]) -> HeldOut:
-    """Measures a memory on conversations, a batch at a time."""
+    """Measures an adapter on conversations, a batch at a time."""
     objective.memory.eval()
     size = objective.options.batch
     sums, count = [0.0] * 4, 0
