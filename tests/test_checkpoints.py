@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pydeltamem.runtime import library
+from refusals import check_names, refuses
 from session import open_session
 
 TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88, 200, 31]
@@ -61,30 +62,30 @@ def test_they_hold_for_one_batch(base, adapter):
         session.decode([(14, 0)])
         assert kept(session, 0).any()
         session.decode([(15, 0)])
-        with pytest.raises(RuntimeError, match="the last batch left 0 checkpoints"):
+        with refuses(RuntimeError, "0 checkpoints"):
             kept(session, 0)
 
 
 @pytest.mark.parametrize(
-    ("marks", "says"),
+    ("marks", "names"),
     [
-        (list(range(17)), "17 checkpoints were asked for, a batch keeps 0 to 16"),
-        ([3, 3], "must ascend from 0"),
-        ([3, 1], "must ascend from 0"),
-        ([-1], "must ascend from 0"),
+        (list(range(17)), ["17 checkpoints", 16]),
+        ([3, 3], ["checkpoints", 0]),
+        ([3, 1], ["checkpoints", 0]),
+        ([-1], ["checkpoints", 0]),
     ],
 )
-def test_what_cannot_be_asked_for(base, adapter, marks, says):
+def test_what_cannot_be_asked_for(base, adapter, marks, names):
     with open_session(base(), adapter("qwen3", "tsw_qo")) as session:
         assert ask(session, marks) == -1
-        assert says in library.last_error()
+        check_names(library.last_error(), names)
         session.decode([(14, 0)])
 
 
 def test_a_checkpoint_beyond_the_batch(base, adapter):
     with open_session(base(), adapter("qwen3", "tsw_qo")) as session:
         assert ask(session, [5]) == 0
-        with pytest.raises(RuntimeError, match="after token 5 was asked for, the batch has 1"):
+        with refuses(RuntimeError, "token 5", 1):
             session.decode([(14, 0)])
         assert not session.state(0).any()
         session.n_past[0] = 0

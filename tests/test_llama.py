@@ -11,8 +11,9 @@ import pytest
 from llama_cpp import LLAMA_POOLING_TYPE_MEAN, Llama, LlamaGrammar
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-from pydeltamem import AdapterError, DeltaMemError, DeltaMemLlama, InputError, ModelError
+from pydeltamem import AdapterError, DecodeError, DeltaMemError, DeltaMemLlama, InputError, ModelError
 from pydeltamem.formats.gguf_header import Header
+from refusals import refuses
 
 TOKENS = [5, 17, 40, 99, 7, 63, 120, 5, 17, 88, 200, 31]
 MESSAGES = [{"role": "system", "content": "short"}, {"role": "user", "content": "hello there"}]
@@ -208,7 +209,7 @@ def test_failed_eval_leaves_everything_as_it_was(make_llm, monkeypatch):
         decode(ctx, batch)
 
     monkeypatch.setattr(type(llm._ctx), "decode", fail_second)
-    with pytest.raises(RuntimeError, match="llama_decode"):
+    with refuses(DecodeError, "llama_decode returned 1"):
         llm.eval([9, 8, 7, 6, 5, 4])
     monkeypatch.undo()
     assert len(calls) == 2
@@ -225,30 +226,30 @@ def test_failed_eval_leaves_everything_as_it_was(make_llm, monkeypatch):
 
 def test_eval_beyond_the_context(make_llm):
     llm = make_llm(n_ctx=256)
-    with pytest.raises(InputError, match="do not fit"):
+    with refuses(InputError, "257 tokens", "256", "n_ctx"):
         llm.eval([5] * 257)
     assert llm.n_tokens == 0 and not llm.memory.state.any()
 
 
 @pytest.mark.parametrize(
-    ("tokens", "says"),
+    ("tokens", "names"),
     [
-        ([14, -1], "-1 is no token id of this model: they are 0 to "),
-        ([14, 10**6], "1000000 is no token id"),
-        ([2**40], "1099511627776 is no token id"),
-        ([2**70], "whole numbers"),
-        ([14, 1.5], "whole numbers"),
-        (["a"], "whole numbers"),
-        ("abc", "whole numbers"),
-        (None, "whole numbers"),
-        ([[14, 15]], "whole numbers"),
-        ([[14], [15, 16]], "whole numbers"),
+        ([14, -1], [-1, 319]),
+        ([14, 10**6], [10**6, 319]),
+        ([2**40], [2**40, 319]),
+        ([2**70], ["tokens"]),
+        ([14, 1.5], ["tokens"]),
+        (["a"], ["tokens"]),
+        ("abc", ["tokens"]),
+        (None, ["tokens"]),
+        ([[14, 15]], ["tokens"]),
+        ([[14], [15, 16]], ["tokens"]),
     ],
 )
-def test_what_is_no_token(llm, tokens, says):
+def test_what_is_no_token(llm, tokens, names):
     llm.eval(TOKENS)
     state = llm.memory.state
-    with pytest.raises(InputError, match=says):
+    with refuses(InputError, *names):
         llm.eval(tokens)
     assert llm.n_tokens == len(TOKENS)
     np.testing.assert_array_equal(llm.memory.state, state)
@@ -271,7 +272,7 @@ def test_the_context_of_several_texts_is_that_of_the_model_each(make_llm, base):
 @pytest.mark.parametrize("name", ["n_threads", "n_threads_batch"])
 def test_too_many_threads(make_llm, name):
     for n in (513, -1):
-        with pytest.raises(InputError, match=f"{name} is 1 to 512, not {n}"):
+        with refuses(InputError, name, "1 to 512", n):
             make_llm(**{name: n})
 
 
@@ -330,27 +331,27 @@ def test_segments(make_llm, case):
 
 
 @pytest.mark.parametrize(
-    ("segments", "says"),
+    ("segments", "names"),
     [
-        ([0, 0, 1], "3 segment ids were given for 12 tokens"),
-        ([0] * 11 + [-2], "-1 or from 0"),
-        ([0] * 11 + [2**31], "-1 or from 0"),
-        ([1] * 6 + [0] * 6, "must not fall"),
-        ([1, -1, 0] * 4, "must not fall"),
-        ([0.5] * 12, "integers"),
+        ([0, 0, 1], ["3 segment ids", "12 tokens"]),
+        ([0] * 11 + [-2], ["segment ids", -1, 2**31 - 1]),
+        ([0] * 11 + [2**31], ["segment ids", -1, 2**31 - 1]),
+        ([1] * 6 + [0] * 6, ["segment ids"]),
+        ([1, -1, 0] * 4, ["segment ids"]),
+        ([0.5] * 12, ["segment ids", "float64"]),
     ],
 )
-def test_bad_segments(make_llm, segments, says):
+def test_bad_segments(make_llm, segments, names):
     llm = make_llm("ssw_message")
-    with pytest.raises(InputError, match=says):
+    with refuses(InputError, *names):
         llm.eval(TOKENS, segments=segments)
     assert llm.n_tokens == 0 and not llm.memory.state.any()
 
 
 def test_segments_on_another_adapter(make_llm):
-    with pytest.raises(InputError, match="writes per token"):
+    with refuses(InputError, "segments", "per token"):
         make_llm("tsw_qo").eval(TOKENS, segments=[0] * len(TOKENS))
-    with pytest.raises(AdapterError, match="no memory adapter is attached"):
+    with refuses(AdapterError, "segments", "adapter"):
         make_llm(None).eval(TOKENS, segments=[0] * len(TOKENS))
 
 
@@ -363,16 +364,15 @@ def truncated(source, target, keep):
 
 
 def test_bad_model(base, tmp_path, capfd):
-    for path, says in (
-        (tmp_path / "none.gguf", "no such model file"),
-        (tmp_path, "is a folder"),
-        (truncated(base(), tmp_path / "cut.gguf", 900_000), "cannot be loaded: .*corrupted or incomplete"),
-        (truncated(base(), tmp_path / "short.gguf", 300), "cannot be loaded: "),
-        (truncated(base(), tmp_path / "empty.gguf", 0), "cannot be loaded"),
+    for path, *names in (
+        (tmp_path / "none.gguf",),
+        (tmp_path, "folder"),
+        (truncated(base(), tmp_path / "cut.gguf", 900_000), "corrupted or incomplete"),  # llama.cpp's words
+        (truncated(base(), tmp_path / "short.gguf", 300),),
+        (truncated(base(), tmp_path / "empty.gguf", 0),),
     ):
-        with pytest.raises(ModelError, match=says) as info:
+        with refuses(ModelError, path, *names):
             DeltaMemLlama(path, verbose=False)
-        assert str(path) in str(info.value) and "\n" not in str(info.value)
     assert capfd.readouterr().err == ""
 
 
@@ -381,12 +381,12 @@ def test_a_chat_template_that_cannot_be_read(base, tmp_path):
     template = "{% for m in messages %}{{ m['content'] }}"
     script = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", template]
     subprocess.run([*script, str(base()), str(path)], check=True, capture_output=True)
-    with pytest.raises(ModelError, match=r"bad\.gguf: its chat template cannot be read: Unexpected end of template"):
+    with refuses(ModelError, path, "Unexpected end of template"):
         DeltaMemLlama(path, n_ctx=64, verbose=False)
 
 
 def test_an_adapter_is_no_model(adapter):
-    with pytest.raises(ModelError, match=r"tsw_qo.*\.gguf: is a δ-mem adapter: give it as deltamem_path"):
+    with refuses(ModelError, adapter("qwen3", "tsw_qo"), "deltamem_path", "model_path"):
         DeltaMemLlama(adapter("qwen3", "tsw_qo"), verbose=False)
 
 
@@ -411,7 +411,7 @@ def test_bad_adapter(base, adapter, tmp_path, capfd):
 
 
 def test_an_adapter_for_another_architecture_is_named(base, adapter):
-    with pytest.raises(AdapterError, match=r"(?s)smollm3.*qwen3|qwen3.*smollm3"):
+    with refuses(AdapterError, adapter("smollm3", "tsw_qo"), "smollm3", "qwen3"):
         DeltaMemLlama(base("qwen3"), deltamem_path=adapter("smollm3", "tsw_qo"), verbose=False)
 
 
@@ -471,7 +471,7 @@ def test_lazy_names():
 def test_going_back_has_no_logits(llm):
     llm.eval([14, 17, 40, 99])
     llm.n_tokens = 2
-    with pytest.raises(InputError, match="eval tokens first"):
+    with refuses(InputError, "logits", "eval"):
         _ = llm.logits
     following = next(llm.generate([14, 17], temp=0))
     llm.reset()
@@ -484,7 +484,7 @@ def test_logits_follow_the_latest_token(base, adapter):
         model_path=str(base()), deltamem_path=str(adapter("qwen3", "tsw_qo")), n_ctx=64, logits_all=True, verbose=False
     )
     last = DeltaMemLlama(model_path=str(base()), deltamem_path=str(adapter("qwen3", "tsw_qo")), n_ctx=64, verbose=False)
-    with pytest.raises(InputError, match="eval tokens first"):
+    with refuses(InputError, "logits", "eval"):
         _ = last.logits
     for tokens in ([3, 4, 5], [6]):
         with_all.eval(tokens)
@@ -492,5 +492,5 @@ def test_logits_follow_the_latest_token(base, adapter):
         np.testing.assert_array_equal(with_all.logits, with_all.scores[with_all.n_tokens - 1])
         np.testing.assert_allclose(last.logits, with_all.logits, rtol=0, atol=1e-5)  # a product of another shape
     last.reset()
-    with pytest.raises(InputError, match="eval tokens first"):
+    with refuses(InputError, "logits", "eval"):
         _ = last.logits

@@ -18,6 +18,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from llama_cpp.llama_tokenizer import LlamaHFTokenizer, LlamaTokenizer
 
 from pydeltamem import DeltaMemLlama, InputError, ModelError
+from refusals import refuses
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "llama-methods.md"
 TOKENS = [5, 17, 40, 99, 7, 63, 120, 5, 17, 88, 200, 31]
@@ -72,7 +73,7 @@ def test_special_tokens(llm):
 @pytest.mark.parametrize("token", [-1, 320, 10**6])
 def test_bytes_of_no_token(llm, token):
     for detokenize in (llm.detokenize, llm.tokenizer().detokenize):
-        with pytest.raises(InputError, match=str(token)):
+        with refuses(InputError, token):
             detokenize([5, token])
 
 
@@ -116,9 +117,10 @@ def test_sizes(llm, base):
 def test_pointers(make_llm):
     llm = make_llm()
     assert llm.ctx and llm.model
+    path = llm.model_path
     llm.close()
     for name in ("ctx", "model"):
-        with pytest.raises(ModelError, match="closed"):
+        with refuses(ModelError, path, "closed"):
             getattr(llm, name)
 
 
@@ -160,14 +162,14 @@ def test_set_cache(llm):
 
 def test_sample(make_llm):
     llm = make_llm(None)
-    with pytest.raises(InputError, match="no logits"):
+    with refuses(InputError, "logits", "eval"):
         llm.sample()
     llm.eval(TOKENS)
     assert llm.sample(temp=0) == llm.sample(temp=1.0, top_k=1) == llm.logits.argmax()
-    with pytest.raises(InputError, match="logits_all"):
+    with refuses(InputError, "token 3", "logits_all=True"):
         llm.sample(idx=3)
     llm.n_tokens = 5
-    with pytest.raises(InputError, match="no logits"):
+    with refuses(InputError, "logits", "eval"):
         llm.sample()
 
 
@@ -186,7 +188,7 @@ def test_sample_of_an_earlier_token(make_llm):
         grammar = LlamaGrammar.from_string('root ::= "l" "l"', verbose=False)
         assert llm.detokenize([llm.sample(idx=i, temp=0, grammar=grammar)]) in (b"l", b"ll")
     for i in (-1, 12, 500):
-        with pytest.raises(InputError, match=f"token {i} "):
+        with refuses(InputError, f"token {i}"):
             llm.sample(idx=i)
 
 
@@ -249,9 +251,9 @@ def test_a_grammar_that_is_none(make_llm):
     llm = make_llm(None)
     broken = LlamaGrammar.from_string("root ::= other", verbose=False)
     for grammar in (broken, "root ::= other", 5):
-        with pytest.raises(InputError, match="grammar"):
+        with refuses(InputError, "grammar"):
             llm.create_completion("hello", grammar=grammar)
-        with pytest.raises(InputError, match="grammar"):
+        with refuses(InputError, "grammar"):
             llm.create_chat_completion([{"role": "user", "content": "hello"}], grammar=grammar)
     assert llm.create_completion("hello", grammar='root ::= "yes"', max_tokens=9)["choices"][0]["text"] == "yes"
 
@@ -268,9 +270,9 @@ def test_seeds(make_llm):
     llm.set_seed(1)
     assert three(llm) == three(llm) != three(zero)
     for seed in ("1", None, 1.5):
-        with pytest.raises(InputError, match="seed"):
+        with refuses(InputError, "seed", repr(seed)):
             llm.set_seed(seed)
-    with pytest.raises(InputError, match="seed"):
+    with refuses(InputError, "seed", repr("1")):
         llm.create_completion("hello", seed="1")
 
 
@@ -313,7 +315,7 @@ def test_openai_v1(llm, monkeypatch, stream):
 
 def test_a_batch_smaller_than_the_number_of_texts(make_llm):
     """llama.cpp ends the process."""
-    with pytest.raises(InputError, match="n_batch"):
+    with refuses(InputError, "n_batch", "n_seq_max, 4", 2):
         make_llm(n_batch=2, n_seq_max=4)
     assert make_llm(n_batch=4, n_seq_max=4).n_batch == 4
 
@@ -345,7 +347,7 @@ def test_a_pickle_keeps_the_tokenizer_and_the_servers(make_llm, monkeypatch):
 
 def test_half_a_character(make_llm):
     llm = make_llm(None)
-    with pytest.raises(InputError, match="the prompt"):
+    with refuses(InputError, "prompt", "character 6"):
         llm.create_completion("hello \ud800")
-    with pytest.raises(InputError, match="text 1 "):
+    with refuses(InputError, "text 1", "character 0"):
         make_llm(None, embedding=True).embed(["hello", "\udfff"])

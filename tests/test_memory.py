@@ -11,6 +11,7 @@ import pytest
 from pydeltamem import AdapterError, DeltaMemError, InputError, MemoryFileError, ModelError
 from pydeltamem.formats.memory_file import read_memory_file, write_memory_file
 from pydeltamem.runtime import library
+from refusals import refuses
 from test_memory_file import BAD_FILES, bad_file
 
 TOKENS = [5, 17, 40, 99, 7, 63, 120, 5, 17, 88]
@@ -51,22 +52,22 @@ def test_state_is_set(llm):
 
 
 @pytest.mark.parametrize(
-    ("value", "says"),
+    ("value", "names"),
     [
-        (np.zeros((4, 1, 8)), r"shape \(4, 1, 8\)"),
-        (np.zeros((4, 2, 8, 8)), r"shape \(4, 2, 8, 8\)"),
-        (0.0, r"shape \(\)"),
-        (np.full((4, 1, 8, 8), np.nan), "finite"),
-        (np.full((4, 1, 8, 8), np.inf), "finite"),
-        (np.full((4, 1, 8, 8), 1e300), "finite"),
-        ("memory", "numbers"),
-        (None, "shape|finite"),
+        (np.zeros((4, 1, 8)), ["(4, 1, 8)", "(4, 1, 8, 8)"]),
+        (np.zeros((4, 2, 8, 8)), ["(4, 2, 8, 8)", "(4, 1, 8, 8)"]),
+        (0.0, ["()", "(4, 1, 8, 8)"]),
+        (np.full((4, 1, 8, 8), np.nan), ["NaN"]),
+        (np.full((4, 1, 8, 8), np.inf), ["infinite"]),
+        (np.full((4, 1, 8, 8), 1e300), ["infinite"]),
+        ("memory", ["(4, 1, 8, 8)", "'memory'"]),
+        (None, ["state"]),
     ],
 )
-def test_bad_state(llm, value, says):
+def test_bad_state(llm, value, names):
     state = random_state(llm.memory.shape)
     llm.memory.state = state
-    with pytest.raises(InputError, match=says) as info:
+    with refuses(InputError, *names) as info:
         llm.memory.state = value
     assert isinstance(info.value, ValueError) and isinstance(info.value, DeltaMemError)
     np.testing.assert_array_equal(llm.memory.state, state)
@@ -142,10 +143,10 @@ def test_when_a_memory_began(llm, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_load_refuses_and_keeps_the_memory(llm, tmp_path, kind):
     path = tmp_path / "bad.memory"
-    says = bad_file(path, kind)
+    names = bad_file(path, kind)
     llm.eval(TOKENS)
     state = llm.memory.state
-    with pytest.raises(MemoryFileError, match=says):
+    with refuses(MemoryFileError, path, *names):
         llm.memory.load(path)
     np.testing.assert_array_equal(llm.memory.state, state)
 
@@ -159,12 +160,9 @@ def test_load_refuses_another_adapters_memory(llm, make_llm, tmp_path, arch, cas
     other.memory.save(path)
     state = random_state(llm.memory.shape)
     llm.memory.state = state
-    with pytest.raises(
-        MemoryFileError, match=r"other\.memory: the memory of another adapter, .*; attached is "
-    ) as info:
+    adapters = [memory.copy().metadata["adapter"][:12] for memory in (other.memory, llm.memory)]
+    with refuses(MemoryFileError, path, arch, *adapters):
         llm.memory.load(path)
-    assert arch in str(info.value) and other.memory._metadata["adapter"][:12] in str(info.value)
-    assert llm.memory._metadata["adapter"][:12] in str(info.value)
     np.testing.assert_array_equal(llm.memory.state, state)
 
 
@@ -174,10 +172,10 @@ def test_load_refuses_another_adapters_memory(llm, make_llm, tmp_path, arch, cas
 )
 def test_load_refuses_other_shapes(llm, tmp_path, layers, shape):
     path = tmp_path / "a.memory"
-    write_memory_file(path, np.zeros(shape), {**llm.memory._metadata, "layers": layers})
+    write_memory_file(path, np.zeros(shape), {**llm.memory.copy().metadata, "layers": layers})
     llm.eval(TOKENS)
     state = llm.memory.state
-    with pytest.raises(MemoryFileError, match=r"a\.memory: holds layers"):
+    with refuses(MemoryFileError, path, f"layers {layers}", shape):
         llm.memory.load(path)
     np.testing.assert_array_equal(llm.memory.state, state)
 
@@ -230,16 +228,16 @@ def test_without_adapter(make_llm, tmp_path):
         lambda: memory.attach(),
         lambda: memory.detach(),
     ):
-        with pytest.raises(AdapterError, match=r"no memory adapter is attached: .*deltamem_path"):
+        with refuses(AdapterError, "deltamem_path"):
             access()
     assert os.listdir(tmp_path) == []
 
 
 def test_closed_model(llm):
-    memory = llm.memory
+    memory, path = llm.memory, llm.model_path
     llm.close()
     for access in (lambda: memory.state, lambda: memory.reset(), lambda: memory.attach(), lambda: memory.write):
-        with pytest.raises(ModelError, match="the model is closed"):
+        with refuses(ModelError, path, "closed"):
             access()
     assert repr(memory) == "Memory(not attached)"
 
