@@ -71,7 +71,8 @@ def cases(task: str, n: int, seed: int, reader: Reader, data: Path | None) -> It
     Raises InputError if its file is missing or damaged.
     """
     path = file_of(task, data)
-    if reason := missing(task, data):
+    reason = missing(task, data)
+    if path is None or reason:
         raise InputError(reason)
     corpus, draw = CORPORA[task], random.Random(f"{task} {seed}")
     lines = _lines(path)
@@ -116,12 +117,12 @@ def _turns(messages: Sequence[dict[str, str]]) -> tuple[Turn, ...]:
 
 
 def _natural(record: dict[str, Any]) -> Told:
-    asked = [
-        (record["kind"], item["question"], (item["value"],))
-        if item["value"] is not None
-        else ("not told", item["question"], ())
-        for item in record["questions"]
-    ]
+    asked: list[tuple[str, str, tuple[str, ...]]] = []
+    for item in record["questions"]:
+        if item["value"] is not None:
+            asked.append((record["kind"], item["question"], (item["value"],)))
+        else:
+            asked.append(("not told", item["question"], ()))
     return _turns(record["messages"]), asked
 
 

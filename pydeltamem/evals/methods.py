@@ -112,7 +112,7 @@ def _relevance(texts: Sequence[str], question: str) -> npt.NDArray[np.float32]:
         return np.zeros(len(texts), dtype=np.float32)
     search = bm25s.BM25()
     search.index(words, show_progress=False)
-    return search.get_scores(asked)
+    return np.asarray(search.get_scores(asked), dtype=np.float32)
 
 
 def bm25s_module() -> Any:

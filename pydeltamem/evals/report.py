@@ -68,9 +68,9 @@ def print_tables(console: Console, rows: Sequence[Row], ratios: Mapping[str, Map
     if ratios:
         summary = Table("", *ratios, title="Ratios (95 % interval)", title_justify="left", box=None)
         for name, text in RATIOS.items():
-            cells = [_shown(found[name]) if name in found else "" for found in ratios.values()]
-            if any(cells):
-                summary.add_row(text, *cells)
+            row = [_shown(found[name]) if name in found else "" for found in ratios.values()]
+            if any(row):
+                summary.add_row(text, *row)
         console.print(summary)
 
 

@@ -127,7 +127,7 @@ class _Means:
                     kinds.append(np.where(n > 0, weights @ self.right[method][these].astype(np.float32), np.nan) / n)
             with np.errstate(all="ignore"):
                 by_task.append(np.nanmean(kinds, axis=0))
-        return np.mean(by_task, axis=0)
+        return np.asarray(np.mean(by_task, axis=0), dtype=np.float64)
 
 
 def _cells(cases: Sequence[Case]) -> dict[tuple[str, str], list[int]]:
