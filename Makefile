@@ -180,7 +180,7 @@ fuzz-native: $(INSTALLED) ## libFuzzer on the loader of adapters and on plans (F
 	cmake --build build/fuzz --target run
 
 fuzz: fuzz-native $(DEMO)/adapter.gguf ## random and damaged inputs for whatever reads files or commands (FUZZ: how many a test; docs/how-to/fuzz.md)
-	DELTAMEM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/fuzz
+	DELTAMEM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/fuzz tests/test_history.py
 
 soak: $(DEMO)/adapter.gguf ## 100,000 tokens of dialogue (SOAK_DATA: locomo10.json) through a window of 1,024, with a plot
 	$(BIN)/python tools/soak.py --data $(SOAK_DATA) --model $(TINY)/base.gguf --deltamem $(DEMO)/adapter.gguf --out build/soak

@@ -9,28 +9,28 @@ import contextlib
 import functools
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError, MemoryFileError, NotFiniteError
 from .formats.memory_file import MemoryFileLock
+from .llama import DeltaMemLlama
 from .memory import Memory
 from .runtime import library
-from .runtime.history import n_common
+from .runtime.engine import Request
+from .runtime.history import Position, n_common
 from .runtime.lock import all_of, holding
 from .runtime.names import option
 from .runtime.stream import Assembler, checked_grammar
-from .runtime.text import Reading, Text
-
-if TYPE_CHECKING:
-    from .llama import DeltaMemLlama
+from .runtime.text import Text
 
 
 class Conversation:
-    """One conversation with a model, in a sequence of its own.
+    """One conversation with a model, in a slot of its own.
 
         llm = DeltaMemLlama(model_path=..., deltamem_path=..., n_ctx=4096)
         with Conversation(llm, system="Be brief.", memory_file="ada.memory") as ada:
@@ -39,14 +39,17 @@ class Conversation:
     When the text fills the context, its oldest turns leave it; the memory keeps what they wrote. With a memory file the
     memory is loaded from it, if it exists, and saved after each turn.
 
-    A model holds n_seq_max texts at once. A conversation takes a place when it is its turn, and gives it up to another
+    A model holds n_seq_max texts at once. A conversation takes a slot when it is its turn, and gives it up to another
     that needs one; its memory moves at once, its text is read again, without writing, when it goes on.
 
     It may be used while a stream of it is open: that reply ends there, what was said so far counts, and the stream has
     no more pieces. It cannot be pickled or copied: `fork` makes a second one; messages and memory file can be kept.
 
+    Each of `say`, `regenerate` and `edit` returns a reply; `stream`, `stream_regenerate` and `stream_edit` yield it in
+    pieces as they come.
+
     Threads may share it, and its model (docs/reference/public-api.md). Each call is whole: others of this one wait for
-    its end. Those of other conversations go on meanwhile, decode by decode.
+    its end. What is said in other conversations meanwhile is decoded with it, in common batches.
 
     Args:
         llm: the model.
@@ -80,7 +83,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self.finish_reason = "stop"
         self.n_dropped = 0
-        self._text = Text(llm._seats)
+        self._text = llm._engine.text()
         self._reply: Reply | None = None  # in the making
         self._lock: MemoryFileLock | None = None
         self._n_attached = 0  # when the memory file was opened
@@ -115,7 +118,7 @@ class Conversation:
         `temperature` are what they are to `create_completion`. Raises InputError if an option is unknown or the turn
         does not fit in the context, MemoryFileError if the memory cannot be saved.
         """
-        return "".join(self.stream(content, **options))
+        return self._whole_reply(_checked_content(content), options)
 
     def stream(self, content: str, **options: Any) -> Iterator[str]:
         """As `say`, in pieces as they come. Closing the iterator ends the reply; what was said so far counts."""
@@ -124,20 +127,23 @@ class Conversation:
     @holding("_text.turn")
     def regenerate(self, **options: Any) -> str:
         """Another reply in place of the latest: text and memory go back to before it."""
-        return "".join(self.stream_again(**options))
+        return self._whole_reply(None, options, instead=True)
 
-    def stream_again(self, **options: Any) -> Iterator[str]:
+    def stream_regenerate(self, **options: Any) -> Iterator[str]:
         """As `regenerate`, in pieces."""
         yield from self._stream(None, options, instead=True)
 
     @holding("_text.turn")
     def edit(self, content: str, **options: Any) -> str:
         """Says `content` in place of what was said last: text and memory go back to before that."""
-        return "".join(self.stream_edited(content, **options))
+        return self._whole_reply(_checked_content(content), options, instead=True)
 
-    def stream_edited(self, content: str, **options: Any) -> Iterator[str]:
+    def stream_edit(self, content: str, **options: Any) -> Iterator[str]:
         """As `edit`, in pieces."""
         yield from self._stream(_checked_content(content), options, instead=True)
+
+    def _whole_reply(self, content: str | None, options: dict[str, Any], instead: bool = False) -> str:
+        return "".join(piece for _, piece in _speak([Reply(self, content, options, instead)], in_pieces=False))
 
     def _stream(self, content: str | None, options: dict[str, Any], instead: bool = False) -> Iterator[str]:
         with contextlib.closing(_speak([Reply(self, content, options, instead)])) as pieces:
@@ -155,7 +161,7 @@ class Conversation:
         taken = self.messages[start:]
         del self.messages[start:]
         try:
-            n = self._text.history.common(0, self._ended_tokens())
+            n = self._text.position.common(0, self._ended_tokens())
             self._text.back(min(n, self._text.n_tokens))
         except BaseException:
             self.messages += taken
@@ -172,7 +178,7 @@ class Conversation:
             tokens = self._ended_tokens()
             if n_common(self._text.tokens, tokens) < len(tokens):
                 unread = self._unread(tokens)
-                self._text.eval(unread, self._segments(unread))
+                self._text.eval(unread, self._segments(unread), keep_at=self._begun())
         except BaseException:
             self.messages.pop()
             raise
@@ -237,7 +243,7 @@ class Conversation:
         if self._lock is not None and not is_open:
             self._lock.release()
         self._lock, self.memory_file = lock, path
-        self._n_attached = self.llm._seats.n_attached
+        self._n_attached = self.llm._engine.slots.n_attached
 
     @holding("_text.turn")
     def save(self) -> None:
@@ -250,7 +256,7 @@ class Conversation:
 
     @holding("_text.turn")
     def close(self) -> None:
-        """Saves the memory, and gives up the memory file and the place in the context. Closing twice is fine.
+        """Saves the memory, and gives up the memory file and the slot. Closing twice is fine.
 
         The file is left as it is if an adapter was attached or detached, or the model closed, since it was opened.
         """
@@ -262,21 +268,22 @@ class Conversation:
             if self._lock is not None:
                 self._lock.release()
             self._lock = self.memory_file = None
-            with self._text.lock:
-                if self.llm._seats.is_open:
-                    self.llm._seats.leave(self._text)
+            slots = self.llm._engine.slots
+            with slots.lock:
+                if slots.is_open:
+                    slots.leave(self._text)
 
     @property
     def _keeps_file(self) -> bool:
         """Whether there is a memory file, and the memory is still the one that was opened with it: an adapter that is
         attached, also the same one again, begins with empty memories.
         """
-        seats = self.llm._seats
-        return self.memory_file is not None and seats.has_memory and seats.n_attached == self._n_attached
+        slots = self.llm._engine.slots
+        return self.memory_file is not None and slots.has_memory and slots.n_attached == self._n_attached
 
     def _check_file(self) -> None:
         """Raises MemoryFileError if there is a memory file that the memory must not be saved to any more."""
-        _ = self.llm._seats.ctx  # a closed model says so
+        self.llm._engine.slots.require_open()
         if self.memory_file is not None and not self._keeps_file:
             raise MemoryFileError(
                 f"{self.memory_file}: no longer saved, as an adapter was attached or detached since the file was "
@@ -330,12 +337,16 @@ class Conversation:
         """Goes back to where the text and `tokens` part. Returns those to read, at least one."""
         text = self._text
         n = min(n_common(text.tokens, tokens), len(tokens) - 1)
-        if n < min(text.n_tokens, text.history.n):
+        position = text.position
+        if n < min(position.n_tokens, position.n):
             # an ingest in segments is read as a whole, but for what the memory cannot take back
-            n = max(text.history.ingest(n), min(n, text.history.floor))
+            n = max(position.ingest(n), min(n, position.floor))
         text.n_tokens = n
-        text.keep_at = {len(self._ended_tokens(len(self.messages) - 1))}  # before what is said now, to edit it
         return list(tokens[n:])
+
+    def _begun(self) -> set[int]:
+        """Where what is said now begins: a checkpoint is wanted there, to edit it."""
+        return {len(self._ended_tokens(len(self.messages) - 1))}
 
     def _segments(self, tokens: Sequence[int]) -> np.ndarray | None:
         """Adapters that write per segment read what is said as one: a message is a segment."""
@@ -390,7 +401,7 @@ class Conversation:
         self.n_dropped += n_messages
 
 
-class Reply:
+class Reply(Request):
     """A reply: what is to be decoded next, and the text so far. It is in the making from `begin` until it has ended, or
     its conversation is used for something else.
 
@@ -403,19 +414,27 @@ class Reply:
     def __init__(
         self, conversation: Conversation, content: str | None, options: Mapping[str, Any], instead: bool = False
     ) -> None:
+        super().__init__(conversation._text)
         self.conversation = conversation
         self.said = content
         self.options = {**conversation.options, **_checked_options(conversation.llm, options)}
         self.instead = instead
         self.content = ""
+        self.pieces: list[str] = []  # that nobody has seen yet
         self.begun = False  # something but spaces was said
         self.n_tokens = 0
         self.finish_reason: str | None = None
+        self._token = 0
 
     @property
     def is_open(self) -> bool:
         """Whether it is in the making."""
         return self.conversation._reply is self
+
+    @property
+    def is_given(self) -> bool:
+        """As Request: a piece, if pieces are wanted, or the end."""
+        return self.is_over or (self.goes_on and bool(self.pieces))
 
     def begin(self) -> None:
         """Enters what is said into the conversation. If that fails, the messages are as before."""
@@ -426,6 +445,7 @@ class Reply:
         self.n_predict: int = -1 if n_predict is None else n_predict
         stop = [stop] if isinstance(stop, str) else list(stop or ())
         if options.get("logits_processor") is not None:
+            self.thread = threading.get_ident()
             options["logits_processor"] = [functools.partial(_process, text, p) for p in options["logits_processor"]]
         with text.lock:
             self.sampler = llm._seeded_sampler(llm._seed if seed is None else seed, **options)
@@ -440,8 +460,8 @@ class Reply:
             self.assembler = Assembler(llm._model.vocab, [*stop, *ends["stop"]])
             self.criteria = ends["stopping_criteria"]
             unread = conversation._unread(prompt)
-            self.prompt = self.reading = Reading(text, unread, conversation._segments(unread))
-            self.is_read = False
+            self.ask(unread, conversation._segments(unread), conversation._begun())
+            self._before_prompt: Position | None = None
             self._n_dropped = conversation.n_dropped
             conversation._reply = self
         except BaseException:
@@ -449,14 +469,29 @@ class Reply:
             messages[-1:] = self.replaced
             raise
 
-    def push(self, token: int) -> str:
+    def sampled(self, row: int) -> None:
+        """As Request."""
+        if self._before_prompt is None:
+            self._before_prompt = self.before
+        self._token = self.sampler.sample(self.conversation.llm._ctx, row)
+
+    def follow(self) -> None:
+        """As Request: the token sampled is said, and read next."""
+        piece = self._push(self._token)
+        self.content += piece
+        piece = self.shown(piece)
+        if piece:
+            self.pieces.append(piece)
+        if self.finish_reason:
+            self.goes_on = False
+
+    def _push(self, token: int) -> str:
         """Takes the token sampled after all that was read. Returns text; sets finish_reason at the end."""
-        llm, text = self.conversation.llm, self.conversation._text
-        self.is_read = True
+        llm, text = self.conversation.llm, self.text
         if self.n_predict == 0:
             self.finish_reason = "length"
             return ""
-        if llm._seats.is_end(token):
+        if llm._engine.slots.is_end(token):
             self.finish_reason = "stop"
             return self.assembler.finish()
         piece = self.assembler.push(token)
@@ -467,9 +502,10 @@ class Reply:
         if 0 < self.n_predict <= self.n_tokens or not self._has_room():
             self.finish_reason = "length"
             return piece + self.assembler.finish()
-        self.reading, self.is_read = Reading(text, [token]), False
         if self.criteria is not None and self.criteria(text.tokens, np.zeros(0, dtype=np.single)):
             self.finish_reason = "stop"
+            return piece
+        self.ask([token])
         return piece
 
     def shown(self, piece: str) -> str:
@@ -483,8 +519,7 @@ class Reply:
 
     def _has_room(self) -> bool:
         """Whether the reply can go on; a full context loses its oldest turn."""
-        conversation = self.conversation
-        text = conversation._text
+        conversation, text = self.conversation, self.text
         if text.n_tokens < text.n_ctx:
             return True
         n_messages = conversation._n_oldest_turn()
@@ -493,8 +528,8 @@ class Reply:
         conversation._drop(n_messages)
         return text.n_tokens < text.n_ctx
 
-    def end(self) -> None:
-        """Enters what was said so far into the conversation, and saves its memory."""
+    def finish(self) -> None:
+        """Enters what was said into the conversation, and saves its memory."""
         self._enter()
         self._save()
 
@@ -520,23 +555,21 @@ class Reply:
         else:
             self.conversation._reply = None
             self.conversation.messages[-1:] = self.replaced
-        if not self.is_read:
-            self.reading.fail()
+        self.conversation.llm._engine.drop(self)
         if self.n_tokens > 0:
             self._save()
 
     def take_back(self) -> None:
         """The turn, with what was said so far, is as if it had not been. The memory file has nothing of it yet."""
-        conversation = self.conversation
-        text, before = conversation._text, self.prompt.before
+        conversation, text = self.conversation, self.text
+        before = self._before_prompt or self.before
         conversation._reply = None
         conversation.messages[-1:] = self.replaced
         if conversation.n_dropped == self._n_dropped:
-            if not text.undo(before):  # there is another memory since: as that was
-                text.n_tokens = text.history.floor
+            if not text.restore(before):  # there is another memory since: as that was
+                text.n_tokens = text.position.floor
                 text.catch_up()
         else:  # text that stood before it has left: its memory, with what is left
-            text.fault = None
             text.n_tokens = n_common(text.tokens, conversation._ended_tokens())
             if before.checkpoint is not None:
                 text.become(before.checkpoint.state, before.checkpoint.n_written)
@@ -559,7 +592,7 @@ def say_together(asked: Mapping[Conversation, str], **options: Any) -> dict[Conv
     """
     replies = dict.fromkeys(asked, "")
     with all_of(conversation._text.turn for conversation in asked):
-        for conversation, piece in stream_together(asked, **options):
+        for conversation, piece in _speak(_asked(asked, options), in_pieces=False):
             replies[conversation] += piece
     return replies
 
@@ -568,56 +601,61 @@ def stream_together(asked: Mapping[Conversation, str], **options: Any) -> Iterat
     """As `say_together`, in pieces as they come. The conversations must be of one model; what one of them is told does
     not change what another one says. As many as the model has sequences (n_seq_max) go on at a time.
     """
-    if not asked:
-        return
-    llm = next(iter(asked)).llm
-    if any(conversation.llm is not llm for conversation in asked):
+    yield from _speak(_asked(asked, options))
+
+
+def _asked(asked: Mapping[Conversation, str], options: Mapping[str, Any]) -> list[Reply]:
+    if len({conversation.llm for conversation in asked}) > 1:
         raise InputError("conversations of different models cannot be decoded together")
-    yield from _speak(
-        [Reply(conversation, _checked_content(content), options) for conversation, content in asked.items()]
-    )
+    return [Reply(conversation, _checked_content(content), options) for conversation, content in asked.items()]
 
 
-def _speak(waiting: list[Reply]) -> Iterator[tuple[Conversation, str]]:
-    """Makes replies, of conversations of one model, and yields their pieces.
+def _speak(waiting: list[Reply], in_pieces: bool = True) -> Iterator[tuple[Conversation, str]]:
+    """Makes replies, of conversations of one model, and yields their pieces; not `in_pieces`, when they are complete.
 
     Between two pieces any of the conversations may be used; its reply has then ended.
     """
-    seats = waiting[0].conversation.llm._seats
+    if not waiting:
+        return
+    engine = waiting[0].conversation.llm._engine
     with _turns(waiting):
         for reply in waiting:
+            reply.goes_on = in_pieces
             reply.conversation._ready()
     active: list[Reply] = []
-    errors: list[Exception] = []  # of one reply: no reason to cut the other ones off
+    errors: list[BaseException] = []  # of one reply: no reason to cut the other ones off
     try:
         while waiting or active:
-            begins = waiting[: seats.n_seq_max - len(active)]
+            begins = waiting[: engine.slots.n_seq_max - len(active)]
             del waiting[: len(begins)]
             active += begins
             with _turns(active):
                 for reply in begins:
                     reply.begin()
                 active = [reply for reply in active if reply.is_open]  # others were used for something else by now
-                said = _decode(active)
-                for reply in active:
-                    try:
-                        reply.conversation._text.check_finite()
-                    except NotFiniteError as error:
-                        errors.append(error)
+                if active:
+                    engine.wait(active)
+                over = [reply for reply in active if reply.is_over]
+                for reply in over:
+                    if isinstance(reply.error, NotFiniteError):
+                        errors.append(reply.error)
                         reply.take_back()
-                for reply, _ in said:
-                    if reply.finish_reason:
+                    elif reply.error is not None:
+                        raise reply.error
+                    elif reply.finish_reason is None:  # cancelled
+                        reply.fail()
+                    else:
                         try:
-                            reply.end()
+                            reply.finish()
                         except Exception as error:
                             errors.append(error)
-            # only now that nothing is to be sampled any more: others may decode in between
+                said = [(reply, piece) for reply in active for piece in reply.pieces if in_pieces or reply.is_over]
+                for reply, _ in said:
+                    reply.pieces = []
             for reply, piece in said:
                 if reply.is_open or reply.finish_reason:  # not if it was used for something else by now
-                    piece = reply.shown(piece)
-                    if piece:
-                        yield reply.conversation, piece
-            active = [reply for reply in active[1:] + active[:1] if reply.is_open]  # a long prompt keeps nobody waiting
+                    yield reply.conversation, piece
+            active = [reply for reply in active if reply.is_open]
     except BaseException as error:
         for reply in active:
             try:
@@ -628,36 +666,6 @@ def _speak(waiting: list[Reply]) -> Iterator[tuple[Conversation, str]]:
             raise
     if errors:
         raise errors[0]
-
-
-def _decode(active: list[Reply]) -> list[tuple[Reply, str]]:
-    """One decode for replies of one model. Returns those that have read all that they had to, with what each says."""
-    said: list[tuple[Reply, str]] = []
-    if not active:
-        return said
-    llm = active[0].conversation.llm
-    seats = llm._seats
-    with seats.lock:
-        while not said:
-            jobs, room = [], seats.n_batch
-            for reply in active:
-                reply.reading.prepare([other.conversation._text for other in active if other is not reply])
-                if room > 0:
-                    piece = reply.reading.take(room)
-                    room -= len(piece.tokens)
-                    jobs.append((reply.conversation._text, piece))
-            rows = seats.decode(jobs)
-            for reply in active:
-                row = rows.get(reply.conversation._text)
-                if row is None or reply.reading.pieces or reply.conversation._text.fault:
-                    continue
-                piece = reply.push(reply.sampler.sample(llm._ctx, row))
-                reply.content += piece
-                said.append((reply, piece))
-            if not seats.is_crowded or any(reply.conversation._text.fault for reply in active):
-                break
-            active = active[1:] + active[:1]
-    return said
 
 
 def _turns(replies: Iterable[Reply]) -> contextlib.AbstractContextManager[None]:
@@ -706,7 +714,7 @@ def chat_prompt(llm: DeltaMemLlama, messages: list[dict[str, str]]) -> tuple[lis
     """
     from llama_cpp.llama_chat_format import get_chat_completion_handler
 
-    _ = llm._seats.ctx  # closed? llama_cpp would follow a null pointer
+    llm._engine.slots.require_open()  # else llama_cpp would follow a null pointer
     catcher = _PromptCatcher(llm)
     name = llm.chat_format
     handler = llm.chat_handler or llm._chat_handlers.get(name) or get_chat_completion_handler(name)

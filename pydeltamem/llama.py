@@ -10,11 +10,12 @@ import hashlib
 import inspect
 import itertools
 import os
+import threading
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,19 +31,20 @@ from .runtime import library
 from .runtime.completion import Completion
 from .runtime.cpus import usable
 from .runtime.embedding import tokenized, vectors
+from .runtime.engine import Engine
 from .runtime.ggml import can_be_mapped
-from .runtime.history import History, n_common
+from .runtime.history import Position, n_common
 from .runtime.library import BaseLlamaCache, Llama, LlamaState
 from .runtime.lock import holding
 from .runtime.names import nearest, option
 from .runtime.remote import connect
 from .runtime.sampling import Guard, Sampler
-from .runtime.slots import Seats, check
+from .runtime.slots import Slots
 from .runtime.stream import checked_grammar
-from .runtime.text import Before, Text
+from .runtime.text import Text
 from .runtime.tokenizer import Tokenizer
 
-SEAT = 0  # the sequence of the context that llama_cpp.Llama evaluates its text in
+HOME = 0  # the slot of the model's own text: where llama_cpp.Llama evaluates it
 
 MAX_THREADS = 512  # GGML_MAX_N_THREADS: arrays of this length stand in ggml
 
@@ -58,9 +60,9 @@ class DeltaMemLlama(Llama):
 
     Everything of `llama_cpp.Llama` works: completion, chat, grammars, streaming, LoRA, embeddings.
 
-        llm = DeltaMemLlama(model_path="base.gguf", deltamem_path="memory.gguf")
-        llm.create_completion("...")
-        llm.memory.save("conversation.memory")
+        with DeltaMemLlama(model_path="base.gguf", deltamem_path="adapter.gguf") as llm:
+            llm.create_completion("...")
+            llm.memory.save("ada.memory")
 
     Args:
         model_path: the model as GGUF, plain or packed with an adapter; or a name of one, or a Hugging Face directory
@@ -89,9 +91,12 @@ class DeltaMemLlama(Llama):
 
     Memory and text are independent: `reset()` forgets the text and keeps the memory, `memory.reset()` the reverse.
 
+    A context manager: `close` at its end.
+
     Threads may share it (docs/reference/public-api.md). Each call is whole: others that use this object's own text wait
     for its end. They come in between two pieces of a stream, which ends with InputError if they change its text. A
-    `Conversation` has a text of its own, and goes on beside it.
+    `Conversation` has a text of its own; what several threads ask is decoded in common batches. Logits processors and
+    stopping criteria are called in the thread that asks.
 
     Each token of a text is written once (docs/reference/one-write.md). A text that goes back, to be asked again, edited
     or because drafted tokens were wrong, takes the memory back with it; one that shares nothing with the present text,
@@ -117,7 +122,7 @@ class DeltaMemLlama(Llama):
             kwargs["lora_path"] = _Path(os.fsdecode(kwargs["lora_path"]))
         self._adapter: library.llama_deltamem_adapter_p | None = None
         self._adapters: list[library.llama_deltamem_adapter_p] = []  # that one, to be freed
-        self._text: Text | None = None
+        self._text = cast(Text, None)  # llama_cpp makes a text before there is one
         if not 1 <= n_seq_max <= _llama.llama_max_parallel_sequences():
             raise InputError(f"n_seq_max is 1 to {_llama.llama_max_parallel_sequences()}, not {n_seq_max}")
         self._n_seq_max = n_seq_max
@@ -161,7 +166,7 @@ class DeltaMemLlama(Llama):
                 if self._lora_adapter is not None and not self._lora_adapter:
                     raise ModelError(f"{self.lora_path}: the LoRA adapter cannot be loaded{library.reason(log)}")
                 self._stack.callback(_free, self._adapters)  # before context and model
-                self._seats = Seats(self._ctx, self._batch, self.n_batch, model_path)
+                self._engine = Engine(Slots(self._ctx, self._batch, self.n_batch, model_path))
                 self._attach_first()
             except (AdapterError, ModelError):
                 self.close()
@@ -171,12 +176,12 @@ class DeltaMemLlama(Llama):
             self._seed = 0  # llama_cpp takes it for none given
         if type(self.tokenizer_) is library.LlamaTokenizer:
             self.tokenizer_ = self.tokenizer()
-        self._text = Text(self._seats, home=SEAT)
+        self._text = self._engine.text(home=HOME)
         # llama_cpp has rows that nothing is ever written to, and with a draft model only n_batch
         self.scores = np.empty((self.n_ctx() if self._logits_all else 0, self.n_vocab()), dtype=np.single)
         if self._logits_all:
             self._text.scores = self.scores
-        self._seats.take(self._text)
+        self._slots.take(self._text)
         self._n_read = 0  # tokens before the one that is sampled
         self.finish_reason: str | None = None
         self._messages: list[Any] | None = None  # of the latest chat completion that was read
@@ -226,19 +231,23 @@ class DeltaMemLlama(Llama):
         if path is not None:
             self._attach(path)
 
-    @holding("_seats.lock")
+    @property
+    def _slots(self) -> Slots:
+        return self._engine.slots
+
+    @holding("_engine.lock")
     def _attach(self, path: str) -> None:
         """Attaches an adapter in place of the present one. Raises AdapterError; the present one stays then."""
         adapter = library.llama_deltamem_adapter_load(self.model, os.fsencode(path))
         if not adapter:
             raise AdapterError(_naming(path, library.last_error()))
         try:
-            self._seats.attach(adapter)
+            self._slots.attach(adapter)
         except AdapterError as error:
             library.llama_deltamem_adapter_free(adapter)
             raise AdapterError(_naming(path, str(error))) from None
         self._adapter = adapter
-        self._seats.adapter_path = path
+        self._slots.adapter_path = path
         _free(self._adapters)  # the one before: contexts keep what they need of it
         self._adapters.append(adapter)
 
@@ -268,20 +277,19 @@ class DeltaMemLlama(Llama):
     @n_tokens.setter
     def n_tokens(self, value: int) -> None:
         if self._text is not None:
-            if value != self._text.n_tokens:
-                self._requires_eval = True  # the logits follow another token
             self._text.n_tokens = value
 
     @property
     def input_ids(self) -> npt.NDArray[np.intc]:
-        """Token ids of the text, [n_ctx]; the first n_tokens count."""
-        return self._text.history.tokens
+        """Token ids of the text, [n_ctx], to be read; the first n_tokens count."""
+        tokens = self._text.position.log.tokens.view()
+        tokens.flags.writeable = False
+        return tokens
 
     @input_ids.setter
     def input_ids(self, value: npt.NDArray[np.intc]) -> None:
-        if self._text is not None:
-            n = min(len(value), len(self._text.history.tokens))
-            self._text.history.tokens[:n] = value[:n]
+        if self._text is not None:  # llama_cpp makes an array of its own
+            raise InputError("input_ids cannot be set: they are what eval has read")
 
     @property
     def context_params(self) -> Any:
@@ -323,43 +331,31 @@ class DeltaMemLlama(Llama):
         """
         self._eval(tokens, segments)
 
-    def _eval(
-        self,
-        tokens: Sequence[int],
-        segments: Sequence[int] | None = None,
-        then: Callable[[], object] = lambda: None,
-    ) -> Before | None:
-        """As `eval`. `then` is called before others may decode: what it does with the logits. Returns what text and
-        memory were before, if there are tokens.
-        """
-        _ = self._seats.ctx
+    def _eval(self, tokens: Sequence[int], segments: Sequence[int] | None = None, **options: Any) -> Position | None:
+        """As `eval`, with options of `Engine.read`. Returns what text and memory were before, if there are tokens."""
+        self._slots.require_open()
         tokens = self._checked_tokens(tokens)
         ids = None if segments is None else self._checked_segments(tokens, segments)
         if len(tokens) == 0:
             return None
-        self._text.drafted = self.draft_model is not None
-        self._requires_eval = True  # until it succeeds
-        n_past, history = self._text.n_tokens, self._text.history
-        if n_past < history.n and n_past + history.common(n_past, tokens) <= 1:
+        position = self._text.position
+        n_past = position.n_tokens
+        if n_past < position.n and n_past + position.common(n_past, tokens) <= 1:
             self._text.begin(n_past)  # at most the token that begins every text agrees: another one
-
-        def read() -> None:
-            self._requires_eval = False
-            then()
-
-        return self._text.eval(tokens, ids, read)
+        return self._text.eval(tokens, ids, drafted=self.draft_model is not None, **options)
 
     @property
-    @holding("_seats.lock")
+    @holding("_engine.lock")
     def logits(self) -> npt.NDArray[np.float32]:
         """Of what may follow the latest token, float32 [n_vocab], a copy. Raises InputError if none was read."""
-        self._check_logits()
-        row = _llama.llama_get_logits_ith(self._seats.ctx, -1)
-        return np.ctypeslib.as_array(row, (self.n_vocab(),)).copy()
+        return self._slots.logits(self._require_logits())
 
-    def _check_logits(self) -> None:
-        if self.n_tokens == 0 or self._requires_eval or self._seats.latest.get(SEAT) is not self._text:
+    def _require_logits(self) -> int:
+        """The row of the context where they are. Raises InputError if they are not there."""
+        row = self._text.row
+        if self.n_tokens == 0 or row is None:
             raise InputError("there are no logits of the present text and memory: eval tokens first")
+        return row
 
     @property
     def eval_logits(self) -> deque[list[float]]:
@@ -375,6 +371,7 @@ class DeltaMemLlama(Llama):
         """As `Llama.generate`. Where it ends, text and memory hold nothing that was drafted and not taken.
 
         `stopping_criteria` are called with the tokens read, [n], and the logits that the next one was sampled from.
+        Tokens that are sent are guesses at those that follow, as a draft model's; they need `logits_all=True`.
         Between two tokens other texts may be read. Raises InputError if it is to go on after this one was changed.
 
         Raises NotFiniteError if memory or logits stop being finite: text and memory are then as before the prompt.
@@ -382,33 +379,35 @@ class DeltaMemLlama(Llama):
         Where it ends by itself `finish_reason` says why: "length" in a full context, "stop" after a stopping criterion.
         """
         text, whole = self._text, list(tokens)
-        arguments = _GENERATE.bind(self, [], *args, **kwargs)
-        is_all = arguments.arguments.get("reset", True)
-        arguments.arguments["reset"] = False
-        criteria = arguments.arguments.pop("stopping_criteria", None)
-        generator = super().generate(*arguments.args[1:], **arguments.kwargs)
-        version, n_taken = text.version, 0
+        options = _GENERATE.bind(self, whole, *args, **kwargs).arguments
+        del options["self"], options["tokens"]
+        is_all, criteria = options.pop("reset", True), options.pop("stopping_criteria", None)
+        calls_back = criteria is not None or options.get("logits_processor") is not None
         token: int | None = None
 
-        def step(sent: Sequence[int] | None = None) -> None:
+        def take() -> None:
+            """The token that follows `whole`, None at the end."""
             nonlocal token
-            token = _send(generator, sent)
-            if token is None or criteria is None:
-                return
-            if criteria(np.array(whole, dtype=np.intc), self._logits_after(len(whole))):
+            self._n_read = n = len(whole)
+            row = self._require_logits()
+            token = sampler.sample(self._ctx, self.scores[n - 1] if n < text.n_tokens else row)  # drafts follow it
+            if criteria is not None and criteria(np.array(whole, dtype=np.intc), self._logits_after(n)):
                 token, self.finish_reason = None, "stop"
 
+        n_taken, version = 0, text.version
         try:
             with text.turn:
+                self._slots.require_open()
                 self.finish_reason = None
+                self._sampler = sampler = self._init_sampler(**options)
                 with text.lock:
                     unread = self._begin(whole) if is_all else whole
                     whole = whole if is_all else [*text.tokens.tolist(), *whole]
-                    before = text.before()
+                    before = text.position
                     if not unread:
-                        step()
+                        take()
                 if unread:
-                    before = self._eval(unread, then=step)
+                    before = self._eval(unread, then=take, goes_on=True, thread=_this_thread(calls_back))
                 version = text.version
             while token is not None:
                 whole.append(token)
@@ -417,20 +416,21 @@ class DeltaMemLlama(Llama):
                 if len(whole) > text.n_ctx:  # the token cannot be read
                     self.finish_reason = "length"
                     return
-                with text.turn, text.lock:
+                with text.turn:
                     if text.version != version:
                         raise InputError("the text was changed while it was being generated: ask again")
-                    if self._requires_eval or self._seats.latest.get(SEAT) is not text:
-                        self.n_tokens = len(whole) - 1  # the logits are gone: what was drafted behind is read again
                     try:
-                        step(sent)
+                        if not self._was_drafted(whole, take):
+                            text.n_tokens = len(whole) - 1
+                            new = self._with_drafts(whole, sent)
+                            drafted, thread = self.draft_model is not None, _this_thread(calls_back)
+                            text.eval(new, drafted=drafted, then=take, generates=True, goes_on=True, thread=thread)
                     except NotFiniteError:
-                        text.undo(before)
+                        text.restore(before)
                         raise
                     finally:
                         version = text.version
         finally:
-            generator.close()
             # not for ever, see Reply.fail
             if n_taken > 0 and text.turn.acquire(timeout=1):
                 try:
@@ -439,24 +439,43 @@ class DeltaMemLlama(Llama):
                 finally:
                     text.turn.release()
 
+    def _was_drafted(self, whole: list[int], take: Callable[[], None]) -> bool:
+        """Whether the last of these tokens was guessed and read already, and its logits are there; then takes the
+        next.
+        """
+        text, n = self._text, len(whole)
+        if n > text.n_tokens:
+            return False
+        with text.lock:
+            if text.row is None or text.tokens[n - 1] != whole[-1]:
+                return False
+            take()
+        return True
+
+    def _with_drafts(self, whole: list[int], sent: Sequence[int] | None) -> Sequence[int]:
+        """The last of these tokens, and guesses at what follows: those that were sent, and the draft model's."""
+        if sent is None and self.draft_model is None:
+            return whole[-1:]
+        drafts = [] if sent is None else list(sent)
+        if self.draft_model is not None:
+            drafts += self.draft_model(np.array([*whole, *drafts], dtype=np.intc)).astype(int).tolist()
+        return self._checked_tokens([whole[-1], *drafts[: self.n_ctx() - len(whole)]])
+
     def _begin(self, whole: list[int]) -> list[int]:
         """Takes the text to where a prompt parts from it. Returns the tokens to read, none if the logits are there."""
         text = self._text
-        self._seats.take(text)
-        if self._seats.latest.get(SEAT) is not text:
-            self._requires_eval = True  # the logits belong to another text
         if self._asked is not None:
             before, self._messages, self._asked = self._messages, self._asked, None
             if before is not None and self.memory.attached and not _agree(before, self._messages):
-                self._begin_after(text.history.common(0, whole))
+                self._begin_after(text.position.common(0, whole))
         return self._unread(whole)
 
     def _take_back(self, whole: list[int]) -> None:
         """What was drafted beyond these tokens leaves the text."""
         text = self._text
-        n = text.history.common(0, whole)
-        if n < max(text.n_tokens, text.history.n):
-            self.n_tokens = min(text.n_tokens, n)
+        n = text.position.common(0, whole)
+        if n < max(text.n_tokens, text.position.n):
+            text.n_tokens = min(text.n_tokens, n)
             text.catch_up()
 
     def _logits_after(self, n: int) -> npt.NDArray[np.float32]:
@@ -464,14 +483,13 @@ class DeltaMemLlama(Llama):
         return self.scores[n - 1].copy() if self._logits_all else self.logits
 
     @holding("_text.turn")
-    @holding("_seats.lock")
+    @holding("_engine.lock")
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """As `Llama.sample`: a token from the logits of the latest token, or with logits_all from those of token `idx`.
 
         Raises InputError if there are no logits of the present text and memory, and what logits processors raise.
         """
-        self._check_logits()
-        row: int | npt.NDArray[np.float32] = -1
+        row: int | npt.NDArray[np.float32] = self._require_logits()
         if idx is None:  # not by `generate`: with a sampler of these options, not with the one of a reply
             sampler = self._init_sampler(*args, **kwargs)
         else:
@@ -515,15 +533,15 @@ class DeltaMemLlama(Llama):
         """
         text = self._text
         n = n_common(text.tokens, tokens)
-        if n == len(tokens) == text.n_tokens and not self._requires_eval:
+        if n == len(tokens) == text.n_tokens and text.row is not None:
             return []
         n = max(0, min(n, len(tokens) - 1))
         if n == 0:
             self.reset()
-        elif text.history.common(0, tokens) == 1:
+        elif text.position.common(0, tokens) == 1:
             self._begin_after(1)  # the token that begins every text: this is another one
         else:
-            self.n_tokens = n
+            text.n_tokens = n
         return tokens[n:]
 
     def create_completion(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> Any:
@@ -548,15 +566,15 @@ class DeltaMemLlama(Llama):
         del arguments.arguments["self"]
         stream = arguments.arguments.pop("stream")
         with self._text.turn:
-            completion = self._seats.call(Completion, self, **arguments.arguments)
-            return self._stepwise(completion.streamed()) if stream else self._seats.call(completion.whole)
+            completion = self._slots.call(Completion, self, **arguments.arguments)
+            return self._stepwise(completion.streamed()) if stream else self._slots.call(completion.whole)
 
     def _stepwise(self, chunks: Iterator[Any]) -> Iterator[Any]:
         """A stream that is whole between two pieces."""
         with contextlib.closing(chunks):
             while True:
                 with self._text.turn:
-                    chunk = self._seats.call(next, chunks, None)
+                    chunk = self._slots.call(next, chunks, None)
                 if chunk is None:
                     return
                 yield chunk
@@ -597,17 +615,16 @@ class DeltaMemLlama(Llama):
             self._asked = None
 
     @property
-    @holding("_seats.lock")
+    @holding("_engine.lock")
     def _granularity(self) -> int | None:
         """LLAMA_DELTAMEM_TOKEN, …; None without a memory."""
-        return library.llama_deltamem_write_granularity(self._adapter) if self._seats.has_memory else None
+        return library.llama_deltamem_write_granularity(self._adapter) if self._slots.has_memory else None
 
     def _begin_after(self, n: int) -> None:
         """Another text, of which the first n tokens stand here already."""
         text = self._text
         if n < text.n_tokens:
             text.begin(n)
-            self._requires_eval = True
 
     def _checked_tokens(self, tokens: Sequence[int]) -> npt.NDArray[np.integer]:
         try:
@@ -639,16 +656,15 @@ class DeltaMemLlama(Llama):
 
     def tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
         """As `Llama.tokenize`."""
-        return self._seats.call(super().tokenize, *args, **kwargs)
+        return self._slots.call(super().tokenize, *args, **kwargs)
 
     def detokenize(self, *args: Any, **kwargs: Any) -> bytes:
         """As `Llama.detokenize`."""
-        return self._seats.call(super().detokenize, *args, **kwargs)
+        return self._slots.call(super().detokenize, *args, **kwargs)
 
     def reset(self) -> None:
         """Forgets the text and keeps the memory."""
         # not Llama's, which for hybrids empties the KV cache of all texts
-        self._requires_eval = True
         if self._text is not None:
             with self._text.turn:
                 self._text.reset()
@@ -658,7 +674,7 @@ class DeltaMemLlama(Llama):
         return Tokenizer(self)
 
     @holding("_text.turn")
-    @holding("_seats.lock")  # the KV cache of all texts is emptied, batch after batch
+    @holding("_engine.lock")  # the KV cache of all texts is emptied, batch after batch
     def embed(
         self, input: str | Sequence[str], normalize: bool = False, truncate: bool = True, return_count: bool = False
     ) -> Any:
@@ -676,30 +692,23 @@ class DeltaMemLlama(Llama):
         Raises InputError if the model was not loaded with `embedding=True`, or a text has no tokens to be pooled;
         NotFiniteError if a vector is not finite.
         """
-        _ = self._seats.ctx
+        self._slots.require_open()
         if not self.context_params.embeddings:
             raise InputError("embed needs a model that was loaded with embedding=True")
         texts = tokenized(self, [input] if isinstance(input, str) else list(input), truncate)
-        self._seats.take(self._text)
-        if self.memory.attached:
-            for seat in range(1, min(len(texts), self._seats.n_seq_max)):
-                sitting = self._seats.text(seat)
-                if sitting is not None:
-                    self._seats.leave(sitting)
-                check(library.llama_deltamem_state_copy(self.ctx, SEAT, seat))
-            check(library.llama_deltamem_set_write(self.ctx, -1, False))
-            self._seats.forget_writes()
-        self._seats.lost_kv()
         try:
+            if self.memory.attached:
+                self._text.renew()
+                self._slots.share_state(self._text.position.checkpoint.state, len(texts))
             with library.decoding():
                 embedded = vectors(self, texts, normalize)
         finally:
-            self._ctx.kv_cache_clear()
+            self._slots.empty_kv()
             self.reset()
         for i, vector in enumerate(embedded):
             rows = np.atleast_2d(vector)
             if not np.isfinite(rows).all() or (rows.shape[1] > 1 and not rows.any(axis=1).all()):
-                raise NotFiniteError(self._seats.not_finite(f"the vector of text {i}"))
+                raise NotFiniteError(self._slots.not_finite(f"the vector of text {i}"))
         result = embedded[0] if isinstance(input, str) else embedded
         return (result, sum(map(len, texts))) if return_count else result
 
@@ -708,18 +717,18 @@ class DeltaMemLlama(Llama):
     #
 
     @holding("_text.turn")
-    @holding("_seats.lock")
+    @holding("_engine.lock")
     def save_state(self) -> DeltaMemState:
         """As `Llama.save_state`: the text with its KV cache, and the memory with it."""
         text = self._text
-        self._seats.take(text)
         if self.memory.attached:
             text.catch_up()
-        size = _llama.llama_state_seq_get_size(self.ctx, SEAT)
+        self._slots.take(text)
+        size = _llama.llama_state_seq_get_size(self.ctx, HOME)
         data = (ctypes.c_uint8 * size)()
-        n = _llama.llama_state_seq_get_data(self.ctx, data, size, SEAT)
-        history = text.history.copy()
-        history.tokens[max(history.n, text.n_tokens) :] = 0  # of earlier texts
+        n = _llama.llama_state_seq_get_data(self.ctx, data, size, HOME)
+        position = text.position
+        n_log = max(position.n, position.n_tokens)
         return DeltaMemState(
             input_ids=self._input_ids.copy(),
             scores=self._scores.copy(),  # none without logits_all
@@ -727,8 +736,7 @@ class DeltaMemLlama(Llama):
             llama_state=bytes(data)[:n],
             llama_state_size=n,
             seed=self._seed,
-            n_kv=text.n_kv,
-            history=history,
+            position=position._replace(log=position.log.without(n_log, n_log, n_log)),
             memory=self.memory.copy() if self.memory.attached else None,
             write=text.write,
             messages=self._messages,
@@ -741,7 +749,7 @@ class DeltaMemLlama(Llama):
         super().set_cache(None if cache is None else _TextCache(cache))
 
     @holding("_text.turn")
-    @holding("_seats.lock")
+    @holding("_engine.lock")
     def load_state(self, state: LlamaState) -> None:
         """As `Llama.load_state`: text and memory as they were saved. A state without a memory, as plain llama_cpp saves
         it, leaves the present one, and its tokens count as written.
@@ -749,11 +757,11 @@ class DeltaMemLlama(Llama):
         Raises InputError if the state is of another model, adapter or context; text and memory are then as before.
         """
         text, is_ours = self._text, isinstance(state, DeltaMemState)
-        self._seats.take(text)
+        self._slots.require_open()
         if not is_ours and self._n_seq_max > 1:
             raise InputError("a state that plain llama_cpp saved is for a context of one sequence")
         tokens = self._checked_tokens(state.input_ids[: state.n_tokens])
-        n_ctx = len(state.history.tokens) if is_ours else len(state.input_ids)
+        n_ctx = len(state.position.log.tokens) if is_ours else len(state.input_ids)
         if n_ctx != text.n_ctx if is_ours else len(tokens) > text.n_ctx:
             raise InputError(f"the state is of a context of {n_ctx} tokens, this one has {text.n_ctx}")
         if state.scores.ndim != 2 or state.scores.shape[1] != self.n_vocab():
@@ -762,44 +770,39 @@ class DeltaMemLlama(Llama):
         reason = self.memory._misfit(state.memory) if is_ours and state.memory is not None and attached else None
         if reason:
             raise InputError(f"the state: {reason}")
+        text.renew()
+        text.finish()
         self._load_kv(state, is_ours)
         # plain llama_cpp does not say whether its rows hold logits; NaN: not kept
         n_scored = min(len(state.scores), len(tokens)) if is_ours and self._logits_all else 0
         self.scores[:n_scored] = state.scores[:n_scored]
         self.scores[n_scored : len(tokens)] = np.nan
-        if is_ours:
-            n_written = text.history.n_written
-            text.history = state.history.copy()
-            text.n_tokens, text.n_kv = state.n_tokens, state.n_kv
-            if state.memory is None:
-                text.history.wrote[: text.n_tokens] = True
-                text.history.n_written = n_written
-                text.begin(text.n_tokens)
-            elif attached:
-                text.write = state.write
-                text.put_state(state.memory.state)
-                text.since = state.memory.metadata["created"]
+        if is_ours and state.memory is not None:
+            n = len(state.position.tokens)
+            text.write = state.write if attached else text.write
+            text.position = state.position._replace(
+                log=state.position.log.without(n, n, n),
+                epoch=text.position.epoch + 1,
+                adapter=self._slots.n_attached,
+            )
+            text.renew()
         else:
-            self.input_ids = tokens
-            text.n_tokens = text.n_kv = len(tokens)
-            text.history.wrote[: len(tokens)] = True
-            text.history.begin(len(tokens), text.state if attached else None)
+            text.position = text.position.with_text(tokens, state.position.n_kv if is_ours else len(tokens))
         self._seed = state.seed
-        self._requires_eval = True
         self._messages = state.messages if is_ours and state.memory is not None else None
 
     def _load_kv(self, state: LlamaState, is_ours: bool) -> None:
         """Takes the KV cache from a state. Raises InputError; the present text is then to be read again."""
         size, text = len(state.llama_state), self._text
         data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
+        self._slots.take(text)
+        text.lost_kv()
         if is_ours:
-            n_read = _llama.llama_state_seq_set_data(self.ctx, data, size, SEAT)
+            n_read = _llama.llama_state_seq_set_data(self.ctx, data, size, HOME)
         else:
             n_read = _llama.llama_state_set_data(self.ctx, data, size)
         if not n_read:
-            self._seats.truncate(SEAT, 0)
-            text.n_kv = 0
-            self._requires_eval = True
+            self._slots.truncate(HOME, 0)
             raise InputError("the state is of another model, or damaged: llama.cpp cannot read its KV cache")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -816,9 +819,9 @@ class DeltaMemLlama(Llama):
         if self.memory.attached:
             state["memory"] = {
                 "state": self.memory.state,
-                "written": self._text.history.n_written,
+                "written": self._text.position.n_written,
                 "write": self._text.write,
-                "since": self._text.since,
+                "since": self._text.position.since,
             }
         return state
 
@@ -828,16 +831,22 @@ class DeltaMemLlama(Llama):
         if memory is None and self.memory.attached:
             self.memory.detach()
         elif memory is not None:
-            self._text.become(memory["state"], memory["written"])
-            self._text.write, self._text.since = memory["write"], memory["since"]
+            self._text.become(memory["state"], memory["written"], memory["since"])
+            self._text.write = memory["write"]
 
     def close(self) -> None:
         """Frees adapter, context and model. Closing twice is fine. What other threads are at ends with ModelError."""
         if hasattr(self, "model_path"):  # not before Llama.__init__ ran
-            with self._seats.closing() if hasattr(self, "_seats") else contextlib.nullcontext():
+            with self._slots.closing() if hasattr(self, "_engine") else contextlib.nullcontext():
                 super().close()
                 self._ctx = self._model = self.tokenizer_ = _Closed(self.model_path)
         self._adapter = None
+
+    def __enter__(self) -> DeltaMemLlama:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class _Path(str):
@@ -853,16 +862,14 @@ class DeltaMemState(LlamaState):
     def __init__(
         self,
         *,
-        n_kv: int,
-        history: History,
+        position: Position,
         memory: MemorySnapshot | None,
         write: bool,
         messages: list[Any] | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.n_kv = n_kv
-        self.history = history
+        self.position = position
         self.memory = memory
         self.write = write
         self.messages = messages  # of the chat that the text is
@@ -905,12 +912,9 @@ class _TextCache(BaseLlamaCache):
         self.cache[key] = value
 
 
-def _send(generator: Generator[int, Sequence[int] | None, None], value: Sequence[int] | None) -> int | None:
-    """The next token, None at the end."""
-    try:
-        return generator.send(value)
-    except StopIteration:
-        return None
+def _this_thread(is_wanted: bool) -> int | None:
+    """This one, where what is called back is to run in no other."""
+    return threading.get_ident() if is_wanted else None
 
 
 def _hub_name(repository: str, file: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +13,26 @@ from .errors import AdapterError, InputError, MemoryFileError
 from .formats.memory_file import MemorySnapshot, owner
 from .hub import adapter_file
 from .runtime import library
+from .runtime.engine import Engine
 from .runtime.lock import holding
 from .runtime.slots import no_adapter
-from .runtime.text import log
+from .runtime.text import Text, log
 
-if TYPE_CHECKING:
-    from .llama import DeltaMemLlama
-    from .runtime.text import Text
+
+class Owner(Protocol):
+    """The model that the memory is of: `DeltaMemLlama`."""
+
+    _engine: Engine
+    _adapter: Any
+    deltamem_path: str | None
+    metadata: dict[str, str]
+    model_path: str
+
+    @property
+    def _granularity(self) -> int | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def _attach(self, path: str) -> None: ...
 
 
 class Memory:
@@ -27,9 +40,11 @@ class Memory:
 
     Obtained as `llm.memory`; a view, it keeps nothing of its own. L layers, H state heads of rank r. Every access to
     the state raises AdapterError if the model has no memory adapter attached.
+
+    Threads may share it: a method waits for the end of the call that another thread is in with the same text.
     """
 
-    def __init__(self, llm: DeltaMemLlama, text: Text, end_reply: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, llm: Owner, text: Text, end_reply: Callable[[], None] = lambda: None) -> None:
         self._llm = llm
         self._text = text
         self._end_reply = end_reply  # before the text goes back
@@ -37,7 +52,7 @@ class Memory:
     @property
     def attached(self) -> bool:
         """Whether an adapter is attached, so that tokens read and write memory."""
-        return self._llm._seats.has_memory
+        return self._llm._engine.slots.has_memory
 
     @property
     @holding("_text.lock")
@@ -57,7 +72,7 @@ class Memory:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(L, H, r, r)"""
-        return self._llm._seats.shape
+        return self._llm._engine.slots.shape
 
     @property
     @holding("_text.turn")
@@ -67,7 +82,7 @@ class Memory:
         Assigning replaces it; the value must have that shape and be finite (InputError). No token of the present text
         counts as written into the new state, which the text cannot take back.
         """
-        _ = self.shape
+        self._require_memory()
         self._text.finish()
         return self._text.state
 
@@ -85,37 +100,35 @@ class Memory:
         if not np.isfinite(state).all():
             raise InputError("a state must be finite: the array holds NaN or infinite values")
         self._text.become(state)
-        self._logits_are_old()
 
     @property
     @holding("_text.turn")
     def n_written(self) -> int:
         """Tokens that this memory was ever written."""
-        _ = self.shape
+        self._require_memory()
+        self._text.renew()
         self._text.finish()
-        return self._text.history.n_written
+        return self._text.position.n_written
 
     @property
     def write(self) -> bool:
         """True (default): tokens read and write. False: they only read."""
-        _ = self.shape
+        self._require_memory()
         return self._text.write
 
     @write.setter
     def write(self, value: bool) -> None:
-        _ = self.shape
+        self._require_memory()
         self._text.write = bool(value)
 
     @holding("_text.turn")
     def reset(self) -> None:
         """Empties the memory. The text stays: `DeltaMemLlama.reset` forgets that."""
         self._text.become(np.zeros(self.shape, dtype=np.float32))
-        self._logits_are_old()
 
-    def _logits_are_old(self) -> None:
-        """What follows the text is to be asked again: the present logits are of another memory, or of another place."""
-        if self._text is self._llm._text:
-            self._llm._requires_eval = True
+    def _require_memory(self) -> None:
+        """Raises AdapterError if no adapter is attached, ModelError if the model is closed."""
+        self._llm._engine.slots.require_memory()
 
     #
     # going back
@@ -127,13 +140,13 @@ class Memory:
 
         Returns the position, for `rollback`.
         """
-        _ = self.shape
+        self._require_memory()
         return self._text.checkpoint()
 
     @property
     def checkpoints(self) -> list[int]:
         """The positions of the text, in tokens, that the memory can go back to at once."""
-        return self._text.history.checkpoints.positions
+        return self._text.position.checkpoints.positions
 
     @holding("_text.turn")
     def rollback(self, position: int) -> int:
@@ -142,9 +155,8 @@ class Memory:
         Returns 0 if there is a checkpoint; else that many tokens before it, from the next checkpoint back, were read
         again. Raises InputError if the text, or this memory, began after `position`.
         """
-        _ = self.shape
+        self._require_memory()
         self._end_reply()
-        self._logits_are_old()
         return self._text.back(position)
 
     @property
@@ -176,7 +188,7 @@ class Memory:
 
         Raises MemoryFileError if the file cannot be read or belongs to another adapter; the memory is then as it was.
         """
-        _ = self.shape
+        self._require_memory()
         self._restore(MemorySnapshot.load(path), os.fspath(path))
 
     def _misfit(self, snapshot: MemorySnapshot) -> str | None:
@@ -199,9 +211,7 @@ class Memory:
             raise MemoryFileError(f"{name}: {reason}")
         if theirs.get("base", mine["base"]) != mine["base"]:
             log.warning("%s: written by another base model than %s", name, mine["base_name"] or self._llm.model_path)
-        self._text.become(snapshot.state, snapshot.tokens_written)
-        self._text.since = theirs.get("created", self._text.since)
-        self._logits_are_old()
+        self._text.become(snapshot.state, snapshot.tokens_written, theirs.get("created", self._text.position.since))
 
     @holding("_text.lock")
     def attach(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -210,8 +220,8 @@ class Memory:
         The path may be a name or a directory, as `deltamem_path` of `DeltaMemLlama`. Raises AdapterError if there is
         none or it does not fit; what was attached stays then.
         """
-        seats = self._llm._seats
-        _ = seats.ctx
+        slots = self._llm._engine.slots
+        slots.require_open()
         if path is not None:
             path = adapter_file(path, self._llm.model_path)
         if path is None and self._llm._adapter is None:
@@ -221,15 +231,13 @@ class Memory:
                 self._llm._attach(path)
                 self._llm.deltamem_path = path
             else:
-                seats.attach(self._llm._adapter)
-        self._llm._requires_eval = True
+                slots.attach(self._llm._adapter)
 
     @holding("_text.lock")
     def detach(self) -> None:
         """Back to the plain model; the state is lost. `attach` brings memory back."""
-        _ = self.shape
-        self._llm._seats.detach()
-        self._llm._requires_eval = True
+        self._require_memory()
+        self._llm._engine.slots.detach()
 
     def __repr__(self) -> str:
         if not self.attached:
@@ -246,7 +254,7 @@ class Memory:
         """Of a memory file."""
         tokens_written = str(self.n_written)
         with self._text.lock:
-            _ = self.shape
+            self._require_memory()
             adapter = self._llm._adapter
             name = library.meta(adapter, "general.name") or library.meta(adapter, "deltamem.source.name")
             return {
@@ -257,5 +265,5 @@ class Memory:
                 "base": self._llm.fingerprint,
                 "base_name": self._llm.metadata.get("general.name", ""),
                 "tokens_written": tokens_written,
-                "created": self._text.since,
+                "created": self._text.position.since,
             }

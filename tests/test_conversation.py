@@ -81,6 +81,20 @@ def test_it_says_what_a_chat_completion_says(llm):
     assert conversation.messages == messages
 
 
+@pytest.mark.parametrize("verb", ["say", "regenerate", "edit"])
+def test_what_a_verb_returns_its_stream_yields(llm, verb):
+    """`stream` before the verb; that of `say` is `stream`."""
+    one, other = Conversation(llm, **GREEDY), Conversation(llm, **GREEDY)
+    said = [] if verb == "regenerate" else ["how are you"]
+    for conversation in (one, other):
+        conversation.say("hello there")
+    name = "stream" if verb == "say" else f"stream_{verb}"
+    assert "".join(getattr(other, name)(*said)) == getattr(one, verb)(*said)
+    assert one.messages == other.messages
+    streams = {name for name in dir(Conversation) if name.startswith("stream")}
+    assert streams == {"stream", "stream_regenerate", "stream_edit"}
+
+
 def test_every_token_is_written_once(llm, read_once):
     conversation = Conversation(llm, system="be short", **GREEDY)
     for content in ("hello there", "how are you", "good bye"):
@@ -233,7 +247,7 @@ def test_an_adapter_that_writes_per_segment(make, case):
 def test_a_long_reply_again_where_segments_are_written(make, n):
     """No checkpoint is left near it: back to where the turn began, of which the first segment is what was said."""
     llm, by_hand = make("ssw_message"), make("ssw_message")
-    llm._seats.is_end = lambda token: False
+    llm._engine.slots.is_end = lambda token: False
     conversation = Conversation(llm, temp=0.0)
     conversation.say("hello there", n_predict=20)
     first, prompt = tokens(conversation), chat_prompt(llm, conversation.messages[:1])[0]
@@ -279,7 +293,7 @@ def test_options_as_create_completion_calls_them(llm):
     assert Conversation(llm, max_tokens=50, temp=0.0).say("hello there", max_tokens=5) == reply
     assert Conversation(llm, max_tokens=0, temp=0.0).say("hello there") == ""
     unlimited = Conversation(llm, temp=0.0, max_tokens=None)
-    llm._seats.is_end = lambda token: unlimited.n_tokens > 100
+    llm._engine.slots.is_end = lambda token: unlimited.n_tokens > 100
     assert unlimited.say("hello there").startswith(reply) and unlimited.n_tokens > 100
 
 
@@ -354,7 +368,7 @@ def test_how_much_is_predicted(llm, read_once):
     assert tokens(conversation) == chat_prompt(llm, conversation.messages[:1])[0]
     np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
     assert roles(conversation) == "ua"
-    llm._seats.is_end = lambda token: conversation.n_tokens > 100
+    llm._engine.slots.is_end = lambda token: conversation.n_tokens > 100
     n = {n_predict: len(Conversation(llm).say("hello there", seed=1, n_predict=n_predict)) for n_predict in (2, 20)}
     assert n[2] < n[20]
     for unlimited in (None, -1, -2):
@@ -451,7 +465,7 @@ def test_a_stale_reply_in_place_of_another(llm):
     conversation.say("hello there")
     messages = list(conversation.messages)
     conversation.say("how are you")
-    stream = conversation.stream_again()
+    stream = conversation.stream_regenerate()
     next(stream)
     conversation.undo()
     stream.close()
@@ -525,9 +539,9 @@ def test_a_prompt_that_lost_its_place_is_not_read_by_halves(make):
     next(stream)
     for conversation in more:
         conversation.say("well")
-    assert one._text.seat is None and one.n_tokens > 0
+    assert one._text.slot is None and one.n_tokens > 0
     next(stream)
-    assert one._text.seat is not None
+    assert one._text.slot is not None
     stream.close()
     assert one.messages == [] and one.memory.n_written == 0 and one.n_tokens == 0
     assert not one.memory.state.any()
@@ -540,7 +554,7 @@ def test_a_prompt_that_lost_its_place_is_not_read_by_halves(make):
 def test_the_oldest_turns_leave_the_text(make, monkeypatch, can_shift):
     llm = make(n_ctx=256)
     if not can_shift:
-        monkeypatch.setattr(llm._seats, "shift", lambda *args: False)
+        monkeypatch.setattr(llm._engine.slots, "shift", lambda *args: False)
     conversation = Conversation(llm, system="be short", n_predict=6)
     written = 0
     for i in range(15):
@@ -565,7 +579,7 @@ def two_turns(llm, can_shift):
     for role, content in (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")):
         conversation.add(role, content)
     if not can_shift:
-        llm._seats.shift = lambda *args: False
+        llm._engine.slots.shift = lambda *args: False
     return conversation
 
 
@@ -613,10 +627,10 @@ def test_a_reply_runs_over(make):
     conversation = Conversation(llm, system="be short", temp=0.0, n_predict=6)
     for i in range(3):
         conversation.say(f"this is message number {i}")
-    end = llm._seats.is_end
-    llm._seats.is_end = lambda token: False  # it goes on and on
+    end = llm._engine.slots.is_end
+    llm._engine.slots.is_end = lambda token: False  # it goes on and on
     conversation.say("tell me more", n_predict=-1)
-    llm._seats.is_end = end
+    llm._engine.slots.is_end = end
     assert conversation.finish_reason == "length"
     assert len(conversation.messages) == 3 and conversation.n_dropped == 6
     assert conversation.n_tokens == 256
@@ -657,17 +671,17 @@ def test_nothing_of_one_shows_in_another(make):
     def run(others):
         llm = make(n_seq_max=3)
         mine, *rest = (Conversation(llm, temp=0.0, n_predict=12) for _ in range(1 + len(others)))
-        decode, logits, states = llm._seats.decode, [], []
+        decode, logits, states = llm._engine.slots.decode, [], []
 
         def record(jobs):
-            rows = decode(jobs)
-            if mine._text in rows:
-                row = llm._ctx.get_logits_ith(rows[mine._text])
-                logits.append(np.ctypeslib.as_array(row, (llm.n_vocab(),)).copy())
-            return rows
+            results = decode(jobs)
+            for job, result in zip(jobs, results):
+                if job.slot == mine._text.slot:
+                    logits.append(llm._engine.slots.logits(result.row))
+            return results
 
-        llm._seats.decode = record
-        llm._seats.is_end = lambda token: False  # all replies are of one length
+        llm._engine.slots.decode = record
+        llm._engine.slots.is_end = lambda token: False  # all replies are of one length
         for turn in range(3):
             said = [f"turn {turn}", *(f"{text}{turn}" for text in others)]
             say_together(dict(zip([mine, *rest], said)))
@@ -754,10 +768,10 @@ def test_a_conversation_that_is_gone_leaves_its_place(make):
     llm = make(n_seq_max=2)
     conversation = Conversation(llm, **GREEDY)
     conversation.say("hello")
-    seat = conversation._text.seat
+    slot = conversation._text.slot
     del conversation
     gc.collect()
-    assert llm._seats.text(seat) is None
+    assert llm._engine.slots.text(slot) is None
 
 
 def test_embedding_makes_them_read_again(make_llm):

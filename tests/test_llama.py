@@ -494,3 +494,14 @@ def test_logits_follow_the_latest_token(base, adapter):
     last.reset()
     with refuses(InputError, "logits", "eval"):
         _ = last.logits
+
+
+def test_it_is_closed_at_the_end_of_a_with(base):
+    with DeltaMemLlama(base(), n_ctx=64) as llm:
+        llm.eval([5, 6])
+    with pytest.raises(ModelError):
+        llm.eval([7])
+    with pytest.raises(KeyError), DeltaMemLlama(base(), n_ctx=64) as llm:
+        raise KeyError
+    with pytest.raises(ModelError):
+        llm.eval([7])

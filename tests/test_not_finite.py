@@ -13,7 +13,7 @@ from llama_cpp import LLAMA_POOLING_TYPE_MEAN, LogitsProcessorList, llama_vocab_
 
 from pydeltamem import Conversation, DeltaMemLlama, NotFiniteError, say_together
 from pydeltamem.cli.main import main
-from pydeltamem.runtime.slots import Seats
+from pydeltamem.runtime.slots import Slots
 
 GREEDY = {"n_predict": 8, "temp": 0.0}
 TOKENS = [14, 17, 40, 99, 7, 63]
@@ -145,13 +145,13 @@ class Fails:
     """From the n-th decode on nothing is finite."""
 
     def __init__(self, monkeypatch, n):
-        self.n, fault = n, Seats._fault
+        self.n, fault = n, Slots._fault
 
-        def later(seats, *args):
+        def later(slots, *args):
             self.n -= 1
-            return fault(seats, *args) if self.n > 0 else "absurd.gguf: not finite"
+            return fault(slots, *args) if self.n > 0 else "absurd.gguf: not finite"
 
-        monkeypatch.setattr(Seats, "_fault", later)
+        monkeypatch.setattr(Slots, "_fault", later)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -167,7 +167,7 @@ def test_in_the_middle_of_a_reply(load, adapter, monkeypatch, again):
         Fails(patch, 4)
         pieces = []
         with pytest.raises(NotFiniteError):
-            pieces += ada.stream_again() if again else ada.stream("hello")
+            pieces += ada.stream_regenerate() if again else ada.stream("hello")
     assert ada.messages == messages
     if not again:  # else it is where the other reply began
         np.testing.assert_array_equal(ada.memory.state, state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -12,8 +11,7 @@ from llama_cpp import LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
 from pydeltamem import Conversation, DeltaMemLlama, InputError
-from pydeltamem.runtime.history import Checkpoint, Checkpoints
-from pydeltamem.runtime.text import Text
+from pydeltamem.runtime.engine import Request
 
 TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88, 200, 31]
 OTHER = [9, 8, 77, 6, 50, 4]
@@ -210,7 +208,7 @@ def test_going_back_after_the_place_was_lost(make, read_once):
     tokens = np.random.default_rng(2).integers(6, 250, 40).tolist()
     llm.eval(tokens[:20])
     llm.eval(tokens[20:])
-    Text(llm._seats).eval(OTHER)
+    llm._engine.text().eval(OTHER)
     llm.memory.rollback(30)
     np.testing.assert_allclose(llm.memory.state, read_once(tokens[:30]), **SAME)
     assert llm.memory.n_written == 30 and llm.memory.n_read_again == 30
@@ -300,7 +298,7 @@ def test_a_hybrid_goes_on(make_hybrid):
 
 def test_forgetting_one_text_of_a_hybrid_leaves_the_others(make_hybrid):
     llm, alone = make_hybrid(n_seq_max=2), make_hybrid()
-    text = Text(llm._seats)
+    text = llm._engine.text()
     text.eval(HYBRID)
     llm.eval([20, 21])
     llm.reset()
@@ -797,29 +795,36 @@ def test_what_another_text_begins_with_is_not_in_its_segments(make):
     assert llm.memory.n_written == len(TOKENS) + len(OTHER)
 
 
-def test_an_ingest_that_loses_its_place_in_the_middle_is_read_again(make):
+def one_decode(request, n_max):
+    """Reads the first n_max tokens of a request, as the engine does."""
+    with request.text.lock:
+        assert request.plan([])
+        piece, job = request.piece(n_max)
+        [result] = request.text.slots.decode([job])
+        request.did_read(piece, result)
+
+
+def test_an_ingest_that_loses_its_slot_in_the_middle_is_read_again(make):
     llm = make("ssw_message", n_batch=4)
-    other, segments = Text(llm._seats), np.zeros(len(TOKENS), dtype=np.int32)
+    other, segments = llm._engine.text(), np.zeros(len(TOKENS), dtype=np.int32)
     text = llm._text
     for again in (False, True):  # also where the memory reads it again after going back
         if again:
             text.n_tokens = len(TOKENS) - 1
-        pieces = text.pieces([] if again else TOKENS, None if again else segments)
-        first, _ = next(piece for piece in pieces if piece.segments is not None).split(4)
-        llm._seats.decode([(text, first)])
-        llm._seats.take(other)
+        request = Request(text)
+        request.ask([] if again else TOKENS, None if again else segments)
+        before = text.position
+        one_decode(request, 4)
+        assert again or text.position.n == before.n == 0  # nothing is written before its end
+        text.slots.leave(text)
         other.eval(OTHER)
-        llm._seats.take(text)
-        if again:
-            text.eval([])
-        else:
-            assert text.n_tokens == 0 and text.history.n_written == 0
-            text.eval(TOKENS, segments)
+        llm._engine.wait([request])
+        assert request.is_over and request.error is None
         once = make("ssw_message", n_batch=4)
         n = text.n_tokens
         once.eval(TOKENS[:n], segments=[0] * n)
         np.testing.assert_allclose(text.state, once.memory.state, **SAME)
-        assert text.history.n_written == n
+        assert llm.memory.n_written == n == len(TOKENS) - again
 
 
 # the text is shortened
@@ -858,52 +863,15 @@ def test_dropping_text_before_which_all_checkpoints_are(make):
     assert different(llm.memory.state, state)
 
 
-def test_an_interrupt_leaves_no_position_without_its_checkpoint():
-    """Wherever it comes: after each line of Checkpoints."""
-    state = np.zeros((1, 1, 2, 2), dtype=np.float32)
-
-    def run(stop_after):
-        checkpoints, left = Checkpoints(n_bytes=64, n_last=2), [stop_after]
-
-        def interrupt(frame, event, argument):
-            if event == "line" and frame.f_code.co_filename == Checkpoints.add.__code__.co_filename:
-                left[0] -= 1
-                if left[0] == 0:
-                    raise KeyboardInterrupt
-            return interrupt
-
-        sys.settrace(interrupt)
-        try:
-            for position in (0, 5, 6, 9, 12, 13, 14, 20):
-                checkpoints.add(position, Checkpoint(state, position))
-            checkpoints.shift(6, 9)
-            checkpoints.drop_after(9)
-            finished = True
-        except KeyboardInterrupt:
-            finished = False
-        finally:
-            sys.settrace(None)
-        for position in range(22):
-            checkpoints.newest(position)
-        checkpoints.add(4, Checkpoint(state, 4), keep=True)
-        assert checkpoints.newest(4)[0] == 4
-        checkpoints.drop_after(-1)
-        return finished
-
-    n = next(n for n in range(1, 1000) if run(n))
-    assert n > 50
-
-
 def test_a_failure_after_another_memory_came_keeps_that(make):
     """What was in the making when the memory was replaced does not bring the old one back."""
     llm = make(n_batch=4)
     llm.eval(OTHER)
-    text = llm._text
-    pieces = text.pieces(TOKENS)
-    before = text.before()
-    llm._seats.decode([(text, pieces[0].split(4)[0])])
+    request = Request(llm._text)
+    request.ask(TOKENS)
+    one_decode(request, 4)
     llm.memory.reset()
-    text.undo(before)
+    llm._engine.drop(request)
     assert not llm.memory.state.any() and llm.memory.n_written == 0
 
 
@@ -937,11 +905,11 @@ def test_an_interrupt_while_going_back(make, read_once, monkeypatch):
     llm.eval(OTHER)
     llm.n_tokens = len(TOKENS)
 
-    def interrupted(self, state):
+    def interrupted(self):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pydeltamem.runtime.text.Text.put_state", interrupted)
+        patch.setattr("pydeltamem.runtime.history.Position.back", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.memory.rollback(len(TOKENS))
     llm.memory.rollback(len(TOKENS))

@@ -158,7 +158,7 @@ class Simple:
 
 def is_lost(text):
     """Whether it is to be read again."""
-    return text.seat is None or text.n_kv == 0 < text.n_tokens
+    return text.slot is None or text.n_kv == 0 < text.n_tokens
 
 
 def pointer(state):
@@ -245,9 +245,9 @@ class World:
         elif operation == "fork":
             j = (i + 1) % N_CONVERSATIONS
             self.conversations[j] = None  # its place is free
-            seated = conversation._text.seat is not None
+            seated = conversation._text.slot is not None
             self.conversations[j] = conversation.fork()
-            simple.copy_to(self.simple[j], seated and self.conversations[j]._text.seat is not None)
+            simple.copy_to(self.simple[j], seated and self.conversations[j]._text.slot is not None)
         elif operation == "save":
             conversation.memory.save(self.folder / f"{i}.memory")
             self.saved[i] = simple.states[-1]
@@ -263,7 +263,7 @@ class World:
             conversation.memory.state = state
             simple.become(state.astype(np.float32))
         elif operation == "leave":
-            self.llm._seats.leave(conversation._text)
+            self.llm._engine.slots.leave(conversation._text)
         elif operation == "drop":
             self.drop(i)
         elif operation == "own text":

@@ -43,7 +43,7 @@ def expected(llm, tokens):
 
 
 def never_end(llm):
-    return {token: -1e6 for token in range(llm.n_vocab()) if llm._seats.is_end(token)}
+    return {token: -1e6 for token in range(llm.n_vocab()) if llm._engine.slots.is_end(token)}
 
 
 def scored(llm, prompt, **options):

@@ -48,7 +48,7 @@ def test_a_state_holds_what_was_read(make, n_batch):
     llm.eval(TOKENS)
     state = llm.save_state()
     assert len(state.scores) == 0 and state.input_ids.tolist() == TOKENS
-    assert 77 not in state.history.tokens
+    assert 77 not in state.position.log.tokens
     assert len(pickle.dumps(state)) < len(state.llama_state) + 64 * llm.memory.state.nbytes + 50_000
 
 

@@ -289,7 +289,7 @@ def test_nobody_is_overtaken_for_ever(make):
         scores[list(ends)] = -np.inf
         return scores
 
-    ends = {token for token in range(llm.n_vocab()) if llm._seats.is_end(token)}
+    ends = {token for token in range(llm.n_vocab()) if llm._engine.slots.is_end(token)}
     options = {"logits_processor": LogitsProcessorList([keep_on])}
 
     def speak():

@@ -191,7 +191,7 @@ def test_conversations_that_stand_aside_begin_anew(adapter, make_llm):
     seated, aside = Conversation(llm, n_predict=4), Conversation(llm, n_predict=4)
     for conversation in (aside, seated):
         conversation.say("hello there")
-    assert aside._text.seat is None and aside.memory.state.any()
+    assert aside._text.slot is None and aside.memory.state.any()
     llm.memory.attach(adapter("qwen3", "msw4_qo"))
     for conversation in (seated, aside):
         assert conversation.memory.state.shape == llm.memory.shape and not conversation.memory.state.any()

@@ -149,9 +149,9 @@ class Chat:
         if name == "help":
             note(HELP)
         elif name == "again":
-            self._print(conversation.stream_again())
+            self._print(conversation.stream_regenerate())
         elif name == "edit" and argument:
-            self._print(conversation.stream_edited(_readable(argument)))
+            self._print(conversation.stream_edit(_readable(argument)))
         elif name == "edit":
             raise InputError("/edit TEXT: say what you meant")
         elif name == "undo":

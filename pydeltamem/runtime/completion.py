@@ -14,7 +14,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,9 @@ import numpy.typing as npt
 from ..errors import InputError
 from . import library
 from .history import n_common
+from .model import Model
 from .stream import Assembler
 from .tokenizer import Tokenizer, encoded, piece, token_text
-
-if TYPE_CHECKING:
-    from ..llama import DeltaMemLlama
 
 _llama = library.llama_cpp
 
@@ -48,7 +46,7 @@ class Completion:
 
     def __init__(
         self,
-        llm: DeltaMemLlama,
+        llm: Model,
         prompt: str | Sequence[int],
         *,
         suffix: str | None,
@@ -166,7 +164,7 @@ class Completion:
             return
         with contextlib.suppress(KeyError, InputError):  # there is none, or it is of another context
             state = llm.cache[self.tokens]
-            if n_common(state.input_ids[: state.n_tokens], self.tokens) > n_common(llm._input_ids, self.tokens):
+            if n_common(state.input_ids[: state.n_tokens], self.tokens) > n_common(llm._text.tokens, self.tokens):
                 llm.load_state(state)
 
     def _want_rows(self) -> None:
@@ -175,8 +173,7 @@ class Completion:
         n = min(n_common(text.tokens, self.tokens), len(self.tokens) - 1)
         lost = np.flatnonzero(np.isnan(llm.scores[:n, 0]))
         if len(lost):
-            text.n_kv = min(text.n_kv, int(lost[0]))
-            llm._requires_eval = True
+            text.lost_kv(int(lost[0]))
 
     #
     # what follows

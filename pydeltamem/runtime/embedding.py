@@ -6,22 +6,20 @@ batch for a text without tokens, and averages over a part of a text that does no
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
 from . import library
+from .model import Model
 from .tokenizer import encoded
-
-if TYPE_CHECKING:
-    from ..llama import DeltaMemLlama
 
 _llama = library.llama_cpp
 
 
-def tokenized(llm: DeltaMemLlama, texts: list[str], truncate: bool) -> list[list[int]]:
+def tokenized(llm: Model, texts: list[str], truncate: bool) -> list[list[int]]:
     """The tokens of texts to be embedded. Raises InputError, which counts texts from 0, if one cannot be."""
     limit = n_tokens_max(llm)
     pooled = llm.pooling_type() != _llama.LLAMA_POOLING_TYPE_NONE
@@ -40,14 +38,14 @@ def tokenized(llm: DeltaMemLlama, texts: list[str], truncate: bool) -> list[list
     return tokens
 
 
-def n_tokens_max(llm: DeltaMemLlama) -> int:
+def n_tokens_max(llm: Model) -> int:
     """Most tokens of a text to embed, and of a batch of them."""
     if _in_one_go(llm):
         return min(_llama.llama_n_ubatch(llm.ctx), llm.n_batch, llm.n_ctx())
     return min(llm.n_batch, llm.n_ctx())
 
 
-def _in_one_go(llm: DeltaMemLlama) -> bool:
+def _in_one_go(llm: Model) -> bool:
     """Whether all of a text must be in one micro-batch: others would be pooled without what came before, and where
     tokens attend to those behind them llama.cpp ends the process.
     """
@@ -60,7 +58,7 @@ def _in_one_go(llm: DeltaMemLlama) -> bool:
     return encodes or not causal or llm.pooling_type() not in in_parts
 
 
-def vectors(llm: DeltaMemLlama, texts: list[list[int]], normalize: bool) -> list[Any]:
+def vectors(llm: Model, texts: list[list[int]], normalize: bool) -> list[Any]:
     """For each text its vector, a list of floats; without pooling a list of vectors, one a token."""
     limit, n_seq_max = n_tokens_max(llm), _llama.llama_n_seq_max(llm.ctx)
     result: list[Any] = []
@@ -73,17 +71,9 @@ def vectors(llm: DeltaMemLlama, texts: list[list[int]], normalize: bool) -> list
     return result + _decoded(llm, batch, normalize)
 
 
-def _decoded(llm: DeltaMemLlama, texts: list[list[int]], normalize: bool) -> list[Any]:
-    """One llama_decode: each text in a sequence of its own."""
-    llm._batch.reset()
-    for seat, tokens in enumerate(texts):
-        if tokens:
-            llm._batch.add_sequence(tokens, seat, True)
-    n_tokens = llm._batch.n_tokens()
-    if n_tokens:
-        llm._ctx.kv_cache_clear()
-        llm._ctx.decode(llm._batch)
-        llm._batch.reset()
+def _decoded(llm: Model, texts: list[list[int]], normalize: bool) -> list[Any]:
+    """One llama_decode: each text in a slot of its own."""
+    n_tokens = llm._engine.slots.read_alone(texts)
     pooling = llm.pooling_type()
     if pooling == _llama.LLAMA_POOLING_TYPE_NONE:
         n_embd = _llama.llama_model_n_embd_out(llm.model)
@@ -95,8 +85,8 @@ def _decoded(llm: DeltaMemLlama, texts: list[list[int]], normalize: bool) -> lis
     ranks = pooling == _llama.LLAMA_POOLING_TYPE_RANK
     width = _llama.llama_model_n_cls_out(llm.model) if ranks else _llama.llama_model_n_embd_out(llm.model)
     return [
-        _scaled(np.ctypeslib.as_array(_llama.llama_get_embeddings_seq(llm.ctx, seat), (width,)), normalize).tolist()
-        for seat in range(len(texts))
+        _scaled(np.ctypeslib.as_array(_llama.llama_get_embeddings_seq(llm.ctx, slot), (width,)), normalize).tolist()
+        for slot in range(len(texts))
     ]
 
 

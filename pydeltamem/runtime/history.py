@@ -1,13 +1,17 @@
-"""What a memory has read: the tokens of one text by position, and checkpoints of the state between them.
+"""The rule of one write (design section 6, docs/reference/one-write.md), without llama.cpp.
 
-The rule of one write (docs/reference/one-write.md) is kept here, without llama.cpp: the state of a memory is always
-that after the first `n` tokens recorded, so a text that goes back takes the state back with it.
+A `Position` says where a text and its memory are. It is immutable: what is read, gone back over or left out makes
+another one, and a decode that fails leaves the old one. The state of a memory is always that after the first `n` tokens
+of its text, so a text that goes back takes the state back with it.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -15,193 +19,344 @@ import numpy.typing as npt
 
 TOKEN = -2  # in place of a segment id: the token writes by itself, if it writes
 
+State = npt.NDArray[np.float32]  # [L, H, r, r], not written to once it is in a record
+_position = attrgetter("position")
+
+
+class Log:
+    """Tokens by their place in a text, and how the memory read them: an append-only buffer that records share.
+
+    What stands there is never changed. Whoever stands at its end appends in place; who went back copies what is before.
+
+    Attributes, of each token:
+        tokens: its id.
+        wrote: whether it wrote.
+        segment: its segment id, -1 for none; TOKEN if it was not read in segments.
+        begins: whether an ingest in segments begins with it.
+    """
+
+    __slots__ = ("begins", "end", "segment", "tokens", "wrote")
+
+    def __init__(self, n_ctx: int) -> None:
+        self.end = 0
+        self.tokens: npt.NDArray[np.intc] = np.zeros(n_ctx, dtype=np.intc)
+        self.wrote: npt.NDArray[np.bool_] = np.zeros(n_ctx, dtype=np.bool_)
+        self.segment: npt.NDArray[np.int32] = np.zeros(n_ctx, dtype=np.int32)
+        self.begins: npt.NDArray[np.bool_] = np.zeros(n_ctx, dtype=np.bool_)
+
+    def without(self, start: int, end: int, n: int) -> Log:
+        """A copy of the first n tokens but those from `start` to `end`."""
+        log = Log(len(self.tokens))
+        log.end = n - (end - start)
+        for name in ("tokens", "wrote", "segment", "begins"):
+            new, old = getattr(log, name), getattr(self, name)
+            new[:start], new[start : log.end] = old[:start], old[end:n]
+        return log
+
+    def extended(
+        self, n: int, tokens: Sequence[int], wrote: bool | npt.NDArray[np.bool_], segment: int | npt.NDArray[np.int32]
+    ) -> Log:
+        """With tokens after the first n."""
+        log = self if n == self.end else self.without(n, n, n)
+        span = slice(n, n + len(tokens))
+        log.tokens[span], log.wrote[span], log.segment[span], log.begins[span] = tokens, wrote, segment, False
+        log.end = span.stop
+        return log
+
 
 class Checkpoint(NamedTuple):
-    """A memory at one position."""
+    """A memory at one position of its text."""
 
-    state: npt.NDArray[np.float32]  # [L, H, r, r], not written to
+    position: int
+    state: State
     n_written: int  # tokens that it was ever written
+    kept: bool = False  # worth keeping beyond the last ones
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """Checkpoints by position: the last `n_last` whatever they are, and older ones that were worth keeping.
 
-    Older ones are thinned when they exceed `n_bytes`: of two that stand close together the earlier one goes. The first
-    is where the text began and always stays.
+    Older ones, `old`, are thinned when all exceed `n_bytes`: of two that stand close together the earlier one goes. The
+    first, which is kept and where the text began, always stays.
     """
 
-    def __init__(self, n_bytes: int = 4 << 20, n_last: int = 65) -> None:  # where the memory is, and 64 before
-        self.n_bytes = n_bytes
-        self.n_last = n_last
-        self._positions: list[int] = []  # ascending
-        self._items: dict[int, Checkpoint] = {}
-        self._kept: set[int] = set()
-
-    def __contains__(self, position: int) -> bool:
-        return position in self._items
+    old: tuple[Checkpoint, ...] = ()
+    last: tuple[Checkpoint, ...] = ()
+    n_bytes: int = 4 << 20
+    n_last: int = 65  # where the memory is, and 64 before
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self.old) + len(self.last)
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        return itertools.chain(self.old, self.last)
 
     @property
     def positions(self) -> list[int]:
-        return list(self._positions)
+        """Ascending."""
+        return [checkpoint.position for checkpoint in self]
 
-    def copy(self) -> Checkpoints:
-        """The same checkpoints; nobody writes to their states."""
-        other = Checkpoints(self.n_bytes, self.n_last)
-        other._positions, other._items, other._kept = list(self._positions), dict(self._items), set(self._kept)
-        return other
+    def only(self, *checkpoints: Checkpoint) -> Checkpoints:
+        """These, in place of all."""
+        return Checkpoints((), checkpoints, self.n_bytes, self.n_last)
 
-    def add(self, position: int, checkpoint: Checkpoint, keep: bool = False) -> None:
-        """`keep`: beyond the last `n_last`, as long as there is room."""
-        # in this order, here and below, an interrupt leaves no position without its checkpoint
-        self._items[position] = checkpoint
-        i = bisect.bisect_left(self._positions, position)
-        if self._positions[i : i + 1] != [position]:
-            self._positions.insert(i, position)
-        if keep or position == self._positions[0]:
-            self._kept.add(position)
-        self._thin(checkpoint.state.nbytes)
-
-    def keep(self, position: int) -> None:
-        """The one at `position` is worth keeping beyond the last `n_last`."""
-        self._kept.add(position)
-
-    def newest(self, position: int) -> tuple[int, Checkpoint] | None:
+    def newest(self, position: int) -> Checkpoint | None:
         """The one nearest before or at `position`."""
-        i = bisect.bisect_right(self._positions, position)
-        return (self._positions[i - 1], self._items[self._positions[i - 1]]) if i else None
+        if self.last and self.last[-1].position <= position:
+            return self.last[-1]
+        some = self.last if self.last and self.last[0].position <= position else self.old
+        i = bisect.bisect_right(some, position, key=_position)
+        return some[i - 1] if i else None
 
-    def drop_after(self, position: int) -> None:
-        while self._positions and self._positions[-1] > position:
-            self._remove(len(self._positions) - 1)
+    def add(self, checkpoint: Checkpoint) -> Checkpoints:
+        """One behind all others, or in place of the latest."""
+        old, last = self.old, self.last
+        if last and last[-1].position == checkpoint.position:
+            checkpoint = checkpoint._replace(kept=checkpoint.kept or last[-1].kept)
+            last = last[:-1]
+        last = (*last, checkpoint)
+        if len(last) > self.n_last:
+            left, last = last[0], last[1:]
+            if left.kept:
+                old = (*old, left)
+        n_max = max(self.n_last + 2, self.n_bytes // max(1, checkpoint.state.nbytes))
+        while len(old) + len(last) > n_max:
+            some = old[: len(old) + len(last) - self.n_last]
+            gaps = [after.position - before.position for before, after in zip(some[:-2], some[2:])]  # if one goes
+            i = 1 + int(np.argmin(gaps)) if gaps else 1
+            old = old[:i] + old[i + 1 :]
+        return Checkpoints(old, last, self.n_bytes, self.n_last)
 
-    def clear(self) -> None:
-        self._positions = []
-        self._items = {}
-        self._kept = set()
+    def keep_latest(self) -> Checkpoints:
+        """The latest is worth keeping."""
+        return self if not self.last or self.last[-1].kept else self.add(self.last[-1]._replace(kept=True))
 
-    def shift(self, start: int, end: int) -> None:
-        """The text between `start` and `end` is gone: those before `end` cannot be gone back to any more."""
-        moved = {p - (end - start): (self._items[p], p in self._kept) for p in self._positions if p >= end}
-        positions = sorted(moved)
-        self.clear()
-        self._items = {p: item for p, (item, _) in moved.items()}
-        self._kept = {p for p, (_, kept) in moved.items() if kept} | set(positions[:1])
-        self._positions = positions
+    def until(self, position: int) -> Checkpoints:
+        """Without those after `position`."""
+        if self.last and self.last[-1].position <= position:
+            return self
+        old, last = (some[: bisect.bisect_right(some, position, key=_position)] for some in (self.old, self.last))
+        return Checkpoints(old, last, self.n_bytes, self.n_last)
 
-    def _thin(self, n_bytes_each: int) -> None:
-        # what has just left the last n_last
-        i = len(self._positions) - 1 - self.n_last
-        if i > 0 and self._positions[i] not in self._kept:
-            self._remove(i)
-        n_max = max(self.n_last + 2, self.n_bytes // max(1, n_bytes_each))
-        while len(self._positions) > n_max:
-            old = self._positions[: len(self._positions) - self.n_last]
-            gaps = [after - before for before, after in zip(old[:-2], old[2:])]  # if the one between goes
-            self._remove(1 + int(np.argmin(gaps)) if gaps else 1)
+    def without(self, start: int, end: int) -> Checkpoints:
+        """The text from `start` to `end` is gone: those before `end` cannot be gone back to any more."""
 
-    def _remove(self, i: int) -> None:
-        position = self._positions.pop(i)
-        self._items.pop(position, None)
-        self._kept.discard(position)
+        def moved(some: Iterable[Checkpoint]) -> tuple[Checkpoint, ...]:
+            return tuple(c._replace(position=c.position - (end - start)) for c in some if c.position >= end)
+
+        return Checkpoints(moved(self.old), moved(self.last), self.n_bytes, self.n_last)
 
 
-class History:
-    """The tokens that a memory has read, by position in the text, up to `n`; which of them wrote; and checkpoints.
+class Piece(NamedTuple):
+    """Tokens for one sequence of one llama_decode, at most; they write all or none, unless they have segments."""
 
-    Args:
-        n_ctx: most tokens of a text.
+    tokens: npt.NDArray[np.intc]
+    write: bool
+    segments: npt.NDArray[np.int32] | None = None
+    begins: bool = False  # an ingest in segments begins with it
+    ends: bool = False  # and ends with it
+
+    def split(self, n: int) -> tuple[Piece, Piece]:
+        """Its first n tokens, and the rest."""
+        ids = self.segments
+        return (
+            Piece(self.tokens[:n], self.write, None if ids is None else ids[:n], self.begins, False),
+            Piece(self.tokens[n:], self.write, None if ids is None else ids[n:], False, self.ends),
+        )
+
+
+class Position(NamedTuple):
+    """Where a text and its memory are. A field is changed by making another record.
+
+    n_tokens is less than n where the text went back and the memory is still to follow, and greater where the memory has
+    gone back to a checkpoint and is to read again up to there.
     """
 
-    def __init__(self, n_ctx: int) -> None:
-        self.n = 0
-        self.floor = 0  # the memory cannot go back before: there the text began for it
-        self.n_written = 0  # tokens that the memory was ever written
-        self.n_begun = 0  # how often another text or memory began
-        self.tokens: npt.NDArray[np.intc] = np.zeros(n_ctx, dtype=np.intc)
-        self.wrote: npt.NDArray[np.bool_] = np.zeros(n_ctx, dtype=np.bool_)
-        # of tokens read in segments: their id, -1 for none; and whether an ingest begins
-        self.segment: npt.NDArray[np.int32] = np.full(n_ctx, TOKEN, dtype=np.int32)
-        self.begins: npt.NDArray[np.bool_] = np.zeros(n_ctx, dtype=np.bool_)
-        self.checkpoints = Checkpoints()
+    log: Log
+    since: str = ""  # when the memory began
+    n_tokens: int = 0  # length of the text
+    n: int = 0  # tokens of it that the memory has read
+    n_kv: int = 0  # tokens of it that the KV cache holds
+    floor: int = 0  # the memory cannot go back before: there the text began for it
+    fresh: int = 0  # no token before counts as written: another memory came there
+    n_written: int = 0  # tokens that the memory was ever written
+    epoch: int = 0  # how often another text or memory began
+    adapter: int = 0  # which attached adapter the memory is of, as `Slots` counts them
+    checkpoints: Checkpoints = Checkpoints()  # with one at n; none without a memory
 
-    def copy(self) -> History:
-        """For a fork, or to be saved."""
-        other = History(len(self.tokens))
-        other.n, other.floor, other.n_written = self.n, self.floor, self.n_written
-        for name in ("tokens", "wrote", "segment", "begins"):
-            getattr(other, name)[:] = getattr(self, name)
-        other.checkpoints = self.checkpoints.copy()
-        return other
+    @property
+    def tokens(self) -> npt.NDArray[np.intc]:
+        """The token ids of the text, a view."""
+        return self.log.tokens[: self.n_tokens]
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The memory as it is; None without one."""
+        return self.checkpoints.newest(self.n)
 
     def common(self, position: int, tokens: Sequence[int]) -> int:
-        """How many of `tokens` at `position` are those that were read there."""
-        return n_common(self.tokens[position : self.n], tokens)
-
-    def read(
-        self, tokens: Sequence[int], wrote: bool, segments: npt.NDArray[np.int32] | None = None, begins: bool = False
-    ) -> None:
-        """Records tokens read at `n`. `begins`: the first of them begins an ingest in segments."""
-        span = slice(self.n, self.n + len(tokens))
-        self.tokens[span] = tokens
-        self.segment[span] = TOKEN if segments is None else segments
-        self.wrote[span] = wrote if segments is None else wrote & (segments >= 0)
-        self.begins[span] = False
-        self.begins[self.n] = begins
-        self.n_written += int(np.count_nonzero(self.wrote[span]))
-        self.n += len(tokens)
+        """How many of `tokens` at `position` are those that the memory read there."""
+        return n_common(self.log.tokens[position : self.n], tokens)
 
     def ingest(self, position: int) -> int:
         """Where the ingest in segments began that the token at `position` was read in; else `position`."""
-        others = np.flatnonzero(self.segment[: position + 1] == TOKEN)
+        others = np.flatnonzero(self.log.segment[: position + 1] == TOKEN)
         first = int(others[-1]) + 1 if len(others) else 0
         if first > position:
             return position
-        begun = np.flatnonzero(self.begins[first : position + 1])  # none if it left the text
+        begun = np.flatnonzero(self.log.begins[first : position + 1])  # none if it left the text
         return first + (int(begun[-1]) if len(begun) else 0)
 
-    def unread(self, position: int) -> None:
-        """What was read from `position` on has not written yet and is to be read again."""
-        self.n_written -= int(np.count_nonzero(self.wrote[position : self.n]))
-        self.checkpoints.drop_after(position)
-        self.n = position
+    def known(self, tokens: npt.NDArray[np.intc]) -> npt.NDArray[np.bool_] | None:
+        """Which of `tokens`, which are to come after the text, were written in this place before the memory's floor:
+        they are not written again. None if none was.
+        """
+        start, end = self.n_tokens, min(self.floor, self.n)
+        if start >= end:
+            return None
+        n = n_common(self.log.tokens[start:end], tokens)
+        known = np.zeros(len(tokens), dtype=np.bool_)
+        known[:n] = self.log.wrote[start : start + n]
+        known[: max(0, self.fresh - start)] = False
+        return known if known.any() else None
 
-    def checkpoint(self, position: int, state: npt.NDArray[np.float32], keep: bool = False) -> None:
-        """Keeps the state at a position, `n` or one that was just read."""
-        later = int(np.count_nonzero(self.wrote[position : self.n]))
-        self.checkpoints.add(position, Checkpoint(state, self.n_written - later), keep)
+    #
+    # another text, or another memory
+    #
 
-    def checkpoint_before(self, position: int) -> Checkpoint:
-        """The newest one at or before `position`; for what is before `floor`, that with which the text began."""
-        return self.checkpoints.newest(max(position, self.floor))[1]
+    def begun(self, position: int, checkpoint: Checkpoint | None) -> Position:
+        """Another text begins after `position`, for a memory that cannot go back before."""
+        one = () if checkpoint is None else (checkpoint._replace(position=position, kept=True),)
+        return self._replace(
+            n_tokens=position,
+            n=position,
+            n_kv=min(self.n_kv, position),
+            floor=position,
+            fresh=min(self.fresh, position),
+            epoch=self.epoch + 1,
+            checkpoints=self.checkpoints.only(*one),
+        )
 
-    def back(self, position: int) -> None:
-        """Takes the record back to `checkpoint_before(position)`; what was read after it is to be read again."""
-        at, checkpoint = self.checkpoints.newest(max(position, self.floor))
-        self.checkpoints.drop_after(at)
-        self.n_written = checkpoint.n_written
-        self.n = min(at, position)  # last: after an interrupt before it the memory goes back once more
+    def with_memory(self, state: State, n_written: int, since: str, adapter: int) -> Position:
+        """Another memory: nothing of the present text counts as written into it."""
+        begun = self.begun(self.n_tokens, Checkpoint(0, state, n_written))
+        return begun._replace(fresh=self.n_tokens, n_written=n_written, since=since, adapter=adapter)
+
+    def without_memory(self) -> Position:
+        """The text goes on without one."""
+        return self._replace(checkpoints=self.checkpoints.only())
+
+    def with_text(self, tokens: Sequence[int], n_kv: int) -> Position:
+        """These tokens in place of the text; all count as read and written, and the KV cache holds the first n_kv."""
+        log = Log(len(self.log.tokens)).extended(0, tokens, True, TOKEN)
+        begun = self._replace(log=log, fresh=0).begun(len(tokens), self.checkpoint)
+        return begun._replace(n_kv=min(n_kv, len(tokens)))
+
+    #
+    # reading
+    #
+
+    def pieces(
+        self,
+        tokens: npt.NDArray[np.intc],
+        segments: npt.NDArray[np.int32] | None,
+        known: npt.NDArray[np.bool_] | None,
+        write: bool,
+    ) -> list[Piece]:
+        """What is to be decoded, in order, so that `tokens` are read after the text: what the KV cache lacks, without
+        writing, what the memory is to read again, as it was the first time, and the tokens.
+
+        n_kv <= n <= n_tokens. `write`: whether the tokens that are not `known` write.
+        """
+        n_new, n_past, n_kv = len(tokens), self.n_tokens, self.n_kv
+        if n_new and n_past == self.n == n_kv and segments is None and known is None:
+            return [Piece(tokens, write)]
+        if known is None:
+            known = np.zeros(n_new, dtype=np.bool_)
+        old, log = slice(n_kv, n_past), self.log
+        unread = np.arange(n_kv, n_past) >= self.n  # of the old ones, by the memory
+        ids = np.full(n_new, TOKEN, dtype=np.int32) if segments is None else np.where(known, -1, segments)
+        begins = np.concatenate([log.begins[old] & unread, np.zeros(n_new, dtype=np.bool_)])
+        if segments is not None and n_new:
+            begins[n_past - n_kv] = True
+        return list(
+            _runs(
+                np.concatenate([log.tokens[old], tokens]),
+                np.concatenate([log.wrote[old] & unread, ~known & write]),
+                np.concatenate([np.where(unread, log.segment[old], TOKEN), ids]),
+                begins,
+                self.n - n_kv,
+            )
+        )
+
+    def read(self, piece: Piece, states: Mapping[int, State] | None = None) -> Position:
+        """After a piece of `pieces`, an ingest in segments as a whole. `states`: the memory after so many of its
+        tokens, at least after all of them where there is a memory that read them.
+        """
+        at, n = self.n_kv, len(piece.tokens)
+        if at < self.n:
+            return self._replace(n_kv=at + n)
+        log, n_old = self.log, min(n, self.n_tokens - at)
+        if n_old < n:
+            ids = TOKEN if piece.segments is None else piece.segments[n_old:]
+            wrote = piece.write if piece.segments is None else piece.write & (piece.segments[n_old:] >= 0)
+            log = log.extended(self.n_tokens, piece.tokens[n_old:], wrote, ids)
+            if piece.begins:
+                log.begins[self.n_tokens] = True
+        wrote = log.wrote[at : at + n]
+        n_written = self.n_written + int(np.count_nonzero(wrote))
+        checkpoints = self.checkpoints
+        for i, state in sorted(states.items()) if states else ():
+            n_later = int(np.count_nonzero(wrote[i:])) if i < n else 0
+            checkpoints = checkpoints.add(Checkpoint(at + i, state, n_written - n_later, n > 1))
+        n_read = at + n
+        return self._replace(
+            log=log,
+            n_tokens=max(self.n_tokens, n_read),
+            n=n_read,
+            n_kv=n_read,
+            n_written=n_written,
+            checkpoints=checkpoints,
+        )
+
+    #
+    # going back
+    #
+
+    def back(self) -> Position:
+        """The memory goes back to where the text is, or to the next checkpoint before, from which on it is to read
+        again. Without a memory there is nothing to be read again.
+        """
+        return self if self.n <= self.n_tokens else self.memory_at(self.n_tokens)
+
+    def memory_at(self, position: int) -> Position:
+        """The memory goes back to the newest checkpoint at or before `position`, which is not after the text's end;
+        before its floor to that with which the text began.
+        """
+        checkpoint = self.checkpoints.newest(max(position, self.floor))
+        if checkpoint is None:
+            return self._replace(n=position, n_kv=min(self.n_kv, position))
+        back = self._replace(n_written=checkpoint.n_written)
         if position < self.floor:
-            self.begin(position, checkpoint.state)
+            return back.begun(position, checkpoint)
+        n = checkpoint.position
+        return back._replace(n=n, n_kv=min(self.n_kv, n), checkpoints=self.checkpoints.until(n))
 
-    def begin(self, position: int, state: npt.NDArray[np.float32] | None) -> None:
-        """The memory cannot go back before `position` from here on: another text begins there, or another memory."""
-        self.n = self.floor = position
-        self.n_begun += 1
-        self.checkpoints.clear()
-        if state is not None:
-            self.checkpoints.add(position, Checkpoint(state, self.n_written))
-
-    def shift(self, start: int, end: int) -> None:
-        """The tokens from `start` to `end` left the text; what they wrote stays."""
-        for array in (self.tokens, self.wrote, self.segment, self.begins):
-            array[start : self.n - (end - start)] = array[end : self.n].copy()
-        self.n -= end - start
-        self.checkpoints.shift(start, end)
-        positions = self.checkpoints.positions
-        self.floor = positions[0] if positions else self.n
+    def without(self, start: int, end: int, n_kv: int) -> Position:
+        """The tokens from `start` to `end` left the text, all of which the memory has read; what they wrote stays. The
+        KV cache holds n_kv tokens then.
+        """
+        n, checkpoints = self.n - (end - start), self.checkpoints.without(start, end)  # that at n stays
+        return self._replace(
+            log=self.log.without(start, end, self.n),
+            n_tokens=n,
+            n=n,
+            n_kv=n_kv,
+            floor=checkpoints.positions[0] if checkpoints else n,
+            fresh=self.fresh if self.fresh <= start else max(start, self.fresh - (end - start)),
+            checkpoints=checkpoints,
+        )
 
 
 def n_common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -209,3 +364,26 @@ def n_common(a: Sequence[int], b: Sequence[int]) -> int:
     n = min(len(a), len(b))
     differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
     return int(differs[0]) if len(differs) else n
+
+
+def _runs(
+    tokens: npt.NDArray[np.intc],
+    write: npt.NDArray[np.bool_],
+    segment: npt.NDArray[np.int32],
+    begins: npt.NDArray[np.bool_],
+    n_read: int,
+) -> Iterator[Piece]:
+    """Cuts at every change between writing and not, where an ingest in segments begins or ends, and behind the first
+    `n_read` tokens, which the memory knows.
+    """
+    in_segments = segment != TOKEN
+    cuts = (in_segments[1:] != in_segments[:-1]) | begins[1:] | (~in_segments[1:] & (write[1:] != write[:-1]))
+    cuts[n_read - 1 : n_read] = True
+    bounds = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(tokens)]
+    for start, end in itertools.pairwise(bounds):
+        if start == end:
+            continue
+        if in_segments[start]:
+            yield Piece(tokens[start:end], bool(write[start:end].any()), segment[start:end], True, True)
+        else:
+            yield Piece(tokens[start:end], bool(write[start]))

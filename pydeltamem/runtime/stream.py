@@ -10,18 +10,15 @@ import contextlib
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
 from . import library
+from .model import Model
 from .tokenizer import piece as _piece
 
-if TYPE_CHECKING:
-    from llama_cpp import LlamaGrammar
-
-    from ..llama import DeltaMemLlama
-
 _llama = library.llama_cpp
+LlamaGrammar = _llama.LlamaGrammar
 
 _checked_grammars: weakref.WeakSet[LlamaGrammar] = weakref.WeakSet()
 
@@ -90,7 +87,7 @@ class TextStream:
 
     def __init__(
         self,
-        llm: DeltaMemLlama,
+        llm: Model,
         prompt: Sequence[int],
         *,
         n_predict: int = -1,
@@ -119,11 +116,11 @@ class TextStream:
             self.llm.set_seed(self.seed)
         text = Assembler(self.llm._model.vocab, self.stop)
         for token in self.llm.generate(self.prompt, **self.options):
-            if self.llm._seats.is_end(token):
+            if self.llm._engine.slots.is_end(token):
                 self.finish_reason = "stop"
                 break
             self.n_tokens += 1
-            piece = self.llm._seats.call(text.push, token)
+            piece = self.llm._engine.slots.call(text.push, token)
             if piece:
                 yield piece
             if text.stopped:
@@ -136,9 +133,8 @@ class TextStream:
             yield piece
 
 
-def checked_grammar(llm: DeltaMemLlama, text: str | LlamaGrammar, name: str = "grammar") -> LlamaGrammar:
+def checked_grammar(llm: Model, text: str | LlamaGrammar, name: str = "grammar") -> LlamaGrammar:
     """A GBNF grammar for sampling. Raises InputError, which calls it `name`, if llama.cpp cannot use it."""
-    from llama_cpp import LlamaGrammar
     from llama_cpp._utils import suppress_stdout_stderr
 
     # llama_cpp hands a grammar on unchecked, and llama.cpp's parser prints what it dislikes
@@ -148,7 +144,7 @@ def checked_grammar(llm: DeltaMemLlama, text: str | LlamaGrammar, name: str = "g
     if grammar in _checked_grammars:
         return grammar
     with library.silencing, library.errors_held() as log, suppress_stdout_stderr(disable=llm.verbose):
-        sampler = llm._seats.call(
+        sampler = llm._engine.slots.call(
             lambda: _llama.llama_sampler_init_grammar(
                 llm._model.vocab, grammar._grammar.encode(), grammar._root.encode()
             )

@@ -1,0 +1,405 @@
+"""The engine: the one object that decodes.
+
+It takes requests, what is to be read after a text and what is to be made of the logits, and puts one batch together of
+those that somebody waits for: a token of each that generates first, then pieces of prompts in the room that is left.
+Requests join and leave between two decodes.
+
+It has no thread of its own. Whoever waits for a request takes the lock, looks whether it is ready, and if it is not
+decodes one batch for all requests that somebody waits for. So what several threads ask is decoded together, and a
+stream that nobody reads on stands still.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import NotFiniteError
+from .history import Piece, Position
+from .slots import Job, Result, Slots
+from .text import Text
+
+
+class Request:
+    """Tokens to be read after a text, one ingest, and what is made of the logits behind them.
+
+    Args:
+        text: the text.
+        thread: the only thread that may decode it, as it calls back what was written for that thread; None: any.
+
+    Attributes:
+        before: the record of the text from which on the tokens are read; None before it is first decoded.
+        generates: it reads what was sampled, and goes before prompts.
+        goes_on: whoever waits for it comes back for more.
+        is_over: nothing is to be read any more.
+        error: why it ended, None if it ended well.
+    """
+
+    def __init__(self, text: Text, thread: int | None = None) -> None:
+        self.text = text
+        self.thread = thread
+        self.generates = self.goes_on = self.drafted = False
+        self.is_over = self.is_cancelled = False
+        self.error: BaseException | None = None
+        self.n_served = 0  # the step in which a piece of a prompt was last read
+        self.ask(())
+
+    def ask(
+        self, tokens: Sequence[int], segments: npt.NDArray[np.int32] | None = None, keep_at: Collection[int] = ()
+    ) -> None:
+        """What is to be read next. `keep_at`: positions where a checkpoint is wanted."""
+        self.tokens, self.segments, self.keep_at = tokens, segments, set(keep_at)
+        self.before: Position | None = None
+        self._n_past = self.text.n_tokens
+        self._pieces: list[Piece] = []
+        self._gathered: list[Piece] = []  # of an ingest in segments, which writes at its end
+        self._planned: Position | None = None  # that the pieces follow
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is something for whoever waits."""
+        return self.is_over
+
+    def cancel(self) -> None:
+        """It ends before the next decode, and the text is as before what was not read to its end. From any thread."""
+        self.is_cancelled = True
+
+    def sampled(self, row: int) -> None:
+        """Called with the lock held when all is read, with the row of the last token's logits."""
+
+    def follow(self) -> None:
+        """Called then: asks for more, or it is over."""
+
+    #
+    # for the engine, which holds the lock
+    #
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all was read."""
+        return self._planned is not None and not self._pieces
+
+    def plan(self, staying: Sequence[Text]) -> bool:
+        """Makes pieces of what is to be read, in a slot that is none of those of the texts `staying`. False if there is
+        no slot.
+        """
+        text = self.text
+        text.renew()
+        position = text.position
+        if self._pieces and self._planned is position and text.slots.follows(text.slot, position):
+            return True
+        n_read = max(0, position.n_tokens - self._n_past)  # more if the text lost its slot in the middle
+        if self.before is not None and n_read >= len(self.tokens) > 0:  # but the logits are lost
+            text.restore(self.before)
+            position, n_read = text.position, 0
+        if position.n_tokens < position.n:
+            self.keep_at.add(position.n_tokens)
+        segments = None if self.segments is None else self.segments[n_read:]
+        pieces = text.prepare(self.tokens[n_read:], segments, staying)
+        if pieces is None:
+            return False
+        if self.before is None:
+            self.before = text.position
+        self._pieces, self._gathered, self._planned = pieces, [], text.position
+        return True
+
+    def piece(self, n_max: int) -> tuple[Piece, Job]:
+        """The next piece, or the beginning of it."""
+        piece = self._pieces[0]
+        if len(piece.tokens) > n_max:
+            piece = piece.split(n_max)[0]
+        n_gathered = sum(len(each.tokens) for each in self._gathered)
+        return piece, self.text.job(piece, n_gathered, self.keep_at, self.drafted)
+
+    def did_read(self, piece: Piece, result: Result) -> None:
+        """That piece was decoded."""
+        text, rest = self.text, self._pieces[1:]
+        if len(piece.tokens) < len(self._pieces[0].tokens):
+            rest = [self._pieces[0].split(len(piece.tokens))[1], *rest]
+        if piece.segments is not None and not (piece.begins and piece.ends):
+            self._gathered.append(piece)
+            if not piece.ends:
+                text.slots.follow(text.slot, text.position)
+                self._pieces = rest
+                return
+            piece, n = _joined(self._gathered), len(piece.tokens)
+            result = result._replace(states={len(piece.tokens): result.states[n]} if result.states else {})
+            self._gathered = []
+        text.did_read(piece, result)
+        self._pieces, self._planned = rest, text.position
+
+    def end(self, error: BaseException | None = None) -> None:
+        """It is over. What was not read to its end is as if it had never been asked."""
+        if not self.is_over:
+            self.error = error
+            self.is_over = True
+            if not self.is_read and self.before is not None:
+                self.text.restore(self.before)
+
+
+class _Read(Request):
+    """Tokens that are read once; `then` does something with the logits."""
+
+    def __init__(self, text: Text, then: Callable[[], object] | None) -> None:
+        super().__init__(text)
+        self._then = then
+
+    def sampled(self, row: int) -> None:
+        if self._then is not None:
+            try:
+                self._then()
+            except BaseException:
+                self._planned = None  # not read to its end
+                raise
+
+
+class Engine:
+    """Decodes what is asked of the texts of one context.
+
+    Args:
+        slots: of the context.
+
+    Attributes:
+        lock: that of the slots. It is held for one decode and what is made of its logits.
+        patience: how long a decode waits for those that were in the one before: seconds at most, and share of that one.
+    """
+
+    patience = (0.005, 0.25)
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.lock = slots.lock
+        self._wanted: dict[Request, int] = {}  # those that somebody waits for, and the thread, in the order they came
+        self._is_stepping = False
+        self._n_steps = 0
+        self._patience = 0.0
+        self._came = threading.Condition()  # somebody waits who did not, or has what it waited for
+        # thread and time of those that are to come back
+        self._left: dict[weakref.ref[Text], tuple[int, float]] = {}
+        self._slow: weakref.WeakSet[Text] = weakref.WeakSet()  # texts whose streams are read on late
+
+    def text(self, home: int | None = None) -> Text:
+        """A text of this context."""
+        return Text(self.slots, self.read, home)
+
+    #
+    # to ask
+    #
+
+    def read(
+        self,
+        text: Text,
+        tokens: Sequence[int],
+        segments: npt.NDArray[np.int32] | None = None,
+        *,
+        keep_at: Collection[int] = (),
+        then: Callable[[], object] | None = None,
+        drafted: bool = False,
+        generates: bool = False,
+        goes_on: bool = False,
+        thread: int | None = None,
+    ) -> Position:
+        """Reads tokens after a text: one ingest. Returns the record before them.
+
+        Args:
+            text: the text.
+            tokens: token ids; none: only what the text lacks in the KV cache, or its memory has still to read.
+            segments: as `DeltaMemLlama.eval`.
+            keep_at: as `Request.ask`.
+            then: called before others may decode: what it does with the logits.
+            drafted: the tokens are guesses: a checkpoint after each.
+            generates, goes_on, thread: as `Request`.
+
+        If it fails, by InputError, DecodeError, NotFiniteError or what `then` raises, the text is as it was.
+        """
+        request = _Read(text, then)
+        request.drafted, request.generates, request.goes_on, request.thread = drafted, generates, goes_on, thread
+        request.ask(tokens, segments, keep_at)
+        try:
+            self.wait([request])
+        except BaseException:
+            self.drop(request)
+            raise
+        if request.error is not None:
+            raise request.error
+        return request.before or text.position
+
+    def wait(self, requests: Sequence[Request]) -> None:
+        """Decodes until one of the requests has something. Raises ModelError once the model is closed."""
+        thread = threading.get_ident()
+        with self._came:
+            for request in requests:
+                self._wanted[request] = thread
+                if self._left or self._slow:
+                    self._comes_back(request.text)
+            self._came.notify_all()
+        try:
+            while True:
+                self._gather(requests, thread)
+                with self.lock:
+                    if any(request.is_given for request in requests):
+                        return
+                    self.slots.require_open()
+                    did_decode = self._step(requests, thread)
+                if not did_decode and not any(request.is_given for request in requests):
+                    time.sleep(0.0005)  # another thread has to decode what has the slots
+        finally:
+            for request in requests:
+                self._wanted.pop(request, None)
+
+    def drop(self, request: Request) -> None:
+        """Ends a request now."""
+        with self.lock:
+            request.end()
+
+    #
+    # one decode
+    #
+
+    def _step(self, own: Sequence[Request], thread: int) -> bool:
+        """Decodes one batch for those that somebody waits for. False if there is nothing to decode."""
+        if self._is_stepping:  # called back from one: its requests wait
+            return self._decode([request for request in own if not request.is_over], [])
+        self._is_stepping = True
+        try:
+            wanted = [request for request in tuple(self._wanted) if not request.is_over]
+            staying = [request.text for request in wanted if request.text.slot is not None]
+            return self._decode([request for request in wanted if request.thread in (None, thread)], staying)
+        finally:
+            self._is_stepping = False
+
+    def _decode(self, wanted: Sequence[Request], staying: list[Text]) -> bool:
+        planned = self._plan(wanted, staying)
+        planned.sort(key=lambda request: -1 if request.generates else request.n_served)
+        self._n_steps += 1
+        room = self.slots.n_batch
+        batch: list[tuple[Request, Piece, Job]] = []
+        for request in planned:
+            if room > 0:
+                piece, job = request.piece(room)
+                room -= len(piece.tokens)
+                batch.append((request, piece, job))
+                request.n_served = self._n_steps
+        if not batch:
+            return False
+        begin = time.perf_counter()
+        try:
+            results = self.slots.decode([job for _, _, job in batch])
+        except Exception as error:
+            for request, _, _ in batch:
+                request.end(error)
+            return True
+        self._patience = min(self.patience[0], self.patience[1] * (time.perf_counter() - begin))
+
+        n_decodes = self.slots.n_decodes
+        for (request, piece, _), result in zip(batch, results):
+            if result.fault is None:
+                request.did_read(piece, result)
+        read = [
+            (request, result.row)
+            for (request, _, _), result in zip(batch, results)
+            if result.fault is None and request.is_read
+        ]
+        sampled = []
+        for request, row in read:
+            if self.slots.n_decodes == n_decodes:  # else one called back something that decoded: it is read again
+                _try(request, lambda request=request, row=row: request.sampled(row))
+                sampled.append(request)
+        if any(result.fault for result in results):
+            self.slots.empty_kv()
+        for (request, _, _), result in zip(batch, results):
+            if result.fault is not None:
+                request.end(NotFiniteError(result.fault))
+        for request in sampled:
+            self._go_on(request)
+        return True
+
+    def _plan(self, wanted: Sequence[Request], staying: list[Text]) -> list[Request]:
+        """Those that have a slot and something to read."""
+        planned = []
+        for request in wanted:
+            if request.is_cancelled:
+                request.end()
+                continue
+            if _try(request, lambda request=request: request.plan(staying)):
+                if request.is_read:  # there was nothing to do
+                    request.is_over = True
+                    continue
+                planned.append(request)
+                if request.text not in staying:
+                    staying.append(request.text)
+        return planned
+
+    def _go_on(self, request: Request) -> None:
+        """What follows when all was read."""
+        if request.is_over:
+            return
+        asked = request.tokens
+        _try(request, request.follow)
+        if request.is_over:
+            return
+        if request.tokens is asked:
+            request.is_over = True
+        else:
+            request.generates = True
+        if request.is_given and request in self._wanted:
+            with self._came:
+                if request.goes_on:
+                    self._left[weakref.ref(request.text)] = self._wanted[request], time.perf_counter()
+                self._came.notify_all()
+
+    #
+    # common batches
+    #
+
+    def _comes_back(self, text: Text) -> None:
+        """Somebody waits for a request of it."""
+        _, since = self._left.pop(weakref.ref(text), (0, None))
+        if since is None or time.perf_counter() - since <= self._patience:
+            self._slow.discard(text)
+        else:
+            self._slow.add(text)
+
+    def _gather(self, own: Sequence[Request], thread: int) -> None:
+        """Other threads that a token was just handed to are given a moment to ask for the next: else each would be
+        decoded by itself, one after the other. Those that took longer the last time are not waited for.
+        """
+        if not self._left or self.lock._is_owned():
+            return
+        end = time.perf_counter() + self._patience
+        with self._came:
+            while True:
+                absent = [text for text, (of, _) in self._left.items() if of != thread and text() not in self._slow]
+                left = end - time.perf_counter()
+                if not absent or any(request.is_given for request in own):
+                    return
+                if left <= 0:
+                    break
+                self._came.wait(left)
+            for reference in absent:
+                text = reference()
+                if text is not None:
+                    self._slow.add(text)
+                del self._left[reference]
+
+
+def _try(request: Request, act: Callable[[], Any]) -> Any:
+    """What a request does; if it raises, it ends, and others go on. What interrupts the thread is not its own."""
+    try:
+        return act()
+    except Exception as error:
+        request.end(error)
+        return None
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    """The pieces of an ingest in segments as one."""
+    segments = np.concatenate([piece.segments for piece in pieces])
+    write = any(piece.write for piece in pieces)
+    return Piece(np.concatenate([piece.tokens for piece in pieces]), write, segments, True, True)

@@ -1,0 +1,230 @@
+"""The engine: who is in which decode."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from llama_cpp import LogitsProcessorList
+
+from pydeltamem import Conversation, DecodeError, say_together, stream_together
+from pydeltamem.runtime.engine import Request
+
+TIMEOUT = 300  # seconds; a run takes a few
+LONG = "a very long message that needs many batches " * 4
+
+
+@pytest.fixture
+def make(make_llm):
+    def model(**kwargs):
+        llm = make_llm(type_k=0, type_v=0, **{"n_seq_max": 4, **kwargs})
+        llm._engine.slots.is_end = lambda token: False  # replies are as long as was asked for
+        return llm
+
+    return model
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """recorded(llm): a list that gets {slot: number of tokens} of each decode."""
+
+    def record(llm, then=lambda n: None):
+        decode, decodes = llm._engine.slots.decode, []
+
+        def decoded(jobs):
+            decodes.append({job.slot: len(job.piece.tokens) for job in jobs})
+            then(len(decodes))
+            return decode(jobs)
+
+        monkeypatch.setattr(llm._engine.slots, "decode", decoded)
+        return decodes
+
+    return record
+
+
+def in_threads(*works):
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result(TIMEOUT) for future in [pool.submit(work) for work in works]]
+
+
+def test_what_two_threads_say_is_decoded_together(make, recorded):
+    llm, alone = make(), make()
+    decodes = recorded(llm)
+    talks = [Conversation(llm, temp=0.0, n_predict=100) for _ in range(2)]
+    replies = in_threads(*(lambda talk=talk, i=i: talk.say(f"hello {i}") for i, talk in enumerate(talks)))
+    assert replies == [Conversation(alone, temp=0.0, n_predict=100).say(f"hello {i}") for i in range(2)]
+    # 100 each, of which those are common that come after both have begun and before one has ended
+    assert sum(len(decode) == 2 for decode in decodes) > 50 and len(decodes) < 150
+
+
+def test_two_streams_are_decoded_together(make, recorded):
+    """A decode waits a moment for whoever was in the one before."""
+    llm = make()
+    llm._engine.patience = (30, 10**9)
+    talks = [Conversation(llm, temp=0.0, n_predict=20) for _ in range(2)]
+    streams = [talk.stream("hello") for talk in talks]
+    said = [next(stream) for stream in streams]
+    decodes = recorded(llm)
+    texts = in_threads(*(lambda stream=stream: "".join(stream) for stream in streams))
+    assert all(
+        (before + text).strip() == talk.messages[-1]["content"].strip()
+        for before, text, talk in zip(said, texts, talks)
+    )
+    assert sum(len(decode) == 2 for decode in decodes) >= 16
+
+
+def test_a_stream_that_nobody_reads_on_stands_still(make, recorded):
+    llm = make()
+    ada, bob = Conversation(llm, temp=0.0, n_predict=20), Conversation(llm, temp=0.0, n_predict=20)
+    stream = ada.stream("hello")
+    next(stream)
+    n, slot = ada.n_tokens, ada._text.slot
+    decodes = recorded(llm)
+    bob.say("hello")
+    in_threads(lambda: bob.say("and"))
+    assert ada.n_tokens == n and not any(slot in decode for decode in decodes)
+    stream.close()
+
+
+def test_a_long_prompt_delays_no_reply(make, recorded):
+    """From its first token on a reply is in every decode; the prompt gets the room that is left."""
+    llm = make(n_batch=16, n_ubatch=16)
+    ada, bob = Conversation(llm, temp=0.0, n_predict=10), Conversation(llm, temp=0.0, n_predict=2)
+    decodes = recorded(llm)
+    stream = stream_together({bob: LONG, ada: "hi"})
+    next(stream)
+    slot, other, begun = ada._text.slot, bob._text.slot, len(decodes)
+    list(stream)
+    of_ada = [decode.get(slot) for decode in decodes[begun:]]
+    n = of_ada.index(None)
+    assert n >= 5 and of_ada == [1] * n + [None] * (len(of_ada) - n)
+    assert [decode[other] for decode in decodes[begun : begun + 3]] == [15] * 3
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(make, recorded):
+    """They take turns."""
+    llm = make(n_batch=16, n_ubatch=16)
+    texts = [llm._engine.text() for _ in range(2)]
+    requests = [Request(text) for text in texts]
+    requests[0].ask([7] * 160)
+    requests[1].ask([8] * 10)
+    decodes = recorded(llm)
+    llm._engine.wait(requests)
+    assert requests[1].is_over and not requests[0].is_over and len(decodes) == 2
+    llm._engine.wait(requests[:1])
+    assert texts[0].n_tokens == 160 and texts[1].n_tokens == 10
+
+
+@pytest.mark.parametrize("how", ["between two decodes", "before the first"])
+def test_one_that_is_cancelled_leaves_at_the_next_decode(make, recorded, how):
+    llm = make(n_batch=16, n_ubatch=16)
+    text = llm._engine.text()
+    text.eval([5, 6, 7])
+    state, n_written = text.state, text.position.n_written
+    request = Request(text)
+    request.ask([9] * 100)
+    if how == "before the first":
+        request.cancel()
+    decodes = recorded(llm, lambda n: request.cancel() if n == 2 else None)
+    in_threads(lambda: llm._engine.wait([request]))
+    assert request.is_over and request.error is None
+    assert len(decodes) == (0 if how == "before the first" else 2)
+    assert text.tokens.tolist() == [5, 6, 7] and text.position.n_written == n_written
+    np.testing.assert_array_equal(text.state, state)
+    text.eval([9] * 3)
+    once = llm._engine.text()
+    once.eval([5, 6, 7])
+    once.eval([9] * 3)
+    np.testing.assert_array_equal(text.state, once.state)
+
+
+def test_a_decode_that_fails_leaves_every_text_where_it_was(make, monkeypatch):
+    llm = make()
+    texts = [llm._engine.text() for _ in range(3)]
+    for i, text in enumerate(texts):
+        text.eval([5 + i, 6, 7])
+    positions, states = [text.position for text in texts], [text.state for text in texts]
+    requests = [Request(text) for text in texts]
+    for request in requests:
+        request.ask([9, 10])
+
+    def fail(ctx, batch):
+        raise RuntimeError("llama_decode returned 1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(llm._ctx), "decode", fail)
+        llm._engine.wait(requests)
+    assert all(request.is_over and isinstance(request.error, DecodeError) for request in requests)
+    for text, position, state in zip(texts, positions, states):
+        assert text.tokens.tolist() == position.tokens.tolist() and text.position.n_written == position.n_written
+        assert text.position.checkpoints.positions == position.checkpoints.positions
+        np.testing.assert_array_equal(text.state, state)
+
+
+def test_an_interrupt_in_a_decode_ends_one_request(make, monkeypatch):
+    """That of the thread that was interrupted; others that were in the same decode go on."""
+    llm, decode = make(), None
+    texts = [llm._engine.text() for _ in range(2)]
+    request = Request(texts[0])
+    request.ask([9, 10])
+
+    def interrupted(jobs):
+        monkeypatch.undo()
+        decode(jobs)
+        raise KeyboardInterrupt
+
+    decode = llm._engine.slots.decode
+    llm._engine._wanted[request] = 0  # another thread waits for it
+    monkeypatch.setattr(llm._engine.slots, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        texts[1].eval([9, 10])
+    assert not request.is_over and texts[0].n_tokens == texts[1].n_tokens == 0
+    llm._engine.wait([request])
+    once = llm._engine.text()
+    once.eval([9, 10])
+    assert texts[0].tokens.tolist() == [9, 10]
+    np.testing.assert_array_equal(texts[0].state, once.state)
+
+
+def test_more_texts_than_slots_wait_for_one(make, recorded):
+    """A reply keeps its slot: nothing of it is read again because others want one, too."""
+    llm = make(n_seq_max=1)
+    decodes = recorded(llm)
+    talks = [Conversation(llm, temp=0.0, n_predict=20) for _ in range(3)]
+    in_threads(*(lambda talk=talk: talk.say("hello") for talk in talks))
+    assert sum(sum(decode.values()) for decode in decodes) == sum(talk.n_tokens for talk in talks)
+
+
+def test_callbacks_run_in_the_thread_that_asks(make):
+    llm = make()
+    talks = [Conversation(llm, temp=0.0, n_predict=20) for _ in range(3)]
+    called = {}
+
+    def say(talk, watched):
+        here = threading.get_ident()
+
+        def look(ids, scores):
+            called.setdefault(here, set()).add(threading.get_ident())
+            return scores
+
+        return talk.say("hello", **({"logits_processor": LogitsProcessorList([look])} if watched else {}))
+
+    in_threads(*(lambda talk=talk, i=i: say(talk, i > 0) for i, talk in enumerate(talks)))
+    assert len(called) == 2 and all(threads == {here} for here, threads in called.items())
+
+
+def test_a_callback_may_use_another_conversation(make):
+    """It is decoded by itself; the others of the batch read their last token again."""
+    llm, alone = make(), make()
+    ada, bob, aside = (Conversation(llm, temp=0.0, n_predict=6) for _ in range(3))
+
+    def ask(ids, scores):
+        aside.say("hello", n_predict=1)
+        return scores
+
+    replies = say_together({ada: "my name is ada", bob: "i am bob"}, logits_processor=LogitsProcessorList([ask]))
+    for talk, content in ((ada, "my name is ada"), (bob, "i am bob")):
+        assert replies[talk] == Conversation(alone, temp=0.0, n_predict=6).say(content)
+        assert talk.memory.n_written == talk.n_tokens
