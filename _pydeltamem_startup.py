@@ -4,7 +4,17 @@ pydeltamem.pth imports this whenever Python starts, so it is small, and does not
 tells llama_cpp by its own loader and not by the environment, which child processes would inherit.
 """
 
+from __future__ import annotations
+
 import sys
+
+TYPE_CHECKING = False  # typing's, whose import would slow every start of Python
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from ctypes import CDLL
+    from pathlib import Path
+    from types import ModuleType
+    from typing import Any
 
 # pyproject.toml's pin, whose bindings mirror the structs of the llama.cpp that our library is; a test compares the two
 LLAMA_CPP_VERSION = "0.3.36"
@@ -14,7 +24,7 @@ class _Finder:
     """Finds the module of llama_cpp that loads libraries, and puts `_load` before its function."""
 
     @staticmethod
-    def find_spec(name, path=None, target=None):
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
         if name != "llama_cpp._ctypes_extensions":
             return None
         import functools
@@ -25,15 +35,15 @@ class _Finder:
             return spec
         execute = spec.loader.exec_module
 
-        def exec_module(module):
+        def exec_module(module: ModuleType) -> None:
             execute(module)
-            module.load_shared_library = functools.partial(_load, module.load_shared_library)
+            module.load_shared_library = functools.partial(_load, module.load_shared_library)  # type: ignore[attr-defined]
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _load(load, name, folder):
+def _load(load: Callable[[str, Path], CDLL], name: str, folder: Path) -> CDLL:
     """As llama_cpp's load_shared_library. Where it would look into its own folder, ours is taken: always once
     pydeltamem is imported, before that only if llama_cpp brought no library. LLAMA_CPP_LIB_PATH is obeyed.
     """
@@ -43,7 +53,7 @@ def _load(load, name, folder):
 
     own = Path(sys.modules["llama_cpp"].__path__[0]).absolute() / "lib"
     package = find_spec("pydeltamem")
-    if Path(folder) != own or package is None:
+    if Path(folder) != own or package is None or package.origin is None:
         return load(name, folder)
     ours = Path(package.origin).resolve().parent / "lib"
     has_own = _holds(own, name)
@@ -65,7 +75,7 @@ def _load(load, name, folder):
     return load(name, ours if _holds(ours, name) else folder)
 
 
-def _holds(folder, name):
+def _holds(folder: Path, name: str) -> bool:
     files = (f"lib{name}.so", f"lib{name}.dylib", f"{name}.dll", f"lib{name}.dll")
     return any((folder / file).exists() for file in files)
 

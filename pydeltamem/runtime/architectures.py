@@ -45,7 +45,7 @@ def tiny_models() -> ctypes.CDLL:
 
     folder = library.library_folder()
     try:
-        loaded = load_shared_library("deltamem-architectures", Path(folder))
+        loaded: ctypes.CDLL = load_shared_library("deltamem-architectures", Path(folder))
     except (FileNotFoundError, RuntimeError) as error:
         raise LibraryError(f"{folder} has no library of tiny models ({error}): reinstall pydeltamem") from error
 
@@ -129,7 +129,7 @@ def _answers(wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as process:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 yield wanted.pop(0), json.loads(line)
         if wanted:
             yield wanted.pop(0), _problem("the hyperparameters of llama.cpp's tests do not make a model of it")

@@ -19,7 +19,9 @@ from . import library
 TENSOR_ALIGNMENT = 32  # of ggml-impl.h: what begins elsewhere cannot be used where it is mapped
 _PIECE = 1 << 26  # bytes that are looked at at a time
 
-ctypes_function = ctypes_function_for_shared_library(load_shared_library("ggml-base", Path(library.library_folder())))
+ctypes_function: library.Declare = ctypes_function_for_shared_library(
+    load_shared_library("ggml-base", Path(library.library_folder()))
+)
 
 gguf_context_p = int
 gguf_context_p_ctypes = ctypes.c_void_p

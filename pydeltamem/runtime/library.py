@@ -9,8 +9,9 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from _pydeltamem_startup import LLAMA_CPP_VERSION
 
@@ -19,7 +20,7 @@ from ..errors import DecodeError, LibraryError
 LIB_DIR = Path(__file__).resolve().parent.parent / "lib"
 
 
-def _import_llama_cpp():
+def _import_llama_cpp() -> Any:
     """Imports llama_cpp over the library that has δ-mem in it; raises LibraryError if another one is in the way."""
     loaded_before = "llama_cpp" in sys.modules
     folder = os.environ.get("LLAMA_CPP_LIB_PATH")
@@ -65,12 +66,13 @@ llama_cpp = _import_llama_cpp()
 
 def library_folder() -> str:
     """The folder of the library that is loaded."""
-    return os.path.dirname(llama_cpp.llama_cpp._lib._name)
+    return os.path.dirname(str(llama_cpp.llama_cpp._lib._name))
 
 
-from llama_cpp import BaseLlamaCache, Llama, LlamaState  # noqa: E402, F401 - for .llama
+from llama_cpp import Llama, LlamaState  # noqa: E402, F401 - for .llama
 from llama_cpp._ctypes_extensions import ctypes_function_for_shared_library  # noqa: E402
 from llama_cpp._logger import llama_log_callback, logger  # noqa: E402
+from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402, F401 - for .llama
 from llama_cpp.llama_cpp import (  # noqa: E402
     llama_context_p,
     llama_context_p_ctypes,
@@ -79,7 +81,16 @@ from llama_cpp.llama_cpp import (  # noqa: E402
 )
 from llama_cpp.llama_tokenizer import LlamaTokenizer  # noqa: E402, F401 - for .tokenizer
 
-ctypes_function = ctypes_function_for_shared_library(llama_cpp.llama_cpp._lib)
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Declare(Protocol):
+    """Turns the declaration under it into the function of that name in a library."""
+
+    def __call__(self, name: str, argtypes: list[Any], restype: Any) -> Callable[[_F], _F]: ...
+
+
+ctypes_function: Declare = ctypes_function_for_shared_library(llama_cpp.llama_cpp._lib)
 
 llama_deltamem_adapter_p = int
 llama_deltamem_adapter_p_ctypes = ctypes.c_void_p
@@ -303,7 +314,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     if logger.level <= logging.DEBUG:  # set by llama_cpp's set_verbose
         llama_log_callback(level, text, user_data)
@@ -344,7 +355,8 @@ def errors_held() -> Iterator[list[str]]:
     and logs them after all if nothing is raised. Other lines are logged at the end, as llama_cpp sends what is written
     to stderr to nowhere while it loads a model.
     """
-    before, lines = _thread.held, []
+    before = _thread.held
+    lines: list[str] = []
     _thread.held = lines
     try:
         yield lines

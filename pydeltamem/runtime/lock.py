@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from ..errors import InputError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_RLock = type(threading.RLock())
+_RLock: Any = type(threading.RLock())
 
 
-class FairLock(_RLock):
+class FairLock(_RLock):  # type: ignore[misc] # of another name in other releases of Python
     """A reentrant lock for which nobody waits for ever.
 
     Python's own goes to whoever is quickest. That is the thread that has just let go of it, if it wants it again: a
@@ -33,14 +33,14 @@ class FairLock(_RLock):
 
     def __enter__(self) -> bool:
         if self._is_owned():
-            return self.acquire()
+            return self.acquire()  # type: ignore[no-any-return]
         if self._before is not None and self._before._is_owned():
             if not self.acquire(blocking=False):
                 raise InputError("a callback used a text that another thread is using: use it outside of the callback")
             return True
         try:
             with self._next:
-                return self.acquire()
+                return self.acquire()  # type: ignore[no-any-return]
         except BaseException:
             if self._is_owned():  # interrupted as soon as it was ours
                 self.release()

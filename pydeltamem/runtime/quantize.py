@@ -17,7 +17,8 @@ _PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
 
 def grown(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> str:
     """Which tensors became larger, by their types: "2 tensors Q6_K that were Q4_1 (+0.24 MB)"."""
-    old, kinds = Header.of_model(before).tensors, {}
+    old = Header.of_model(before).tensors
+    kinds: dict[tuple[str, str], list[int]] = {}
     for name, tensor in Header.of_model(after).tensors.items():
         if name in old and tensor.n_bytes > old[name].n_bytes:
             sizes = kinds.setdefault((tensor.type_name, old[name].type_name), [])
@@ -30,7 +31,7 @@ def file_type(name: str) -> int:
     """llama.cpp's number of a type by the name that llama-quantize has for it. Raises InputError if there is none."""
     from . import library
 
-    known = {
+    known: dict[str, int] = {
         key.removeprefix(prefix).lower(): value
         for key, value in vars(library.llama_cpp).items()
         for prefix in _PREFIXES

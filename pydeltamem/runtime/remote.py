@@ -1,6 +1,6 @@
 """Layers on other machines, by llama.cpp's RPC backend: `deltamem rpc-server` there, `--rpc HOST:PORT,...` here.
 
-    DeltaMemLlama("base.gguf", deltamem_path="memory.gguf", rpc_servers="10.0.0.2:50052")
+    DeltaMemLlama("base.gguf", deltamem_path="adapter.gguf", rpc_servers="10.0.0.2:50052")
 
 A layer's memory lives where the layer does. Servers must be this package's: a stock rpc-server has no such operator.
 llama.cpp's protocol has no password and no encryption: never run a server on a network that others can reach.
@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import signal
 import socket
+from collections.abc import Callable
+from typing import Any
 
 from ..errors import InputError, LibraryError
 from . import library
@@ -78,10 +80,11 @@ def _parse(endpoint: str) -> tuple[str, int]:
 
 
 def _ggml() -> ctypes.CDLL:
-    return library.llama_cpp.llama_cpp._lib  # looks into what it links to as well
+    lib: ctypes.CDLL = library.llama_cpp.llama_cpp._lib  # looks into what it links to as well
+    return lib
 
 
-def _function(name: str, result: type | None, arguments: list) -> ctypes._CFuncPtr:
+def _function(name: str, result: Any, arguments: list[Any]) -> Callable[..., Any]:
     """A function of the RPC backend, which ggml gives by name."""
     ggml = _ggml()
     ggml.ggml_backend_reg_by_name.restype, ggml.ggml_backend_reg_by_name.argtypes = ctypes.c_void_p, [ctypes.c_char_p]

@@ -34,7 +34,7 @@ class Guard:
         self.error: BaseException | None = None
 
     def __call__(self, _: Any, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        result = scores.copy()
+        result: npt.NDArray[np.float32] = scores.copy()
         try:
             for processor in self.processors:
                 result[:] = processor(self.tokens(), result)
