@@ -125,6 +125,7 @@ class Request:
         if piece.segments is not None and not (piece.begins and piece.ends):
             self._gathered.append(piece)
             if not piece.ends:
+                assert text.slot is not None  # it was decoded there
                 text.slots.follow(text.slot, text.position)
                 self._pieces = rest
                 return
@@ -309,7 +310,7 @@ class Engine:
         sampled = []
         for request, row in read:
             if self.slots.n_decodes == n_decodes:  # else one called back something that decoded: it is read again
-                _try(request, lambda request=request, row=row: request.sampled(row))
+                _try(request, request.sampled, row)
                 sampled.append(request)
         if any(result.fault for result in results):
             self.slots.empty_kv()
@@ -327,7 +328,7 @@ class Engine:
             if request.is_cancelled:
                 request.end()
                 continue
-            if _try(request, lambda request=request: request.plan(staying)):
+            if _try(request, request.plan, staying):
                 if request.is_read:  # there was nothing to do
                     request.is_over = True
                     continue
@@ -389,10 +390,10 @@ class Engine:
                 del self._left[reference]
 
 
-def _try(request: Request, act: Callable[[], Any]) -> Any:
+def _try(request: Request, act: Callable[..., Any], *arguments: Any) -> Any:
     """What a request does; if it raises, it ends, and others go on. What interrupts the thread is not its own."""
     try:
-        return act()
+        return act(*arguments)
     except Exception as error:
         request.end(error)
         return None

@@ -209,9 +209,9 @@ class Slots:
         """Whether the memory of a slot is known to be this one."""
         return self._states[slot] is state
 
-    def follows(self, slot: int, record: object) -> bool:
+    def follows(self, slot: int | None, record: object) -> bool:
         """Whether the slot is in line with this record of its text: no decode failed since."""
-        return self._records[slot] is record
+        return slot is not None and self._records[slot] is record
 
     def follow(self, slot: int, record: object, state: State | None = None) -> None:
         """The slot is in line with this record. `state`: what its memory holds; None: not known, in the middle of an
