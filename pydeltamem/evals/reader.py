@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +17,7 @@ from .world import Turn
 
 MAX_ANSWER = 32  # tokens
 PARALLEL = 8  # texts of a context, unless it is said otherwise
-AT_ONCE = 64  # conversations that are begun together, of those that are asked one question
+AT_ONCE = 64  # questions that are begun together where each has a text of its own
 
 Messages = list[dict[str, str]]
 
@@ -132,37 +132,56 @@ class NativeReader:
         return llm.memory.copy()
 
     def answer(self, asked: Sequence[Asked]) -> list[list[str]]:
-        answers: list[list[str]] = [[] for _ in asked]
+        answers = [[""] * len(item.questions) for item in asked]
         for together in _groups(asked, self._parallel):
             with ExitStack() as stack:
-                conversations = [(i, stack.enter_context(self._conversation(asked[i]))) for i in together]
-                for turn in range(max(len(asked[i].questions) for i in together)):
-                    going_on = [(i, of) for i, of in conversations if turn < len(asked[i].questions)]
-                    if turn > 0:
-                        for _, conversation in going_on:
-                            conversation.undo()  # the question before, and its answer
-                    questions = {of: asked[i].questions[turn] for i, of in going_on}
-                    said = say_together(questions, n_predict=MAX_ANSWER, temp=0.0)
-                    for i, conversation in going_on:
-                        answers[i].append(said[conversation].strip())
+                places: dict[Conversation, tuple[int, int]] = {}
+                for i, which in together:
+                    for k, conversation in zip(which, self._conversations(asked[i], len(which))):
+                        places[stack.enter_context(conversation)] = i, k
+                questions = {conversation: asked[i].questions[k] for conversation, (i, k) in places.items()}
+                said = say_together(questions, n_predict=MAX_ANSWER, temp=0.0)
+                for conversation, (i, k) in places.items():
+                    answers[i][k] = said[conversation].strip()
         return answers
 
-    def _conversation(self, asked: Asked) -> Conversation:
-        conversation = Conversation(self.llm)
-        conversation.messages += messages_of(asked.turns)
+    def _conversations(self, asked: Asked, count: int) -> Iterator[Conversation]:
+        """So many that go on from the visible text; several share what was read of it."""
+        first = Conversation(self.llm)
         if asked.memory is not None:
-            conversation.memory.restore(asked.memory)
-            conversation.memory.write = False
-        return conversation
+            first.memory.restore(asked.memory)
+            first.memory.write = False
+        first.messages += messages_of(asked.turns)
+        if asked.turns and count > 1:
+            latest = first.messages.pop()
+            first.add(latest["role"], latest["content"])
+        yield first
+        for _ in range(count - 1):
+            yield first.fork()
 
 
 def messages_of(turns: Iterable[Turn]) -> Messages:
     return [{"role": role, "content": content} for turn in turns for role, content in zip(("user", "assistant"), turn)]
 
 
-def _groups(asked: Sequence[Asked], parallel: int) -> list[list[int]]:
-    """Those that are asked together: no more than the context holds where a text is to stay for the next question."""
-    one = [i for i, item in enumerate(asked) if len(item.questions) == 1]
-    several = sorted((i for i in range(len(asked)) if i not in set(one)), key=lambda i: len(asked[i].questions))
-    groups = [one[i : i + AT_ONCE] for i in range(0, len(one), AT_ONCE)]
-    return groups + [several[i : i + parallel] for i in range(0, len(several), parallel)]
+def _groups(asked: Sequence[Asked], parallel: int) -> Iterator[list[tuple[int, range]]]:
+    """Questions that are asked together: of each item the place of it, and which of its questions.
+
+    Where several follow one text, there are no more than the context holds, so that the text is read once. The others
+    take their turns in any number.
+    """
+    alone = [(i, range(k, k + 1)) for i, item in enumerate(asked) if not item.turns for k in range(len(item.questions))]
+    alone += [(i, range(1)) for i, item in enumerate(asked) if item.turns and len(item.questions) == 1]
+    for start in range(0, len(alone), AT_ONCE):
+        yield alone[start : start + AT_ONCE]
+    group: list[tuple[int, range]] = []
+    for i, item in enumerate(asked):
+        n = len(item.questions) if item.turns else 0
+        for start in range(0, n if n > 1 else 0, parallel):
+            which = range(start, min(start + parallel, n))
+            if sum(len(of) for _, of in group) + len(which) > parallel:
+                yield group
+                group = []
+            group.append((i, which))
+    if group:
+        yield group
