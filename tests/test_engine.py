@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -115,6 +116,35 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(make, recorded):
     assert requests[1].is_over and not requests[0].is_over and len(decodes) == 2
     llm._engine.wait(requests[:1])
     assert texts[0].n_tokens == 160 and texts[1].n_tokens == 10
+
+
+def test_going_back_a_long_way_delays_no_reply(make, recorded):
+    """What is read again has its pieces, too."""
+    llm = make(n_batch=16, n_ubatch=16)
+    llm.eval([9] * 320)
+    talk = Conversation(llm, temp=0.0, n_predict=1)
+    begun = threading.Event()
+
+    def say():
+        begun.set()
+        talk.say("hi")
+
+    thread = threading.Thread(target=say)
+
+    def beside(n):
+        if n == 2:
+            thread.start()
+            assert begun.wait(TIMEOUT)
+        time.sleep(0.01)  # it has begun, and comes to the lock
+
+    llm._engine.slots.leave(llm._text)  # so that all is read again
+    decodes = recorded(llm, beside)
+    llm.memory.rollback(310)
+    n = len(decodes)
+    assert sum(decode.get(llm._text.slot, 0) for decode in decodes) == 310
+    thread.join(TIMEOUT)
+    slot = talk._text.slot
+    assert slot != llm._text.slot and any(slot in decode for decode in decodes[: n - 1])
 
 
 @pytest.mark.parametrize("how", ["between two decodes", "before the first"])

@@ -37,6 +37,7 @@ class Request:
         before: the record of the text from which on the tokens are read; None before it is first decoded.
         generates: it reads what was sampled, and goes before prompts.
         goes_on: whoever waits for it comes back for more.
+        is_sampled: all was read, and `sampled` was called.
         is_over: nothing is to be read any more.
         error: why it ended, None if it ended well.
     """
@@ -60,6 +61,7 @@ class Request:
         self._pieces: list[Piece] = []
         self._gathered: list[Piece] = []  # of an ingest in segments, which writes at its end
         self._planned: Position | None = None  # that the pieces follow
+        self.is_sampled = False
 
     @property
     def is_given(self) -> bool:
@@ -180,7 +182,9 @@ class Engine:
         self._is_stepping = False
         self._n_steps = 0
         self._patience = 0.0
-        self._came = threading.Condition()  # somebody waits who did not, or has what it waited for
+        # Somebody waits who did not, or has what was waited for. It is never taken by who has the lock: the garbage
+        # collector may end a stream, which takes the lock, in a thread that has this.
+        self._came = threading.Condition()
         # thread and time of those that are to come back
         self._left: dict[weakref.ref[Text], tuple[int, float]] = {}
         self._slow: weakref.WeakSet[Text] = weakref.WeakSet()  # texts whose streams are read on late
@@ -234,12 +238,10 @@ class Engine:
     def wait(self, requests: Sequence[Request]) -> None:
         """Decodes until one of the requests has something. Raises ModelError once the model is closed."""
         thread = threading.get_ident()
-        with self._came:
-            for request in requests:
-                self._wanted[request] = thread
-                if self._left or self._slow:
-                    self._comes_back(request.text)
-            self._came.notify_all()
+        for request in requests:
+            self._wanted[request] = thread
+            if self._left or self._slow:
+                self._comes_back(request.text)
         try:
             while True:
                 self._gather(requests, thread)
@@ -248,6 +250,7 @@ class Engine:
                         return
                     self.slots.require_open()
                     did_decode = self._step(requests, thread)
+                self._announce()
                 if not did_decode and not any(request.is_given for request in requests):
                     time.sleep(0.0005)  # another thread has to decode what has the slots
         finally:
@@ -307,17 +310,16 @@ class Engine:
             for (request, _, _), result in zip(batch, results)
             if result.fault is None and request.is_read
         ]
-        sampled = []
         for request, row in read:
             if self.slots.n_decodes == n_decodes:  # else one called back something that decoded: it is read again
                 _try(request, request.sampled, row)
-                sampled.append(request)
+                request.is_sampled = True
         if any(result.fault for result in results):
             self.slots.empty_kv()
         for (request, _, _), result in zip(batch, results):
             if result.fault is not None:
                 request.end(NotFiniteError(result.fault))
-        for request in sampled:
+        for request, _ in read:
             self._go_on(request)
         return True
 
@@ -327,6 +329,9 @@ class Engine:
         for request in wanted:
             if request.is_cancelled:
                 request.end()
+            else:
+                self._go_on(request)  # if whoever decoded it was interrupted before
+            if request.is_over:
                 continue
             if _try(request, request.plan, staying):
                 if request.is_read:  # there was nothing to do
@@ -339,7 +344,7 @@ class Engine:
 
     def _go_on(self, request: Request) -> None:
         """What follows when all was read."""
-        if request.is_over:
+        if request.is_over or not request.is_sampled:
             return
         asked = request.tokens
         _try(request, request.follow)
@@ -349,11 +354,8 @@ class Engine:
             request.is_over = True
         else:
             request.generates = True
-        if request.is_given and request in self._wanted:
-            with self._came:
-                if request.goes_on:
-                    self._left[weakref.ref(request.text)] = self._wanted[request], time.perf_counter()
-                self._came.notify_all()
+        if request.goes_on and request.is_given and request in self._wanted:
+            self._left[weakref.ref(request.text)] = self._wanted[request], time.perf_counter()
 
     #
     # common batches
@@ -371,12 +373,14 @@ class Engine:
         """Other threads that a token was just handed to are given a moment to ask for the next: else each would be
         decoded by itself, one after the other. Those that took longer the last time are not waited for.
         """
+        self._announce()
         if not self._left or self.lock._is_owned():
             return
         end = time.perf_counter() + self._patience
         with self._came:
             while True:
-                absent = [text for text, (of, _) in self._left.items() if of != thread and text() not in self._slow]
+                waited_for = list(self._left.items())
+                absent = [text for text, (of, _) in waited_for if of != thread and text() not in self._slow]
                 left = end - time.perf_counter()
                 if not absent or any(request.is_given for request in own):
                     return
@@ -387,7 +391,13 @@ class Engine:
                 text = reference()
                 if text is not None:
                     self._slow.add(text)
-                del self._left[reference]
+                self._left.pop(reference, None)
+
+    def _announce(self) -> None:
+        """To those that gather: somebody came, or has something."""
+        if len(self._wanted) > 1 and not self.lock._is_owned():
+            with self._came:
+                self._came.notify_all()
 
 
 def _try(request: Request, act: Callable[..., Any], *arguments: Any) -> Any:

@@ -131,25 +131,24 @@ class Text:
         elif position.adapter != slots.n_attached:
             self.become(np.zeros(slots.shape, dtype=np.float32))
 
-    @holding("lock")
     def begin(self, position: int = 0) -> None:
         """Another text begins after `position`; the memory stays, and cannot be taken back before."""
         self.finish()
-        self.renew()
-        self.position = self.position.begun(position, self.position.checkpoint)
+        with self.lock:
+            self.renew()
+            self.position = self.position.begun(position, self.position.checkpoint)
 
     def reset(self) -> None:
         """Forgets the text and keeps the memory."""
         self.begin(0)
 
-    @holding("lock")
     def checkpoint(self) -> int:
         """Keeps the state at the end of the text, as long as there is room for it. Returns that position."""
         self.catch_up()
-        self.position = self.position._replace(checkpoints=self.position.checkpoints.keep_latest())
+        with self.lock:
+            self.position = self.position._replace(checkpoints=self.position.checkpoints.keep_latest())
         return self.n_tokens
 
-    @holding("lock")
     def back(self, position: int) -> int:
         """Takes text and memory back to `position`. Returns how many tokens were read again for it, because the next
         checkpoint is that far before.
@@ -162,7 +161,8 @@ class Text:
             raise InputError(
                 f"cannot go back to token {position}: the text or the memory began anew at {self.position.floor}"
             )
-        self.position = self.position._replace(n_tokens=position)
+        with self.lock:
+            self.position = self.position._replace(n_tokens=position)
         return self.catch_up()
 
     def catch_up(self) -> int:
@@ -193,7 +193,6 @@ class Text:
                     again,
                 )
 
-    @holding("lock")
     def shift(self, start: int, end: int) -> None:
         """Drops the tokens from `start` to `end` from the text. The memory keeps what they wrote.
 
@@ -202,6 +201,10 @@ class Text:
         if not 0 <= start < end <= self.n_tokens:
             raise InputError(f"cannot drop tokens {start} to {end} of a text of {self.n_tokens}")
         self.catch_up()
+        with self.lock:
+            self._shift(start, end)
+
+    def _shift(self, start: int, end: int) -> None:
         before, n_kv = self.position, min(self.n_kv, self.n_tokens)
         self.lost_kv()  # until it is moved
         if self.slot is not None and n_kv > end and self.slots.shift(self.slot, start, end, n_kv):
@@ -211,22 +214,22 @@ class Text:
             n_kv = n_kv if self.slot is None else self.slots.truncate(self.slot, n_kv)
         self.position = before.without(start, end, n_kv)
 
-    @holding("lock")
     def replace(self, tokens: Sequence[int], n: int) -> None:
         """The text is these tokens now, the first n of them as before; all count as read and written."""
         self.finish()
-        self.renew()
-        self.position = self.position.with_text(tokens, min(self.n_kv, n))
+        with self.lock:
+            self.renew()
+            self.position = self.position.with_text(tokens, min(self.n_kv, n))
 
-    @holding("lock")
     def fork(self) -> Text:
         """A second text that goes on from here by itself, with a memory of its own."""
         self.catch_up()
         other = Text(self.slots, self._read)
         other.write = self.write
-        other.position = self.position._replace(n_kv=0)
-        if self.slots.fork(self, other):
-            other.position = self.position
+        with self.lock:
+            other.position = self.position._replace(n_kv=0)
+            if self.slots.fork(self, other):
+                other.position = self.position
         return other
 
     @holding("lock")
