@@ -15,15 +15,18 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from pydeltamem import (
     Conversation,
+    DecodeError,
     DeltaMemLlama,
     InputError,
     MemoryFileError,
+    MemoryFileInUse,
     ModelError,
     say_together,
     stream_together,
 )
 from pydeltamem.conversation import chat_prompt
 from pydeltamem.models import default_files
+from refusals import refuses
 
 GREEDY = {"n_predict": 8, "temp": 0.0}
 SAME = {"rtol": 0, "atol": 2e-6}  # float32 sums in another order
@@ -118,7 +121,7 @@ def test_going_back(llm, read_once):
     np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
     conversation.undo()
     conversation.undo() if len(conversation.messages) > 1 else None
-    with pytest.raises(InputError, match="nothing to take back"):
+    with refuses(InputError):
         conversation.undo()
     assert np.abs(before).max() > 0
 
@@ -176,7 +179,7 @@ def test_a_failure_leaves_everything_as_it_was(make, read_once, monkeypatch, cal
         decode(ctx, batch)
 
     monkeypatch.setattr(type(llm._ctx), "decode", fail)
-    with pytest.raises(RuntimeError, match="llama_decode"):
+    with refuses(DecodeError, "llama_decode returned 1"):
         conversation.say("how are you, what is new, and what else is there to say, friend")
     monkeypatch.undo()
     assert conversation.messages == messages
@@ -203,7 +206,7 @@ def test_a_failing_reply_in_place_of_another_keeps_the_messages(llm, read_once, 
             patch.setattr(type(llm._ctx), "decode", fail)
             act()
         assert conversation.messages == messages
-    with pytest.raises(InputError, match="tempo is no option of a turn"):
+    with refuses(InputError, "tempo", "n_predict"):
         conversation.say("hello", tempo=1)
     assert conversation.messages == messages
     conversation.say("how are you")
@@ -214,7 +217,7 @@ def test_a_template_that_refuses(llm):
     conversation = Conversation(llm, system="be short", **GREEDY)
     template = Jinja2ChatFormatter("{{ raise_exception('no system prompt, please') }}", eos_token="", bos_token="")
     llm._chat_handlers[llm.chat_format] = template.to_chat_handler()
-    with pytest.raises(InputError, match="chat template refuses this conversation: no system prompt, please"):
+    with refuses(InputError, "no system prompt, please"):
         conversation.say("hello")
     assert len(conversation.messages) == 1
 
@@ -269,8 +272,9 @@ def test_a_long_reply_again_where_segments_are_written(make, n):
 def test_a_closed_model(make):
     llm = make()
     conversation = Conversation(llm)
+    path = llm.model_path
     llm.close()
-    with pytest.raises(ModelError, match="closed"):
+    with refuses(ModelError, path, "closed"):
         conversation.say("hello")
     conversation.close()
 
@@ -281,7 +285,7 @@ def test_an_undo_that_fails_changes_nothing(llm):
     conversation.say("how are you")
     conversation.memory.reset()
     messages, text, state = list(conversation.messages), tokens(conversation), conversation.memory.state
-    with pytest.raises(InputError, match="began anew"):
+    with refuses(InputError, "memory", conversation.n_tokens):
         conversation.undo()
     assert conversation.messages == messages and tokens(conversation) == text
     np.testing.assert_array_equal(conversation.memory.state, state)
@@ -298,18 +302,18 @@ def test_options_as_create_completion_calls_them(llm):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "names"),
     [
-        ({"tempo": 1}, "tempo is no option of a turn: there are n_predict, stop, seed, top_k"),
-        ({"n_predict": 3, "max_tokens": 3}, "n_predict and max_tokens are one option"),
-        ({"temp": 0, "temperature": 0}, "temp and temperature are one option"),
-        ({"n_predict": "3"}, "n_predict is a number of tokens, not '3'"),
-        ({"max_tokens": 1.5}, "n_predict is a number of tokens, not 1.5"),
-        ({"grammar": "root ::= other"}, "grammar: not a valid GBNF grammar"),
-        ({"grammar": 5}, "grammar is GBNF text or a LlamaGrammar, not 5"),
+        ({"tempo": 1}, ["tempo", "n_predict", "stop", "seed", "top_k"]),
+        ({"n_predict": 3, "max_tokens": 3}, ["n_predict", "max_tokens"]),
+        ({"temp": 0, "temperature": 0}, ["temp", "temperature"]),
+        ({"n_predict": "3"}, ["n_predict", "'3'"]),
+        ({"max_tokens": 1.5}, ["n_predict", 1.5]),
+        ({"grammar": "root ::= other"}, ["grammar", "GBNF"]),
+        ({"grammar": 5}, ["grammar", 5]),
     ],
 )
-def test_bad_options(llm, options, says):
+def test_bad_options(llm, options, names):
     conversation = Conversation(llm, **GREEDY)
     conversation.say("hello there")
     messages, state = list(conversation.messages), conversation.memory.state
@@ -319,7 +323,7 @@ def test_bad_options(llm, options, says):
         lambda: conversation.regenerate(**options),
         lambda: say_together({conversation: "how are you"}, **options),
     ):
-        with pytest.raises(InputError, match=says):
+        with refuses(InputError, *names):
             act()
     assert conversation.messages == messages
     np.testing.assert_array_equal(conversation.memory.state, state)
@@ -333,7 +337,7 @@ def test_what_is_said_is_text(llm):
         lambda content: say_together({conversation: content}),
     ):
         for content in (None, 5, b"hello"):
-            with pytest.raises(InputError, match=f"a message is text, not {type(content).__name__}"):
+            with refuses(InputError, "message", type(content).__name__):
                 act(content)
     assert conversation.messages == [] and conversation.n_tokens == 0
 
@@ -394,7 +398,7 @@ def test_logits_processors_get_the_text_of_the_conversation(llm):
 
 def test_it_cannot_be_pickled(llm):
     for act in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError, match="cannot be pickled or copied"):
+        with refuses(TypeError, "Conversation", "fork()"):
             act(Conversation(llm))
 
 
@@ -642,7 +646,7 @@ def test_a_message_longer_than_the_context(make):
     conversation.say("hello")
     state, messages = conversation.memory.state, list(conversation.messages)
     for act in (conversation.say, lambda content: conversation.add("user", content)):
-        with pytest.raises(InputError, match="too long for a context of 256 tokens"):
+        with refuses(InputError, "256 tokens", "n_ctx"):
             act("word " * 300)
         assert conversation.messages[-2:] == messages[-2:]
         np.testing.assert_array_equal(conversation.memory.state, state)
@@ -819,10 +823,10 @@ def test_saved_states_leave_them_alone(llm):
 
 
 def test_bad_company(llm, make):
-    with pytest.raises(InputError, match="different models"):
+    with refuses(InputError, "models"):
         say_together({Conversation(llm): "a", Conversation(make()): "b"})
     assert list(stream_together({})) == []
-    with pytest.raises(InputError, match="n_seq_max is 1 to"):
+    with refuses(InputError, "n_seq_max", 0):
         make(n_seq_max=0)
 
 
@@ -838,7 +842,7 @@ def test_a_memory_file_is_kept_up_to_date(llm, tmp_path):
             other = Conversation(llm)
             other.memory.load(path)
             np.testing.assert_array_equal(other.memory.state, conversation.memory.state)
-        with pytest.raises(MemoryFileError, match="in use by"):
+        with refuses(MemoryFileInUse, path, "this process"):
             Conversation(llm, memory_file=path)
         n = conversation.memory.n_written
     assert os.listdir(tmp_path) == ["a.memory"]
@@ -864,7 +868,7 @@ def test_a_memory_file_stays_where_it_is(llm, tmp_path, monkeypatch):
 def test_a_bad_memory_file_is_left_alone(llm, tmp_path):
     path = tmp_path / "a.memory"
     path.write_text("no memory")
-    with pytest.raises(MemoryFileError, match=r"a\.memory: cut off or not a memory file"):
+    with refuses(MemoryFileError, path):
         Conversation(llm, memory_file=path)
     assert path.read_text() == "no memory" and os.listdir(tmp_path) == ["a.memory"]
 
@@ -877,8 +881,9 @@ def test_copies_are_restored(llm, make):
     conversation.memory.restore(copy)
     np.testing.assert_array_equal(conversation.memory.state, copy.state)
     assert conversation.memory.n_written == copy.tokens_written
-    with pytest.raises(MemoryFileError, match="the copy: the memory of another adapter"):
-        make("msw4_qo").memory.restore(copy)
+    other = make("msw4_qo")
+    with refuses(MemoryFileError, *(each["adapter"][:12] for each in (copy.metadata, other.memory.copy().metadata))):
+        other.memory.restore(copy)
 
 
 def test_going_back_is_saved(llm, tmp_path):
@@ -920,7 +925,7 @@ def test_a_memory_file_outlives_the_adapter(make, adapter, tmp_path, change):
         lambda: conversation.save(),
         lambda: say_together({Conversation(llm): "a", conversation: "b"}),
     ):
-        with pytest.raises(MemoryFileError, match=r"a\.memory: no longer saved"):
+        with refuses(MemoryFileError, path, "open()"):
             act()
         assert conversation.messages == messages and path.read_bytes() == before
     if change == "again":
@@ -929,7 +934,7 @@ def test_a_memory_file_outlives_the_adapter(make, adapter, tmp_path, change):
         conversation.say("hello")
         assert path.read_bytes() != before
     elif change == "other":
-        with pytest.raises(MemoryFileError, match="another adapter"):
+        with refuses(MemoryFileError, path):
             conversation.open(path)
     conversation.close()
     assert os.listdir(tmp_path) == ["a.memory"]
@@ -942,7 +947,7 @@ def test_a_save_that_fails_takes_no_turn_back(llm, make, tmp_path):
     one, other = Conversation(llm, memory_file=path, n_predict=2), Conversation(llm, n_predict=12, temp=0.0)
     cannot_be_saved(path)
     pieces = dict.fromkeys((one, other), "")
-    with pytest.raises(MemoryFileError, match=r"a\.memory: the memory cannot be saved"):
+    with refuses(MemoryFileError, path):
         for conversation, piece in stream_together({one: "x", other: "tell me"}):
             pieces[conversation] += piece
     assert roles(one) == roles(other) == "ua"
@@ -963,7 +968,7 @@ def test_a_save_that_fails_while_several_are_ended(llm, tmp_path):
         next(stream)
     for path in paths:
         cannot_be_saved(path)
-    with pytest.raises(MemoryFileError, match=r"[ab]\.memory: the memory cannot be saved"):
+    with pytest.raises(MemoryFileError, match=r"\b[ab]\.memory\b"):
         stream.close()
     assert [roles(conversation) for conversation in conversations] == ["ua", "ua"]
 
