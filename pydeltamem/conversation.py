@@ -10,7 +10,7 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -227,9 +227,9 @@ class Conversation:
         self._end_reply()
         path = MemoryFileLock(path).path  # refuses what no file can be called
         path = os.path.abspath(path)  # also if the process goes to another folder
-        is_open = self._lock is not None and os.path.realpath(path) == os.path.realpath(self._lock.path)
-        lock = self._lock if is_open else MemoryFileLock(path)
-        if not is_open:
+        lock, is_open = self._lock, True
+        if lock is None or os.path.realpath(path) != os.path.realpath(lock.path):
+            lock, is_open = MemoryFileLock(path), False
             lock.acquire()
         try:
             if os.path.exists(path):
@@ -563,6 +563,7 @@ class Reply(Request):
         """The turn, with what was said so far, is as if it had not been. The memory file has nothing of it yet."""
         conversation, text = self.conversation, self.text
         before = self._before_prompt or self.before
+        assert before is not None  # something was read
         conversation._reply = None
         conversation.messages[-1:] = self.replaced
         if conversation.n_dropped == self._n_dropped:
@@ -610,7 +611,7 @@ def _asked(asked: Mapping[Conversation, str], options: Mapping[str, Any]) -> lis
     return [Reply(conversation, _checked_content(content), options) for conversation, content in asked.items()]
 
 
-def _speak(waiting: list[Reply], in_pieces: bool = True) -> Iterator[tuple[Conversation, str]]:
+def _speak(waiting: list[Reply], in_pieces: bool = True) -> Generator[tuple[Conversation, str]]:
     """Makes replies, of conversations of one model, and yields their pieces; not `in_pieces`, when they are complete.
 
     Between two pieces any of the conversations may be used; its reply has then ended.
@@ -715,9 +716,9 @@ def chat_prompt(llm: DeltaMemLlama, messages: list[dict[str, str]]) -> tuple[lis
     from llama_cpp.llama_chat_format import get_chat_completion_handler
 
     llm._engine.slots.require_open()  # else llama_cpp would follow a null pointer
-    catcher = _PromptCatcher(llm)
-    name = llm.chat_format
-    handler = llm.chat_handler or llm._chat_handlers.get(name) or get_chat_completion_handler(name)
+    catcher: Any = _PromptCatcher(llm)
+    name = str(llm.chat_format)
+    handler: Any = llm.chat_handler or llm._chat_handlers.get(name) or get_chat_completion_handler(name)
     try:
         handler(llama=catcher, messages=messages, stream=True)
     except Exception as error:

@@ -33,7 +33,7 @@ from .runtime.cpus import usable
 from .runtime.embedding import tokenized, vectors
 from .runtime.engine import Engine
 from .runtime.ggml import can_be_mapped
-from .runtime.history import Position, n_common
+from .runtime.history import Position, Tokens, n_common
 from .runtime.library import BaseLlamaCache, Llama, LlamaState
 from .runtime.lock import holding
 from .runtime.names import nearest, option
@@ -102,6 +102,8 @@ class DeltaMemLlama(Llama):
     or because drafted tokens were wrong, takes the memory back with it; one that shares nothing with the present text,
     or in a chat only the system prompt, is another one: the memory goes on.
     """
+
+    _sampler: Any  # of the present reply
 
     def __init__(
         self,
@@ -282,7 +284,7 @@ class DeltaMemLlama(Llama):
     @property
     def input_ids(self) -> npt.NDArray[np.intc]:
         """Token ids of the text, [n_ctx], to be read; the first n_tokens count."""
-        tokens = self._text.position.log.tokens.view()
+        tokens: npt.NDArray[np.intc] = self._text.position.log.tokens.view()
         tokens.flags.writeable = False
         return tokens
 
@@ -307,7 +309,7 @@ class DeltaMemLlama(Llama):
 
     def n_ctx(self) -> int:
         """Most tokens of a text."""
-        return _llama.llama_n_ctx_seq(self.ctx)
+        return int(_llama.llama_n_ctx_seq(self.ctx))
 
     #
     # reading
@@ -334,15 +336,15 @@ class DeltaMemLlama(Llama):
     def _eval(self, tokens: Sequence[int], segments: Sequence[int] | None = None, **options: Any) -> Position | None:
         """As `eval`, with options of `Engine.read`. Returns what text and memory were before, if there are tokens."""
         self._slots.require_open()
-        tokens = self._checked_tokens(tokens)
-        ids = None if segments is None else self._checked_segments(tokens, segments)
-        if len(tokens) == 0:
+        new = self._checked_tokens(tokens)
+        ids = None if segments is None else self._checked_segments(new, segments)
+        if len(new) == 0:
             return None
         position = self._text.position
         n_past = position.n_tokens
-        if n_past < position.n and n_past + position.common(n_past, tokens) <= 1:
+        if n_past < position.n and n_past + position.common(n_past, new) <= 1:
             self._text.begin(n_past)  # at most the token that begins every text agrees: another one
-        return self._text.eval(tokens, ids, drafted=self.draft_model is not None, **options)
+        return self._text.eval(new, ids, drafted=self.draft_model is not None, **options)
 
     @property
     @holding("_engine.lock")
@@ -407,7 +409,8 @@ class DeltaMemLlama(Llama):
                     if not unread:
                         take()
                 if unread:
-                    before = self._eval(unread, then=take, goes_on=True, thread=_this_thread(calls_back))
+                    thread = _this_thread(calls_back)
+                    before = self._eval(unread, then=take, goes_on=True, thread=thread) or before
                 version = text.version
             while token is not None:
                 whole.append(token)
@@ -452,7 +455,7 @@ class DeltaMemLlama(Llama):
             take()
         return True
 
-    def _with_drafts(self, whole: list[int], sent: Sequence[int] | None) -> Sequence[int]:
+    def _with_drafts(self, whole: list[int], sent: Sequence[int] | None) -> Tokens:
         """The last of these tokens, and guesses at what follows: those that were sent, and the draft model's."""
         if sent is None and self.draft_model is None:
             return whole[-1:]
@@ -502,7 +505,7 @@ class DeltaMemLlama(Llama):
         return sampler.sample(self._ctx, row)
 
     @functools.wraps(Llama._init_sampler)
-    def _init_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Sampler:  # type: ignore[override]
         return self._seeded_sampler(self._seed, *args, **kwargs)
 
     def _seeded_sampler(self, seed: int, *args: Any, **kwargs: Any) -> Sampler:
@@ -517,7 +520,7 @@ class DeltaMemLlama(Llama):
             options["logits_processor"] = [guard]
         # not self: a sampler with processors would keep it alive until the garbage collector comes
         names = ("_n_vocab", "_model", "last_n_tokens_size")
-        owner = types.SimpleNamespace(
+        owner: Any = types.SimpleNamespace(
             _input_ids=None, _seed=_checked_seed(seed), **{name: getattr(self, name) for name in names}
         )
         return Sampler(Llama._init_sampler(owner, **options), self._candidates, guard)
@@ -569,7 +572,7 @@ class DeltaMemLlama(Llama):
             completion = self._slots.call(Completion, self, **arguments.arguments)
             return self._stepwise(completion.streamed()) if stream else self._slots.call(completion.whole)
 
-    def _stepwise(self, chunks: Iterator[Any]) -> Iterator[Any]:
+    def _stepwise(self, chunks: Generator[Any]) -> Iterator[Any]:
         """A stream that is whole between two pieces."""
         with contextlib.closing(chunks):
             while True:
@@ -618,7 +621,9 @@ class DeltaMemLlama(Llama):
     @holding("_engine.lock")
     def _granularity(self) -> int | None:
         """LLAMA_DELTAMEM_TOKEN, …; None without a memory."""
-        return library.llama_deltamem_write_granularity(self._adapter) if self._slots.has_memory else None
+        if self._adapter is None or not self._slots.has_memory:
+            return None
+        return library.llama_deltamem_write_granularity(self._adapter)
 
     def _begin_after(self, n: int) -> None:
         """Another text, of which the first n tokens stand here already."""
@@ -626,7 +631,7 @@ class DeltaMemLlama(Llama):
         if n < text.n_tokens:
             text.begin(n)
 
-    def _checked_tokens(self, tokens: Sequence[int]) -> npt.NDArray[np.integer]:
+    def _checked_tokens(self, tokens: Tokens) -> npt.NDArray[np.integer]:
         try:
             ids = np.asarray(tokens)
         except ValueError:  # lists of several lengths
@@ -638,7 +643,7 @@ class DeltaMemLlama(Llama):
             raise InputError(f"{wrong} is no token id of this model: they are 0 to {self._n_vocab - 1}")
         return ids
 
-    def _checked_segments(self, tokens: Sequence[int], segments: Sequence[int]) -> npt.NDArray[np.int32]:
+    def _checked_segments(self, tokens: Tokens, segments: Sequence[int]) -> npt.NDArray[np.int32]:
         if not self.memory.attached:
             raise AdapterError("segments were given but no memory adapter is attached")
         if self._granularity == library.LLAMA_DELTAMEM_TOKEN:
@@ -699,7 +704,9 @@ class DeltaMemLlama(Llama):
         try:
             if self.memory.attached:
                 self._text.renew()
-                self._slots.share_state(self._text.position.checkpoint.state, len(texts))
+                checkpoint = self._text.position.checkpoint
+                assert checkpoint is not None  # as there is a memory
+                self._slots.share_state(checkpoint.state, len(texts))
             with library.decoding():
                 embedded = vectors(self, texts, normalize)
         finally:
@@ -756,40 +763,41 @@ class DeltaMemLlama(Llama):
 
         Raises InputError if the state is of another model, adapter or context; text and memory are then as before.
         """
-        text, is_ours = self._text, isinstance(state, DeltaMemState)
+        text, ours = self._text, state if isinstance(state, DeltaMemState) else None
         self._slots.require_open()
-        if not is_ours and self._n_seq_max > 1:
+        if ours is None and self._n_seq_max > 1:
             raise InputError("a state that plain llama_cpp saved is for a context of one sequence")
         tokens = self._checked_tokens(state.input_ids[: state.n_tokens])
-        n_ctx = len(state.position.log.tokens) if is_ours else len(state.input_ids)
-        if n_ctx != text.n_ctx if is_ours else len(tokens) > text.n_ctx:
+        n_ctx = len(ours.position.log.tokens) if ours else len(state.input_ids)
+        if n_ctx != text.n_ctx if ours else len(tokens) > text.n_ctx:
             raise InputError(f"the state is of a context of {n_ctx} tokens, this one has {text.n_ctx}")
         if state.scores.ndim != 2 or state.scores.shape[1] != self.n_vocab():
             raise InputError("the state is of another model: its tokens are not those of this one")
         attached = self.memory.attached
-        reason = self.memory._misfit(state.memory) if is_ours and state.memory is not None and attached else None
+        memory = ours.memory if ours else None
+        reason = self.memory._misfit(memory) if memory is not None and attached else None
         if reason:
             raise InputError(f"the state: {reason}")
         text.renew()
         text.finish()
-        self._load_kv(state, is_ours)
+        self._load_kv(state, ours is not None)
         # plain llama_cpp does not say whether its rows hold logits; NaN: not kept
-        n_scored = min(len(state.scores), len(tokens)) if is_ours and self._logits_all else 0
+        n_scored = min(len(state.scores), len(tokens)) if ours and self._logits_all else 0
         self.scores[:n_scored] = state.scores[:n_scored]
         self.scores[n_scored : len(tokens)] = np.nan
-        if is_ours and state.memory is not None:
-            n = len(state.position.tokens)
-            text.write = state.write if attached else text.write
-            text.position = state.position._replace(
-                log=state.position.log.without(n, n, n),
+        if ours and memory is not None:
+            n = len(ours.position.tokens)
+            text.write = ours.write if attached else text.write
+            text.position = ours.position._replace(
+                log=ours.position.log.without(n, n, n),
                 epoch=text.position.epoch + 1,
                 adapter=self._slots.n_attached,
             )
             text.renew()
         else:
-            text.position = text.position.with_text(tokens, state.position.n_kv if is_ours else len(tokens))
+            text.position = text.position.with_text(tokens, ours.position.n_kv if ours else len(tokens))
         self._seed = state.seed
-        self._messages = state.messages if is_ours and state.memory is not None else None
+        self._messages = ours.messages if ours and memory is not None else None
 
     def _load_kv(self, state: LlamaState, is_ours: bool) -> None:
         """Takes the KV cache from a state. Raises InputError; the present text is then to be read again."""
@@ -807,7 +815,7 @@ class DeltaMemLlama(Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: how to load the model again, and the memory; the text is read again when it is needed."""
-        state = super().__getstate__()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.update(
             deltamem_path=self.deltamem_path,
             n_ctx=state["n_ctx"] // self._n_seq_max,
@@ -827,7 +835,7 @@ class DeltaMemLlama(Llama):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         memory = state.pop("memory")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if memory is None and self.memory.attached:
             self.memory.detach()
         elif memory is not None:
@@ -839,7 +847,8 @@ class DeltaMemLlama(Llama):
         if hasattr(self, "model_path"):  # not before Llama.__init__ ran
             with self._slots.closing() if hasattr(self, "_engine") else contextlib.nullcontext():
                 super().close()
-                self._ctx = self._model = self.tokenizer_ = _Closed(self.model_path)
+                closed: Any = _Closed(self.model_path)
+                self._ctx = self._model = self.tokenizer_ = closed
         self._adapter = None
 
     def __enter__(self) -> DeltaMemLlama:
@@ -893,7 +902,7 @@ class _TextCache(BaseLlamaCache):
 
     @property
     def cache_size(self) -> int:
-        return self.cache.cache_size
+        return int(self.cache.cache_size)
 
     def _find_longest_prefix_key(self, key: tuple[int, ...]) -> tuple[int, ...] | None:
         return self.cache._find_longest_prefix_key(key)
@@ -954,7 +963,9 @@ def _is_adapter(path: str) -> bool:
 
 def _tokens_before(llm: weakref.ref[DeltaMemLlama]) -> npt.NDArray[np.intc]:
     """The tokens before the one that is sampled."""
-    return llm().input_ids[: llm()._n_read]
+    model = llm()
+    assert model is not None  # it samples
+    return model.input_ids[: model._n_read]
 
 
 def _checked_seed(seed: int) -> int:

@@ -13,7 +13,7 @@ import random
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,12 +72,11 @@ class Completion:
         if max_tokens is not None and not isinstance(max_tokens, int):
             raise InputError(f"max_tokens is a number of tokens, not {max_tokens!r}")
         self._given = isinstance(prompt, str)
-        if not isinstance(prompt, str):
-            prompt = llm._checked_tokens(prompt).tolist()
-        self._is_empty = not prompt
-        self.tokens, self._n_hidden, self._appended = self._tokenized(prompt, suffix)
+        given = prompt if isinstance(prompt, str) else llm._checked_tokens(prompt).tolist()
+        self._is_empty = not given
+        self.tokens, self._n_hidden, self._appended = self._tokenized(given, suffix)
         shown = self.tokens[self._n_hidden :]
-        self.prompt: str = prompt if self._given else self._text(shown).decode(errors="replace")
+        self.prompt = given if isinstance(given, str) else self._text(shown).decode(errors="replace")
         n_ctx, n_prompt = llm.n_ctx(), len(self.tokens)
         if n_prompt > n_ctx or (n_prompt == n_ctx and max_tokens != 0):
             # llama_cpp.server tells its clients what it reads out of these words
@@ -262,11 +261,11 @@ class Completion:
         if row is None:
             return Scored(name, offset, None, None)
         values = self.llm.logits_to_logprobs(row)
-        n = min(self.logprobs, len(values))
-        best = np.argpartition(-values, n - 1)[:n] if n else []
+        n = min(self.logprobs or 0, len(values))
+        best: list[int] = np.argpartition(-values, n - 1)[:n].tolist() if n else []
         top: dict[str, float] = {}
         for i in sorted(best, key=lambda i: (-values[i], i)):
-            top.setdefault(token_text(self._vocab, int(i)), float(values[i]))
+            top.setdefault(token_text(self._vocab, i), float(values[i]))
         top.setdefault(name, float(values[token]))
         return Scored(name, offset, float(values[token]), top)
 
@@ -298,7 +297,7 @@ class Completion:
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
         return {**self._answer(text, self._logprobs(scored), self.finish_reason), "usage": usage}
 
-    def streamed(self) -> Iterator[dict[str, Any]]:
+    def streamed(self) -> Generator[dict[str, Any]]:
         """Chunks of the response; the last one has no text and says why it ended."""
         for text, scored in self.pieces():
             yield self._answer(text, self._logprobs(scored), None)

@@ -41,7 +41,7 @@ def tokenized(llm: Model, texts: list[str], truncate: bool) -> list[list[int]]:
 def n_tokens_max(llm: Model) -> int:
     """Most tokens of a text to embed, and of a batch of them."""
     if _in_one_go(llm):
-        return min(_llama.llama_n_ubatch(llm.ctx), llm.n_batch, llm.n_ctx())
+        return min(int(_llama.llama_n_ubatch(llm.ctx)), llm.n_batch, llm.n_ctx())
     return min(llm.n_batch, llm.n_ctx())
 
 
@@ -92,8 +92,8 @@ def _decoded(llm: Model, texts: list[list[int]], normalize: bool) -> list[Any]:
 
 def _scaled(rows: npt.NDArray[np.float32], normalize: bool) -> npt.NDArray[np.float64]:
     """A copy, of length 1 if that was asked for; zeros stay zeros."""
-    rows = rows.astype(np.float64)
+    scaled = rows.astype(np.float64)
     if normalize:
-        lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
-        rows /= np.where(lengths == 0, 1, lengths)
-    return rows
+        lengths = np.linalg.norm(scaled, axis=-1, keepdims=True)
+        scaled /= np.where(lengths == 0, 1, lengths)
+    return scaled

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import NotFiniteError
-from .history import Piece, Position
+from .history import Piece, Position, Tokens
 from .slots import Job, Result, Slots
 from .text import Text
 
@@ -51,9 +51,7 @@ class Request:
         self.n_served = 0  # the step in which a piece of a prompt was last read
         self.ask(())
 
-    def ask(
-        self, tokens: Sequence[int], segments: npt.NDArray[np.int32] | None = None, keep_at: Collection[int] = ()
-    ) -> None:
+    def ask(self, tokens: Tokens, segments: npt.NDArray[np.int32] | None = None, keep_at: Collection[int] = ()) -> None:
         """What is to be read next. `keep_at`: positions where a checkpoint is wanted."""
         self.tokens, self.segments, self.keep_at = tokens, segments, set(keep_at)
         self.before: Position | None = None
@@ -200,7 +198,7 @@ class Engine:
     def read(
         self,
         text: Text,
-        tokens: Sequence[int],
+        tokens: Tokens,
         segments: npt.NDArray[np.int32] | None = None,
         *,
         keep_at: Collection[int] = (),

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 TOKEN = -2  # in place of a segment id: the token writes by itself, if it writes
 
+Tokens = Sequence[int] | npt.NDArray[np.integer]  # ids
 State = npt.NDArray[np.float32]  # [L, H, r, r], not written to once it is in a record
 _position = attrgetter("position")
 
@@ -54,7 +55,7 @@ class Log:
         return log
 
     def extended(
-        self, n: int, tokens: Sequence[int], wrote: bool | npt.NDArray[np.bool_], segment: int | npt.NDArray[np.int32]
+        self, n: int, tokens: Tokens, wrote: bool | npt.NDArray[np.bool_], segment: int | npt.NDArray[np.int32]
     ) -> Log:
         """With tokens after the first n."""
         log = self if n == self.end else self.without(n, n, n)
@@ -195,7 +196,7 @@ class Position(NamedTuple):
         """The memory as it is; None without one."""
         return self.checkpoints.newest(self.n)
 
-    def common(self, position: int, tokens: Sequence[int]) -> int:
+    def common(self, position: int, tokens: Tokens) -> int:
         """How many of `tokens` at `position` are those that the memory read there."""
         return n_common(self.log.tokens[position : self.n], tokens)
 
@@ -247,7 +248,7 @@ class Position(NamedTuple):
         """The text goes on without one."""
         return self._replace(checkpoints=self.checkpoints.only())
 
-    def with_text(self, tokens: Sequence[int], n_kv: int) -> Position:
+    def with_text(self, tokens: Tokens, n_kv: int) -> Position:
         """These tokens in place of the text; all count as read and written, and the KV cache holds the first n_kv."""
         log = Log(len(self.log.tokens)).extended(0, tokens, True, TOKEN)
         begun = self._replace(log=log, fresh=0).begun(len(tokens), self.checkpoint)
@@ -359,7 +360,7 @@ class Position(NamedTuple):
         )
 
 
-def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+def n_common(a: Tokens, b: Tokens) -> int:
     """Length of the common beginning."""
     n = min(len(a), len(b))
     differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))

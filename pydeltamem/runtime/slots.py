@@ -116,7 +116,8 @@ class Slots:
     def ctx(self) -> library.llama_context_p:
         """The native context. Raises ModelError after close."""
         self.require_open()
-        return self._context.ctx
+        ctx: library.llama_context_p = self._context.ctx
+        return ctx
 
     def require_open(self) -> None:
         """Raises ModelError after close."""
@@ -155,14 +156,14 @@ class Slots:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of a state: [L, H, r, r]. Raises AdapterError without a memory."""
-        self.require_memory()
+        self.require_open()
+        if self._shape is None:
+            raise AdapterError(no_adapter())
         return self._shape
 
     def require_memory(self) -> None:
         """Raises AdapterError without a memory, ModelError after close."""
-        self.require_open()
-        if self._shape is None:
-            raise AdapterError(no_adapter())
+        self.shape  # noqa: B018 - which says so
 
     @holding("lock")
     def attach(self, adapter: library.llama_deltamem_adapter_p) -> None:
@@ -300,7 +301,7 @@ class Slots:
         (swa_full=False) after going back.
         """
         first = max(0, n - self._n_swa + 1)
-        return self._n_swa > 0 and _llama.llama_memory_seq_pos_min(memory, slot) > first
+        return self._n_swa > 0 and bool(_llama.llama_memory_seq_pos_min(memory, slot) > first)
 
     @holding("lock")
     def shift(self, slot: int, start: int, end: int, n: int) -> bool:
@@ -384,7 +385,7 @@ class Slots:
         for slot, tokens in enumerate(texts):
             if tokens:
                 self._batch.add_sequence(tokens, slot, True)
-        n_tokens = self._batch.n_tokens()
+        n_tokens: int = self._batch.n_tokens()
         if n_tokens:
             self._context.kv_cache_clear()
             self._context.decode(self._batch)
@@ -452,7 +453,7 @@ class Slots:
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
         """Of a row of the latest llama_decode, [n_vocab], a copy."""
-        return np.ctypeslib.as_array(_llama.llama_get_logits_ith(self.ctx, row), (self._n_vocab,)).copy()
+        return np.array(np.ctypeslib.as_array(_llama.llama_get_logits_ith(self.ctx, row), (self._n_vocab,)))
 
     def is_end(self, token: int) -> bool:
         """Whether the token ends a message or a text."""

@@ -18,9 +18,9 @@ from .model import Model
 from .tokenizer import piece as _piece
 
 _llama = library.llama_cpp
-LlamaGrammar = _llama.LlamaGrammar
+LlamaGrammar: Any = _llama.LlamaGrammar  # of no type that mypy knows, as it is imported at the first use
 
-_checked_grammars: weakref.WeakSet[LlamaGrammar] = weakref.WeakSet()
+_checked_grammars: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Assembler:
@@ -133,8 +133,10 @@ class TextStream:
             yield piece
 
 
-def checked_grammar(llm: Model, text: str | LlamaGrammar, name: str = "grammar") -> LlamaGrammar:
-    """A GBNF grammar for sampling. Raises InputError, which calls it `name`, if llama.cpp cannot use it."""
+def checked_grammar(llm: Model, text: Any, name: str = "grammar") -> Any:
+    """A GBNF grammar, text or a LlamaGrammar, for sampling. Raises InputError, which calls it `name`, if llama.cpp
+    cannot use it.
+    """
     from llama_cpp._utils import suppress_stdout_stderr
 
     # llama_cpp hands a grammar on unchecked, and llama.cpp's parser prints what it dislikes

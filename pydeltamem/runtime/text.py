@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from ..formats.memory_file import now
-from .history import Log, Piece, Position, State, n_common
+from .history import Log, Piece, Position, State, Tokens, n_common
 from .lock import FairLock, holding
 from .names import option
 from .slots import Holder, Job, Result, Slots
@@ -110,10 +110,11 @@ class Text:
         """A copy of the state, [L, H, r, r]. Raises AdapterError without a memory."""
         self.slots.require_memory()
         self.renew()
-        state = self.position.checkpoint.state
-        if self.slot is not None and self.slots.holds(self.slot, state):
+        checkpoint = self.position.checkpoint
+        assert checkpoint is not None  # as there is a memory
+        if self.slot is not None and self.slots.holds(self.slot, checkpoint.state):
             return self.slots.get_state(self.slot)
-        return state.copy()
+        return np.array(checkpoint.state)
 
     @holding("lock")
     def become(self, state: npt.NDArray[np.float32], n_written: int = 0, since: str | None = None) -> None:
@@ -214,7 +215,7 @@ class Text:
             n_kv = n_kv if self.slot is None else self.slots.truncate(self.slot, n_kv)
         self.position = before.without(start, end, n_kv)
 
-    def replace(self, tokens: Sequence[int], n: int) -> None:
+    def replace(self, tokens: Tokens, n: int) -> None:
         """The text is these tokens now, the first n of them as before; all count as read and written."""
         self.finish()
         with self.lock:
@@ -259,7 +260,7 @@ class Text:
     # reading
     #
 
-    def eval(self, tokens: Sequence[int], segments: npt.NDArray[np.int32] | None = None, **options: Any) -> Position:
+    def eval(self, tokens: Tokens, segments: npt.NDArray[np.int32] | None = None, **options: Any) -> Position:
         """Reads tokens after the text: one ingest. Returns the record before: if llama.cpp fails, or memory or logits
         are not finite, it is in place again. Options of `Engine.read`.
         """
@@ -268,7 +269,7 @@ class Text:
     @holding("lock")
     def prepare(
         self,
-        tokens: Sequence[int],
+        tokens: Tokens,
         segments: npt.NDArray[np.int32] | None = None,
         staying: Sequence[Holder] = (),
     ) -> list[Piece] | None:
@@ -324,6 +325,7 @@ class Text:
         reads = slots.has_memory and position.n_kv >= position.n
         marks = self._marks(piece, {p - n_past - 1 for p in keep_at}, drafted) if reads and n > 1 else ()
         scores = None if self.scores is None else self.scores[n_past : n_past + n]
+        assert self.slot is not None  # `prepare` gave it one
         return Job(self.slot, n_past, piece, reads, marks, scores)
 
     def _marks(self, piece: Piece, wanted: set[int], drafted: bool) -> list[int]:
@@ -343,5 +345,6 @@ class Text:
         """A piece was decoded, an ingest in segments as a whole."""
         self.position = position = self.position.read(piece, result.states)
         checkpoint = position.checkpoint
+        assert self.slot is not None  # it was decoded there
         self.slots.follow(self.slot, position, None if checkpoint is None else checkpoint.state)
         self._logits = self.slots.n_decodes, position, result.row
