@@ -1,7 +1,7 @@
 """δ-mem for llama.cpp: `DeltaMemLlama` is `llama_cpp.Llama` with a memory that learns as it reads.
 
-The names below load llama.cpp when they are first used, so that `deltamem convert` and `deltamem inspect` start without
-it. Once the package is imported, llama-cpp-python loads the library that is built with it (_pydeltamem_startup.py).
+The names below load llama.cpp when they are first used, so `deltamem convert` and `deltamem inspect` start without it.
+Once this package is imported, llama-cpp-python loads the package's own library (_pydeltamem_startup.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-import _pydeltamem_startup  # noqa: F401 - also where no .pth file did it, in a checkout that is not installed
+import _pydeltamem_startup  # noqa: F401 - for a checkout that is not installed, where no .pth file imports it
 
 from .errors import (
     AdapterError,
@@ -68,7 +68,7 @@ _LAZY = {
 }
 
 if "llama_cpp" in sys.modules:
-    importlib.import_module(".runtime.library", __name__)  # says so if the library loaded before is not ours
+    importlib.import_module(".runtime.library", __name__)  # raises if llama_cpp has loaded another library
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """`Conversation`: messages, the text that they make, and a memory that outlives it. Several share one model.
 
-The rule of one write, and what happens to text and memory in each case, is in docs/reference/one-write.md.
+docs/reference/one-write.md has the rule of one write, and says what happens to text and memory in each case.
 """
 
 from __future__ import annotations
@@ -36,25 +36,26 @@ class Conversation:
         with Conversation(llm, system="Be brief.", memory_file="ada.memory") as ada:
             print(ada.say("My name is Ada."))
 
-    When the text fills the context, its oldest turns leave it; the memory keeps what they wrote. With a memory file the
-    memory is loaded from it, if it exists, and saved after each turn.
+    When the text fills the context, its oldest turns leave it; the memory keeps what they wrote. With a memory file,
+    the conversation loads the memory from it if it exists, and saves the memory after each turn.
 
-    A model holds n_seq_max texts at once. A conversation takes a slot when it is its turn, and gives it up to another
-    that needs one; its memory moves at once, its text is read again, without writing, when it goes on.
+    A model holds n_seq_max texts at once. A conversation takes a slot for its turn, and loses it to another one that
+    needs it. On its next turn its state is copied back, and its text is decoded again without writing.
 
-    It may be used while a stream of it is open: that reply ends there, what was said so far counts, and the stream has
-    no more pieces. It cannot be pickled or copied: `fork` makes a second one; messages and memory file can be kept.
+    It may be used while one of its streams is open: that reply ends, what was said so far counts, and the stream yields
+    nothing more. It cannot be pickled or copied: `fork` makes a second one, and messages and memory file can be kept.
 
-    Each of `say`, `regenerate` and `edit` returns a reply; `stream`, `stream_regenerate` and `stream_edit` yield it in
-    pieces as they come.
+    `say`, `regenerate` and `edit` return a reply; `stream`, `stream_regenerate` and `stream_edit` yield it in pieces as
+    they come.
 
-    Threads may share it, and its model (docs/reference/public-api.md). Each call is whole: others of this one wait for
-    its end. What is said in other conversations meanwhile is decoded with it, in common batches.
+    Threads may share it, and its model (docs/reference/public-api.md). Calls on one conversation run one after the
+    other. Turns of several conversations at the same time are decoded in common batches.
 
     Args:
         llm: the model.
         system: system prompt, "" for none.
-        memory_file: load the memory from there and save it there after each turn; nobody else may meanwhile.
+        memory_file: load the memory from this file and save it there after each turn. Nobody else may use the file
+            meanwhile.
         **options: of `say`, for every turn.
 
     Attributes:
@@ -62,9 +63,9 @@ class Conversation:
         finish_reason: of the latest reply, "stop" or "length".
         n_dropped: messages that have left the text because the context was full.
 
-    Raises MemoryFileError if the memory file is in use, damaged or of another adapter. If saving fails after a turn,
-    the turn stays, and its reply is in `messages`. Once an adapter was attached or detached, the memory file is left as
-    it is, and turns are refused until `open` or `close`.
+    Raises MemoryFileError if the memory file is in use, is damaged or belongs to another adapter. If saving fails after
+    a turn, the turn stays, and its reply is in `messages`. After an adapter was attached or detached, the memory file
+    stays as it is, and turns are refused until `open` or `close`.
 
     If the memory or the logits stop being finite, the turn raises NotFiniteError and is taken back, with what was said
     so far; the memory file stays as it is.
@@ -84,7 +85,7 @@ class Conversation:
         self.finish_reason = "stop"
         self.n_dropped = 0
         self._text = llm._engine.text()
-        self._reply: Reply | None = None  # in the making
+        self._reply: Reply | None = None  # in progress
         self._lock: MemoryFileLock | None = None
         self._n_attached = 0  # when the memory file was opened
         self.memory_file: str | None = None
@@ -95,8 +96,8 @@ class Conversation:
     def memory(self) -> Memory:
         """The memory of this conversation, as `llm.memory`.
 
-        Its `rollback` ends an open reply and takes text and memory back, but not `messages`: what they still say is
-        read, and written, anew with the next turn. `undo` and `edit` take turns back.
+        Its `rollback` ends an open reply and takes text and memory back, but not `messages`: the next turn reads and
+        writes again what they still say. `undo` and `edit` take turns back.
         """
         return Memory(self.llm, self._text, self._end_reply)
 
@@ -111,11 +112,11 @@ class Conversation:
 
     @holding("_text.turn")
     def say(self, content: str, **options: Any) -> str:
-        """One turn: says `content` and returns the reply, without spaces that it begins with; `messages` has them.
+        """One turn: says `content` and returns the reply, without spaces at its beginning; `messages` has them.
 
         Options: `n_predict` (tokens at most; 0: only read; -1 or None: until the reply ends), `stop` (a string, or
         several), `seed`, and sampling as `Llama.generate` (temp, top_k, …); `grammar` may be text. `max_tokens` and
-        `temperature` are what they are to `create_completion`. Raises InputError if an option is unknown or the turn
+        `temperature` mean the same as for `create_completion`. Raises InputError if an option is unknown or the turn
         does not fit in the context, MemoryFileError if the memory cannot be saved.
         """
         return self._whole_reply(_checked_content(content), options)
@@ -126,7 +127,7 @@ class Conversation:
 
     @holding("_text.turn")
     def regenerate(self, **options: Any) -> str:
-        """Another reply in place of the latest: text and memory go back to before it."""
+        """Replaces the latest reply by another: text and memory go back to before it."""
         return self._whole_reply(None, options, instead=True)
 
     def stream_regenerate(self, **options: Any) -> Iterator[str]:
@@ -135,7 +136,7 @@ class Conversation:
 
     @holding("_text.turn")
     def edit(self, content: str, **options: Any) -> str:
-        """Says `content` in place of what was said last: text and memory go back to before that."""
+        """Says `content` in place of the user's last message: text and memory go back to before that."""
         return self._whole_reply(_checked_content(content), options, instead=True)
 
     def stream_edit(self, content: str, **options: Any) -> Iterator[str]:
@@ -152,9 +153,9 @@ class Conversation:
 
     @holding("_text.turn")
     def undo(self) -> None:
-        """Takes back the latest turn, what was said and the reply: text and memory are as before it.
+        """Takes back the latest turn, the user's message and the reply: text and memory are as before it.
 
-        Raises InputError if there is none, or if another memory was put in place of this one since.
+        Raises InputError if there is none, or if the memory was replaced since.
         """
         self._ready()
         start = self._said_last()
@@ -186,17 +187,17 @@ class Conversation:
 
     @holding("_text.turn")
     def clear(self) -> None:
-        """Forgets the text and keeps the memory, and the system prompt."""
+        """Forgets the text. Keeps the memory and the system prompt."""
         self._ready()
         text, messages = self._text, self._system()
-        # what begins every text stays, as it is written already
+        # the beginning that every text shares stays: it is written already
         text.begin(n_common(text.tokens, self._ended_tokens(messages=messages)))
         self.messages = messages
         self.save()
 
     @holding("_text.turn")
     def fork(self) -> Conversation:
-        """A second conversation that goes on from here by itself, with a memory of its own and no memory file."""
+        """A second conversation that goes on from here on its own, with its own memory and no memory file."""
         self._end_reply()
         other = Conversation(self.llm, **self.options)
         other.messages = [dict(message) for message in self.messages]
@@ -208,12 +209,12 @@ class Conversation:
         raise TypeError("a Conversation cannot be pickled or copied: keep its messages and memory file, or fork() it")
 
     def _end_reply(self) -> None:
-        """If a stream is open, it ends here."""
+        """Ends an open stream."""
         if self._reply is not None:
             self._reply.fail()
 
     def _ready(self) -> None:
-        """Before anything is done with it."""
+        """Called before every use: ends an open stream and checks the memory file."""
         self._end_reply()
         self._check_file()
 
@@ -223,10 +224,10 @@ class Conversation:
 
     @holding("_text.turn")
     def open(self, path: str | os.PathLike[str]) -> None:
-        """From here on the memory is saved to `path` after each turn. If the file exists, it is loaded now."""
+        """Saves the memory to `path` after each turn from now on. If the file exists, loads it first."""
         self._end_reply()
-        path = MemoryFileLock(path).path  # refuses what no file can be called
-        path = os.path.abspath(path)  # also if the process goes to another folder
+        path = MemoryFileLock(path).path  # refuses names that no file can have
+        path = os.path.abspath(path)  # the process may change its folder
         lock, is_open = self._lock, True
         if lock is None or os.path.realpath(path) != os.path.realpath(lock.path):
             lock, is_open = MemoryFileLock(path), False
@@ -247,8 +248,8 @@ class Conversation:
 
     @holding("_text.turn")
     def save(self) -> None:
-        """Saves the memory to the memory file, if there is one. Raises MemoryFileError if it cannot be saved, or if an
-        adapter was attached or detached since the file was opened.
+        """Saves the memory to the memory file, if there is one. Raises MemoryFileError if it cannot be written, or if
+        an adapter was attached or detached since the file was opened.
         """
         self._check_file()
         if self.memory_file is not None:
@@ -256,9 +257,9 @@ class Conversation:
 
     @holding("_text.turn")
     def close(self) -> None:
-        """Saves the memory, and gives up the memory file and the slot. Closing twice is fine.
+        """Saves the memory, and releases the memory file and the slot. Closing twice is fine.
 
-        The file is left as it is if an adapter was attached or detached, or the model closed, since it was opened.
+        The file stays as it is if an adapter was attached or detached, or the model closed, since it was opened.
         """
         try:
             self._end_reply()
@@ -275,18 +276,18 @@ class Conversation:
 
     @property
     def _keeps_file(self) -> bool:
-        """Whether there is a memory file, and the memory is still the one that was opened with it: an adapter that is
-        attached, also the same one again, begins with empty memories.
+        """Whether there is a memory file, and the memory still belongs to it: attaching an adapter, even the same one
+        again, empties all memories.
         """
         slots = self.llm._engine.slots
         return self.memory_file is not None and slots.has_memory and slots.n_attached == self._n_attached
 
     def _check_file(self) -> None:
-        """Raises MemoryFileError if there is a memory file that the memory must not be saved to any more."""
+        """Raises MemoryFileError if the memory no longer belongs to its memory file."""
         self.llm._engine.slots.require_open()
         if self.memory_file is not None and not self._keeps_file:
             raise MemoryFileError(
-                f"{self.memory_file}: no longer saved, as an adapter was attached or detached since the file was "
+                f"{self.memory_file}: no longer saved, because an adapter was attached or detached since the file was "
                 "opened: open() it again, or close() the conversation"
             )
 
@@ -304,17 +305,17 @@ class Conversation:
         return self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
 
     def _prompt(self) -> list[int]:
-        """The messages, and what begins a reply."""
+        """Tokens of the messages, and of the beginning of a reply."""
         return chat_prompt(self.llm, self.messages)[0]
 
     def _whole(self, messages: list[dict[str, str]]) -> list[int]:
-        """Messages, and what begins the next one."""
+        """Tokens of messages, and of the beginning of the next one."""
         if messages and messages[-1]["role"] == "user":
             return chat_prompt(self.llm, messages)[0]
         return self._ended_tokens(messages=messages)
 
     def _ended_tokens(self, n_messages: int | None = None, messages: list[dict[str, str]] | None = None) -> list[int]:
-        """The first messages, up to where the content of the next one begins."""
+        """Tokens of the first messages, up to where the content of the next one begins."""
         whole = self.messages if messages is None else messages
         messages = whole[:n_messages]
         following = whole[len(messages) : len(messages) + 1]
@@ -322,38 +323,38 @@ class Conversation:
             role = following[0]["role"]
         else:
             role = "assistant" if messages and messages[-1]["role"] == "user" else "user"
-        # what two continuations agree on
+        # the common beginning of two continuations
         ways = [chat_prompt(self.llm, [*messages, {"role": role, "content": content}])[0] for content in "01"]
         return ways[0][: n_common(*ways)]
 
     def _said_last(self) -> int:
-        """Where what the user said last stands in the messages. Raises InputError if there is nothing."""
+        """Index of the user's last message. Raises InputError if there is none."""
         said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not said:
-            raise InputError("there is nothing to take back: nothing was said, or it has left the text")
+            raise InputError("there is no turn to take back: nothing was said yet, or the turn has left the text")
         return said[-1]
 
     def _unread(self, tokens: Sequence[int]) -> list[int]:
-        """Goes back to where the text and `tokens` part. Returns those to read, at least one."""
+        """Goes back to where the text and `tokens` differ. Returns the tokens to decode, at least one."""
         text = self._text
         n = min(n_common(text.tokens, tokens), len(tokens) - 1)
         position = text.position
         if n < min(position.n_tokens, position.n):
-            # an ingest in segments is read as a whole, but for what the memory cannot take back
+            # an ingest in segments is read as a whole, except for what the memory cannot take back
             n = max(position.ingest(n), min(n, position.floor))
         text.n_tokens = n
         return list(tokens[n:])
 
     def _begun(self) -> set[int]:
-        """Where what is said now begins: a checkpoint is wanted there, to edit it."""
+        """Where the content of the latest message begins: `edit` needs a checkpoint there."""
         return {len(self._ended_tokens(len(self.messages) - 1))}
 
     def _segments(self, tokens: Sequence[int]) -> np.ndarray | None:
-        """Adapters that write per segment read what is said as one: a message is a segment."""
+        """Segment ids for adapters that write per segment: a message is one segment."""
         return np.zeros(len(tokens), dtype=np.int32) if self.memory.by_segment else None
 
     #
-    # the context runs over
+    # a full context
     #
 
     def _make_room(self, reserve: int) -> None:
@@ -365,8 +366,10 @@ class Conversation:
         said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         latest = [*self._system(), *self.messages[said[-1] if said else len(self._system()) :]]
         if len(chat_prompt(self.llm, latest)[0]) + reserve > n_ctx:
-            raise InputError(f"that is too long for a context of {n_ctx} tokens: raise {option('n_ctx')} or say less")
-        # more than is needed now, so that it does not happen in every turn
+            raise InputError(
+                f"the message is too long for a context of {n_ctx} tokens: raise {option('n_ctx')} or say less"
+            )
+        # more than is needed now, so that not every turn drops one
         while n + reserve > n_ctx - n_ctx // 8:
             n_dropped = self._n_oldest_turn()
             if n_dropped == 0:
@@ -375,7 +378,7 @@ class Conversation:
             n = len(self._prompt())
 
     def _n_oldest_turn(self) -> int:
-        """Messages of the oldest turn, from what the user says to what they say next; 0 if that is the latest one."""
+        """Number of messages of the oldest turn, from one user message to the next; 0 if it is the latest turn."""
         first = len(self._system())
         for i in range(first + 1, len(self.messages)):
             if self.messages[i]["role"] == "user":
@@ -383,18 +386,18 @@ class Conversation:
         return 0
 
     def _drop(self, n_messages: int) -> None:
-        """The oldest messages leave the text."""
+        """Drops the oldest messages from the text."""
         text, messages, first = self._text, self.messages, len(self._system())
         left = messages[:first] + messages[first + n_messages :]
-        # all is worded before anything is changed: the template may refuse
+        # apply the template before changing anything: it may refuse
         before, after = self._whole(messages), self._whole(left)
         start, end = (len(self._ended_tokens(n)) for n in (first, first + n_messages))
         n_read = n_common(text.tokens, before)
-        reply = text.tokens[n_read:].tolist() if n_read == len(before) else []  # in the making
+        reply = text.tokens[n_read:].tolist() if n_read == len(before) else []  # in progress
         if end <= n_read and before[:start] + before[end:] == after:
             text.n_tokens = n_read + len(reply)
             text.shift(start, end)
-        else:  # a chat format that words the rest differently now: nothing of it is written again
+        else:  # the template now words the rest differently: nothing of it is written again
             kept = after[: max(0, len(after) - len(before) + max(n_read, end))] + reply
             text.replace(kept, n_common(text.tokens, kept))
         messages[:] = left
@@ -402,13 +405,13 @@ class Conversation:
 
 
 class Reply(Request):
-    """A reply: what is to be decoded next, and the text so far. It is in the making from `begin` until it has ended, or
-    its conversation is used for something else.
+    """A reply: what to decode next, and the text so far. It is in progress from `begin` until it ends, or until its
+    conversation is used for something else.
 
     Args:
-        content: what is said; None: what was said last.
+        content: the user's message; None: the last one again.
         options: of `Conversation.say`.
-        instead: in place of what was said last.
+        instead: whether it replaces the user's last message and what follows.
     """
 
     def __init__(
@@ -420,24 +423,24 @@ class Reply(Request):
         self.options = {**conversation.options, **_checked_options(conversation.llm, options)}
         self.instead = instead
         self.content = ""
-        self.pieces: list[str] = []  # that nobody has seen yet
-        self.begun = False  # something but spaces was said
+        self.pieces: list[str] = []  # not yielded yet
+        self.begun = False  # whether something other than spaces was said
         self.n_tokens = 0
         self.finish_reason: str | None = None
         self._token = 0
 
     @property
     def is_open(self) -> bool:
-        """Whether it is in the making."""
+        """Whether it is in progress."""
         return self.conversation._reply is self
 
     @property
     def is_given(self) -> bool:
-        """As Request: a piece, if pieces are wanted, or the end."""
+        """As Request: whether there is a piece, if pieces are wanted, or the end."""
         return self.is_over or (self.goes_on and bool(self.pieces))
 
     def begin(self) -> None:
-        """Enters what is said into the conversation. If that fails, the messages are as before."""
+        """Enters the user's message into the conversation. If that fails, the messages are as before."""
         conversation, options = self.conversation, dict(self.options)
         conversation._ready()
         llm, text, messages = conversation.llm, conversation._text, conversation.messages
@@ -476,7 +479,7 @@ class Reply(Request):
         self._token = self.sampler.sample(self.conversation.llm._ctx, row)
 
     def follow(self) -> None:
-        """As Request: the token sampled is said, and read next."""
+        """As Request: adds the sampled token to the reply, and asks to decode it."""
         piece = self._push(self._token)
         self.content += piece
         piece = self.shown(piece)
@@ -486,7 +489,7 @@ class Reply(Request):
             self.goes_on = False
 
     def _push(self, token: int) -> str:
-        """Takes the token sampled after all that was read. Returns text; sets finish_reason at the end."""
+        """Takes the sampled token. Returns the text that it makes certain; sets finish_reason at the end."""
         llm, text = self.conversation.llm, self.text
         if self.n_predict == 0:
             self.finish_reason = "length"
@@ -509,8 +512,8 @@ class Reply(Request):
         return piece
 
     def shown(self, piece: str) -> str:
-        """What is returned of a piece. Many a model's first token is a word with the space before it: that is part of
-        the message, whose tokens must stay those that were read, but of no use to a reader.
+        """The part of a piece that is returned. Many models begin with a token that has a space before its word. The
+        space stays in the message, whose tokens must be those in the text, but no reader needs it.
         """
         if not self.begun:
             piece = piece.lstrip(" ")
@@ -518,7 +521,7 @@ class Reply(Request):
         return piece
 
     def _has_room(self) -> bool:
-        """Whether the reply can go on; a full context loses its oldest turn."""
+        """Whether the reply can go on. Drops the oldest turn from a full context."""
         conversation, text = self.conversation, self.text
         if text.n_tokens < text.n_ctx:
             return True
@@ -529,16 +532,16 @@ class Reply(Request):
         return text.n_tokens < text.n_ctx
 
     def finish(self) -> None:
-        """Enters what was said into the conversation, and saves its memory."""
+        """Enters the reply into the conversation, and saves the memory."""
         self._enter()
         self._save()
 
     def fail(self) -> None:
-        """Ends it before its end: what could not be decoded is as if it had not been read; what was said so far counts.
-        Nothing happens if it is no longer in the making.
+        """Ends it early: what was not decoded is taken back; what was said so far counts. Does nothing if it is no
+        longer in progress.
         """
-        # The garbage collector may end a stream in any thread at any moment, where nobody must wait for ever. Whoever
-        # has the turn ends this reply anyway.
+        # The garbage collector may end a stream in any thread at any moment, which must not wait forever. The thread
+        # that has the turn ends this reply anyway.
         turn = self.conversation._text.turn
         if not turn.acquire(timeout=1):
             return
@@ -560,17 +563,17 @@ class Reply(Request):
             self._save()
 
     def take_back(self) -> None:
-        """The turn, with what was said so far, is as if it had not been. The memory file has nothing of it yet."""
+        """Takes back the turn, with what was said so far. The memory file has nothing of it yet."""
         conversation, text = self.conversation, self.text
         before = self._before_prompt or self.before
         assert before is not None  # something was read
         conversation._reply = None
         conversation.messages[-1:] = self.replaced
         if conversation.n_dropped == self._n_dropped:
-            if not text.restore(before):  # there is another memory since: as that was
+            if not text.restore(before):  # the memory was replaced since: back to that one as it was
                 text.n_tokens = text.position.floor
                 text.catch_up()
-        else:  # text that stood before it has left: its memory, with what is left
+        else:  # earlier text has left the context: the memory as it was, with the rest of the text
             text.n_tokens = n_common(text.tokens, conversation._ended_tokens())
             if before.checkpoint is not None:
                 text.become(before.checkpoint.state, before.checkpoint.n_written)
@@ -582,14 +585,14 @@ class Reply(Request):
         conversation.finish_reason = self.finish_reason or "stop"
 
     def _save(self) -> None:
-        if self.conversation._keeps_file:  # else the next turn says so
+        if self.conversation._keeps_file:  # else the next turn raises
             self.conversation.save()
 
 
 def say_together(asked: Mapping[Conversation, str], **options: Any) -> dict[Conversation, str]:
     """One turn of several conversations at once, in common batches. Returns the replies. Options as `say`.
 
-    If the memory of one cannot be saved, all turns are made nevertheless, and MemoryFileError is raised at the end.
+    If one memory cannot be saved, all turns are still made, and MemoryFileError is raised at the end.
     """
     replies = dict.fromkeys(asked, "")
     with all_of(conversation._text.turn for conversation in asked):
@@ -599,8 +602,8 @@ def say_together(asked: Mapping[Conversation, str], **options: Any) -> dict[Conv
 
 
 def stream_together(asked: Mapping[Conversation, str], **options: Any) -> Iterator[tuple[Conversation, str]]:
-    """As `say_together`, in pieces as they come. The conversations must be of one model; what one of them is told does
-    not change what another one says. As many as the model has sequences (n_seq_max) go on at a time.
+    """As `say_together`, but yields the replies in pieces. The conversations must share one model. What one of them is
+    told does not change what another one says. At most n_seq_max of them go on at a time.
     """
     yield from _speak(_asked(asked, options))
 
@@ -612,9 +615,9 @@ def _asked(asked: Mapping[Conversation, str], options: Mapping[str, Any]) -> lis
 
 
 def _speak(waiting: list[Reply], in_pieces: bool = True) -> Generator[tuple[Conversation, str]]:
-    """Makes replies, of conversations of one model, and yields their pieces; not `in_pieces`, when they are complete.
+    """Makes replies of conversations of one model, and yields their pieces; without `in_pieces` only complete replies.
 
-    Between two pieces any of the conversations may be used; its reply has then ended.
+    Between two pieces any of the conversations may be used; that ends its reply.
     """
     if not waiting:
         return
@@ -624,7 +627,7 @@ def _speak(waiting: list[Reply], in_pieces: bool = True) -> Generator[tuple[Conv
             reply.goes_on = in_pieces
             reply.conversation._ready()
     active: list[Reply] = []
-    errors: list[BaseException] = []  # of one reply: no reason to cut the other ones off
+    errors: list[BaseException] = []  # of single replies: the others go on
     try:
         while waiting or active:
             begins = waiting[: engine.slots.n_seq_max - len(active)]
@@ -633,7 +636,7 @@ def _speak(waiting: list[Reply], in_pieces: bool = True) -> Generator[tuple[Conv
             with _turns(active):
                 for reply in begins:
                     reply.begin()
-                active = [reply for reply in active if reply.is_open]  # others were used for something else by now
+                active = [reply for reply in active if reply.is_open]  # not those whose conversation was used since
                 if active:
                     engine.wait(active)
                 over = [reply for reply in active if reply.is_over]
@@ -654,7 +657,7 @@ def _speak(waiting: list[Reply], in_pieces: bool = True) -> Generator[tuple[Conv
                 for reply, _ in said:
                     reply.pieces = []
             for reply, piece in said:
-                if reply.is_open or reply.finish_reason:  # not if it was used for something else by now
+                if reply.is_open or reply.finish_reason:  # not if its conversation was used since
                     yield reply.conversation, piece
             active = [reply for reply in active if reply.is_open]
     except BaseException as error:
@@ -674,7 +677,7 @@ def _turns(replies: Iterable[Reply]) -> contextlib.AbstractContextManager[None]:
 
 
 def _process(text: Text, processor: Callable[..., Any], _: Any, scores: npt.NDArray[np.single]) -> Any:
-    """A logits processor, called with the tokens of `text`: llama_cpp gives it those of the model's own text."""
+    """Calls a logits processor with the tokens of `text`; llama_cpp would give it those of the model's own text."""
     return processor(text.tokens, scores)
 
 
@@ -685,11 +688,11 @@ def _checked_content(content: str) -> str:
 
 
 def _checked_options(llm: DeltaMemLlama, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a turn under their names here: `create_completion` calls some otherwise. Raises InputError."""
+    """Options of a turn, with the aliases of `create_completion` replaced by our names. Raises InputError."""
     options = dict(options)
     for name, other in (("n_predict", "max_tokens"), ("temp", "temperature")):
         if name in options and other in options:
-            raise InputError(f"{name} and {other} are one option: give one of them")
+            raise InputError(f"{name} and {other} are the same option: give only one of them")
     if "max_tokens" in options:
         options["n_predict"] = options.pop("max_tokens")
     if "temperature" in options:
@@ -697,7 +700,7 @@ def _checked_options(llm: DeltaMemLlama, options: Mapping[str, Any]) -> dict[str
     known = ["n_predict", "stop", "seed", *inspect.signature(llm._init_sampler).parameters]
     for name in options:
         if name not in known:
-            raise InputError(f"{name} is no option of a turn: there are {', '.join(known)}")
+            raise InputError(f"{name} is no option of a turn: the options are {', '.join(known)}")
     if not isinstance(options.get("n_predict") or 0, int):
         raise InputError(f"n_predict is a number of tokens, not {options['n_predict']!r}")
     grammar = options.get("grammar")
@@ -709,13 +712,12 @@ def _checked_options(llm: DeltaMemLlama, options: Mapping[str, Any]) -> dict[str
 
 
 def chat_prompt(llm: DeltaMemLlama, messages: list[dict[str, str]]) -> tuple[list[int], dict[str, Any]]:
-    """The tokens that create_chat_completion evaluates for these messages, and what ends a reply.
-
-    The latter are the chat format's options stop and stopping_criteria. Raises InputError if its template fails.
+    """The tokens that create_chat_completion decodes for these messages, and the chat format's options that end a
+    reply, stop and stopping_criteria. Raises InputError if its template fails.
     """
     from llama_cpp.llama_chat_format import get_chat_completion_handler
 
-    llm._engine.slots.require_open()  # else llama_cpp would follow a null pointer
+    llm._engine.slots.require_open()  # llama_cpp would follow a null pointer
     catcher: Any = _PromptCatcher(llm)
     name = str(llm.chat_format)
     handler: Any = llm.chat_handler or llm._chat_handlers.get(name) or get_chat_completion_handler(name)
@@ -727,7 +729,7 @@ def chat_prompt(llm: DeltaMemLlama, messages: list[dict[str, str]]) -> tuple[lis
 
 
 class _PromptCatcher:
-    """Stands in for the model in a chat handler and keeps the prompt instead of evaluating it."""
+    """Stands in for the model in a chat handler, and keeps the prompt instead of decoding it."""
 
     def __init__(self, llm: DeltaMemLlama) -> None:
         self._llm = llm

@@ -6,14 +6,14 @@ import os
 
 
 def shown(name: object) -> str:
-    """A name or value out of a file that may be anything, fit for a sentence: on one line, and not too long."""
+    """A name or value from a file, fit for a sentence: on one line, and not too long."""
     text = str(name)
     short = text if len(text) <= 160 else f"{text[:160]}…"
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in short)
 
 
 def named(path: str | os.PathLike[str]) -> str:
-    """The name of a file that cannot be used, fit for a sentence: as it is, unless it cannot be printed or is long."""
+    """The name of a file, fit for a sentence: as it is, unless it cannot be printed or is too long."""
     name = os.fsdecode(path)
     return name if name.isprintable() and 0 < len(name) <= 160 else f"'{shown(name)}'"
 
@@ -31,7 +31,7 @@ class LibraryError(DeltaMemError, ImportError):
 
 
 class AdapterError(DeltaMemError, ValueError):
-    """A memory adapter cannot be read, does not fit the model, or is not attached."""
+    """An adapter cannot be read, does not fit the model, or is not attached."""
 
 
 class CheckpointError(DeltaMemError, ValueError):
@@ -43,7 +43,7 @@ class MemoryFileError(DeltaMemError, ValueError):
 
 
 class MemoryFileInUse(MemoryFileError):
-    """Somebody else keeps the memory file: another process, or a conversation of this one."""
+    """The memory file is in use by another process, or by another conversation of this one."""
 
 
 class ModelError(DeltaMemError, ValueError):
@@ -51,19 +51,19 @@ class ModelError(DeltaMemError, ValueError):
 
 
 class NotFiniteError(DeltaMemError, ArithmeticError):
-    """A memory, or what the model computes with it, is not finite any more: weights are damaged or far too large."""
+    """A memory, or what the model computes with it, is no longer finite: weights are damaged or far too large."""
 
 
 class FetchError(DeltaMemError):
-    """What was asked for by name cannot be had: no network, no such repository or file, or a wrong checksum."""
+    """A model or adapter cannot be fetched by name: no network, no such repository or file, or a wrong checksum."""
 
 
 class OutputError(DeltaMemError):
-    """A file cannot be written: the disk is full, the folder is missing, or a file of another kind is there."""
+    """A file cannot be written: the disk is full, the folder is missing, or a file of another kind has its name."""
 
 
 class TrainingError(DeltaMemError):
-    """A training run cannot go on: its loss is not finite any more."""
+    """A training run cannot go on: its loss is no longer finite."""
 
 
 class DecodeError(DeltaMemError, RuntimeError):

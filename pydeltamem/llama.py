@@ -44,9 +44,9 @@ from .runtime.stream import checked_grammar
 from .runtime.text import Text
 from .runtime.tokenizer import Tokenizer
 
-HOME = 0  # the slot of the model's own text: where llama_cpp.Llama evaluates it
+HOME = 0  # the slot of the model's own text: the one that llama_cpp.Llama uses
 
-MAX_THREADS = 512  # GGML_MAX_N_THREADS: arrays of this length stand in ggml
+MAX_THREADS = 512  # GGML_MAX_N_THREADS: ggml has arrays of this length
 
 _llama = library.llama_cpp
 _GENERATE = inspect.signature(Llama.generate)
@@ -67,16 +67,16 @@ class DeltaMemLlama(Llama):
     Args:
         model_path: the model as GGUF, plain or packed with an adapter; or a name of one, or a Hugging Face directory
             (pydeltamem.hub).
-        deltamem_path: an adapter GGUF for that model, a name of one, or a directory as published. None: a packed
-            model's own adapter; without one there is no memory, and `llm.memory` says so when its state is asked for.
+        deltamem_path: an adapter GGUF for that model, a name of one, or a directory as published. None: the adapter of
+            a packed model. Without an adapter there is no memory, and `llm.memory` raises AdapterError.
         n_ctx: tokens of a text, which llama.cpp rounds up to a multiple of 256; 0: as many as the model was trained on.
-        n_seq_max: texts that the context holds at once: this object's own, and those of `Conversation`. With several
-            the context is n_seq_max times as large.
-        rpc_servers: `host:port` of machines that run `deltamem rpc-server`, several with commas: layers go there first,
-            all of them unless n_gpu_layers says how many.
+        n_seq_max: texts that the context holds at once: this object's own, and those of `Conversation`. The context is
+            n_seq_max times as large.
+        rpc_servers: `host:port` of machines that run `deltamem rpc-server`, several with commas. Layers go there first:
+            all of them, unless n_gpu_layers says how many.
         n_threads, n_threads_batch: threads for a reply, and for prompts. None or 0: half of the CPUs that the process
             may use, and all of them.
-        verbose: print llama.cpp's log as it comes. Else it goes to the logger `pydeltamem.llama_cpp`.
+        verbose: print llama.cpp's log at once. Otherwise it goes to the logger `pydeltamem.llama_cpp`.
         **kwargs: as `llama_cpp.Llama`.
 
     Raises:
@@ -84,26 +84,27 @@ class DeltaMemLlama(Llama):
             answer.
         ModelError: the model file is missing or cannot be loaded.
         AdapterError: the adapter is missing, corrupt or made for another model.
-        FetchError: what was given by name cannot be had.
+        FetchError: a model or adapter given by name cannot be fetched.
 
     Attributes:
-        finish_reason: why the latest `generate` ended, "length" or "stop"; None before its end, or if it was left.
+        finish_reason: why the latest `generate` ended, "length" or "stop"; None before its end, or if it was closed
+            early.
 
     Memory and text are independent: `reset()` forgets the text and keeps the memory, `memory.reset()` the reverse.
 
-    A context manager: `close` at its end.
+    As a context manager it closes itself at the end.
 
-    Threads may share it (docs/reference/public-api.md). Each call is whole: others that use this object's own text wait
-    for its end. They come in between two pieces of a stream, which ends with InputError if they change its text. A
-    `Conversation` has a text of its own; what several threads ask is decoded in common batches. Logits processors and
-    stopping criteria are called in the thread that asks.
+    Threads may share it (docs/reference/public-api.md). Calls that use this object's own text run one after the other.
+    They may run between two pieces of a stream, which ends with InputError if they change its text. A `Conversation`
+    has its own text; requests of several threads are decoded in common batches. Logits processors and stopping criteria
+    are called in the thread that asks.
 
-    Each token of a text is written once (docs/reference/one-write.md). A text that goes back, to be asked again, edited
-    or because drafted tokens were wrong, takes the memory back with it; one that shares nothing with the present text,
-    or in a chat only the system prompt, is another one: the memory goes on.
+    Each token of a text is written once (docs/reference/one-write.md). A text may go back: a prompt is asked again or
+    edited, or drafted tokens were wrong. It takes the memory back with it. A text that shares nothing with the present
+    one, or in a chat only the system prompt, is another text: the memory goes on.
     """
 
-    _sampler: Any  # of the present reply
+    _sampler: Any  # of the current reply
 
     def __init__(
         self,
@@ -116,15 +117,15 @@ class DeltaMemLlama(Llama):
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
-        for name in kwargs:  # llama_cpp takes any and forgets it
+        for name in kwargs:  # llama_cpp ignores unknown ones
             if name not in _KEYWORDS:
                 known = ("model_path", "deltamem_path", "n_seq_max", "rpc_servers", *_KEYWORDS)
                 raise InputError(f"{name} is no keyword of DeltaMemLlama{nearest(name, known)}")
         if kwargs.get("lora_path") is not None:
             kwargs["lora_path"] = _Path(os.fsdecode(kwargs["lora_path"]))
         self._adapter: library.llama_deltamem_adapter_p | None = None
-        self._adapters: list[library.llama_deltamem_adapter_p] = []  # that one, to be freed
-        self._text = cast(Text, None)  # llama_cpp makes a text before there is one
+        self._adapters: list[library.llama_deltamem_adapter_p] = []  # the same, to be freed
+        self._text = cast(Text, None)  # Llama.__init__ sets n_tokens before there is a text
         if not 1 <= n_seq_max <= _llama.llama_max_parallel_sequences():
             raise InputError(f"n_seq_max is 1 to {_llama.llama_max_parallel_sequences()}, not {n_seq_max}")
         self._n_seq_max = n_seq_max
@@ -132,18 +133,18 @@ class DeltaMemLlama(Llama):
         for name in ("n_threads", "n_threads_batch"):
             if not 0 <= (kwargs.get(name) or 0) <= MAX_THREADS:
                 raise InputError(f"{option(name)} is 1 to {MAX_THREADS}, not {kwargs[name]}")
-        n_cpus = min(usable(), MAX_THREADS)  # llama_cpp counts those that the process may not use, too
+        n_cpus = min(usable(), MAX_THREADS)  # llama_cpp also counts CPUs that the process may not use
         kwargs["n_threads"] = kwargs.get("n_threads") or max(n_cpus // 2, 1)
         kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or n_cpus
         if kwargs.get("n_batch", n_seq_max) < n_seq_max:
-            raise InputError(f"{option('n_batch')} is n_seq_max, {n_seq_max}, at least, not {kwargs['n_batch']}")
+            raise InputError(f"{option('n_batch')} is at least n_seq_max, {n_seq_max}, not {kwargs['n_batch']}")
         model_path = _Path(model_file(model_path))
         self.deltamem_path = None if deltamem_path is None else adapter_file(deltamem_path, model_path)
         if rpc_servers:
             connect(rpc_servers)
             kwargs.setdefault("n_gpu_layers", -1)  # llama_cpp's default, 0, would leave the servers idle
         if n_ctx == 0 and n_seq_max > 1:
-            n_ctx = _trained_context(model_path)  # llama_cpp would divide that among the texts
+            n_ctx = _trained_context(model_path)  # llama.cpp would divide it among the texts
         _check_numbers(model_path, kwargs.get("kv_overrides") or {})
         with library.silencing, library.errors_held() as log:
             if not can_be_mapped(model_path):
@@ -158,13 +159,13 @@ class DeltaMemLlama(Llama):
                 if str(error).startswith("Failed to "):
                     if _is_adapter(model_path):
                         raise ModelError(
-                            f"{model_path}: is a δ-mem adapter: give it as {option('deltamem_path')}, and the base "
-                            f"model as {option('model_path')}"
+                            f"{model_path}: this is a δ-mem adapter: give it as {option('deltamem_path')}, and the "
+                            f"base model as {option('model_path')}"
                         ) from error
                     raise ModelError(f"{model_path}: the model cannot be loaded{library.reason(log)}") from error
                 raise
             try:
-                # a null pointer, which llama_cpp takes for an adapter and llama.cpp would follow
+                # llama_cpp takes a null pointer for an adapter, and llama.cpp would follow it
                 if self._lora_adapter is not None and not self._lora_adapter:
                     raise ModelError(f"{self.lora_path}: the LoRA adapter cannot be loaded{library.reason(log)}")
                 self._stack.callback(_free, self._adapters)  # before context and model
@@ -175,19 +176,19 @@ class DeltaMemLlama(Llama):
                 raise
 
         if kwargs.get("seed") == 0:
-            self._seed = 0  # llama_cpp takes it for none given
+            self._seed = 0  # llama_cpp takes 0 for no seed
         if type(self.tokenizer_) is library.LlamaTokenizer:
             self.tokenizer_ = self.tokenizer()
         self._text = self._engine.text(home=HOME)
-        # llama_cpp has rows that nothing is ever written to, and with a draft model only n_batch
+        # llama_cpp allocates rows that it never fills, and with a draft model only n_batch rows
         self.scores = np.empty((self.n_ctx() if self._logits_all else 0, self.n_vocab()), dtype=np.single)
         if self._logits_all:
             self._text.scores = self.scores
         self._slots.take(self._text)
-        self._n_read = 0  # tokens before the one that is sampled
+        self._n_read = 0  # tokens before the sampled one
         self.finish_reason: str | None = None
-        self._messages: list[Any] | None = None  # of the latest chat completion that was read
-        self._asked: list[Any] | None = None  # of the one that is about to be
+        self._messages: list[Any] | None = None  # of the latest chat completion that was decoded
+        self._asked: list[Any] | None = None  # of the next one
 
     @classmethod
     def from_pretrained(
@@ -203,19 +204,19 @@ class DeltaMemLlama(Llama):
         deltamem_filename: str | None = None,
         **kwargs: Any,
     ) -> DeltaMemLlama:
-        """A model of a Hugging Face repository, and an adapter of another one. Needs huggingface_hub (`[hub]`).
+        """Loads a model from a Hugging Face repository, and an adapter from another. Needs huggingface_hub (`[hub]`).
 
             DeltaMemLlama.from_pretrained("someone/base-GGUF", "*Q4_K_M.gguf", deltamem_repo="someone/adapter")
 
         Args:
             repo_id: the repository of the model.
-            filename: its file or a pattern that only that file matches; of a model in shards, the first. None: its one
+            filename: its file or a pattern that only that file matches; of a model in shards, the first. None: its only
                 GGUF file, or the PyTorch model, which is converted.
-            additional_files: names or patterns of further files to get.
+            additional_files: names or patterns of further files to fetch.
             local_dir, cache_dir: where huggingface_hub keeps the model; None: its own cache.
-            local_dir_use_symlinks: has no effect any more.
+            local_dir_use_symlinks: no longer has an effect.
             deltamem_repo: the repository of the adapter; a PyTorch directory is converted.
-            deltamem_filename: its file, its folder, or a pattern, where there are several.
+            deltamem_filename: its file, its folder, or a pattern, if there are several.
             **kwargs: as `DeltaMemLlama`.
 
         Raises as `DeltaMemLlama`.
@@ -239,7 +240,7 @@ class DeltaMemLlama(Llama):
 
     @holding("_engine.lock")
     def _attach(self, path: str) -> None:
-        """Attaches an adapter in place of the present one. Raises AdapterError; the present one stays then."""
+        """Replaces the attached adapter. If it raises AdapterError, the attached one stays."""
         adapter = library.llama_deltamem_adapter_load(self.model, os.fsencode(path))
         if not adapter:
             raise AdapterError(_naming(path, library.last_error()))
@@ -250,7 +251,7 @@ class DeltaMemLlama(Llama):
             raise AdapterError(_naming(path, str(error))) from None
         self._adapter = adapter
         self._slots.adapter_path = path
-        _free(self._adapters)  # the one before: contexts keep what they need of it
+        _free(self._adapters)  # the previous one: contexts keep what they need of it
         self._adapters.append(adapter)
 
     @property
@@ -260,7 +261,7 @@ class DeltaMemLlama(Llama):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names the base model in memory files, alike for all quantisations: sha256 of name, sizes and tokenizer."""
+        """Names the base model in memory files: sha256 of name, sizes and tokenizer, the same for all quantisations."""
         architecture = self.metadata.get("general.architecture", "")
         keys = sorted(k for k in self.metadata if k.startswith((f"{architecture}.", "tokenizer.ggml.")))
         facts = [self.metadata.get("general.name", ""), self.n_vocab(), _llama.llama_model_n_params(self.model)]
@@ -268,12 +269,12 @@ class DeltaMemLlama(Llama):
         return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()
 
     #
-    # what llama_cpp.Llama keeps of its text
+    # fields in which llama_cpp.Llama keeps its text
     #
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the text. Setting it lower goes back, and the memory with it when the next tokens are read."""
+        """Length of the text. Setting it lower goes back; the next tokens take the memory back too."""
         return 0 if self._text is None else self._text.n_tokens
 
     @n_tokens.setter
@@ -283,21 +284,21 @@ class DeltaMemLlama(Llama):
 
     @property
     def input_ids(self) -> npt.NDArray[np.intc]:
-        """Token ids of the text, [n_ctx], to be read; the first n_tokens count."""
+        """Token ids of the text, [n_ctx], read-only; the first n_tokens count."""
         tokens: npt.NDArray[np.intc] = self._text.position.log.tokens.view()
         tokens.flags.writeable = False
         return tokens
 
     @input_ids.setter
     def input_ids(self, value: npt.NDArray[np.intc]) -> None:
-        if self._text is not None:  # llama_cpp makes an array of its own
-            raise InputError("input_ids cannot be set: they are what eval has read")
+        if self._text is not None:  # Llama.__init__ sets an array of its own
+            raise InputError("input_ids cannot be set: eval sets them")
 
     @property
     def context_params(self) -> Any:
-        """llama_context_params, with the sequences that were asked for."""
+        """llama_context_params, with n_seq_max as given."""
         params = self._context_params
-        if params.embeddings:  # llama_cpp wants a sequence for each token of a batch; llama.cpp ends the process
+        if params.embeddings:  # llama_cpp sets one sequence per token of a batch, and llama.cpp ends the process
             params.n_seq_max = min(params.n_seq_max, params.n_ubatch or params.n_batch)
         return params
 
@@ -308,25 +309,25 @@ class DeltaMemLlama(Llama):
         self._context_params = value
 
     def n_ctx(self) -> int:
-        """Most tokens of a text."""
+        """Most tokens that a text can have."""
         return int(_llama.llama_n_ctx_seq(self.ctx))
 
     #
-    # reading
+    # decoding
     #
 
     @holding("_text.turn")
     def eval(self, tokens: Sequence[int], segments: Sequence[int] | None = None) -> None:
-        """Evaluates tokens after the present text: one ingest, in pieces of n_batch.
+        """Decodes tokens after the present text: one ingest, in pieces of n_batch.
 
         Args:
             tokens: token ids.
-            segments: for adapters that write per segment, one id per token: ids do not fall, -1 writes nothing. All
+            segments: for adapters that write per segment: one id per token. Ids do not decrease; -1 writes nothing. All
                 tokens read the memory as it was before the call; then each segment writes once. None: each token is a
-                segment of its own and writes as it is read.
+                segment of its own and writes when it is decoded.
 
-        After going back (`n_tokens` set lower) the memory goes back too, and these tokens are written in place of those
-        that stood there; but if nothing or only the first token agrees, this is another text and the memory goes on.
+        After going back (`n_tokens` set lower) the memory goes back too, and these tokens are written in place of the
+        old ones. But if no token agrees, or only the first of the text, this is another text and the memory goes on.
 
         Raises InputError if the arguments do not fit, NotFiniteError if memory or logits stop being finite, DecodeError
         if llama.cpp fails; text and memory are then as before the call.
@@ -334,7 +335,7 @@ class DeltaMemLlama(Llama):
         self._eval(tokens, segments)
 
     def _eval(self, tokens: Sequence[int], segments: Sequence[int] | None = None, **options: Any) -> Position | None:
-        """As `eval`, with options of `Engine.read`. Returns what text and memory were before, if there are tokens."""
+        """As `eval`, with options of `Engine.read`. Returns the record before the tokens; None without tokens."""
         self._slots.require_open()
         new = self._checked_tokens(tokens)
         ids = None if segments is None else self._checked_segments(new, segments)
@@ -343,17 +344,17 @@ class DeltaMemLlama(Llama):
         position = self._text.position
         n_past = position.n_tokens
         if n_past < position.n and n_past + position.common(n_past, new) <= 1:
-            self._text.begin(n_past)  # at most the token that begins every text agrees: another one
+            self._text.begin(n_past)  # at most the token that begins every text agrees: this is another text
         return self._text.eval(new, ids, drafted=self.draft_model is not None, **options)
 
     @property
     @holding("_engine.lock")
     def logits(self) -> npt.NDArray[np.float32]:
-        """Of what may follow the latest token, float32 [n_vocab], a copy. Raises InputError if none was read."""
+        """A copy of the logits after the latest token, float32 [n_vocab]. Raises InputError if there are none."""
         return self._slots.logits(self._require_logits())
 
     def _require_logits(self) -> int:
-        """The row of the context where they are. Raises InputError if they are not there."""
+        """The context's row of the latest token's logits. Raises InputError if there is none."""
         row = self._text.row
         if self.n_tokens == 0 or row is None:
             raise InputError("there are no logits of the present text and memory: eval tokens first")
@@ -361,7 +362,7 @@ class DeltaMemLlama(Llama):
 
     @property
     def eval_logits(self) -> deque[list[float]]:
-        """As `Llama.eval_logits`: of every token with logits_all, else of the latest one, if they are there."""
+        """As `Llama.eval_logits`: logits of every token with logits_all, else of the latest one, if there are any."""
         if self._logits_all:
             return deque(self._scores.tolist(), maxlen=self._n_ctx)
         try:
@@ -370,15 +371,15 @@ class DeltaMemLlama(Llama):
             return deque(maxlen=1)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As `Llama.generate`. Where it ends, text and memory hold nothing that was drafted and not taken.
+        """As `Llama.generate`. At its end, text and memory hold no drafted token that was not taken.
 
-        `stopping_criteria` are called with the tokens read, [n], and the logits that the next one was sampled from.
-        Tokens that are sent are guesses at those that follow, as a draft model's; they need `logits_all=True`.
-        Between two tokens other texts may be read. Raises InputError if it is to go on after this one was changed.
+        `stopping_criteria` are called with the decoded tokens, [n], and the logits that the next one was sampled from.
+        Tokens given by `send` are guesses at what follows, like a draft model's; they need `logits_all=True`.
+        Other texts may be decoded between two tokens. Raises InputError when it goes on after this text was changed.
 
         Raises NotFiniteError if memory or logits stop being finite: text and memory are then as before the prompt.
 
-        Where it ends by itself `finish_reason` says why: "length" in a full context, "stop" after a stopping criterion.
+        When it ends by itself, `finish_reason` says why: "length" in a full context, "stop" after a stopping criterion.
         """
         text, whole = self._text, list(tokens)
         options = _GENERATE.bind(self, whole, *args, **kwargs).arguments
@@ -388,7 +389,7 @@ class DeltaMemLlama(Llama):
         token: int | None = None
 
         def take() -> None:
-            """The token that follows `whole`, None at the end."""
+            """Sets `token` to the one that follows `whole`, None at the end."""
             nonlocal token
             self._n_read = n = len(whole)
             row = self._require_logits()
@@ -416,12 +417,12 @@ class DeltaMemLlama(Llama):
                 whole.append(token)
                 n_taken += 1
                 sent = yield token
-                if len(whole) > text.n_ctx:  # the token cannot be read
+                if len(whole) > text.n_ctx:  # the token cannot be decoded
                     self.finish_reason = "length"
                     return
                 with text.turn:
                     if text.version != version:
-                        raise InputError("the text was changed while it was being generated: ask again")
+                        raise InputError("the text was changed during generation: start again")
                     try:
                         if not self._was_drafted(whole, take):
                             text.n_tokens = len(whole) - 1
@@ -434,17 +435,17 @@ class DeltaMemLlama(Llama):
                     finally:
                         version = text.version
         finally:
-            # not for ever, see Reply.fail
+            # do not wait forever, see Reply.fail
             if n_taken > 0 and text.turn.acquire(timeout=1):
                 try:
-                    if version == text.version:  # else it is somebody else's by now
+                    if version == text.version:  # else another call has changed the text
                         self._take_back(whole)
                 finally:
                     text.turn.release()
 
     def _was_drafted(self, whole: list[int], take: Callable[[], None]) -> bool:
-        """Whether the last of these tokens was guessed and read already, and its logits are there; then takes the
-        next.
+        """Whether the last of these tokens was drafted and decoded already and its logits are there. If so, takes the
+        next one.
         """
         text, n = self._text, len(whole)
         if n > text.n_tokens:
@@ -456,7 +457,7 @@ class DeltaMemLlama(Llama):
         return True
 
     def _with_drafts(self, whole: list[int], sent: Sequence[int] | None) -> Tokens:
-        """The last of these tokens, and guesses at what follows: those that were sent, and the draft model's."""
+        """The last of these tokens, and guesses at what follows: those given by `send`, and the draft model's."""
         if sent is None and self.draft_model is None:
             return whole[-1:]
         drafts = [] if sent is None else list(sent)
@@ -465,7 +466,9 @@ class DeltaMemLlama(Llama):
         return self._checked_tokens([whole[-1], *drafts[: self.n_ctx() - len(whole)]])
 
     def _begin(self, whole: list[int]) -> list[int]:
-        """Takes the text to where a prompt parts from it. Returns the tokens to read, none if the logits are there."""
+        """Takes the text back to where a prompt differs from it. Returns the tokens to decode, none if the logits are
+        there.
+        """
         text = self._text
         if self._asked is not None:
             before, self._messages, self._asked = self._messages, self._asked, None
@@ -474,7 +477,7 @@ class DeltaMemLlama(Llama):
         return self._unread(whole)
 
     def _take_back(self, whole: list[int]) -> None:
-        """What was drafted beyond these tokens leaves the text."""
+        """Removes what was drafted beyond these tokens."""
         text = self._text
         n = text.position.common(0, whole)
         if n < max(text.n_tokens, text.position.n):
@@ -482,7 +485,7 @@ class DeltaMemLlama(Llama):
             text.catch_up()
 
     def _logits_after(self, n: int) -> npt.NDArray[np.float32]:
-        """Those from which the token behind the first n was just sampled."""
+        """The logits from which the token after the first n was just sampled."""
         return self.scores[n - 1].copy() if self._logits_all else self.logits
 
     @holding("_text.turn")
@@ -493,13 +496,13 @@ class DeltaMemLlama(Llama):
         Raises InputError if there are no logits of the present text and memory, and what logits processors raise.
         """
         row: int | npt.NDArray[np.float32] = self._require_logits()
-        if idx is None:  # not by `generate`: with a sampler of these options, not with the one of a reply
+        if idx is None:  # not called by `generate`: use these options, not a reply's sampler
             sampler = self._init_sampler(*args, **kwargs)
         else:
             if idx != self.n_tokens - 1:
                 if not self._logits_all or not 0 <= idx < self.n_tokens:
                     raise InputError(f"the logits of token {idx} are not there: load the model with logits_all=True")
-                row = self.scores[idx]  # of an earlier llama_decode perhaps, where llama.cpp has them no more
+                row = self.scores[idx]  # llama.cpp may have discarded them since
             sampler = self._sampler or self._init_sampler(*args, **kwargs)
         self._n_read = self.n_tokens if idx is None else idx + 1
         return sampler.sample(self._ctx, row)
@@ -509,7 +512,7 @@ class DeltaMemLlama(Llama):
         return self._seeded_sampler(self._seed, *args, **kwargs)
 
     def _seeded_sampler(self, seed: int, *args: Any, **kwargs: Any) -> Sampler:
-        """As `_init_sampler`, for a reply whose seed is not that of the model."""
+        """As `_init_sampler`, with a seed that is not the model's."""
         options = _SAMPLER.bind(self, *args, **kwargs).arguments
         del options["self"]
         processors, guard = options.pop("logits_processor", None), None
@@ -518,7 +521,7 @@ class DeltaMemLlama(Llama):
         if processors:
             guard = Guard(processors, functools.partial(_tokens_before, weakref.ref(self)))
             options["logits_processor"] = [guard]
-        # not self: a sampler with processors would keep it alive until the garbage collector comes
+        # not self: a sampler with processors would keep it alive until the garbage collector runs
         names = ("_n_vocab", "_model", "last_n_tokens_size")
         owner: Any = types.SimpleNamespace(
             _input_ids=None, _seed=_checked_seed(seed), **{name: getattr(self, name) for name in names}
@@ -526,13 +529,13 @@ class DeltaMemLlama(Llama):
         return Sampler(Llama._init_sampler(owner, **options), self._candidates, guard)
 
     def set_seed(self, seed: int) -> None:
-        """As `Llama.set_seed`; -1: another one each time. Raises InputError if it is no whole number."""
+        """As `Llama.set_seed`; -1: a random seed each time. Raises InputError if it is no whole number."""
         super().set_seed(_checked_seed(seed))
 
     def _unread(self, tokens: list[int]) -> list[int]:
-        """Goes back to where the text and `tokens` part. Returns those to read, none if the logits are there.
+        """Goes back to where the text and `tokens` differ. Returns the tokens to decode, none if the logits are there.
 
-        llama_cpp does so too, but begins anew, and so writes everything again, where the KV cache cannot be cut.
+        llama_cpp does the same, but starts over where it cannot cut the KV cache, which would write everything again.
         """
         text = self._text
         n = n_common(text.tokens, tokens)
@@ -542,25 +545,26 @@ class DeltaMemLlama(Llama):
         if n == 0:
             self.reset()
         elif text.position.common(0, tokens) == 1:
-            self._begin_after(1)  # the token that begins every text: this is another one
+            self._begin_after(1)  # only the token that begins every text agrees: this is another text
         else:
             text.n_tokens = n
         return tokens[n:]
 
     def create_completion(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> Any:
-        """As `Llama.create_completion`, with `max_tokens=0` and with log probabilities as follows.
+        """As `Llama.create_completion`, with these rules for `max_tokens=0` and log probabilities.
 
         Args:
-            prompt: text, or token ids that are read as they are.
-            max_tokens: tokens to generate at most. 0: the prompt is read; negative or None: to the end of the context.
+            prompt: text, or token ids that are decoded as they are.
+            max_tokens: tokens to generate at most. 0: only decode the prompt; negative or None: to the end of the
+                context.
             logprobs: how many of the likeliest tokens to list for each token of the text; needs `logits_all=True`.
-            echo: whether the text begins with the prompt; its tokens then have log probabilities too. A token's is None
-                where nothing stands before it.
+            echo: whether the returned text begins with the prompt, whose tokens then have log probabilities too. The
+                first token of a text has None.
 
-        Tokens are listed one by one, the sampled ones and with `echo` those of the prompt: all that were given as ids,
-        of a text those that are its characters. `top_logprobs` lists the likeliest first, and the token itself.
-        A token's logits are those of when it was read: where a prompt begins as the present text, as the memory was
-        then. `reset()` before reads all of it anew.
+        The lists have the sampled tokens, and with `echo` those of the prompt: all that were given as ids; of a text
+        those that hold its characters. `top_logprobs` lists the likeliest first, and the token itself.
+        A token's logits date from when it was decoded. Where a prompt begins as the present text, they come from the
+        memory of that time. Call `reset()` first to decode all of it again.
 
         Raises InputError if the arguments do not fit or the prompt does not fit in the context.
         """
@@ -573,7 +577,7 @@ class DeltaMemLlama(Llama):
             return self._stepwise(completion.streamed()) if stream else self._slots.call(completion.whole)
 
     def _stepwise(self, chunks: Generator[Any]) -> Iterator[Any]:
-        """A stream that is whole between two pieces."""
+        """A stream that holds the turn for each piece, and releases it in between."""
         with contextlib.closing(chunks):
             while True:
                 with self._text.turn:
@@ -585,17 +589,17 @@ class DeltaMemLlama(Llama):
     def create_chat_completion(self, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
         """As `Llama.create_chat_completion`.
 
-        Messages that begin as those of the latest call continue that conversation, or go back in it, and the memory
-        with them. If only system prompts agree, or nothing, it is another conversation: the memory goes on, and what
-        agrees is not read again.
+        Messages that begin as those of the latest call continue that conversation, or go back in it; the memory goes
+        back with them. If nothing agrees, or only the system prompt, it is another conversation: the memory goes on,
+        and the common beginning is not read again.
 
-        `logprobs=True` gives the log probability of each token of the reply, `top_logprobs` how many of the likeliest
-        beside it; needs `logits_all=True`.
+        `logprobs=True` gives the log probability of each token of the reply; `top_logprobs` says how many of the
+        likeliest tokens to list with it. Both need `logits_all=True`.
         """
         asked = copy.deepcopy(messages)
         n_top = kwargs.get("top_logprobs") or 0
         if kwargs.get("logprobs"):
-            kwargs["top_logprobs"] = n_top  # None would be no log probabilities at all
+            kwargs["top_logprobs"] = n_top  # with None there would be no log probabilities at all
         with self._text.turn, self._asking(asked):
             answer = super().create_chat_completion(messages, *args, **kwargs)
         if not isinstance(answer, Iterator):
@@ -603,14 +607,14 @@ class DeltaMemLlama(Llama):
         return (_with_best(chunk, n_top) for chunk in self._streamed(asked, answer))
 
     def _streamed(self, asked: list[Any], chunks: Iterator[Any]) -> Iterator[Any]:
-        with self._text.turn, self._asking(asked):  # a stream that is never begun asks nothing
+        with self._text.turn, self._asking(asked):  # only once the stream is consumed
             first = list(itertools.islice(chunks, 1))
         yield from first
         yield from chunks
 
     @contextlib.contextmanager
     def _asking(self, messages: list[Any]) -> Iterator[None]:
-        """Within, `generate` reads a chat of these messages, if it is called at all."""
+        """Tells `generate` that it decodes a chat of these messages, if it is called."""
         self._asked = messages
         try:
             yield
@@ -620,13 +624,13 @@ class DeltaMemLlama(Llama):
     @property
     @holding("_engine.lock")
     def _granularity(self) -> int | None:
-        """LLAMA_DELTAMEM_TOKEN, …; None without a memory."""
+        """LLAMA_DELTAMEM_TOKEN, …; None without an adapter."""
         if self._adapter is None or not self._slots.has_memory:
             return None
         return library.llama_deltamem_write_granularity(self._adapter)
 
     def _begin_after(self, n: int) -> None:
-        """Another text, of which the first n tokens stand here already."""
+        """Begins another text after the first n tokens, which both share."""
         text = self._text
         if n < text.n_tokens:
             text.begin(n)
@@ -645,7 +649,7 @@ class DeltaMemLlama(Llama):
 
     def _checked_segments(self, tokens: Tokens, segments: Sequence[int]) -> npt.NDArray[np.int32]:
         if not self.memory.attached:
-            raise AdapterError("segments were given but no memory adapter is attached")
+            raise AdapterError("segments were given but no adapter is attached")
         if self._granularity == library.LLAMA_DELTAMEM_TOKEN:
             raise InputError("segments were given but the adapter writes per token: call eval without them")
         if len(segments) != len(tokens):
@@ -656,7 +660,7 @@ class DeltaMemLlama(Llama):
         if ids.size and (ids.min() < -1 or ids.max() > np.iinfo(np.int32).max):
             raise InputError("segment ids must be -1 or from 0 to 2147483647")
         if np.any(np.diff(ids[ids >= 0]) < 0):
-            raise InputError("segment ids must not fall from one token to the next")
+            raise InputError("segment ids must not decrease from one token to the next")
         return ids.astype(np.int32)
 
     def tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
@@ -669,7 +673,7 @@ class DeltaMemLlama(Llama):
 
     def reset(self) -> None:
         """Forgets the text and keeps the memory."""
-        # not Llama's, which for hybrids empties the KV cache of all texts
+        # not Llama's, which empties the KV cache of all texts for hybrid models
         if self._text is not None:
             with self._text.turn:
                 self._text.reset()
@@ -679,22 +683,22 @@ class DeltaMemLlama(Llama):
         return Tokenizer(self)
 
     @holding("_text.turn")
-    @holding("_engine.lock")  # the KV cache of all texts is emptied, batch after batch
+    @holding("_engine.lock")  # each batch empties the KV cache of all texts
     def embed(
         self, input: str | Sequence[str], normalize: bool = False, truncate: bool = True, return_count: bool = False
     ) -> Any:
-        """The vector of a text, a list of floats, or one of each text of several. Without pooling a vector of each
-        token instead: a list of those a text.
+        """The vector of a text, a list of floats; for several texts a list of vectors. Without pooling each text has a
+        list of vectors instead, one per token.
 
         Every text reads this object's memory; nothing is written, and the present text is forgotten.
 
         Args:
             normalize: whether vectors have length 1.
-            truncate: whether a text is cut after as many tokens as fit: n_batch, or n_ubatch where a text must be read
-                in one piece (pooling other than that of the last token, models that look ahead). Else InputError.
+            truncate: whether to cut a text after as many tokens as fit: n_batch, or n_ubatch if a text must be decoded
+                in one piece (pooling other than of the last token, models that look ahead). Otherwise InputError.
             return_count: whether to return the number of tokens too.
 
-        Raises InputError if the model was not loaded with `embedding=True`, or a text has no tokens to be pooled;
+        Raises InputError if the model was not loaded with `embedding=True`, or a text has no tokens to pool;
         NotFiniteError if a vector is not finite.
         """
         self._slots.require_open()
@@ -705,7 +709,7 @@ class DeltaMemLlama(Llama):
             if self.memory.attached:
                 self._text.renew()
                 checkpoint = self._text.position.checkpoint
-                assert checkpoint is not None  # as there is a memory
+                assert checkpoint is not None  # there is a memory
                 self._slots.share_state(checkpoint.state, len(texts))
             with library.decoding():
                 embedded = vectors(self, texts, normalize)
@@ -726,7 +730,7 @@ class DeltaMemLlama(Llama):
     @holding("_text.turn")
     @holding("_engine.lock")
     def save_state(self) -> DeltaMemState:
-        """As `Llama.save_state`: the text with its KV cache, and the memory with it."""
+        """As `Llama.save_state`: the text with its KV cache, and the memory."""
         text = self._text
         if self.memory.attached:
             text.catch_up()
@@ -750,8 +754,8 @@ class DeltaMemLlama(Llama):
         )
 
     def set_cache(self, cache: BaseLlamaCache | None) -> None:
-        """As `Llama.set_cache`: states of texts, to begin from when a prompt begins like one of them. Texts only: the
-        present memory stays, and what the text from the cache holds counts as written.
+        """As `Llama.set_cache`: saved texts, from which a prompt with the same beginning goes on. Texts only: the
+        present memory stays, and the tokens of the cached text count as written.
         """
         super().set_cache(None if cache is None else _TextCache(cache))
 
@@ -759,7 +763,7 @@ class DeltaMemLlama(Llama):
     @holding("_engine.lock")
     def load_state(self, state: LlamaState) -> None:
         """As `Llama.load_state`: text and memory as they were saved. A state without a memory, as plain llama_cpp saves
-        it, leaves the present one, and its tokens count as written.
+        it, leaves the present memory, and its tokens count as written.
 
         Raises InputError if the state is of another model, adapter or context; text and memory are then as before.
         """
@@ -781,7 +785,7 @@ class DeltaMemLlama(Llama):
         text.renew()
         text.finish()
         self._load_kv(state, ours is not None)
-        # plain llama_cpp does not say whether its rows hold logits; NaN: not kept
+        # a state of plain llama_cpp does not say which rows hold logits; NaN: not kept
         n_scored = min(len(state.scores), len(tokens)) if ours and self._logits_all else 0
         self.scores[:n_scored] = state.scores[:n_scored]
         self.scores[n_scored : len(tokens)] = np.nan
@@ -800,7 +804,7 @@ class DeltaMemLlama(Llama):
         self._messages = ours.messages if ours and memory is not None else None
 
     def _load_kv(self, state: LlamaState, is_ours: bool) -> None:
-        """Takes the KV cache from a state. Raises InputError; the present text is then to be read again."""
+        """Takes the KV cache from a state. If it raises InputError, the present text must be decoded again."""
         size, text = len(state.llama_state), self._text
         data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
         self._slots.take(text)
@@ -814,7 +818,7 @@ class DeltaMemLlama(Llama):
             raise InputError("the state is of another model, or damaged: llama.cpp cannot read its KV cache")
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle: how to load the model again, and the memory; the text is read again when it is needed."""
+        """For pickle: how to load the model again, and the memory. The text is decoded again when it is needed."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.update(
             deltamem_path=self.deltamem_path,
@@ -843,8 +847,8 @@ class DeltaMemLlama(Llama):
             self._text.write = memory["write"]
 
     def close(self) -> None:
-        """Frees adapter, context and model. Closing twice is fine. What other threads are at ends with ModelError."""
-        if hasattr(self, "model_path"):  # not before Llama.__init__ ran
+        """Frees adapter, context and model. Closing twice is fine. Calls in other threads end with ModelError."""
+        if hasattr(self, "model_path"):  # only if Llama.__init__ ran
             with self._slots.closing() if hasattr(self, "_engine") else contextlib.nullcontext():
                 super().close()
                 closed: Any = _Closed(self.model_path)
@@ -859,10 +863,10 @@ class DeltaMemLlama(Llama):
 
 
 class _Path(str):
-    """The name of a file, for llama_cpp, which encodes it as UTF-8: not every name is."""
+    """The name of a file for llama_cpp, which encodes names as UTF-8. Not every name can be."""
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
-        return os.fsencode(str(self))  # which is no _Path
+        return os.fsencode(str(self))  # a plain str, whose encode is not this one
 
 
 class DeltaMemState(LlamaState):
@@ -881,11 +885,11 @@ class DeltaMemState(LlamaState):
         self.position = position
         self.memory = memory
         self.write = write
-        self.messages = messages  # of the chat that the text is
+        self.messages = messages  # if the text is a chat
 
 
 class _Closed:
-    """In place of what a closed model consisted of: llama.cpp would follow pointers to what it has freed."""
+    """Stands in for the parts of a closed model: llama.cpp would follow pointers to freed memory."""
 
     def __init__(self, model_path: str) -> None:
         self._model_path = model_path
@@ -922,7 +926,7 @@ class _TextCache(BaseLlamaCache):
 
 
 def _this_thread(is_wanted: bool) -> int | None:
-    """This one, where what is called back is to run in no other."""
+    """This thread, if callbacks must run in it; else None."""
     return threading.get_ident() if is_wanted else None
 
 
@@ -936,11 +940,11 @@ def _free(adapters: list[library.llama_deltamem_adapter_p]) -> None:
 
 
 def _trained_context(model_path: str) -> int:
-    """Tokens of a text that the model was trained on. Raises ModelError if its file does not say."""
+    """The length of context, in tokens, that the model was trained on. Raises ModelError if its file does not say."""
     keys = Header(model_path).keys
     n_ctx = keys.get(f"{keys.get('general.architecture')}.context_length")
     if not isinstance(n_ctx, int) or n_ctx < 1:
-        raise ModelError(f"{model_path}: does not say how long a context it was trained on: give {option('n_ctx')}")
+        raise ModelError(f"{model_path}: does not say on how long a context it was trained: give {option('n_ctx')}")
     return n_ctx
 
 
@@ -948,13 +952,13 @@ def _check_numbers(model_path: str, overrides: dict[str, Any]) -> None:
     try:
         keys = Header(model_path).keys
     except ModelError:
-        return  # llama.cpp says what is wrong
+        return  # llama.cpp reports what is wrong
     if keys.get("general.type") != "adapter":
         check_numbers(model_path, {**keys, **overrides})
 
 
 def _is_adapter(path: str) -> bool:
-    """Whether a file is a memory adapter."""
+    """Whether a file is an adapter."""
     try:
         return Header(path).keys.get("adapter.type") == "deltamem"
     except ModelError:
@@ -962,7 +966,7 @@ def _is_adapter(path: str) -> bool:
 
 
 def _tokens_before(llm: weakref.ref[DeltaMemLlama]) -> npt.NDArray[np.intc]:
-    """The tokens before the one that is sampled."""
+    """The tokens before the sampled one."""
     model = llm()
     assert model is not None  # it samples
     return model.input_ids[: model._n_read]
@@ -975,7 +979,7 @@ def _checked_seed(seed: int) -> int:
 
 
 def _with_best(answer: Any, n_top: int) -> Any:
-    """A chat answer with n_top tokens beside each, at most: there is one more where another one was sampled."""
+    """A chat answer with at most n_top likeliest tokens per token. llama_cpp adds one if it sampled another."""
     for choice in answer["choices"]:
         for token in (choice.get("logprobs") or {}).get("content") or ():
             token["top_logprobs"] = token["top_logprobs"][:n_top]

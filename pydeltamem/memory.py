@@ -1,4 +1,4 @@
-"""`llm.memory`: the state that a conversation has written, and what can be done with it."""
+"""`llm.memory`: the memory of a conversation; to look at, save, load, go back and replace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .runtime.text import Text, log
 
 
 class Owner(Protocol):
-    """The model that the memory is of: `DeltaMemLlama`."""
+    """The model that the memory belongs to: `DeltaMemLlama`."""
 
     _engine: Engine
     _adapter: Any
@@ -38,10 +38,10 @@ class Owner(Protocol):
 class Memory:
     """The memory of a `DeltaMemLlama`, or of a `Conversation` on one: one state per layer that carries memory.
 
-    Obtained as `llm.memory`; a view, it keeps nothing of its own. L layers, H state heads of rank r. Every access to
-    the state raises AdapterError if the model has no memory adapter attached.
+    `llm.memory` returns it. It is a view and holds no data of its own. L layers, H state heads of rank r. Every access
+    to the state raises AdapterError if no adapter is attached.
 
-    Threads may share it: a method waits for the end of the call that another thread is in with the same text.
+    Threads may share it: a method waits until another thread's call on the same text has ended.
     """
 
     def __init__(self, llm: Owner, text: Text, end_reply: Callable[[], None] = lambda: None) -> None:
@@ -51,7 +51,7 @@ class Memory:
 
     @property
     def attached(self) -> bool:
-        """Whether an adapter is attached, so that tokens read and write memory."""
+        """Whether an adapter is attached, so that tokens read and write the memory."""
         return self._llm._engine.slots.has_memory
 
     @property
@@ -71,16 +71,16 @@ class Memory:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(L, H, r, r)"""
+        """The shape of the state, (L, H, r, r)."""
         return self._llm._engine.slots.shape
 
     @property
     @holding("_text.turn")
     def state(self) -> npt.NDArray[np.float32]:
-        """The state, float32 [L, H, r, r] with S[i, j] = [row (value), column (key)]. Reading copies it out.
+        """A copy of the state, float32 [L, H, r, r] with S[i, j] = [row (value), column (key)].
 
         Assigning replaces it; the value must have that shape and be finite (InputError). No token of the present text
-        counts as written into the new state, which the text cannot take back.
+        counts as written into the new state. Going back in the text does not bring the old state back.
         """
         self._require_memory()
         self._text.finish()
@@ -104,7 +104,7 @@ class Memory:
     @property
     @holding("_text.turn")
     def n_written(self) -> int:
-        """Tokens that this memory was ever written."""
+        """Tokens that were ever written into this memory."""
         self._require_memory()
         self._text.renew()
         self._text.finish()
@@ -123,7 +123,7 @@ class Memory:
 
     @holding("_text.turn")
     def reset(self) -> None:
-        """Empties the memory. The text stays: `DeltaMemLlama.reset` forgets that."""
+        """Empties the memory and keeps the text. `DeltaMemLlama.reset` does the reverse."""
         self._text.become(np.zeros(self.shape, dtype=np.float32))
 
     def _require_memory(self) -> None:
@@ -136,24 +136,24 @@ class Memory:
 
     @holding("_text.turn")
     def checkpoint(self) -> int:
-        """Keeps the memory as it is at the end of the text, beyond the checkpoints that are made by themselves.
+        """Makes a checkpoint at the end of the text, in addition to the automatic ones.
 
-        Returns the position, for `rollback`.
+        Returns its position, for `rollback`.
         """
         self._require_memory()
         return self._text.checkpoint()
 
     @property
     def checkpoints(self) -> list[int]:
-        """The positions of the text, in tokens, that the memory can go back to at once."""
+        """The positions of the checkpoints, in tokens: the memory can go back to them without reading again."""
         return self._text.position.checkpoints.positions
 
     @holding("_text.turn")
     def rollback(self, position: int) -> int:
-        """Takes memory and text back to `position`, tokens from the beginning of the text.
+        """Takes memory and text back to `position`, counted in tokens from the beginning of the text.
 
-        Returns 0 if there is a checkpoint; else that many tokens before it, from the next checkpoint back, were read
-        again. Raises InputError if the text, or this memory, began after `position`.
+        Returns how many tokens were read again, from the nearest checkpoint before `position`; 0 if there is one at it.
+        Raises InputError if the text, or this memory, began after `position`.
         """
         self._require_memory()
         self._end_reply()
@@ -161,8 +161,8 @@ class Memory:
 
     @property
     def n_read_again(self) -> int:
-        """Tokens that were read again with writing so far: the text went back to where there was no checkpoint, or the
-        model cannot cut its KV cache there.
+        """Tokens that were read again with writing so far, because the text went back to where there was no checkpoint,
+        or because the model cannot cut its KV cache there.
         """
         return self._text.n_read_again
 
@@ -172,11 +172,11 @@ class Memory:
 
     @holding("_text.turn")
     def copy(self) -> MemorySnapshot:
-        """The memory as it is, by itself: to save, export, compare or restore later."""
+        """A copy of the memory: to save, export, compare or restore later."""
         return MemorySnapshot(self.state, self._metadata)
 
     def restore(self, snapshot: MemorySnapshot) -> None:
-        """Replaces this memory by a copy of one that the same adapter wrote. Raises MemoryFileError if it is not."""
+        """Replaces this memory by the copy. Raises MemoryFileError if another adapter wrote the copy."""
         self._restore(snapshot, "the copy")
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -186,13 +186,13 @@ class Memory:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replaces the memory by that of a memory file.
 
-        Raises MemoryFileError if the file cannot be read or belongs to another adapter; the memory is then as it was.
+        Raises MemoryFileError if the file cannot be read or belongs to another adapter; the memory is then unchanged.
         """
         self._require_memory()
         self._restore(MemorySnapshot.load(path), os.fspath(path))
 
     def _misfit(self, snapshot: MemorySnapshot) -> str | None:
-        """Why it is no memory of the attached adapter; None if it is."""
+        """Why the snapshot does not fit the attached adapter; None if it does."""
         mine, theirs = self._metadata, snapshot.metadata
         if any(theirs.get(key, "") != mine[key] for key in ("adapter", "architecture")):
             return f"the memory of another adapter, {owner(theirs)}; attached is {owner(mine)}"
@@ -215,10 +215,10 @@ class Memory:
 
     @holding("_text.lock")
     def attach(self, path: str | os.PathLike[str] | None = None) -> None:
-        """Attaches the adapter again, or another one for this model, with an empty memory for every text.
+        """Attaches the adapter again, or another one for this model. The memory of every text is then empty.
 
         The path may be a name or a directory, as `deltamem_path` of `DeltaMemLlama`. Raises AdapterError if there is
-        none or it does not fit; what was attached stays then.
+        no adapter or it does not fit; the attached one then stays.
         """
         slots = self._llm._engine.slots
         slots.require_open()
@@ -235,7 +235,7 @@ class Memory:
 
     @holding("_text.lock")
     def detach(self) -> None:
-        """Back to the plain model; the state is lost. `attach` brings memory back."""
+        """Detaches the adapter: the plain model again. The state is lost; `attach` begins with an empty memory."""
         self._require_memory()
         self._llm._engine.slots.detach()
 
@@ -251,7 +251,7 @@ class Memory:
     @property
     @holding("_text.turn")
     def _metadata(self) -> dict[str, str]:
-        """Of a memory file."""
+        """The metadata of a memory file."""
         tokens_written = str(self.n_written)
         with self._text.lock:
             self._require_memory()

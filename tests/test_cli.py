@@ -346,8 +346,8 @@ def test_verbose_shows_the_log(generate):
             ["-m", "BASE", "--deltamem", "MSW", "-p", "x", "--load-memory", "tsw.memory"],
             "the memory of another adapter",
         ),
-        (["-m", "BASE", "-p", "x", "--load-memory", "tsw.memory"], "no memory adapter is attached"),
-        (["-m", "BASE", "-p", "x", "--save-memory", "out.memory"], "no memory adapter is attached"),
+        (["-m", "BASE", "-p", "x", "--load-memory", "tsw.memory"], "no adapter is attached"),
+        (["-m", "BASE", "-p", "x", "--save-memory", "out.memory"], "no adapter is attached"),
         (
             ["-m", "BASE", "-p", "x", "--deltamem", "TSW", "--save-memory", "no/out.memory"],
             "no/out.memory: .*no folder",

@@ -1,1 +1,1 @@
-"""What runs a model: the library and its signatures, slots, texts and their history, sampling, layers elsewhere."""
+"""What runs a model: the library and its signatures, engine, slots, texts, history, sampling, remote layers."""

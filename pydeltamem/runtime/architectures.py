@@ -1,9 +1,9 @@
 """Which architectures take an adapter, asked of the library itself.
 
-For each architecture that the built llama.cpp knows, another process makes a tiny model, with the hyperparameters that
-llama.cpp's own tests have for it, and attaches an adapter to each of its layers, as it is done with any model. The tiny
-models come from a library that nothing else loads (native/deltamem_architectures). What was compared with PyTorch
-stands in architectures.json, which `make architectures` writes.
+For each architecture that the built llama.cpp knows, another process makes a tiny model with the hyperparameters of
+llama.cpp's own tests. It attaches an adapter to each layer, as with any model. The tiny models come from a library that
+nothing else loads (native/deltamem_architectures). architectures.json says what was compared with PyTorch;
+`make architectures` writes it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from . import library
 HEADS = "qkvo"
 RESULTS = Path(__file__).with_name("architectures.json")
 
-# what is said of an architecture, and on what that rests
+# each status, and the evidence for it
 STATUSES = {
     "verified": "every layer of a tiny model takes an adapter, and other models have the numbers of PyTorch",
     "supported": "every layer of a tiny model takes an adapter",
@@ -74,7 +74,7 @@ def names() -> list[str]:
 
 
 def describe(wanted: Sequence[str] = ()) -> dict[str, Any]:
-    """What the library makes of these architectures, or of all, as values that JSON can hold. Raises InputError."""
+    """How far the library supports these architectures, or all, as values that JSON can hold. Raises InputError."""
     known = names()
     for name in wanted:
         if name not in known:
@@ -102,7 +102,7 @@ def describe(wanted: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _results(version: str) -> list[dict[str, Any]]:
-    """What was compared with PyTorch, if that was this version of llama.cpp."""
+    """The comparisons with PyTorch, if they were made with this version of llama.cpp."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     return results["models"] if results["llama_cpp_python"] == version else []
 
@@ -122,7 +122,9 @@ def _status(answer: dict[str, Any], verified: list[Any]) -> str:
 
 
 def _answers(wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each with what `_ask` says. An assertion of llama.cpp ends the process that asks; another one goes on."""
+    """Each name with the answer of `_ask`. A failed assertion of llama.cpp ends the process that asks; a new process
+    asks about the rest.
+    """
     while wanted:
         command = [sys.executable, "-m", "pydeltamem.runtime.architectures", *wanted]
         environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
@@ -140,7 +142,7 @@ def _problem(text: str, refused: bool = False) -> dict[str, Any]:
 
 
 def _ask(name: str, scratch: str) -> dict[str, Any]:
-    """Of each layer of a tiny model the corrections that it takes, and why not the others."""
+    """The corrections that each layer of a tiny model takes, and why it refuses others."""
     llama = library.llama_cpp
     with library.errors_held() as log:
         model = tiny_models().deltamem_tiny_model(name.encode())
@@ -183,7 +185,7 @@ def _ask(name: str, scratch: str) -> dict[str, Any]:
 def _worker(wanted: Sequence[str]) -> None:
     from llama_cpp._logger import set_verbose
 
-    set_verbose(False)  # errors alone, which _ask holds
+    set_verbose(False)  # only errors, which _ask holds
     with tempfile.TemporaryDirectory() as folder:
         for name in wanted:
             print(json.dumps(_ask(name, os.path.join(folder, "adapter.gguf"))), flush=True)

@@ -1,8 +1,8 @@
 """`DeltaMemLlama.create_completion`: a prompt, what follows it, and the log probabilities of both.
 
-llama_cpp's own takes the log probabilities of a prompt from the wrong row, generates without end where nothing was
-asked for, drops `logit_bias` beside `logits_processor`, and loses a reply that ends within a character; all of it is in
-docs/reference/llama-methods.md.
+llama_cpp's own takes the log probabilities of a prompt from the wrong row, generates to the end of the context when
+`max_tokens` is 0, ignores `logit_bias` when `logits_processor` is given, and loses a reply that ends within a character
+(docs/reference/llama-methods.md).
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ class Completion:
         self.prompt = given if isinstance(given, str) else self._text(shown).decode(errors="replace")
         n_ctx, n_prompt = llm.n_ctx(), len(self.tokens)
         if n_prompt > n_ctx or (n_prompt == n_ctx and max_tokens != 0):
-            # llama_cpp.server tells its clients what it reads out of these words
+            # llama_cpp.server parses these words for its clients
             raise InputError(f"Requested tokens ({n_prompt}) exceed context window of {n_ctx}: raise n_ctx")
         room = n_ctx - n_prompt
         self.max_tokens = room if max_tokens is None or max_tokens < 0 else min(max_tokens, room)
         self.stop = [stop] if isinstance(stop, str) else list(stop or ())
         self.completion: list[int] = []
         self.finish_reason = "length"
-        self._n_bytes = 0  # of the text that a tokenizer of its own gave
+        self._n_bytes = 0  # of the text so far, where the caller gave a tokenizer
         self._criteria, self._ended = stopping_criteria, False
         self._about = {
             "id": f"cmpl-{uuid.uuid4()}",
@@ -110,9 +110,9 @@ class Completion:
     #
 
     def _tokenized(self, prompt: str | Sequence[int], suffix: str | None) -> tuple[list[int], int, str]:
-        """The tokens to be read, how many of them a tokenizer put before the prompt, and what is to be appended.
+        """The tokens to decode, how many of them the tokenizer put before the prompt, and the text to append.
 
-        With a suffix, and a model that knows tokens for it, the text is to be written that stands before it.
+        With a suffix, a model that has tokens for infill writes the text between prompt and suffix.
         """
         llm, model = self.llm, self.llm._model
         marks = (_llama.llama_vocab_fim_pre, _llama.llama_vocab_fim_suf, _llama.llama_vocab_fim_mid)
@@ -142,14 +142,14 @@ class Completion:
             begin = tokens = [llm.token_bos()]
         if tokens[:2] == [llm.token_bos()] * 2:
             warnings.warn(
-                "the prompt begins with the token that begins a text, and the tokenizer adds another: leave it out",
+                "the prompt begins with the token that begins a text, and the tokenizer adds one too: leave it out",
                 RuntimeWarning,
                 stacklevel=4,
             )
         return tokens, len(begin), "" if suffix is None or infill else suffix
 
     def _without_space(self, text: str) -> list[int]:
-        """Tokens of a text that goes on: without the space that some tokenizers put before it."""
+        """Tokens of a text that continues another, without the space that some tokenizers put first."""
         mark = self.llm.tokenize("☺".encode(), add_bos=False)
         tokens = self.llm.tokenize(encoded(f"☺{text}", "the suffix"), add_bos=False)
         if tokens[: len(mark)] == mark:
@@ -157,17 +157,17 @@ class Completion:
         return self.llm.tokenize(text.encode(), add_bos=False)
 
     def _from_cache(self) -> None:
-        """Takes the text of the cache that begins most like the prompt, if it is more than the present text."""
+        """Loads the cached text that shares the longest beginning with the prompt, if the present text shares less."""
         llm = self.llm
         if llm.cache is None:
             return
-        with contextlib.suppress(KeyError, InputError):  # there is none, or it is of another context
+        with contextlib.suppress(KeyError, InputError):  # there is none, or it belongs to another context
             state = llm.cache[self.tokens]
             if n_common(state.input_ids[: state.n_tokens], self.tokens) > n_common(llm._text.tokens, self.tokens):
                 llm.load_state(state)
 
     def _want_rows(self) -> None:
-        """Tokens whose logits were not kept are read again: a text from a saved state may be without."""
+        """Has tokens whose logits were not kept decoded again: a saved state may lack logits."""
         llm, text = self.llm, self.llm._text
         n = min(n_common(text.tokens, self.tokens), len(self.tokens) - 1)
         lost = np.flatnonzero(np.isnan(llm.scores[:n, 0]))
@@ -179,7 +179,7 @@ class Completion:
     #
 
     def pieces(self) -> Iterator[tuple[str, list[Scored]]]:
-        """Text as it becomes certain, with the tokens that it is made of if their log probabilities were asked for."""
+        """Text as it becomes certain, with its tokens if their log probabilities were asked for."""
         llm, scored = self.llm, self.logprobs is not None
         self._from_cache()
         if scored and self.echo:
@@ -231,7 +231,7 @@ class Completion:
             return data.removeprefix(b" ") if self._is_empty and len(self.completion) == 1 else data
         whole = llm.detokenize(self.completion, prev_tokens=self.tokens)
         if whole.endswith("\N{REPLACEMENT CHARACTER}".encode()):
-            return b""  # a character of which the rest may come
+            return b""  # the rest of the character may follow
         self._n_bytes, begin = len(whole), self._n_bytes
         return whole[begin:]
 
@@ -244,10 +244,10 @@ class Completion:
     #
 
     def _prompt_scored(self) -> list[Scored]:
-        """The tokens of the prompt, without one that the tokenizer put before it."""
+        """The tokens of the prompt, without those that the tokenizer put before it."""
         decoder, n_chars, scored = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
         shown = self.tokens[self._n_hidden :]
-        # the space that some tokenizers put before a text is none of its characters
+        # the space that some tokenizers put before a text is not part of it
         n_added = int(self._given and self._text(shown).startswith(b" " + self.prompt.encode()))
         for i, token in enumerate(shown, self._n_hidden):
             row = self.llm.scores[i - 1] if i > 0 else None
@@ -256,7 +256,7 @@ class Completion:
         return scored
 
     def _scored(self, token: int, offset: int, row: npt.NDArray[np.float32] | None) -> Scored:
-        """`row`: logits of what may stand in the token's place."""
+        """`row`: the logits that predict this token."""
         name = token_text(self._vocab, token)
         if row is None:
             return Scored(name, offset, None, None)
@@ -305,7 +305,7 @@ class Completion:
 
 
 def _biased(logit_bias: Mapping[Any, float], n_vocab: int) -> Any:
-    """A logits processor. Raises InputError if a token or a bias is none."""
+    """A logits processor. Raises InputError if a token or a bias is invalid."""
     try:
         bias = {int(token): float(value) for token, value in logit_bias.items()}
     except (AttributeError, TypeError, ValueError):

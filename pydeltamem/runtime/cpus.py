@@ -6,5 +6,5 @@ import os
 
 
 def usable() -> int:
-    """CPUs that this process may run on: taskset, a container or a scheduler of jobs may leave it a part of them."""
+    """CPUs that this process may run on: taskset, a container or a job scheduler may allow only some of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

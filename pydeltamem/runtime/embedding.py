@@ -1,7 +1,7 @@
 """Vectors of texts: `DeltaMemLlama.embed`.
 
-llama_cpp's own reads vectors from the wrong place from the second text on when nothing is pooled, writes before its
-batch for a text without tokens, and averages over a part of a text that does not fit in one micro-batch.
+llama_cpp's own takes vectors from the wrong place, from the second text on, when nothing is pooled. It writes outside
+its batch for a text without tokens. It averages over only a part of a text that does not fit in one micro-batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _llama = library.llama_cpp
 
 
 def tokenized(llm: Model, texts: list[str], truncate: bool) -> list[list[int]]:
-    """The tokens of texts to be embedded. Raises InputError, which counts texts from 0, if one cannot be."""
+    """The tokens of texts to embed. Raises InputError, which counts texts from 0, if one cannot be embedded."""
     limit = n_tokens_max(llm)
     pooled = llm.pooling_type() != _llama.LLAMA_POOLING_TYPE_NONE
     tokens = []
@@ -46,8 +46,8 @@ def n_tokens_max(llm: Model) -> int:
 
 
 def _in_one_go(llm: Model) -> bool:
-    """Whether all of a text must be in one micro-batch: others would be pooled without what came before, and where
-    tokens attend to those behind them llama.cpp ends the process.
+    """Whether a text must be in one micro-batch. Otherwise llama.cpp would pool a part of it; where tokens attend to
+    later ones it would end the process.
     """
     kind = llm.context_params.attention_type
     causal = kind != _llama.LLAMA_ATTENTION_TYPE_NON_CAUSAL
@@ -59,7 +59,7 @@ def _in_one_go(llm: Model) -> bool:
 
 
 def vectors(llm: Model, texts: list[list[int]], normalize: bool) -> list[Any]:
-    """For each text its vector, a list of floats; without pooling a list of vectors, one a token."""
+    """One vector per text, a list of floats; without pooling one list of vectors per text, one vector per token."""
     limit, n_seq_max = n_tokens_max(llm), _llama.llama_n_seq_max(llm.ctx)
     result: list[Any] = []
     batch: list[list[int]] = []
@@ -72,7 +72,7 @@ def vectors(llm: Model, texts: list[list[int]], normalize: bool) -> list[Any]:
 
 
 def _decoded(llm: Model, texts: list[list[int]], normalize: bool) -> list[Any]:
-    """One llama_decode: each text in a slot of its own."""
+    """One llama_decode, each text in its own slot."""
     n_tokens = llm._engine.slots.read_alone(texts)
     pooling = llm.pooling_type()
     if pooling == _llama.LLAMA_POOLING_TYPE_NONE:
@@ -91,7 +91,7 @@ def _decoded(llm: Model, texts: list[list[int]], normalize: bool) -> list[Any]:
 
 
 def _scaled(rows: npt.NDArray[np.float32], normalize: bool) -> npt.NDArray[np.float64]:
-    """A copy, of length 1 if that was asked for; zeros stay zeros."""
+    """A copy, scaled to length 1 if `normalize`; zeros stay zeros."""
     scaled = rows.astype(np.float64)
     if normalize:
         lengths = np.linalg.norm(scaled, axis=-1, keepdims=True)

@@ -1,12 +1,12 @@
 """The engine: the one object that decodes.
 
-It takes requests, what is to be read after a text and what is to be made of the logits, and puts one batch together of
-those that somebody waits for: a token of each that generates first, then pieces of prompts in the room that is left.
+A request says which tokens to decode after a text, and what to do with the logits. The engine puts the requests that a
+caller waits for into one batch: first one token of each that generates, then pieces of prompts in the remaining room.
 Requests join and leave between two decodes.
 
-It has no thread of its own. Whoever waits for a request takes the lock, looks whether it is ready, and if it is not
-decodes one batch for all requests that somebody waits for. So what several threads ask is decoded together, and a
-stream that nobody reads on stands still.
+The engine has no thread of its own. A thread that waits for a request takes the lock and looks whether it is ready. If
+not, it decodes one batch for all requests that are waited for. So the requests of several threads are decoded together,
+and a stream that nobody consumes stands still.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from .text import Text
 
 
 class Request:
-    """Tokens to be read after a text, one ingest, and what is made of the logits behind them.
+    """Tokens to decode after a text, one ingest, and what to do with the logits after them.
 
     Args:
         text: the text.
-        thread: the only thread that may decode it, as it calls back what was written for that thread; None: any.
+        thread: the only thread that may decode it, for callbacks that belong to that thread; None: any.
 
     Attributes:
-        before: the record of the text from which on the tokens are read; None before it is first decoded.
-        generates: it reads what was sampled, and goes before prompts.
-        goes_on: whoever waits for it comes back for more.
-        is_sampled: all was read, and `sampled` was called.
-        is_over: nothing is to be read any more.
+        before: the record of the text before its tokens; None until they are first decoded.
+        generates: it decodes sampled tokens, and goes before prompts.
+        goes_on: the caller comes back for more.
+        is_sampled: all tokens are decoded, and `sampled` was called.
+        is_over: nothing is left to decode.
         error: why it ended, None if it ended well.
     """
 
@@ -48,33 +48,33 @@ class Request:
         self.generates = self.goes_on = self.drafted = False
         self.is_over = self.is_cancelled = False
         self.error: BaseException | None = None
-        self.n_served = 0  # the step in which a piece of a prompt was last read
+        self.n_served = 0  # the step that last decoded a piece of it
         self.ask(())
 
     def ask(self, tokens: Tokens, segments: npt.NDArray[np.int32] | None = None, keep_at: Collection[int] = ()) -> None:
-        """What is to be read next. `keep_at`: positions where a checkpoint is wanted."""
+        """Sets what to decode next. `keep_at`: positions that need a checkpoint."""
         self.tokens, self.segments, self.keep_at = tokens, segments, set(keep_at)
         self.before: Position | None = None
         self._n_past = self.text.n_tokens
         self._pieces: list[Piece] = []
-        self._gathered: list[Piece] = []  # of an ingest in segments, which writes at its end
-        self._planned: Position | None = None  # that the pieces follow
+        self._gathered: list[Piece] = []  # pieces of an ingest in segments, which writes at its end
+        self._planned: Position | None = None  # the record that the pieces follow
         self.is_sampled = False
 
     @property
     def is_given(self) -> bool:
-        """Whether there is something for whoever waits."""
+        """Whether it has something for the caller."""
         return self.is_over
 
     def cancel(self) -> None:
-        """It ends before the next decode, and the text is as before what was not read to its end. From any thread."""
+        """Ends it before the next decode. An unfinished ingest is taken back. Any thread may call this."""
         self.is_cancelled = True
 
     def sampled(self, row: int) -> None:
-        """Called with the lock held when all is read, with the row of the last token's logits."""
+        """Called with the lock held once all tokens are decoded. `row`: where the last token's logits are."""
 
     def follow(self) -> None:
-        """Called then: asks for more, or it is over."""
+        """Called after `sampled`: asks for more tokens, or the request is over."""
 
     #
     # for the engine, which holds the lock
@@ -82,20 +82,18 @@ class Request:
 
     @property
     def is_read(self) -> bool:
-        """Whether all was read."""
+        """Whether all its tokens are decoded."""
         return self._planned is not None and not self._pieces
 
     def plan(self, staying: Sequence[Text]) -> bool:
-        """Makes pieces of what is to be read, in a slot that is none of those of the texts `staying`. False if there is
-        no slot.
-        """
+        """Cuts what is to decode into pieces, in a slot. The texts `staying` keep theirs. False if no slot is left."""
         text = self.text
         text.renew()
         position = text.position
         if self._pieces and self._planned is position and text.slots.follows(text.slot, position):
             return True
-        n_read = max(0, position.n_tokens - self._n_past)  # more if the text lost its slot in the middle
-        if self.before is not None and n_read >= len(self.tokens) > 0:  # but the logits are lost
+        n_read = max(0, position.n_tokens - self._n_past)  # above 0 if the text lost its slot in the middle
+        if self.before is not None and n_read >= len(self.tokens) > 0:  # all decoded, but the logits are lost
             text.restore(self.before)
             position, n_read = text.position, 0
         if position.n_tokens < position.n:
@@ -110,7 +108,7 @@ class Request:
         return True
 
     def piece(self, n_max: int) -> tuple[Piece, Job]:
-        """The next piece, or the beginning of it."""
+        """The next piece, or its first `n_max` tokens."""
         piece = self._pieces[0]
         if len(piece.tokens) > n_max:
             piece = piece.split(n_max)[0]
@@ -118,7 +116,7 @@ class Request:
         return piece, self.text.job(piece, n_gathered, self.keep_at, self.drafted)
 
     def did_read(self, piece: Piece, result: Result) -> None:
-        """That piece was decoded."""
+        """Enters a decoded piece into the text."""
         text, rest = self.text, self._pieces[1:]
         if len(piece.tokens) < len(self._pieces[0].tokens):
             rest = [self._pieces[0].split(len(piece.tokens))[1], *rest]
@@ -136,7 +134,7 @@ class Request:
         self._pieces, self._planned = rest, text.position
 
     def end(self, error: BaseException | None = None) -> None:
-        """It is over. What was not read to its end is as if it had never been asked."""
+        """Ends the request. What was not decoded to its end is taken back."""
         if not self.is_over:
             self.error = error
             self.is_over = True
@@ -145,7 +143,7 @@ class Request:
 
 
 class _Read(Request):
-    """Tokens that are read once; `then` does something with the logits."""
+    """Tokens to decode once; `then` uses the logits."""
 
     def __init__(self, text: Text, then: Callable[[], object] | None) -> None:
         super().__init__(text)
@@ -156,19 +154,19 @@ class _Read(Request):
             try:
                 self._then()
             except BaseException:
-                self._planned = None  # not read to its end
+                self._planned = None  # so that `end` takes the tokens back
                 raise
 
 
 class Engine:
-    """Decodes what is asked of the texts of one context.
+    """Decodes the requests for the texts of one context.
 
     Args:
         slots: of the context.
 
     Attributes:
-        lock: that of the slots. It is held for one decode and what is made of its logits.
-        patience: how long a decode waits for those that were in the one before: seconds at most, and share of that one.
+        lock: that of the slots. It is held for one decode and the use of its logits.
+        patience: how long a decode waits for the requests of the one before: seconds at most, and share of its time.
     """
 
     patience = (0.005, 0.25)
@@ -176,23 +174,23 @@ class Engine:
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
         self.lock = slots.lock
-        self._wanted: dict[Request, int] = {}  # those that somebody waits for, and the thread, in the order they came
+        self._wanted: dict[Request, int] = {}  # requests that a thread waits for, and the thread, in order of arrival
         self._is_stepping = False
         self._n_steps = 0
         self._patience = 0.0
-        # Somebody waits who did not, or has what was waited for. It is never taken by who has the lock: the garbage
-        # collector may end a stream, which takes the lock, in a thread that has this.
+        # Notified when a thread begins to wait, or has what it waited for. A thread that has the lock never takes this:
+        # the garbage collector may end a stream, which takes the lock, in a thread that has this.
         self._came = threading.Condition()
-        # thread and time of those that are to come back
+        # texts whose callers should come back: thread, and time of leaving
         self._left: dict[weakref.ref[Text], tuple[int, float]] = {}
-        self._slow: weakref.WeakSet[Text] = weakref.WeakSet()  # texts whose streams are read on late
+        self._slow: weakref.WeakSet[Text] = weakref.WeakSet()  # texts whose callers came back late
 
     def text(self, home: int | None = None) -> Text:
         """A text of this context."""
         return Text(self.slots, self.read, home)
 
     #
-    # to ask
+    # requests
     #
 
     def read(
@@ -208,18 +206,18 @@ class Engine:
         goes_on: bool = False,
         thread: int | None = None,
     ) -> Position:
-        """Reads tokens after a text: one ingest. Returns the record before them.
+        """Decodes tokens after a text: one ingest. Returns the record before them.
 
         Args:
             text: the text.
-            tokens: token ids; none: only what the text lacks in the KV cache, or its memory has still to read.
+            tokens: token ids; none: only what the KV cache lacks, or what the memory has still to read.
             segments: as `DeltaMemLlama.eval`.
             keep_at: as `Request.ask`.
-            then: called before others may decode: what it does with the logits.
+            then: uses the logits; called before others may decode.
             drafted: the tokens are guesses: a checkpoint after each.
             generates, goes_on, thread: as `Request`.
 
-        If it fails, by InputError, DecodeError, NotFiniteError or what `then` raises, the text is as it was.
+        If it fails (InputError, DecodeError, NotFiniteError, or what `then` raises), the text is as it was.
         """
         request = _Read(text, then)
         request.drafted, request.generates, request.goes_on, request.thread = drafted, generates, goes_on, thread
@@ -234,7 +232,7 @@ class Engine:
         return request.before or text.position
 
     def wait(self, requests: Sequence[Request]) -> None:
-        """Decodes until one of the requests has something. Raises ModelError once the model is closed."""
+        """Decodes until one of the requests has something for the caller. Raises ModelError after close."""
         thread = threading.get_ident()
         for request in requests:
             self._wanted[request] = thread
@@ -250,7 +248,7 @@ class Engine:
                     did_decode = self._step(requests, thread)
                 self._announce()
                 if not did_decode and not any(request.is_given for request in requests):
-                    time.sleep(0.0005)  # another thread has to decode what has the slots
+                    time.sleep(0.0005)  # the slots belong to requests that another thread has to decode
         finally:
             for request in requests:
                 self._wanted.pop(request, None)
@@ -265,8 +263,8 @@ class Engine:
     #
 
     def _step(self, own: Sequence[Request], thread: int) -> bool:
-        """Decodes one batch for those that somebody waits for. False if there is nothing to decode."""
-        if self._is_stepping:  # called back from one: its requests wait
+        """Decodes one batch for the requests that are waited for. False if there is nothing to decode."""
+        if self._is_stepping:  # a callback within a step: the requests of that step wait
             return self._decode([request for request in own if not request.is_over], [])
         self._is_stepping = True
         try:
@@ -309,7 +307,7 @@ class Engine:
             if result.fault is None and request.is_read
         ]
         for request, row in read:
-            if self.slots.n_decodes == n_decodes:  # else one called back something that decoded: it is read again
+            if self.slots.n_decodes == n_decodes:  # else a callback decoded and the logits are gone: decode again
                 _try(request, request.sampled, row)
                 request.is_sampled = True
         if any(result.fault for result in results):
@@ -322,17 +320,17 @@ class Engine:
         return True
 
     def _plan(self, wanted: Sequence[Request], staying: list[Text]) -> list[Request]:
-        """Those that have a slot and something to read."""
+        """The requests that have a slot and something to decode."""
         planned = []
         for request in wanted:
             if request.is_cancelled:
                 request.end()
             else:
-                self._go_on(request)  # if whoever decoded it was interrupted before
+                self._go_on(request)  # the thread that decoded it may have been interrupted before this
             if request.is_over:
                 continue
             if _try(request, request.plan, staying):
-                if request.is_read:  # there was nothing to do
+                if request.is_read:  # nothing was to be decoded
                     request.is_over = True
                     continue
                 planned.append(request)
@@ -341,7 +339,7 @@ class Engine:
         return planned
 
     def _go_on(self, request: Request) -> None:
-        """What follows when all was read."""
+        """Asks a request what follows once all its tokens are decoded."""
         if request.is_over or not request.is_sampled:
             return
         asked = request.tokens
@@ -360,7 +358,7 @@ class Engine:
     #
 
     def _comes_back(self, text: Text) -> None:
-        """Somebody waits for a request of it."""
+        """A thread waits for a request of this text again: notes whether it came in time."""
         _, since = self._left.pop(weakref.ref(text), (0, None))
         if since is None or time.perf_counter() - since <= self._patience:
             self._slow.discard(text)
@@ -368,8 +366,8 @@ class Engine:
             self._slow.add(text)
 
     def _gather(self, own: Sequence[Request], thread: int) -> None:
-        """Other threads that a token was just handed to are given a moment to ask for the next: else each would be
-        decoded by itself, one after the other. Those that took longer the last time are not waited for.
+        """Gives other threads that just got a token a moment to ask for the next. Otherwise each would decode alone,
+        one after the other. It does not wait for those that were late the last time.
         """
         self._announce()
         if not self._left or self.lock._is_owned():
@@ -392,14 +390,14 @@ class Engine:
                 self._left.pop(reference, None)
 
     def _announce(self) -> None:
-        """To those that gather: somebody came, or has something."""
+        """Tells the threads in `_gather` that a thread came, or has something."""
         if len(self._wanted) > 1 and not self.lock._is_owned():
             with self._came:
                 self._came.notify_all()
 
 
 def _try(request: Request, act: Callable[..., Any], *arguments: Any) -> Any:
-    """What a request does; if it raises, it ends, and others go on. What interrupts the thread is not its own."""
+    """Calls `act`. If it raises, this request ends and others go on. What interrupts the thread passes through."""
     try:
         return act(*arguments)
     except Exception as error:
@@ -408,7 +406,7 @@ def _try(request: Request, act: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
-    """The pieces of an ingest in segments as one."""
+    """The pieces of an ingest in segments, joined into one."""
     segments = np.concatenate([piece.segments for piece in pieces])
     write = any(piece.write for piece in pieces)
     return Piece(np.concatenate([piece.tokens for piece in pieces]), write, segments, True, True)

@@ -1,4 +1,4 @@
-"""What ggml itself says of GGUF files: whether it can map one, and whether values are finite as they are stored."""
+"""Asks ggml about GGUF files: whether it can map one, and whether the stored values are finite."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..errors import ModelError
 from ..formats.gguf_header import Header, Tensor
 from . import library
 
-TENSOR_ALIGNMENT = 32  # of ggml-impl.h: what begins elsewhere cannot be used where it is mapped
-_PIECE = 1 << 26  # bytes that are looked at at a time
+TENSOR_ALIGNMENT = 32  # of ggml-impl.h: a mapped tensor must begin at a multiple of it
+_PIECE = 1 << 26  # bytes that are checked at once
 
 ctypes_function: library.Declare = ctypes_function_for_shared_library(
     load_shared_library("ggml-base", Path(library.library_folder()))
@@ -53,8 +53,8 @@ def ggml_validate_row_data(type: int, data: int, nbytes: int, /) -> bool: ...
 
 
 def can_be_mapped(path: str | os.PathLike[str]) -> bool:
-    """Whether llama.cpp can map the file, and the other parts if it is one of several: where tensors begin elsewhere
-    than at multiples of 32 bytes it would end the process. True for what is no GGUF file.
+    """Whether llama.cpp can map the file, and the other shards of its model. It would end the process where a tensor
+    does not begin at a multiple of 32 bytes. True for a file that is no GGUF.
     """
     path = Path(path)
     split = re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\.gguf)", path.name)
@@ -64,10 +64,10 @@ def can_be_mapped(path: str | os.PathLike[str]) -> bool:
 
 def _alignment(path: Path) -> int:
     level = library.logger.level
-    library.logger.setLevel("ERROR")  # as long as no model was loaded it prints all
+    library.logger.setLevel("ERROR")  # llama_cpp prints everything until the first model is loaded
     with library.errors_held() as lines:
         context = gguf_init_from_file(os.fsencode(path), gguf_init_params(True, None))
-        lines.clear()  # loading it says what is wrong
+        lines.clear()  # loading the model reports what is wrong
     library.logger.setLevel(level)
     if not context:
         return TENSOR_ALIGNMENT
@@ -77,10 +77,10 @@ def _alignment(path: Path) -> int:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values of a tensor in a file are, as they are stored."""
+    """Whether all values of a tensor are finite as stored in the file."""
     data = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
     piece = _PIECE - _PIECE % tensor.block_bytes
-    with library.silencing, suppress_stdout_stderr(disable=False):  # it prints where
+    with library.silencing, suppress_stdout_stderr(disable=False):  # ggml prints the position
         return all(
             ggml_validate_row_data(int(tensor.type), part.ctypes.data, part.nbytes)
             for part in (data[at : at + piece] for at in range(0, tensor.n_bytes, piece))
@@ -88,14 +88,14 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def written(path: Path, source: str | os.PathLike[str]) -> Header:
-    """The header of a model that llama.cpp's own writers made of `source`, once it is sure that it can be loaded.
+    """Checks a model that llama.cpp's own writers made of `source`, and returns its header.
 
-    Raises ModelError, which names `source`, if it cannot be read or holds values that are not finite.
+    Raises ModelError, which names `source`, if the model cannot be read or holds values that are not finite.
     """
     try:
         header = Header(path)
     except ModelError as error:
-        raise ModelError(f"{os.fspath(source)}: what llama.cpp made of it {str(error).partition(': ')[2]}") from error
+        raise ModelError(f"{os.fspath(source)}: llama.cpp's output {str(error).partition(': ')[2]}") from error
     for tensor in header.tensors.values():
         if tensor.n_bytes and not is_finite(tensor):
             raise ModelError(

@@ -1,8 +1,8 @@
 """The rule of one write (design section 6, docs/reference/one-write.md), without llama.cpp.
 
-A `Position` says where a text and its memory are. It is immutable: what is read, gone back over or left out makes
-another one, and a decode that fails leaves the old one. The state of a memory is always that after the first `n` tokens
-of its text, so a text that goes back takes the state back with it.
+A `Position` says where a text and its memory are. It is immutable: reading, going back and dropping tokens each make a
+new one, and a decode that fails leaves the old one. The state of a memory is always that after the first `n` tokens of
+its text, so a text that goes back takes the state back with it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy.typing as npt
 TOKEN = -2  # in place of a segment id: the token writes by itself, if it writes
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]  # ids
-State = npt.NDArray[np.float32]  # [L, H, r, r], not written to once it is in a record
+State = npt.NDArray[np.float32]  # [L, H, r, r], never changed once it is in a record
 _position = attrgetter("position")
 
 
 class Log:
     """Tokens by their place in a text, and how the memory read them: an append-only buffer that records share.
 
-    What stands there is never changed. Whoever stands at its end appends in place; who went back copies what is before.
+    Entries never change. A record at the end of the log appends in place; one that went back copies what is before it.
 
     Attributes, of each token:
         tokens: its id.
@@ -46,7 +46,7 @@ class Log:
         self.begins: npt.NDArray[np.bool_] = np.zeros(n_ctx, dtype=np.bool_)
 
     def without(self, start: int, end: int, n: int) -> Log:
-        """A copy of the first n tokens but those from `start` to `end`."""
+        """A copy of the first n tokens, without those from `start` to `end`."""
         log = Log(len(self.tokens))
         log.end = n - (end - start)
         for name in ("tokens", "wrote", "segment", "begins"):
@@ -57,7 +57,7 @@ class Log:
     def extended(
         self, n: int, tokens: Tokens, wrote: bool | npt.NDArray[np.bool_], segment: int | npt.NDArray[np.int32]
     ) -> Log:
-        """With tokens after the first n."""
+        """The first n tokens, followed by these."""
         log = self if n == self.end else self.without(n, n, n)
         span = slice(n, n + len(tokens))
         log.tokens[span], log.wrote[span], log.segment[span], log.begins[span] = tokens, wrote, segment, False
@@ -70,16 +70,16 @@ class Checkpoint(NamedTuple):
 
     position: int
     state: State
-    n_written: int  # tokens that it was ever written
-    kept: bool = False  # worth keeping beyond the last ones
+    n_written: int  # tokens ever written into it
+    kept: bool = False  # kept beyond the last ones
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Checkpoints by position: the last `n_last` whatever they are, and older ones that were worth keeping.
+    """Checkpoints by position: the last `n_last`, and older ones that are marked as kept.
 
-    Older ones, `old`, are thinned when all exceed `n_bytes`: of two that stand close together the earlier one goes. The
-    first, which is kept and where the text began, always stays.
+    The older ones, `old`, are thinned when all together exceed `n_bytes`: of two close neighbours the earlier one goes.
+    The first one, where the text began, always stays.
     """
 
     old: tuple[Checkpoint, ...] = ()
@@ -99,7 +99,7 @@ class Checkpoints:
         return [checkpoint.position for checkpoint in self]
 
     def only(self, *checkpoints: Checkpoint) -> Checkpoints:
-        """These, in place of all."""
+        """Only these checkpoints."""
         return Checkpoints((), checkpoints, self.n_bytes, self.n_last)
 
     def newest(self, position: int) -> Checkpoint | None:
@@ -111,7 +111,7 @@ class Checkpoints:
         return some[i - 1] if i else None
 
     def add(self, checkpoint: Checkpoint) -> Checkpoints:
-        """One behind all others, or in place of the latest."""
+        """Adds one after all others, or in place of the latest at the same position."""
         old, last = self.old, self.last
         if last and last[-1].position == checkpoint.position:
             checkpoint = checkpoint._replace(kept=checkpoint.kept or last[-1].kept)
@@ -124,13 +124,14 @@ class Checkpoints:
         n_max = max(self.n_last + 2, self.n_bytes // max(1, checkpoint.state.nbytes))
         while len(old) + len(last) > n_max:
             some = old[: len(old) + len(last) - self.n_last]
-            gaps = [after.position - before.position for before, after in zip(some[:-2], some[2:])]  # if one goes
+            # the gap that each would leave
+            gaps = [after.position - before.position for before, after in zip(some[:-2], some[2:])]
             i = 1 + int(np.argmin(gaps)) if gaps else 1
             old = old[:i] + old[i + 1 :]
         return Checkpoints(old, last, self.n_bytes, self.n_last)
 
     def keep_latest(self) -> Checkpoints:
-        """The latest is worth keeping."""
+        """Marks the latest as kept."""
         return self if not self.last or self.last[-1].kept else self.add(self.last[-1]._replace(kept=True))
 
     def until(self, position: int) -> Checkpoints:
@@ -141,7 +142,7 @@ class Checkpoints:
         return Checkpoints(old, last, self.n_bytes, self.n_last)
 
     def without(self, start: int, end: int) -> Checkpoints:
-        """The text from `start` to `end` is gone: those before `end` cannot be gone back to any more."""
+        """For a text without its tokens from `start` to `end`. The memory can no longer go back to before `end`."""
 
         def moved(some: Iterable[Checkpoint]) -> tuple[Checkpoint, ...]:
             return tuple(c._replace(position=c.position - (end - start)) for c in some if c.position >= end)
@@ -150,13 +151,13 @@ class Checkpoints:
 
 
 class Piece(NamedTuple):
-    """Tokens for one sequence of one llama_decode, at most; they write all or none, unless they have segments."""
+    """Tokens of one sequence, for one llama_decode or several. All write or none, unless they have segments."""
 
     tokens: npt.NDArray[np.intc]
     write: bool
     segments: npt.NDArray[np.int32] | None = None
-    begins: bool = False  # an ingest in segments begins with it
-    ends: bool = False  # and ends with it
+    begins: bool = False  # whether an ingest in segments begins with it
+    ends: bool = False  # whether one ends with it
 
     def split(self, n: int) -> tuple[Piece, Piece]:
         """Its first n tokens, and the rest."""
@@ -168,10 +169,10 @@ class Piece(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where a text and its memory are. A field is changed by making another record.
+    """Where a text and its memory are. A changed field makes another record.
 
-    n_tokens is less than n where the text went back and the memory is still to follow, and greater where the memory has
-    gone back to a checkpoint and is to read again up to there.
+    n_tokens is less than n while the text has gone back and the memory still has to follow. It is greater while the
+    memory has gone back to a checkpoint and still has to read up to the end of the text.
     """
 
     log: Log
@@ -179,12 +180,12 @@ class Position(NamedTuple):
     n_tokens: int = 0  # length of the text
     n: int = 0  # tokens of it that the memory has read
     n_kv: int = 0  # tokens of it that the KV cache holds
-    floor: int = 0  # the memory cannot go back before: there the text began for it
-    fresh: int = 0  # no token before counts as written: another memory came there
-    n_written: int = 0  # tokens that the memory was ever written
+    floor: int = 0  # where the text began for the memory, which cannot go back before it
+    fresh: int = 0  # where another memory came: no token before counts as written
+    n_written: int = 0  # tokens ever written into the memory
     epoch: int = 0  # how often another text or memory began
-    adapter: int = 0  # which attached adapter the memory is of, as `Slots` counts them
-    checkpoints: Checkpoints = Checkpoints()  # with one at n; none without a memory
+    adapter: int = 0  # which attached adapter the memory belongs to, as `Slots` counts them
+    checkpoints: Checkpoints = Checkpoints()  # one of them at n; none without a memory
 
     @property
     def tokens(self) -> npt.NDArray[np.intc]:
@@ -193,25 +194,25 @@ class Position(NamedTuple):
 
     @property
     def checkpoint(self) -> Checkpoint | None:
-        """The memory as it is; None without one."""
+        """The memory at n; None without a memory."""
         return self.checkpoints.newest(self.n)
 
     def common(self, position: int, tokens: Tokens) -> int:
-        """How many of `tokens` at `position` are those that the memory read there."""
+        """How many of `tokens` equal those that the memory read from `position` on."""
         return n_common(self.log.tokens[position : self.n], tokens)
 
     def ingest(self, position: int) -> int:
-        """Where the ingest in segments began that the token at `position` was read in; else `position`."""
+        """Where the ingest in segments began to which the token at `position` belongs; `position` if to none."""
         others = np.flatnonzero(self.log.segment[: position + 1] == TOKEN)
         first = int(others[-1]) + 1 if len(others) else 0
         if first > position:
             return position
-        begun = np.flatnonzero(self.log.begins[first : position + 1])  # none if it left the text
+        begun = np.flatnonzero(self.log.begins[first : position + 1])  # none if its beginning left the text
         return first + (int(begun[-1]) if len(begun) else 0)
 
     def known(self, tokens: npt.NDArray[np.intc]) -> npt.NDArray[np.bool_] | None:
-        """Which of `tokens`, which are to come after the text, were written in this place before the memory's floor:
-        they are not written again. None if none was.
+        """Which of `tokens`, the next of the text, were written here before the memory's floor. They are not written
+        again. None if there are none.
         """
         start, end = self.n_tokens, min(self.floor, self.n)
         if start >= end:
@@ -227,7 +228,7 @@ class Position(NamedTuple):
     #
 
     def begun(self, position: int, checkpoint: Checkpoint | None) -> Position:
-        """Another text begins after `position`, for a memory that cannot go back before."""
+        """Another text begins after `position`. The memory cannot go back before it."""
         one = () if checkpoint is None else (checkpoint._replace(position=position, kept=True),)
         return self._replace(
             n_tokens=position,
@@ -245,11 +246,11 @@ class Position(NamedTuple):
         return begun._replace(fresh=self.n_tokens, n_written=n_written, since=since, adapter=adapter)
 
     def without_memory(self) -> Position:
-        """The text goes on without one."""
+        """The text goes on without a memory."""
         return self._replace(checkpoints=self.checkpoints.only())
 
     def with_text(self, tokens: Tokens, n_kv: int) -> Position:
-        """These tokens in place of the text; all count as read and written, and the KV cache holds the first n_kv."""
+        """Replaces the text by these tokens. All count as read and written; the KV cache holds the first n_kv."""
         log = Log(len(self.log.tokens)).extended(0, tokens, True, TOKEN)
         begun = self._replace(log=log, fresh=0).begun(len(tokens), self.checkpoint)
         return begun._replace(n_kv=min(n_kv, len(tokens)))
@@ -265,8 +266,8 @@ class Position(NamedTuple):
         known: npt.NDArray[np.bool_] | None,
         write: bool,
     ) -> list[Piece]:
-        """What is to be decoded, in order, so that `tokens` are read after the text: what the KV cache lacks, without
-        writing, what the memory is to read again, as it was the first time, and the tokens.
+        """What to decode, in order, to add `tokens` to the text: first what the KV cache lacks, without writing; then
+        what the memory has to read again, as the first time; then the tokens.
 
         n_kv <= n <= n_tokens. `write`: whether the tokens that are not `known` write.
         """
@@ -276,7 +277,7 @@ class Position(NamedTuple):
         if known is None:
             known = np.zeros(n_new, dtype=np.bool_)
         old, log = slice(n_kv, n_past), self.log
-        unread = np.arange(n_kv, n_past) >= self.n  # of the old ones, by the memory
+        unread = np.arange(n_kv, n_past) >= self.n  # which old tokens the memory has not read
         ids = np.full(n_new, TOKEN, dtype=np.int32) if segments is None else np.where(known, -1, segments)
         begins = np.concatenate([log.begins[old] & unread, np.zeros(n_new, dtype=np.bool_)])
         if segments is not None and n_new:
@@ -292,8 +293,8 @@ class Position(NamedTuple):
         )
 
     def read(self, piece: Piece, states: Mapping[int, State] | None = None) -> Position:
-        """After a piece of `pieces`, an ingest in segments as a whole. `states`: the memory after so many of its
-        tokens, at least after all of them where there is a memory that read them.
+        """The record after a decoded piece of `pieces`; an ingest in segments counts as one piece. `states`: by number
+        of its tokens, the state after them; a memory that read the piece has at least the one after all.
         """
         at, n = self.n_kv, len(piece.tokens)
         if at < self.n:
@@ -326,14 +327,14 @@ class Position(NamedTuple):
     #
 
     def back(self) -> Position:
-        """The memory goes back to where the text is, or to the next checkpoint before, from which on it is to read
-        again. Without a memory there is nothing to be read again.
+        """The memory goes back to the end of the text, or to the nearest checkpoint before it and reads again from
+        there. Without a memory nothing is read again.
         """
         return self if self.n <= self.n_tokens else self.memory_at(self.n_tokens)
 
     def memory_at(self, position: int) -> Position:
-        """The memory goes back to the newest checkpoint at or before `position`, which is not after the text's end;
-        before its floor to that with which the text began.
+        """The memory goes back to the newest checkpoint at or before `position`, which is not after the text's end.
+        Before its floor it goes back to the checkpoint with which the text began.
         """
         checkpoint = self.checkpoints.newest(max(position, self.floor))
         if checkpoint is None:
@@ -345,10 +346,10 @@ class Position(NamedTuple):
         return back._replace(n=n, n_kv=min(self.n_kv, n), checkpoints=self.checkpoints.until(n))
 
     def without(self, start: int, end: int, n_kv: int) -> Position:
-        """The tokens from `start` to `end` left the text, all of which the memory has read; what they wrote stays. The
-        KV cache holds n_kv tokens then.
+        """Drops the tokens from `start` to `end` from a text that the memory has read to its end. What they wrote
+        stays. The KV cache then holds n_kv tokens.
         """
-        n, checkpoints = self.n - (end - start), self.checkpoints.without(start, end)  # that at n stays
+        n, checkpoints = self.n - (end - start), self.checkpoints.without(start, end)  # the one at n stays
         return self._replace(
             log=self.log.without(start, end, self.n),
             n_tokens=n,
@@ -374,8 +375,8 @@ def _runs(
     begins: npt.NDArray[np.bool_],
     n_read: int,
 ) -> Iterator[Piece]:
-    """Cuts at every change between writing and not, where an ingest in segments begins or ends, and behind the first
-    `n_read` tokens, which the memory knows.
+    """Cuts where tokens start or stop writing, where an ingest in segments begins or ends, and after the first `n_read`
+    tokens, which the memory has read already.
     """
     in_segments = segment != TOKEN
     cuts = (in_segments[1:] != in_segments[:-1]) | begins[1:] | (~in_segments[1:] & (write[1:] != write[:-1]))

@@ -1,4 +1,4 @@
-"""The native library: finding it, and the functions of llama-deltamem.h in the manner of llama_cpp.llama_cpp."""
+"""The native library: loads it, and declares the functions of llama-deltamem.h as llama_cpp.llama_cpp does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIB_DIR = Path(__file__).resolve().parent.parent / "lib"
 
 
 def _import_llama_cpp() -> Any:
-    """Imports llama_cpp over the library that has δ-mem in it; raises LibraryError if another one is in the way."""
+    """Imports llama_cpp so that it loads the library with δ-mem. Raises LibraryError if it loaded another one."""
     loaded_before = "llama_cpp" in sys.modules
     folder = os.environ.get("LLAMA_CPP_LIB_PATH")
     try:
@@ -51,11 +51,11 @@ def _import_llama_cpp() -> Any:
     if not hasattr(lib, "llama_deltamem_adapter_load"):
         if loaded_before or not folder:
             raise LibraryError(
-                f"llama_cpp was imported first and loaded {lib._name}, which has no memory: "
+                f"llama_cpp was imported first and loaded {lib._name}, which lacks δ-mem: "
                 "import pydeltamem before llama_cpp"
             )
         raise LibraryError(
-            f"LLAMA_CPP_LIB_PATH names {folder}, whose llama.cpp has no memory: "
+            f"LLAMA_CPP_LIB_PATH names {folder}, whose llama.cpp lacks δ-mem: "
             "unset LLAMA_CPP_LIB_PATH to use the library of pydeltamem"
         )
     return llama_cpp
@@ -65,7 +65,7 @@ llama_cpp = _import_llama_cpp()
 
 
 def library_folder() -> str:
-    """The folder of the library that is loaded."""
+    """The folder of the loaded library."""
     return os.path.dirname(str(llama_cpp.llama_cpp._lib._name))
 
 
@@ -85,7 +85,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class Declare(Protocol):
-    """Turns the declaration under it into the function of that name in a library."""
+    """Decorator: turns a declaration into the library's function of that name."""
 
     def __call__(self, name: str, argtypes: list[Any], restype: Any) -> Callable[[_F], _F]: ...
 
@@ -280,12 +280,12 @@ def llama_deltamem_abandon_ingest(ctx: llama_context_p, seq_id: int, /) -> int: 
 
 
 def last_error() -> str:
-    """The reason of the last native failure, without the name of the function that logged it."""
+    """The reason of the last native failure, without the name of the function that reported it."""
     return _reason(llama_deltamem_last_error().decode("utf-8", errors="replace"))
 
 
 def meta(adapter: llama_deltamem_adapter_p, key: str) -> str | None:
-    """A metadata value of the adapter's file, None if there is no such key."""
+    """A metadata value of the adapter's file; None if the key is missing."""
     size = 256
     while True:
         buf = ctypes.create_string_buffer(size)
@@ -295,18 +295,18 @@ def meta(adapter: llama_deltamem_adapter_p, key: str) -> str | None:
         size = length + 1
 
 
-# What llama.cpp logs goes to Python's logging, line by line. llama_cpp's verbose=True prints it as it comes instead.
+# Sends llama.cpp's log to Python's logging, line by line. With llama_cpp's verbose=True it is printed at once instead.
 log = logging.getLogger("pydeltamem.llama_cpp")
 
-# enum ggml_log_level; llama_cpp._logger takes the numbers for others, a warning for an error
+# enum ggml_log_level; llama_cpp._logger mixes the numbers up and takes a warning for an error
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
-_LOG_LEVEL_CONT = 5  # goes on with the line before
+_LOG_LEVEL_CONT = 5  # continues the line before
 
 
 class _Thread(threading.local):
-    """What a thread logs."""
+    """The log lines of one thread."""
 
-    level, line = logging.DEBUG, ""  # of the line that has not ended yet
+    level, line = logging.DEBUG, ""  # the line that has not ended yet
     held: list[str] | None = None  # errors, within errors_held()
     waiting: tuple[logging.LogRecord, ...] = ()
 
@@ -336,7 +336,7 @@ llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
 def _add(level: int, line: str) -> None:
     if level >= logging.ERROR and _thread.held is not None:
         _thread.held.append(line)
-    # where logging was not set up Python prints warnings; most loads have one that nobody needs
+    # without a logging setup Python prints warnings; most loads cause one that nobody needs
     elif log.isEnabledFor(level) and (level >= logging.ERROR or log.hasHandlers()):
         record = log.makeRecord(log.name, level, "llama.cpp", 0, line, (), None)
         if _thread.held is None:
@@ -345,15 +345,14 @@ def _add(level: int, line: str) -> None:
             _thread.waiting += (record,)
 
 
-# llama_cpp sends the output of the process to nowhere while it loads a model. Two at once would leave it there.
+# llama_cpp discards the output of the process while it loads a model. Two loads at once would never restore it.
 silencing = threading.RLock()
 
 
 @contextlib.contextmanager
 def errors_held() -> Iterator[list[str]]:
-    """Keeps llama.cpp's error lines in the list that it yields, so that they end up in the sentence of an exception,
-    and logs them after all if nothing is raised. Other lines are logged at the end, as llama_cpp sends what is written
-    to stderr to nowhere while it loads a model.
+    """Yields a list that collects llama.cpp's error lines for the sentence of an exception. If nothing is raised, logs
+    what the list holds. Logs other lines at the end, because llama_cpp discards stderr while it loads a model.
     """
     before = _thread.held
     lines: list[str] = []
@@ -370,12 +369,12 @@ def errors_held() -> Iterator[list[str]]:
         _add(logging.ERROR, line)
 
 
-_STATUS = {"1": ", the KV cache has no room for the batch", "2": ", it was stopped"}  # as llama.h has it
+_STATUS = {"1": ", the KV cache has no room for the batch", "2": ", it was stopped"}  # as in llama.h
 
 
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
-    """Within, what llama_cpp raises if a decode or encode fails is a DecodeError, with llama.cpp's reason in it."""
+    """Turns what llama_cpp raises when a decode or encode fails into a DecodeError with llama.cpp's reason."""
     try:
         with errors_held() as lines:
             yield

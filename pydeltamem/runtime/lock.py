@@ -1,4 +1,4 @@
-"""The lock of a context, and of a text: llama.cpp's objects are for one thread at a time."""
+"""The lock of a context, and of a text: only one thread at a time may use llama.cpp's objects."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any, TypeVar
 from ..errors import InputError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_RLock: Any = type(threading.RLock())
+_RLock: Any = type(threading.RLock())  # its name differs between releases of Python
 
 
-class FairLock(_RLock):  # type: ignore[misc] # of another name in other releases of Python
-    """A reentrant lock for which nobody waits for ever.
+class FairLock(_RLock):  # type: ignore[misc]
+    """A reentrant lock that no thread waits for forever.
 
-    Python's own goes to whoever is quickest. That is the thread that has just let go of it, if it wants it again: a
-    reply would keep every other one waiting. Here whoever waits is next.
+    Python's own lock goes to the quickest thread. That is the one that has just released it and wants it again: a reply
+    would keep every other one waiting. Here the waiting thread is next.
 
-    Only what it takes to begin is written here. Python's own `__exit__` lets go of it: no Ctrl-C falls into that.
+    Only `__enter__` is written here. Python's own `__exit__` releases the lock: a Ctrl-C cannot interrupt that.
 
     Args:
-        before: a lock that is taken after this one. Who has it already cannot wait for this one, maybe for ever, and is
-            refused with InputError if another thread has this one.
+        before: a lock that is taken after this one. A thread that holds it already might wait for this one forever:
+            if another thread has this one, it gets an InputError instead.
     """
 
     def __init__(self, before: FairLock | None = None) -> None:
-        self._next = threading.Lock()  # whoever is next has it
+        self._next = threading.Lock()  # held by the thread that is next
         self._before = before
 
     def __enter__(self) -> bool:
@@ -42,13 +42,13 @@ class FairLock(_RLock):  # type: ignore[misc] # of another name in other release
             with self._next:
                 return self.acquire()  # type: ignore[no-any-return]
         except BaseException:
-            if self._is_owned():  # interrupted as soon as it was ours
+            if self._is_owned():  # interrupted just after taking it
                 self.release()
             raise
 
 
 def holding(name: str) -> Callable[[_F], _F]:
-    """A method that holds the lock `self.name`, which may have dots in it."""
+    """Decorator: the method holds the lock `self.name`; the name may contain dots."""
     *path, last = name.split(".")
 
     def decorate(method: _F) -> _F:
@@ -67,7 +67,7 @@ def holding(name: str) -> Callable[[_F], _F]:
 
 @contextlib.contextmanager
 def all_of(locks: Iterable[FairLock]) -> Iterator[None]:
-    """Holds several locks, always taken in the same order, so that no two threads wait for each other."""
+    """Holds several locks. It takes them always in the same order, so that no two threads wait for each other."""
     with contextlib.ExitStack() as stack:
         for lock in sorted(set(locks), key=id):
             stack.enter_context(lock)

@@ -1,4 +1,4 @@
-"""What the rooms below need of a model: `DeltaMemLlama` has it, and nothing here knows more of that."""
+"""What the runtime needs of a model. `DeltaMemLlama` provides it; the runtime knows nothing else of that class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that errors tell: of options, from Python or on the command line, and of what was probably meant."""
+"""Names in error sentences: of an option, in Python or on the command line, and of what was probably meant."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 
-# keywords of `DeltaMemLlama` and of a turn by their names on the command line
+# keywords of `DeltaMemLlama` and of a turn, with their names on the command line
 _OPTIONS = {
     "model_path": "--model",
     "deltamem_path": "--deltamem",
@@ -22,13 +22,13 @@ _on_the_command_line = False
 
 
 def option(keyword: str) -> str:
-    """A keyword as whoever reads the error knows it: by its name here, or as an option of the command line."""
+    """A keyword under the name that the reader of the error knows: in Python, or on the command line."""
     return _OPTIONS[keyword] if _on_the_command_line else keyword
 
 
 @contextlib.contextmanager
 def as_on_the_command_line() -> Iterator[None]:
-    """Within, `option` gives the names of the command line."""
+    """Makes `option` give the names of the command line."""
     global _on_the_command_line
     before, _on_the_command_line = _on_the_command_line, True
     try:

@@ -1,4 +1,4 @@
-"""A model in a smaller type, by llama.cpp's own quantiser. A packed adapter keeps its type."""
+"""Quantises a model with llama.cpp's own quantiser. A packed adapter keeps its type."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def grown(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> str:
 
 
 def file_type(name: str) -> int:
-    """llama.cpp's number of a type by the name that llama-quantize has for it. Raises InputError if there is none."""
+    """llama.cpp's number of a type, by llama-quantize's name for it. Raises InputError if there is none."""
     from . import library
 
     known: dict[str, int] = {
@@ -38,7 +38,7 @@ def file_type(name: str) -> int:
         if key.startswith(prefix)
     }
     if name.lower() not in known:
-        raise InputError(f"'{name}' is no type of llama.cpp: it is one of {', '.join(sorted(known))}")
+        raise InputError(f"'{name}' is no type of llama.cpp: name one of {', '.join(sorted(known))}")
     return known[name.lower()]
 
 
@@ -64,12 +64,12 @@ def quantize(
     ftype = file_type(type)
     header = Header.of_model(model)
     if header.keys.get("general.type") == "adapter":
-        raise ModelError(f"{header.path}: is an adapter: convert it again with --outtype, or pack it first")
+        raise ModelError(f"{header.path}: this is an adapter: convert it again with --outtype, or pack it first")
     check_numbers(header.path, header.keys)
     refuse_inputs(path, header.files)
     params = library.llama_cpp.llama_model_quantize_default_params()
-    # llama.cpp places tensors by the default alignment, whatever the key says that it copies
-    overrides = (library.llama_cpp.llama_model_kv_override * 2)()  # the second one ends them
+    # llama.cpp aligns tensors by its default, but copies the key that may say otherwise
+    overrides = (library.llama_cpp.llama_model_kv_override * 2)()  # the second one ends the list
     if header.keys.get("general.alignment", DEFAULT) != DEFAULT:
         overrides[0].tag = library.llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
         overrides[0].key = b"general.alignment"
@@ -80,14 +80,14 @@ def quantize(
     params.allow_requantize = allow_requantize
     set_verbose(verbose)
     with writing(path, MODEL) as temporary, library.errors_held() as log:
-        with library.silencing, suppress_stdout_stderr(disable=verbose):  # it prints what is not finite
+        with library.silencing, suppress_stdout_stderr(disable=verbose):  # llama.cpp prints values that are not finite
             status = library.llama_cpp.llama_model_quantize(os.fsencode(header.path), os.fsencode(temporary), params)
         if status != 0:
             reason = library.reason(log)
             log.clear()
             check_disk(path, temporary)
-            hint = ": --allow-requantize takes it all the same" if "requantizing" in reason else ""
+            hint = ": pass --allow-requantize to do it anyway" if "requantizing" in reason else ""
             if "validation failed" in reason:
-                hint = f": a value is not finite as {type}: take bf16 or f32, unless it was not to begin with"
+                hint = f": a value is not finite as {type}: use bf16 or f32, unless the model itself is damaged"
             raise ModelError(f"{header.path}: cannot be quantised{reason}{hint}")
         written(temporary, header.path)

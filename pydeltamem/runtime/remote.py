@@ -2,7 +2,7 @@
 
     DeltaMemLlama("base.gguf", deltamem_path="adapter.gguf", rpc_servers="10.0.0.2:50052")
 
-A layer's memory lives where the layer does. Servers must be this package's: a stock rpc-server has no such operator.
+A layer's state lives where the layer does. Use this package's server: a stock rpc-server lacks the operator.
 llama.cpp's protocol has no password and no encryption: never run a server on a network that others can reach.
 """
 
@@ -24,10 +24,10 @@ _connected: set[str] = set()
 
 
 def connect(endpoints: str) -> None:
-    """Makes the devices of RPC servers devices of this process; every model loaded from then on may have layers there.
+    """Makes the devices of RPC servers devices of this process. Models loaded afterwards may have layers there.
 
     Args:
-        endpoints: `host:port`, several with commas. One that is connected stays so.
+        endpoints: `host:port`, several with commas. A connected one stays connected.
 
     Raises InputError if an endpoint is malformed or nobody listens there, LibraryError if the library has no RPC.
     """
@@ -36,7 +36,7 @@ def connect(endpoints: str) -> None:
             continue
         host, port = _parse(endpoint)
         try:
-            # llama.cpp aborts the process where nobody answers
+            # llama.cpp aborts the process if nobody answers
             socket.create_connection((host, port), timeout=5).close()
         except OSError as error:
             raise InputError(f"{endpoint}: no RPC server answers there: {error.strerror or error}") from error
@@ -51,7 +51,7 @@ def connect(endpoints: str) -> None:
 
 
 def serve(host: str, port: int, n_threads: int) -> None:
-    """Serves this machine's GPUs, or its CPU if it has none, until it is stopped. Returns only if it cannot begin.
+    """Serves this machine's GPUs, or its CPU if it has none, until it is stopped. Returns only if it cannot start.
 
     Raises InputError if nothing can listen there, LibraryError if the library has no RPC.
     """
@@ -68,7 +68,7 @@ def serve(host: str, port: int, n_threads: int) -> None:
         None,
         [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)],
     )
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the loop is C's: no Python runs to see a Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the loop runs in C, where Python cannot see a Ctrl-C
     start(f"{host}:{port}".encode(), None, n_threads, len(devices), (ctypes.c_void_p * len(devices))(*devices))
 
 
@@ -80,12 +80,12 @@ def _parse(endpoint: str) -> tuple[str, int]:
 
 
 def _ggml() -> ctypes.CDLL:
-    lib: ctypes.CDLL = library.llama_cpp.llama_cpp._lib  # looks into what it links to as well
+    lib: ctypes.CDLL = library.llama_cpp.llama_cpp._lib  # finds functions of the libraries that it links to, too
     return lib
 
 
 def _function(name: str, result: Any, arguments: list[Any]) -> Callable[..., Any]:
-    """A function of the RPC backend, which ggml gives by name."""
+    """A function of the RPC backend, which ggml looks up by name."""
     ggml = _ggml()
     ggml.ggml_backend_reg_by_name.restype, ggml.ggml_backend_reg_by_name.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
     find = ggml.ggml_backend_reg_get_proc_address
@@ -97,7 +97,7 @@ def _function(name: str, result: Any, arguments: list[Any]) -> Callable[..., Any
 
 
 def _local_devices() -> list[int]:
-    """The GPUs, or else the CPU. Accelerators like BLAS hold no buffers of their own."""
+    """The GPUs, or the CPU if there are none. Accelerators like BLAS hold no buffers of their own."""
     ggml = _ggml()
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     ggml.ggml_backend_dev_get.restype, ggml.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

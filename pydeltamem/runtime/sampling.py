@@ -1,7 +1,7 @@
-"""Samplers that say what went wrong.
+"""Samplers that report errors of logits processors.
 
-llama.cpp calls logits processors back, and Python drops exceptions there: llama_cpp goes on with logits as they were. A
-grammar that cannot be parsed is a null pointer, which it follows.
+llama.cpp calls logits processors from C, and Python drops exceptions there: llama_cpp would go on with unchanged
+logits.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _llama = library.llama_cpp
 
 
 class Guard:
-    """Logits processors, one after the other, as one that never fails where llama.cpp calls it.
+    """Logits processors, one after the other, as one that never raises where llama.cpp calls it.
 
     Args:
-        processors: called with the tokens read, [n], and the logits, [n_vocab]; return logits.
-        tokens: gives the tokens before the one that is sampled; llama_cpp gives drafted ones too.
+        processors: called with the tokens decoded, [n], and the logits, [n_vocab]; return logits.
+        tokens: gives the tokens before the sampled one; llama_cpp would give drafted ones too.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Guard:
         return result
 
     def check(self) -> None:
-        """Raises what a processor has raised since the latest call."""
+        """Raises the exception that a processor raised since the last check."""
         error, self.error = self.error, None
         if error is not None:
             raise error
 
 
 class Sampler:
-    """A sampler of llama_cpp: its processors may raise, and it takes logits that were kept.
+    """A sampler of llama_cpp whose processors may raise, and which also samples from kept logits.
 
     Args:
         sampler: llama_cpp's, with `guard` as its only logits processor, if there is one.
@@ -71,7 +71,7 @@ class Sampler:
         return token
 
     def _from(self, logits: npt.NDArray[np.float32]) -> int:
-        """As llama_sampler_sample."""
+        """As llama_sampler_sample, from these logits."""
         self._candidates.copy_logits(logits)
         array, chain = self._candidates.candidates, self._sampler.sampler
         array.selected = -1

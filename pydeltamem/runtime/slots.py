@@ -1,4 +1,4 @@
-"""The slots of a llama.cpp context: its sequences, what is attached to it, and one llama_decode for several of them."""
+"""The slots of a llama.cpp context: its sequences, the attached adapter, and llama_decode for several slots at once."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _T = TypeVar("_T")
 
 
 def no_adapter() -> str:
-    return f"no memory adapter is attached: load the model with one, by {option('deltamem_path')}"
+    return f"no adapter is attached: load the model with one, by {option('deltamem_path')}"
 
 
 class Holder(Protocol):
-    """Who has a slot: a `Text`.
+    """What has a slot: a `Text`.
 
     Attributes:
         slot: its slot, None if it has none.
@@ -40,30 +40,30 @@ class Holder(Protocol):
     home: int | None
 
     def lost_kv(self) -> None:
-        """Its KV cache is gone."""
+        """Notes that its KV cache is gone."""
 
 
 class Job(NamedTuple):
-    """What one slot does in a llama_decode."""
+    """What one slot decodes in a llama_decode."""
 
     slot: int
     n_past: int  # tokens before it in the KV cache
     piece: Piece
-    has_state: bool  # whether the memory reads it: else only the KV cache lacked it
-    marks: Sequence[int] = ()  # ascending: after which of its tokens the state is to be kept
-    scores: npt.NDArray[np.single] | None = None  # takes the logits of all its tokens, [n, n_vocab]
+    has_state: bool  # whether the memory reads it; False: only the KV cache lacked it
+    marks: Sequence[int] = ()  # ascending: the tokens after which the state is kept
+    scores: npt.NDArray[np.single] | None = None  # receives the logits of all its tokens, [n, n_vocab]
 
 
 class Result(NamedTuple):
-    """What came of a job."""
+    """The result of a job."""
 
-    row: int  # of its last token: where its logits are, until the next call
-    states: dict[int, State]  # the memory after so many of its tokens, as marked, and at its end
-    fault: str | None  # why it is of no use
+    row: int  # where the logits of its last token are, until the next call
+    states: dict[int, State]  # by number of tokens: the state after them, where marked and at the end
+    fault: str | None  # why the result is unusable
 
 
 class Slots:
-    """The sequences of one context, what is attached to it, and the batch that they are decoded in.
+    """The sequences of one context, the attached adapter, and the batch for llama_decode.
 
     Args:
         context: llama_cpp's wrapper of the context.
@@ -71,22 +71,22 @@ class Slots:
         model_path: for errors.
 
     Attributes:
-        lock: whoever touches the context holds it, for one decode and what is made of its logits. What a text has in
-            the context (its slot and KV cache) changes only under it, also by others that take its slot.
-        n_attached: how often an adapter was: a memory belongs to one of these times.
-        n_decodes: another number once the logits of the latest llama_decode are no longer there, or of no use.
+        lock: a thread that uses the context holds it, for one decode and the use of its logits. What a text has in the
+            context (slot and KV cache) changes only under this lock, also when another text takes its slot.
+        n_attached: how often an adapter was attached. A memory belongs to one of these times.
+        n_decodes: changes once the logits of the latest llama_decode are gone or unusable.
     """
 
     def __init__(self, context: Any, batch: Any, n_batch: int, model_path: str) -> None:
         self.lock = FairLock()
         self._is_closing = False
-        self._calls: set[tuple[int, object]] = set()  # thread and call
+        self._calls: set[tuple[int, object]] = set()  # calls in progress, with their thread
         self._context = context
         self._batch = batch
         self.n_batch = n_batch
         self.model_path = model_path
         self.n_seq_max: int = _llama.llama_n_seq_max(context.ctx)
-        self.n_ctx: int = _llama.llama_n_ctx_seq(context.ctx)  # of one sequence
+        self.n_ctx: int = _llama.llama_n_ctx_seq(context.ctx)  # tokens of one sequence
         self._shape: tuple[int, int, int, int] | None = None
         self.adapter_path = ""  # for errors
         self.n_attached = 0
@@ -94,22 +94,22 @@ class Slots:
         self._n_vocab = _llama.llama_vocab_n_tokens(_llama.llama_model_get_vocab(_llama.llama_get_model(context.ctx)))
         self._n_swa = _llama.llama_model_n_swa(_llama.llama_get_model(context.ctx))  # 0: no sliding window
         self._holders: list[weakref.ref[Any] | None] = [None] * self.n_seq_max
-        self._used: list[int] = [0] * self.n_seq_max  # when, in decodes
+        self._used: list[int] = [0] * self.n_seq_max  # when last decoded, in decodes
         self._is_end: dict[int, bool] = {}
 
         fields = batch.batch
         self._token = np.ctypeslib.as_array(fields.token, (n_batch,))
         self._pos = np.ctypeslib.as_array(fields.pos, (n_batch,))
-        self._wanted = np.ctypeslib.as_array(fields.logits, (n_batch,))  # whether logits are
+        self._wanted = np.ctypeslib.as_array(fields.logits, (n_batch,))  # whether its logits are wanted
         np.ctypeslib.as_array(fields.n_seq_id, (n_batch,))[:] = 1
-        self._seq_id = [-1] * n_batch  # as it stands in the batch
-        self._writes: list[bool | None] = [None] * self.n_seq_max  # as the memory was told
-        self._states: list[State | None] = [None] * self.n_seq_max  # that the memory holds; None: not known
-        self._records: list[object] = [None] * self.n_seq_max  # that the slot is in line with; None: with none
+        self._seq_id = [-1] * n_batch  # as in the batch
+        self._writes: list[bool | None] = [None] * self.n_seq_max  # as last set; None: unknown
+        self._states: list[State | None] = [None] * self.n_seq_max  # as the context has them; None: unknown
+        self._records: list[object] = [None] * self.n_seq_max  # the record that the slot agrees with; None: none
 
     @property
     def is_open(self) -> bool:
-        """Until the model is closed."""
+        """Whether the model is still open."""
         return self._context.ctx is not None and not self._is_closing
 
     @property
@@ -125,8 +125,8 @@ class Slots:
             raise ModelError(f"{self.model_path}: the model is closed")
 
     def call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """Calls what uses the model, also without the lock: `closing` waits for its end. Raises ModelError once it is
-        closed.
+        """Calls a function that uses the model. It needs no lock: `closing` waits for its end. Raises ModelError after
+        close.
         """
         call = threading.get_ident(), object()
         try:
@@ -138,7 +138,7 @@ class Slots:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
-        """Within it nobody uses model and context, nor afterwards: replies in the making end with ModelError."""
+        """Within it and afterwards nobody else uses model and context. Replies in progress end with ModelError."""
         self._is_closing = True
         while any(thread != threading.get_ident() for thread, _ in tuple(self._calls)):
             time.sleep(0.001)
@@ -155,15 +155,15 @@ class Slots:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of a state: [L, H, r, r]. Raises AdapterError without a memory."""
+        """The shape of a state, (L, H, r, r). Raises AdapterError without an adapter."""
         self.require_open()
         if self._shape is None:
             raise AdapterError(no_adapter())
         return self._shape
 
     def require_memory(self) -> None:
-        """Raises AdapterError without a memory, ModelError after close."""
-        self.shape  # noqa: B018 - which says so
+        """Raises AdapterError without an adapter, ModelError after close."""
+        self.shape  # noqa: B018 - raises
 
     @holding("lock")
     def attach(self, adapter: library.llama_deltamem_adapter_p) -> None:
@@ -176,13 +176,13 @@ class Slots:
 
     @holding("lock")
     def detach(self) -> None:
-        """The states are lost."""
+        """Detaches the adapter. The states are lost."""
         check(library.llama_deltamem_detach(self.ctx))
         self._shape = None
         self._forget()
 
     def _forget(self) -> None:
-        """Others used the context: what it was told, what it holds and what it computed is not known."""
+        """Notes that other code used the context: its settings, states and logits are unknown."""
         self._writes = [None] * self.n_seq_max
         self._states = [None] * self.n_seq_max
         self._records = [None] * self.n_seq_max
@@ -198,41 +198,39 @@ class Slots:
 
     @holding("lock")
     def put_state(self, slot: int, state: State) -> None:
-        """The memory of a slot is this one, which nobody writes to.
-        What an unfinished ingest has gathered is dropped.
-        """
+        """Sets the state of a slot. Nobody may change the array afterwards. An unfinished ingest is dropped."""
         if self._states[slot] is not state:
             self._states[slot] = None
             check(library.llama_deltamem_state_set(self.ctx, slot, _floats(np.ascontiguousarray(state)), state.size))
             self._states[slot] = state
 
     def holds(self, slot: int, state: State) -> bool:
-        """Whether the memory of a slot is known to be this one."""
+        """Whether the slot is known to hold this very state."""
         return self._states[slot] is state
 
     def follows(self, slot: int | None, record: object) -> bool:
-        """Whether the slot is in line with this record of its text: no decode failed since."""
+        """Whether the slot agrees with this record of its text: no decode has failed since."""
         return slot is not None and self._records[slot] is record
 
     def follow(self, slot: int, record: object, state: State | None = None) -> None:
-        """The slot is in line with this record. `state`: what its memory holds; None: not known, in the middle of an
+        """Notes that the slot agrees with this record. `state`: the one it holds; None: unknown, in the middle of an
         ingest.
         """
         self._states[slot], self._records[slot] = state, record
 
     #
-    # who has which
+    # which text has which slot
     #
 
     def text(self, slot: int) -> Any:
-        """Who has it, None if nobody has."""
+        """The text that has this slot; None if it is free."""
         reference = self._holders[slot]
         return None if reference is None else reference()
 
     @holding("lock")
     def take(self, text: Holder, staying: Sequence[Holder] = ()) -> int | None:
-        """Gives the text a slot: the one that it has, its home, a free one, or that of the text decoded longest ago
-        except those that are `staying`. None if these have all.
+        """Gives the text a slot: the one that it has, its home, a free one, or that of the text decoded longest ago.
+        Texts in `staying` keep theirs. None if they have all.
         """
         if text.slot is not None:
             return text.slot
@@ -240,7 +238,7 @@ class Slots:
         places = [slot for slot in places if self.text(slot) is None or self.text(slot) not in staying]
         if not places:
             return None
-        # from the back: the first is where llama_cpp.Llama evaluates its text
+        # from the last one on: llama_cpp.Llama evaluates its own text in the first
         slot = min(places, key=lambda s: (self.text(s) is not None, self._used[s], -s))
         self.leave(self.text(slot))
         text.lost_kv()
@@ -252,7 +250,7 @@ class Slots:
 
     @holding("lock")
     def leave(self, text: Holder | None) -> None:
-        """Takes a text out of its slot. Its memory is in its record."""
+        """Takes a text out of its slot. Its record keeps the memory."""
         if text is None or text.slot is None:
             return
         slot, text.slot = text.slot, None
@@ -263,7 +261,7 @@ class Slots:
 
     @holding("lock")
     def fork(self, text: Holder, other: Holder) -> bool:
-        """Gives a fork of a text a slot and its KV cache, if there is a free one. Returns whether it has."""
+        """Gives `other`, a fork of `text`, a slot with a copy of the KV cache. False if no slot is free."""
         if text.slot is None or None not in map(self.text, range(self.n_seq_max)):
             return False
         slot = self.take(other)
@@ -272,7 +270,7 @@ class Slots:
 
     @holding("lock")
     def lost_kv(self) -> None:
-        """The KV cache was emptied, and the memories told otherwise: texts are to be read again."""
+        """Notes that the KV cache was emptied and the states changed: texts will be decoded again."""
         self._forget()
         for slot in range(self.n_seq_max):
             text = self.text(slot)
@@ -285,7 +283,7 @@ class Slots:
 
     @holding("lock")
     def truncate(self, slot: int, n: int) -> int:
-        """Keeps the first n tokens of a sequence. Returns how many there are: 0 where the model cannot remove some."""
+        """Keeps the first n tokens of a sequence. Returns how many are left: 0 if the model cannot remove only some."""
         memory = _llama.llama_get_memory(self.ctx)
         if memory is None:
             return n
@@ -297,15 +295,15 @@ class Slots:
         return 0
 
     def _lacks_window(self, memory: Any, slot: int, n: int) -> bool:
-        """Whether tokens that token n attends to were overwritten: so it is in a cache as short as the sliding window
-        (swa_full=False) after going back.
+        """Whether tokens that token n attends to were overwritten. This happens after going back in a cache that is as
+        short as the sliding window (swa_full=False).
         """
         first = max(0, n - self._n_swa + 1)
         return self._n_swa > 0 and bool(_llama.llama_memory_seq_pos_min(memory, slot) > first)
 
     @holding("lock")
     def shift(self, slot: int, start: int, end: int, n: int) -> bool:
-        """Removes tokens [start, end) of n; those behind move up. False, and nothing done, where the model cannot."""
+        """Removes tokens [start, end) of n and moves later ones up. False, and nothing done, if the model cannot."""
         memory = _llama.llama_get_memory(self.ctx)
         if not library.llama_deltamem_can_shift(self.ctx) or not _llama.llama_memory_seq_rm(memory, slot, start, end):
             return False
@@ -318,10 +316,10 @@ class Slots:
 
     @holding("lock")
     def decode(self, jobs: Sequence[Job]) -> list[Result]:
-        """One llama_decode: one piece of each slot, n_batch tokens at most together. Returns for each job what came of
-        it; if one is of no use (its fault), the KV cache is to be emptied (`empty_kv`).
+        """One llama_decode: one piece of each slot, at most n_batch tokens in all. Returns a result for each job. If
+        one is unusable (its fault), the caller must empty the KV cache (`empty_kv`).
 
-        Raises DecodeError if llama.cpp fails; the states are not known then.
+        Raises DecodeError if llama.cpp fails; the states are then unknown.
         """
         ctx, batch = self.ctx, self._batch.batch
         n_tokens = sum(len(job.piece.tokens) for job in jobs)
@@ -369,7 +367,9 @@ class Slots:
 
     @holding("lock")
     def empty_kv(self) -> None:
-        """What is not finite in cells that nobody attends to would still reach others: 0 times it is not 0."""
+        """Empties the KV cache. Values that are not finite reach others even from cells that nobody attends to: 0 times
+        NaN is NaN.
+        """
         memory = _llama.llama_get_memory(self.ctx)
         if memory is not None:
             _llama.llama_memory_clear(memory, True)
@@ -377,8 +377,8 @@ class Slots:
 
     @holding("lock")
     def read_alone(self, texts: Sequence[Sequence[int]]) -> int:
-        """One llama_decode of texts by themselves, in a KV cache that is emptied for them; each in a slot of its own.
-        Returns how many tokens there are.
+        """One llama_decode of these texts alone, each in its own slot. Empties the KV cache first. Returns the number
+        of tokens.
         """
         self.lost_kv()
         self._batch.reset()
@@ -394,7 +394,7 @@ class Slots:
 
     @holding("lock")
     def share_state(self, state: State, n: int) -> None:
-        """Texts in the first n slots, or as many as there are, read this state and do not write. Others leave them."""
+        """Texts in the first n slots (or all, if fewer) read this state and do not write. Other texts leave them."""
         for slot in range(min(n, self.n_seq_max)):
             self.leave(self.text(slot))
             self.put_state(slot, state)
@@ -402,14 +402,14 @@ class Slots:
         self._forget()
 
     def _fault(self, row: int, state: State | None) -> str | None:
-        """What is wrong with the logits and the state behind a token, None if all is well."""
+        """What is wrong with the logits and the state after a token; None if nothing is."""
         if state is not None and not np.isfinite(state).all():
             return self.not_finite("the memory")
         logits = _llama.llama_get_logits_ith(self.ctx, row)
-        if not logits:  # of a model that embeds
+        if not logits:  # an embedding model
             return None
         highest = np.ctypeslib.as_array(logits, (self._n_vocab,)).max()
-        # NaN in what the model computes is NaN in every logit; beyond what float32 holds, a norm makes it 0
+        # a NaN in the model makes every logit NaN; a value beyond float32 becomes 0 in a norm
         if np.isfinite(highest) and (highest != 0 or np.ctypeslib.as_array(logits, (self._n_vocab,)).any()):
             return None
         return self.not_finite("what the model computes")
@@ -417,17 +417,17 @@ class Slots:
     def not_finite(self, what: str) -> str:
         """The sentence of a NotFiniteError."""
         path = self.adapter_path if self.has_memory else self.model_path
-        return f"{path}: {what} is not finite any more: its weights are damaged or far too large"
+        return f"{path}: {what} is no longer finite: the weights are damaged or far too large"
 
     def _describe(self, jobs: Sequence[Job], marks: Sequence[int]) -> None:
-        """Tells the memory what the next llama_decode writes, and which states to keep."""
+        """Tells the native library what the next llama_decode writes, and which states to keep."""
         pieces = [job.piece for job in jobs]
         for job in jobs:
             if self._writes[job.slot] != job.piece.write:
                 check(library.llama_deltamem_set_write(self.ctx, job.slot, job.piece.write))
                 self._writes[job.slot] = job.piece.write
         if any(piece.segments is not None for piece in pieces):
-            # a token without segments writes by itself: an ingest of its own
+            # a token without segments writes by itself, as an ingest of one token
             ids = [np.zeros(len(p.tokens), dtype=np.int32) if p.segments is None else p.segments for p in pieces]
             ends = [np.full(len(p.tokens), p.segments is None, dtype=np.int8) for p in pieces]
             for piece, end in zip(pieces, ends):
@@ -452,7 +452,7 @@ class Slots:
         return state
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
-        """Of a row of the latest llama_decode, [n_vocab], a copy."""
+        """A copy of the logits in a row of the latest llama_decode, [n_vocab]."""
         return np.array(np.ctypeslib.as_array(_llama.llama_get_logits_ith(self.ctx, row), (self._n_vocab,)))
 
     def is_end(self, token: int) -> bool:
@@ -465,7 +465,7 @@ class Slots:
 
 
 def check(status: int, error: type[Exception] = AdapterError) -> None:
-    """Raises the native library's last error if a call of it failed."""
+    """Raises the native library's last error if `status` says that a call failed."""
     if status != 0:
         raise error(library.last_error())
 

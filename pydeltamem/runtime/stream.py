@@ -1,6 +1,6 @@
 """Text as it is generated, for the terminal: UTF-8 split over tokens, stop strings, and Ctrl-C.
 
-llama_cpp's own stream waits for ever on a byte that is no UTF-8 and decodes the whole reply again for each token.
+llama_cpp's own stream waits forever at a byte that is no UTF-8, and detokenizes the whole reply again for each token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .model import Model
 from .tokenizer import piece as _piece
 
 _llama = library.llama_cpp
-LlamaGrammar: Any = _llama.LlamaGrammar  # of no type that mypy knows, as it is imported at the first use
+LlamaGrammar: Any = _llama.LlamaGrammar  # mypy does not know its type
 
 _checked_grammars: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -27,7 +27,7 @@ class Assembler:
     """Text out of tokens: UTF-8 split over tokens, and stop strings, which are not part of the text.
 
     Args:
-        errors: what becomes of bytes that are no UTF-8, as `bytes.decode`.
+        errors: how bytes that are no UTF-8 are treated, as `bytes.decode`.
 
     Attributes:
         stopped: a stop string was found.
@@ -40,7 +40,7 @@ class Assembler:
         self.stopped = False
         self.n_chars = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
-        self._held = ""  # it may be the beginning of a stop string
+        self._held = ""  # may be the beginning of a stop string
 
     def push(self, token: int) -> str:
         """The text that a token makes certain, often none."""
@@ -76,7 +76,7 @@ class TextStream:
     Args:
         llm: the model.
         prompt: token ids.
-        n_predict: tokens to generate. 0: the prompt is read; negative: until the end of the text or the context.
+        n_predict: tokens to generate. 0: only decode the prompt; negative: until the text ends or the context is full.
         stop: strings that end the text; they are not part of it.
         **options: sampling, as `Llama.generate`, and `seed`.
 
@@ -134,12 +134,12 @@ class TextStream:
 
 
 def checked_grammar(llm: Model, text: Any, name: str = "grammar") -> Any:
-    """A GBNF grammar, text or a LlamaGrammar, for sampling. Raises InputError, which calls it `name`, if llama.cpp
+    """A GBNF grammar, text or a LlamaGrammar, for sampling. Raises InputError, which names it `name`, if llama.cpp
     cannot use it.
     """
     from llama_cpp._utils import suppress_stdout_stderr
 
-    # llama_cpp hands a grammar on unchecked, and llama.cpp's parser prints what it dislikes
+    # llama_cpp would follow the null pointer of a grammar that cannot be parsed; llama.cpp's parser prints why
     grammar = LlamaGrammar.from_string(text, verbose=False) if isinstance(text, str) else text
     if not isinstance(grammar, LlamaGrammar):
         raise InputError(f"{name} is GBNF text or a LlamaGrammar, not {grammar!r}")
@@ -154,16 +154,16 @@ def checked_grammar(llm: Model, text: Any, name: str = "grammar") -> Any:
         reason = library.reason(log)
         log.clear()
     if not sampler:
-        raise InputError(f"{name}: not a valid GBNF grammar with a rule root{reason}")
+        raise InputError(f"{name}: not a valid GBNF grammar with a root rule{reason}")
     _llama.llama_sampler_free(sampler)
     _checked_grammars.add(grammar)
     return grammar
 
 
 def interruptible(pieces: Iterator[str]) -> Iterator[str]:
-    """Yields from a stream. Once it flows, Ctrl-C raises KeyboardInterrupt between two pieces.
+    """Yields from a stream. After the first piece, Ctrl-C raises KeyboardInterrupt only between two pieces.
 
-    Anywhere else it may fall into a callback from llama.cpp (--ignore-eos has one), and Python drops exceptions there.
+    Elsewhere it could interrupt a callback of llama.cpp (--ignore-eos has one), where Python drops exceptions.
     """
     pressed = False
 

@@ -1,7 +1,7 @@
 """`Text`: one text of a model, and the memory that reads it.
 
-A model has as many slots as its context has sequences (n_seq_max); a text takes one when it is decoded. One that has
-lost its slot keeps its memory and its tokens; when it is back, the tokens are read again without writing.
+A model has as many slots as its context has sequences (n_seq_max). A text takes a slot when it is decoded. A text that
+has lost its slot keeps its memory and its tokens. When it gets a slot again, the tokens are decoded without writing.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Text:
 
     Args:
         slots: of the context.
-        read: reads tokens after a text: `Engine.read`.
+        read: decodes tokens after a text: `Engine.read`.
         home: the only slot that it may have; None: any.
 
     Attributes:
-        position: where text and memory are: a record, replaced at once by what succeeds.
+        position: where text and memory are: a record, which each success replaces at once.
         write: whether tokens write the memory, or only read it.
         slot: its sequence in the context, None if it has none.
-        n_read_again: tokens that were read again with writing, because no checkpoint stood where the text went back to,
-            or because the model cannot cut its KV cache there.
-        scores: if not None, takes the logits of every token, [n_ctx, n_vocab].
-        turn: whoever uses the text holds it, for all of a call or for one piece of a stream; the lock of the context is
-            taken after it, and let go of between two decodes.
+        n_read_again: tokens that were read again with writing, because the text went back to where there was no
+            checkpoint, or because the model cannot cut its KV cache there.
+        scores: if not None, receives the logits of every token, [n_ctx, n_vocab].
+        turn: a thread that uses the text holds this lock, for a whole call or one piece of a stream. The lock of the
+            context is taken after it, and released between two decodes.
     """
 
     def __init__(self, slots: Slots, read: Callable[..., Position], home: int | None = None) -> None:
@@ -53,7 +53,7 @@ class Text:
         self.n_read_again = 0
         self.position = Position(Log(slots.n_ctx), now())
         self._read = read
-        self._logits: tuple[int, Position, int] | None = None  # of which decode, for which record, in which row
+        self._logits: tuple[int, Position, int] | None = None  # where they are: decode, record, row
         self.renew()
 
     @property
@@ -63,7 +63,7 @@ class Text:
 
     @property
     def n_tokens(self) -> int:
-        """Length of the text. Setting it lower goes back: what is read next takes the memory back too."""
+        """Length of the text. Setting it lower goes back; the next tokens take the memory back too."""
         return self.position.n_tokens
 
     @n_tokens.setter
@@ -77,23 +77,23 @@ class Text:
 
     @property
     def n_kv(self) -> int:
-        """Tokens of it that the KV cache holds."""
+        """Tokens of the text that the KV cache holds."""
         return self.position.n_kv
 
     @property
     def n_ctx(self) -> int:
-        """Most tokens of it."""
+        """Most tokens of the text."""
         return self.slots.n_ctx
 
     @property
     def version(self) -> tuple[Log, int]:
-        """Another one once the text was read on, gone back in or replaced."""
+        """A value that changes when the text grows, goes back or is replaced."""
         return self.position.log, self.position.n_tokens
 
     @property
     def row(self) -> int | None:
-        """Where in the context the logits are of what may follow the text, as it and its memory are now; None if they
-        are not there.
+        """The context's row with the logits of what may follow the text, as text and memory are now; None if there is
+        none.
         """
         if self._logits is None:
             return None
@@ -107,23 +107,23 @@ class Text:
     @property
     @holding("lock")
     def state(self) -> State:
-        """A copy of the state, [L, H, r, r]. Raises AdapterError without a memory."""
+        """A copy of the state, [L, H, r, r]. Raises AdapterError without an adapter."""
         self.slots.require_memory()
         self.renew()
         checkpoint = self.position.checkpoint
-        assert checkpoint is not None  # as there is a memory
+        assert checkpoint is not None  # there is a memory
         if self.slot is not None and self.slots.holds(self.slot, checkpoint.state):
             return self.slots.get_state(self.slot)
         return np.array(checkpoint.state)
 
     @holding("lock")
     def become(self, state: npt.NDArray[np.float32], n_written: int = 0, since: str | None = None) -> None:
-        """Another memory from here on: nothing of the present text counts as written into it."""
+        """Replaces the memory. No token of the present text counts as written into the new one."""
         state = np.array(state, dtype=np.float32, order="C")
         self.position = self.position.with_memory(state, n_written, since or now(), self.slots.n_attached)
 
     def renew(self) -> None:
-        """If another adapter was attached: an empty memory."""
+        """Begins with an empty memory if another adapter was attached."""
         slots, position = self.slots, self.position
         if not slots.has_memory:
             if position.checkpoints:
@@ -133,7 +133,7 @@ class Text:
             self.become(np.zeros(slots.shape, dtype=np.float32))
 
     def begin(self, position: int = 0) -> None:
-        """Another text begins after `position`; the memory stays, and cannot be taken back before."""
+        """Begins another text after `position`. The memory stays, and cannot go back before it."""
         self.finish()
         with self.lock:
             self.renew()
@@ -144,15 +144,15 @@ class Text:
         self.begin(0)
 
     def checkpoint(self) -> int:
-        """Keeps the state at the end of the text, as long as there is room for it. Returns that position."""
+        """Keeps the state at the end of the text, as long as there is room. Returns the position."""
         self.catch_up()
         with self.lock:
             self.position = self.position._replace(checkpoints=self.position.checkpoints.keep_latest())
         return self.n_tokens
 
     def back(self, position: int) -> int:
-        """Takes text and memory back to `position`. Returns how many tokens were read again for it, because the next
-        checkpoint is that far before.
+        """Takes text and memory back to `position`. Returns how many tokens were read again, from the nearest
+        checkpoint before it.
 
         Raises InputError if the memory cannot go back so far.
         """
@@ -160,14 +160,14 @@ class Text:
             raise InputError(f"cannot go back to token {position}: the text has {self.n_tokens}")
         if self.slots.has_memory and position < self.position.floor:
             raise InputError(
-                f"cannot go back to token {position}: the text or the memory began anew at {self.position.floor}"
+                f"cannot go back to token {position}: the text or the memory began at {self.position.floor}"
             )
         with self.lock:
             self.position = self.position._replace(n_tokens=position)
         return self.catch_up()
 
     def catch_up(self) -> int:
-        """Takes the memory to where the text is. Returns how many tokens were read again for it."""
+        """Takes the memory to the end of the text. Returns how many tokens were read again."""
         self._settle()
         n_again = self.position.n_tokens - self.position.n
         if n_again > 0:
@@ -175,13 +175,13 @@ class Text:
         return n_again
 
     def finish(self) -> None:
-        """Lets the memory read what it still has to, if it was interrupted on its way back to where the text is."""
+        """Lets the memory read the rest of the text, if that was interrupted after going back."""
         if self.slots.has_memory and self.position.n_tokens > self.position.n:
             self._read(self, [])
 
     @holding("lock")
     def _settle(self) -> None:
-        """Takes the memory back to where the text is, or before it; what lies between is to be read again."""
+        """Takes the memory back to the end of the text, or to a checkpoint before it; the rest must be read again."""
         self.renew()
         if self.position.n_tokens < self.position.n:
             self.position = position = self.position.back()
@@ -189,7 +189,7 @@ class Text:
             self.n_read_again += again
             if again >= position.checkpoints.n_last:
                 log.warning(
-                    "the memory went back to token %d: no checkpoint is there, %d tokens before it are read again",
+                    "the memory went back to token %d, where there is no checkpoint: %d tokens are read again",
                     position.n_tokens,
                     again,
                 )
@@ -197,7 +197,7 @@ class Text:
     def shift(self, start: int, end: int) -> None:
         """Drops the tokens from `start` to `end` from the text. The memory keeps what they wrote.
 
-        What follows moves up in the KV cache; where the model cannot do that, it is read again, without writing.
+        Later tokens move up in the KV cache. If the model cannot do that, they are decoded again without writing.
         """
         if not 0 <= start < end <= self.n_tokens:
             raise InputError(f"cannot drop tokens {start} to {end} of a text of {self.n_tokens}")
@@ -207,7 +207,7 @@ class Text:
 
     def _shift(self, start: int, end: int) -> None:
         before, n_kv = self.position, min(self.n_kv, self.n_tokens)
-        self.lost_kv()  # until it is moved
+        self.lost_kv()  # until the cells are moved
         if self.slot is not None and n_kv > end and self.slots.shift(self.slot, start, end, n_kv):
             n_kv -= end - start
         else:
@@ -216,14 +216,14 @@ class Text:
         self.position = before.without(start, end, n_kv)
 
     def replace(self, tokens: Tokens, n: int) -> None:
-        """The text is these tokens now, the first n of them as before; all count as read and written."""
+        """Replaces the text by these tokens; the first n are as before. All count as read and written."""
         self.finish()
         with self.lock:
             self.renew()
             self.position = self.position.with_text(tokens, min(self.n_kv, n))
 
     def fork(self) -> Text:
-        """A second text that goes on from here by itself, with a memory of its own."""
+        """A second text that goes on from here on its own, with its own memory."""
         self.catch_up()
         other = Text(self.slots, self._read)
         other.write = self.write
@@ -235,8 +235,8 @@ class Text:
 
     @holding("lock")
     def restore(self, before: Position) -> bool:
-        """Takes text and memory back to an earlier record of it. False, and nothing done, if there is another memory by
-        now: what that has read stays.
+        """Takes text and memory back to an earlier record. False, and nothing done, if the memory was replaced since:
+        what the new one has read stays.
         """
         self.renew()
         position = self.position
@@ -253,7 +253,7 @@ class Text:
     #
 
     def lost_kv(self, n: int = 0) -> None:
-        """Its KV cache is gone, but for the first n tokens: it is to be read again."""
+        """Notes that its KV cache is gone except for the first n tokens: the rest must be decoded again."""
         self.position = self.position._replace(n_kv=min(self.position.n_kv, n))
 
     #
@@ -261,8 +261,8 @@ class Text:
     #
 
     def eval(self, tokens: Tokens, segments: npt.NDArray[np.int32] | None = None, **options: Any) -> Position:
-        """Reads tokens after the text: one ingest. Returns the record before: if llama.cpp fails, or memory or logits
-        are not finite, it is in place again. Options of `Engine.read`.
+        """Decodes tokens after the text: one ingest. Returns the record before. If llama.cpp fails, or memory or logits
+        are not finite, that record is in place again. Options as `Engine.read`.
         """
         return self._read(self, tokens, segments, **options)
 
@@ -273,10 +273,10 @@ class Text:
         segments: npt.NDArray[np.int32] | None = None,
         staying: Sequence[Holder] = (),
     ) -> list[Piece] | None:
-        """What is to be decoded, in order, so that `tokens` are read after the text, one ingest.
+        """What to decode, in order, to add `tokens` to the text as one ingest.
 
-        The text takes a slot, none that belongs to the texts `staying`; None if there is none. With `segments`
-        (DeltaMemLlama.eval) the memory reads all of them as it was before and then writes per segment.
+        The text takes a slot, but none of the texts `staying`; None if no slot is left. With `segments`
+        (DeltaMemLlama.eval) all tokens read the memory as it was before; then each segment writes.
         """
         if self.n_tokens + len(tokens) > self.n_ctx:
             raise InputError(
@@ -304,13 +304,13 @@ class Text:
         return position.pieces(new, segments, known, self.write)
 
     def _cut(self, slot: int) -> None:
-        """The KV cache ends where the memory is, or before."""
+        """Cuts the KV cache to where the memory is, or before."""
         position, slots = self.position, self.slots
         n = min(position.n_kv, position.n)
         n_kv = slots.truncate(slot, n)
-        # The text went back and the model cannot cut its cache, or the memory is to read again what follows tokens that
-        # are not there any more. So all is read again as it was the first time, with the memory with which the text
-        # began and with what it wrote: the tokens then meet what they met then.
+        # The text went back and the model cannot cut its cache, or the memory has to read again after tokens that are
+        # gone from the cache. So everything is read again as the first time, from the memory with which the text began,
+        # with the same writes: each token then meets the same memory as before.
         if slots.has_memory and (n_kv < n or n_kv < position.n < position.n_tokens):
             self.n_read_again += position.n - position.floor
             position = position.memory_at(position.floor)
@@ -319,7 +319,7 @@ class Text:
             self.position = position._replace(n_kv=n_kv)
 
     def job(self, piece: Piece, n_gathered: int, keep_at: Collection[int], drafted: bool) -> Job:
-        """A piece of `prepare` as a job of its slot. `n_gathered`: tokens of the same ingest in segments before it."""
+        """A piece of `prepare` as a job of the slot. `n_gathered`: tokens before it of the same ingest in segments."""
         position, slots = self.position, self.slots
         n_past, n = position.n_kv + n_gathered, len(piece.tokens)
         reads = slots.has_memory and position.n_kv >= position.n
@@ -329,9 +329,9 @@ class Text:
         return Job(self.slot, n_past, piece, reads, marks, scores)
 
     def _marks(self, piece: Piece, wanted: set[int], drafted: bool) -> list[int]:
-        """After which tokens of a piece the state is to be kept: where messages end, and where it was asked for; at the
-        end; and before the last token, which is read again when another reply is generated from one prompt. After each
-        that is a guess.
+        """The tokens of a piece after which the state is kept: ends of messages, positions in `wanted`, the last token,
+        and the one before it, because another reply to the same prompt reads the last token again. If they are
+        guesses: all.
         """
         n = len(piece.tokens)
         if piece.segments is not None:
@@ -342,7 +342,7 @@ class Text:
         return [i for i, token in enumerate(piece.tokens.tolist()) if i >= n - 2 or i in wanted or is_end(token)]
 
     def did_read(self, piece: Piece, result: Result) -> None:
-        """A piece was decoded, an ingest in segments as a whole."""
+        """Enters a decoded piece; an ingest in segments comes as one piece."""
         self.position = position = self.position.read(piece, result.states)
         checkpoint = position.checkpoint
         assert self.slot is not None  # it was decoded there

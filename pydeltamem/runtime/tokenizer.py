@@ -1,7 +1,7 @@
 """Tokens as bytes.
 
-llama_cpp's own `detokenize` drops every token of more than 32 bytes, and a token id that the model does not have ends
-the process.
+llama_cpp's own `detokenize` drops every token of more than 32 bytes, and ends the process at a token id that the model
+does not have.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _llama = library.llama_cpp
 
 
 def piece(vocab: Any, token: int, special: bool = False) -> bytes:
-    """The bytes of a token that the vocabulary has. `special`: those of control tokens too, else they have none."""
+    """The bytes of a token in the vocabulary. Control tokens have none unless `special`."""
     size = 64
     while True:
         buffer = ctypes.create_string_buffer(size)
@@ -28,7 +28,7 @@ def piece(vocab: Any, token: int, special: bool = False) -> bytes:
 
 
 def token_text(vocab: Any, token: int) -> str:
-    """The name of a token in log probabilities: its text, or `bytes:\\xe2` where that is no UTF-8 by itself."""
+    """The name of a token in log probabilities: its text, or `bytes:\\xe2` if that is no UTF-8 by itself."""
     data = piece(vocab, token, special=True)
     try:
         return data.decode()
@@ -37,7 +37,7 @@ def token_text(vocab: Any, token: int) -> str:
 
 
 def encoded(text: str, what: str) -> bytes:
-    """Raises InputError, which calls the text `what`, if it holds half a character (a lone surrogate)."""
+    """The text as UTF-8. Raises InputError, which calls it `what`, if it holds half a character (a lone surrogate)."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -50,7 +50,7 @@ class Tokenizer(library.LlamaTokenizer):
     def detokenize(
         self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
     ) -> bytes:
-        """The bytes of tokens. A space that the tokenizer put behind a token that begins a text is left out.
+        """The bytes of tokens, without the space that the tokenizer put after a token that begins a text.
 
         Raises InputError if the model has no such token.
         """
