@@ -1,16 +1,17 @@
 """Trains an adapter on a frozen model, as the paper does (`deltamem train`).
 
-Of each conversation the earlier turns are decoded with writes on; their text is thrown away; the last turn is answered
-with only the state and a visible tail, and the next-token loss of the answer trains the adapter's weights. Gradients go
-through the state, over all the tokens that wrote it. The result is a published checkpoint for `deltamem convert`.
+Each step decodes the earlier turns of conversations with writes on, and drops their text. The model then answers the
+last turn from the state and a visible tail alone. The next-token loss of the answer trains the adapter's weights.
+Gradients go through the state, over all tokens that wrote it. The result is a PyTorch checkpoint in the published
+format, for `deltamem convert`.
 
-    trainer.py        the run                     options.py         what it can be asked for
-    objective.py      its loss                    report.py          what it came to
-    conversations.py  lines of a file as tokens   tokenizer.py       those of a GGUF
+    trainer.py        the run                     options.py         its options
+    objective.py      its loss                    report.py          its results
+    conversations.py  lines of a file as tokens   tokenizer.py       the tokenizer of a GGUF
     reference.py      δ-mem in PyTorch            model.py           the frozen model, of a directory or a GGUF
-    packed.py         a step, conversations end to end (kernels.py: what it does between products)
+    packed.py         a step, conversations end to end (kernels.py: what it does between matrix products)
     padded.py         a step by hooks on the model, the reference of packed.py
-    heads.py          initial weights             recall.py          what the native runtime recalls, while it trains
+    heads.py          initial weights             recall.py          what the native runtime recalls during training
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 A line is a JSON object, one of
 
-    {"messages": [...]}                         a conversation that ends with the answer to be given
+    {"messages": [...]}                         a conversation that ends with the answer to learn
     {"messages": [...], "asks": [[...], ...]}   several questions about the same messages, each asked on its own
     {"document": "...", "questions": [{"question": "...", "answer": "..."}, ...]}
-    {"text": "..."}                             its second half is to be told from its first
+    {"text": "..."}                             its end is to be predicted from the memory of its beginning
 
-where messages are {"role", "content"}. A question without its answer (an ask that ends with the user, a question
-without "answer") is for a teacher, who writes the answer (trainer.py).
+where messages are {"role", "content"}. A question without an answer (an ask that ends with the user, a question
+without "answer") needs a teacher, which writes the answer (objective.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jinja2 import TemplateError
 
 from ..errors import InputError, ModelError
 
-TEXT_ANSWER = 64  # tokens of a plain text that are to be told from those before, half of them at most
+TEXT_ANSWER = 64  # last tokens of a plain text that are to be predicted; at most half of it
 READ = "I have read it."  # what the assistant says to a document
 
 Messages = list[dict[str, str]]
@@ -35,20 +35,20 @@ class Example:
     """A conversation as tokens: what is decoded first, and what is asked once its text is gone."""
 
     earlier: list[int]
-    segments: list[int]  # of each of those tokens, the message that it belongs to
+    segments: list[int]  # for each of those tokens the message that it belongs to
     asks: list[tuple[list[int], list[int], list[int]]]  # visible tail and question, their segments, answer
-    continued: list[list[int]]  # of each ask the question as it follows the earlier turns where their text stays
-    visible: bool = False  # the text stays
+    continued: list[list[int]]  # for each ask the question as it follows earlier turns whose text stays
+    visible: bool = False  # whether the text stays
 
 
 class Conversations:
-    """The lines of a training file. They are read when they are needed: only where they begin is kept.
+    """The lines of a training file. Each is loaded when it is needed; only the offsets are kept.
 
     Args:
         path: the file.
         tokenizer: of transformers, with a chat template.
         tail: messages before a question that stay visible.
-        max_tokens: last ones of the earlier turns that are decoded.
+        max_tokens: how many of the last tokens of the earlier turns are decoded.
         teacher: whether a question may lack its answer, which is then an empty list of tokens.
 
     Raises InputError, naming file and line.
@@ -66,7 +66,7 @@ class Conversations:
         self.teacher = teacher
         self._offsets: list[int] = []
         self.checksum = 0
-        self.sizes: list[int] = []  # of the lines: about in proportion to their tokens
+        self.sizes: list[int] = []  # bytes of each line, about in proportion to its tokens
         try:
             with open(self.path, "rb") as file:
                 offset = 0
@@ -81,9 +81,7 @@ class Conversations:
         if not self._offsets:
             raise InputError(f"{self.path}: holds no conversation")
         if getattr(tokenizer, "chat_template", None) is None:
-            raise ModelError(
-                f"{tokenizer.name_or_path}: its tokenizer has no chat template to write conversations with"
-            )
+            raise ModelError(f"{tokenizer.name_or_path}: its tokenizer has no chat template, which conversations need")
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -98,12 +96,12 @@ class Conversations:
                 return self._of_text(i, str(record["text"]))
             messages, asks = _of_document(record) if "document" in record else _of_messages(record)
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise InputError(f"{self.path}: conversation {i + 1} is not as `messages` should be: {error!r}") from error
+            raise InputError(f"{self.path}: conversation {i + 1} is no valid training line: {error!r}") from error
         if not messages or not asks or not all(map(self._is_ask, asks)):
             raise InputError(
                 f"{self.path}: conversation {i + 1} must have earlier messages and end with the assistant's answer"
             )
-        n_earlier = max(1, len(messages) - self.tail)  # the tail is written where it is visible, and once
+        n_earlier = max(1, len(messages) - self.tail)  # the tail is written once, where it is visible
         ids, segments = self._segmented(messages[:n_earlier])
         whole = [messages[n_earlier:] + ask for ask in asks]
         return Example(
@@ -125,7 +123,7 @@ class Conversations:
         return Example(earlier, [0] * len(earlier), [(first, [0], answer)], [first])
 
     def _segmented(self, messages: Messages) -> tuple[list[int], list[int]]:
-        """Tokens, and for each the message that it belongs to."""
+        """Tokens, and for each token the message that it belongs to."""
         ids: list[int] = []
         segments: list[int] = []
         for i in range(len(messages)):
@@ -144,7 +142,7 @@ class Conversations:
             whole = self._tokens(messages)
             if whole[: len(question)] != question:
                 raise ModelError(
-                    f"{self.tokenizer.name_or_path}: its chat template writes a prompt in another way than a"
+                    f"{self.tokenizer.name_or_path}: its chat template formats a prompt differently from a"
                     " conversation that goes on"
                 )
             answer = whole[len(question) :]
@@ -153,7 +151,7 @@ class Conversations:
     def _continued(self, earlier: Messages, ids: list[int], messages: Messages) -> list[int]:
         before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         whole = self._tokens(earlier + before, add_generation_prompt=True)
-        n = len(ids) if whole[: len(ids)] == ids else 0  # a template that writes the end of a text in another way
+        n = len(ids) if whole[: len(ids)] == ids else 0  # 0: the template formats the end of a text differently
         return whole[n:]
 
     def _tokens(self, messages: Messages, **options: Any) -> list[int]:

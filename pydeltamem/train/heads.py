@@ -13,19 +13,19 @@ from .reference import DeltaMem, find_attention
 
 @torch.no_grad()
 def start_from_heads(memory: DeltaMem, model: Any, gain: float = 1.0) -> None:
-    """Initial weights by which the adapter reads and writes as the model's own copying heads do.
+    """Sets initial weights with which the adapter reads and writes as the model's own copying heads do.
 
-    A head's value and output weights make one matrix, which maps what stands at a token to what attending to it adds;
-    its query and key weights make another, by which it matches (Elhage et al., A mathematical framework for transformer
-    circuits, 2021; without rotary positions and norms). In each layer the half of the heads is taken whose first
-    matrix best maps tokens to themselves. Its state heads get the leading singular directions of both.
+    A head's value and output weights form one matrix: it maps a token's hidden state to what attending to it adds. Its
+    query and key weights form another: it decides which tokens match (Elhage et al., A mathematical framework for
+    transformer circuits, 2021; without rotary positions and norms). In each layer we take the half of the heads whose
+    first matrix best maps tokens to themselves. The state heads get the leading singular directions of both matrices.
 
-    Both matrices are products of two narrow ones, so that their singular directions cost no more than a head's width.
+    Both matrices are products of two narrow ones, so the decomposition costs only as much as the width of a head.
     """
     text = model.config.get_text_config()
     embedded = model.get_input_embeddings().weight.float()
     embedded = embedded / embedded.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
-    alike, mean = embedded.T @ embedded / len(embedded), embedded.mean(0)  # all that is needed of the tokens
+    alike, mean = embedded.T @ embedded / len(embedded), embedded.mean(0)  # second and first moment of the tokens
     attentions = find_attention(model)
     n_head, n_kv = text.num_attention_heads, text.num_key_value_heads or text.num_attention_heads
     rank, scale = memory.config.rank, memory.config.alpha / memory.config.rank
@@ -36,7 +36,7 @@ def start_from_heads(memory: DeltaMem, model: Any, gain: float = 1.0) -> None:
         for i in range(n_head):
             q, kv = (slice(j * size, (j + 1) * size) for j in (i, i // (n_head // n_kv)))
             out, value = weight["o"][:, q], weight["v"][kv]
-            # of all tokens x, the mean of x · (out value x), less what their mean has of it
+            # the mean over all tokens x of x · (out value x), minus the same of their mean
             itself = ((value @ alike) * out.T).sum() - (value @ mean) @ (out.T @ mean)
             found.append((itself.item(), i, q, kv))
         found.sort(key=lambda head: -head[0])

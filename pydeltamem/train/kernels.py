@@ -1,7 +1,7 @@
-"""What a training step does between the products: C kernels on a CPU, plain PyTorch elsewhere.
+"""What a training step does between its matrix products: C kernels on a CPU, plain PyTorch elsewhere.
 
-Every function here has both forms. The plain one is the reference of the tests, and what a GPU runs; the C one
-(native/deltamem_train) is used for float32 and bfloat16 tensors on a CPU when the package's library is there.
+Every function here has both forms. The plain one is the reference of the tests, and runs on a GPU. The C one
+(native/deltamem_train) runs for float32 and bfloat16 tensors on a CPU if the package has its library.
 Set `FORCE_PLAIN` to run the plain forms everywhere.
 """
 
@@ -29,8 +29,8 @@ Span = tuple[int, int, "Tensor | None"]  # tokens [begin, end) of one text; who 
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of tokens that read and write one state after the other: run j is the tokens [begin[j], end[j]), and starts
-    from the state that run parent[j] < j ended with (-1: an empty one). Every token belongs to one run.
+    """Runs of tokens, each of which reads and writes a state. Run j has the tokens [begin[j], end[j]), and starts from
+    the state at the end of run parent[j] < j (-1: an empty state). Every token belongs to one run.
     """
 
     begin: Sequence[int]
@@ -39,7 +39,7 @@ class Runs:
 
 
 def recurrence(runs: Runs, values: Sequence[Tensor]) -> Tensor:
-    """Reads [N, H, r] of tokens with q, k, v, keep, erase and write, each float32 [N, H, r] (design section 1)."""
+    """The reads [N, H, r] of tokens with q, k, v, keep, erase and write, each float32 [N, H, r] (design section 1)."""
     if _native(*values) and values[0].dtype == torch.float32:
         return _Recurrence.apply(runs, *values)
     return recurrence_plain(runs, values)
@@ -55,7 +55,7 @@ def recurrence_plain(runs: Runs, values: Sequence[Tensor]) -> Tensor:
     reads = values[0].new_zeros(values[0].shape)
     for level in range(max(depth) + 1):
         here = [j for j, d in enumerate(depth) if d == level and runs.end[j] > runs.begin[j]]
-        for j, d in enumerate(depth):  # a run without tokens hands its state on
+        for j, d in enumerate(depth):  # a run without tokens passes its state on
             if d == level and runs.end[j] == runs.begin[j]:
                 last[j] = last[runs.parent[j]] if runs.parent[j] >= 0 else values[0].new_zeros(n_head, rank, rank)
         if not here:
@@ -152,7 +152,9 @@ class _Swiglu(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary positions: x [N, H, 2·m] turned by angles of that cosine and sine, float32 [N, m]: pairs (i, i + m)."""
+    """Rotary positions: rotates the pairs (i, i + m) of x [N, H, 2·m] by angles of this cosine and sine, float32
+    [N, m].
+    """
     if _native(x):
         return _Rotate.apply(x, cosine.contiguous(), sine.contiguous())
     a, b = x.float().chunk(2, -1)
@@ -199,7 +201,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], scale: flo
 
 class _Attention(torch.autograd.Function):
     # Forward by PyTorch's own kernel, which keeps the scores in float32. Its gradient is made for few long texts: here
-    # the heads that share keys have one product, and nothing is filled up.
+    # the heads that share keys use one product, and there is no padding.
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], scale: float) -> Tensor:
@@ -276,7 +278,7 @@ class _CRuns(ctypes.Structure):
 
 @functools.cache
 def library() -> Any:
-    """The kernels' library; None where the package was built without it."""
+    """The kernels' library; None if the package was built without it."""
     suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
     prefix = "" if sys.platform == "win32" else "lib"
     path = Path(__file__).resolve().parent.parent / "lib" / f"{prefix}deltamem-train{suffix}"
@@ -300,8 +302,8 @@ def _kind(x: Tensor) -> tuple[int, int]:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Calls a kernel: tensors by their addresses, which must be contiguous, whole numbers as int64 but for the last two
-    of an element-wise kernel, which are int and, in every calling convention that we build for, may come wider.
+    """Calls a kernel. Tensors must be contiguous and are passed by address. Whole numbers are passed as int64. The last
+    two of an element-wise kernel are int, which may be passed wider in every calling convention that we build for.
     """
     given: list[Any] = []
     for x in arguments:

@@ -1,4 +1,4 @@
-"""The frozen model to train on: a Hugging Face directory, or a GGUF, dequantised: what is trained on is what runs."""
+"""The frozen model to train on: a Hugging Face directory, or a dequantised GGUF, so that training sees what runs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DTYPES = ("auto", "float32", "bfloat16")
 def load_frozen(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """Model and tokenizer of a Hugging Face directory or of a GGUF that transformers can dequantise.
 
-    dtype "auto": bfloat16 for a GGUF, or a directory that holds it, where the processor multiplies it; else float32.
-    Raises ModelError; InputError if that device is not to be had.
+    dtype "auto": bfloat16 for a GGUF, or a directory of bfloat16, if the processor multiplies it; else float32.
+    Raises ModelError; InputError if the device is not available.
     """
     path = Path(path)
     is_file = os.path.isfile(path)
     if not is_file and not os.path.isfile(path / "config.json"):
-        raise ModelError(f"{path}: is no GGUF and no Hugging Face model directory: it has no config.json")
+        raise ModelError(f"{path}: this is neither a GGUF nor a Hugging Face model directory: it has no config.json")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -43,20 +43,20 @@ def load_frozen(path: str | os.PathLike[str], dtype: str = "auto", device: str =
     transformers_logging.disable_progress_bar()
     quiet = contextlib.redirect_stderr(io.StringIO()) if is_file else contextlib.nullcontext()
     try:
-        with quiet:  # a bar of its own for each tensor
+        with quiet:  # it shows a progress bar for each tensor
             if is_file:
                 tokenizer: Any = GgufTokenizer(path)
                 options["config"] = _config(path, folder)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(folder)
-            # dequantised in float32; asked for less it warns, and rounds no other way
+            # transformers dequantises to float32; with another dtype it warns and rounds the same way
             loaded = torch.float32 if is_file else wanted
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded, **options)
     except DeltaMemError:
         raise
     except ImportError as error:  # accelerate, gguf
         raise ModelError(f"{path}: {str(error).strip().splitlines()[0]}") from error
-    except Exception as error:  # transformers reports what it cannot read by whatever its readers raise
+    except Exception as error:  # transformers passes on whatever its readers raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ModelError(f"{path}: cannot be loaded: {reason}") from error
     if is_file:
@@ -65,7 +65,7 @@ def load_frozen(path: str | os.PathLike[str], dtype: str = "auto", device: str =
 
 
 def _config(path: Path, folder: str) -> Any:
-    """transformers' configuration of a GGUF, with the width of a head, which it leaves at the family's default."""
+    """transformers' configuration of a GGUF, with the file's width of a head instead of the family's default."""
     config = AutoConfig.from_pretrained(folder, gguf_file=path.name)
     keys = Header(os.fspath(path)).keys
     size = keys.get(f"{keys.get('general.architecture')}.attention.key_length")
@@ -75,7 +75,7 @@ def _config(path: Path, folder: str) -> Any:
 
 
 def multiplies_bfloat16(device: str = "cpu") -> bool:
-    """Whether products of bfloat16 are faster there than those of float32."""
+    """Whether the device multiplies bfloat16 faster than float32."""
     if device != "cpu":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     cpu: Any = torch.cpu

@@ -1,4 +1,4 @@
-"""The loss of one step: what the answers are to be, of the file or of a teacher, in either form of a step."""
+"""The loss of one step: against answers of the file or of a teacher, in the packed or the padded form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEACHER_ANSWER = 48  # tokens that a teacher writes at most
 class Objective:
     """The loss of an adapter on a frozen model.
 
-    packed: the fast form of a step, if model and adapter have one; else None, and the padded form runs.
+    packed: the fast form of a step, if model and adapter have one; None: the padded form runs.
 
     Raises InputError if an option needs the packed form and there is none.
     """
@@ -48,7 +48,7 @@ class Objective:
         return None
 
     def loss(self, examples: Sequence[Example]) -> Tensor:
-        """The mean over the answers' tokens, with what the options add to it."""
+        """The mean over the answers' tokens, plus the terms that the options add."""
         options = self.options
         if not options.teacher:
             logits, targets = self.student(examples)
@@ -68,7 +68,9 @@ class Objective:
         return loss
 
     def student(self, examples: Sequence[Example], empty: bool = False) -> tuple[Tensor, Tensor]:
-        """Logits [K, vocab], float32, of the answers' tokens, and those [K]. empty: no earlier turn was written."""
+        """Logits [K, vocab], float32, that predict the answers' tokens, and these tokens [K]. empty: no earlier turn
+        writes.
+        """
         if self.packed:
             packed = PackedBatch.of(examples, self.options.device)
             for begin, end, parent in zip(packed.runs.begin, packed.runs.end, packed.runs.parent):
@@ -90,7 +92,7 @@ class Objective:
 
     @torch.no_grad()
     def answered(self, examples: Sequence[Example]) -> list[Example]:
-        """The same, with the teacher's greedy answers where the file has none."""
+        """The examples, with the teacher's greedy answers where the file has none."""
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends, self.tokenizer.eos_token_id])
         answered = []
@@ -101,7 +103,7 @@ class Objective:
                     continue
                 given: list[int] = []
                 while len(given) < TEACHER_ANSWER and not (given and given[-1] in ends):
-                    # one more token than there is, whose logits nobody asks for
+                    # one more token, whose own logits are not needed
                     alone = replace(example, asks=[(question, segments, [*given, 0])], continued=[example.continued[i]])
                     given.append(int(self.teacher([alone])[-1].argmax()))
                 asks[i] = (question, segments, given)
@@ -110,8 +112,8 @@ class Objective:
 
 
 def told_weights(examples: Sequence[Example], wording: float) -> list[float]:
-    """Weights of the answers' tokens in the loss, example by example: 1 for what only the memory can know, tokens that
-    were told and that the question does not show; `wording` for the others.
+    """Weights of the answers' tokens in the loss, example by example: 1 for tokens that only the memory can know (they
+    are in the earlier turns and not in the question); `wording` for the others.
     """
     weights = []
     for example in examples:

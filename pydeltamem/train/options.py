@@ -1,4 +1,4 @@
-"""What `deltamem train` can be asked for, and the configuration of the adapter that follows."""
+"""The options of `deltamem train`, and the configuration of the adapter that follows from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .reference import DeltaMemConfig
 # The paper's write strategies: granularity and state heads.
 STRATEGIES = {"tsw": ("token", 1), "ssw": ("message_mean", 1), "msw": ("token", 4)}
 
-# Share of the rate by the share of the steps that are done.
+# The share of the learning rate, by the share of the steps that are done.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)) + 0.02,
     "linear": lambda done: 1.02 - done,
@@ -23,13 +23,13 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """One run. Each is the option of that name (`deltamem train --help`); None: not given."""
+    """The options of one run. Each field is the option of that name (`deltamem train --help`); None: not given."""
 
     model: str  # a GGUF, its name, or a Hugging Face directory
     data: str  # JSON lines
     out: str  # directory of the checkpoint
 
-    # the adapter; of --init all but strategy and write_bias are the checkpoint's
+    # the adapter; with --init only strategy and write_bias apply, the rest is the checkpoint's
     strategy: str | None = None
     rank: int | None = None
     heads: int | None = None
@@ -65,25 +65,25 @@ class Options:
     seed: int = 1
     device: str = "cpu"
 
-    # what is written, and measured meanwhile
+    # what is saved and measured during the run
     save_every: int = 100
     eval_every: int | None = None
     eval_questions: int = 100
     base: str | None = None  # the model as GGUF, for eval_every
 
     def adapter(self) -> DeltaMemConfig:
-        """The adapter that is asked for. Raises InputError, which names the option."""
+        """The configuration of the adapter. Raises InputError, which names the option."""
         granularity, heads = STRATEGIES[self.strategy or "tsw"]
         corrections = tuple((self.corrections or "qo").lower())
         if self.teacher_share > 1:
-            raise InputError(f"--teacher-share {self.teacher_share}: is a share of the loss, at most 1")
+            raise InputError(f"--teacher-share {self.teacher_share}: must be a share of the loss, at most 1")
         if not set(corrections) <= set(HEADS):
             raise InputError(f"--corrections {self.corrections}: must be letters of q, k, v, o")
         if self.init:
             of_checkpoint = ("rank", "heads", "corrections", "layers", "alpha", "update", "heads_gain", "start")
             if given := [name for name in of_checkpoint if getattr(self, name)]:
                 option = given[0].replace("_", "-")
-                raise InputError(f"--{option}: with --init it is that of the checkpoint: leave it out")
+                raise InputError(f"--{option}: with --init the checkpoint sets it: leave it out")
         return DeltaMemConfig(
             rank=self.rank or 8,
             alpha=self.alpha or 16.0,

@@ -1,11 +1,11 @@
 """Conversations laid end to end, in one pass: what `deltamem train` runs.
 
 The earlier turns of every conversation, the beginning that its questions share, and each question with its answer are
-runs of one row of tokens. Nothing is filled up and nothing is decoded twice: attention stays within a text, and the
-state goes from the earlier turns to the questions' beginning and from there to each question on its own. padded.py
-computes the same by hooks on the model, for any decoder: it is the reference beside this.
+runs of one row of tokens. There is no padding, and nothing is decoded twice: attention stays within a text, and the
+state passes from the earlier turns to the questions' beginning, and from there to each question on its own. padded.py
+computes the same by hooks on the model, for any decoder; it is the reference for this file.
 
-Known decoders only (FAMILIES): the model's own modules are not called, their weights are.
+This knows some decoders only (FAMILIES): it uses the weights of the model's modules, and does not call the modules.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ class PackedBatch:
     writes: Tensor  # [N]: which tokens write
     runs: Runs
     spans: list[Span]
-    kept: Tensor  # [K]: the tokens whose logits are asked for
-    targets: Tensor  # [K]: what is to follow them
-    asks: list[int]  # of each question, how many of those are its answer's
+    kept: Tensor  # [K]: the tokens whose logits are needed
+    targets: Tensor  # [K]: the tokens that should follow them
+    asks: list[int]  # for each question, how many of those belong to its answer
 
     @classmethod
     def of(cls, examples: Sequence[Example], device: str = "cpu", memory: bool = True) -> PackedBatch:
-        """memory False: the text stays before every question, as a teacher without an adapter decodes it."""
+        """The examples as one batch. memory False: the text stays before every question, for a teacher without an
+        adapter.
+        """
         ids: list[int] = []
         positions: list[int] = []
         begin: list[int] = []
@@ -70,7 +72,7 @@ class PackedBatch:
             if not visible:
                 spans.append((origin, len(ids), None))
                 origin = len(ids)
-            shared = min(_n_shared(questions), min(map(len, questions)) - 1)  # each keeps a token of its own
+            shared = min(_n_shared(questions), min(map(len, questions)) - 1)  # each keeps at least one token of its own
             beginning = run(questions[0][:shared], position, earlier)
             position += shared
             own = []
@@ -95,7 +97,7 @@ def _n_shared(lists: Sequence[Sequence[int]]) -> int:
 
 
 def _visible(origin: int, end: int, own: Sequence[tuple[int, int]], device: str) -> Tensor | None:
-    """Who sees whom in [origin, end): all before and itself, but no token of another question."""
+    """Which tokens attend to which in [origin, end): to all before and themselves, but not to another question."""
     if len(own) == 1:
         return None
     n = end - origin
@@ -110,7 +112,7 @@ class PackedModel:
 
     Args:
         model: of one of FAMILIES; `refusal` says whether it is.
-        memory: of that model. Its hooks may stay: the model's modules are not called.
+        memory: the adapter of that model. Its hooks may stay: the model's modules are not called.
     """
 
     def __init__(self, model: Any, memory: DeltaMem):
@@ -119,7 +121,7 @@ class PackedModel:
         self.layers = list(model.model.layers)
         self.size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.of_layer: dict[int, LayerMemory] = {layer: memory.memories[i] for i, layer in enumerate(memory.layers)}
-        self.gate_means: list[Tensor] = []  # of the latest pass: the mean write gate of each layer
+        self.gate_means: list[Tensor] = []  # the mean write gate of each layer in the latest pass
 
     @staticmethod
     def refusal(model: Any, memory: DeltaMem) -> str | None:
@@ -139,7 +141,7 @@ class PackedModel:
         return None
 
     def logits(self, batch: PackedBatch, memory: bool = True) -> Tensor:
-        """Of what follows each of `batch.kept`, [K, vocab]. memory False: of the frozen model alone."""
+        """Logits of what follows each of `batch.kept`, [K, vocab]. memory False: of the frozen model alone."""
         base = self.model.model
         x = F.embedding(batch.ids, base.embed_tokens.weight)
         turns = base.rotary_emb(x[None], batch.positions[None])
@@ -180,4 +182,4 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:
-    return F.linear(x, module.weight, module.bias)  # not the module, whose hooks belong to the other form
+    return F.linear(x, module.weight, module.bias)  # not the module: its hooks belong to padded.py

@@ -1,4 +1,4 @@
-"""Conversations side by side, by hooks on the model: the reference of packed.py, and what runs where that does not."""
+"""Conversations side by side, by hooks on the model: the reference of packed.py, for every model that it refuses."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .reference import DeltaMem
 
 @dataclass
 class Batch:
-    """Examples side by side. Earlier turns and answers are filled up at the end, questions at the beginning: fillers
-    write nothing.
+    """Examples side by side. Earlier turns and answers are padded at the end, questions at the beginning. Padding
+    writes nothing.
     """
 
     earlier: Tensor  # [B, T]
-    segments: Tensor  # [B, T], -1: filler
+    segments: Tensor  # [B, T], -1: padding
     owner: Tensor  # [A]: the example that each question belongs to
     question: Tensor  # [A, Q]
-    question_segments: Tensor  # [A, Q], -1: filler
+    question_segments: Tensor  # [A, Q], -1: padding
     answer: Tensor  # [A, N]
     answer_mask: Tensor
 
@@ -54,10 +54,10 @@ def answer_logits(model: Any, memory: DeltaMem, batch: Batch) -> Tensor:
     memory.reset()
     with memory.segments(batch.segments):
         model(batch.earlier, use_cache=False, logits_to_keep=1)
-    # one state for all if nothing was written
+    # if nothing was written there is one state for all
     memory.state = memory.state.expand(-1, len(batch.earlier), *memory.state.shape[2:])[:, batch.owner]
 
-    # the question is an ingest of its own, and so is each token of the answer; what fillers write is not used
+    # the question is one ingest, and each token of the answer another; what padding writes is not used
     mask = batch.question_segments >= 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     with memory.segments(batch.question_segments):

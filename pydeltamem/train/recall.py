@@ -1,4 +1,4 @@
-"""What the native runtime answers to held-out questions with the text gone, while an adapter is trained."""
+"""Measures during training what the native runtime recalls: it answers held-out questions whose text is gone."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..formats.base_model import Base
 from ..formats.checkpoint import Checkpoint
 from .conversations import Example
 
-LONGEST = 48  # tokens of an answer
+LONGEST = 48  # tokens of an answer at most
 
 
 class NativeRecall:
-    """Held-out conversations, asked greedily of the GGUF itself.
+    """Asks the GGUF itself about held-out conversations, greedily.
 
     Args:
         base: the GGUF that the adapter is for.
-        examples: conversations as tokens; of their questions the first `n` that have an answer are asked.
+        examples: conversations as tokens. The first `n` of their questions that have an answer are asked.
 
     Raises InputError if there is nothing to ask.
     """
@@ -32,12 +32,12 @@ class NativeRecall:
     def __init__(self, base: str | os.PathLike[str], examples: Sequence[Example], n: int):
         asked = [(example.earlier, example.segments, *ask) for example in examples for ask in example.asks if ask[2]]
         if not asked:
-            raise InputError("--eval-every: fewer than 10 conversations leave none to ask: take more")
+            raise InputError("--eval-every: fewer than 10 conversations leave none to ask: give more")
         self.base, self.asked = os.fspath(base), asked[:n]
 
     def measure(self, checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-        """questions: how many were asked; right: the share whose answer is the file's, but for case and punctuation;
-        f1: the mean overlap of their words.
+        """Returns questions: how many were asked; right: the share whose answer is the file's, apart from case and
+        punctuation; f1: the mean overlap of the words.
         """
         from ..llama import DeltaMemLlama
 

@@ -1,4 +1,4 @@
-"""δ-mem in PyTorch: the recurrence token by token, two faster forms to train with, and hooks that put it on
+"""δ-mem in PyTorch: the recurrence token by token, two faster forms for training, and hooks that put it on
 any Hugging Face decoder. The native side is tested against it.
 
     memory = DeltaMem.from_checkpoint(model, "adapter")
@@ -7,7 +7,7 @@ any Hugging Face decoder. The native side is tested against it.
     memory.write = False                        # tokens only read
     memory.save_checkpoint("trained")           # the published format
 
-A hook runs whenever its layer does: gradient checkpointing, which runs layers twice, would write twice.
+A hook runs whenever its layer does. Gradient checkpointing runs layers twice, and so would write twice.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def recurrence(
 def fused_recurrence(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same token by token, with a gradient written by hand: four operations a token forward, four back, the rest
-    for all tokens at once. The states of all tokens are kept, T·H·r² values a sequence. It has no second derivative.
+    """The same token by token, with a gradient written by hand: four operations per token forward, four back, the rest
+    for all tokens at once. It keeps the states of all tokens, T·H·r² values per sequence. It has no second derivative.
     """
     return _FusedRecurrence.apply(state, q, k, v, keep, erase, write)
 
@@ -131,7 +131,7 @@ def chunked_recurrence(
     write: Tensor,
     chunk: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """The same by matrices over chunks of tokens; only the states between chunks are computed one after the other.
+    """The same by matrix products over chunks of tokens. Only the states between chunks follow one after the other.
 
     In a chunk that starts with row s of a state, token t changes the row by u_t k_t, and before it the row is
     s_t = K(t) s + Σ_{τ<t} K(t, τ) u_τ k_τ, where K is the product of the keeps in between. Thus
@@ -245,9 +245,9 @@ _NAMES = (
 
 
 def find_attention(model: Any) -> dict[int, Attention]:
-    """The attention of each of a decoder's layers. Layers of hybrid models that have none are left out.
+    """The attention of each layer of a decoder, without the layers of hybrid models that have none.
 
-    Raises ModelError if there is a layer of attention whose projections are not known.
+    Raises ModelError if the projections of an attention layer are not known.
     """
     config = model.config.get_text_config()
     name = type(model).__name__
@@ -285,7 +285,7 @@ def _attention(layer: nn.Module, config: Any) -> Attention | None:
 
 
 class LayerMemory(nn.Module):
-    """One layer's parameters, under their published names and in float32, and what is computed with them."""
+    """One layer's parameters, under their published names and in float32, and the computations with them."""
 
     memory_q_proj: nn.Parameter  # [H·r, n_embd], and so are those of k and v
     memory_k_proj: nn.Parameter
@@ -341,12 +341,12 @@ class LayerMemory(nn.Module):
             add("delta_scale_raw", torch.full((n_scale,), math.log(share / (1 - share)), **like))
 
     def packed_weight(self) -> Tensor:
-        """What projects h to q, k, v and gates, [3·H·r + gates, n_embd]."""
+        """The matrix that projects h to q, k, v and gates, [3·H·r + gates, n_embd]."""
         weights: list[Tensor] = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
         return torch.cat(weights + ([self.lambda_proj] if self.config.separate_lambda else []))
 
     def project(self, h: Tensor) -> Tensor:
-        """h [..., n_embd] -> [..., 3·H·r + gates]: linear, so that the mean of these is that of the mean of h."""
+        """h [..., n_embd] -> [..., 3·H·r + gates]. Linear: the mean of the results is the result of the mean of h."""
         weight = self.packed_weight()
         h = h.to(weight.dtype)
         if self.dropout and self.training:
@@ -356,7 +356,7 @@ class LayerMemory(nn.Module):
         return F.linear(h, weight)
 
     def activate(self, projected: Tensor, writes: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v, keep, erase and write [B, T, H, r] of projections [B, T, ...]; writes [B, T]: who writes."""
+        """q, k, v, keep, erase and write [B, T, H, r] of projections [B, T, ...]; writes [B, T]: which tokens write."""
         config, n_read, n_gate = self.config, self.config.n_read, self.config.n_gate
         q, k, v, *gates = projected.split([n_read] * 3 + [n_gate] * (1 + config.separate_lambda), -1)
         q, k, v = (x.unflatten(-1, (config.num_state_heads, config.rank)) for x in (q, k, v))
@@ -397,17 +397,17 @@ class DeltaMem(nn.Module):
     """δ-mem on a Hugging Face decoder: the adapter's parameters, the state, and hooks on the model's projections.
 
     Args:
-        model: any decoder of transformers. Its weights stay as they are; freezing them is the caller's.
+        model: any decoder of transformers. Its weights stay as they are; the caller freezes them.
         config: the released adapter's settings by default.
         recurrence: `chunked_recurrence`, `fused_recurrence` or `recurrence`, for runs of more than one token.
 
     Attributes:
         layers: the layers that carry memory, ascending.
         write: False: tokens read and do not write.
-        state: [L, B, H, r, r], differentiable; assigning sets it. It takes the batch size of the tokens that it meets,
-            and a state of one sequence serves every batch size. Detach it to cut backpropagation through time.
+        state: [L, B, H, r, r], differentiable; assigning sets it. It takes the batch size of the tokens that it meets.
+            A state of one sequence fits every batch size. Detach it to cut backpropagation through time.
 
-    Raises ModelError if a layer has no attention that we know.
+    Raises ModelError if the attention of a layer is not known.
     """
 
     def __init__(
@@ -450,7 +450,7 @@ class DeltaMem(nn.Module):
         self._states = [layer.to(m.beta_bias) for layer, m in zip(state.unbind(0), self.memories)]
 
     def reset(self) -> None:
-        """An empty memory, ready for any batch size."""
+        """Empties the memory, which then fits any batch size."""
         self._states = [None] * len(self.layers)
 
     def remove(self) -> None:
@@ -460,13 +460,13 @@ class DeltaMem(nn.Module):
 
     @contextlib.contextmanager
     def segments(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Iterator[None]:
-        """One ingest, of as many model calls as one likes: ids [T] or [B, T], the segment that each token writes into.
+        """One ingest of any number of model calls: ids [T] or [B, T] give the segment that each token writes into.
 
-        Tokens with id -1 do not write. All tokens read the state as it was before the ingest; when the block is left,
+        Tokens with id -1 do not write. All tokens read the state as it was before the ingest. At the end of the block
         each segment writes the mean of its tokens once, in the order of the ids. An exception drops the ingest. With
         token granularity the other tokens write one by one, as without ids.
 
-        Raises InputError if the tokens of the calls are not as many as the ids.
+        Raises InputError if the calls have not as many tokens as there are ids.
         """
         ids = torch.as_tensor(ids)
         if ids.ndim not in (1, 2) or ids.is_floating_point():
@@ -486,7 +486,7 @@ class DeltaMem(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, model: nn.Module, directory: str | Path, **arguments: Any) -> DeltaMem:
-        """A published checkpoint directory, on that model. Raises CheckpointError or ModelError."""
+        """Loads a published checkpoint directory onto the model. Raises CheckpointError or ModelError."""
         checkpoint = Checkpoint(directory)
         fields = json.loads((checkpoint.directory / CONFIG).read_text(encoding="utf-8"))
         initial = ("beta_bias_init", "output_init", "base_slice_ref_width", "delta_scale_init")
@@ -545,7 +545,7 @@ class DeltaMem(nn.Module):
                 self._hooks.append(module.register_forward_hook(correct(heads)))
 
     def _read(self, i: int, h: Tensor) -> Tensor:
-        """Reads and writes layer i's state by the attention's input h [B, T, n_embd]; returns reads [B, T, H·r]."""
+        """Reads and writes layer i's state with the attention's input h [B, T, n_embd]. Returns reads [B, T, H·r]."""
         memory, ingest = self.memories[i], self._ingest
         projected = memory.project(h)
         ids = ingest.take(i, *h.shape[:2]).to(h.device) if ingest else None
@@ -559,7 +559,7 @@ class DeltaMem(nn.Module):
         return torch.einsum("bhij,bthj->bthi", self._state_of(i, values[0]), values[0]).flatten(2)
 
     def _run(self, i: int, values: tuple[Tensor, ...]) -> Tensor:
-        """Lets tokens or segments read and write layer i's state; returns the reads."""
+        """Lets tokens or segments read and write layer i's state. Returns the reads."""
         run = recurrence if values[0].shape[1] == 1 else self.recurrence
         reads, self._states[i] = run(self._state_of(i, values[0]), *values)
         return reads
@@ -576,7 +576,7 @@ class DeltaMem(nn.Module):
 
 
 class _Ingest:
-    """What segments gather until they write: per layer a sum of projections for each segment."""
+    """What segments gather before they write: a sum of projections per layer and segment."""
 
     def __init__(self, ids: Tensor, n_layer: int):
         self.ids = ids
@@ -587,7 +587,7 @@ class _Ingest:
         self.sums: list[Tensor | None] = [None] * n_layer
 
     def take(self, i: int, n_batch: int, n_token: int) -> Tensor:
-        """The indices of the segments of layer i's next tokens, below 0 for none: [B, T]."""
+        """The segment indices of layer i's next tokens, [B, T]; below 0: no segment."""
         begin, self.done[i] = self.done[i], self.done[i] + n_token
         if self.done[i] > self.ids.shape[1] or len(self.ids) not in (1, n_batch):
             raise InputError(f"segments: ids {list(self.ids.shape)} do not fit a batch [{n_batch}, {self.done[i]}]")
@@ -603,6 +603,6 @@ class _Ingest:
 
 
 def _means(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean projection of each of a layer's segments [B, segments, ...], and which there are [B, segments]."""
+    """The mean projection of each segment of a layer [B, segments, ...], and which segments exist [B, segments]."""
     total, count = sums.split([sums.shape[-1] - 1, 1], -1)
     return total / count.clamp_min(1), count[..., 0] > 0

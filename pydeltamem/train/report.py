@@ -1,4 +1,4 @@
-"""What a training run came to: the loss and the right answers on what was held out, and a picture of the loss."""
+"""The results of a training run: loss and right answers on held-out conversations, and a plot of the loss."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .objective import Objective
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What conversations that trained nothing come to."""
+    """Results on held-out conversations."""
 
     n: int
-    loss: float  # of their answers' tokens, the mean of the answers
+    loss: float  # mean over the answers' tokens of a batch, averaged over the answers
     loss_without: float  # the same with an empty memory
     right: float  # share of the answers whose every token is the most likely one
     right_without: float
@@ -28,7 +28,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Report:
-    """What a training run came to."""
+    """The results of a training run."""
 
     out: str
     parameters: int
@@ -60,7 +60,7 @@ def measure(objective: Objective, examples: Sequence[Example]) -> HeldOut:
 
 
 def plot(curve: Sequence[tuple[int, float]], path: Path) -> None:
-    """Writes the curve of the loss as PNG. Raises ImportError without matplotlib, OutputError."""
+    """Writes the curve of the loss as PNG. Raises OutputError; ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")

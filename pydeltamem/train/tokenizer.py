@@ -1,4 +1,4 @@
-"""The tokenizer and chat template of a GGUF, by llama.cpp itself: what is trained on are the tokens that run."""
+"""The tokenizer and chat template of a GGUF, by llama.cpp itself, so that training sees the tokens that run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..errors import ModelError
 
 
 class GgufTokenizer:
-    """As much of a tokenizer of transformers as training needs. transformers makes its own of a GGUF, which for
-    SentencePiece vocabularies gives other tokens than llama.cpp.
+    """The part of transformers' tokenizer interface that training needs. transformers' own tokenizer of a GGUF gives
+    other tokens than llama.cpp for SentencePiece vocabularies.
 
     Raises ModelError if the file has no vocabulary.
     """
@@ -50,7 +50,7 @@ class GgufTokenizer:
             raise NotImplementedError("the text only: call the tokenizer with it")
         try:
             return self._formatters[add_generation_prompt](messages=messages).prompt
-        except ValueError as error:  # what a template raises by raise_exception
+        except ValueError as error:  # a template calls raise_exception
             raise TemplateError(str(error)) from error
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""One run of `deltamem train`: its steps, and the checkpoints to go on from."""
+"""One run of `deltamem train`: its steps, and the PyTorch checkpoints to go on from."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from .recall import NativeRecall
 from .reference import DeltaMem, DeltaMemConfig, chunked_recurrence, fused_recurrence
 from .report import Report, measure, plot
 
-HELD_OUT = 64  # conversations, a tenth of all at most, that measure the loss and train nothing
+HELD_OUT = 64  # conversations that only measure the loss; at most a tenth of all
 
 
 class Trainer:
-    """One run of `deltamem train`; goes on from `checkpoint.pt` in the output directory if there is one.
+    """One run of `deltamem train`. It goes on from `checkpoint.pt` in the output directory if there is one.
 
-    console: of rich, for the bar and what is said meanwhile.
+    console: of rich, for the progress bar and messages.
 
     Raises InputError, ModelError, CheckpointError or OutputError.
     """
@@ -54,7 +54,7 @@ class Trainer:
         self.by_size = sorted(range(self.n_held_out, len(self.data)), key=self.data.sizes.__getitem__)
 
         torch.manual_seed(options.seed)
-        # token by token is several times faster where a small operation costs no launch
+        # on a CPU, where small operations cost no launch, token by token is several times faster
         form = fused_recurrence if options.device == "cpu" else chunked_recurrence
         if options.init:
             self.memory = DeltaMem.from_checkpoint(self.model, options.init, recurrence=form)
@@ -71,7 +71,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.curve: list[tuple[int, float]] = []  # steps and the loss
-        self.mean: float | None = None  # of the loss
+        self.mean: float | None = None  # moving average of the loss
         self._resume()
         self.recall: NativeRecall | None = None
         if options.eval_every:
@@ -127,8 +127,9 @@ class Trainer:
         return loss.item()
 
     def draw(self, draw: random.Random) -> list[int]:
-        """A batch of conversations. The short ones come first: where little is said, what is remembered of it shows in
-        the answer. Those of a padded batch are of similar length, so that few of its tokens are fillers."""
+        """Indices of a batch of conversations. Short ones come first: there the answer depends most on what was
+        remembered. A padded batch has conversations of similar length, so that it needs little padding.
+        """
         n = self.options.batch
         ramp = self.options.short_first * self.options.steps
         share = min(1.0, 0.1 + 0.9 * self.step / ramp) if ramp else 1.0
@@ -164,7 +165,7 @@ class Trainer:
         self.console.print(f"step {self.step}: of {row['questions']} held-out questions {row['right']:.0%} right")
 
     def _identity(self) -> dict[str, Any]:
-        """What makes this run another one than any other; a longer one is the same."""
+        """What identifies this run. A run of more steps is the same run."""
         names = [
             "batch", "rate", "clip", "dropout", "short_first", "max_tokens", "tail", "seed", "init", "init_gain",
             "heads_gain", "write_bias", "schedule", "warm_up", "gate_weight", "gate_mean", "visible", "wording",
@@ -200,14 +201,15 @@ class Trainer:
                 torch.cuda.set_rng_state_all(saved["random_cuda"])
         except InputError:
             raise
-        except Exception as error:  # torch reports a damaged file by whatever its readers raise
+        except Exception as error:  # torch passes on whatever its readers raise
             raise InputError(f"{path}: cannot be read: delete it or name another --out") from error
         self.console.print(f"{path}: goes on from step {self.step}")
 
     @torch.no_grad()
     def _change(self, config: DeltaMemConfig) -> None:
-        """What the options change of the checkpoint that the run begins with. A message's mean has of each token a part
-        only: it is written stronger."""
+        """Applies the options to the checkpoint that the run begins with. --init-gain makes writes stronger: the mean
+        of a message has only a part of each token.
+        """
         options, of_checkpoint = self.options, self.memory.config
         if options.strategy:
             has, wanted = of_checkpoint.num_state_heads, config.num_state_heads
@@ -223,7 +225,7 @@ class Trainer:
                 parameters.beta_bias.fill_(options.write_bias)
 
     def report(self) -> Report:
-        """What the run came to so far."""
+        """The results so far."""
         return Report(
             os.fspath(self.out), sum(p.numel() for p in self.parameters), self.step, self.tokens, self.seconds,
             measure(self.objective, [self.data[i] for i in range(self.n_held_out)]), self.curve,
