@@ -1,4 +1,4 @@
-"""Shared fixtures: the golden data, adapters converted from it, and models over them."""
+"""Shared fixtures: the golden data, adapters converted from it, and models that use them."""
 
 from __future__ import annotations
 

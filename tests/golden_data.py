@@ -1,7 +1,7 @@
-"""The golden vectors as the tests read them: `tests/golden`, laid out in full, and a digest of what each file holds.
+"""The golden vectors as the tests read them: lays out `tests/golden` in full, and computes a digest of each file.
 
-`tests/golden/README.md` says what is in the files. The repository stores each array once, so `lay_out` copies what is
-in `examples/tiny` and writes the Hugging Face weights, which are the GGUF's under other names.
+`tests/golden/README.md` says what is in the files. The repository stores each array once. So `lay_out` copies the files
+of `examples/tiny`, and writes the Hugging Face weights, which are the GGUF's under other names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CASES = [
     "tsw_qo",
 ]
 
-# Hugging Face's names of a layer's tensors and of the others, by the GGUF's
+# Hugging Face's names of tensors, of a layer and others, by their names in the GGUF
 NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",

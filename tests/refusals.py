@@ -1,4 +1,4 @@
-"""What tests ask of an error: its class, and the files, options and values that it names. Its words may change."""
+"""Checks of an error: its class, and the files, options and values that it names. Its wording may change."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def refused(result: subprocess.CompletedProcess, *names: object) -> None:
 def check_names(said: str, names: Sequence[object]) -> None:
     assert "\n" not in said, said
     for name in names:
-        # whole: 2 is not in 32, nor file.gguf in other-file.gguf
+        # whole names only: 2 is not in 32, nor file.gguf in other-file.gguf
         assert re.search(rf"(?<![\w.-]){re.escape(str(name))}(?![\w-]|\.\w)", said), f"{name} is not in: {said}"

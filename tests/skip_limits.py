@@ -1,6 +1,6 @@
-"""Which tests may skip, and how many: with `--strict-skips`, as CI runs it, pytest fails at any other skip.
+"""Which tests may skip, and how many. With `--strict-skips`, which CI sets, pytest fails at any other skip.
 
-A clone with nothing beside it reaches these numbers. A machine with a GPU or an unpatched build skips fewer.
+A fresh clone reaches these numbers. A machine with a GPU or an unpatched build skips fewer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-# how many may skip, by how the reason begins
+# how many may skip, by the beginning of the reason
 ALLOWED = {
     "no CUDA device": 42,
     "DELTAMEM_STOCK_LIB names no unpatched build": 7,

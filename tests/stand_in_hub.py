@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on the loopback interface: what huggingface_hub asks for, out of a folder."""
+"""A stand-in for the Hugging Face hub on the loopback interface: it serves huggingface_hub from a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-GATED = "gated"  # a file of this name: the repository is open to nobody
+GATED = "gated"  # a file of this name makes the repository private
 
 
 class StandInHub:
@@ -20,7 +20,7 @@ class StandInHub:
 
     def __init__(self, root: Path):
         self.root = root
-        self.requests: list[str] = []  # paths, in order
+        self.requests: list[str] = []  # the paths asked for, in order
         self.is_down = False  # answers 503
 
     def files(self, repository: str) -> dict[str, bytes]:

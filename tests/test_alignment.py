@@ -1,7 +1,7 @@
-"""The memory leaves llama.cpp's tensors where they lay against the CPU's cache lines.
+"""The memory does not change how llama.cpp's tensors are aligned to the CPU's cache lines.
 
-A product's blocks are a line wide: shifted by half a line, two threads write to each (K·Q of a prompt took up
-to 1.6 times as long).
+The blocks of a product are one line wide. If they are shifted by half a line, two threads write to each line, and K·Q
+of a prompt took up to 1.6 times as long.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CACHE_LINE = 64
 
 def product_offsets(adapter, n_tokens: int) -> list[int]:
     """Where in their cache lines the results of llama.cpp's products begin, in a batch of n_tokens."""
-    ggml = ctypes.CDLL(llama.llama_cpp._lib._name)  # finds what it links to
+    ggml = ctypes.CDLL(llama.llama_cpp._lib._name)  # also finds functions of the libraries that it links to
     for name, kind in (
         ("ggml_get_data", ctypes.c_void_p),
         ("ggml_get_name", ctypes.c_char_p),

@@ -1,8 +1,8 @@
 """Architectures that the golden data does not have: llama.cpp's graph with the hooks against the reference in PyTorch.
 
-On tiny random models that llama.cpp's own converter has converted. `make architectures` prints the table of
-docs/reference/architectures.md and writes pydeltamem/runtime/architectures.json, which tells `deltamem
-architectures` what is verified.
+The models are tiny and random, and converted by llama.cpp's own converter. `make architectures` prints the table of
+docs/reference/architectures.md and writes pydeltamem/runtime/architectures.json, from which `deltamem architectures`
+knows what is verified.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from refusals import refuses
 from session import open_session
 from test_reference import ARCHITECTURES, randomise, tiny, tokens
 
-# of float32 against float32, through two layers and a softmax
+# float32 against float32, through two layers and a softmax
 BOUND = 1e-8
 
 # llama.cpp looks GELU up in a table of F16 numbers: 2^-11 of each value, in the backbone alone too
 GELU = {"Gemma2", "Gemma3Text", "Phi"}
 
-# what llama.cpp takes for granted
+# values that llama.cpp assumes
 SETTINGS = {
     "Mistral": dict(sliding_window=None),
     "Qwen3Moe": dict(norm_topk_prob=True),

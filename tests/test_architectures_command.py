@@ -1,4 +1,4 @@
-"""deltamem architectures: complete, and as attaching a memory to a model is."""
+"""deltamem architectures: the list is complete, and agrees with what attaching an adapter to a model does."""
 
 from __future__ import annotations
 

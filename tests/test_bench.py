@@ -1,4 +1,4 @@
-"""deltamem bench: what its numbers are made of, its options, and one clear sentence for every bad input. Never time."""
+"""deltamem bench: how its numbers are made, its options, and one clear sentence for every bad input. Never time."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_pairs_that_share_contexts_count_once():
         result = pairs.measure({"on": Side(), "off": Side()}, "prefill", (5,), 5, lambda: None, n_renew)
         assert (result["pairs"], result["groups"]) == (5, n_groups)
         assert log.count("new") == (0 if n_renew == 0 else 2 * (n_groups - 1))
-        # the runs since the contexts are new: untimed ones, then n_renew pairs
+        # runs since the contexts were made: untimed ones, then n_renew pairs
         parts = [part.count("run") for part in " ".join(log).replace("new new", "|").split("|")]
         assert n_renew == 0 or all(n == 2 + 2 * n_renew for n in parts[:-1])
 
@@ -230,7 +230,7 @@ def test_a_run_is_what_it_says(session):
         assert side.n_tokens == 72
         side.decode(0, 3)
         assert side.n_tokens == 3
-        side.decode(50, 1)  # longer than what is there: the text is read again
+        side.decode(50, 1)  # longer than the present text: the text is decoded again
         assert side.n_tokens == 51
 
 
@@ -424,14 +424,14 @@ def test_synthetic_files_are_kept(tmp_path, monkeypatch, golden_dir):
     files = models.synthetic_files(*arguments)
     made = {path: path.stat().st_mtime_ns for path in models.cache_folder().iterdir()}
     assert {str(path) for path in made} == set(files)
-    assert models.synthetic_files(*arguments[:-1]) == files  # and needs no vocabulary any more
+    assert models.synthetic_files(*arguments[:-1]) == files  # now without a vocabulary
     assert {path: path.stat().st_mtime_ns for path in models.cache_folder().iterdir()} == made
 
     result = deltamem("bench", "-m", files[0], "--deltamem", files[1], *SMALL, "-p", "8", "-n", "2", "--rss", "0")
     assert result.returncode == 0, result.stderr
     assert f"{17 * 2 * 4 * 4 * 2 * 4:,} bytes of states and checkpoints" in result.stdout
 
-    # a type that is made by llama.cpp's quantiser; what it was made from does not stay
+    # a type that llama.cpp's quantiser makes; its source file is removed
     quantised, adapter = models.synthetic_files("tiny", "IQ4_NL", *arguments[2:])
     assert adapter == files[1] and Header(quantised).keys["general.file_type"] == file_type("iq4_nl")
     assert {str(path) for path in models.cache_folder().iterdir()} == {*files, quantised}

@@ -26,7 +26,7 @@ spec = importlib.util.spec_from_file_location("fetch_llama_cpp", SCRIPT)
 fetch = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fetch)
 
-# a llama.cpp in miniature: what the script looks for, a file that the patch changes and one that it leaves alone
+# a miniature llama.cpp: what the script looks for, a file that the patch changes, and one that it does not
 FILES = {
     "CMakeLists.txt": "project(llama)\n",
     "ggml/CMakeLists.txt": "project(ggml)\n",
@@ -161,7 +161,7 @@ def test_named_tree_is_copied_not_changed(tree, patch, source):
 
 
 def test_patch_applies_inside_an_ignored_folder_of_a_repository(tree, patch, sdist):
-    # git apply, left to itself, skips every file there and reports success
+    # by default git apply skips every file there and reports success
     repository = tree.parent.parent
     subprocess.run(["git", "init", "-q", str(repository)], check=True)
     (repository / ".gitignore").write_text("build\n")
@@ -184,7 +184,7 @@ def test_patch_made_for_another_version_is_noticed(tree, patch, source):
     patch.write_text(header + PATCH)
     fetch.prepare(tree, [patch], tree.parent / "download", source)
 
-    # a line more at the top: hunks without context would go to the wrong place
+    # one more line at the top: hunks without context would go to the wrong place
     (source / "src/llama-graph.cpp").write_text("zero\n" + FILES["src/llama-graph.cpp"].replace("two\n", ""))
     with refuses(fetch.FetchError, patch.name, "src/llama-graph.cpp"):
         fetch.prepare(tree, [patch], tree.parent / "download", source)

@@ -1,4 +1,4 @@
-"""deltamem chat: over a pipe, over a terminal, and its conversation as an object."""
+"""deltamem chat: over a pipe, at a terminal, and its conversation as an object."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_reading_only(piped, tmp_path):
 
 def test_undo(piped, tmp_path):
     undone, plain = tmp_path / "undone.memory", tmp_path / "plain.memory"
-    # what follows the reply, the end of the message, is read with the next one: so both go on
+    # the end of the message, after the reply, is decoded with the next message: so both go on
     assert piped(["hello there", "how are you", "/undo", "good bye"], "--save-memory", undone).returncode == 0
     assert piped(["hello there", "good bye"], "--save-memory", plain).returncode == 0
     np.testing.assert_allclose(read_memory_file(undone)[0], read_memory_file(plain)[0], rtol=0, atol=1e-4)
@@ -179,7 +179,7 @@ def test_a_bad_memory_file_is_refused(piped, tmp_path):
 
 
 def expected(llm, *contents):
-    """The memory of a conversation in which this was said, and nothing replied."""
+    """The memory of a conversation in which this was said, without replies."""
     conversation = Conversation(llm, n_predict=0)
     for content in contents:
         conversation.say(content)
@@ -329,19 +329,19 @@ def test_a_reply_that_cannot_be_saved_is_shown(llm, tmp_path, capsys):
 # the terminal
 
 
-PROMPT = rb"(?s)\x1b\[\?2004h.*?>.*?\x1b\[\?25h"  # pastes are told apart from here on; the prompt; the cursor
+PROMPT = rb"(?s)\x1b\[\?2004h.*?>.*?\x1b\[\?25h"  # bracketed paste is on from here; the prompt; the cursor
 
 
 class Terminal:
-    """A command on a pseudo-terminal of its own, where the keys of a person arrive."""
+    """A command on its own pseudo-terminal, which gets the keys of a person."""
 
     def __init__(self, arguments):
         import pty
 
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            os.environ.update(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")  # nobody here says where the cursor is
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell runs in the background ignores it
+            os.environ.update(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")  # no terminal here reports where the cursor is
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell makes background processes ignore it
             os.execv(arguments[0], arguments)
         self.seen = b""
 
@@ -379,7 +379,7 @@ class Terminal:
         pytest.fail(f"nothing came of Ctrl-C: {self.seen!r}")
 
     def wait(self):
-        while True:  # a full terminal would block the command
+        while True:  # the command would block at a full terminal
             try:
                 if not os.read(self.fd, 65536):
                     break
@@ -414,7 +414,7 @@ def terminal():
 def turns(terminal, command, tmp_path):
     """turns(*keys): the memory after a chat at a terminal where these keys were pressed, each at a prompt of its own.
 
-    Nothing is generated, so it is that of a conversation of the same turns.
+    Nothing is generated, so a conversation of the same turns has the same memory.
     """
 
     def run(*keys):

@@ -1,4 +1,4 @@
-"""Consoles that cannot show every character, locales that are not UTF-8, and names of files that are no text."""
+"""Consoles that cannot show every character, locales that are not UTF-8, and file names that are not text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAIN = ["-n", "4", "--temp", "0", "-c", "256", "-t", "1", "-tb", "1"]
 CONSOLES = {
     "cp1252": {"PYTHONIOENCODING": "cp1252"},
     "ascii": {"PYTHONIOENCODING": "ascii"},
-    # without the UTF-8 that Python takes for the C locale since 3.7
+    # without the UTF-8 that Python uses for the C locale since 3.7
     "C": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
 }
 

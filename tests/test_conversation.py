@@ -1,4 +1,4 @@
-"""Conversation: turns, going back, contexts that run over, and several of them in one model."""
+"""Conversation: turns, going back, full contexts, and several conversations in one model."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_a_failure_leaves_everything_as_it_was(make, read_once, monkeypatch, cal
         conversation.say("how are you, what is new, and what else is there to say, friend")
     monkeypatch.undo()
     assert conversation.messages == messages
-    assert conversation.n_tokens <= n  # less where the reply is worded in other tokens when it is read again
+    assert conversation.n_tokens <= n  # less if the reply has other tokens when it is decoded again
     np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
     other = Conversation(make(n_batch=16), **GREEDY)
     other.say("hello there")
@@ -248,7 +248,7 @@ def test_an_adapter_that_writes_per_segment(make, case):
 
 @pytest.mark.parametrize("n", [3, 100])
 def test_a_long_reply_again_where_segments_are_written(make, n):
-    """No checkpoint is left near it: back to where the turn began, of which the first segment is what was said."""
+    """Without a near checkpoint it goes back to where the turn began; its first segment is the user's message."""
     llm, by_hand = make("ssw_message"), make("ssw_message")
     llm._engine.slots.is_end = lambda token: False
     conversation = Conversation(llm, temp=0.0)
@@ -505,7 +505,7 @@ def test_its_text_moves_while_it_is_told(make, read_once, what):
 
 @pytest.mark.parametrize("end", ["go on", "close"])
 def test_one_is_used_while_several_are_told(make, read_once, end):
-    """It is still reading what it was told: as if that had not been said. The others go on."""
+    """A reply whose prompt is still being decoded is taken back. The others go on."""
     llm = make(n_seq_max=3, n_batch=16)
     one, other = Conversation(llm, **GREEDY), Conversation(llm, **GREEDY)
     stream = stream_together({one: "a very long message that needs many batches " * 4, other: "hello"})
@@ -524,7 +524,7 @@ def test_one_is_used_while_several_are_told(make, read_once, end):
 
 
 def test_others_speak_between_two_pieces(make):
-    """What is sampled for one is not from the batch of another that spoke in between."""
+    """A reply is not sampled from the batch of another conversation that spoke in between."""
     llm = make(n_seq_max=3)
     contents = ["hello there", "how are you today my friend"]
     together, other = [Conversation(llm, **GREEDY) for _ in contents], Conversation(llm, **GREEDY)
@@ -551,7 +551,7 @@ def test_a_prompt_that_lost_its_place_is_not_read_by_halves(make):
     assert not one.memory.state.any()
 
 
-# the context runs over
+# a full context
 
 
 @pytest.mark.parametrize("can_shift", [True, False])
@@ -570,7 +570,7 @@ def test_the_oldest_turns_leave_the_text(make, monkeypatch, can_shift):
         written += len(after) if not before else 0
     assert conversation.n_dropped >= 20 and len(conversation.messages) < 10
     assert np.isfinite(conversation.memory.state).all()
-    # each token was written once, whether it is still there or not; a reply may be worded again in other tokens
+    # each token was written once, whether it is still in the text or not; a reply may get other tokens
     every = Conversation(make(n_ctx=2048), system="be short", n_predict=6)
     for i in range(15):
         every.say(f"this is message number {i}", seed=i)
@@ -709,7 +709,7 @@ def test_more_conversations_than_places(llm, make):
     assert all(said.values())
     assert alone.say("hello 5") == said[conversations[5]]
     np.testing.assert_allclose(conversations[5].memory.state, alone.memory.state, **SAME)
-    # out and in again: the memory is the same, bit for bit
+    # a slot lost and taken again: the memory is the same, bit for bit
     states = [c.memory.state for c in conversations]
     for conversation in conversations:
         conversation._text.eval([])
@@ -729,7 +729,7 @@ def test_a_long_prompt_beside_short_ones(make):
 
 
 def test_places_are_taken_while_one_speaks(make):
-    """Between two pieces of a reply others may use all places."""
+    """Between two pieces of a reply others may use all slots."""
     llm = make(n_seq_max=1)
     speaking, other = Conversation(llm, **GREEDY), Conversation(llm, **GREEDY)
     pieces = []
@@ -754,7 +754,7 @@ def test_a_fork_goes_its_own_way(llm, make):
 
 
 def test_the_models_own_text_stands_beside_them(make, read_once):
-    """llm.create_completion and conversations in one place: neither changes the other's memory."""
+    """llm.create_completion and conversations share one slot: neither changes the other's memory."""
     llm = make(n_seq_max=1)
     conversation = Conversation(llm, **GREEDY)
     prompt = llm.tokenize(b"one two three")
@@ -763,7 +763,7 @@ def test_the_models_own_text_stands_beside_them(make, read_once):
     conversation.say("hello there")
     np.testing.assert_array_equal(llm.memory.state, state)
     mine = conversation.memory.state
-    next(llm.generate(prompt, temp=0))  # its logits are gone, its text is read again
+    next(llm.generate(prompt, temp=0))  # its logits are gone, its text is decoded again
     assert llm.memory.n_written == len(prompt)
     np.testing.assert_array_equal(conversation.memory.state, mine)
 
@@ -988,4 +988,4 @@ def test_a_reply_begins_with_its_first_word():
         n_written = one.memory.n_written
         n_text = one.n_tokens
         one.add("user", "Good.")
-        assert one.memory.n_written - n_written == one.n_tokens - n_text > 0  # what stood there was not read again
+        assert one.memory.n_written - n_written == one.n_tokens - n_text > 0  # the common beginning was not read again

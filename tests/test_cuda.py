@@ -1,6 +1,6 @@
 """On a GPU: the golden cases with all layers there and with half of them, several sequences, memory files, CUDA graphs.
 
-Skipped where no GPU has the operator. `make cuda-check` builds for the GPU and runs these against that build.
+Skipped if no GPU has the operator. `make cuda-check` builds for the GPU and runs these tests against that build.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pydeltamem import DeltaMemLlama
 from pydeltamem.runtime import library
 from test_golden import F32, errors_of, expected_of, nmse, read_one_by_one, read_prompt
 
-BOUND = 1e-5  # TF32 products and sums in another order; the backbone's own figure is printed beside it
+BOUND = 1e-5  # TF32 products, and sums in another order; the backbone's own figure is printed with it
 
 
 def gpu_names() -> list[str]:
     """The GPUs of the loaded library. RPC devices are none."""
-    ggml = ctypes.CDLL(library.llama_cpp.llama_cpp._lib._name)  # finds what it links to
+    ggml = ctypes.CDLL(library.llama_cpp.llama_cpp._lib._name)  # also finds functions of the libraries that it links to
     for name in ("ggml_backend_dev_get", "ggml_backend_dev_name"):
         getattr(ggml, name).restype = ctypes.c_void_p
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t

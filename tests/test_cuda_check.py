@@ -1,4 +1,4 @@
-"""`make cuda-check` (tools/cuda_check.py) where there is no GPU: what it makes of other programs' output."""
+"""`make cuda-check` (tools/cuda_check.py) without a GPU: how it reads the output of other programs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_what_a_step_started_ends_with_it(tmp_path):
     with pytest.raises(ProcessLookupError):
         for _ in range(100):
             os.kill(int(pid.read_text()), 0)
-            time.sleep(0.05)  # until whoever inherits it has taken its status
+            time.sleep(0.05)  # until the process that inherits it has taken its status
 
 
 def test_no_step_after_the_time_is_up(tmp_path):

@@ -19,7 +19,7 @@ from test_cli import deltamem
 
 @pytest.mark.parametrize("strategy", ["tsw", "msw"])
 def test_the_memory_answers_and_the_frozen_model_does_not(strategy):
-    # how much is recalled, on the whole, test_evaluate.py asks
+    # test_evaluate.py checks how much is recalled
     result = deltamem("demo", "--seed", "4", "--delay", "0", "--strategy", strategy)
     assert result.returncode == 0, result.stderr
     assert "The text is thrown away" in result.stdout
@@ -54,7 +54,7 @@ def test_wrong_options_are_named():
 
 
 #
-# which model is shown
+# which model the demo shows
 #
 
 

@@ -1,4 +1,4 @@
-"""The pages: what `make docs` generates and refuses (tools/mkdocs_hooks.py), and the programs of the tutorial."""
+"""The pages: what `make docs` generates and what it refuses (tools/mkdocs_hooks.py), and the tutorial's programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""embed: each text of a list has the vector that it has alone, and nothing is written beside the batch."""
+"""embed: each text of a list has the vector that it has alone, and nothing is written outside the batch."""
 
 from __future__ import annotations
 

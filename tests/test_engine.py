@@ -1,4 +1,4 @@
-"""The engine: who is in which decode."""
+"""The engine: which requests share a decode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONG = "a very long message that needs many batches " * 4
 def make(make_llm):
     def model(**kwargs):
         llm = make_llm(type_k=0, type_v=0, **{"n_seq_max": 4, **kwargs})
-        llm._engine.slots.is_end = lambda token: False  # replies are as long as was asked for
+        llm._engine.slots.is_end = lambda token: False  # replies are as long as asked for
         return llm
 
     return model
@@ -56,12 +56,12 @@ def test_what_two_threads_say_is_decoded_together(make, recorded):
     talks = [Conversation(llm, temp=0.0, n_predict=100) for _ in range(2)]
     replies = in_threads(*(lambda talk=talk, i=i: talk.say(f"hello {i}") for i, talk in enumerate(talks)))
     assert replies == [Conversation(alone, temp=0.0, n_predict=100).say(f"hello {i}") for i in range(2)]
-    # 100 each, of which those are common that come after both have begun and before one has ended
+    # 100 each; decodes are common after both have begun and before one has ended
     assert sum(len(decode) == 2 for decode in decodes) > 50 and len(decodes) < 150
 
 
 def test_two_streams_are_decoded_together(make, recorded):
-    """A decode waits a moment for whoever was in the one before."""
+    """A decode waits a moment for the requests of the one before."""
     llm = make()
     llm._engine.patience = (30, 10**9)
     talks = [Conversation(llm, temp=0.0, n_predict=20) for _ in range(2)]
@@ -90,7 +90,7 @@ def test_a_stream_that_nobody_reads_on_stands_still(make, recorded):
 
 
 def test_a_long_prompt_delays_no_reply(make, recorded):
-    """From its first token on a reply is in every decode; the prompt gets the room that is left."""
+    """A reply is in every decode from its first token on; the prompt gets the remaining room."""
     llm = make(n_batch=16, n_ubatch=16)
     ada, bob = Conversation(llm, temp=0.0, n_predict=10), Conversation(llm, temp=0.0, n_predict=2)
     decodes = recorded(llm)
@@ -105,7 +105,7 @@ def test_a_long_prompt_delays_no_reply(make, recorded):
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(make, recorded):
-    """They take turns."""
+    """Prompts take turns."""
     llm = make(n_batch=16, n_ubatch=16)
     texts = [llm._engine.text() for _ in range(2)]
     requests = [Request(text) for text in texts]
@@ -194,7 +194,7 @@ def test_a_decode_that_fails_leaves_every_text_where_it_was(make, monkeypatch):
 
 
 def test_an_interrupt_in_a_decode_ends_one_request(make, monkeypatch):
-    """That of the thread that was interrupted; others that were in the same decode go on."""
+    """The request of the interrupted thread ends; others in the same decode go on."""
     llm, decode = make(), None
     texts = [llm._engine.text() for _ in range(2)]
     request = Request(texts[0])
@@ -219,7 +219,7 @@ def test_an_interrupt_in_a_decode_ends_one_request(make, monkeypatch):
 
 
 def test_more_texts_than_slots_wait_for_one(make, recorded):
-    """A reply keeps its slot: nothing of it is read again because others want one, too."""
+    """A reply keeps its slot, even if others need one: nothing of it is decoded again."""
     llm = make(n_seq_max=1)
     decodes = recorded(llm)
     talks = [Conversation(llm, temp=0.0, n_predict=20) for _ in range(3)]
@@ -246,7 +246,7 @@ def test_callbacks_run_in_the_thread_that_asks(make):
 
 
 def test_a_callback_may_use_another_conversation(make):
-    """It is decoded by itself; the others of the batch read their last token again."""
+    """The callback's tokens are decoded alone; the others of the batch decode their last token again."""
     llm, alone = make(), make()
     ada, bob, aside = (Conversation(llm, temp=0.0, n_predict=6) for _ in range(3))
 

@@ -1,4 +1,4 @@
-"""Errors of kinds: each has a class of its own, and says what llama.cpp said."""
+"""The error classes: each kind of error has its own class, and carries llama.cpp's reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_error_is_of_the_package():
     assert all(issubclass(error, DeltaMemError) for error in errors)
     assert issubclass(MemoryFileInUse, MemoryFileError)  # as before
     assert issubclass(DecodeError, RuntimeError)  # as llama_cpp's own
-    for error in (DecodeError, OutputError, TrainingError):  # none of them is a matter of the input
+    for error in (DecodeError, OutputError, TrainingError):  # none of them comes from the input
         assert not issubclass(error, InputError)
 
 
@@ -44,7 +44,7 @@ def test_a_failed_decode_says_why(llm, monkeypatch, capfd):
     monkeypatch.setattr("llama_cpp._internals.LlamaContext.decode", decode_elsewhere)
     with refuses(DecodeError, -1, "inconsistent sequence positions"):  # llama.cpp's words
         llm.eval([99])
-    assert "inconsistent" not in capfd.readouterr().err  # said once
+    assert "inconsistent" not in capfd.readouterr().err  # the reason stands there once
 
 
 def test_a_decode_that_was_stopped(llm):

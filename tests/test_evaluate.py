@@ -1,4 +1,4 @@
-"""deltamem eval recall: what each method is shown, how answers are counted, and the package's own model."""
+"""deltamem eval recall: what each method sees, how answers are counted, and the package's own model."""
 
 from __future__ import annotations
 
@@ -386,7 +386,7 @@ def test_bad_options_are_named(tmp_path):
 
 
 def test_the_search_is_an_extra(monkeypatch, capsys):
-    """Without bm25s nothing is lost but that method, and what brings it is said before the work."""
+    """Without bm25s only that method is missing, and the command says before the run how to install it."""
     monkeypatch.setitem(sys.modules, "bm25s", None)  # as if it were not installed
     options = ["eval", "recall", "-n", "1", "--tasks", "recall", "--facts", "1"]
     for chosen in ([], ["--methods", "none,bm25"]):
@@ -407,7 +407,7 @@ def test_the_package_model_remembers(tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(path.read_text(encoding="utf-8"))
     accuracy = {(r["method"], r["task"], r["size"]): r["accuracy"] for r in found["rows"]}
-    # well below what 200 questions give (pydeltamem/models/README.md): here are 20
+    # 20 questions, so well below the figure of 200 questions (pydeltamem/models/README.md)
     for memory, one, four in (("tsw", 0.7, 0.4), ("msw", 0.75, 0.55)):
         assert accuracy[memory, "recall", 1] >= one
         assert accuracy[memory, "recall", 4] >= four

@@ -1,4 +1,4 @@
-"""A llama_decode that llama.cpp breaks off in the middle: what Python makes of it."""
+"""What Python does when llama.cpp aborts a llama_decode in the middle."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_text_and_memory_are_as_before(make_llm, case, part):
 
 
 def test_a_state_between_two_is_not_handed_out(llm):
-    """Whoever decodes past the package's rules learns that the state is none."""
+    """Code that decodes without the engine learns that there is no valid state."""
     limit = Limit(llm)
     llm.eval(TOKENS)
     limit.after(20)

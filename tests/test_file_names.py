@@ -1,4 +1,4 @@
-"""Names that no file can have: each writer and reader says so by the class of its errors, and makes nothing."""
+"""Names that no file can have: each writer and reader raises its own class of error, and creates nothing."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ IMPOSSIBLE = {
 }
 
 
-# impossible for a folder too; a folder may have the others, or be made
+# impossible for a folder too; the others a folder may have, or get
 FOLDERS = ["a zero in it", "no UTF-8", "too long", "a file for a folder"]
-# impossible for a path: to pathlib "new/" is a file's name
+# impossible as a str only: pathlib turns "new/" into a file's name
 PATHS = [of for of in IMPOSSIBLE if not IMPOSSIBLE[of].endswith("/")]
 
 

@@ -1,4 +1,4 @@
-"""What a first user meets: keywords that are misspelt, and how much is said without being asked."""
+"""What a first user meets: misspelt keywords, and how much is printed unasked."""
 
 from __future__ import annotations
 

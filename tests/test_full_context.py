@@ -1,5 +1,5 @@
-"""Replies that reach the end of the context, or of what was asked for: within a character, with drafts, by every way to
-ask. They end with "length", nothing is lost, and no more is written to memory than was asked for.
+"""Replies that reach the end of the context, or the limit asked for: within a character, with drafts, through every
+method. They end with "length", lose nothing, and write no more to the memory than asked for.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_generate(llm):
     """It gives every token that there is room for, and says why it ended."""
     processor, four = smiles(llm)
     tokens = list(llm.generate(prompt(250), temp=0, logits_processor=processor))
-    assert tokens == (four * 2)[:7]  # the last one is not read
+    assert tokens == (four * 2)[:7]  # the last one is not decoded
     assert llm.finish_reason == "length"
     assert llm.memory.n_written == llm.n_tokens == N_CTX
     following = llm.generate([9, 8], temp=0)

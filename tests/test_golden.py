@@ -1,6 +1,6 @@
-"""Parity with the published implementation: every golden case, in several ways of cutting the work into pieces.
+"""Parity with the published implementation: every golden case, cut into batches in several ways.
 
-The bound is the design's: NMSE at most 1e-9, where the backbone alone reaches 1e-12 in float32.
+The bound is the design's: NMSE at most 1e-9. The backbone alone reaches 1e-12 in float32.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def test_conversation(golden_dir, adapter, arch, case):
     plain.close()
 
     assert max(errors.values()) <= BOUND, errors
-    # and a memory is not nothing: what was read changes the recall
+    # the memory has an effect: what was written changes the recall
     assert nmse(expected["recall_logits"], expected["empty_logits"]) > 1e-6
 
 
@@ -135,7 +135,7 @@ def test_cut_into_pieces(golden_dir, adapter, arch, case, pieces):
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
 @each_case
 def test_other_sequences_in_the_batch(golden_dir, adapter, arch, case, unified):
-    """Two sequences interleaved in one batch: each has the logits and the state of a run of its own."""
+    """Two sequences interleaved in one batch: each has the logits and the state of a separate run."""
     expected = expected_of(golden_dir, arch, case)
     base, memory = golden_dir / arch / "base-f32.gguf", adapter(arch, case)
     ours = expected["prompt_ids"].tolist()

@@ -1,4 +1,4 @@
-"""The golden vectors in `tests/golden` are those that the published implementation computed."""
+"""The golden vectors in `tests/golden` equal those that the published implementation computed."""
 
 from __future__ import annotations
 

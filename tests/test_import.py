@@ -1,4 +1,4 @@
-"""Which library is loaded, whoever imports what first, and what child processes see of it."""
+"""Which library is loaded, for every order of imports, and which one child processes load."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def fake(tmp_path, version, library):
         ("llama_cpp", library.LLAMA_CPP_VERSION, True, "its own"),  # a program that knows nothing of us
         ("pydeltamem, llama_cpp", library.LLAMA_CPP_VERSION, True, "ours"),
         ("pydeltamem, llama_cpp", library.LLAMA_CPP_VERSION, False, "ours"),
-        ("pydeltamem, llama_cpp", "0.1.0", True, "its own"),  # bindings that are not of our library
+        ("pydeltamem, llama_cpp", "0.1.0", True, "its own"),  # bindings that do not fit our library
         ("pydeltamem, llama_cpp", "0.1.0", False, "nothing"),
         ("llama_cpp", "0.1.0", False, "nothing"),
     ],

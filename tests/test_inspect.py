@@ -1,4 +1,4 @@
-"""deltamem inspect: what it says of an adapter, a model, a packed model and a memory, and what it refuses."""
+"""deltamem inspect: what it says about an adapter, a model, a packed model and a memory file, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What llama.cpp asserts, and would end the process for: refused before, or done in another way."""
+"""Cases in which an assertion of llama.cpp would end the process: we refuse them first, or avoid them."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_without_adapter_it_is_the_plain_model(base, make_llm, arch):
     for model in (plain, llm):
         model.eval(TOKENS)
     np.testing.assert_array_equal(plain._scores, llm._scores)
-    # for every limit but where llama_cpp goes beyond it, because bytes end there that are no character
+    # for every limit, except where llama_cpp exceeds it because the bytes so far end within a character
     n_equal = 0
     for n in range(1, 17):
         both = [model("hello", max_tokens=n, temperature=0) for model in (plain, llm)]

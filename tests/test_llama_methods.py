@@ -1,4 +1,4 @@
-"""The public names of llama_cpp.Llama: docs/reference/llama-methods.md lists them; the inherited ones work here too."""
+"""The public names of llama_cpp.Llama: docs/reference/llama-methods.md lists them, and the inherited ones work here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory files by themselves: contents, refusals, the lock, and what is left of a process killed while saving."""
+"""Memory files: contents, refusals, the lock, and what remains when a process is killed while saving."""
 
 from __future__ import annotations
 
@@ -377,7 +377,7 @@ def test_a_file_that_another_process_keeps_is_not_saved_to(tmp_path, holder):
     holder.communicate(b"")
     snapshot.save(path)
     with MemoryFileLock(path):
-        snapshot.save(path)  # the process that keeps it may
+        snapshot.save(path)  # the process that holds the lock may
         with refuses(MemoryFileInUse, path, "this process"):
             MemoryFileLock(path).acquire()
     assert os.listdir(tmp_path) == ["a.memory"]

@@ -1,4 +1,4 @@
-"""Numbers in a model's header for which llama.cpp ends the process: refused before, by key and value."""
+"""Numbers in a model's header for which llama.cpp would end the process: we refuse them first, by key and value."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BAD = [
 
 GOOD = [
     {},
-    EXPERTS,  # of a dense architecture: nothing comes of it
+    EXPERTS,  # without effect in a dense architecture
     {"expert_count": 4, "expert_used_count": [2, 2, 2, 2]},
     {"rope.dimension_count": 32},
     {"rope.scaling.type": "yarn"},

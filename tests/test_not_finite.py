@@ -1,4 +1,4 @@
-"""Weights that are finite but absurd: the first state or logits that are not finite any more are an error, the turn is
+"""Weights that are finite but absurd. The first state or logits that are no longer finite raise an error; the turn is
 taken back, and the memory file stays good.
 """
 
@@ -22,7 +22,7 @@ MESSAGES = [{"role": "user", "content": "hello there"}]
 ABSURD = [
     ("no_lambda_raw_qk", "deltamem_in.weight", 1e25),  # the state is NaN
     ("qkvo_lambda_outside", "deltamem_v.weight", 1e25),
-    ("tsw_qo", "deltamem_o.weight", 1e25),  # logits are 0: beyond float32 a norm makes everything 0
+    ("tsw_qo", "deltamem_o.weight", 1e25),  # logits are 0: a norm makes values beyond float32 0
     ("ssw_message", "deltamem_o.weight", 1e25),
 ]
 
@@ -111,8 +111,8 @@ def test_segments(load, adapter, tmp_path):
 
 @pytest.mark.parametrize("case", ["tsw_qo", "qkvo_lambda_outside"])
 def test_nothing_of_it_stays(load, adapter, case):
-    """A state far too large, and another one in its place: as if the first had never been. Its NaN do not stay in the
-    KV cache either.
+    """A state far too large is replaced by another one, and has no effect afterwards. No NaN stays in the KV cache
+    either.
     """
     llm, fresh = (load(adapter("qwen3", case), n_seq_max=2) for _ in range(2))
     ada, other = (Conversation(model, **GREEDY) for model in (llm, fresh))
@@ -123,7 +123,7 @@ def test_nothing_of_it_stays(load, adapter, case):
         ada.say("hello there")
     assert ada.messages == other.messages
     ada.close(), other.close()
-    ada, other = (Conversation(model, **GREEDY) for model in (llm, fresh))  # in the same places
+    ada, other = (Conversation(model, **GREEDY) for model in (llm, fresh))  # in the same slots
     for one in (ada, other):
         one.memory.state = state
     assert ada.say("hello there") == other.say("hello there")
@@ -142,7 +142,7 @@ def test_one_of_several(load, adapter):
 
 
 class Fails:
-    """From the n-th decode on nothing is finite."""
+    """Makes everything not finite from the n-th decode on."""
 
     def __init__(self, monkeypatch, n):
         self.n, fault = n, Slots._fault
@@ -169,7 +169,7 @@ def test_in_the_middle_of_a_reply(load, adapter, monkeypatch, again):
         with pytest.raises(NotFiniteError):
             pieces += ada.stream_regenerate() if again else ada.stream("hello")
     assert ada.messages == messages
-    if not again:  # else it is where the other reply began
+    if not again:  # otherwise the memory is where the other reply began
         np.testing.assert_array_equal(ada.memory.state, state)
         assert ada.memory.n_written == n_written
     assert ada.say("and") and np.isfinite(ada.memory.state).all()

@@ -1,4 +1,4 @@
-"""The rule of one write (docs/reference/one-write.md): the state is that of a model which read the text once."""
+"""The rule of one write (docs/reference/one-write.md): the state equals that of a model which read the text once."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_long_way_back_is_reported(make, read_once, caplog):
     llm.n_tokens = 150
     with caplog.at_level(logging.WARNING, "pydeltamem"):
         llm.eval(OTHER)
-    assert "went back to token 150" in caplog.text and "150 tokens before it are read again" in caplog.text
+    assert "went back to token 150" in caplog.text and "150 tokens are read again" in caplog.text
     np.testing.assert_allclose(llm.memory.state, read_once(tokens[:150] + OTHER), **SAME)
     caplog.clear()
     llm.n_tokens = 150
@@ -170,7 +170,7 @@ def test_another_text(llm, make, read_once, how):
     if how == "reset":
         llm.reset()
     take(llm.generate(other, temp=0), 1)
-    known = other[:1] == TOKENS[:1]  # it stands there already, and was written
+    known = other[:1] == TOKENS[:1]  # it is in the text already, and was written
     if known:
         by_hand.eval(TOKENS[:1])
         by_hand.memory.state = state
@@ -353,7 +353,7 @@ def test_an_edited_turn(llm, read_once, turn):
     edited = [*messages[: 1 + 2 * turn], {"role": "user", "content": "something else"}]
     answer(llm, edited)
     np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
-    assert llm.memory.n_read_again < 30  # the header of the message, spelt in single bytes here
+    assert llm.memory.n_read_again < 30  # the header of the message, in byte tokens here
 
 
 def test_another_chat(make, read_once):
@@ -423,7 +423,7 @@ def test_reading_only(llm, read_once):
     np.testing.assert_array_equal(llm.memory.state, state)
     assert llm.memory.n_written == 6
     llm.memory.write = True
-    llm.n_tokens = 8  # before it 6 and 7 did not write, and are not to
+    llm.n_tokens = 8  # 6 and 7 before it did not write, and still do not
     llm.eval(OTHER)
     assert llm.memory.n_written == 6 + len(OTHER)
     llm.n_tokens = 6
@@ -432,11 +432,11 @@ def test_reading_only(llm, read_once):
 
 
 def test_reading_only_after_the_cache_was_lost(make, read_once):
-    """What is read again and what is new, neither of which writes, are not one."""
+    """Tokens that are read again and new ones are separate pieces, although neither writes."""
     llm = make(n_seq_max=1)
     llm.eval(TOKENS[:6])
     llm.memory.write = False
-    Conversation(llm, n_predict=1).say("hello")  # takes the place
+    Conversation(llm, n_predict=1).say("hello")  # takes the slot
     llm.eval(OTHER)
     assert llm.n_tokens == 6 + len(OTHER)
     assert llm.input_ids[: llm.n_tokens].tolist() == TOKENS[:6] + OTHER
@@ -867,7 +867,7 @@ def test_dropping_text_before_which_all_checkpoints_are(make):
 
 
 def test_a_failure_after_another_memory_came_keeps_that(make):
-    """What was in the making when the memory was replaced does not bring the old one back."""
+    """A reply that was in progress when the memory was replaced does not restore the old one."""
     llm = make(n_batch=4)
     llm.eval(OTHER)
     request = Request(llm._text)
@@ -880,7 +880,7 @@ def test_a_failure_after_another_memory_came_keeps_that(make):
 
 @pytest.mark.parametrize("then", ["the memory is looked at", "the text is forgotten", "another memory"])
 def test_a_failure_on_the_way_back_loses_nothing(make, read_once, monkeypatch, then):
-    """Where no checkpoint was the memory still has to read; it does before it is saved or goes on."""
+    """Without a checkpoint the memory still has to read; it does so before it is saved or goes on."""
     llm = make()
     tokens = np.random.default_rng(4).integers(6, 250, 20).tolist()
     llm.eval(tokens)

@@ -1,4 +1,4 @@
-"""Whatever writes a file: what is there is of the same kind, or it stays, whichever command or method it is."""
+"""Commands and methods that write a file: they replace only a file of the same kind; any other stays."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def failing(capsys, path, *arguments):
 
 @pytest.fixture
 def model(base, adapter, tmp_path):
-    """A model, its memory adapter, and a memory file of it, that may be lost."""
+    """A model, its adapter, and a memory file of it, that may be lost."""
     copies = tmp_path / "model.gguf", tmp_path / "adapter.gguf"
     shutil.copy(base(), copies[0])
     shutil.copy(adapter("qwen3", "tsw_qo"), copies[1])

@@ -1,4 +1,4 @@
-"""A real shape end to end: Qwen3-0.6B with random weights and a random adapter, by the commands that a person types."""
+"""A real shape end to end: Qwen3-0.6B with random weights and a random adapter, by the commands that a user types."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_qwen3_0_6b(tmp_path):
     options = ["-n", 8, "-c", 512, "-t", 2, "-tb", 2, "--temp", 0, "--ignore-eos"]
     memories = [tmp_path / "a.memory", tmp_path / "b.memory"]
     assert deltamem("generate", "-m", base, *prompt, *options, "--save-memory", memories[0]).strip()
-    base.unlink()  # half a GB is enough at a time
+    base.unlink()  # keep only one file of half a GB at a time
 
     write_model(small, "qwen3-0.6b", VOCAB, "q4_k_m")
     cache = ["-fa", "on", "-ctk", "f16", "-ctv", "f16"]

@@ -72,7 +72,7 @@ def tiny(name, **config):
     settings = getattr(transformers, f"{name}Config")(**{**LLAMA, **config})
     model = transformers.AutoModelForCausalLM.from_config(settings).float().eval().requires_grad_(False)
     for key, parameter in model.named_parameters():
-        if key.endswith("bias") or "norm" in key:  # which begin as zeros and ones: one left out would not show
+        if key.endswith("bias") or "norm" in key:  # these begin as zeros and ones, where a missing one would not show
             parameter += 0.3 * torch.randn(parameter.shape)
     return model
 
@@ -184,7 +184,7 @@ def test_chunked_equals_naive(mode, n_token, chunk):
     arguments = inputs(n_token=n_token, mode=mode)
     naive, chunked = recurrence(*arguments), chunked_recurrence(*arguments, chunk=chunk)
     weights = [torch.randn_like(x) for x in naive]
-    # a keep of exactly 0 is replaced by the smallest number: its gradient is cut there
+    # the smallest number replaces a keep of exactly 0, which cuts its gradient
     varied = [x for i, x in enumerate(arguments) if i != 4]
     gradients = [
         torch.autograd.grad(sum((x * w).sum() for x, w in zip(out, weights)), varied, retain_graph=True)

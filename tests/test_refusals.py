@@ -1,4 +1,4 @@
-"""What tests ask of errors: that the helpers fail where the wrong error comes."""
+"""The helpers of refusals.py: they fail if the wrong error comes."""
 
 from __future__ import annotations
 

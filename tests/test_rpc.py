@@ -106,7 +106,7 @@ def test_golden(server, golden_dir, adapter, base, case, layers, tmp_path):
     path = adapter("qwen3", case)
     said = in_process(REMOTE, endpoint, base("qwen3"), path, golden_dir, "qwen3", case, LAYERS[layers], out)
 
-    # the memory of as many layers as were asked for lies there
+    # the states of as many layers as asked for are there
     assert re.search(r"RPC0\S* δ-mem buffer size", said), said
     assert ("CPU" in "".join(re.findall(r".* δ-mem buffer size", said))) == (layers == "half"), said
     assert "Accepted client connection" in log.read_text()
@@ -116,7 +116,7 @@ def test_golden(server, golden_dir, adapter, base, case, layers, tmp_path):
         assert np.array_equal(found["back"], found["prompt_state"])
         assert np.array_equal(found["loaded"], found["prompt_state"])
 
-    # and its file is read here
+    # its file loads here
     here = DeltaMemLlama(model_path=base("qwen3"), deltamem_path=path, **F32)
     here.memory.load(f"{out}.memory")
     assert nmse(here.memory.state, expected["prompt_state"]) <= BOUND

@@ -1,7 +1,7 @@
 """Random schedules over four conversations and the model's own text, against a simple model of each memory.
 
-The model knows no checkpoints, records, batches or places: each conversation has a sequence of its own in another
-context, which reads one token per call, or one ingest in segments, and keeps the state after every one.
+The model knows no checkpoints, records, batches or slots. Each conversation has its own sequence in another context,
+which decodes one token per call, or one ingest in segments, and keeps the state after each.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Simple:
         self.session, self.seq, self.by_segment = session, seq, by_segment
         self.memory = llama.llama_get_memory(session.ctx)
         self.tokens, self.states, self.floor = [], [np.zeros_like(session.state(seq))], 0
-        self.begun = []  # of each token: where the ingest began that it was read in
+        self.begun = []  # for each token: where its ingest began
         self.n_kv = 0
         self.become(self.states[0])
 
@@ -104,7 +104,7 @@ class Simple:
             self.states.append(self.session.state(self.seq))
 
     def back(self, n, lost):
-        """Goes back to n. Of an ingest that is cut, what is left is read anew. Returns whether something was read."""
+        """Goes back to n. The rest of an ingest that is cut is read again. Returns whether something was read."""
         if n == len(self.tokens):
             return False
         begun = max(self.begun[n], min(n, self.floor))
@@ -157,7 +157,7 @@ class Simple:
 
 
 def is_lost(text):
-    """Whether it is to be read again."""
+    """Whether it has to be read again."""
     return text.slot is None or text.n_kv == 0 < text.n_tokens
 
 
@@ -170,7 +170,7 @@ def common(a, b):
 
 
 class World:
-    """Four conversations in three places, and the simple model of each."""
+    """Four conversations in three slots, and the simple model of each."""
 
     def __init__(self, llm, session, folder, seed):
         self.llm, self.folder = llm, folder
@@ -190,7 +190,7 @@ class World:
         self.saved = {}
 
     def words(self, unlike=""):
-        """What is said next. What it takes the place of begins with another letter: so they part where it begins."""
+        """What is said next. It begins with another letter than what it replaces, so they differ from there on."""
         first = self.random.choice([letter for letter in "abcdefghijklmnopqrstuvwxyz" if letter != unlike[:1]])
         return " ".join([first, *self.random.choices(WORDS, k=self.random.randint(0, 3))])
 
@@ -244,7 +244,7 @@ class World:
             simple.clear(common(simple.tokens, conversation._ended_tokens()))
         elif operation == "fork":
             j = (i + 1) % N_CONVERSATIONS
-            self.conversations[j] = None  # its place is free
+            self.conversations[j] = None  # its slot is free
             seated = conversation._text.slot is not None
             self.conversations[j] = conversation.fork()
             simple.copy_to(self.simple[j], seated and self.conversations[j]._text.slot is not None)
@@ -274,7 +274,7 @@ class World:
         llm, simple, lost = self.llm, self.own, is_lost(self.llm._text)
         operation = self.random.choice(["generate", "generate", "eval", "back", "reset"])
         new = [self.random.randrange(6, 250) for _ in range(self.random.randint(1, 9))]
-        # Once it has lost its place it only goes on: what it attends to after going back depends on whether there was
+        # Once it has lost its slot it only goes on: what it attends to after going back depends on whether there was
         # a checkpoint, and the simple model knows none.
         self.was_lost |= lost
         n = len(simple.tokens) if self.was_lost or operation == "eval" else self.random.randint(0, len(simple.tokens))
@@ -315,7 +315,7 @@ class World:
         lost = self.lost(i)
         conversation._drop(n)
         if n_read < len(prompt):
-            lost = not simple.back(n_read, lost) and lost  # what is worded differently now
+            lost = not simple.back(n_read, lost) and lost  # tokens that the template now words differently
         simple.drop(start, end, lost)
 
     def check(self):

@@ -1,4 +1,4 @@
-"""create_completion: log probabilities of prompts and replies, and where it ends."""
+"""create_completion: log probabilities of prompts and replies, and why a reply ends."""
 
 from __future__ import annotations
 

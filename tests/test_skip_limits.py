@@ -1,4 +1,4 @@
-"""`pytest --strict-skips`, by which CI fails where a test skips that need not."""
+"""`pytest --strict-skips`, with which CI fails if a test skips that must not."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_skip_beyond_those_allowed_fails_the_run(tmp_path, count, reason, ok):
     status, output = run(tmp_path, "--strict-skips")
     assert (status == pytest.ExitCode.OK) is ok, output
     assert ok or f"{count} skipped" in output.rpartition("skip_limits.py")[2]
-    assert run(tmp_path)[0] == pytest.ExitCode.OK  # without the option pytest's own rule holds
+    assert run(tmp_path)[0] == pytest.ExitCode.OK  # without the option skips fail nothing
 
 
 def test_a_file_that_skips_as_a_whole(tmp_path):

@@ -124,7 +124,7 @@ def test_a_state_that_does_not_fit_leaves_all_as_it_was(make, base, case, spoil,
     np.testing.assert_array_equal(llm._scores, scores)
     llm.eval(OTHER)
     assert list(llm.eval_tokens) == TOKENS + OTHER
-    if case is None:  # a text that is read again meets the present memory
+    if case is None:  # a text that is decoded again reads the present memory
         once.eval(TOKENS + OTHER)
         np.testing.assert_allclose(llm.logits, once.logits, rtol=0, atol=1e-3)
 

@@ -1,6 +1,6 @@
-"""Without an adapter the patched library is llama.cpp: its output equals the unpatched one's to the last bit.
+"""Without an adapter the patched library gives the same output as unpatched llama.cpp, to the last bit.
 
-Needs a build of the unpatched source beside ours: `make test-stock` makes it and runs this.
+Needs a build of the unpatched source: `make test-stock` makes it and runs this.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     not STOCK_LIB, reason="DELTAMEM_STOCK_LIB names no unpatched build: run `make test-stock`"
 )
 
-# Runs in a process of its own, with the library that LLAMA_CPP_LIB_PATH names.
+# Runs in its own process, with the library that LLAMA_CPP_LIB_PATH names.
 PROGRAM = """
 import sys
 import llama_cpp

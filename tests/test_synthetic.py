@@ -1,4 +1,4 @@
-"""Random models and checkpoints: they load and run in every type, and their weights are as documented."""
+"""Random models and PyTorch checkpoints: they load and run in every type, and their weights are as documented."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Several threads on one model: none dies, none waits for ever, and none shows in another's memory.
+"""Several threads on one model: none crashes, none waits forever, and none changes another's memory.
 
-What would end the process, or never end, runs in a process of its own, with a time limit.
+Tests that could crash or hang run in a process of their own, with a time limit.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def files(base, adapter):
 
 
 def talk(llm, i):
-    """A conversation with all that there is in it. Returns it."""
+    """A conversation that uses every method. Returns it."""
     mine = Conversation(llm, system=f"you are number {i}", **GREEDY)
     for content in SAID:
         mine.say(f"{content} {i}")
@@ -97,7 +97,7 @@ def ask(llm, i):
 
 
 def side_by_side(base, adapter):
-    """Enough places for all: each comes out as if it had been alone."""
+    """Enough slots for all: each ends as if it had been alone."""
     n = 4
     llm, alone = (load(base, adapter, n_seq_max=n + 1) for _ in range(2))
     expected = [talk(alone, i) for i in range(n)]
@@ -110,7 +110,7 @@ def side_by_side(base, adapter):
 
 
 def crowded(base, adapter):
-    """Fewer places than texts, and batches of 16 tokens: they take them from one another."""
+    """Fewer slots than texts, and batches of 16 tokens: the texts take slots from one another."""
     llm = load(base, adapter, n_seq_max=2, n_batch=16, n_ubatch=16)
     llm.memory.write = False
     ones = at_once(
@@ -124,7 +124,7 @@ def crowded(base, adapter):
 
 
 def closed_while_it_speaks(base, adapter):
-    """Whoever is speaking is told; nothing is freed below them."""
+    """Calls in other threads raise ModelError; nothing that they use is freed."""
     for _ in range(10):
         llm = load(base, adapter, n_seq_max=4)
         begun = threading.Semaphore(0)
@@ -190,14 +190,14 @@ def nothing_swallows_the_output(base, adapter):
 
 
 def forked(base, adapter):
-    """A process that was forked from one that had computed on several threads: it says what that one says."""
+    """A process forked from one that had computed on several threads gives the same reply."""
     llm = load(base, adapter, n_threads=2, n_threads_batch=2)
     mine = Conversation(llm, **GREEDY)
     mine.say("hello")
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(TIMEOUT // 2)  # rather than wait for ever
+        signal.alarm(TIMEOUT // 2)  # instead of waiting forever
     said = "\n".join(mine.say(content) for content in SAID).encode()
     if child == 0:
         os.write(writer, said)
@@ -229,7 +229,7 @@ def test_in_threads(files, run):
     in_a_process(run.__name__, *files)
 
 
-# who waits for whom
+# locks
 
 
 def test_others_speak_between_two_pieces(make):

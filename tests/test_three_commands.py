@@ -21,7 +21,7 @@ def commands():
 def test_from_two_directories_to_a_chat(directories, tmp_path):
     lines = commands()
     assert [line[:2] for line in lines] == [["deltamem", c] for c in ("convert-base", "convert", "chat")]
-    for said in ("My name is Ada.\n", "What is my name?\n"):  # the second time the files are there
+    for said in ("My name is Ada.\n", "What is my name?\n"):  # the second time the files exist
         for line in lines:
             options = ["-n", "8", "--temp", "0", "-t", "1"] if line[1] == "chat" else []
             done = subprocess.run(

@@ -1,4 +1,4 @@
-"""deltamem train: fillers of a batch change nothing, an interrupted run goes on, bad input is named."""
+"""deltamem train: padding changes nothing, an interrupted run goes on, errors name bad input."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def memory(hf_dir):
         with torch.no_grad():
             for name, parameter in memory.named_parameters():
                 if "delta" in name:
-                    parameter.mul_(40)  # felt in the logits
+                    parameter.mul_(40)  # large enough to show in the logits
         return model, memory
 
     return make
@@ -212,7 +212,7 @@ def test_a_tail_stays_visible_and_is_written_once(hf_dir, data):
     assert same == answer and longer[-len(question) :] == question
     assert tailed.earlier + longer == plain.earlier + question
     assert sorted(set(segments)) == [0, 1, 2] and len(segments) == len(longer)  # two messages and the question
-    assert 0 < len(all_of_it.earlier) < len(tailed.earlier)  # something is left to be written before
+    assert 0 < len(all_of_it.earlier) < len(tailed.earlier)  # something is left to write before it
 
 
 def test_segments_are_messages(hf_dir, data):
@@ -318,7 +318,7 @@ def test_a_memory_that_begins_as_a_head_adds_what_the_head_does(hf_dir, strategy
     """What one value, read as it was written, adds to the layer: the head's output for it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).double().eval()
     _, heads = train.STRATEGIES[strategy]
-    rank = 16 // (heads // 2 or 1)  # as many directions as a head has, so that nothing is lost
+    rank = 16 // (heads // 2 or 1)  # as many directions as the head's width, so that nothing is lost
     memory = DeltaMem(model, DeltaMemConfig(rank=rank, num_state_heads=heads, alpha=4.0)).double()
     train.start_from_heads(memory, model, gain=0.5)
     h = torch.randn(32, dtype=torch.double)
@@ -338,7 +338,7 @@ def test_a_file_of_another_kind_stays(hf_dir, data, tmp_path, name):
     path = tmp_path / name
     run = trainer(hf_dir, data, tmp_path, steps=1)
     path.write_bytes(b"a diary")
-    for act in (run.train, lambda: trainer(hf_dir, data, tmp_path, steps=1)):  # later, and before the work
+    for act in (run.train, lambda: trainer(hf_dir, data, tmp_path, steps=1)):  # before the run starts
         with pytest.raises((InputError, OutputError)) as info:
             act()
         check_names(str(info.value), [path])

@@ -1,4 +1,4 @@
-"""deltamem train on a GGUF: the model is what runs, and every kind of line, option and log does what it says."""
+"""deltamem train on a GGUF: it trains on the model that runs; every kind of line, option and log works as told."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pydeltamem.train.model import load_frozen
 from refusals import refuses
 
 ROOT = Path(__file__).parents[1]
-TINY = ROOT / "examples" / "tiny" / "base.gguf"  # float32, but its <|im_end|> is no control token
+TINY = ROOT / "examples" / "tiny" / "base.gguf"  # a float32 model, but its <|im_end|> is no control token
 MODEL = ROOT / "pydeltamem" / "models" / "default.gguf"
 WORDS = ["red", "green", "blue", "white"]
 
@@ -92,13 +92,13 @@ def test_a_run_without_a_break_is_one_with(data, tmp_path):
 
 def test_packed_and_padded_learn_the_same(tmp_path):
     record = {"messages": say("It is red.", "Yes."), "asks": [say("What is it?", "red"), say("Yes?", "No.")]}
-    data = write(tmp_path / "alike.jsonl", [record] * 24)  # a padded batch is drawn in another way
+    data = write(tmp_path / "alike.jsonl", [record] * 24)  # a padded batch is drawn differently
     runs = {
         form: trainer(data, tmp_path / form, steps=3, dtype="float32", form=form, heads_gain=0.5)
         for form in ("packed", "padded")
     }
     reports = {form: run.train() for form, run in runs.items()}
-    # three steps of float32's rounding, which Adam makes larger
+    # the rounding of three steps in float32, which Adam amplifies
     assert reports["packed"].held_out.loss == pytest.approx(reports["padded"].held_out.loss, rel=1e-3)
     assert reports["packed"].held_out.loss_without == pytest.approx(reports["padded"].held_out.loss_without, rel=1e-5)
     assert reports["packed"].held_out.loss != pytest.approx(reports["packed"].held_out.loss_without, rel=1e-4)
@@ -133,7 +133,7 @@ def test_a_packed_batch_is_drawn_at_random(tmp_path):
     ]
     run = trainer(write(tmp_path / "lengths.jsonl", records), tmp_path / "run", short_first=0)
     sizes = [[run.data.sizes[i] for i in run.draw(random.Random(step))] for step in range(20)]
-    assert sum(max(batch) > 2 * min(batch) for batch in sizes) >= 10  # 15 of 20 are to be expected
+    assert sum(max(batch) > 2 * min(batch) for batch in sizes) >= 10  # 15 of 20 are expected
 
 
 def test_the_gate_regulariser(data, tmp_path):

@@ -32,7 +32,7 @@ def make(family, dtype=torch.float32, **config):
     with torch.no_grad():
         for name, parameter in memory.named_parameters():
             if "delta" in name:
-                parameter.mul_(20)  # felt in the logits
+                parameter.mul_(20)  # large enough to show in the logits
             if name.endswith(("beta_proj", "lambda_proj")):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model, memory

@@ -1,4 +1,4 @@
-"""An architecture whose graph does not pass through the hooks is refused when the adapter is attached, by name."""
+"""Attaching an adapter refuses, by name, an architecture whose graph does not pass through the hooks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_output_projection_out_of_reach(bitnet, adapter, tmp_path):
     memory = rewrite(adapter("smollm3", "tsw_qo"), tmp_path / "adapter.gguf", "bitnet")
     with refuses(AdapterError, memory, "bitnet", "layer 0"):
         DeltaMemLlama(model_path=bitnet, deltamem_path=memory, n_ctx=256, verbose=False)
-    # the model itself is none the worse for it
+    # the model itself still works
     llm = DeltaMemLlama(model_path=bitnet, n_ctx=256, verbose=False, logits_all=True)
     llm.eval([1, 5, 9])
     assert np.isfinite(llm.scores[:3]).all()

@@ -134,7 +134,7 @@ def test_every_file_that_names_the_pinned_release_is_moved():
     suffixes = ("", ".c", ".cmake", ".cpp", ".h", ".md", ".py", ".toml", ".txt")
     paths = [path for path in paths if path.suffix in suffixes and "lib" not in path.relative_to(ROOT).parts]
     naming = {path.relative_to(ROOT).as_posix() for path in paths if fetch.VERSION.encode() in path.read_bytes()}
-    naming.discard("docs/how-to/upgrade-llama-cpp.md")  # says which releases were tested
+    naming.discard("docs/how-to/upgrade-llama-cpp.md")  # the message says which releases were tested
     assert naming == set(upstream.PINS)
 
     moved = upstream.pins_moved_to("9.8.7", "f" * 64)
@@ -175,7 +175,7 @@ def test_a_failed_step_stands_in_the_table(tmp_path, monkeypatch):
 
 
 #
-# how much is patched
+# the count of patched lines
 #
 
 DIFF = """\

@@ -1,4 +1,4 @@
-"""The memory together with LoRA and with control vectors, and several δ-mem adapters on one model."""
+"""The memory together with LoRA and control vectors, and several δ-mem adapters on one model."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_with_a_control_vector(adapter, golden_dir, make_llm, arch, case):
         expected_logits, expected_state = expected(first, last)
         # float32 against float32, as in test_golden.py
         assert nmse(logits, expected_logits) < 1e-9 and nmse(state, expected_state) < 1e-9
-        # and each has an effect: the vectors on logits and memory, the memory on the logits
+        # each has an effect: the vectors on logits and memory, the memory on the logits
         assert nmse(logits, plain[0]) > 1e-3 and nmse(state, plain[1]) > 1e-3
         llm.memory.detach()
         llm.reset()

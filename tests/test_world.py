@@ -1,4 +1,4 @@
-"""The small world: every phrase can be filled in, what is held out is held out, an answer is judged by its words."""
+"""The small world: every phrase can be filled in, held-out values stay out, and words decide if an answer is right."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_parts_divide_the_facts():
     seen = {(ATTRIBUTES[a][0], v) for a, values in FACTS["seen"].items() for v in values}
     pairs = {(ATTRIBUTES[a][0], v) for a, values in FACTS["new_pair"].items() for v in values}
     assert not new & seen, "a value that no memory was trained on must not be among those it is trained on"
-    assert len(pairs - seen) < 0.2 * len(pairs)  # nearly every value of a new pair is known from another attribute
+    assert len(pairs - seen) < 0.2 * len(pairs)  # nearly every value of a new pair occurs with another attribute
 
 
 @pytest.mark.parametrize(("part", "phrasings"), [("seen", "seen"), ("new_pair", "new"), ("any", "any")])

@@ -1,4 +1,4 @@
-"""What llama.cpp's own writers made is looked at before it takes its name; models of any alignment."""
+"""Files of llama.cpp's own writers are checked before they get their final name; models of any alignment."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_quantised_model_of_any_alignment_loads(odd, tmp_path, alignment):
 
 @pytest.mark.parametrize("alignment", [1, 8, 16])
 def test_a_model_of_a_small_alignment_loads(odd, alignment):
-    """Where llama.cpp maps the file it ends the process: in one of its own, so that the others go on."""
+    """llama.cpp would end the process if it mapped the file, so this runs in a process of its own."""
     model = odd(alignment)
     result = deltamem("generate", "-m", model, "-p", "hello", "-n", "2", "--no-perf")
     assert result.returncode == 0, result.stderr
@@ -99,7 +99,7 @@ def test_offsets_are_as_llama_cpp_takes_them(odd, tmp_path):
         Header(tmp_path / "m.gguf")
 
 
-# values beyond a type
+# values outside a type's range
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from jinja2 import TemplateError
 
 from ..errors import InputError, ModelError
 
-TEXT_ANSWER = 64  # last tokens of a plain text that are to be predicted; at most half of it
+TEXT_ANSWER = 64  # how many of the last tokens of a plain text the model has to predict; at most half of it
 READ = "I have read it."  # what the assistant says to a document
 
 Messages = list[dict[str, str]]
