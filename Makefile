@@ -7,7 +7,7 @@ BUILD     := build/native
 DEMO      := build/demo
 TINY      := examples/tiny
 
-# the release that pyproject.toml pins, of which only the Python half is installed: the libraries are ours
+# the llama-cpp-python release that pyproject.toml pins: only its Python half is installed, the libraries are ours
 RELEASE   := $(shell sed -n 's/^ *"llama-cpp-python==\([^"]*\)",$$/\1/p' pyproject.toml)
 
 NATIVE    := $(shell find native cmake -type f -not -path '*/__pycache__/*') CMakeLists.txt pydeltamem.pth
@@ -16,16 +16,16 @@ CXX_FILES  = $(shell find native tests/native -name '*.c' -o -name '*.cpp' -o -n
 NATIVE_TESTS := -DDELTAMEM_BUILD_TESTS=ON \
 	-DDELTAMEM_TEST_BASE=$(CURDIR)/$(TINY)/base.gguf -DDELTAMEM_TEST_ADAPTER=$(CURDIR)/$(DEMO)/adapter.gguf
 
-# a build beside the package's own, of the source that it has downloaded
+# another build of the source that the package's build has downloaded
 OTHER_BUILD := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	-DDELTAMEM_LLAMA_CPP_SOURCE=$(CURDIR)/$(BUILD)/download/llama_cpp_python-$(RELEASE).tar.gz
 
-# valgrind knows no AVX-512: where the CPU has it, memcheck has a build of its own without
+# valgrind does not know AVX-512: where the CPU has it, memcheck uses a separate build without it
 AVX512        := $(shell grep -m1 -o avx512f /proc/cpuinfo 2>/dev/null)
 MEMCHECK      := $(if $(AVX512),build/memcheck,$(BUILD))
 MEMCHECK_ARGS := $(if $(AVX512),$(OTHER_BUILD) -DGGML_NATIVE=OFF)
 
-# what `make bench` times, and against which build: that of `make test-stock` if it is there
+# what `make bench` times; it compares with the build of `make test-stock` if there is one
 BENCH_SHAPES ?= qwen3-0.6b
 BENCH_ARGS   ?= $(if $(wildcard build/stock/bin/libllama.*),--against build/stock/bin)
 
@@ -51,16 +51,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.llama-cpp-python: | $(BIN)/python
-	@# not cached: pip would take this wheel, which holds no library, for any other project too
+	@# not cached: pip would install this wheel, which has no library, in other projects too
 	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
 		$(BIN)/python -m pip install --no-cache-dir llama-cpp-python==$(RELEASE)
 	@touch $@
 
-# Without pip's build isolation, whose new folder each time would make CMake start afresh.
+# No build isolation: pip would use a new folder each time, and CMake would start over.
 $(INSTALLED): pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.llama-cpp-python
-	@touch $@.begun # what is edited from here on is newer than the stamp
+	@touch $@.begun # an edit during the build is newer than the stamp
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.11"
-	@echo "Building llama.cpp and the package: the first time takes some minutes, later what changed is compiled."
+	@echo "Building llama.cpp and the package: the first time takes some minutes, later builds compile only what changed."
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,dev]'
 	@mv $@.begun $@
 
@@ -68,23 +68,23 @@ $(TOOLS): constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt ruff clang-format import-linter mypy
 	@touch $@
 
-demo: $(INSTALLED) ## tell the small model of the package some facts, throw the text away, and ask (DEMO_ARGS)
+demo: $(INSTALLED) ## tell a model some facts, throw the text away, and ask for them (DEMO_ARGS)
 	$(BIN)/deltamem demo $(DEMO_ARGS)
 
 $(DEMO)/adapter.gguf: $(INSTALLED) $(wildcard $(TINY)/base.gguf $(TINY)/adapter/*)
 	@mkdir -p $(@D)
 	$(BIN)/deltamem convert $(TINY)/adapter --base $(TINY)/base.gguf -o $@
 
-test: test-native ## every test: native, then Python (PYTEST_ARGS; STRICT=1 fails where a test skips that need not)
+test: test-native ## all tests: native, then Python (PYTEST_ARGS; STRICT=1 fails on avoidable skips)
 	$(BIN)/python -m pytest $(if $(STRICT),--strict-skips) $(PYTEST_ARGS)
 
-coverage: $(INSTALLED) ## lines of the package that the Python tests run, and those that they do not (PYTEST_ARGS)
+coverage: $(INSTALLED) ## which lines of the package the Python tests run (PYTEST_ARGS)
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(PYTEST_ARGS); status=$$?; \
 		$(BIN)/coverage combine -q && $(BIN)/coverage report && exit $$status
 
 test-native: $(DEMO)/adapter.gguf ## the kernel, the operator and the C API
-	@# STRICT: a machine that has no way to the tools says so, and skips what needs them
+	@# STRICT: where the tools cannot be installed, says so and skips the tests that need them
 	require=OFF; $(if $(STRICT),if tests/native/install-cross-tools.sh && tests/native/install-clang.sh; then require=ON; fi;) \
 		cmake -S . -B $(BUILD) $(NATIVE_TESTS) -DDELTAMEM_REQUIRE_TOOLS=$$require
 	cmake --build $(BUILD)
@@ -96,7 +96,7 @@ test-neon: ## the NEON kernel under qemu-user (installs Debian's cross compiler 
 	cmake --build build/neon --target test-kernel-neon
 	ctest --test-dir build/neon --output-on-failure -R kernel-neon
 
-test-stock: $(INSTALLED) ## without an adapter: bit for bit what llama.cpp computes (builds it unpatched)
+test-stock: $(INSTALLED) ## check that results without an adapter equal llama.cpp's bit for bit (builds it unpatched)
 	$(BIN)/python cmake/fetch_llama_cpp.py build/stock/llama.cpp --download-dir $(BUILD)/download
 	cmake -S build/stock/llama.cpp -B build/stock -G Ninja -DCMAKE_BUILD_TYPE=Release \
 		-DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_APP=OFF $(CMAKE_ARGS)
@@ -110,33 +110,33 @@ sanitize: $(DEMO)/adapter.gguf ## load, generate, save, load, free under the add
 	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		ctest --test-dir build/sanitize --output-on-failure
 
-# The three nodes that are computed as one, over one to four threads, and two threads in one library. GCC's thread sanitizer
-# knows ggml's own threads, not OpenMP's.
-tsan: $(DEMO)/adapter.gguf ## the operator and two threads' worth of calls under the thread sanitizer
+# Runs the three fused nodes on one to four threads, and two threads in one library. GCC's thread sanitizer knows ggml's own
+# threads, not OpenMP's.
+tsan: $(DEMO)/adapter.gguf ## the operator, and calls from two threads, under the thread sanitizer
 	cmake -S . -B build/tsan $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_TSAN=ON -DGGML_OPENMP=OFF \
 		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
 	cmake --build build/tsan --target test-op test-wait test-threads test-lifecycle
 	TSAN_OPTIONS=halt_on_error=1 \
 		ctest --test-dir build/tsan --output-on-failure -R '^(op|wait|wait-pool|threads|lifecycle|lifecycle-segments)$$'
 
-memcheck: $(DEMO)/adapter.gguf ## the same under valgrind
+memcheck: $(DEMO)/adapter.gguf ## load, generate, save, load, free under valgrind
 	cmake -S . -B $(MEMCHECK) $(MEMCHECK_ARGS) $(NATIVE_TESTS)
 	cmake --build $(MEMCHECK)
 	valgrind --error-exitcode=1 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
 		$(MEMCHECK)/bin/test-lifecycle $(TINY)/base.gguf $(DEMO)/adapter.gguf
 
-# One command makes the model of the package again, from a seed; every step goes on where it was broken off.
+# `make default-model` reproduces the model of the package from a seed. Every step resumes where it was interrupted.
 DEFAULT  := build/default
 MEMORY_ARGS := --steps 2400 --batch 16 --rate 6e-3 --update no_lambda --write-bias -2 --heads-gain 5
 SSW_ARGS    := --steps 1600 --batch 16 --rate 6e-3 --init $(DEFAULT)/tsw --init-gain 10 --write-bias 0
 MODELS      := pydeltamem/models
 
-default-model: $(INSTALLED) ## train the model of the package and its memories (two CPU cores: about two hours)
+default-model: $(INSTALLED) ## train the model of the package and its adapters (two CPU cores: about two hours)
 	$(BIN)/python recipes/backbone.py $(DEFAULT)/hf
 	$(BIN)/python recipes/conversations.py $(DEFAULT)/train.jsonl
 	$(BIN)/deltamem convert-base $(DEFAULT)/hf -o $(DEFAULT)/base.gguf --outtype f32 --name "deltamem default"
 	$(BIN)/deltamem quantize $(DEFAULT)/base.gguf $(MODELS)/default.gguf q8_0
-	@# products this small gain nothing from a second thread: two memories at once, a thread each
+	@# products this small gain nothing from a second thread: train two adapters at once, on one thread each
 	OMP_NUM_THREADS=1 $(MAKE) -j 2 default-msw default-ssw
 	for s in tsw msw ssw; do \
 		$(BIN)/deltamem convert $(DEFAULT)/$$s --base $(MODELS)/default.gguf --outtype f16 -o $(MODELS)/default-$$s.gguf \
@@ -150,8 +150,8 @@ default-tsw default-msw: default-%:
 default-ssw: default-tsw
 	$(BIN)/deltamem train $(DEFAULT)/hf $(DEFAULT)/train.jsonl -o $(DEFAULT)/ssw --strategy ssw $(SSW_ARGS)
 
-# The memory of SmolLM2-135M. Goes on where it was broken off; SMOLLM2_ARGS="--init recipes/smollm2/msw ..." begins with the
-# weights that are there. ordinary.py and mixture.py read ../shared/data, or DELTAMEM_DATA.
+# The adapter of SmolLM2-135M. Resumes where it was interrupted; SMOLLM2_ARGS="--init recipes/smollm2/msw ..." starts from
+# those weights. ordinary.py and mixture.py read ../shared/data, or DELTAMEM_DATA.
 SMOLLM2      := build/smollm2
 SMOLLM2_ARGS ?= --strategy msw --update no_lambda --write-bias -2 --heads-gain 0.5
 
@@ -161,46 +161,46 @@ $(SMOLLM2)/ordinary.jsonl: | $(INSTALLED)
 $(SMOLLM2)/train.jsonl: recipes/mixture.py recipes/natural/train.jsonl.gz | $(SMOLLM2)/ordinary.jsonl
 	$(BIN)/python recipes/mixture.py $@ --ordinary $(SMOLLM2)/ordinary.jsonl
 
-smollm2-memory: $(SMOLLM2)/train.jsonl ## train a memory for SmolLM2-135M (hours on one core; SMOLLM2_ARGS)
+smollm2-memory: $(SMOLLM2)/train.jsonl ## train an adapter for SmolLM2-135M (hours on one core; SMOLLM2_ARGS)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
 		$(BIN)/deltamem train smollm2 $< -o $(SMOLLM2)/msw --steps 5000 --batch 8 --rate 3e-3 --short-first 0 \
 		--max-tokens 400 --visible 0.12 --wording 0.35 --eval-every 500 $(SMOLLM2_ARGS)
 
-architectures: $(INSTALLED) ## hooks against PyTorch: docs/reference/architectures.md's table, pydeltamem/runtime/architectures.json
+architectures: $(INSTALLED) ## compare the hooks with PyTorch: prints the table of docs/reference/architectures.md, writes pydeltamem/runtime/architectures.json
 	DELTAMEM_ARCHITECTURES=$(CURDIR)/pydeltamem/runtime/architectures.json \
 		$(BIN)/python -m pytest -q -s tests/test_architectures.py | grep -E '^\||passed|failed'
 
 schedules: $(INSTALLED) ## 1,000 random schedules over four conversations against a simple model (`make test` runs 40)
 	DELTAMEM_SCHEDULES=1000 $(BIN)/python -m pytest tests/test_schedules.py
 
-fuzz-native: $(INSTALLED) ## libFuzzer on the loader of adapters and on plans (FUZZ_NATIVE: inputs for each; installs clang)
+fuzz-native: $(INSTALLED) ## libFuzzer on the adapter loader and on plans (FUZZ_NATIVE: inputs for each; installs clang)
 	tests/native/install-clang.sh
 	cmake -S tests/native/fuzz -B build/fuzz -G Ninja -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ \
 		-DDELTAMEM_FUZZ_RUNS=$(FUZZ_NATIVE)
 	cmake --build build/fuzz --target run
 
-fuzz: fuzz-native $(DEMO)/adapter.gguf ## random and damaged inputs for whatever reads files or commands (FUZZ: how many a test; docs/how-to/fuzz.md)
+fuzz: fuzz-native $(DEMO)/adapter.gguf ## random and damaged inputs for all code that reads files or commands (FUZZ: inputs per test; docs/how-to/fuzz.md)
 	DELTAMEM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/fuzz tests/test_history.py
 
 soak: $(DEMO)/adapter.gguf ## 100,000 tokens of dialogue (SOAK_DATA: locomo10.json) through a window of 1,024, with a plot
 	$(BIN)/python tools/soak.py --data $(SOAK_DATA) --model $(TINY)/base.gguf --deltamem $(DEMO)/adapter.gguf --out build/soak
 
-bench: $(INSTALLED) ## random models with and without the memory, and the operator (BENCH_SHAPES, BENCH_ARGS)
+bench: $(INSTALLED) ## time random models with and without an adapter, and the operator (BENCH_SHAPES, BENCH_ARGS)
 	@mkdir -p build/bench
 	$(BIN)/deltamem bench --op --json build/bench/op.json
 	for shape in $(BENCH_SHAPES); do \
 		$(BIN)/deltamem bench --synthetic $$shape --json build/bench/$$shape.json $(BENCH_ARGS) || exit 1; \
 	done
 
-bench-reference: $(INSTALLED) ## the native side against the memory in PyTorch
+bench-reference: $(INSTALLED) ## compare the speed of the native runtime with PyTorch's
 	$(BIN)/python tools/bench_reference.py
 
-cuda-check: $(INSTALLED) ## build for the GPU of this machine, test there, measure (CUDA_ARGS: CMake options)
+cuda-check: $(INSTALLED) ## build for the GPU of this machine, test, and measure (CUDA_ARGS: CMake options)
 	$(BIN)/python tools/cuda_check.py -- $(CUDA_ARGS)
 
-# Nobody runs this one: nvcc may skip its optimisations (an option since CUDA 12.9), which makes hours minutes. With
-# them our own sources are compiled by `ctest -R cuda-compile`.
-cuda-compile: $(INSTALLED) ## compile the whole CUDA backend for Ampere and Hopper, with no GPU
+# Nobody runs this build, so nvcc skips its optimisations if it can (since CUDA 12.9): minutes instead of hours.
+# `ctest -R cuda-compile` compiles our own sources with them.
+cuda-compile: $(INSTALLED) ## compile the whole CUDA backend for Ampere and Hopper; needs no GPU
 	$(BIN)/python -m pip install -q -c constraints.txt nvidia-cublas nvidia-cuda-cccl
 	cmake -S . -B build/cuda-compile $(OTHER_BUILD) -DGGML_CUDA=ON -DGGML_CUDA_FA=OFF -DGGML_CUDA_NO_VMM=ON \
 		-DCMAKE_CUDA_ARCHITECTURES="80;90" -DCMAKE_CUDA_FLAGS="$$(nvcc --help | grep -q fast-compile && echo -Ofc=max)" \
@@ -210,14 +210,14 @@ cuda-compile: $(INSTALLED) ## compile the whole CUDA backend for Ampere and Hopp
 upstream-check: $(DEMO)/adapter.gguf ## build and test against the three newest llama-cpp-python (UPSTREAM_RELEASES)
 	$(BIN)/python cmake/upstream.py check $(UPSTREAM_RELEASES) -- $(NATIVE_TESTS) $(CMAKE_ARGS)
 
-patch-count: ## lines and files of llama.cpp that our patches change, and their limits
+patch-count: ## count the lines and files of llama.cpp that our patches change, and check their limits
 	@$(PYTHON) cmake/patch_count.py
 
 lint: $(TOOLS) $(INSTALLED) patch-count ## formatting, lint rules, doors between the rooms, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
-	@# over the package as it is installed, with convert in it; -S: not where an editable install would find it
+	@# checks a copy of the package as it is installed, with convert inside; -S hides the editable install
 	@rm -rf build/imports && mkdir -p build/imports/pydeltamem
 	@cp -r pydeltamem/[!l]* pydeltamem/llama.py build/imports/pydeltamem && cp -r convert build/imports/pydeltamem/convert
 	@cp _pydeltamem_startup.py build/imports
@@ -231,17 +231,17 @@ format: $(TOOLS) ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-docs: $(INSTALLED) ## the pages, in build/docs; a dead link, a warning or a name that does not exist fails
+docs: $(INSTALLED) ## build the pages in build/docs; fails on a dead link, a warning or an unknown name
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-wheel: $(BIN)/python ## a wheel of the package in dist/
+wheel: $(BIN)/python ## build a wheel of the package in dist/
 	@rm -f dist/pydeltamem-*.whl
 	$(BIN)/python -m pip wheel --no-deps -w dist .
 
 check-wheel: wheel ## install the wheel elsewhere and load it there
 	$(BIN)/python tools/check_wheel.py dist/pydeltamem-*.whl
 
-clean: ## remove what was built, .venv too
+clean: ## remove everything that was built, and .venv
 	rm -rf $(VENV) build dist pydeltamem/lib .pytest_cache .ruff_cache
 
 help:

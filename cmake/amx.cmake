@@ -1,6 +1,6 @@
-# Tries AMX as ggml uses it, and sets DELTAMEM_AMX_FLAGS to leave it out where it fails. GCC 12 drops the stores to all but the
-# first bytes that ldtilecfg loads, and some virtual machines report AMX but do not execute it: ggml's products would end the
-# first prompt of a quantised model with an illegal instruction. A build with -march=native runs here, so the test does too.
+# Runs AMX instructions as ggml does, and sets DELTAMEM_AMX_FLAGS to disable AMX if they fail. GCC 12 drops the stores to all
+# but the first bytes that ldtilecfg loads, and some virtual machines report AMX but do not execute it: an illegal instruction
+# would end the first prompt of a quantised model. Only -march=native builds are tested: they run on this machine.
 if ((DEFINED GGML_NATIVE AND NOT GGML_NATIVE) OR CMAKE_CROSSCOMPILING OR NOT CMAKE_SYSTEM_NAME STREQUAL "Linux" OR
         NOT CMAKE_C_COMPILER_ID MATCHES "GNU|Clang" OR NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     return()

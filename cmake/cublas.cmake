@@ -5,7 +5,7 @@ set(DELTAMEM_CUBLAS_INCLUDE "" CACHE PATH "deltamem: headers of a cuBLAS outside
 find_package(CUDAToolkit QUIET)
 
 if (NOT DELTAMEM_CUBLAS_INCLUDE AND NOT TARGET CUDA::cublas)
-    # in pip's build environment, or in the environment that pip installs into
+    # searches pip's build environment, then the environment that pip installs into
     execute_process(
         COMMAND ${Python_EXECUTABLE} -c "
 import glob, sys, sysconfig
@@ -28,7 +28,7 @@ endif()
 
 if (DELTAMEM_CUBLAS_INCLUDE)
     message(STATUS "cuBLAS: ${CUDA_cublas_LIBRARY}")
-    # CMake leaves folders within the source tree out of the rpath, and .venv is there
+    # CMake leaves folders inside the source tree out of the rpath, and .venv is one
     get_filename_component(library_dir ${CUDA_cublas_LIBRARY} DIRECTORY)
     list(APPEND CMAKE_INSTALL_RPATH ${library_dir})
     set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} -isystem ${DELTAMEM_CUBLAS_INCLUDE}")

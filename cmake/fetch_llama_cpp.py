@@ -39,8 +39,8 @@ SHA256 = pinned('llama-cpp-python-sha256 = "')
 REQUIREMENT = f"llama-cpp-python=={VERSION}"
 SDIST = f"llama_cpp_python-{VERSION}.tar.gz"
 
-# What the libraries need of vendor/llama.cpp (native/deltamem_architectures its test file), its converter, and one
-# vocabulary for tests. The rest is 150 MB of documents and models.
+# What we use of vendor/llama.cpp: the sources of the libraries, a test file (for native/deltamem_architectures), the
+# converter, and one vocabulary for tests. The rest is 150 MB of documents and models.
 KEEP = (
     "CMakeLists.txt",
     "LICENSE",
@@ -87,7 +87,7 @@ def check_sha256(path: Path, expected: str, remedy: str) -> None:
 
 
 def download(folder: Path, expected: str | None = SHA256, version: str = VERSION) -> Path:
-    """The source distribution in `folder`, which pip downloads if it is missing. expected=None: of any checksum."""
+    """The source distribution in `folder`, which pip downloads if it is missing. expected=None accepts any checksum."""
     requirement = f"llama-cpp-python=={version}"
     archive = folder / f"llama_cpp_python-{version}.tar.gz"
     if archive.exists():
@@ -154,8 +154,8 @@ def copy_tree(source: Path, tree: Path) -> None:
 
 
 def git_apply(tree: Path, patch: Path, *options: str) -> subprocess.CompletedProcess:
-    # Inside a repository, git apply takes paths relative to that repository and skips files that it ignores, silently:
-    # it must not look above the tree.
+    # Inside a repository, git apply takes paths relative to that repository and silently skips ignored files. The
+    # ceiling keeps it from looking above the tree.
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     env["GIT_CEILING_DIRECTORIES"] = str(tree.parent)
     command = [
@@ -181,9 +181,9 @@ def blob_id(path: Path) -> str:
 
 
 def check_index_lines(tree: Path, patch: Path, side: int) -> None:
-    """Compares files with a patch's `index old..new` lines, where it has them: side 0 before, 1 after it is applied.
+    """Compares files with the `index old..new` lines of a patch, if it has any: side 0 before, 1 after it is applied.
 
-    Hunks without context fit any file that is long enough: only the index lines tell that it is another version.
+    Hunks without context fit any file that is long enough. Only the index lines reveal another version.
     """
     name = None
     for line in patch.read_text(encoding="utf-8").splitlines():
@@ -242,7 +242,7 @@ def synchronize(fresh: Path, tree: Path) -> list[Path]:
 def prepare(
     tree: Path, patches: list[Path], download_dir: Path, source: Path | None = None, expected: str = SHA256
 ) -> list[Path]:
-    """Makes `tree` the patched source, unless it is. Returns the files that were written."""
+    """Makes `tree` the patched source if it is not yet. Returns the files that were written."""
     if source is not None and not source.exists():
         raise FetchError(
             f"The llama.cpp source {source} does not exist: correct DELTAMEM_LLAMA_CPP_SOURCE or unset it."

@@ -4,16 +4,17 @@
     upstream.py check [VERSION ...] [-- CMAKE_OPTION ...]   the newest three, or those named; prints a table
     upstream.py move VERSION                                changes the pins and carries the patches over, in place
 
-A patch is carried over by git's three-way merge: the pinned release's file is the base, that file patched one side, the
-other release's file the other. A hunk goes where its surroundings went. Where those changed, lines that we add stay
-beside what has become of their neighbour, and a number that we count up is counted up from theirs; any other conflict
-names the file. The patches and the pinned build stay as they are.
+git's three-way merge carries a patch over. The base is the pinned release's file; the sides are that file patched, and
+the other release's file. A hunk moves with its context. Where the context changed, lines that we add stay next to the
+changed neighbour, and a count that we increase is increased from the new value. Any other conflict is an error that
+names the file.
 
-A check moves a copy of the working tree and builds that, so what passes is what `move` would leave. In
-build/upstream/VERSION: the copy (source), its build (cmake), that release's Python half (venv) and the log.
+A check moves a copy of the working tree and builds that, so it tests what `move` would leave. The patches and the
+pinned build stay unchanged. build/upstream/VERSION holds the copy (source), its build (cmake), that release's Python
+half (venv) and the log.
 
-`make upstream-check` runs it. Needs git, cmake and ninja, and of Python only the standard library and pip; the tests
-take everything but llama-cpp-python from the environment that runs the script.
+`make upstream-check` runs the check. Needs git, cmake and ninja, and of Python only the standard library and pip; the
+tests take everything but llama-cpp-python from the environment that runs the script.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ NEWEST = 3
 # the files that name the pinned release: pyproject.toml, which the build reads, and three copies
 PINS = ("_pydeltamem_startup.py", "docs/how-to/install.md", "docs/tutorial/index.md", "pyproject.toml")
 
-# what depends on llama.cpp or on its bindings; the rest tests our own files, or asks for the pinned release
+# the tests that depend on llama.cpp or its bindings; the others test our own files, or need the pinned release
 TESTS = (
     "tests/test_golden.py",
     "tests/test_memory.py",
@@ -56,7 +57,7 @@ COLUMNS = ("release", "sha256", "patches", "build", "native tests", "Python test
 
 
 class StepError(Exception):
-    """A step failed; the text stands in the table."""
+    """A step failed. The table shows the text."""
 
 
 #
@@ -93,7 +94,7 @@ def patched_files(patch: Path) -> list[str]:
 
 
 def resolve(theirs: list[str], base: list[str], ours: list[str]) -> list[str] | None:
-    """The merged lines of a conflict, None if they cannot be told."""
+    """The merged lines of a conflict; None if there is no rule for it."""
     if ours[: len(base)] == base:
         return theirs + ours[len(base) :]
     if ours[len(ours) - len(base) :] == base:
@@ -110,8 +111,8 @@ def resolve(theirs: list[str], base: list[str], ours: list[str]) -> list[str] | 
 
 
 def merge(theirs: Path, base: Path, ours: Path) -> tuple[bytes, int]:
-    """The merged file, and how many hunks `resolve` placed. Raises ValueError where that is not possible."""
-    size = 40  # of the markers: no line of the files begins with so many
+    """The merged file, and how many hunks `resolve` placed. Raises ValueError if it cannot."""
+    size = 40  # length of the markers: no line of the files begins with so many of their characters
     command = ["git", "merge-file", "--stdout", "--diff3", f"--marker-size={size}", theirs, base, ours]
     output = subprocess.run(command, stdout=subprocess.PIPE).stdout.decode()
 
@@ -183,7 +184,7 @@ def carry_over_to(archive: Path) -> tuple[dict[str, str], int]:
 
 
 def pins_moved_to(version: str, sha256: str) -> dict[str, str]:
-    """The files that name the pinned release, as they are for another."""
+    """The files that name the pinned release, by name, with the text that names the other one."""
     moved = {}
     for name in PINS:
         text = (ROOT / name).read_text(encoding="utf-8")
@@ -310,21 +311,21 @@ class Check:
         return "yes"
 
     def native_tests(self) -> str:
-        # not those of the kernel, which uses nothing of llama.cpp and is the same for each release
+        # without the tests of the kernel: it uses nothing of llama.cpp and is the same for each release
         tests = ["ctest", "--test-dir", self.cmake, "--output-on-failure", "--exclude-regex", "^kernel-"]
         output = self.step("native tests", *tests)
         passed, skipped = output.count(" Passed "), output.count("***Skipped")
         return f"{passed} passed" + (f", {skipped} skipped" if skipped else "")
 
     def install_bindings(self, archive: Path, sha256: str) -> None:
-        """An environment with the Python half of this release, the copied package, and ours for everything else."""
+        """An environment with this release's Python half and the copied package; everything else comes from ours."""
         environment = self.folder / "venv"
         stamp = environment / ".installed"
         if stamp.exists() and stamp.read_text() == sha256:
             return
         venv.create(environment, clear=True)
         packages = sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)})
-        # a folder added by a line of a .pth file comes last, and its own .pth files, the editable install, do not count
+        # a folder that a .pth file adds comes last, and Python ignores its .pth files, so the editable install too
         Path(packages, "upstream.pth").write_text(f"{self.source}\n{sysconfig.get_path('purelib')}\n")
         self.step(
             "bindings",
@@ -342,7 +343,7 @@ class Check:
         summary = output.strip().splitlines()[-1]
         result = ", ".join(re.findall(r"\d+ (?:passed|skipped)", summary))
         if "passed" not in result:
-            raise StepError("none could run")
+            raise StepError("no test ran")
         return result
 
 

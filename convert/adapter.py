@@ -1,4 +1,4 @@
-"""Packs a checkpoint into an adapter GGUF for a base model (docs/reference/formats.md, design section 3)."""
+"""Converts a PyTorch checkpoint to an adapter GGUF for a base model (docs/reference/formats.md, design section 3)."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def layers_of(checkpoint: Checkpoint, base: Base) -> list[int]:
     for layer in layers:
         if layer >= base.n_layer:
             raise CheckpointError(
-                f"{checkpoint.directory}: target_layers names layer {layer}, {base.path} has {base.n_layer} layers"
+                f"{checkpoint.directory}: target_layers names layer {layer}, but {base.path} has {base.n_layer} layers"
             )
     layers = layers or [i for i, layer in enumerate(base.layers) if layer.has_attention]
     if not layers:
-        raise ModelError(f"{base.path}: has no layer with attention projections, an adapter needs one")
+        raise ModelError(f"{base.path}: has no layer with attention projections, which an adapter needs")
     return layers
 
 
@@ -75,7 +75,7 @@ def packed_tensors(checkpoint: Checkpoint, base: Base) -> Iterator[tuple[str, np
 
         scales = _scales(checkpoint, layer)
         for head in HEADS:
-            checkpoint.drop(layer, f"delta_{head}_proj")  # those of heads that are off are saved too
+            checkpoint.drop(layer, f"delta_{head}_proj")  # a checkpoint also holds those of heads that are off
         for head in config.delta_heads:
             if not widths.rows(head):
                 raise CheckpointError(
@@ -86,7 +86,7 @@ def packed_tensors(checkpoint: Checkpoint, base: Base) -> Iterator[tuple[str, np
                 delta = (delta.astype(np.float64) * scales[head]).astype(np.float32)
             if not np.isfinite(delta).all():
                 raise CheckpointError(
-                    f"{checkpoint.directory}: the scale takes delta_{head}_proj of layer {layer} beyond float32"
+                    f"{checkpoint.directory}: the scale makes delta_{head}_proj of layer {layer} overflow float32"
                 )
             yield f"blk.{layer}.deltamem_{head}.weight", np.ascontiguousarray(base.permute(head, layer, delta))
         if config.has_o_norm:
@@ -101,13 +101,13 @@ def _check_fit(checkpoint: Checkpoint, base: Base) -> None:
     wrong = checkpoint.widths - {base.n_embd}
     if wrong:
         raise CheckpointError(
-            f"{checkpoint.path}: is for a model of width {min(wrong)}, the width of {base.path} is {base.n_embd}"
+            f"{checkpoint.path}: is for a model of width {min(wrong)}, but {base.path} has width {base.n_embd}"
         )
     saved, layers = checkpoint.layers, layers_of(checkpoint, base)
     if not checkpoint.config.target_layers and saved and saved[-1] != layers[-1]:
         of_base = "" if len(layers) == base.n_layer else f", its last attention in layer {layers[-1]}"
         raise CheckpointError(
-            f"{checkpoint.path}: is for a model of {saved[-1] + 1} layers, {base.path} has {base.n_layer}{of_base}"
+            f"{checkpoint.path}: is for a model of {saved[-1] + 1} layers, but {base.path} has {base.n_layer}{of_base}"
         )
 
 
@@ -136,9 +136,9 @@ def stored_type(name: str, shape: tuple[int, ...], outtype: str) -> gguf.GGMLQua
 def write_adapter(
     checkpoint: Checkpoint, base: Base, path: str | os.PathLike[str], outtype: str = "f32", name: str | None = None
 ) -> None:
-    """Writes the adapter GGUF in one step: at `path` there is the old file or the whole new one.
+    """Writes the adapter GGUF in one step: `path` holds the old file or the whole new one.
 
-    Raises CheckpointError or ModelError, InputError if `path` is a file that is read, OutputError if it cannot be
+    Raises CheckpointError or ModelError, InputError if `path` is one of the inputs, OutputError if it cannot be
     written.
     """
     refuse_inputs(path, (*base.files, *files_of(checkpoint.directory)))
@@ -190,7 +190,7 @@ def _write(
             if largest > _LIMITS.get(kind, np.inf):
                 other = "f32" if largest > _LIMITS[gguf.GGMLQuantizationType.BF16] else "f32 or bf16"
                 raise CheckpointError(
-                    f"{checkpoint.path}: values of {tensor_name} are beyond {kind.name}: use --outtype {other}"
+                    f"{checkpoint.path}: values of {tensor_name} are too large for {kind.name}: use --outtype {other}"
                 )
             writer.add_tensor(tensor_name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 

@@ -1,7 +1,7 @@
 """A Hugging Face model directory to GGUF, by the converter of the llama.cpp that we build.
 
-The converter is installed with the package, beside the libraries, and runs in a process of its own: it brings its
-version of gguf with it.
+The converter is installed with the package, next to the libraries. It runs in its own process, because it imports its
+own version of gguf.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydeltamem.errors import LibraryError, ModelError, named
 from pydeltamem.formats.kinds import MODEL
 from pydeltamem.formats.outputs import check_disk, files_of, refuse_inputs, writing
 
-# drafts take the embeddings of another model, a decoder of audio has other names for its layers
+# draft models use another model's embeddings; an audio decoder names its layers differently
 OTHERWISE = frozenset({"dflash", "eagle3", "gemma4-assistant", "wavtokenizer-dec"})
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
@@ -60,7 +60,7 @@ def convert_base(
 
 
 def _check_whole(directory: Path, path: Path) -> None:
-    """Raises ModelError if the file lacks weights, as the converter takes those that it finds, or does not load."""
+    """Raises ModelError if the file lacks weights, which the converter does not check, or does not load."""
     from pydeltamem.runtime.ggml import written
 
     header = written(path, directory)
@@ -72,11 +72,11 @@ def _check_whole(directory: Path, path: Path) -> None:
     n_layer, n_nextn = (header.keys.get(f"{architecture}.{key}", 0) for key in ("block_count", "nextn_predict_layers"))
     for name in ("token_embd.", f"blk.{n_layer - n_nextn - 1}."):
         if not any(name in tensor for tensor in header.tensors):
-            raise ModelError(f"{directory}: is not whole, it makes no tensor {name}*: are files missing?")
+            raise ModelError(f"{directory}: is incomplete, no weights for {name}*: are files missing?")
 
 
 def _reason(log: bytes | None) -> str:
-    """The last line, which names the error, without what logged it."""
+    """The last line, which names the error, without the logger's prefix."""
     lines = [line.strip() for line in (log or b"").decode("utf-8", errors="replace").splitlines()]
-    lines = [line for line in lines if line and "%|" not in line]  # that is a bar
+    lines = [line for line in lines if line and "%|" not in line]  # a progress bar
     return f": {lines[-1].removeprefix('ERROR:hf-to-gguf:').strip()}" if lines else ": see --verbose"

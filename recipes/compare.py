@@ -1,11 +1,11 @@
-"""PyTorch and the native runtime on the same questions: the texts of their answers in F32, and what quantising costs.
+"""Compares PyTorch with the native runtime on the same questions: their answers in F32, and the cost of quantising.
 
     python recipes/compare.py build/default -n 50
     python recipes/compare.py --model MODEL --base F32.gguf --shipped MODEL.gguf --memory CHECKPOINT ADAPTER.gguf
 
-The first form needs what `make default-model` leaves in build/default. In the second MODEL is what the memory was
-trained on, a directory or a GGUF. Exits with 1 if an F32 answer differs, or if the recall of the shipped files is more
-than 2 points away.
+The first form needs what `make default-model` leaves in build/default. In the second, MODEL is the one that the
+adapter was trained on, a directory or a GGUF. Exits with 1 if an F32 answer differs, or if the recall of the shipped
+files is more than 2 points away.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pydeltamem.train.reference import DeltaMem
 
 
 class TorchReader:
-    """What evals/reader.py asks, in PyTorch, of the same tokens."""
+    """Answers in PyTorch as evals/reader.py does, from the same tokens."""
 
     def __init__(self, model: Path, checkpoint: Path, native: NativeReader):
         self.model, _ = load_frozen(model, "float32")
@@ -40,7 +40,7 @@ class TorchReader:
         self.cache = None
 
     def answer(self, case: Case) -> str:
-        """After the conversation's text is gone; the question is read without writing."""
+        """Answers after the conversation's text is gone; the question does not write the memory."""
         self.memory.reset()
         self.memory.write = True
         self._run(*self.native.tokens(case.turns))

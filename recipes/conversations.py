@@ -1,9 +1,9 @@
-"""Writes conversations of the small world for `deltamem train`: facts, some of which are replaced, and small talk; then
+"""Writes conversations of the small world for `deltamem train`: facts, of which some are replaced, and small talk, then
 questions.
 
     python recipes/conversations.py build/default/train.jsonl --count 40000 --seed 1
 
-Only facts and phrasings that no test asks for (pydeltamem/evals/world.py: part and phrasings "seen").
+Uses only facts and phrasings that no evaluation asks for (pydeltamem/evals/world.py: part and phrasings "seen").
 """
 
 from __future__ import annotations

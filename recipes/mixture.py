@@ -1,8 +1,8 @@
-"""Writes the conversations that SmolLM2's adapters are trained on, one in a line, for `deltamem train`.
+"""Writes the conversations that SmolLM2's adapters are trained on, one per line, for `deltamem train`.
 
     python recipes/mixture.py build/smollm2/train.jsonl --data ../shared/data --ordinary build/smollm2/ordinary.jsonl
 
-Drawn by weights from these sources, of which the last three are not ours to ship (../shared/data/README.md, or
+Draws by weight from these sources. The last three are not ours to ship (../shared/data/README.md, or
 DELTAMEM_DATA):
 
     natural      conversations written by hand (recipes/natural/train.jsonl.gz)
@@ -12,7 +12,7 @@ DELTAMEM_DATA):
     dialogues    task dialogues; questions ask for the values of their slots (train/sgd.jsonl.gz)
     paragraphs   the sentences that answer a question, in a message (train/nq_oracle.jsonl.gz)
 
-Beside the questions of most are some for the person's own words: their answers are all that was told, token by token.
+Most conversations also have questions for the person's own words: their answers repeat all that was told.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ HELD_OUT = 60  # dialogues at the head of their file that are not drawn
 
 Record = tuple[list[dict[str, str]], list[list[dict[str, str]]]]  # messages, questions with answers
 
-# How a dialogue's slots are asked for: by what a slot's name has in it. {n}: what it belongs to.
+# Questions for a dialogue's slots, by a part of the slot's name. {n}: the thing that the slot belongs to.
 SLOTS: list[tuple[str, list[str]]] = [
     ("phone", ["What's the phone number?", "which number do I call", "What number can I ring for the {n}?"]),
     ("address", ["What's the address?", "Where exactly is the {n}?", "what street is it on", "Which address was it?"]),
@@ -79,7 +79,7 @@ SLOTS: list[tuple[str, list[str]]] = [
                     "Which {n} did we pick?", "which {n} was it", "Do you remember the {n}'s name?"]),
     ("price|fare|rent", ["How much does it cost?", "What was the price?", "how much was it", "What do I have to pay?"]),
 ]  # fmt: skip
-# The same by a slot's description, for any slot.
+# Questions for any slot, by its description.
 DESCRIBED = [
     "What was the {a}?", "Which {a} did we talk about?", "{A}?", "Remind me: {a}?", "Can you tell me the {a}?",
     "what was the {a} again", "What did I say for the {a}?", "Earlier we spoke of the {a}. What was it?",
@@ -103,7 +103,7 @@ PARAGRAPHS = ["Read this: ", "", "Here is a text about {t}.\n", "Please read:\n"
 def lines(path: Path) -> list[Any]:
     """A file of JSON lines, perhaps gzip. Ends the program with one sentence if it is missing."""
     if not path.exists():
-        raise SystemExit(f"{path}: is missing: it is data that others publish; name its folder with --data")
+        raise SystemExit(f"{path}: is missing: others publish it; name its folder with --data")
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -112,7 +112,7 @@ class Mixture:
     """Draws conversations. The same seed, the same draws.
 
     Args:
-        data: the folder of what is not ours.
+        data: the folder of the published data.
         ordinary: requests and the frozen model's answers (recipes/ordinary.py); None: leaves them out.
         seed: of all draws.
     """

@@ -1,4 +1,4 @@
-"""Writes ordinary requests and what the frozen model answers to them: training keeps these answers as they are.
+"""Writes ordinary requests and the frozen model's answers to them. Training keeps these answers unchanged.
 
 python recipes/ordinary.py smollm2 build/smollm2/ordinary.jsonl
 """

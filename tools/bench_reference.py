@@ -1,10 +1,10 @@
-"""The native side against `pydeltamem.train.reference`, the memory in PyTorch, on one shape (`make bench-reference`).
+"""Compares the native speed with that of PyTorch, `pydeltamem.train.reference`, on one shape (`make bench-reference`).
 
     python tools/bench_reference.py --shape qwen3-0.6b --pairs 10 [--ftype q4_k_m f16] [--flash-attn off on]
 
-Random weights; PyTorch in bfloat16, with the KV cache and the fused attention of transformers, and the recurrence of a
-prompt both token by token, as it is published, and in chunks. In turns, a prompt into an empty cache and single tokens
-after it. Prints tokens per second, and the ratio of times as a median over the pairs.
+Weights are random. PyTorch runs in bfloat16, with the KV cache and the fused attention of transformers. It computes the
+recurrence of a prompt both token by token, as published, and in chunks. The sides take turns: each decodes a prompt
+into an empty cache and single tokens after it. Prints tokens per second, and the median ratio of times over the pairs.
 """
 
 from __future__ import annotations

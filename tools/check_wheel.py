@@ -73,7 +73,7 @@ def check_loading(wheel: Path) -> None:
 
         clean = {key: value for key, value in os.environ.items() if key not in ("LLAMA_CPP_LIB_PATH", "PYTHONPATH")}
         subprocess.run([python, "-c", LOAD.format(root=str(ROOT))], check=True, cwd=folder, env=clean)
-        for first in ("llama_cpp", "pydeltamem"):  # whichever comes first, in a program that was not told
+        for first in ("llama_cpp", "pydeltamem"):  # either import may come first in a program that does nothing else
             load = f"import {first}, llama_cpp; llama_cpp.llama_cpp._lib.llama_deltamem_adapter_load"
             subprocess.run([python, "-c", load], check=True, cwd=folder, env=clean)
         command = python.with_name("deltamem.exe" if os.name == "nt" else "deltamem")

@@ -14,7 +14,7 @@ from conversion import ModelBase, ModelType, get_model_architecture, get_model_c
 
 
 def set_vocab(self):
-    """No tokens, only how many."""
+    """A vocabulary without tokens, only their number."""
     self.gguf_writer.add_tokenizer_model("none")
     if not any("vocab_size" in key for data in self.gguf_writer.kv_data for key in data):
         self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
@@ -26,7 +26,7 @@ model_class.set_vocab = set_vocab
 if hasattr(model_class, "no_mtp"):
     model_class.no_mtp = True  # the model has no layers that predict further tokens
 tokenizer = Path(directory, "tokenizer.json")
-if not tokenizer.exists():  # Gemma 3's asks it how many tokens there are
+if not tokenizer.exists():  # Gemma 3's class asks it for the number of tokens
     vocab = {str(i): i for i in range(hparams["vocab_size"])}
     tokenizer.write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": []}))
 add = gguf.GGUFWriter.add_vocab_size

@@ -1,8 +1,8 @@
-"""What llama.cpp's converter makes of the rows of the attention projections: python converter_rows.py CONVERTER_DIR
+"""How llama.cpp's converter orders the rows of attention projections: python converter_rows.py CONVERTER_DIR
 
-Shows each of its model classes weights whose rows are numbered, prints {architecture: {class: {head: order}}} as JSON.
-The order is "in order", "permuted" (RoPE's pairs side by side) or "other"; a class that knows no such tensor, or wants
-more of the model than is made up here, is "unknown".
+Gives each of its model classes weights with numbered rows, and prints {architecture: {class: {head: order}}} as JSON.
+The order is "in order", "permuted" (RoPE's pairs side by side) or "other"; "unknown" if a class knows no such tensor,
+or needs more of the model than is made up here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HPARAMS = dict(
     num_hidden_layers=2, n_layer=2, intermediate_size=8, shared_intermediate_size=8, num_local_experts=2,
     num_experts=2, expert_layer_offset=0, expert_layer_period=1, qk_scale_factor=1.0,
 )  # fmt: skip
-# what classes take from the model when they are made
+# attributes that classes set when they load a model
 ATTRIBUTES = dict(
     _is_nvfp4=False, fuse_qkv=False, fuse_gate_up_exps=False, _experts=None, hf_arch="", model_name="", block_count=2,
     _ssm_layers=[], _attn_layers=[0, 1], _num_heads=[N_HEAD] * 2, _num_kv_heads=[N_HEAD_KV] * 2,
@@ -75,8 +75,8 @@ def order(rows, head, n_head):
 
 
 def shown(kind, name, weight, **attributes):
-    """The tensors that the class writes for one."""
-    model = object.__new__(kind)  # to make one needs a model's files
+    """The tensors that the class writes for one weight."""
+    model = object.__new__(kind)  # the constructor needs a model's files
     vars(model).update(ATTRIBUTES, hparams=dict(HPARAMS), **attributes)
     model.tensor_map = gguf.get_tensor_name_map(kind.model_arch, 2)
     return {out: values for out, values in kind.modify_tensors(model, weight, name, 0)}

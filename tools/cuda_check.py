@@ -8,12 +8,12 @@
 3. runs the golden cases, memory files, several sequences and the CUDA graph test (tests/test_cuda.py), with products of
    float32 as such, not as TF32;
 4. times decode and a prompt of 2,048 tokens with and without the memory, F16 and Q4_K_M (`deltamem bench`);
-5. counts kernel launches per token with and without, and the time of our kernels beside their floors, by nsys or, where
+5. counts kernel launches per token with and without, and the time of our kernels and their floors, by nsys or, where
    that is not installed, by ncu;
 6. runs the golden cases with TF32.
 
-It ends after --minutes; another run goes on with the build that is there. All that it prints lies in BUILD/report too,
-the table from the first step on. Exits with 1 if a test failed, was skipped or was not reached, or if there is no GPU;
+It ends after --minutes; the next run continues with the existing build. BUILD/report holds all that it prints, and the
+table from the first step on. Exits with 1 if there is no GPU, or if a test failed, was skipped or was not reached;
 times and profilers do not count.
 """
 
@@ -37,11 +37,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT = 8  # tokens that decode() reads at first
+PROMPT = 8  # tokens of decode()'s prompt
 
 
 class Check:
-    """What was run, and what came of it. No step goes on after `seconds` from now."""
+    """The steps and their results. No step runs longer than until `seconds` from now."""
 
     def __init__(self, build: Path, seconds: float = 600):
         self.build, self.report, self.failed = build, build / "report", []
@@ -56,7 +56,7 @@ class Check:
     ) -> str | None:  # fmt: skip
         """Runs a command; its output goes to the report. Returns it, or None if the command failed.
 
-        counts: whether a failure is one of the whole check. accept: of the output, what a success is besides status 0.
+        counts: whether a failure fails the whole check. accept: whether the output of a command with status 0 is good.
         """
         begun = time.monotonic()
         timeout = min(timeout, self.end - begun)
@@ -86,7 +86,7 @@ class Check:
         return text
 
     def note(self, name: str, text: str) -> None:
-        """A line of the table, which is written at once: whoever ends this program early has what there is."""
+        """Adds a line to the table and writes it at once, so that an interrupted run leaves its results."""
         with self.lock:
             self.rows.append((name, text))
             (self.report / "summary.txt").write_text(self.table() + "\n", encoding="utf-8")
@@ -96,7 +96,7 @@ class Check:
 
 
 def start(command: Iterable[object], **options: object) -> subprocess.Popen:
-    """A program in a group of its own, so that stop() reaches what it has started."""
+    """Starts a program in its own process group, so that stop() ends its children too."""
     return subprocess.Popen([str(part) for part in command], cwd=ROOT, start_new_session=True, **options)
 
 
@@ -113,7 +113,7 @@ def all_passed(text: str) -> bool:
 
 
 def configure(check: Check, options: list[str]) -> bool:
-    """CMake; if it finds no cuBLAS, once more after pip has brought one."""
+    """Runs CMake; if it finds no cuBLAS, once more after pip has installed one."""
     command = [
         "cmake", "-S", ROOT, "-B", check.build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
         "-DDELTAMEM_BUILD_TESTS=ON", "-DGGML_CUDA=ON", "-DGGML_CUDA_FA=OFF", "-DGGML_CUDA_NO_VMM=ON",
@@ -171,7 +171,7 @@ def ncu_kernels(text: str) -> Kernels:
 
 
 def floors(shape: str) -> dict[str, float]:
-    """Nanoseconds below which a kernel of ours cannot come, adapter weights in F16; empty if the GPU does not tell."""
+    """Floors of our kernels in nanoseconds, with adapter weights in F16; empty if the GPU does not tell."""
     from pydeltamem.bench.synthetic import SHAPES
 
     try:
@@ -288,7 +288,7 @@ def measure(check: Check, shape: str, vocab: Path, writers: list[subprocess.Pope
     def sanitize(tool: str) -> None:
         if shutil.which("compute-sanitizer"):
             command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", test_op, "gpu"]
-            # memcheck takes for an error that an old CUDA graph cannot become the next one, which ggml counts on
+            # memcheck reports as an error that an old CUDA graph cannot be updated, which ggml expects
             check.run(tool, *command, timeout=240, GGML_CUDA_DISABLE_GRAPHS="1")
         else:
             check.note(tool, "compute-sanitizer is not installed: not run")

@@ -1,8 +1,8 @@
 """What `make docs` adds to MkDocs: pages generated from the sources, and checks of what the pages name.
 
-Generated are the command line, from the parser of each subcommand, and the C API, from its header. Checked are, in all
-pages and in the README files: links to files outside of docs/, paths, tests and make targets in `code`, and every
-`deltamem` command, which its parser must take. What does not exist is a warning: `mkdocs build --strict` fails.
+Generates the pages of the command line, from the parser of each subcommand, and of the C API, from its header. In all
+pages and in the README files it checks links to files outside of docs/, paths, tests and make targets in `code`, and
+every `deltamem` command, which its parser must accept. A missing name is a warning, so `mkdocs build --strict` fails.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 HEADER = ROOT / "native" / "llama_deltamem" / "llama-deltamem.h"
 
-# pages that are read where they lie and are no part of the site
+# pages outside of the site, read in place
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "pydeltamem/models/README.md", "examples/tiny/README.md")
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
@@ -71,7 +71,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def problems(markdown: str, path: Path) -> Iterator[str]:
-    """What the page at `path` names and does not exist, a sentence each."""
+    """The names on the page at `path` that do not exist, a sentence each."""
     is_outside = DOCS not in path.parents
     prose = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
     for _, _, target in LINK.findall(prose):
@@ -122,14 +122,14 @@ def tests() -> frozenset[str]:
 
 @functools.cache
 def targets() -> frozenset[str]:
-    """The targets of the Makefile that have a name."""
+    """The named targets of the Makefile."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     lists = re.findall(r"^((?:[a-z][a-z0-9-]* ?)+):(?!=)", text, re.MULTILINE)
     return frozenset(name for line in lists for name in line.split())
 
 
 def command_problem(command: str) -> str | None:
-    """Why its parser does not take this command line; None if it does."""
+    """Why its parser refuses this command line; None if it accepts it."""
     words = shlex.split(command)
     if "|" in words:
         words = words[: words.index("|")]
@@ -165,7 +165,7 @@ def command_line() -> str:
     lines = [
         "# Command line",
         "",
-        "Options of `generate` and `chat` are named as llama.cpp's. `deltamem help COMMAND` prints what stands here.",
+        "Options of `generate` and `chat` are named as llama.cpp's. `deltamem help COMMAND` prints the same.",
         "Every command exits with 0; with 1 after an error, which is one sentence; with 2 after wrong usage; and with",
         "130 after Ctrl-C.",
         "",

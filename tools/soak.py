@@ -1,9 +1,9 @@
-"""A long chat in a short window: resident memory, time per token and the state's size as it goes on (`make soak`).
+"""A long chat in a short window: resident memory, time per token and the state's size over time (`make soak`).
 
     python tools/soak.py --data locomo10.json --model base.gguf --deltamem adapter.gguf --tokens 100000 --out build/soak
 
-The dialogues of the file (LoCoMo: [{"conversation": {"session_1": [{"speaker", "text"}, ...]}}]) are read as turns of
-one conversation; to some the model replies. Writes soak.json and soak.png, and ends with 1 if resident memory grew by
+The dialogues of the file (LoCoMo: [{"conversation": {"session_1": [{"speaker", "text"}, ...]}}]) are turns of one
+conversation; the model replies to some. Writes soak.json and soak.png, and ends with 1 if resident memory grew by
 more than a megabyte after the first 5,000 tokens or the state is not finite.
 """
 
@@ -21,12 +21,12 @@ import numpy as np
 
 from pydeltamem import Conversation, DeltaMemLlama
 
-SETTLED = 5_000  # tokens until everything that is allocated once is there
+SETTLED = 5_000  # tokens until all that is allocated once is allocated
 STEP = 1_000
 
 
 def turns(path: str) -> Iterator[str]:
-    """What is said, dialogue after dialogue, again and again."""
+    """The messages of all dialogues, again and again."""
     dialogues = json.loads(Path(path).read_text(encoding="utf-8"))
     said = [
         turn["text"]
@@ -50,7 +50,7 @@ def soak(args: argparse.Namespace) -> list[dict[str, float]]:
     llm = DeltaMemLlama(
         args.model, deltamem_path=args.deltamem, n_ctx=args.window, n_threads=1, n_threads_batch=1, verbose=False
     )
-    # the largest batches that there can be, once: llama.cpp's buffers are touched as far as they ever will be
+    # decode the largest batch once, so that llama.cpp touches all of its buffers
     llm.eval(([llm.token_eos() + 1] * args.window)[: llm.n_ctx()])
     llm.reset()
     llm.memory.reset()
@@ -98,7 +98,7 @@ def plot(samples: list[dict[str, float]], path: Path) -> None:
     ):
         axis.plot(tokens, [scale * sample[key] for sample in samples])
         axis.set_ylabel(label)
-        axis.set_ylim(0, 1.15 * axis.dataLim.y1)  # what is flat must not lie on the frame
+        axis.set_ylim(0, 1.15 * axis.dataLim.y1)  # keeps a flat line off the frame
         axis.grid(alpha=0.3)
     axes[2].set_xlabel("tokens written")
     figure.tight_layout()

@@ -1,8 +1,8 @@
-"""What an adapter costs a model: with it and without, and another llama library beside it, timed in turn.
+"""Times a model with and without an adapter, and another llama library, in turn.
 
 Two contexts of one loaded model, one with the adapter and one without, take turns in one process. The runs of a pair
 follow each other directly and their order alternates, so that a drift of the machine falls on both. Another llama
-library needs a process of its own; it takes turns with this one, without the adapter, in a process that is just alike.
+library needs its own process. It takes turns with an identical process over this library; both have no adapter.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ class Plan:
     """What is timed, and how often."""
 
     prompts: tuple[int, ...] = (512,)  # tokens of each
-    depths: tuple[int, ...] = (0,)  # tokens before those of decode, of each test
+    depths: tuple[int, ...] = (0,)  # tokens of text before decode, of each test
     n_decode: int = 32  # tokens of decode; 0: none
     n_pairs: int = 10
-    n_renew: int = 1  # new contexts, and processes, after so many pairs; 0: never
-    n_resident: int = 0  # tokens of the prompt after which RAM is measured; 0: it is not
+    n_renew: int = 1  # pairs after which contexts and processes are new; 0: never
+    n_resident: int = 0  # tokens of the prompt after which RAM is measured; 0: do not
     by_node: bool = False  # times every node of the graphs, instead of whole runs
 
     @property
     def tests(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Each as `measure` takes it: kind and arguments."""
+        """The tests, as `measure` takes them: kind and arguments."""
         tests: list[tuple[str, tuple[int, ...]]] = [("prefill", (n,)) for n in self.prompts]
         return tests + [("decode", (depth, self.n_decode)) for depth in self.depths if self.n_decode]
 
     @property
     def n_ctx(self) -> int:
-        """Tokens that a context must hold, in the steps that llama.cpp pads to."""
+        """Tokens that a context must hold, padded as llama.cpp does."""
         longest = max([*self.prompts, self.n_resident + 1, max(self.depths, default=0) + self.n_decode])
         return -(-longest // 256) * 256
 
@@ -63,8 +63,8 @@ def run(
 
     Args:
         options: model and context; n_ctx is the plan's.
-        adapter: GGUF, or the packed model itself. None: both sides are alike, which says what the measurement can tell;
-            with `against` only the two libraries are compared.
+        adapter: GGUF, or the packed model itself. None: both sides are alike, which shows the measurement's
+            noise; with `against` only the two libraries are compared.
         against: folder of another llama library.
 
     Raises ModelError, AdapterError, LibraryError or DecodeError.
@@ -117,7 +117,7 @@ def run(
                 runs = report.setdefault(kind, {"runs": []})["runs"]
                 runs.append(measure(sides, kind, arguments, plan.n_pairs, advance, plan.n_renew))
 
-    for kind in ("prefill", "decode"):  # the first of several is the one that the report names first
+    for kind in ("prefill", "decode"):  # the report repeats the first of several at its top
         if kind in report:
             first = report[kind]["runs"][0]
             report[kind] = {**{key: value for key, value in first.items() if key != "ns"}, **report[kind]}
@@ -161,7 +161,7 @@ def _open(
 
 
 def _resident(folder: str, options: Options, adapter: str, n_tokens: int, progress: Progress) -> dict[str, Any]:
-    """Resident bytes with and without the adapter, each in a process of its own, after a prompt and one token more."""
+    """Resident bytes with and without the adapter, each in its own process, after a prompt and one more token."""
     result: dict[str, Any] = {}
     for i, (name, path) in enumerate(((OFF, None), (ON, adapter))):
         progress(f"RAM, adapter {name}", i, 2)

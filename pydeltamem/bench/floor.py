@@ -1,6 +1,6 @@
-"""The floor under the operator's time: what its arithmetic takes at least on the core that it runs on.
+"""The floor of the operator's time: what its arithmetic takes at least on this core.
 
-The length of a cycle and the multiply-adds that the core starts in one are measured, with the kernel of corrections.
+Measures the length of a cycle, and the multiply-adds that the core starts in one, with the kernel of corrections.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .ggml_graph import floats, ggml_library
 # Operations per activated value in deltamem-simd.h; a multiply-add counts as one, a division too.
 TANH, SIGMOID = 20, 18
 
-# Cycles until the result of a multiply-add is there, on the x86 and Arm cores of servers and desktops since about 2016
+# Latency of a multiply-add in cycles, on the x86 and Arm cores of servers and desktops since about 2016
 # (five on AMD's first two Zens).
 LATENCY = 4
 
@@ -55,8 +55,8 @@ def cycle_ns(n_runs: int, length: int = 512) -> float | None:
 def per_cycle(n_runs: int, cycle: float | None) -> float | None:
     """Multiply-adds of full vectors that a cycle of cycle_ns() completes at least where enough are independent.
 
-    In corrections of 16 columns four vectors of outputs are in registers at a time, and no block of four waits for
-    another: more are in flight than any core's latency times its rate. Weights come from the first-level cache, and
+    Corrections of 16 columns keep four vectors of outputs in registers, and no block of four waits for another: more
+    multiply-adds are in flight than any core's latency times its rate. Weights come from the first-level cache, and
     outputs go there, which costs some of the rate.
     """
     n_vectors, n_read, n_tokens = 16, 16, 256
@@ -65,13 +65,13 @@ def per_cycle(n_runs: int, cycle: float | None) -> float | None:
 
 
 def _correction_ns(n_runs: int, n_out: int, n_read: int, n_tokens: int) -> int | None:
-    """The least time of a call of the kernel of corrections, all tokens in one row's place."""
+    """The least time of a call of the kernel of corrections; all tokens share one row."""
     function = getattr(ggml_library(), "deltamem_correct_forward", None)
     if function is None:
         return None
     function.argtypes, function.restype = [ctypes.POINTER(_CorrectArgs)], None
     arrays = [ctypes.create_string_buffer(floats(n), 4 * n + 64) for n in (n_out, n_read * n_out, n_read)]
-    # where cache lines begin: a vector in two lines takes two loads
+    # aligned to cache lines: a vector across two lines takes two loads
     out, weight, read = (ctypes.addressof(array) + -ctypes.addressof(array) % 64 for array in arrays)
     for array, start in zip(arrays, (out, weight, read)):
         ctypes.memmove(start, bytes(array), len(array) - 64)
@@ -102,10 +102,10 @@ def lanes() -> int:
 
 
 def floor(rank: int, n_head: int, cycle: float | None, rate: float | None) -> dict[str, Any]:
-    """Below what no kernel of this arithmetic comes, per token that writes and layer, and how it was computed.
+    """The least time of any kernel with this arithmetic, per writing token and layer, and how it was computed.
 
-    `cycle` is cycle_ns(); without it the floor has cycles only. `rate` is per_cycle(): cores start whole vectors, so
-    the least whole number that it does not exceed, give or take 5 %, counts; two where it is unknown.
+    `cycle` is cycle_ns(); without it the floor has cycles only. `rate` is per_cycle(). Cores start
+    whole vectors, so it is rounded up, with a tolerance of 5 %; two where it is unknown.
     """
     starts = 2 if rate is None else max(1, math.ceil(rate - 0.05))
     # per head: S q, S k, keep S and its update touch each of the r² floats of the state once

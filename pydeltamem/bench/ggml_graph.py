@@ -81,7 +81,7 @@ class Graph:
         self.ggml.ggml_build_forward_expand(self.graph, node)
 
     def allocate(self, values: dict[int, bytes]) -> None:
-        """Buffers for all tensors, and what the given ones hold."""
+        """Allocates all tensors, and fills those in `values`."""
         self.buffer = self.ggml.ggml_backend_alloc_ctx_tensors(self.ctx, self.backend)
         if not self.buffer:
             raise LibraryError("no RAM for the tensors of --op: take fewer --op-tokens")
@@ -93,7 +93,7 @@ class Graph:
             raise LibraryError("ggml could not compute the graph of --op")
 
     def time(self, n_runs: int) -> list[float]:
-        """Nanoseconds per node of each run, after one that is not counted."""
+        """Nanoseconds per node of each run, after an uncounted one."""
         self.compute()
         times = []
         for _ in range(n_runs):

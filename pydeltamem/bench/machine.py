@@ -19,7 +19,7 @@ def cpu_name() -> str:
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process in RAM: peak, and where the system tells also now, and the part that no file backs."""
+    """Resident bytes of this process: peak; where the system tells also now, and the part that no file backs."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except OSError:

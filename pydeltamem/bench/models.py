@@ -21,7 +21,7 @@ VOCABULARIES = {"qwen3": "ggml-vocab-qwen2.gguf", "smollm3": "ggml-vocab-llama-b
 
 
 def cache_folder() -> Path:
-    """Where files are kept that can be made again. One folder per version: another may make other files."""
+    """The folder of files that can be made again. One per version: another version may make other files."""
     return hub.cache_folder() / __version__
 
 
@@ -34,13 +34,13 @@ def synthetic_files(
     vocab: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[str, str]:
-    """Paths of a random model and of an adapter for it, made if they are not there.
+    """Paths of a random model and of an adapter for it, made if they are missing.
 
     Args:
         shape: one of SHAPES.
         ftype: any of llama.cpp's, by llama-quantize's name; what write_model() cannot make is quantised from F16.
         outtype: type of the adapter's weights, as `deltamem convert --outtype`.
-        rank, n_head: of the adapter, which otherwise is as the released one.
+        rank, n_head: of the adapter, which otherwise is like the released one.
         vocab: GGUF whose vocabulary the model takes; None: that of the build in this checkout.
         progress: called with (bytes, bytes in all) while the model is written.
 
@@ -73,7 +73,7 @@ def synthetic_files(
                 )
                 write_adapter(Checkpoint(folder), Base(model), adapter, outtype, f"random, {shape}")
     except OSError as error:
-        raise OutputError(f"{cache}: --synthetic keeps its files there, and it cannot: {error.strerror}") from error
+        raise OutputError(f"{cache}: cannot hold the files of --synthetic: {error.strerror}") from error
     return str(model), str(adapter)
 
 
@@ -92,7 +92,7 @@ def _write_model(
 
 
 def _vocabulary(architecture: str) -> Path:
-    """From the source that the checkout's build unpacked, or that it downloaded: then it is copied to the cache."""
+    """The vocabulary in the source that the checkout's build unpacked; else its copy from the download in the cache."""
     name = VOCABULARIES[architecture]
     kept = cache_folder() / name
     build = Path(__file__).resolve().parents[2] / "build" / "native"

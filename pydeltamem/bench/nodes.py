@@ -1,8 +1,8 @@
 """`deltamem bench --nodes`: where the time of a graph goes, node by node, with and without the adapter.
 
-llama.cpp's evaluation callback has every node computed and waited for alone. Each node keeps the least of its times:
-what else runs on the machine can only lengthen a run, so the sums settle long before the times of whole prompts do.
-So per-node timing excludes fusion and cache reuse, and includes a start of the threads for each node.
+With an evaluation callback llama.cpp computes every node alone and waits for it. Each node keeps the least of its
+times: other load can only lengthen a run, so the sums settle long before the times of whole prompts do. Per-node timing
+excludes fusion and cache reuse, and includes a start of the threads for each node.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import LibraryError
 from ..runtime import library
 from .runs import Session
 
-OURS = "deltamem"  # what the names of the adapter's nodes begin with
+OURS = "deltamem"  # prefix of the names of the adapter's nodes
 VIEWS = (b"VIEW", b"RESHAPE", b"PERMUTE", b"TRANSPOSE", b"NONE")  # nothing to compute
 
 
@@ -77,14 +77,14 @@ class Nodes:
 
     @contextlib.contextmanager
     def watch(self, alike: bool) -> Iterator[None]:
-        """Times the nodes of one run. alike: its graphs do the same, as decode's do; else each has its own place."""
+        """Times the nodes of one run. alike: its graphs do the same, as in decode; else each is kept apart."""
         self._watching, self._alike, self._graph = True, alike, -1
         yield
         self._watching = False
 
 
 def rows(on: Nodes, off: Nodes) -> list[dict[str, Any]]:
-    """The nodes of all layers that do the same: {name, op, on, off: milliseconds, n_on, n_off}, the longest first."""
+    """Sums alike nodes of all layers: {name, op, on, off: milliseconds, n_on, n_off}, the longest first."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for side, nodes in (("on", on), ("off", off)):
         for (_, name, op, _), ns in nodes.least.items():
@@ -103,7 +103,7 @@ def measure(
     n_renew: int,
     advance: Callable[[], None],
 ) -> dict[str, Any]:
-    """The sides "on" and "off" in turn, once uncounted and n_rounds times, with new contexts after every n_renew.
+    """Runs the sides "on" and "off" in turn, once uncounted and n_rounds times, with new contexts after every n_renew.
 
     Returns {on, off: milliseconds of a prompt or of a token of decode, own: those of the adapter's nodes, ratio,
     rounds, times: how often each node was timed at least, rows}.

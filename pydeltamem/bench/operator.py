@@ -1,7 +1,7 @@
-"""The operator alone, for `deltamem bench --op`: time and instructions per token and layer, beside its floor.
+"""The operator alone, for `deltamem bench --op`: time and instructions per token and layer, and its floor.
 
-One thread computes a ggml graph of many independent reads (GGML_OP_DELTAMEM), one per layer, over the same projections:
-the call from Python is spread over them. What ggml spends on a node is in the figure, as it is in a model.
+One thread computes a ggml graph of many independent reads (GGML_OP_DELTAMEM), one per layer, over the same projections.
+They share the cost of the call from Python. The figures include ggml's time per node, as in a model.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def measure(rank: int, n_head: int, n_tokens: int, n_runs: int) -> dict[str, Any
 
 
 def node_ns(n_runs: int) -> float:
-    """What ggml spends on a node beside its work: nanoseconds of a node that scales one value."""
+    """ggml's overhead per node: nanoseconds of a node that scales one value."""
     n_nodes = 2048
     with graph_of(n_nodes) as graph:
         one = graph.ggml.ggml_new_tensor_1d(graph.ctx, F32, 1)

@@ -1,4 +1,4 @@
-"""Sides that are timed in turn, and what their times come to: ratios, with the interval of their median."""
+"""Times sides in turn, and computes the ratios of their times, with the interval of the median."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ def measure(
     advance: Callable[[], None],
     n_renew: int = 0,
 ) -> dict[str, Any]:
-    """One test: every side once untimed, then n_pairs rounds in which each runs once, forth and back in turn.
+    """Runs one test: every side once untimed, then n_pairs rounds in which each runs once, in alternating order.
 
-    After every n_renew rounds the sides get new contexts, a worker a new process: where their buffers lie in physical
-    memory makes one or the other some percent slower for as long as they live. So rounds between two renewals depend
-    on each other.
+    After every n_renew rounds the sides get new contexts, a worker a new process: the place of its buffers in physical
+    memory makes a side some percent slower as long as they live. So rounds between two renewals depend on each other.
 
     Args:
         kind: "prefill" with arguments (tokens,), or "decode" with (depth, tokens).
@@ -78,8 +77,8 @@ def measure(
 def compare(a: Sequence[float], b: Sequence[float], n_shared: int) -> dict[str, Any]:
     """Time a ÷ time b, pair by pair: the median, and the interval of the median.
 
-    n_shared pairs in a row share contexts and so an error of their own: their median counts, as one value. 0: all do,
-    and what is found holds for these contexts.
+    n_shared pairs in a row share contexts, and so an error: their median counts as one value. 0: all share them, and
+    the result holds for these contexts only.
     """
     ratios = [x / y for x, y in zip(a, b)]
     step = n_shared or 1
@@ -90,10 +89,10 @@ def compare(a: Sequence[float], b: Sequence[float], n_shared: int) -> dict[str, 
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """Confidence interval of the median by order statistics, which asks nothing of the distribution.
+    """Confidence interval of the median by order statistics, which assumes nothing of the distribution.
 
     The number of values below the true median is binomial with p = 1/2. Returns (low, high, confidence reached): at
-    least `confidence`, or with fewer than six values what their least and greatest give.
+    least `confidence`, or with fewer than six values that of the least and the greatest.
     """
     ordered, n = sorted(values), len(values)
     rank, outside = 1, 2 * 0.5**n

@@ -17,7 +17,7 @@ from ..errors import AdapterError, DecodeError, ModelError
 
 @dataclass(frozen=True)
 class Options:
-    """What model and context are made with; names and meanings as in llama.h."""
+    """Parameters of model and context; names and meanings as in llama.h."""
 
     model: str
     n_ctx: int
@@ -68,7 +68,7 @@ class Model:
 class Session:
     """One context of a model, with the adapter at the path `adapter` or without any.
 
-    observer: called with every node of its graphs (ggml_backend_sched_eval_callback), as nodes.py has.
+    observer: called with every node of its graphs (ggml_backend_sched_eval_callback), see nodes.py.
 
     Raises ModelError if the context cannot be made or a run fails, AdapterError if the adapter cannot be attached.
     """
@@ -141,8 +141,8 @@ class Session:
     def decode(self, depth: int, n_tokens: int) -> tuple[int, int]:
         """Generates n_tokens, one llama_decode each, after a text of `depth` tokens. Returns as prefill().
 
-        The text is decoded when it is not there yet. One token goes before the others untimed: it wakes the threads and
-        has llama.cpp make the graph that the others reuse.
+        Decodes that text first if the KV cache does not hold it. One untimed token goes before the others: it wakes the
+        threads and builds the graph that the others reuse.
         """
         if self.n_tokens < depth:
             self.prefill(depth)
@@ -191,7 +191,7 @@ class Session:
             raise ModelError(f"{self.model.options.model}: its KV cache cannot be shortened, so decode cannot be timed")
 
     def renew(self) -> None:
-        """Another context like this one, whose buffers lie elsewhere in memory."""
+        """Makes a new context like this one, with its buffers elsewhere in memory."""
         self.close()
         self._open()
 

@@ -1,7 +1,7 @@
 """Models of real shapes with random weights and δ-mem checkpoints for them: to test and to time without a download.
 
-What such a model writes means nothing. Its weights are centred and as wide as keeps activations near one through any
-number of layers, so that no type overflows and logits stay finite; time and memory are those of the real model.
+What such a model writes means nothing. Its weights have mean 0 and a deviation that keeps activations near one
+through any number of layers, so no type overflows and logits stay finite. Time and RAM are those of the real model.
 """
 
 from __future__ import annotations
@@ -111,11 +111,11 @@ def write_model(
 def write_adapter_checkpoint(
     directory: str | os.PathLike[str], base: str | os.PathLike[str], seed: int = 0, **config: object
 ) -> None:
-    """Writes a checkpoint directory as the publication names things, with random weights, for the model `base`.
+    """Writes a PyTorch checkpoint, named as in the publication, with random weights, for the model `base`.
 
-    `config` are fields of delta_mem_config.json; rank 8 and alpha 16 as in the released adapter, the rest as the
-    converter defaults them. Weights are delta_mem_adapter.safetensors. A read changes a projection by about a tenth of
-    its size. Raises CheckpointError, ModelError or OutputError.
+    `config` holds fields of delta_mem_config.json. The defaults are rank 8 and alpha 16, as in the released adapter,
+    and the converter's for the rest. Weights are delta_mem_adapter.safetensors. A read changes a projection by about
+    a tenth of its size. Raises CheckpointError, ModelError or OutputError.
     """
     from ..formats.base_model import Base
     from ..formats.checkpoint import CONFIG, WEIGHTS, read_config

@@ -1,7 +1,7 @@
-"""Timed runs in a process of its own, over any llama library: a line of JSON in, a line of JSON out.
+"""Timed runs in their own process, over any llama library: a line of JSON in, a line of JSON out.
 
-A process holds one llama library, and a worker's may be another than ours: nothing here needs δ-mem unless an adapter
-is given. `python -m pydeltamem.bench.worker` is the worker; LLAMA_CPP_LIB_PATH names its library.
+A process holds one llama library, and a worker's may not be ours: nothing here needs δ-mem unless an adapter is
+given. `python -m pydeltamem.bench.worker` is the worker; LLAMA_CPP_LIB_PATH names its library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .runs import Model, Options, Session
 
 
 class Worker:
-    """A Session in a process of its own over the llama library in `folder`, for the same calls.
+    """A Session in its own process over the llama library in `folder`, for the same calls.
 
     Args:
         folder: holds libllama.so (or .dylib, .dll), a build of the llama.cpp that llama-cpp-python's bindings mirror.
@@ -64,12 +64,12 @@ class Worker:
         return nanoseconds, built
 
     def renew(self) -> None:
-        """Another process like this one: the weights lie elsewhere in memory too."""
+        """Starts a new process like this one: the weights lie elsewhere in memory too."""
         self.close()
         self._start()
 
     def resident(self) -> dict[str, int]:
-        """As resident(), of the worker."""
+        """resident() of the worker."""
         return self._call(run="resident", arguments=[])["result"]
 
     def _call(self, **request: Any) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _serve(requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
     folder = os.environ.get("LLAMA_CPP_LIB_PATH")
     errors: list[str] = []
     try:
-        if request["ours"]:  # also without an adapter, so that RAM with and without one compares
+        if request["ours"]:  # also without an adapter, so that RAM with and without one is comparable
             from ..runtime import library  # noqa: F401 - before llama_cpp
         try:
             import llama_cpp.llama_cpp as llama
@@ -129,14 +129,14 @@ def _serve(requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
             reply({"result": runs[request["run"]](*request["arguments"])})
     except DeltaMemError as error:
         text = str(error)
-        if isinstance(error, (DecodeError, ModelError)):  # an adapter's reason is in the sentence
+        if isinstance(error, (DecodeError, ModelError)):  # an AdapterError already has the reason
             reasons = (re.sub(r"^(\w+: )+", "", line) for line in errors)
             text += next((f": {reason}" for reason in reasons if reason), "")
         reply({"error": text, "kind": type(error).__name__})
 
 
 def main() -> None:
-    """The worker. What the library prints to standard output goes to standard error."""
+    """Runs the worker. What the library prints to standard output goes to standard error."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

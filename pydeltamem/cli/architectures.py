@@ -17,8 +17,8 @@ REPORT = json_of("a report of deltamem architectures", {"version", "statuses", "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", metavar="NAME", nargs="*", help="as general.architecture has it (all)")
-    parser.add_argument("--json", metavar="FILE", help="write it there too (-: standard output)")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="architecture, named as in general.architecture (all)")
+    parser.add_argument("--json", metavar="FILE", help="also write the table as JSON (-: standard output)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,10 +81,10 @@ def _evidence(row: dict[str, Any]) -> str:
 
 
 def _why(reason: str) -> str:
-    """A refusal without what the row says already."""
+    """The reason of a refusal, without what the row already says."""
     return reason.rpartition("error loading model: ")[2].rpartition(" is not supported: ")[2].rpartition(", but ")[2]
 
 
 def _above(error: float) -> str:
-    """The power of ten above it."""
+    """The next power of ten."""
     return f"1e{int(f'{error:e}'.partition('e')[2]) + 1}"

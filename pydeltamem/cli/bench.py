@@ -35,50 +35,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("-m", "--model", metavar="FILE", help=MODEL_HELP)
     source.add_argument(
         "--synthetic", choices=tuple(SHAPES), metavar="SHAPE",
-        help=f"random weights of this shape, model and adapter, kept in {cache_folder()}: {', '.join(SHAPES)}",
+        help=f"model and adapter of this shape with random weights, kept in {cache_folder()}: {', '.join(SHAPES)}",
     )  # fmt: skip
     model.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
     model.add_argument("--ftype", metavar="TYPE", help="type of the --synthetic model, any of llama.cpp's (q4_k_m)")
     model.add_argument(
         "--outtype", choices=("f32", "f16", "bf16", "q8_0"), help="type of the --synthetic adapter (f16)"
     )
-    model.add_argument("--vocab", metavar="FILE", help="GGUF whose vocabulary --synthetic takes")
+    model.add_argument("--vocab", metavar="FILE", help="GGUF with the vocabulary for --synthetic")
     model.add_argument("--rank", type=positive, metavar="R", help="rank of --synthetic (8) and of --op (8 and 16)")
-    model.add_argument("--heads", type=positive, metavar="H", help="state heads of both (1)")
+    model.add_argument("--heads", type=positive, metavar="H", help="state heads of --synthetic and --op (1)")
 
-    what = parser.add_argument_group("what is timed (the first of several is the one that the JSON names first)")
+    what = parser.add_argument_group("what is timed (the JSON repeats the first of several at its top)")
     what.add_argument(
         "-p",
         "--n-prompt",
         type=integers,
         default=[512],
         metavar="N,...",
-        help="tokens of a prompt (512; 0: no prefill)",
+        help="tokens of the prompt (512; 0: no prefill)",
     )
     what.add_argument("-n", "--n-gen", type=count, default=32, metavar="N", help="tokens of decode (32; 0: no decode)")
     what.add_argument(
-        "-d", "--n-depth", type=integers, default=[0], metavar="N,...", help="tokens before those of decode (0)"
+        "-d", "--n-depth", type=integers, default=[0], metavar="N,...", help="tokens of text before decode (0)"
     )
     what.add_argument("--pairs", type=positive, default=10, metavar="N", help="pairs of runs (%(default)s)")
     what.add_argument(
         "--renew", type=count, default=1, metavar="N",
-        help="new contexts, and processes of --against, after every N pairs (%(default)s; 0: never)",
+        help="make new contexts, and --against processes, after every N pairs (%(default)s; 0: never)",
     )  # fmt: skip
     what.add_argument(
-        "--against", metavar="DIR", help="folder of another llama library, a build of the same llama.cpp: also timed"
+        "--against", metavar="DIR", help="also time the llama library in this folder, a build of the same llama.cpp"
     )
     what.add_argument(
-        "--control", action="store_true", help="no adapter: what the measurement can tell, or --against alone"
+        "--control", action="store_true", help="no adapter: shows the measurement's noise, or times --against alone"
     )
     what.add_argument(
-        "--rss", type=count, metavar="N", help="tokens of the prompt after which RAM is measured (the longest; 0: none)"
+        "--rss", type=count, metavar="N", help="measure RAM after a prompt of N tokens (the longest prompt; 0: do not)"
     )
     what.add_argument(
-        "--nodes", action="store_true", help="the least time of each kind of node of the graphs, instead of whole runs"
+        "--nodes", action="store_true", help="time each kind of graph node, its least time, instead of whole runs"
     )
-    what.add_argument("--op", action="store_true", help="the operator alone, one thread, and its floor; no model")
+    what.add_argument("--op", action="store_true", help="time the operator on one thread, with its floor and no model")
     what.add_argument(
-        "--op-tokens", type=integers, default=[1, 512], metavar="N,...", help="tokens of a call of --op (1,512)"
+        "--op-tokens", type=integers, default=[1, 512], metavar="N,...", help="tokens per call of --op (1,512)"
     )
 
     context = parser.add_argument_group("context")
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_context_arguments(context)
 
     parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
-    parser.add_argument("--json", metavar="FILE", help="write the results there too (-: standard output)")
+    parser.add_argument("--json", metavar="FILE", help="also write the results as JSON (-: standard output)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,22 +109,22 @@ def _check(args: argparse.Namespace) -> None:
         if given := [name for name, value in others.items() if value]:
             raise InputError(f"--op runs without a model: drop {', '.join(given)}, or --op")
         if not all(args.op_tokens):
-            raise InputError("--op-tokens: a call has one token at least")
+            raise InputError("--op-tokens: a call needs at least one token")
         if args.rank and args.rank > 64:
             raise InputError(f"--rank {args.rank}: the operator takes ranks up to 64")
         return
     if args.nodes and args.against:
-        raise InputError("--nodes looks into the graphs of one library: drop --against or --nodes")
+        raise InputError("--nodes times the graphs of one library only: drop --against or --nodes")
     if not args.model and not args.synthetic:
-        raise InputError("no model: give one by -m FILE or --synthetic SHAPE, or measure the operator alone by --op")
+        raise InputError("no model: name one with -m FILE or --synthetic SHAPE, or time the operator alone with --op")
     if args.model:
         made.update({"--rank": args.rank, "--heads": args.heads})
         if given := [name for name, value in made.items() if value]:
-            raise InputError(f"{', '.join(given)}: of --synthetic alone, {args.model} is as it is: drop it, or -m")
+            raise InputError(f"{', '.join(given)}: applies only to --synthetic: drop it, or -m {args.model}")
     if args.synthetic and args.deltamem:
-        raise InputError("--synthetic makes an adapter of its own: drop --deltamem, or name a model by -m")
+        raise InputError("--synthetic makes its own adapter: drop --deltamem, or name a model with -m")
     if args.control and args.deltamem:
-        raise InputError("--control is without an adapter: drop it or --deltamem")
+        raise InputError("--control runs without an adapter: drop --control or --deltamem")
     if args.cache_type_v not in ("f32", "f16", "bf16") and args.flash_attn == "off":
         raise InputError(f"-ctv {args.cache_type_v}: llama.cpp needs flash attention for it: add -fa on")
     if not (any(args.n_prompt) or args.n_gen) and (not args.rss or args.control or args.nodes):
@@ -145,9 +145,9 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
         if args.control:
             adapter = None
         elif adapter is None and against is None:
-            raise InputError(f"{model}: nothing to compare: name an adapter by --deltamem or a library by --against")
+            raise InputError(f"{model}: nothing to compare: add --deltamem ADAPTER or --against LIBRARY")
         elif adapter is None and not prompts and not args.n_gen:
-            raise InputError(f"{model}: nothing to measure: -p 0 and -n 0 time nothing, --rss measures an adapter")
+            raise InputError(f"{model}: nothing to measure: -p 0 and -n 0 time nothing, and --rss needs an adapter")
         plan = comparison.Plan(
             prompts=prompts,
             depths=tuple(args.n_depth),
@@ -319,7 +319,7 @@ def _sample(setup: dict[str, Any]) -> str:
 
 
 def _print_nodes(out: Console, test: dict[str, Any], least: float = 0.005) -> None:
-    """One line per kind of node, of those that make up more than `least` of the time or are the adapter's own."""
+    """One line per kind of node: those above the share `least` of the time, and the adapter's own."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -355,7 +355,7 @@ def _speed(n_tokens: int, nanoseconds: Sequence[int]) -> str:
 
 @contextmanager
 def _progress(err: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on the terminal. Yields what moves it: called with what runs, how much of it is done, and of how much."""
+    """A progress bar on the terminal. Yields the function that moves it: (what runs, how much is done, of how much)."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     percent = TextColumn("{task.percentage:.0f} %")
@@ -366,6 +366,6 @@ def _progress(err: Console) -> Iterator[Callable[[str, int, int], None]]:
 
         def show(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
-            bar.refresh()  # by hand: no thread that draws while a run is timed
+            bar.refresh()  # drawn by hand: no thread may draw while a run is timed
 
         yield show

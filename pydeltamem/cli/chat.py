@@ -40,15 +40,15 @@ COMMANDS = {
 }
 
 HELP = f"""\
-/again           another reply in place of the last one
-/edit TEXT       say TEXT in place of what you said last
-/undo            take the last turn back
+/again           replace the last reply by another
+/edit TEXT       replace your last message by TEXT
+/undo            take back the last turn
 /save [FILE]     save the memory (default: the file of --memory or --save-memory, or the one saved or loaded last)
 /load [FILE]     load a memory
 /reset           empty the memory, keep the text
 /clear           forget the text, keep the memory
-/memory          what the memory holds, per layer
-/write on|off    write memory, or only read it
+/memory          show what the memory holds, per layer
+/write on|off    write the memory, or only read it
 /help            this list
 /quit            leave (also Ctrl-D)
 Ctrl-C stops a reply. {prompt.HELP}"""
@@ -132,12 +132,12 @@ class Chat:
                         note(" [the context is full: the reply was cut]")
                 begun = True
         finally:
-            if begun:  # also if the memory could not be saved then
+            if begun:  # even if the memory could not be saved
                 sys.stdout.write("\n")
                 sys.stdout.flush()
         n_dropped = conversation.n_dropped - n_dropped
         if n_dropped:
-            note(f"[the context is full: the oldest {n_dropped} messages left the text, the memory keeps]")
+            note(f"[the context is full: the oldest {n_dropped} messages left the text, the memory stays]")
 
     def command(self, said: str) -> bool:
         """Runs one command. Returns False to leave."""
@@ -156,7 +156,7 @@ class Chat:
             raise InputError("/edit TEXT: say what you meant")
         elif name == "undo":
             conversation.undo()
-            note("the last turn is taken back")
+            note("took back the last turn")
         elif name == "save":
             file = self._file(argument)
             memory.save(file)
@@ -195,7 +195,7 @@ class Chat:
             except FileNotFoundError:
                 pass
             except (OSError, ValueError) as error:  # too long, or with a zero in it
-                raise InputError(f"{file!a} is no name of a file: {getattr(error, 'strerror', error)}") from error
+                raise InputError(f"{file!a} cannot be a file name: {getattr(error, 'strerror', error)}") from error
             return file
         if not self.memory_file:
             raise InputError("name a file")
@@ -203,7 +203,7 @@ class Chat:
 
 
 def _readable(said: str) -> str:
-    """Text, with a sign in place of what is no UTF-8."""
+    """Text, with a replacement character for what is not UTF-8."""
     return said.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

@@ -32,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _base(path: str, outfile: str) -> Base:
-    """What the adapter has to fit. Of a directory a GGUF is made to look at, and thrown away."""
+    """The model that the adapter must fit. A Hugging Face directory is converted to a temporary GGUF."""
     if is_name(path):
         path = model_file(path)
     refuse_inputs(outfile, files_of(path) if os.path.isdir(path) else [path])
-    check_target(outfile, ADAPTER)  # before a conversion that may take long
+    check_target(outfile, ADAPTER)  # before a conversion, which may take long
     if not os.path.isdir(path):
         return Base(path)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
-"""`deltamem demo`: reads what a person says, throws the text away, and asks.
+"""`deltamem demo`: tells a model some facts, throws the text away, and asks for them.
 
-Beside it the same frozen model without a memory, which has the same empty context. It is a real model where the package
-has a memory for one and the model can be had; else the small one of the package, in its world of a few hundred words.
+The same frozen model without a memory answers too, from the same empty context. The model is a real one if the package
+has an adapter for it and the model can be fetched; else the small one of the package, with its world of a few hundred
+words.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ N_CTX = 1024
 MAX_REPLY = 64  # tokens
 PICTURES = 16  # of states
 HELP = """\
-Tell it something ("{told}"), /forget to throw the text away, ask ("{asked}"). What ends with a question
-mark is read without writing the memory.{limits}
+Tell it something ("{told}"), /forget to throw the text away, ask ("{asked}"). A message that ends with
+a question mark does not write the memory.{limits}
 /forget   throw the text away, keep the memory     /reset   empty the memory too     /facts   examples     /quit"""
 LIMITS = """
 It knows the words of its small world only: names, cities, jobs, pets, colours, food, sports, music, languages."""
@@ -46,7 +47,7 @@ It knows the words of its small world only: names, cities, jobs, pets, colours, 
 
 @dataclass(frozen=True)
 class Cast:
-    """The model that is shown, and its memory."""
+    """The model that the demo shows, and its adapter."""
 
     model: str
     adapter: str
@@ -54,15 +55,15 @@ class Cast:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--interactive", action="store_true", help="tell it something of your own")
+    parser.add_argument("--interactive", action="store_true", help="talk to the model yourself")
     parser.add_argument("-m", "--model", metavar="FILE", help=f"{MODEL_HELP} ({REAL_MODEL})")
     parser.add_argument("--deltamem", metavar="FILE", help=f"{ADAPTER_HELP}; with -m")
-    parser.add_argument("--strategy", choices=MEMORIES, help="the small model of the package, with this memory of it")
+    parser.add_argument("--strategy", choices=MEMORIES, help="use the small model, with its adapter of this kind")
     parser.add_argument(
         "--facts", type=int, choices=range(1, 17), default=4, metavar="N",
-        help="facts that the small model is told (%(default)s)",
+        help="facts to tell the small model (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=None, help="what is told (something else each time)")
+    parser.add_argument("--seed", type=int, default=None, help="seed of what is told (another each time)")
     parser.add_argument(
         "--delay", type=duration, default=0.15, metavar="S", help="pause after a message (%(default)s s)"
     )
@@ -79,9 +80,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cast(args: argparse.Namespace) -> Cast:
-    """Who is shown. Where it is not the real model, a line says why."""
+    """The model to show. If it is not the real one, prints why."""
     if args.strategy and (args.model or args.deltamem):
-        raise InputError("--strategy: is of the small model of the package: leave -m and --deltamem out")
+        raise InputError("--strategy selects an adapter of the small model of the package: drop -m and --deltamem")
     if args.model and not args.deltamem:
         raise InputError("--deltamem: name an adapter for -m MODEL")
     if args.deltamem:
@@ -89,7 +90,7 @@ def _cast(args: argparse.Namespace) -> Cast:
         return Cast(model, adapter_file(args.deltamem, model), False)
     adapter = real_adapter()
     if not args.strategy:
-        reason = f"this package has no memory for {REAL_MODEL}"
+        reason = f"this package has no adapter for {REAL_MODEL}"
         if adapter is not None:
             try:
                 return Cast(model_file(REAL_MODEL), str(adapter), False)
@@ -101,12 +102,12 @@ def _cast(args: argparse.Namespace) -> Cast:
 
 
 def _script(cast: Cast, args: argparse.Namespace) -> tuple[tuple[Turn, ...], list[Case]]:
-    """What is told, and what is asked then."""
+    """What is told, and what is asked afterwards."""
     draw = random.Random(int(time.time()) if args.seed is None else args.seed)
     if not cast.is_small:
         story = draw.choice(STORIES)
         return story.turns, [Case("", "", story.turns, question, values) for question, values in story.asks]
-    world = World(draw.randrange(1 << 32), part="new_pair")  # none of them was told so while the memory was trained
+    world = World(draw.randrange(1 << 32), part="new_pair")  # no adapter was trained on these facts
     facts = world.facts(args.facts)
     turns = [world.tell(fact) for fact in facts]
     for _ in range(3):
@@ -188,7 +189,7 @@ def _converse(console: Console, reader: NativeReader, cast: Cast) -> int:
 
 
 def _say(console: Console, talk: Conversation, line: str) -> None:
-    """One turn. What does not fit is said; a full text loses its oldest turns."""
+    """One turn. Prints an error if it does not fit; a full text loses its oldest turns."""
     talk.memory.write = not line.endswith("?")
     before = talk.memory.state
     try:
@@ -209,7 +210,7 @@ def _examples(cast: Cast) -> Sequence[tuple[str, str]]:
 
 
 def _draw(console: Console, state: npt.NDArray[np.float32], layers: Sequence[int]) -> None:
-    """The states of the layers that hold most, a picture for each head, each layer in shades of its own."""
+    """Draws the states of the layers with the largest norms: a picture per head, each layer on its own scale."""
     if not np.isfinite(state).all():
         raise InputError("the memory holds values that are not finite")
     n_layer = max(1, PICTURES // state.shape[1])

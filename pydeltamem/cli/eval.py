@@ -1,4 +1,4 @@
-"""`deltamem eval recall`: what a model with a memory still knows once the text is gone, and other ways to remember."""
+"""`deltamem eval recall`: what a model with a memory still knows once the text is gone, compared with other ways."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .model_options import ADAPTER_HELP, MODEL_HELP
 from .parser import count, integers, positive
 
 DATA = "DELTAMEM_DATA"
-N_CTX = 2048  # of a model that is named
+N_CTX = 2048  # default with -m
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"only these: {', '.join(PLAIN)}, and with the name of a memory NAME, NAME+window, NAME+full",
     )  # fmt: skip
     recall.add_argument(
-        "--data", metavar="DIR", help=f"folder of the conversations that others published ({DATA})"
+        "--data", metavar="DIR", help=f"folder of the published conversations ({DATA})"
     )  # fmt: skip
     recall.add_argument("-n", type=positive, default=200, metavar="N", help="questions of each kind (%(default)s)")
     recall.add_argument(
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recall.add_argument("--window", type=positive, default=64, metavar="N", help="tokens of a window (%(default)s)")
     recall.add_argument("--seed", type=count, default=1, help="(%(default)s)")
     recall.add_argument(
-        "-c", "--ctx-size", type=count, metavar="N", help=f"context ({N_CTX}; 0 and of the small model: the model's)"
+        "-c", "--ctx-size", type=count, metavar="N", help=f"context ({N_CTX}; 0, or the small model: the model's)"
     )
     recall.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half the CPUs)")
     recall.add_argument("--json", metavar="FILE", help="write the rows, the ratios and all answers")
@@ -86,14 +86,14 @@ def run(args: argparse.Namespace) -> int:
     with output(args.json, REPORT) as write, output(args.plot, PNG) as write_plot:
         reader = NativeReader(model, n_ctx=n_ctx, threads=args.threads)
         try:
-            for adapter in memories.values():  # says now if one does not fit
+            for adapter in memories.values():  # raises now if one does not fit
                 reader.attach(adapter)
             cases = list(make_cases(tasks, args.n, facts, args.distance, args.seed, reader, data))
             longest = max((reader.n_tokens(case.turns) for case in cases), default=0)
             if longest + MAX_QUESTION + MAX_ANSWER > reader.n_ctx:
                 raise InputError(
                     f"--distance, --facts: a conversation of {longest} tokens and a question do not fit into the"
-                    f" {reader.n_ctx} that {model} reads: take less"
+                    f" context of {reader.n_ctx} tokens of {model}: lower them"
                 )
             with Progress(console=Console(stderr=True), transient=True) as progress:
                 bar = progress.add_task("asking", total=len(cases) * len(methods))

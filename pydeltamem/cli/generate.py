@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--no-display-prompt", action="store_true", help="print only what is generated")
-    output.add_argument("--no-perf", action="store_true", help="no timings at the end")
+    output.add_argument("--no-perf", action="store_true", help="print no timings at the end")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     options = sampling(args, llm)
     tokens = llm.tokenize(prompt.encode("utf-8"), add_bos=llm._model.add_bos_token(), special=True)
     if not tokens:
-        raise InputError("the prompt is empty: give some text by -p, -f or standard input")
+        raise InputError("the prompt is empty: give some text with -p, -f or standard input")
     if len(tokens) >= llm.n_ctx():
         raise InputError(
             f"the prompt has {len(tokens)} tokens, the context holds {llm.n_ctx()}: raise --ctx-size or shorten it"
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             out.write("\n")
             out.flush()
             if stream.finish_reason == "length" and (args.n_predict < 0 or stream.n_tokens < args.n_predict):
-                note(f"[the context of {llm.n_ctx()} tokens is full: the text was cut; --ctx-size gives it more]")
+                note(f"[the context of {llm.n_ctx()} tokens is full: the text was cut; raise --ctx-size]")
         finally:
             if not args.no_perf:
                 _print_timings(llm, len(tokens), stream.n_tokens)
@@ -84,7 +84,7 @@ def _prompt(args: argparse.Namespace) -> str:
     if args.file is not None:
         return read_text(args.file)
     if sys.stdin.isatty():
-        raise InputError("no prompt: give one by -p TEXT or -f FILE, or pipe it in")
+        raise InputError("no prompt: give one with -p TEXT or -f FILE, or pipe it in")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ from ..hub import fetch, is_name
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="adapter, model, packed model or memory file, or a name")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(description: dict[str, Any]) -> None:
-    # a pipe has no width: there nothing is folded
+    # a pipe has no width: nothing is folded there
     # names come from files: they are text, not rich's markup
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
     titles = {

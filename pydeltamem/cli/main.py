@@ -21,32 +21,32 @@ SUBCOMMANDS = {
     "convert": ("pydeltamem.cli.convert", "convert a PyTorch checkpoint of an adapter to GGUF"),
     "convert-base": ("pydeltamem.cli.convert_base", "convert a Hugging Face model to GGUF"),
     "pack": ("pydeltamem.cli.pack", "put base and adapter in one file that loads as one model"),
-    "unpack": ("pydeltamem.cli.unpack", "get base and adapter back out of a packed model"),
+    "unpack": ("pydeltamem.cli.unpack", "get base and adapter back from a packed model"),
     "quantize": ("pydeltamem.cli.quantize", "write a model in a smaller type"),
     "architectures": (
         "pydeltamem.cli.architectures",
-        "list which architectures take an adapter, and how that is known",
+        "list the architectures that take an adapter, with the evidence",
     ),
     "inspect": ("pydeltamem.cli.inspect", "show what an adapter, model or memory file holds"),
     "generate": ("pydeltamem.cli.generate", "continue a prompt"),
     "chat": ("pydeltamem.cli.chat", "talk to a model that remembers"),
-    "demo": ("pydeltamem.cli.demo", "tell the small model of the package some facts and ask for them later"),
+    "demo": ("pydeltamem.cli.demo", "tell a model some facts and ask for them later"),
     "memory": ("pydeltamem.cli.memory", "show, compare, copy and export memories"),
     "train": ("pydeltamem.cli.train", "train an adapter for a frozen model"),
     "eval": ("pydeltamem.cli.eval", "measure what a memory recalls once the text is gone"),
-    "rpc-server": ("pydeltamem.cli.rpc_server", "serve this machine's RAM and processors to others (--rpc there)"),
+    "rpc-server": ("pydeltamem.cli.rpc_server", "run layers for other machines, which name this one with --rpc"),
     "bench": ("pydeltamem.cli.bench", "time a model with and without its adapter"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns 0, 1 after an error of the package, 130 after Ctrl-C, 141 if nobody reads the output
-    any more; wrong usage exits with 2.
+    """Runs one subcommand. Returns 0, 1 after an error of the package, 130 after Ctrl-C, 141 if the output's reader is
+    gone; wrong usage exits with 2.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["help"]:  # of the whole, or of the commands that follow
+    if argv[:1] == ["help"]:  # of the program, or of the command that follows
         argv = [*argv[1:], "--help"]
     parser = Parser(
         prog="deltamem",
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in SUBCOMMANDS:
         parser.error(f"there is no command {argv[0]}{nearest(argv[0], SUBCOMMANDS)} (deltamem help lists them)")
     try:
-        module: Any = None  # whose command it is: argparse wants one
+        module: Any = None  # the subcommand's: argparse requires a command
         for name, (module_name, summary) in SUBCOMMANDS.items():
             command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
             if argv[:1] == [name]:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except OSError as error:
         broken = isinstance(error, BrokenPipeError)
-        if broken or error.filename is None:  # Python flushes what is left once more at the end
+        if broken or error.filename is None:  # Python flushes the rest once more at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if broken:  # the reader of our output is gone: leave quietly, as a program that SIGPIPE ends
             return 141

@@ -1,4 +1,4 @@
-"""`deltamem memory`: look into memory files, compare, copy and export them. Needs no llama.cpp."""
+"""`deltamem memory`: shows, compares, copies and exports memory files. Needs no llama.cpp."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, help: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
 
-    show = add("show", "whose memory it is, what each layer holds, and a picture")
+    show = add("show", "print the adapter of a memory, what each layer holds, and a picture")
     show.add_argument("file", metavar="FILE")
     show.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    diff = add("diff", "how far two memories of one adapter lie apart")
+    diff = add("diff", "compare two memories of one adapter")
     diff.add_argument("a", metavar="A")
     diff.add_argument("b", metavar="B")
     diff.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    copy = add("copy", "a second memory that begins as the first")
+    copy = add("copy", "copy a memory to a second file")
     copy.add_argument("source", metavar="FROM")
     copy.add_argument("target", metavar="TO")
-    copy.add_argument("--force", action="store_true", help="replace a file that is there")
-    export = add("export", "the memory for other programs")
+    copy.add_argument("--force", action="store_true", help="replace an existing file")
+    export = add("export", "export a memory for other programs")
     export.add_argument("file", metavar="FILE")
     export.add_argument("target", metavar="OUT", help="a file that ends in .npz (NumPy) or .json")
 
 
 def run(args: argparse.Namespace) -> int:
-    # a pipe has no width: there nothing is folded
+    # a pipe has no width: nothing is folded there
     # names come from files: they are text, not rich's markup
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
     if args.action == "show":
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             _print_difference(console, difference)
     elif args.action == "copy":
         snapshot = MemorySnapshot.load(args.source)
-        with MemoryFileLock(args.target):  # whoever saves to it would soon replace the copy
+        with MemoryFileLock(args.target):  # a process that holds this file would soon replace the copy
             if os.path.exists(args.target) and not args.force:
                 raise InputError(f"{args.target}: exists: name another file, or add --force")
             snapshot.save(args.target)

@@ -34,19 +34,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-c", "--ctx-size", type=count, default=4096, metavar="N", help="context (%(default)s; 0: the model's)"
     )
-    group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the CPUs that it may use)")
+    group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
     group.add_argument(
         "-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t, or all CPUs)"
     )
-    group.add_argument("--rpc", metavar="HOST:PORT,...", help="layers on these machines too (deltamem rpc-server)")
+    group.add_argument("--rpc", metavar="HOST:PORT,...", help="run layers on these machines too (deltamem rpc-server)")
     add_context_arguments(group)
-    group.add_argument("--no-mmap", action="store_true", help="read the model instead of mapping it")
+    group.add_argument("--no-mmap", action="store_true", help="load the model instead of mapping it")
     group.add_argument("--mlock", action="store_true", help="keep the model in RAM")
     group.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
 
 
 def add_context_arguments(group: argparse._ArgumentGroup) -> None:
-    """Of a context, for every command that makes one."""
+    """Options of a context, for every command that makes one."""
     group.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="batch (%(default)s)")
     group.add_argument(
         "-ub", "--ubatch-size", type=positive, default=512, metavar="N", help="micro-batch (%(default)s)"
@@ -109,9 +109,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(args: argparse.Namespace) -> DeltaMemLlama:
-    """Loads the model with its adapter and memory. What can be refused without the model is refused first."""
+    """Loads the model with its adapter and memory. First checks everything that needs no model."""
     if args.no_memory and (args.load_memory or args.save_memory or args.no_write):
-        raise InputError("--no-memory leaves no memory to load, save or read: drop it, or the options of the memory")
+        raise InputError("--no-memory leaves no memory to load, save or read: drop it, or the memory options")
     if args.save_memory:
         check_writable(args.save_memory)
     if args.load_memory:
@@ -143,7 +143,7 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
         verbose=args.verbose,
     )
     if n_ctx != args.ctx_size:
-        note(f"--ctx-size {args.ctx_size}: the context holds {n_ctx} tokens, as llama.cpp takes multiples of 256")
+        note(f"--ctx-size {args.ctx_size}: the context holds {n_ctx} tokens, because llama.cpp takes multiples of 256")
     if args.no_memory:
         if llm.memory.attached:
             llm.memory.detach()
@@ -151,7 +151,7 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
     if args.load_memory:
         llm.memory.load(args.load_memory)
     if args.save_memory:
-        _ = llm.memory.state  # says now that there is none
+        _ = llm.memory.state  # raises now if there is none
     if args.no_write:
         llm.memory.write = False
     return llm
@@ -171,7 +171,7 @@ def memory_attached(llm: DeltaMemLlama, args: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def memory_saved(memory: Memory, path: str | None) -> Iterator[None]:
-    """Saves the memory at the end, however it comes."""
+    """Saves the memory at the end, also after an error."""
     try:
         yield
     finally:
@@ -229,5 +229,5 @@ def _ignore_eos(llm: DeltaMemLlama) -> Any:
 
 
 def note(text: str) -> None:
-    """A line to the person, apart from the output."""
+    """Prints a line to standard error, apart from the output."""
     print(text, file=sys.stderr, flush=True)

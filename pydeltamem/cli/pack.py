@@ -18,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the packed model to write")
     split = parser.add_mutually_exclusive_group()
     split.add_argument(
-        "--split-max-size", type=_size, metavar="N(M|G)", help="in shards, of at most so many bytes of tensors"
+        "--split-max-size", type=_size, metavar="N(M|G)", help="write shards of at most N bytes of tensors"
     )
-    split.add_argument("--split-max-tensors", type=positive, metavar="N", help="in shards, of at most N tensors")
+    split.add_argument("--split-max-tensors", type=positive, metavar="N", help="write shards of at most N tensors")
 
 
 def run(args: argparse.Namespace) -> int:

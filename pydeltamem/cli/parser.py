@@ -14,15 +14,15 @@ LARGEST = 2**31 - 1  # what llama.cpp's numbers hold
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but what it does not know it refuses itself, with its own usage and the nearest option; argparse
-    hands that up to the outermost parser.
+    """argparse's parser, but a subparser itself refuses what it does not know, with its own usage and the nearest
+    option. argparse leaves that to the outermost parser.
     """
 
     def parse_known_args(  # type: ignore[override] # overloaded there
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         if args is not None and self._subparsers is None:
-            for arg in args:  # before argparse misses the option that was meant
+            for arg in args:  # before argparse reports a missing argument instead
                 name = arg.partition("=")[0]
                 if arg == "--":
                     break
@@ -49,7 +49,7 @@ def text(given: str) -> str:
 
 
 def utf8(given: str, errors: str = "strict") -> str:
-    """What was typed, read as UTF-8 where the locale could not. Raises UnicodeDecodeError if it is not UTF-8."""
+    """What was typed, as UTF-8 if the locale could not decode it. Raises UnicodeDecodeError if it is not UTF-8."""
     try:
         given.encode("utf-8")
         return given
@@ -65,7 +65,7 @@ def integer(text: str) -> int:
 
 
 def at_least(least: int, most: int = LARGEST) -> Callable[[str], int]:
-    """A whole number of this range."""
+    """A whole number in this range."""
 
     def check(text: str) -> int:
         value = integer(text)

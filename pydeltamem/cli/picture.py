@@ -10,7 +10,7 @@ from rich.text import Text
 
 
 def picture(state: npt.NDArray[np.float32], largest: float, coloured: bool, title: str) -> Text:
-    """A state as a heat map: in colour two rows to a line of half blocks, else two characters to a value."""
+    """A state as a heat map. In colour a line of half blocks shows two rows; else two characters show a value."""
     scaled = state / largest if largest else state
     text = Text(f"{title}\n", no_wrap=True)
     if not coloured:

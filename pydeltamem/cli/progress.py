@@ -14,7 +14,7 @@ class progress:
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)  # elsewhere than on a terminal a bar leaves an empty line
+        console = Console(stderr=True)  # if this is no terminal, a bar leaves an empty line
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
     def __enter__(self) -> Callable[[int, int], None]:

@@ -1,4 +1,4 @@
-"""What a person says: at the terminal, where it may have several lines, or over a pipe, a line at a time."""
+"""Reads messages: from the terminal, where they may have several lines, or from a pipe, one per line."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 FILE = "file"  # a command that takes the name of a file
 
 HELP = """\
-Alt-Enter, or \\ at the end of a line, begins another line; what is pasted is one message; Tab completes commands."""
+Alt-Enter, or \\ at the end of a line, begins another line; pasted text is one message; Tab completes commands."""
 
 
 def said(commands: Mapping[str, str | Sequence[str]]) -> Iterator[str]:
-    """What is said, one turn after the other: UTF-8, with surrogates for bytes that are not.
+    """The messages, one after the other: UTF-8, with surrogates for bytes that are not.
 
     Args:
-        commands: what may be said that begins with a slash, and what Tab offers after it: FILE, or words.
+        commands: the commands, which begin with a slash, and what Tab offers after each: FILE, or words.
     """
     return _typed(commands) if sys.stdin.isatty() else _piped()
 
@@ -36,7 +36,7 @@ def _piped() -> Iterator[str]:
 
 
 def _typed(commands: Mapping[str, str | Sequence[str]]) -> Iterator[str]:
-    """At the terminal. Ctrl-C on two prompts in a row ends it, and Ctrl-D."""
+    """Messages from the terminal. Ctrl-D ends them, or Ctrl-C on two prompts in a row."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.output import create_output
     from prompt_toolkit.shortcuts import CompleteStyle
@@ -68,7 +68,7 @@ def _typed(commands: Mapping[str, str | Sequence[str]]) -> Iterator[str]:
 
 
 def _keys() -> KeyBindings:
-    """Enter ends what is said, except after a backslash."""
+    """Enter ends the message, except after a backslash."""
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()

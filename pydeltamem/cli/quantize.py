@@ -12,11 +12,11 @@ from .parser import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="IN", help="model GGUF or a name, best of type f32, f16 or bf16")
+    parser.add_argument("model", metavar="IN", help="model GGUF or a name, preferably f32, f16 or bf16")
     parser.add_argument("outfile", metavar="OUT", help="the model to write")
-    parser.add_argument("type", metavar="TYPE", help="q4_k_m, q8_0, f16, …: as llama.cpp's llama-quantize")
+    parser.add_argument("type", metavar="TYPE", help="q4_k_m, q8_0, f16, …: named as for llama.cpp's llama-quantize")
     parser.add_argument("-t", "--threads", type=count, default=0, metavar="N", help="threads (all CPUs)")
-    parser.add_argument("--allow-requantize", action="store_true", help="take a model that is quantised already")
+    parser.add_argument("--allow-requantize", action="store_true", help="accept a model that is already quantised")
     parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
 
 

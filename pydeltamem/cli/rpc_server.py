@@ -1,4 +1,4 @@
-"""`deltamem rpc-server`: serves this machine's RAM and processors to others."""
+"""`deltamem rpc-server`: runs layers for other machines, with this one's RAM and processors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .parser import at_least, positive
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
-    parser.add_argument("--port", type=at_least(1, 65535), default=DEFAULT_PORT, help="(%(default)s)")
+    parser.add_argument("--port", type=at_least(1, 65535), default=DEFAULT_PORT, help="port (%(default)s)")
     parser.add_argument(
         "-t", "--threads", type=positive, default=max(1, usable() // 2), metavar="N",
-        help="threads, without a GPU (half the CPUs)",
+        help="threads if there is no GPU (half the CPUs)",
     )  # fmt: skip
 
 
@@ -25,4 +25,4 @@ def run(args: argparse.Namespace) -> int:
             flush=True,
         )
     serve(args.host, args.port, args.threads)
-    return 1  # it has said why
+    return 1  # serve printed why

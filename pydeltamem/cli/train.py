@@ -20,20 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="the model, which stays as it is: a GGUF, its name (deltamem pull), or a Hugging Face directory",
+        help="the model, which stays frozen: a GGUF, its name (deltamem pull), or a Hugging Face directory",
     )
-    parser.add_argument("data", metavar="FILE.jsonl", help="conversations, one in a line: docs/how-to/train.md")
+    parser.add_argument("data", metavar="FILE.jsonl", help="conversations, one per line: docs/how-to/train.md")
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="directory for the PyTorch checkpoint")
 
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument(
         "--strategy", choices=tuple(STRATEGIES),
-        help="every token writes (tsw), the mean of a message (ssw), every token to several heads (msw); tsw, or that"
-        " of --init",
+        help="what writes: every token (tsw), the mean of a message (ssw), every token to several heads (msw) (tsw, or"
+        " that of --init)",
     )  # fmt: skip
     adapter.add_argument("--rank", type=positive, metavar="R", help="rank of the state (8)")
     adapter.add_argument("--heads", type=positive, metavar="H", help="state heads (1; 4 for msw)")
-    adapter.add_argument("--corrections", metavar="QKVO", help="projections that are corrected (qo)")
+    adapter.add_argument("--corrections", metavar="QKVO", help="projections to correct (qo)")
     adapter.add_argument("--layers", type=integers, metavar="N,...", help="layers with memory (all)")
     adapter.add_argument("--alpha", type=positive_number, metavar="X", help="scale of a correction: alpha / rank (16)")
     adapter.add_argument(
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     adapter.add_argument(
         "--heads-gain", type=positive_number, metavar="X",
-        help="begin as the model's own copying heads, X times as strong (without it: with no correction at all)",
+        help="start from the model's own copying heads, X times as strong (without it: from no correction)",
     )  # fmt: skip
 
     adapter.add_argument(
@@ -59,15 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--dtype", choices=DTYPES, default=Options.dtype,
-        help="type of the frozen weights; auto: bfloat16 of a GGUF where the processor multiplies it (%(default)s)",
+        help="type of the frozen weights; auto: bfloat16 for a GGUF if the processor multiplies it (%(default)s)",
     )  # fmt: skip
     training.add_argument(
         "--form", choices=("auto", "packed", "padded"), default=Options.form,
-        help="how a step is computed: conversations end to end, or padded, by the model's own modules (%(default)s)",
+        help="how to compute a step: conversations end to end, or padded, by the model's own modules (%(default)s)",
     )  # fmt: skip
     training.add_argument(
         "--short-first", type=share, default=Options.short_first, metavar="X",
-        help="share of the steps in which longer conversations are added little by little (%(default)s; 0: none)",
+        help="share of the steps in which longer conversations are added gradually (%(default)s; 0: none)",
     )  # fmt: skip
     training.add_argument(
         "--steps", type=positive, default=Options.steps, metavar="N", help="steps of training (%(default)s)"
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--schedule",
         choices=tuple(SCHEDULES),
         default=Options.schedule,
-        help="of the rate after the warm-up (%(default)s)",
+        help="schedule of the rate after the warm-up (%(default)s)",
     )
     training.add_argument(
         "--gate-weight", type=positive_number, metavar="X",
@@ -104,11 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     training.add_argument(
         "--wording", type=positive_number, default=Options.wording, metavar="X",
-        help="weight of an answer's tokens that were not told, or that its question shows; others: 1 (%(default)s)",
+        help="weight of answer tokens that were not told, or that the question shows; others: 1 (%(default)s)",
     )  # fmt: skip
     training.add_argument(
         "--teacher", choices=("context",),
-        help="learn what the frozen model says with the text before it, instead of or beside the answers of the file",
+        help="learn what the frozen model answers when it sees the text, instead of or besides the answers of the file",
     )  # fmt: skip
     training.add_argument(
         "--teacher-share", type=positive_number, default=Options.teacher_share, metavar="X",
@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     training.add_argument(
         "--dropout", type=share, default=Options.dropout, metavar="P",
-        help="share of its input's features that the adapter does without, other ones each time (%(default)s)",
+        help="share of the adapter's input features to drop, others each time (%(default)s)",
     )  # fmt: skip
     training.add_argument(
         "--clip",
@@ -130,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=Options.max_tokens,
         metavar="N",
-        help="tokens of the earlier turns that are decoded, the last ones (%(default)s)",
+        help="decode only the last N tokens of the earlier turns (%(default)s)",
     )
     training.add_argument(
         "--tail",
@@ -154,7 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--eval-every", type=positive, metavar="N",
-        help="steps between answers of the native runtime to held-out questions, logged in log.jsonl (never)",
+        help="every N steps, have the native runtime answer held-out questions and log it in log.jsonl (never)",
     )  # fmt: skip
     training.add_argument(
         "--eval-questions",
@@ -165,7 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument("--base", metavar="FILE", help="the model as GGUF, for --eval-every (MODEL, if that is one)")
     training.add_argument(
-        "--init", metavar="DIR", help="begin with the weights of this PyTorch checkpoint, perhaps of another --strategy"
+        "--init", metavar="DIR", help="start from the weights of this PyTorch checkpoint, perhaps of another --strategy"
     )
     training.add_argument(
         "--init-gain",

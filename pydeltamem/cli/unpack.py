@@ -1,4 +1,4 @@
-"""`deltamem unpack`: base and adapter out of a packed model (formats/packed.py)."""
+"""`deltamem unpack`: gets base and adapter back from a packed model (formats/packed.py)."""
 
 from __future__ import annotations
 

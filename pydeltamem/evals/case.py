@@ -14,11 +14,11 @@ class Case:
 
     Attributes:
         task: what it asks for (recall.py).
-        kind: of the questions of a task, those that are counted together.
-        turns: the conversation. Questions about the same one share what was read of it.
+        kind: group of the task's questions that are counted together.
+        turns: the conversation. Questions about the same one share its memory.
         question: as the user asks it.
         values: any of these is right. None at all: nothing was told, and the answer must say so.
-        rivals: values that a right answer does not name besides.
+        rivals: values that a right answer must not name too.
         replies: whether the assistant, too, said what is asked for.
         size: facts told, or tokens since they were told; 0 where the task has no sizes.
     """

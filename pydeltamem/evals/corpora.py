@@ -2,10 +2,10 @@
 
     natural      90 conversations with 342 questions, written by hand for this and never trained on (natural.jsonl)
     dialogues    task dialogues, asked for the values of their slots: eval/sgd_dev.jsonl.gz, Schema-Guided Dialogue
-    personas     chats, asked for what is true of one who chats: train/persona.jsonl.gz, Synthetic-Persona-Chat
+    personas     chats, asked for facts about the user: train/persona.jsonl.gz, Synthetic-Persona-Chat
     paragraphs   paragraphs with questions: eval/xquad_en.jsonl.gz, XQuAD
 
-All but the first are others' and have licences of their own: they are read from a folder. The questions of dialogues
+All but the first are others' and have their own licences: they are read from a folder. The questions of dialogues
 and personas are ours (questions.py).
 """
 
@@ -37,8 +37,8 @@ Told = tuple[tuple[Turn, ...], list[Asked]]
 
 @dataclass(frozen=True)
 class Corpus:
-    """path: in the folder of the data; None: in the package. source: whose it is. read: of a line of it, turns and
-    questions. replies: whether the assistant, too, says what is asked for.
+    """path: in the folder of the data; None: in the package. source: its name and licence. read: makes turns and
+    questions of a line. replies: whether the assistant, too, says what is asked for.
     """
 
     path: str | None
@@ -60,7 +60,7 @@ def missing(task: str, data: Path | None) -> str | None:
     path = file_of(task, data)
     if path is None:
         return (
-            f"{task}: needs {CORPORA[task].path} ({CORPORA[task].source}): name its folder by --data or DELTAMEM_DATA"
+            f"{task}: needs {CORPORA[task].path} ({CORPORA[task].source}): name its folder with --data or DELTAMEM_DATA"
         )
     return None if path.is_file() else f"{path}: is missing ({CORPORA[task].source}): {task} needs it"
 
@@ -107,7 +107,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 def _turns(messages: Sequence[dict[str, str]]) -> tuple[Turn, ...]:
-    """What the user says and the assistant answers, by turns; nothing if they do not take turns."""
+    """Pairs of a user's message and the assistant's reply; none if the roles do not alternate."""
     roles = [message["role"] for message in messages]
     n = len(roles) // 2
     if roles[: 2 * n] != ["user", "assistant"] * n:
@@ -127,7 +127,7 @@ def _natural(record: dict[str, Any]) -> Told:
 
 
 def _dialogue(record: dict[str, Any]) -> Told:
-    """Asks for what was said of a slot last; also right is what the user, or the assistant, said of it last."""
+    """Asks for the last value of each slot. The last value of the user and that of the assistant are both right."""
     latest: dict[tuple[str, str], dict[bool, str]] = {}
     for said in sorted(record["said"], key=lambda said: said["turn"]):
         if (said["service"], said["slot"]) in SLOTS:
@@ -137,7 +137,7 @@ def _dialogue(record: dict[str, Any]) -> Told:
 
 
 def _persona(record: dict[str, Any]) -> Told:
-    """Asks for what is true of the user and was said by them."""
+    """Asks for facts about the user that the user said."""
     turns = _turns(record["messages"])
     said = [user for user, _ in turns]
     asked = []

@@ -1,14 +1,14 @@
-"""Ways to remember: what a model has before it when it is asked.
+"""Ways to remember: what a model has when it is asked.
 
-Every question is asked of the same conversation in the same words. What differs is what the model has before it:
+Every question is asked of the same conversation in the same words. What differs is what the model has:
 
     none      nothing                               window        the last turns that fit into the window
     bm25      the turns that a search finds         full          the whole text
     msw       its memory, named so                  msw+window    its memory and the last turns
                                                     msw+full      its memory and the whole text
 
-Those without a memory are the frozen model. A memory has read the whole conversation; visible text and questions are
-read without writing it. A turn that is longer than the window is found, and shown, by sentences.
+Methods without a memory are the frozen model. The whole conversation has written a memory; visible text and questions
+do not write it. A turn that is longer than the window is split into sentences.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from .reader import Asked, Reader
 from .world import Turn
 
 PLAIN = ("none", "window", "bm25", "full")  # methods without a memory
-VISIBLE = ("", "+window", "+full")  # what a memory has beside it
-STEP = 64  # cases between two signs of progress
+VISIBLE = ("", "+window", "+full")  # text that a memory has besides
+STEP = 64  # cases between two updates of the progress
 
 
 def names_of(memories: Iterable[str]) -> list[str]:
-    """All methods, with memories of these names."""
+    """All methods, for memories of these names."""
     return [*PLAIN, *(name + visible for name in memories for visible in VISIBLE)]
 
 
 def chosen(memories: Iterable[str], only: Sequence[str] | None = None) -> list[str]:
-    """The methods that are asked, in the order of all. Raises InputError if there is none of such a name."""
+    """The chosen methods, in the order of all. Raises InputError if a name is unknown."""
     methods = names_of(memories)
     for name in only or ():
         if name not in methods:
@@ -70,7 +70,7 @@ def pieces_of(turns: Sequence[Turn], window: int, reader: Reader) -> list[Piece]
 
 
 def shown(pieces: Iterable[Piece]) -> tuple[Turn, ...]:
-    """Pieces as turns, those of one turn together."""
+    """Turns of pieces; joins those of one turn."""
     turns: dict[int, Turn] = {}
     for piece in pieces:
         before = turns.get(piece.turn)
@@ -93,8 +93,8 @@ def found_turns(
 ) -> tuple[Turn, ...]:
     """The turns that BM25 finds most relevant to the question, as many as fit into the window, in their order.
 
-    What the user said is searched, with `replies` also what the assistant said, without the words that are in every
-    text; of turns alike the newer one is taken.
+    Searches what the user said, with `replies` also what the assistant said, without stop words. Of equally relevant
+    turns it takes the newer one.
     """
     pieces = pieces_of(turns, window, reader)
     kept: list[int] = []
@@ -116,7 +116,7 @@ def _relevance(texts: Sequence[str], question: str) -> npt.NDArray[np.float32]:
 
 
 def bm25s_module() -> Any:
-    """The search. Raises InputError if it is not installed."""
+    """The module bm25s. Raises InputError if it is not installed."""
     try:
         import bm25s
     except ImportError:
@@ -146,7 +146,7 @@ def answer_all(
         memories: adapters by name.
         window: tokens.
         only: the methods; None: all of them.
-        progress: called with the number of answers that were given since.
+        progress: called with the number of new answers.
 
     Raises InputError if there is no such method.
     """
@@ -198,7 +198,7 @@ def _visible(method: str, case: Case, window: int, reader: Reader) -> tuple[Turn
 
 
 def _steps(groups: Sequence[list[int]]) -> Iterable[list[list[int]]]:
-    """Groups of cases, so many together that a step is neither long nor small."""
+    """Groups of cases, in steps of about STEP cases."""
     some: list[list[int]] = []
     for group in groups:
         some.append(group)

@@ -11,7 +11,7 @@ from .methods import PLAIN
 from .report import name_of
 from .statistics import Row
 
-# Tasks whose kinds are sizes, and what these are
+# Tasks whose kinds are sizes, and their meaning
 SIZES = {"recall": "facts told", "distance": "tokens of small talk after four facts"}
 
 
@@ -58,7 +58,7 @@ def _draw(axes: Any, x: Sequence[float], points: Sequence[Row], label: str, styl
 
 
 def matplotlib_figure() -> Any:
-    """Its class. Raises InputError if it is not installed."""
+    """matplotlib's Figure. Raises InputError if it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,11 +1,11 @@
-"""Questions for conversations that others published, each written by hand for this. Data only (tasks.py).
+"""Questions for conversations that others published, each written by hand for this. Data only (corpora.py).
 
 No recipe that trains a memory may use them.
 """
 
 from __future__ import annotations
 
-# What a task dialogue of Schema-Guided Dialogue said of a slot: (service, slot): question
+# Questions for the slots of Schema-Guided Dialogue: (service, slot): question
 SLOTS: dict[tuple[str, str], str] = {
     ("Alarm", "alarm_name"): "What's the label of my alarm?",
     ("Alarm", "alarm_time"): "When does the alarm that I already had ring?",
@@ -79,7 +79,7 @@ SLOTS: dict[tuple[str, str], str] = {
     ("Weather", "wind"): "How fast is the wind, in miles per hour?",
 }
 
-# What a person of Synthetic-Persona-Chat is true to: the fact: (question, what is right)
+# Questions for the facts of Synthetic-Persona-Chat: fact: (question, right answers)
 PERSONAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "I am 100 years old.": ("How old am I?", ("100",)),
     "I am 13 years old.": ("How old am I?", ("13",)),

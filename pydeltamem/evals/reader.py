@@ -1,4 +1,4 @@
-"""A model that reads conversations and answers questions: how the methods of an evaluation ask it."""
+"""A model that reads conversations and answers the questions of an evaluation."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..runtime.history import n_common
 from .world import Turn
 
 MAX_ANSWER = 32  # tokens
-PARALLEL = 8  # texts of a context, unless it is said otherwise
-AT_ONCE = 64  # questions that are begun together where each has a text of its own
+PARALLEL = 8  # texts of a context by default
+AT_ONCE = 64  # questions that begin together if each has its own text
 
 Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Questions that a model is asked one by one, each with the same before it: the other questions are not.
+    """Questions that a model is asked one by one, each after the same text: it does not see the others.
 
-    memory: what it reads, and does not write; None: it has none. turns: the text that it sees.
+    memory: the model reads it and does not write it; None: no memory. turns: the visible text.
     """
 
     memory: MemorySnapshot | None
@@ -41,24 +41,24 @@ class Reader(Protocol):
     def n_ctx(self) -> int: ...
 
     def n_tokens(self, turns: Sequence[Turn]) -> int:
-        """Of turns in a text, without what begins every text."""
+        """Tokens of turns in a text, without the beginning that all texts share."""
 
     def attach(self, adapter: str | os.PathLike[str] | None) -> None:
-        """From here on the model has this memory, or none."""
+        """Attaches an adapter; None: leaves the model without a memory."""
 
     def read(self, turns: Sequence[Turn]) -> MemorySnapshot:
-        """What an empty memory holds after it has read the turns, one ingest, each message a segment."""
+        """The memory that the turns write into an empty one: one ingest, each message a segment."""
 
     def answer(self, asked: Sequence[Asked]) -> list[list[str]]:
         """The greedy answers to questions, in their order."""
 
 
 class NativeReader:
-    """A DeltaMemLlama, which is to be closed.
+    """A Reader of a DeltaMemLlama. Close it at the end.
 
     Args:
         model: GGUF of a model with a chat template, or its name.
-        adapter: what is attached first.
+        adapter: the first one attached.
         n_ctx: tokens of a text; 0: as many as the model was trained on.
         threads: of decodes and prompts; None: half of the CPUs that the process may use.
         parallel: texts that the context holds, which are decoded together.

@@ -1,7 +1,7 @@
 """What a model with a memory still knows once the text is gone: the questions of `deltamem eval recall`.
 
-Facts, pairings and phrasings are those that no memory was trained on. How they are asked is in methods.py, what is a
-right answer in scoring.py.
+No adapter was trained on these facts, pairings and phrasings. methods.py asks the questions, scoring.py judges the
+answers.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 
 UNTOLD = re.compile(
     r"n't\b|\b(?:not|never|nothing|no idea|unknown|unsure)\b"
-)  # what an answer to what was not told has in it
+)  # what an answer says if nothing was told
 
 
 def _words(text: str) -> list[str]:
@@ -35,7 +35,7 @@ _TIES = {word: 10 * i for i, word in enumerate(_TENS, 2)} | {
 }
 _MONTHS = _words("january february march april may june july august september october november december")
 _DAYS = _words("monday tuesday wednesday thursday friday saturday sunday")
-# What else is the same word
+# Other spellings of a word
 _ALIKE = {
     **{month[:3]: month for month in _MONTHS if month not in ("march", "may")},  # to mar, may: words of their own
     **{day[:n]: day for day in _DAYS for n in (3, 4) if day[:n] not in ("wed", "sat", "sun")},
@@ -63,7 +63,7 @@ def is_right(answer: str, values: Collection[str], rivals: Iterable[str] = ()) -
 
     Args:
         values: any of these is right. None at all: nothing was told, and the answer must say so.
-        rivals: what a right answer does not name besides, in this spelling.
+        rivals: what a right answer must not name too, in this spelling.
     """
     if not values:
         return UNTOLD.search(answer.lower().replace("’", "'")) is not None

@@ -41,7 +41,7 @@ class Ratio:
 
 
 def right_of(cases: Sequence[Case], answers: Mapping[str, Sequence[str]]) -> dict[str, npt.NDArray[np.bool_]]:
-    """Of each method which answers are right, [cases]."""
+    """Which answers of each method are right, [cases]."""
     return {
         method: np.array([case.is_right(answer) for case, answer in zip(cases, given)], dtype=np.bool_)
         for method, given in answers.items()
@@ -62,20 +62,20 @@ def wilson(right: int, n: int) -> tuple[float, float, float]:
     p, z = right / n, CONFIDENCE
     middle, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
-    return p, max(0.0, min(low, p)), min(1.0, max(high, p))  # not beside the share by rounding
+    return p, max(0.0, min(low, p)), min(1.0, max(high, p))  # rounding must not leave out the share
 
 
 def ratios_of(
     cases: Sequence[Case], right: Mapping[str, npt.NDArray[np.bool_]], memories: Sequence[str], seed: int = 0
 ) -> dict[str, dict[str, Ratio]]:
-    """Of each memory, what it gains where text is visible besides.
+    """What each memory gains when text is visible too.
 
     average: memory and window over the window alone, all tasks. other: over the best other method with that window.
     memory_heavy: over the window, on tasks whose answer may be outside of it. no_memory: on those that need none.
     full: memory and the whole text over the whole text, all tasks.
 
-    A task counts once, its kinds alike. Intervals are of a paired bootstrap: whole conversations are drawn again, the
-    same for all methods. Ratios whose methods or tasks were not asked, or that are over 0, are missing.
+    A task counts once, its kinds alike. Intervals are of a paired bootstrap: it resamples whole conversations, the same
+    for all methods. A ratio is missing if its methods or tasks were not asked, or if it divides by 0.
     """
     tasks = tuple(dict.fromkeys(case.task for case in cases))
     means = _Means(cases, right, seed)

@@ -29,7 +29,7 @@ from .world_phrases import (
 )
 
 # seen: trained on; new_pair: this attribute never had this value in a memory's training, others may have had it;
-# new_value: no memory was trained on this value in any place. The backbone has read them all.
+# new_value: no memory was trained on this value in any place. The backbone was trained on all.
 Part = Literal["seen", "new_pair", "new_value", "any"]
 Turn = tuple[str, str]  # what the user says, what the assistant answers
 
@@ -68,7 +68,7 @@ class World:
 
     Args:
         seed: the same seed, the same draws.
-        part: which facts may be drawn. Small talk is free of the values that are held out, unless that is "any".
+        part: which facts may be drawn. Small talk has no held-out values, unless part is "any".
         phrasings: "seen" leaves out the phrasings that are held out, "new" takes only those, "any" takes all.
     """
 
@@ -87,14 +87,14 @@ class World:
         return [value for value in FACTS[self.part][fact.attribute] if value != fact.value]
 
     def another(self, fact: Fact) -> Fact:
-        """The same attribute with another value, of which there must be one."""
+        """The same attribute with another value; there must be one."""
         return Fact(fact.attribute, self.random.choice(self.others(fact)))
 
     def tell(self, fact: Fact) -> Turn:
         return self._say(self._phrase(ATTRIBUTES[fact.attribute][1]), fact), self._acknowledge(fact)
 
     def update(self, fact: Fact) -> Turn:
-        """Tells a fact in the place of another that was told before."""
+        """Tells a fact that replaces one told before."""
         return self._say(self._phrase(ATTRIBUTES[fact.attribute][2]), fact), self._acknowledge(fact)
 
     def ask(self, fact: Fact) -> Turn:
@@ -115,7 +115,7 @@ class World:
         return _article(user.format(**values)), _article(assistant.format(**values))
 
     def knowledge(self) -> Turn:
-        """What needs no memory."""
+        """A question that needs no memory."""
         question, answer = self.random.choice(KNOWLEDGE)
         return self._open(question), f"That is {answer}."
 
@@ -150,5 +150,5 @@ def _article(text: str) -> str:
 
 
 def rivals(fact: Fact) -> frozenset[str]:
-    """The other values of the kind that the fact's value is of."""
+    """The other values of the same kind as the fact's."""
     return frozenset(VALUES[ATTRIBUTES[fact.attribute][0]]) - {fact.value}

@@ -1,6 +1,6 @@
 """The words of the small world (world.py): values, and the phrasings of each fact. Data only.
 
-Of an attribute's statements, of its updates and of its questions the last is held out: no memory is trained on it.
+The last statement, update and question of each attribute is held out: no memory is trained on it.
 """
 
 from __future__ import annotations
@@ -584,7 +584,7 @@ ATTRIBUTES: dict[str, tuple[str, list[str], list[str], list[str], list[str]]] = 
     ),
 }  # fmt: skip
 
-# in front of a statement that begins with a small letter after it, and of a question
+# openings of a statement, which goes on with a small letter, and of a question
 STATEMENT_OPENINGS = [
     "",
     "",
@@ -603,7 +603,7 @@ ACKNOWLEDGEMENTS = [
 ECHOES = ["I see, {v}.", "Ah, {v}.", "So {v}, good to know."]
 UNKNOWN = ["I do not know that yet.", "You have not told me that."]
 
-# what the user says of the world, which is no fact about the user; {list} is any of its values
+# small talk, which holds no fact about the user; {list} is any value of that list
 CHATTER = [
     ("Hello.", "Hello, how are you?"), ("Hi there.", "Hi, nice to hear from you."), ("Good morning.", "Good morning to you."),
     ("Good evening.", "Good evening to you."), ("How are you?", "I am fine, thank you."), ("I am fine.", "I am glad to hear it."),
@@ -626,7 +626,7 @@ CHATTER = [
     ("Wait a moment.", "I wait."), ("I have to go soon.", "Then come back soon."), ("The bus was full.", "That happens."),
 ]  # fmt: skip
 
-# what everybody knows: answered without a memory
+# general knowledge, which needs no memory
 KNOWLEDGE = [
     ("What is the capital of France?", "Paris"), ("What is the capital of Italy?", "Rome"),
     ("What is the capital of Peru?", "Lima"), ("What is the capital of Egypt?", "Cairo"),

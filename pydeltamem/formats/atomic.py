@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all: written under a temporary name, synced, renamed."""
+"""Writes files as a whole or not at all: under a temporary name, then synced and renamed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .kinds import Kind
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
-    """Yields the temporary name to write to. At the end the file takes the place of `path`, following links, with the
-    permissions of what was there; after an error it is gone and what was there stays. Into a device or a pipe it is
-    written. Raises OSError, also if a file of another kind is there.
+    """Yields the temporary name to write to. At the end that file replaces `path`, following links, and takes the old
+    file's permissions. After an error it is removed and the old file stays. A device or a pipe is written to instead.
+    Raises OSError, also if `path` is a file of another kind.
     """
     target = target_of(path)
     if is_stream(target):
@@ -32,13 +32,13 @@ def replacing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
         return
     kind.check(target)
     temporary = _temporary(target, secrets.token_hex(4))
-    mode = 0o600 if target.is_file() else 0o666  # nobody reads it meanwhile who may not read what is there
+    mode = 0o600 if target.is_file() else 0o666  # meanwhile nobody may read it who may not read the old one
     temporary.touch(mode, exist_ok=False)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        kind.check(target)  # it may have come meanwhile
+        kind.check(target)  # a file may have appeared meanwhile
         if target.is_file():
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
@@ -55,13 +55,12 @@ def replacing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
 
 
 def target_of(path: str | os.PathLike[str]) -> Path:
-    """What is at `path` or is to be written there, following links. Raises OSError if no file can have that name, or
-    the temporary one that `replacing` makes of it: it is empty, ends as a folder's, is too long, or no text of the
-    system.
+    """The file that `path` names, following links. Raises OSError if no file can have that name, or the temporary one
+    that `replacing` makes of it: it is empty, ends like a folder's, is too long or cannot be encoded.
     """
     name = os.fsdecode(path)
     if not os.path.basename(name):
-        raise IsADirectoryError(errno.EISDIR, "a file needs a name, and this is none" if not name else "it is a folder")
+        raise IsADirectoryError(errno.EISDIR, "a file needs a name" if not name else "it is a folder")
     try:
         target = Path(os.path.realpath(name))
         with contextlib.suppress(FileNotFoundError):
@@ -76,7 +75,7 @@ def _temporary(target: Path, mark: str) -> Path:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether it is there, and neither a file nor a folder: a device, a pipe. A file must not take its place."""
+    """Whether `path` exists and is a device or a pipe, not a file or a folder. A file must not replace it."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 

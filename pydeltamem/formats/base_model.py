@@ -1,4 +1,4 @@
-"""What a converter must know of the base model's GGUF: sizes, and the order of the rows of its q and k projections."""
+"""What a converter needs of the base model's GGUF: sizes, and the row order of its q and k projections."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..errors import ModelError, named
 from .gguf_header import Header
 
 # llama.cpp runs RoPE on neighbouring rows for some architectures, where Hugging Face pairs the halves of a head. Its
-# converter then permutes the rows of the q and k projections. What is listed is what its classes do with numbered rows
-# (tools/converter_rows.py).
+# converter then permutes the rows of the q and k projections. tools/converter_rows.py finds these lists by giving its
+# classes numbered rows.
 PERMUTED = frozenset({
     "arcee", "arctic", "bailingmoe", "chameleon", "deci", "deepseek", "granite", "granite_swa", "granitehybrid",
     "granitemoe", "internlm2", "llada", "llama", "llama-embed", "minicpm", "mistral3", "muse-glimmer", "nanbeige",
@@ -29,15 +29,15 @@ IN_ORDER = frozenset({
     "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen35", "qwen35moe", "qwen3moe", "qwen3next", "qwen3vl", "qwen3vlmoe",
     "seed_oss", "smallthinker", "stablelm", "starcoder2", "step35", "talkie",
 })  # fmt: skip
-# Its converter multiplies these weights by what Hugging Face multiplies activations by, before the projections and
-# after them: the adapter's weights would need that too.
+# Hugging Face scales the activations before and after these projections; llama.cpp's converter scales the weights
+# instead. The adapter's weights would need that too.
 RESCALED = frozenset({"falcon-h1"})
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 
 
 def converts(architecture: str) -> str:
-    """The corrections, of q, k, v and o, that can be converted for it."""
+    """The corrections (of q, k, v and o) that can be converted for an architecture."""
     if architecture in RESCALED:
         return ""
     return "qkvo" if architecture in PERMUTED | IN_ORDER else "vo"
@@ -64,21 +64,21 @@ class Layer:
 
 
 class Base:
-    """A base model's GGUF, or the first one of its shards. Reads its header, no weights. Raises ModelError."""
+    """A base model's GGUF, or the first of its shards. Reads only the header, no weights. Raises ModelError."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         if not os.path.exists(self.path):
             raise ModelError(f"{named(self.path)}: no such base model")
         header = Header.of_model(self.path)
-        self.files = header.files  # what is read: also its other shards
+        self.files = header.files  # all shards
         self._keys = header.keys
         self._shapes = {tensor.name: tensor.shape for tensor in header.tensors.values()}
 
         if (kind := self._keys.get("general.type", "model")) != "model":
             raise ModelError(f"{self.path}: is no base model: its general.type is '{kind}'")
         self.architecture: str = self._value("general.architecture")
-        # those that predict further tokens are counted in the file, and are no layers to llama.cpp
+        # the file also counts the layers that predict further tokens, llama.cpp does not
         self.n_layer = self._size("block_count") - self._size("nextn_predict_layers", 0)
         if not 0 < self.n_layer <= MAX_LAYERS:
             raise ModelError(f"{self.path}: has {self.n_layer} layers, llama.cpp takes 1 to {MAX_LAYERS}")
@@ -86,13 +86,13 @@ class Base:
         self.layers = [self._layer(i) for i in range(self.n_layer)]
 
     def permute(self, head: str, layer: int, rows: np.ndarray) -> np.ndarray:
-        """Brings the rows of a q or k correction, [rows, n], into this file's order; those of v and o are in it."""
+        """Puts the rows of a q or k correction, [rows, n], in this file's order; rows of v and o keep theirs."""
         if self.architecture in RESCALED:
             raise ModelError(
-                f"{self.path}: no adapter can be converted for architecture '{self.architecture}', whose weights are "
-                "rescaled in GGUF files"
+                f"{self.path}: no adapter can be converted for architecture '{self.architecture}': its GGUF files hold "
+                "rescaled weights"
             )
-        mrope = self.architecture == "glm4" and "glm4.rope.dimension_sections" in self._keys  # has an order of its own
+        mrope = self.architecture == "glm4" and "glm4.rope.dimension_sections" in self._keys  # has its own order
         if head not in ("q", "k") or (self.architecture in IN_ORDER and not mrope):
             return rows
         if self.architecture not in PERMUTED:
@@ -138,7 +138,7 @@ class Base:
 
         n_head = self._per_layer("attention.head_count", i)
         n_head_kv = self._per_layer("attention.head_count_kv", i, n_head)
-        if not rows("attn_output"):  # of linear attention too, where some models have attn_qkv
+        if not rows("attn_output"):  # also linear attention, where some models have attn_qkv
             return Layer(0, 0, 0, 0, 0, 0)
         n_q, n_k, n_v = rows("attn_q"), rows("attn_k"), rows("attn_v")
         if fused := rows("attn_qkv"):

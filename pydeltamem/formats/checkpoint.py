@@ -39,7 +39,7 @@ _NUMBERS = ("alpha", "delta_o_rmsnorm_eps", "delta_scale_max")
 # Fields that only chose the initial weights: any value will do.
 _INITIAL = ("beta_bias_init", "output_init", "base_slice_ref_width", "delta_scale_init")
 
-# Fields of experiments that the publication has archived, and the only values at which they change nothing.
+# Fields of experiments that the publication has archived, with the only values that have no effect.
 ARCHIVED: dict[str, Any] = {
     "online_gain": 0.05,
     "num_memory_partitions": 1,
@@ -72,7 +72,7 @@ ARCHIVED: dict[str, Any] = {
     "target_modules": ["self_attn"],
 }
 
-# What a field is when an older configuration does not have it. rank and alpha must be there.
+# Values of the fields that an older configuration may lack. It must have rank and alpha.
 _DEFAULTS: dict[str, Any] = {
     "normalize_qk": True,
     "couple_lambda": True,
@@ -124,7 +124,7 @@ class Config:
 
     @property
     def separate_lambda(self) -> bool:
-        """Whether keep comes from a projection of its own."""
+        """Whether keep has its own projection."""
         return not self.couple_lambda and self.state_update_mode != "no_lambda"
 
     @property
@@ -151,7 +151,7 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str:
-        """Checksum of the weights' file."""
+        """Checksum of the weights file."""
         digest = hashlib.sha256()
         with open(self.path, "rb") as file:
             while block := file.read(1 << 20):
@@ -160,13 +160,13 @@ class Checkpoint:
 
     @property
     def layers(self) -> list[int]:
-        """Layers that the weights' file has tensors for, ascending."""
+        """Layers that the weights file has tensors for, ascending."""
         matches = (re.match(r"model\.layers\.(\d+)\.self_attn\.", key) for key in self.tensors)
         return sorted({int(match[1]) for match in matches if match})
 
     @property
     def widths(self) -> set[int]:
-        """Row lengths of the projections from the hidden state; of a sound checkpoint, one: the model's width."""
+        """Row lengths of the projections from the hidden state. A sound checkpoint has one: the model's width."""
         return {
             tensor.shape[-1] for key, tensor in self.tensors.items() if key.endswith("memory_q_proj") and tensor.ndim
         }
@@ -270,10 +270,10 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         ) from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that it does not expect
+            warnings.simplefilter("ignore")  # about pickles that it does not expect
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) and "Unsupported operand" not in str(error):  # that is a damaged file's
+        if "weights_only" in str(error) and "Unsupported operand" not in str(error):  # which means a damaged file
             raise CheckpointError(
                 f"{path}: holds more than tensors (its pickle wants to run code) and is refused"
             ) from None
@@ -286,7 +286,7 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             raise CheckpointError(f"{path}: tensor {shown(name)} is no dense tensor of floating-point numbers")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: tensor {shown(name)} is larger than what the file holds of it")
+            raise CheckpointError(f"{path}: tensor {shown(name)} is larger than its data in the file")
     return {str(name): tensor.detach().to(torch.float32).numpy() for name, tensor in loaded.items()}
 
 

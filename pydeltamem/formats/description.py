@@ -1,6 +1,6 @@
 """What an adapter, a model, a packed model or a memory file holds, as values that JSON can hold. Needs no llama.cpp.
 
-Of a model only the header is read, whatever its size; of an adapter the corrections too, for their norms.
+Reads only the header of a model, whatever its size; of an adapter also the corrections, for their norms.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def describe(path: str) -> dict[str, Any]:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
     common = {"file": str(file), "bytes": file.stat().st_size}
     if not start.startswith(MAGIC):
-        if start[8:] != b"{":  # how every safetensors file begins, after the length
+        if start[8:] != b"{":  # a safetensors file begins so, after the length
             raise ModelError(f"{file}: is neither a GGUF file nor a memory file")
         return {**common, "kind": "memory", "memory": _memory(path)}
 

@@ -1,7 +1,7 @@
-"""What stands before the weights in a GGUF file: its keys, and the tensors' names, shapes, types and places.
+"""The header of a GGUF file: its keys, and the names, shapes, types and offsets of its tensors.
 
 gguf.GGUFReader makes objects for every element of every array: 14 s and 0.5 GB for a vocabulary of 150000 tokens.
-Conversion and `deltamem inspect` want the few keys beside it at once. A model may be in shards, as llama.cpp splits it:
+Conversion and `deltamem inspect` need only a few other keys, at once. A model may be in shards, as llama.cpp splits it:
 the first one has the keys, all have tensors.
 """
 
@@ -48,7 +48,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType | int  # a number: newer than the gguf package
+    type: GGMLQuantizationType | int  # a number if the gguf package does not know it
     offset: int
     path: Path
 
@@ -85,14 +85,14 @@ class Header:
         keys: every key's value, in the file's order: a bool, int, float, str, or a list of them.
         types: every key's type; of a list, that of its elements.
         tensors: every tensor's entry by name, in the file's order; each lies wholly inside the file.
-        spans: where every key's type and value stand in the file, bytes from and to.
+        spans: byte range of every key's type and value in the file.
         version, alignment: of the file.
         files: the file, or the shards of a model that `of_model` reads, the first one first.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        if os.path.isdir(self.path):  # unlike those of Path it takes every name
+        if os.path.isdir(self.path):  # unlike Path.is_dir it takes every name
             raise ModelError(f"{self.path}: is a folder; name a GGUF file")
         if not os.path.isfile(self.path):
             raise ModelError(f"{named(self.path)}: no such file")
@@ -112,8 +112,8 @@ class Header:
 
     @classmethod
     def of_model(cls, path: str | os.PathLike[str]) -> Header:
-        """The header of a model that may be in shards: the keys of the first one, which is to be named, and the tensors
-        of all. Raises ModelError, also if one is missing or they do not belong together.
+        """The header of a model that may be in shards. `path` names the first, which has the keys; all have tensors.
+        Raises ModelError, also if a shard is missing or they do not belong together.
         """
         header = cls(path)
         n = header.keys.get("split.count", 1)
@@ -127,7 +127,7 @@ class Header:
         for i in range(1, n):
             shard = cls(header.path.with_name(f"{name[1]}-{i + 1:05}-of-{n:05}.gguf"))
             if shard.keys.get("split.no") != i or shard.keys.get("split.count") != n:
-                raise ModelError(f"{shard.path}: is not part {i + 1} of {n} of {header.path}: it says otherwise")
+                raise ModelError(f"{shard.path}: is not part {i + 1} of {n} of {header.path}, says its header")
             if twice := header.tensors.keys() & shard.tensors.keys():
                 raise ModelError(f"{shard.path}: has tensor {shown(min(twice))}, which another part has too")
             header.tensors.update(shard.tensors)
@@ -153,7 +153,7 @@ class Header:
 
 
 class _Damaged(Exception):
-    """What is wrong, to be completed by the file's name."""
+    """What is wrong with the file; the caller adds its name."""
 
 
 class _Parser:
@@ -176,7 +176,7 @@ class _Parser:
         for _ in range(n_keys):
             key = self.string()
             if key in keys:
-                raise _Damaged(f"key {shown(key)} is there twice")
+                raise _Damaged(f"key {shown(key)} occurs twice")
             start = self.at
             keys[key], types[key] = self.value()
             self.spans[key] = start, self.at
@@ -189,21 +189,21 @@ class _Parser:
         start = -(-self.at // alignment) * alignment
 
         tensors: dict[str, Tensor] = {}
-        expected: int | None = 0  # llama.cpp takes tensors only one after the other
+        expected: int | None = 0  # llama.cpp wants tensors directly one after the other
         for name, shape, kind, offset in entries:
             tensor = Tensor(name, shape, kind, start + offset, self.path)
             if name in tensors:
-                raise _Damaged(f"tensor {shown(name)} is there twice")
+                raise _Damaged(f"tensor {shown(name)} occurs twice")
             if tensor.offset + tensor.n_bytes > len(self.data):
                 raise _Damaged(f"it is truncated, tensor {shown(name)} reaches past its end")
             if offset % alignment or expected not in (None, offset):
-                raise _Damaged(f"tensor {shown(name)} stands at {offset}, not at {expected} as llama.cpp wants it")
+                raise _Damaged(f"tensor {shown(name)} is at {offset}, llama.cpp wants it at {expected}")
             expected = -(-(offset + tensor.n_bytes) // alignment) * alignment if tensor.block_bytes else None
             tensors[name] = tensor
         return keys, types, tensors
 
     def take(self, n_bytes: int) -> int:
-        """Moves on by n_bytes. Returns where they begin."""
+        """Skips n_bytes. Returns the position where they begin."""
         at = self.at
         if n_bytes > len(self.data) - at:
             raise _Damaged("it is truncated")

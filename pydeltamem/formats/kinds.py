@@ -1,4 +1,4 @@
-"""Kinds of files that are written: over an existing file only one of its own kind is."""
+"""Kinds of files that we write. An existing file is only replaced by one of its own kind."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Kind:
     is_one: Callable[[Path], bool]
 
     def check(self, path: str | os.PathLike[str]) -> None:
-        """Raises OSError if the file that is there is of another kind. One without contents is of every kind."""
+        """Raises OSError if the existing file is of another kind. An empty file is of every kind."""
         if os.path.isfile(path) and os.path.getsize(path) and not self.is_one(Path(path)):
             raise FileExistsError(
-                errno.EEXIST, f"what is there is not {self.name}, and stays: remove it, or name another file"
+                errno.EEXIST, f"the existing file is not {self.name}: remove it, or name another file"
             )
 
 
 def _safetensors(path: Path) -> tuple[dict[str, str], list[str]]:
-    """Metadata of a safetensors file and the names of its tensors; nothing if it is none."""
+    """Metadata of a safetensors file and the names of its tensors; empty if it is no such file."""
     import safetensors
 
     try:
@@ -41,7 +41,7 @@ def _safetensors(path: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def _keys(path: Path) -> dict[str, Any] | None:
-    """Of a GGUF file; None if it is none."""
+    """Keys of a GGUF file; None if it is no such file."""
     from .gguf_header import Header
 
     try:
@@ -59,13 +59,13 @@ def _is_model(path: Path, shard: bool = False) -> bool:
     if keys is None or ("split.count" in keys) != shard:
         return False
     if shard and keys.get("split.no") != 0:
-        return True  # what it is stands in the first one
+        return True  # only the first shard tells its kind
     of_models = keys.get("general.type", "model") == "model" and keys.get("general.architecture") != "controlvector"
     return of_models and "general.architecture" in keys
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """Of a JSON file; without members if it is none."""
+    """The object in a JSON file; empty if it holds none."""
     with open(path, "rb") as file:
         if file.read(1) != b"{":
             return {}
@@ -85,12 +85,12 @@ def _lines(path: Path) -> bool:
 
 
 def json_of(name: str, *members: set[str]) -> Kind:
-    """A JSON file of an object that has at least one of these sets of members."""
+    """A JSON file with an object that has at least one of these sets of members."""
     return Kind(name, lambda path: any(some <= _object(path).keys() for some in members))
 
 
 def _members(path: Path) -> Collection[str]:
-    """Of a ZIP archive; none if it is none."""
+    """Names of the members of a ZIP archive; empty if it is no such file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()

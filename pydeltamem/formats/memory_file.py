@@ -10,9 +10,9 @@ One tensor `state`, F32 [L, H, r, r] with S[i, j] = [row (value), column (key)],
     adapter          sha256 of the checkpoint that the adapter was converted from
     adapter_name     its name
     architecture     of the base model, e.g. qwen3
-    base             fingerprint of the base model, alike for all its quantisations (optional)
+    base             fingerprint of the base model, equal for all its quantisations (optional)
     base_name        its name (optional)
-    tokens_written   tokens that the memory was ever written (optional)
+    tokens_written   tokens written to the memory so far (optional)
     created          when the memory began, ISO 8601, UTC
     saved            when the file was written, ISO 8601, UTC (optional)
 
@@ -54,7 +54,7 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MemorySnapshot:
-    """A memory by itself: a state, and where it comes from. `Memory.copy()` makes one, `Memory.restore` takes it.
+    """A memory without a model: a state, and where it comes from. `Memory.copy()` makes one, `Memory.restore` takes it.
 
     Attributes:
         state: float32 [L, H, r, r], read-only.
@@ -82,7 +82,7 @@ class MemorySnapshot:
         return cls(*read_memory_file(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a memory file, in one step. Raises MemoryFileError; MemoryFileInUse if another process keeps it."""
+        """Writes a memory file, in one step. Raises MemoryFileError; MemoryFileInUse if another process holds it."""
         with _not_kept_elsewhere(path):
             write_memory_file(path, self.state, dict(self.metadata))
 
@@ -95,7 +95,7 @@ class MemorySnapshot:
 
     @property
     def tokens_written(self) -> int:
-        """Tokens that the memory was ever written, 0 if it is not known."""
+        """Tokens written to the memory so far; 0 if unknown."""
         text = self.metadata.get("tokens_written", "")
         return int(text) if text.isdecimal() and len(text) < 20 else 0
 
@@ -107,7 +107,7 @@ class MemorySnapshot:
 
     @property
     def singular_values(self) -> npt.NDArray[np.float32]:
-        """Of each state, descending, [L, H, r]."""
+        """Singular values of each state, descending, [L, H, r]."""
         return np.linalg.svd(self.state.astype(np.float64), compute_uv=False).astype(np.float32)
 
     def to_npz(self, path: str | os.PathLike[str]) -> None:
@@ -120,7 +120,7 @@ class MemorySnapshot:
         _write(path, MEMORY_NPZ, write)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Exports an object with `metadata` and `state`, nested lists of its shape. Raises MemoryFileError."""
+        """Exports a JSON object with `metadata` and `state`, nested lists of its shape. Raises MemoryFileError."""
         text = json.dumps({"metadata": self.metadata, "state": self.state.tolist()})
         _write(path, MEMORY_JSON, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -128,8 +128,8 @@ class MemorySnapshot:
 def write_memory_file(path: str | os.PathLike[str], state: np.ndarray, metadata: dict[str, str]) -> None:
     """Writes a memory file in one step: a crash leaves the old file or the new one, never a part.
 
-    `metadata` holds layers, adapter, adapter_name and architecture, and what else is known; the format and the dates
-    are added. Raises MemoryFileError.
+    `metadata` holds layers, adapter, adapter_name and architecture, and what else is known. The format and the dates
+    are added here. Raises MemoryFileError.
     """
     saved = now()
     metadata = {
@@ -151,7 +151,7 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str
     """
     name = os.fsdecode(path)
     try:
-        open(name, "rb").close()  # safetensors does not say which it is
+        open(name, "rb").close()  # safetensors does not say what is wrong
     except FileNotFoundError:
         raise MemoryFileError(f"{named(name)}: no such memory file") from None
     except OSError as error:
@@ -197,8 +197,8 @@ def now() -> str:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises MemoryFileError if a memory cannot be saved at `path` later: its folder is missing, what is there is no
-    memory file, or another process keeps it.
+    """Raises MemoryFileError if a memory cannot be saved at `path` later: its folder is missing, it is another
+    file, or another process holds it.
     """
     name = os.fsdecode(path)
     with _save_errors(path):
@@ -219,11 +219,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 class MemoryFileLock:
-    """Keeps a memory file for one process, and one object in it, as long as it is held: for saving it again and again.
+    """Reserves a memory file for one object of one process, which can then save it again and again.
 
-    A lock file beside it, `.NAME.lock`, holds the process id. The operating system lets go of it if the process is
-    killed; what is left of the file does not matter then. An object that is gone has let go too. A forked child holds
-    nothing: the file stays its parent's.
+    A lock file next to it, `.NAME.lock`, holds the process id. If the process is killed, the operating system releases
+    the lock, and the file that is left does no harm. An object that is deleted releases its lock too. A forked child
+    holds nothing: the lock stays with its parent.
 
         with MemoryFileLock("ada.memory"):
             ...
@@ -263,7 +263,7 @@ class MemoryFileLock:
                 leftover.unlink()
 
     def _try(self) -> int | None:
-        """The lock file, locked; None if the holder before removed it while we opened and locked it."""
+        """The lock file, locked; None if the last holder removed it while we opened and locked it."""
         opened = self._open()
         if opened is None:
             return None
@@ -298,7 +298,7 @@ class MemoryFileLock:
         return None
 
     def _open(self) -> tuple[int, bool] | None:
-        """The lock file, never through a link, and whether it was made for this; None if it was removed just now."""
+        """Opens the lock file, never through a link. Returns it and whether it is new; None if it was just removed."""
         flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
         with contextlib.suppress(FileExistsError):
             return os.open(self._lock, flags | os.O_CREAT | os.O_EXCL, 0o666), True
@@ -311,12 +311,12 @@ class MemoryFileLock:
 
     def _no_lock(self) -> MemoryFileError:
         return MemoryFileError(
-            f"{self._lock}: is no lock of pydeltamem's, and stands where that of {self.path} belongs: "
+            f"{self._lock}: is no lock of pydeltamem, but has the name of the lock of {self.path}: "
             "remove it, or save to another file"
         )
 
     def release(self) -> None:
-        """Gives the lock up. Releasing twice is fine."""
+        """Releases the lock. Releasing twice is fine."""
         if self._freed is not None:
             self._held_here.pop(self._lock, None)
             self._freed()
@@ -324,7 +324,7 @@ class MemoryFileLock:
 
     @classmethod
     def _forget_all(cls) -> None:
-        """In a forked child: the locks are the parent's, and must end with it."""
+        """Drops the locks in a forked child: they are the parent's, and must end with it."""
         for lock in list(cls._held_here.values()):
             if lock._freed is not None and lock._file is not None:
                 lock._freed.detach()
@@ -347,14 +347,14 @@ if hasattr(os, "register_at_fork"):
 def _free(file: int, lock: Path) -> None:
     if os.name == "posix":
         with contextlib.suppress(OSError):
-            lock.unlink()  # while it is still ours
+            lock.unlink()  # while we still hold it
     os.close(file)
 
 
 @contextlib.contextmanager
 def _not_kept_elsewhere(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds the lock of a memory file while it is saved, where there are locks. Raises MemoryFileError if another
-    process holds it; if this one does, it may save there.
+    """Holds the lock of a memory file while it is saved, if there are locks. Raises MemoryFileError if another process
+    holds it. A process that holds it already may save.
     """
     lock = MemoryFileLock(path)
     if not is_stream(Path(os.path.realpath(lock.path))) and not lock.is_held_here(path):
@@ -367,7 +367,7 @@ def _not_kept_elsewhere(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _lock(file: int) -> bool:
-    """Whether the lock was free. Raises OSError where there are no locks, e.g. on some network file systems."""
+    """Takes the lock; False if it is not free. Raises OSError if the file system has no locks."""
     try:
         if sys.platform == "win32":
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)

@@ -1,4 +1,4 @@
-"""Numbers of memories: norms, singular values and effective ranks of one, and how far two lie apart."""
+"""Numbers of memories: norms, singular values and effective ranks of one, and the distance of two."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def effective_rank(singular_values: npt.NDArray[np.float32]) -> float:
 
 
 def compare_memories(a_name: str, a: MemorySnapshot, b_name: str, b: MemorySnapshot) -> dict[str, Any]:
-    """How far two memories lie apart: |A|, |B|, |A - B|, that relative to the larger one, and the cosine between them;
-    in all and per layer. Raises MemoryFileError if they belong to different adapters.
+    """The distance of two memories, in all and per layer: |A|, |B|, |A - B|, its ratio to the larger norm, and the
+    cosine between them. Raises MemoryFileError if they belong to different adapters.
     """
     mine, theirs = a.metadata, b.metadata
     if any(mine.get(key, "") != theirs.get(key, "") for key in ("adapter", "architecture")):
@@ -71,5 +71,5 @@ def _apart(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> dict[str, 
         "norm_b": norm_b,
         "difference": difference,
         "relative": difference / larger if larger else 0.0,
-        "cosine": min(1.0, max(-1.0, cosine)),  # it may be rounded beyond them
+        "cosine": min(1.0, max(-1.0, cosine)),  # rounding may exceed the limits
     }

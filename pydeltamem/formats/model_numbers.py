@@ -12,7 +12,7 @@ MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
-# architectures whose graphs turn whole heads, with keys as long as values: GGML_ASSERT(n_embd_head == n_rot)
+# architectures whose graphs rotate whole heads, with keys as long as values: GGML_ASSERT(n_embd_head == n_rot)
 WHOLE_HEADS = {
     "apertus", "arcee", "arctic", "baichuan", "chameleon", "codeshell", "cogvlm", "dbrx", "deci", "deepseek", "dots1",
     "dream", "ernie4_5", "ernie4_5-moe", "exaone", "falcon", "granite", "grok", "hunyuan-moe", "hunyuan_vl",
@@ -25,12 +25,12 @@ WHOLE_HEADS = {
 def check_numbers(path: str | os.PathLike[str], keys: Mapping[str, Any]) -> None:
     """Raises ModelError, which names key and value, if llama.cpp would end the process for one of a model's keys.
 
-    What is missing, or of another type than llama.cpp reads, it refuses itself.
+    llama.cpp itself refuses a missing key or one of another type.
     """
     architecture = keys.get("general.architecture")
 
     def number(name: str, default: int = 0) -> int:
-        """A whole number; of a list for the layers the largest."""
+        """A whole number; the largest one of a list over the layers."""
         value = keys.get(f"{architecture}.{name}", default)
         value = max(value, default=default) if isinstance(value, list) else value
         return value if isinstance(value, int) else default

@@ -1,4 +1,4 @@
-"""Files that commands write: what cannot be is refused before the work, and a full disk told from a bad model."""
+"""Files that commands write. Checks a file before the work, and tells a full disk from a bad model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .kinds import Kind
 
 
 def refuse_inputs(path: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]]) -> None:
-    """Raises InputError if `path` is one of the files that are read, by whatever name."""
+    """Raises InputError if `path` is one of the inputs, under whatever name."""
     for source in sources:
         if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
             raise InputError(f"{os.fspath(path)}: is read for the conversion; name another file to write")
 
 
 def files_of(folder: str | os.PathLike[str]) -> list[Path]:
-    """What a conversion may read in a folder: all but GGUF, which is what it writes."""
+    """What a conversion may read in a folder: all files but GGUF, which it writes."""
     return [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".gguf"]
 
 
 @contextlib.contextmanager
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """OSErrors of writing `path` as OutputError."""
+    """Turns an OSError of writing `path` into an OutputError."""
     try:
         yield
     except OSError as error:
@@ -37,7 +37,7 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """Makes a folder, and those above it, unless it is there. Raises OutputError."""
+    """Makes a folder and its parents, if they are missing. Raises OutputError."""
     with disk_errors(path):
         try:
             os.makedirs(path, exist_ok=True)
@@ -46,7 +46,7 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 def check_target(path: str | os.PathLike[str], kind: Kind) -> None:
-    """Raises OutputError if no file can be written there, or one of another kind is there."""
+    """Raises OutputError if no file can be written there, or `path` is a file of another kind."""
     with disk_errors(path):
         target = target_of(path)
         if target.is_dir():
@@ -59,7 +59,7 @@ def check_target(path: str | os.PathLike[str], kind: Kind) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
-    """`replacing`, whose errors are OutputErrors: what can be seen before the work is seen before it."""
+    """`replacing` with OutputErrors. Checks before the work what it can."""
     check_target(path, kind)
     with disk_errors(path), replacing(path, kind) as temporary:
         yield temporary
@@ -67,8 +67,8 @@ def writing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def output(path: str | None, kind: Kind) -> Iterator[Callable[[str | bytes], None]]:
-    """A function that writes the file of `--json FILE` or `--plot FILE`, as `writing` does; - is standard output, None
-    nothing. That it can be written is seen at once. Raises OutputError.
+    """Yields a function that writes the file of `--json FILE` or `--plot FILE`, as `writing` does. - is standard
+    output; None writes nothing. Checks at once that the file can be written. Raises OutputError.
     """
     if path is None or path == "-":
         yield (lambda data: None) if path is None else _to_stdout
@@ -90,7 +90,7 @@ def _to_stdout(data: str | bytes) -> None:
 
 
 def check_disk(path: str | os.PathLike[str], temporary: Path) -> None:
-    """After a program failed to write `temporary`: raises OutputError if the reason is that the disk takes no more."""
+    """Finds out why a program failed to write `temporary`: raises OutputError if the disk is full."""
     with disk_errors(path), open(temporary, "ab") as file:
         file.write(bytes(1 << 20))
         file.flush()

@@ -1,8 +1,8 @@
-"""Packed models: base and adapter in one GGUF that loads as one model, and both back again.
+"""Packs base and adapter into one GGUF that loads as one model, and unpacks it again.
 
 The base's keys and tensors come first, as they are; the adapter's follow. Keys of the adapter that are not `deltamem.…`
-are kept as `deltamem.packed.…`, so that unpacking gives back both files byte for byte. Nothing is held in RAM but
-headers. What is read may be in shards, and what is packed may be written in shards, as llama-gguf-split makes them.
+are kept as `deltamem.packed.…`, so that unpacking gives back both files byte for byte. Only headers are
+held in RAM. Inputs and the packed model may be in shards, as llama-gguf-split makes them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .kinds import ADAPTER, MODEL, SHARD, Kind
 from .outputs import disk_errors, refuse_inputs, writing
 
 PREFIX = "deltamem."
-OTHERS = "deltamem.packed."  # before the adapter's keys that are not its own
-SPLIT = "split."  # before the keys that tell shards apart
+OTHERS = "deltamem.packed."  # prefix of the adapter's other keys
+SPLIT = "split."  # prefix of the keys that describe shards
 PIECE = 8 << 20  # bytes that are copied at a time
 MAX_SHARDS = 65535  # split.count has 16 bits
 
 
 class Part(NamedTuple):
-    """What one file gets: its keys as bytes, its tensors. And what it is."""
+    """What one file gets: its keys as bytes, its tensors, and its kind."""
 
     keys: list[bytes]
     tensors: list[Tensor]
@@ -47,9 +47,9 @@ def pack(
     max_size: int | None = None,
     max_tensors: int | None = None,
 ) -> list[Path]:
-    """Writes base and adapter as one model, in one step. `advance(bytes, bytes in all)` is called as it is written.
+    """Writes base and adapter as one model, in one step. Calls `advance(bytes, bytes in all)` meanwhile.
 
-    With max_size, bytes of tensors, or max_tensors it is in shards: of `x.gguf` x-00001-of-0000N.gguf and so on.
+    With max_size (bytes of tensors) or max_tensors it writes shards: for `x.gguf`, x-00001-of-0000N.gguf and so on.
     Returns the files that it wrote.
 
     Raises ModelError or AdapterError if they are damaged or do not belong together, InputError if `path` is one of
@@ -101,8 +101,8 @@ def unpack(
     adapter: str | os.PathLike[str],
     advance: Callable[[int, int], None] = lambda n, total: None,
 ) -> None:
-    """Writes the base and the adapter of a packed model, both or none. Raises ModelError if it is none, InputError and
-    OutputError as `pack`.
+    """Writes the base and the adapter of a packed model, both or none. Raises ModelError if it is not one,
+    InputError and OutputError as `pack`.
     """
     model = Header.of_model(packed)
     if "deltamem.version" not in model.keys or model.keys.get("general.type") == "adapter":
@@ -110,7 +110,7 @@ def unpack(
     for path in (base, adapter):
         refuse_inputs(path, model.files)
     if os.path.realpath(base) == os.path.realpath(adapter):
-        raise InputError(f"{os.fspath(base)}: is named for both, base and adapter: name two files")
+        raise InputError(f"{os.fspath(base)}: names both the base and the adapter: name two files")
 
     of_base = [_key(model, key) for key in model.keys if not key.startswith((PREFIX, SPLIT))]
     of_adapter = [_key(model, key, key.removeprefix(OTHERS)) for key in model.keys if key.startswith(PREFIX)]
@@ -133,7 +133,7 @@ def _shards(
     max_size: int | None,
     max_tensors: int | None,
 ) -> dict[Path, Part]:
-    """The parts of a model in shards: keys in the first, tensors in order. A tensor above max_size has one alone."""
+    """The parts of a model in shards: keys in the first, tensors in order. A tensor above max_size gets its own."""
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -146,7 +146,7 @@ def _shards(
         size += padded
     n = len(shards)
     if n > MAX_SHARDS:
-        raise InputError(f"{os.fspath(path)}: that makes {n} shards, {MAX_SHARDS} are the most: take larger ones")
+        raise InputError(f"{os.fspath(path)}: that makes {n} shards, more than {MAX_SHARDS}: make them larger")
     path = Path(path)
     parts = {}
     for i, shard in enumerate(shards):
@@ -197,7 +197,7 @@ def _write(parts: dict[Path, Part], advance: Callable[[int, int], None]) -> None
         if tensor.n_bytes == 0 and tensor.n_elements:
             raise ModelError(f"{tensor.path}: tensor {tensor.name} is of a type that is too new: upgrade gguf")
     done, total = 0, sum(tensor.n_bytes for tensor in tensors)
-    with contextlib.ExitStack() as stack:  # they take their names when all are written, the first shard last
+    with contextlib.ExitStack() as stack:  # the files get their names when all are written, the first shard last
         temporaries = [stack.enter_context(writing(path, part.kind)) for path, part in parts.items()]
         for temporary, (path, part) in zip(temporaries, parts.items()):
             with disk_errors(path), open(temporary, "wb") as out:

@@ -1,4 +1,4 @@
-"""The small model that the package brings, with its memories, and the memory of a real model that is got by name.
+"""The small model that the package ships, with its adapters, and the adapter of a real model that hub.py fetches.
 
 models/README.md says what the small one can and cannot do.
 """
@@ -11,11 +11,11 @@ from ..errors import ModelError
 
 FOLDER = Path(__file__).parent
 MEMORIES = ("tsw", "ssw", "msw")
-REAL_MODEL = "smollm2"  # the name that it is got by (hub.py)
+REAL_MODEL = "smollm2"  # its name in hub.py
 
 
 def default_files() -> tuple[Path, dict[str, Path]]:
-    """The model and, by write strategy, its memory adapters. Raises ModelError if they were not installed."""
+    """The model and, by write strategy, its adapters. Raises ModelError if they were not installed."""
     model = FOLDER / "default.gguf"
     memories = {name: FOLDER / f"default-{name}.gguf" for name in MEMORIES}
     for path in (model, *memories.values()):
