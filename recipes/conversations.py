@@ -1,5 +1,4 @@
-"""Writes conversations of the small world for `deltamem train`: facts, of which some are replaced, and small talk, then
-questions.
+"""Writes conversations of the small world for `deltamem train`: facts, some replaced later, small talk, questions.
 
     python recipes/conversations.py build/default/train.jsonl --count 40000 --seed 1
 

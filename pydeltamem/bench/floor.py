@@ -104,8 +104,8 @@ def lanes() -> int:
 def floor(rank: int, n_head: int, cycle: float | None, rate: float | None) -> dict[str, Any]:
     """The least time of any kernel with this arithmetic, per writing token and layer, and how it was computed.
 
-    `cycle` is cycle_ns(); without it the floor has cycles only. `rate` is per_cycle(). Cores start
-    whole vectors, so it is rounded up, with a tolerance of 5 %; two where it is unknown.
+    `cycle` is cycle_ns(); without it the floor has cycles only. `rate` is per_cycle(). Cores start whole
+    vectors, so it is rounded up, with a tolerance of 5 %; two where it is unknown.
     """
     starts = 2 if rate is None else max(1, math.ceil(rate - 0.05))
     # per head: S q, S k, keep S and its update touch each of the r² floats of the state once

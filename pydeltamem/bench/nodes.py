@@ -84,7 +84,7 @@ class Nodes:
 
 
 def rows(on: Nodes, off: Nodes) -> list[dict[str, Any]]:
-    """Sums alike nodes of all layers: {name, op, on, off: milliseconds, n_on, n_off}, the longest first."""
+    """Sums the like nodes of all layers: {name, op, on, off: milliseconds, n_on, n_off}, the longest first."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for side, nodes in (("on", on), ("off", off)):
         for (_, name, op, _), ns in nodes.least.items():

@@ -1,7 +1,7 @@
 """Models of real shapes with random weights and δ-mem checkpoints for them: to test and to time without a download.
 
-What such a model writes means nothing. Its weights have mean 0 and a deviation that keeps activations near one
-through any number of layers, so no type overflows and logits stay finite. Time and RAM are those of the real model.
+What such a model writes means nothing. Its weights have mean 0 and a deviation that keeps activations near one through
+any number of layers, so no type overflows and logits stay finite. Time and RAM are those of the real model.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument(
         "--strategy", choices=tuple(STRATEGIES),
-        help="what writes: every token (tsw), the mean of a message (ssw), every token to several heads (msw) (tsw, or"
-        " that of --init)",
+        help="what writes: every token (tsw), the mean of a message (ssw), every token to several heads (msw); default:"
+        " tsw, or that of --init",
     )  # fmt: skip
     adapter.add_argument("--rank", type=positive, metavar="R", help="rank of the state (8)")
     adapter.add_argument("--heads", type=positive, metavar="H", help="state heads (1; 4 for msw)")

@@ -70,7 +70,7 @@ def pieces_of(turns: Sequence[Turn], window: int, reader: Reader) -> list[Piece]
 
 
 def shown(pieces: Iterable[Piece]) -> tuple[Turn, ...]:
-    """Turns of pieces; joins those of one turn."""
+    """Joins the pieces of each turn."""
     turns: dict[int, Turn] = {}
     for piece in pieces:
         before = turns.get(piece.turn)

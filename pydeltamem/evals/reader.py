@@ -58,7 +58,7 @@ class NativeReader:
 
     Args:
         model: GGUF of a model with a chat template, or its name.
-        adapter: the first one attached.
+        adapter: attached at the start; None: none.
         n_ctx: tokens of a text; 0: as many as the model was trained on.
         threads: of decodes and prompts; None: half of the CPUs that the process may use.
         parallel: texts that the context holds, which are decoded together.

@@ -127,7 +127,7 @@ class Header:
         for i in range(1, n):
             shard = cls(header.path.with_name(f"{name[1]}-{i + 1:05}-of-{n:05}.gguf"))
             if shard.keys.get("split.no") != i or shard.keys.get("split.count") != n:
-                raise ModelError(f"{shard.path}: is not part {i + 1} of {n} of {header.path}, says its header")
+                raise ModelError(f"{shard.path}: is not part {i + 1} of {n} of {header.path}, as its header says")
             if twice := header.tensors.keys() & shard.tensors.keys():
                 raise ModelError(f"{shard.path}: has tensor {shown(min(twice))}, which another part has too")
             header.tensors.update(shard.tensors)

@@ -197,8 +197,8 @@ def now() -> str:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises MemoryFileError if a memory cannot be saved at `path` later: its folder is missing, it is another
-    file, or another process holds it.
+    """Raises MemoryFileError if a memory cannot be saved at `path` later: its folder is missing, it is a file of
+    another kind, or another process holds it.
     """
     name = os.fsdecode(path)
     with _save_errors(path):
