@@ -178,6 +178,8 @@ class Engine:
         self._is_stepping = False
         self._n_steps = 0
         self._patience = 0.0
+        self._thread: int | None = None  # the last that waited
+        self._is_shared = False  # whether several threads have waited
         # Notified when a thread begins to wait, or has what it waited for. A thread that has the lock never takes this:
         # the garbage collector may end a stream, which takes the lock, in a thread that has this.
         self._came = threading.Condition()
@@ -234,20 +236,27 @@ class Engine:
     def wait(self, requests: Sequence[Request]) -> None:
         """Decodes until one of the requests has something for the caller. Raises ModelError after close."""
         thread = threading.get_ident()
-        for request in requests:
-            self._wanted[request] = thread
-            if self._left or self._slow:
-                self._comes_back(request.text)
+        self._is_shared = self._is_shared or self._thread not in (None, thread)
+        self._thread = thread
         try:
-            while True:
-                self._gather(requests, thread)
+            for request in requests:
+                self._wanted[request] = thread
+                if self._left or self._slow:
+                    self._comes_back(request.text)
+            self._announce()
+            is_given = False
+            while not is_given:
+                if self._left:
+                    self._gather(requests, thread)
+                did_decode = True
                 with self.lock:
-                    if any(request.is_given for request in requests):
-                        return
-                    self.slots.require_open()
-                    did_decode = self._step(requests, thread)
+                    is_given = any(request.is_given for request in requests)
+                    if not is_given:
+                        self.slots.require_open()
+                        did_decode = self._step(requests, thread)
+                        is_given = any(request.is_given for request in requests)
                 self._announce()
-                if not did_decode and not any(request.is_given for request in requests):
+                if not did_decode and not is_given:
                     time.sleep(0.0005)  # the slots belong to requests that another thread has to decode
         finally:
             for request in requests:
@@ -350,7 +359,7 @@ class Engine:
             request.is_over = True
         else:
             request.generates = True
-        if request.goes_on and request.is_given and request in self._wanted:
+        if request.goes_on and request.is_given and self._is_shared and request in self._wanted:
             self._left[weakref.ref(request.text)] = self._wanted[request], time.perf_counter()
 
     #
@@ -369,8 +378,7 @@ class Engine:
         """Gives other threads that just got a token a moment to ask for the next. Otherwise each would decode alone,
         one after the other. It does not wait for those that were late the last time.
         """
-        self._announce()
-        if not self._left or self.lock._is_owned():
+        if self.lock._is_owned():
             return
         end = time.perf_counter() + self._patience
         with self._came:
