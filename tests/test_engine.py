@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -261,3 +262,106 @@ def test_a_callback_may_use_another_conversation(make):
     for talk, content in ((ada, "my name is ada"), (bob, "i am bob")):
         assert replies[talk] == Conversation(alone, temp=0.0, n_predict=6).say(content)
         assert talk.memory.n_written == talk.n_tokens
+
+
+def test_a_stream_with_a_processor_is_read_on_in_another_thread(make):
+    llm = make(n_seq_max=2)
+    talk = Conversation(llm, temp=0.0, n_predict=4)
+    pieces = talk.stream("hello", logits_processor=LogitsProcessorList([lambda ids, scores: scores]))
+    first = next(pieces)
+    (rest,) = in_threads(lambda: "".join(pieces))
+    assert (first + rest).strip() == talk.messages[-1]["content"].strip()
+
+
+def test_who_has_the_lock_waits_for_nobody(make):
+    """A saved state is whole: the text that goes back takes the slot of a reply whose thread waits for the lock."""
+    llm = make(n_seq_max=1, n_ctx=512)
+    llm.eval(list(range(5, 105)))
+    talk, begun = Conversation(llm, temp=0.0, n_predict=60), threading.Event()
+
+    def process(ids, scores):
+        begun.set()
+        return scores
+
+    def save():
+        assert begun.wait(TIMEOUT)
+        llm.n_tokens = 50
+        return llm.save_state().n_tokens
+
+    options = {"logits_processor": LogitsProcessorList([process])}
+    reply, n_tokens = in_threads(lambda: talk.say("hello", **options), save)
+    assert n_tokens == 50 and reply
+
+
+@pytest.mark.parametrize("contended", [False, True])
+def test_what_was_written_before_the_memory_is_not_written_again(make, recorded, contended):
+    """Also if the text has to wait for a slot, and so is planned twice."""
+    llm = make(n_seq_max=1, n_batch=16)
+    tokens = list(range(5, 45))
+    llm.eval(tokens)
+    state = llm.save_state()
+    state.memory = None  # as a cache gives it: the tokens count as written
+    llm.load_state(state)
+    n_written, begun = llm.memory.n_written, threading.Event()
+
+    def other():
+        if contended:
+            llm._engine.text().eval([9] * 200)
+
+    def again():
+        if contended:
+            assert begun.wait(TIMEOUT)
+        llm.n_tokens = 10
+        llm.eval(tokens[10:])
+
+    recorded(llm, lambda n: (begun.set(), time.sleep(0.02)))
+    in_threads(other, again)
+    assert llm.memory.n_written == n_written
+
+
+def test_a_failure_before_the_memorys_floor_leaves_the_text(make, monkeypatch):
+    llm = make(n_seq_max=1)
+    text, tokens = llm._engine.text(), list(range(5, 25))
+    text.eval(tokens[:10])
+    text.begin(10)
+    text.eval(tokens[10:])
+    text.n_tokens = 5
+    before, state = text.position, text.state
+
+    def fail(jobs):
+        raise DecodeError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._engine.slots, "decode", fail)
+        with pytest.raises(DecodeError):
+            text.eval(tokens[5:12])
+    assert (text.n_tokens, text.position.n, text.position.n_written) == (5, before.n, before.n_written)
+    np.testing.assert_array_equal(text.state, state)
+    text.eval(tokens[5:12])
+    assert text.position.n_written == 10 + 2  # the other five were written before
+
+
+def test_a_reply_that_is_read_again_leaves_room_for_the_others(make, recorded):
+    llm = make(n_seq_max=2, n_batch=16)
+    talks = [Conversation(llm, temp=0.0, n_predict=60) for _ in range(2)]
+    lost = []
+
+    def lose(n):
+        if n == 40:
+            lost.append(talks[0]._text.n_kv)
+            talks[0]._text.lost_kv()
+
+    decodes = recorded(llm, lose)
+    say_together({talks[0]: LONG, talks[1]: "hi"})
+    assert lost[0] > 4 * 16
+    assert all(len(decode) == 2 for decode in decodes[41:46])
+
+
+def test_a_stream_that_was_left_leaves_nothing(make):
+    llm = make(n_seq_max=2)
+    for _ in range(5):
+        pieces = Conversation(llm, n_predict=9).stream("hello")
+        next(pieces)
+        pieces.close()
+    gc.collect()
+    assert len(llm._engine._left) <= 1

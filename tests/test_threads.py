@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 from llama_cpp import LogitsProcessorList
 
 from pydeltamem import Conversation, DeltaMemLlama, InputError, ModelError, say_together
+from pydeltamem.runtime.lock import FairLock
 
 GREEDY = {"n_predict": 8, "temp": 0.0}
 SAID = ["my name is ada", "i live in lima", "what is my name", "good bye"]
@@ -403,3 +405,33 @@ def test_a_seed_is_of_one_reply(make):
     Conversation(llm, n_predict=1, temp=1.0).say("hello", seed=11)
     options = {"n_predict": 12, "temp": 2.0}
     assert Conversation(llm, **options).say("hello") == Conversation(alone, **options).say("hello")
+
+
+@pytest.mark.skipif(
+    not hasattr(signal, "setitimer") or not hasattr(threading.RLock(), "_recursion_count"),
+    reason="no timer that interrupts, or a Python that does not count how often a lock is held",
+)
+def test_an_interrupt_leaves_no_lock_behind():
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(*_):
+        raise Interrupt
+
+    lock, draw, n = FairLock(), random.Random(3), 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        while n < 1000:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(2e-5, 2e-4))
+                with lock:
+                    while True:
+                        with lock:
+                            pass
+            except Interrupt:
+                n += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert not lock._is_owned()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

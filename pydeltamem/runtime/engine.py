@@ -59,6 +59,9 @@ class Request:
         self._pieces: list[Piece] = []
         self._gathered: list[Piece] = []  # pieces of an ingest in segments, which writes at its end
         self._planned: Position | None = None  # the record that the pieces follow
+        self._known: npt.NDArray[np.bool_] | None = None  # which of the tokens were written before the memory's floor
+        if len(tokens) and self.text.n_tokens < self.text.position.n:
+            self._known = self.text.position.known(np.asarray(tokens, dtype=np.intc))
         self.is_sampled = False
 
     @property
@@ -85,6 +88,11 @@ class Request:
         """Whether all its tokens are decoded."""
         return self._planned is not None and not self._pieces
 
+    @property
+    def reads_new(self) -> bool:
+        """Whether what was sampled is all that is to be read."""
+        return self.generates and sum(len(piece.tokens) for piece in self._pieces) <= len(self.tokens)
+
     def plan(self, staying: Sequence[Text]) -> bool:
         """Cuts what is to decode into pieces, in a slot. The texts `staying` keep theirs. False if no slot is left."""
         text = self.text
@@ -99,11 +107,16 @@ class Request:
         if position.n_tokens < position.n:
             self.keep_at.add(position.n_tokens)
         segments = None if self.segments is None else self.segments[n_read:]
-        pieces = text.prepare(self.tokens[n_read:], segments, staying)
+        known = None if self._known is None else self._known[n_read:]
+        before = position if self.before is None else self.before
+        try:
+            pieces = text.prepare(self.tokens[n_read:], segments, staying, known)
+        finally:
+            if before.epoch == position.epoch != text.position.epoch:  # it went back to before its memory began
+                before = before._replace(epoch=text.position.epoch)
+            self.before = before
         if pieces is None:
             return False
-        if self.before is None:
-            self.before = text.position
         self._pieces, self._gathered, self._planned = pieces, [], text.position
         return True
 
@@ -175,7 +188,6 @@ class Engine:
         self.slots = slots
         self.lock = slots.lock
         self._wanted: dict[Request, int] = {}  # requests that a thread waits for, and the thread, in order of arrival
-        self._is_stepping = False
         self._n_steps = 0
         self._patience = 0.0
         self._thread: int | None = None  # the last that waited
@@ -184,7 +196,7 @@ class Engine:
         # the garbage collector may end a stream, which takes the lock, in a thread that has this.
         self._came = threading.Condition()
         # texts whose callers should come back: thread, and time of leaving
-        self._left: dict[weakref.ref[Text], tuple[int, float]] = {}
+        self._left: weakref.WeakKeyDictionary[Text, tuple[int, float]] = weakref.WeakKeyDictionary()
         self._slow: weakref.WeakSet[Text] = weakref.WeakSet()  # texts whose callers came back late
 
     def text(self, home: int | None = None) -> Text:
@@ -235,12 +247,14 @@ class Engine:
 
     def wait(self, requests: Sequence[Request]) -> None:
         """Decodes until one of the requests has something for the caller. Raises ModelError after close."""
-        thread = threading.get_ident()
+        thread, alone = threading.get_ident(), self.lock._is_owned()
         self._is_shared = self._is_shared or self._thread not in (None, thread)
         self._thread = thread
         try:
             for request in requests:
                 self._wanted[request] = thread
+                if request.thread is not None:  # another thread may go on with a stream
+                    request.thread = thread
                 if self._left or self._slow:
                     self._comes_back(request.text)
             self._announce()
@@ -253,7 +267,7 @@ class Engine:
                     is_given = any(request.is_given for request in requests)
                     if not is_given:
                         self.slots.require_open()
-                        did_decode = self._step(requests, thread)
+                        did_decode = self._step(requests, thread, alone)
                         is_given = any(request.is_given for request in requests)
                 self._announce()
                 if not did_decode and not is_given:
@@ -271,21 +285,17 @@ class Engine:
     # one decode
     #
 
-    def _step(self, own: Sequence[Request], thread: int) -> bool:
+    def _step(self, own: Sequence[Request], thread: int, alone: bool) -> bool:
         """Decodes one batch for the requests that are waited for. False if there is nothing to decode."""
-        if self._is_stepping:  # a callback within a step: the requests of that step wait
+        if alone:  # a callback within a step, or a call that keeps the lock until it is done: the others wait
             return self._decode([request for request in own if not request.is_over], [])
-        self._is_stepping = True
-        try:
-            wanted = [request for request in tuple(self._wanted) if not request.is_over]
-            staying = [request.text for request in wanted if request.text.slot is not None]
-            return self._decode([request for request in wanted if request.thread in (None, thread)], staying)
-        finally:
-            self._is_stepping = False
+        wanted = [request for request in tuple(self._wanted) if not request.is_over]
+        staying = [request.text for request in wanted if request.text.slot is not None]
+        return self._decode([request for request in wanted if request.thread in (None, thread)], staying)
 
     def _decode(self, wanted: Sequence[Request], staying: list[Text]) -> bool:
         planned = self._plan(wanted, staying)
-        planned.sort(key=lambda request: -1 if request.generates else request.n_served)
+        planned.sort(key=lambda request: -1 if request.reads_new else request.n_served)
         self._n_steps += 1
         room = self.slots.n_batch
         batch: list[tuple[Request, Piece, Job]] = []
@@ -360,7 +370,7 @@ class Engine:
         else:
             request.generates = True
         if request.goes_on and request.is_given and self._is_shared and request in self._wanted:
-            self._left[weakref.ref(request.text)] = self._wanted[request], time.perf_counter()
+            self._left[request.text] = self._wanted[request], time.perf_counter()
 
     #
     # common batches
@@ -368,7 +378,7 @@ class Engine:
 
     def _comes_back(self, text: Text) -> None:
         """A thread waits for a request of this text again: notes whether it came in time."""
-        _, since = self._left.pop(weakref.ref(text), (0, None))
+        _, since = self._left.pop(text, (0, None))
         if since is None or time.perf_counter() - since <= self._patience:
             self._slow.discard(text)
         else:
@@ -384,18 +394,16 @@ class Engine:
         with self._came:
             while True:
                 waited_for = list(self._left.items())
-                absent = [text for text, (of, _) in waited_for if of != thread and text() not in self._slow]
+                absent = [text for text, (of, _) in waited_for if of != thread and text not in self._slow]
                 left = end - time.perf_counter()
                 if not absent or any(request.is_given for request in own):
                     return
                 if left <= 0:
                     break
                 self._came.wait(left)
-            for reference in absent:
-                text = reference()
-                if text is not None:
-                    self._slow.add(text)
-                self._left.pop(reference, None)
+            for text in absent:
+                self._slow.add(text)
+                self._left.pop(text, None)
 
     def _announce(self) -> None:
         """Tells the threads in `_gather` that a thread came, or has something."""

@@ -32,19 +32,24 @@ class FairLock(_RLock):  # type: ignore[misc]
         self._before = before
 
     def __enter__(self) -> bool:
-        if self._is_owned():
-            return self.acquire()  # type: ignore[no-any-return]
-        if self._before is not None and self._before._is_owned():
-            if not self.acquire(blocking=False):
-                raise InputError("a callback used a text that another thread is using: use it outside of the callback")
-            return True
+        n = self._count()
         try:
+            if n > 0:
+                return self.acquire()  # type: ignore[no-any-return]
+            if self._before is not None and self._before._is_owned():
+                if not self.acquire(blocking=False):
+                    raise InputError("a callback used a text that another thread uses: use it outside of the callback")
+                return True
             with self._next:
                 return self.acquire()  # type: ignore[no-any-return]
         except BaseException:
-            if self._is_owned():  # interrupted just after taking it
+            if self._count() > n:  # interrupted just after taking it
                 self.release()
             raise
+
+    def _count(self) -> int:
+        """How often this thread holds it. Python 3.10 tells only whether it does."""
+        return int(self._recursion_count() if hasattr(self, "_recursion_count") else self._is_owned())
 
 
 def holding(name: str) -> Callable[[_F], _F]:

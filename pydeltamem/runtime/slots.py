@@ -88,6 +88,7 @@ class Slots:
         self.n_seq_max: int = _llama.llama_n_seq_max(context.ctx)
         self.n_ctx: int = _llama.llama_n_ctx_seq(context.ctx)  # tokens of one sequence
         self._shape: tuple[int, int, int, int] | None = None
+        self.writes_by_segment = False
         self.adapter_path = ""  # for errors
         self.n_attached = 0
         self.n_decodes = 0
@@ -169,6 +170,8 @@ class Slots:
     def attach(self, adapter: library.llama_deltamem_adapter_p) -> None:
         """Attaches an adapter, with an empty state in every slot. Raises AdapterError."""
         check(library.llama_deltamem_attach(self.ctx, adapter))
+        granularity = library.llama_deltamem_write_granularity(adapter)
+        self.writes_by_segment = granularity != library.LLAMA_DELTAMEM_TOKEN
         rank = library.llama_deltamem_rank(adapter)
         self._shape = library.llama_deltamem_n_layer(adapter), library.llama_deltamem_n_head(adapter), rank, rank
         self.n_attached += 1
@@ -178,7 +181,7 @@ class Slots:
     def detach(self) -> None:
         """Detaches the adapter. The states are lost."""
         check(library.llama_deltamem_detach(self.ctx))
-        self._shape = None
+        self._shape, self.writes_by_segment = None, False
         self._forget()
 
     def _forget(self) -> None:

@@ -67,6 +67,7 @@ class Text:
         return self.position.n_tokens
 
     @n_tokens.setter
+    @holding("lock")
     def n_tokens(self, value: int) -> None:
         position = self.position
         if value != position.n_tokens:
@@ -272,11 +273,13 @@ class Text:
         tokens: Tokens,
         segments: npt.NDArray[np.int32] | None = None,
         staying: Sequence[Holder] = (),
+        known: npt.NDArray[np.bool_] | None = None,
     ) -> list[Piece] | None:
         """What to decode, in order, to add `tokens` to the text as one ingest.
 
         The text takes a slot, but none of the texts `staying`; None if no slot is left. With `segments`
-        (DeltaMemLlama.eval) all tokens read the memory as it was before; then each segment writes.
+        (DeltaMemLlama.eval) all tokens read the memory as it was before; then each segment writes. `known`: which of the
+        tokens were written before the memory's floor.
         """
         if self.n_tokens + len(tokens) > self.n_ctx:
             raise InputError(
@@ -284,11 +287,11 @@ class Text:
                 f"raise {option('n_ctx')}"
             )
         self.renew()
+        if segments is not None and not self.slots.writes_by_segment:
+            raise InputError("the adapter writes per token and takes no segments")
         new = np.asarray(tokens, dtype=np.intc)
-        position, slot, known = self.position, self.slot, None
-        if position.n_tokens < position.n:
-            known = position.known(new)
-            self._settle()
+        slot = self.slot
+        self._settle()
         if slot is None:
             slot = self.slots.take(self, staying)
         if slot is None:
