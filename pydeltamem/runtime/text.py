@@ -278,8 +278,8 @@ class Text:
         """What to decode, in order, to add `tokens` to the text as one ingest.
 
         The text takes a slot, but none of the texts `staying`; None if no slot is left. With `segments`
-        (DeltaMemLlama.eval) all tokens read the memory as it was before; then each segment writes. `known`: which of the
-        tokens were written before the memory's floor.
+        (DeltaMemLlama.eval) all tokens read the memory as it was before; then each segment writes. `known`: which of
+        the tokens were written before the memory's floor.
         """
         if self.n_tokens + len(tokens) > self.n_ctx:
             raise InputError(
