@@ -112,11 +112,13 @@ class Request:
         try:
             pieces = text.prepare(self.tokens[n_read:], segments, staying, known)
         finally:
-            if before.epoch == position.epoch != text.position.epoch:  # it went back to before its memory began
-                before = before._replace(epoch=text.position.epoch)
-            self.before = before
+            # back before the memory's floor another memory begins; a failure takes the text back to before that, too
+            if before.epoch == position.epoch != text.position.epoch:
+                self.before = before._replace(epoch=text.position.epoch)
         if pieces is None:
             return False
+        if self.before is None:
+            self.before = text.position
         self._pieces, self._gathered, self._planned = pieces, [], text.position
         return True
 
