@@ -102,17 +102,29 @@ def model_file(name: str | os.PathLike[str], also: Sequence[str] = (), **where: 
 def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **where: Any) -> str:
     """Path of the GGUF of an adapter for the model that is in the file `model`.
 
-    As `model_file`. A directory as published (delta_mem_config.json and its weights) is converted once for each model
-    file. Raises CheckpointError if that fails or it is for another model; AdapterError if there is no such file.
+    As `model_file`, but the name of a package's model stands for the adapter that we ship for it. A directory as
+    published (delta_mem_config.json and its weights) is converted once for each model file.
+
+    Raises CheckpointError if that fails or it is for another model; AdapterError if there is no such file.
     """
     path = title = os.fsdecode(name)
-    if is_name(path) and path not in PACKAGES:
+    if is_name(path):
+        if path in PACKAGES:
+            return _shipped_adapter(path)
         title, path = repository(path), _from_hub(path, "adapter", _adapters, (), where)
     if _is_adapter_folder(path):
         path = _converted_adapter(path, model, title)
     if not os.path.isfile(path):
         raise AdapterError(no_file(path, "adapter file"))
     return path
+
+
+def _shipped_adapter(name: str) -> str:
+    """The adapter that this package ships for a model that it gets by name. Raises AdapterError if it has none."""
+    path = Path(__file__).parent / "models" / f"{name}-msw.gguf"
+    if not path.is_file():
+        raise AdapterError(f"{name}: this package ships no adapter for it: name a file, or {HUB}REPO")
+    return os.fspath(path)
 
 
 def fetch(name: str, base: str | os.PathLike[str] | None = None) -> str:

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from pydeltamem import FetchError, InputError, ModelError, hub
+from pydeltamem import AdapterError, FetchError, InputError, ModelError, hub
 from pydeltamem.cli.main import SUBCOMMANDS
-from pydeltamem.models import default_files
+from pydeltamem.formats.description import describe
+from pydeltamem.hub import adapter_file
+from pydeltamem.models import default_files, real_adapter
 from refusals import refused, refuses
 from stand_in_hub import GATED, StandInHub
 
@@ -398,3 +400,12 @@ def test_other_commands_take_names_too(standing, tmp_path):
         result = deltamem(*args)
         assert result.returncode == 0, result.stderr
     assert packed.stat().st_size > model.stat().st_size
+
+
+def test_the_shipped_adapter_has_its_models_name(monkeypatch, tmp_path):
+    """`-m smollm2 --deltamem smollm2`: the second name is the adapter that this package ships."""
+    path = adapter_file("smollm2", "nobody-looks.gguf")
+    assert Path(path) == real_adapter() and describe(path)["kind"] == "adapter"
+    monkeypatch.setattr("pydeltamem.hub.__file__", str(tmp_path / "hub.py"))
+    with refuses(AdapterError, "smollm2"):
+        adapter_file("smollm2", "nobody-looks.gguf")
