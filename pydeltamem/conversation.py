@@ -9,7 +9,6 @@ import contextlib
 import functools
 import inspect
 import os
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -448,7 +447,7 @@ class Reply(Request):
         self.n_predict: int = -1 if n_predict is None else n_predict
         stop = [stop] if isinstance(stop, str) else list(stop or ())
         if options.get("logits_processor") is not None:
-            self.thread = threading.get_ident()
+            self.calls_back = True
             options["logits_processor"] = [functools.partial(_process, text, p) for p in options["logits_processor"]]
         with text.lock:
             self.sampler = llm._seeded_sampler(llm._seed if seed is None else seed, **options)

@@ -18,6 +18,11 @@ def named(path: str | os.PathLike[str]) -> str:
     return name if name.isprintable() and 0 < len(name) <= 160 else f"'{shown(name)}'"
 
 
+def naming(path: str, reason: str) -> str:
+    """A reason that names the file."""
+    return reason if path in reason else f"{path}: {reason}"
+
+
 class DeltaMemError(Exception):
     """Base of every error that this package raises on bad input."""
 

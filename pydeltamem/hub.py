@@ -30,6 +30,7 @@ import platformdirs
 from .errors import AdapterError, FetchError, InputError, ModelError
 from .formats.atomic import no_file
 from .formats.outputs import disk_errors, files_of
+from .models import shipped_adapter
 from .runtime.names import nearest
 from .version import __version__
 
@@ -110,21 +111,16 @@ def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **
     path = title = os.fsdecode(name)
     if is_name(path):
         if path in PACKAGES:
-            return _shipped_adapter(path)
+            shipped = shipped_adapter(path)
+            if shipped is None:
+                raise AdapterError(f"{path}: this package ships no adapter for it: name a file, or {HUB}REPO")
+            return os.fspath(shipped)
         title, path = repository(path), _from_hub(path, "adapter", _adapters, (), where)
     if _is_adapter_folder(path):
         path = _converted_adapter(path, model, title)
     if not os.path.isfile(path):
         raise AdapterError(no_file(path, "adapter file"))
     return path
-
-
-def _shipped_adapter(name: str) -> str:
-    """The adapter that this package ships for a model that it gets by name. Raises AdapterError if it has none."""
-    path = Path(__file__).parent / "models" / f"{name}-msw.gguf"
-    if not path.is_file():
-        raise AdapterError(f"{name}: this package ships no adapter for it: name a file, or {HUB}REPO")
-    return os.fspath(path)
 
 
 def fetch(name: str, base: str | os.PathLike[str] | None = None) -> str:

@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import itertools
 import os
-import threading
 import types
 import weakref
 from collections import deque
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
-from .errors import AdapterError, InputError, ModelError, NotFiniteError
+from .errors import AdapterError, InputError, ModelError, NotFiniteError, naming
 from .formats.gguf_header import Header
 from .formats.memory_file import MemorySnapshot
 from .formats.model_numbers import check_numbers
@@ -243,12 +242,12 @@ class DeltaMemLlama(Llama):
         """Replaces the attached adapter. If it raises AdapterError, the attached one stays."""
         adapter = library.llama_deltamem_adapter_load(self.model, os.fsencode(path))
         if not adapter:
-            raise AdapterError(_naming(path, library.last_error()))
+            raise AdapterError(naming(path, library.last_error()))
         try:
             self._slots.attach(adapter)
         except AdapterError as error:
             library.llama_deltamem_adapter_free(adapter)
-            raise AdapterError(_naming(path, str(error))) from None
+            raise AdapterError(naming(path, str(error))) from None
         self._adapter = adapter
         self._slots.adapter_path = path
         _free(self._adapters)  # the previous one: contexts keep what they need of it
@@ -410,8 +409,7 @@ class DeltaMemLlama(Llama):
                     if not unread:
                         take()
                 if unread:
-                    thread = _this_thread(calls_back)
-                    before = self._eval(unread, then=take, goes_on=True, thread=thread) or before
+                    before = self._eval(unread, then=take, goes_on=True, calls_back=calls_back) or before
                 version = text.version
             while token is not None:
                 whole.append(token)
@@ -427,8 +425,10 @@ class DeltaMemLlama(Llama):
                         if not self._was_drafted(whole, take):
                             text.n_tokens = len(whole) - 1
                             new = self._with_drafts(whole, sent)
-                            drafted, thread = self.draft_model is not None, _this_thread(calls_back)
-                            text.eval(new, drafted=drafted, then=take, generates=True, goes_on=True, thread=thread)
+                            drafted = self.draft_model is not None
+                            text.eval(
+                                new, drafted=drafted, then=take, generates=True, goes_on=True, calls_back=calls_back
+                            )
                     except NotFiniteError:
                         text.restore(before)
                         raise
@@ -621,14 +621,6 @@ class DeltaMemLlama(Llama):
         finally:
             self._asked = None
 
-    @property
-    @holding("_engine.lock")
-    def _granularity(self) -> int | None:
-        """LLAMA_DELTAMEM_TOKEN, …; None without an adapter."""
-        if self._adapter is None or not self._slots.has_memory:
-            return None
-        return library.llama_deltamem_write_granularity(self._adapter)
-
     def _begin_after(self, n: int) -> None:
         """Begins another text after the first n tokens, which both share."""
         text = self._text
@@ -650,7 +642,7 @@ class DeltaMemLlama(Llama):
     def _checked_segments(self, tokens: Tokens, segments: Sequence[int]) -> npt.NDArray[np.int32]:
         if not self.memory.attached:
             raise AdapterError("segments were given but no adapter is attached")
-        if self._granularity == library.LLAMA_DELTAMEM_TOKEN:
+        if not self._slots.writes_by_segment:
             raise InputError("segments were given but the adapter writes per token: call eval without them")
         if len(segments) != len(tokens):
             raise InputError(f"{len(segments)} segment ids were given for {len(tokens)} tokens")
@@ -925,11 +917,6 @@ class _TextCache(BaseLlamaCache):
         self.cache[key] = value
 
 
-def _this_thread(is_wanted: bool) -> int | None:
-    """This thread, if callbacks must run in it; else None."""
-    return threading.get_ident() if is_wanted else None
-
-
 def _hub_name(repository: str, file: str | None) -> str:
     return f"{HUB}{repository}" if file is None else f"{HUB}{repository}:{file}"
 
@@ -994,7 +981,3 @@ def _agree(before: list[Any], messages: list[Any]) -> bool:
         if mine.get("role") not in ("system", "developer"):
             return True
     return False
-
-
-def _naming(path: str, reason: str) -> str:
-    return reason if path in reason else f"{path}: {reason}"

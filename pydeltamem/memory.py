@@ -29,8 +29,6 @@ class Owner(Protocol):
     model_path: str
 
     @property
-    def _granularity(self) -> int | None: ...
-    @property
     def fingerprint(self) -> str: ...
     def _attach(self, path: str) -> None: ...
 
@@ -58,7 +56,7 @@ class Memory:
     @holding("_text.lock")
     def by_segment(self) -> bool:
         """Whether the adapter writes once per segment, so that `DeltaMemLlama.eval` takes segment ids."""
-        return self._llm._granularity not in (None, library.LLAMA_DELTAMEM_TOKEN)
+        return self._llm._engine.slots.writes_by_segment
 
     @property
     @holding("_text.lock")

@@ -406,6 +406,6 @@ def test_the_shipped_adapter_has_its_models_name(monkeypatch, tmp_path):
     """`-m smollm2 --deltamem smollm2`: the second name is the adapter that this package ships."""
     path = adapter_file("smollm2", "nobody-looks.gguf")
     assert Path(path) == real_adapter() and describe(path)["kind"] == "adapter"
-    monkeypatch.setattr("pydeltamem.hub.__file__", str(tmp_path / "hub.py"))
+    monkeypatch.setattr("pydeltamem.models.FOLDER", tmp_path)
     with refuses(AdapterError, "smollm2"):
         adapter_file("smollm2", "nobody-looks.gguf")

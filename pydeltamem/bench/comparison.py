@@ -59,7 +59,7 @@ def run(
     against: str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Times a model as planned. Returns the report that `deltamem bench --json` writes (docs/performance.md).
+    """Times a model as planned. Returns the report that `deltamem bench --json` writes (docs/reference/performance.md).
 
     Args:
         options: model and context; n_ctx is the plan's.

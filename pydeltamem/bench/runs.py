@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any
 
-from ..errors import AdapterError, DecodeError, ModelError
+from ..errors import AdapterError, DecodeError, ModelError, naming
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class Session:
 
         adapter = library.llama_deltamem_adapter_load(self.model.pointer, os.fsencode(path))
         if not adapter:
-            raise AdapterError(_naming(path, library.last_error()))
+            raise AdapterError(naming(path, library.last_error()))
         try:
             if library.llama_deltamem_attach(self.ctx, adapter) != 0:
-                raise AdapterError(_naming(path, library.last_error()))
+                raise AdapterError(naming(path, library.last_error()))
             self._lib = library
             self.n_bytes = {
                 "weights": library.llama_deltamem_n_bytes(adapter),
@@ -199,7 +199,3 @@ class Session:
         if self.ctx:
             self.llama.llama_free(self.ctx)
             self.ctx = None
-
-
-def _naming(path: str, reason: str) -> str:
-    return reason if path in reason else f"{path}: {reason}"

@@ -24,7 +24,12 @@ def default_files() -> tuple[Path, dict[str, Path]]:
     return model, memories
 
 
+def shipped_adapter(name: str) -> Path | None:
+    """The adapter for the model that hub.py fetches by this name; None if this package ships none."""
+    path = FOLDER / f"{name}-msw.gguf"
+    return path if path.is_file() else None
+
+
 def real_adapter() -> Path | None:
     """The adapter of the real model; None if this package has none."""
-    path = FOLDER / f"{REAL_MODEL}-msw.gguf"
-    return path if path.is_file() else None
+    return shipped_adapter(REAL_MODEL)

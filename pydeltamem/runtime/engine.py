@@ -31,9 +31,9 @@ class Request:
 
     Args:
         text: the text.
-        thread: the only thread that may decode it, for callbacks that belong to that thread; None: any.
 
     Attributes:
+        calls_back: it calls functions of the thread that waits for it; only that thread may decode it.
         before: the record of the text before its tokens; None until they are first decoded.
         generates: it decodes sampled tokens, and goes before prompts.
         goes_on: the caller comes back for more.
@@ -42,10 +42,9 @@ class Request:
         error: why it ended, None if it ended well.
     """
 
-    def __init__(self, text: Text, thread: int | None = None) -> None:
+    def __init__(self, text: Text) -> None:
         self.text = text
-        self.thread = thread
-        self.generates = self.goes_on = self.drafted = False
+        self.generates = self.goes_on = self.drafted = self.calls_back = False
         self.is_over = self.is_cancelled = False
         self.error: BaseException | None = None
         self.n_served = 0  # the step that last decoded a piece of it
@@ -220,7 +219,7 @@ class Engine:
         drafted: bool = False,
         generates: bool = False,
         goes_on: bool = False,
-        thread: int | None = None,
+        calls_back: bool = False,
     ) -> Position:
         """Decodes tokens after a text: one ingest. Returns the record before them.
 
@@ -231,12 +230,13 @@ class Engine:
             keep_at: as `Request.ask`.
             then: uses the logits; called before others may decode.
             drafted: the tokens are guesses: a checkpoint after each.
-            generates, goes_on, thread: as `Request`.
+            generates, goes_on, calls_back: as `Request`.
 
         If it fails (InputError, DecodeError, NotFiniteError, or what `then` raises), the text is as it was.
         """
         request = _Read(text, then)
-        request.drafted, request.generates, request.goes_on, request.thread = drafted, generates, goes_on, thread
+        request.drafted, request.generates = drafted, generates
+        request.goes_on, request.calls_back = goes_on, calls_back
         request.ask(tokens, segments, keep_at)
         try:
             self.wait([request])
@@ -255,8 +255,6 @@ class Engine:
         try:
             for request in requests:
                 self._wanted[request] = thread
-                if request.thread is not None:  # another thread may go on with a stream
-                    request.thread = thread
                 if self._left or self._slow:
                     self._comes_back(request.text)
             self._announce()
@@ -291,9 +289,9 @@ class Engine:
         """Decodes one batch for the requests that are waited for. False if there is nothing to decode."""
         if alone:  # a callback within a step, or a call that keeps the lock until it is done: the others wait
             return self._decode([request for request in own if not request.is_over], [])
-        wanted = [request for request in tuple(self._wanted) if not request.is_over]
-        staying = [request.text for request in wanted if request.text.slot is not None]
-        return self._decode([request for request in wanted if request.thread in (None, thread)], staying)
+        wanted = [(request, of) for request, of in tuple(self._wanted.items()) if not request.is_over]
+        staying = [request.text for request, _ in wanted if request.text.slot is not None]
+        return self._decode([request for request, of in wanted if not request.calls_back or of == thread], staying)
 
     def _decode(self, wanted: Sequence[Request], staying: list[Text]) -> bool:
         planned = self._plan(wanted, staying)

@@ -88,7 +88,7 @@ class Slots:
         self.n_seq_max: int = _llama.llama_n_seq_max(context.ctx)
         self.n_ctx: int = _llama.llama_n_ctx_seq(context.ctx)  # tokens of one sequence
         self._shape: tuple[int, int, int, int] | None = None
-        self.writes_by_segment = False
+        self._by_segment = False
         self.adapter_path = ""  # for errors
         self.n_attached = 0
         self.n_decodes = 0
@@ -155,6 +155,11 @@ class Slots:
         return self._shape is not None and self.is_open
 
     @property
+    def writes_by_segment(self) -> bool:
+        """Whether an adapter is attached that writes once per segment."""
+        return self.has_memory and self._by_segment
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """The shape of a state, (L, H, r, r). Raises AdapterError without an adapter."""
         self.require_open()
@@ -171,7 +176,7 @@ class Slots:
         """Attaches an adapter, with an empty state in every slot. Raises AdapterError."""
         check(library.llama_deltamem_attach(self.ctx, adapter))
         granularity = library.llama_deltamem_write_granularity(adapter)
-        self.writes_by_segment = granularity != library.LLAMA_DELTAMEM_TOKEN
+        self._by_segment = granularity != library.LLAMA_DELTAMEM_TOKEN
         rank = library.llama_deltamem_rank(adapter)
         self._shape = library.llama_deltamem_n_layer(adapter), library.llama_deltamem_n_head(adapter), rank, rank
         self.n_attached += 1
@@ -181,7 +186,7 @@ class Slots:
     def detach(self) -> None:
         """Detaches the adapter. The states are lost."""
         check(library.llama_deltamem_detach(self.ctx))
-        self._shape, self.writes_by_segment = None, False
+        self._shape = None
         self._forget()
 
     def _forget(self) -> None:
