@@ -46,6 +46,7 @@ static struct ggml_threadpool * ggml_cpu_deltamem_take_pool(struct ggml_threadpo
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, ggml_cpu_deltamem_watch_forks);
     #endif
+    ggml_cpu_deltamem_know();
     struct ggml_threadpool * pool = NULL;
     ggml_mutex_lock(&g_deltamem_pools.mutex);
     for (int i = g_deltamem_pools.n_pools; pool == NULL && i-- > 0;) {

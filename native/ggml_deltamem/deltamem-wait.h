@@ -7,10 +7,15 @@
 // The system runs one that is woken at once (docs/lab/threads.md).
 #pragma once
 
+#include "deltamem-cores.h"
+
 // A spin in vain: longer than nearly all waits on an idle machine, and shorter than a slice of time.
 #define GGML_CPU_DELTAMEM_SPIN_US 1000
 // One between nodes that paid: about what it takes to sleep and be woken.
 #define GGML_CPU_DELTAMEM_SHORT_US 50
+
+// After so long a thread looks whether it keeps another one from its core.
+#define GGML_CPU_DELTAMEM_LOOK_US 200
 
 // After a spin in vain so many waits sleep without one. Twice as many after the next, half as many after one that paid.
 #define GGML_CPU_DELTAMEM_MIN_SKIPPED        16
@@ -69,9 +74,10 @@ static bool ggml_cpu_deltamem_spin(struct ggml_cpu_deltamem_learned * learned, a
     if (ggml_cpu_deltamem_look(counter, value, 16)) {
         return true; // most waits: no clock, and nothing shared is written
     }
-    const int     n_skipped = atomic_load_explicit(&learned->n_skipped, memory_order_relaxed);
-    const int64_t begin     = ggml_time_us();
-    int64_t       t         = 0;
+    const int n_skipped = atomic_load_explicit(&learned->n_skipped, memory_order_relaxed);
+    int64_t   begin     = ggml_time_us();
+    int64_t   t         = 0;
+    bool      looked    = false;
     do {
         if (ggml_cpu_deltamem_look(counter, value, 16)) {
             if (n_skipped > 0 && t < learned->short_us) {
@@ -80,6 +86,10 @@ static bool ggml_cpu_deltamem_spin(struct ggml_cpu_deltamem_learned * learned, a
             return true;
         }
         t = ggml_time_us() - begin;
+        if (!looked && t >= GGML_CPU_DELTAMEM_LOOK_US) {
+            looked = true;
+            begin  = ggml_cpu_deltamem_make_way() ? ggml_time_us() : begin;
+        }
     } while (t < GGML_CPU_DELTAMEM_SPIN_US);
     const int n = MIN(MAX(2 * n_skipped, GGML_CPU_DELTAMEM_MIN_SKIPPED), learned->max_skipped);
     atomic_store_explicit(&learned->n_skipped, n, memory_order_relaxed);
@@ -119,6 +129,7 @@ static void ggml_cpu_deltamem_wake(void) {
 // A thread that has no graph: spins if the next one may come at once and the core is nobody else's. Its pool has where to sleep.
 // A caller that takes its time says nothing of the machine, so nodes and graphs learn apart. Returns 0: how long to poll on.
 static uint64_t ggml_cpu_deltamem_poll(atomic_int * n_graph, int last) {
+    ggml_cpu_deltamem_know();
     if (atomic_load_explicit(&g_deltamem_wait.nodes.n_skipped, memory_order_relaxed) == 0) {
         ggml_cpu_deltamem_spin(&g_deltamem_wait.graphs, n_graph, last);
     }
@@ -128,6 +139,9 @@ static uint64_t ggml_cpu_deltamem_poll(atomic_int * n_graph, int last) {
     #if !defined(_WIN32)
 // In a process that was just forked: its one thread has learned nothing and waits for nobody.
 static void ggml_cpu_deltamem_wait_forked(void) {
+        #if defined(__gnu_linux__)
+    ggml_cpu_deltamem_know_nobody();
+        #endif
     ggml_mutex_init(&g_deltamem_wait.mutex);
     ggml_cond_init(&g_deltamem_wait.cond);
     atomic_store(&g_deltamem_wait.n_asleep, 0);
