@@ -20,11 +20,11 @@ from .formats.memory_file import MemoryFileLock
 from .llama import DeltaMemLlama
 from .memory import Memory
 from .runtime import library
-from .runtime.engine import Request
-from .runtime.history import Position, n_common
+from .runtime.generation import Generation
+from .runtime.history import n_common
 from .runtime.lock import all_of, holding
 from .runtime.names import option
-from .runtime.stream import Assembler, checked_grammar
+from .runtime.stream import checked_grammar
 from .runtime.text import Text
 
 
@@ -177,8 +177,8 @@ class Conversation:
             self._make_room(0)
             tokens = self._ended_tokens()
             if n_common(self._text.tokens, tokens) < len(tokens):
-                unread = self._unread(tokens)
-                self._text.eval(unread, self._segments(unread), keep_at=self._begun())
+                undecoded = self._undecoded(tokens)
+                self._text.eval(undecoded, self._segments(undecoded), keep_at=self._begun())
         except BaseException:
             self.messages.pop()
             raise
@@ -333,7 +333,7 @@ class Conversation:
             raise InputError("there is no turn to take back: nothing was said yet, or the turn has left the text")
         return said[-1]
 
-    def _unread(self, tokens: Sequence[int]) -> list[int]:
+    def _undecoded(self, tokens: Sequence[int]) -> list[int]:
         """Goes back to where the text and `tokens` differ. Returns the tokens to decode, at least one."""
         text = self._text
         n = min(n_common(text.tokens, tokens), len(tokens) - 1)
@@ -403,7 +403,7 @@ class Conversation:
         self.n_dropped += n_messages
 
 
-class Reply(Request):
+class Reply(Generation):
     """A reply: what to decode next, and the text so far. It is in progress from `begin` until it ends, or until its
     conversation is used for something else.
 
@@ -421,22 +421,12 @@ class Reply(Request):
         self.said = content
         self.options = {**conversation.options, **_checked_options(conversation.llm, options)}
         self.instead = instead
-        self.content = ""
-        self.pieces: list[str] = []  # not yielded yet
         self.begun = False  # whether something other than spaces was said
-        self.n_tokens = 0
-        self.finish_reason: str | None = None
-        self._token = 0
 
     @property
     def is_open(self) -> bool:
         """Whether it is in progress."""
         return self.conversation._reply is self
-
-    @property
-    def is_given(self) -> bool:
-        """As Request: whether there is a piece, if pieces are wanted, or the end."""
-        return self.is_over or (self.goes_on and bool(self.pieces))
 
     def begin(self) -> None:
         """Enters the user's message into the conversation. If that fails, the messages are as before."""
@@ -444,71 +434,38 @@ class Reply(Request):
         conversation._ready()
         llm, text, messages = conversation.llm, conversation._text, conversation.messages
         n_predict, stop, seed = (options.pop(name, None) for name in ("n_predict", "stop", "seed"))
-        self.n_predict: int = -1 if n_predict is None else n_predict
+        n_predict = -1 if n_predict is None else n_predict
         stop = [stop] if isinstance(stop, str) else list(stop or ())
         if options.get("logits_processor") is not None:
             self.calls_back = True
             options["logits_processor"] = [functools.partial(_process, text, p) for p in options["logits_processor"]]
         with text.lock:
-            self.sampler = llm._seeded_sampler(llm._seed if seed is None else seed, **options)
+            sampler = llm._seeded_sampler(llm._seed if seed is None else seed, **options)
 
         start = conversation._said_last() if self.instead else len(messages)
         self.replaced = messages[start:]
         said = self.replaced[0]["content"] if self.said is None else self.said
         messages[start:] = [{"role": "user", "content": said}]
         try:
-            conversation._make_room(min(text.n_ctx // 4, self.n_predict if self.n_predict >= 0 else 256))
+            conversation._make_room(min(text.n_ctx // 4, n_predict if n_predict >= 0 else 256))
             prompt, ends = chat_prompt(llm, messages)
-            self.assembler = Assembler(llm._model.vocab, [*stop, *ends["stop"]])
-            self.criteria = ends["stopping_criteria"]
-            unread = conversation._unread(prompt)
-            self.ask(unread, conversation._segments(unread), conversation._begun())
-            self._before_prompt: Position | None = None
+            self.prepare(
+                llm._ctx,
+                llm._model.vocab,
+                sampler,
+                n_predict=n_predict,
+                stop=[*stop, *ends["stop"]],
+                criteria=ends["stopping_criteria"],
+            )
+            undecoded = conversation._undecoded(prompt)
+            self.ask(undecoded, conversation._segments(undecoded), conversation._begun())
+            self._before_prompt = None
             self._n_dropped = conversation.n_dropped
             conversation._reply = self
         except BaseException:
             conversation._reply = None
             messages[-1:] = self.replaced
             raise
-
-    def sampled(self, row: int) -> None:
-        """As Request."""
-        if self._before_prompt is None:
-            self._before_prompt = self.before
-        self._token = self.sampler.sample(self.conversation.llm._ctx, row)
-
-    def follow(self) -> None:
-        """As Request: adds the sampled token to the reply, and asks to decode it."""
-        piece = self._push(self._token)
-        self.content += piece
-        piece = self.shown(piece)
-        if piece:
-            self.pieces.append(piece)
-        if self.finish_reason:
-            self.goes_on = False
-
-    def _push(self, token: int) -> str:
-        """Takes the sampled token. Returns the text that it makes certain; sets finish_reason at the end."""
-        llm, text = self.conversation.llm, self.text
-        if self.n_predict == 0:
-            self.finish_reason = "length"
-            return ""
-        if llm._engine.slots.is_end(token):
-            self.finish_reason = "stop"
-            return self.assembler.finish()
-        piece = self.assembler.push(token)
-        self.n_tokens += 1
-        if self.assembler.stopped:
-            self.finish_reason = "stop"
-            return piece
-        if 0 < self.n_predict <= self.n_tokens or not self._has_room():
-            self.finish_reason = "length"
-            return piece + self.assembler.finish()
-        if self.criteria is not None and self.criteria(text.tokens, np.zeros(0, dtype=np.single)):
-            self.finish_reason = "stop"
-            return piece
-        self.ask([token])
-        return piece
 
     def shown(self, piece: str) -> str:
         """The part of a piece that is returned. Many models begin with a token that has a space before its word. The
@@ -519,8 +476,8 @@ class Reply(Request):
             self.begun = bool(piece)
         return piece
 
-    def _has_room(self) -> bool:
-        """Whether the reply can go on. Drops the oldest turn from a full context."""
+    def has_room(self) -> bool:
+        """As Generation. Drops the oldest turn from a full context."""
         conversation, text = self.conversation, self.text
         if text.n_tokens < text.n_ctx:
             return True
@@ -552,7 +509,7 @@ class Reply(Request):
 
     def _fail(self) -> None:
         if self.n_tokens > 0:
-            self.content += self.assembler.finish()
+            self.content += self.rest()
             self._enter()
         else:
             self.conversation._reply = None

@@ -184,7 +184,7 @@ class DeltaMemLlama(Llama):
         if self._logits_all:
             self._text.scores = self.scores
         self._slots.take(self._text)
-        self._n_read = 0  # tokens before the sampled one
+        self._n_before = 0  # tokens before the sampled one
         self.finish_reason: str | None = None
         self._messages: list[Any] | None = None  # of the latest chat completion that was decoded
         self._asked: list[Any] | None = None  # of the next one
@@ -334,7 +334,7 @@ class DeltaMemLlama(Llama):
         self._eval(tokens, segments)
 
     def _eval(self, tokens: Sequence[int], segments: Sequence[int] | None = None, **options: Any) -> Position | None:
-        """As `eval`, with options of `Engine.read`. Returns the record before the tokens; None without tokens."""
+        """As `eval`, with options of `Engine.decode`. Returns the record before the tokens; None without tokens."""
         self._slots.require_open()
         new = self._checked_tokens(tokens)
         ids = None if segments is None else self._checked_segments(new, segments)
@@ -390,7 +390,7 @@ class DeltaMemLlama(Llama):
         def take() -> None:
             """Sets `token` to the one that follows `whole`, None at the end."""
             nonlocal token
-            self._n_read = n = len(whole)
+            self._n_before = n = len(whole)
             row = self._require_logits()
             token = sampler.sample(self._ctx, self.scores[n - 1] if n < text.n_tokens else row)  # drafts follow it
             if criteria is not None and criteria(np.array(whole, dtype=np.intc), self._logits_after(n)):
@@ -403,13 +403,13 @@ class DeltaMemLlama(Llama):
                 self.finish_reason = None
                 self._sampler = sampler = self._init_sampler(**options)
                 with text.lock:
-                    unread = self._begin(whole) if is_all else whole
+                    undecoded = self._begin(whole) if is_all else whole
                     whole = whole if is_all else [*text.tokens.tolist(), *whole]
                     before = text.position
-                    if not unread:
+                    if not undecoded:
                         take()
-                if unread:
-                    before = self._eval(unread, then=take, goes_on=True, calls_back=calls_back) or before
+                if undecoded:
+                    before = self._eval(undecoded, then=take, goes_on=True, calls_back=calls_back) or before
                 version = text.version
             while token is not None:
                 whole.append(token)
@@ -474,7 +474,7 @@ class DeltaMemLlama(Llama):
             before, self._messages, self._asked = self._messages, self._asked, None
             if before is not None and self.memory.attached and not _agree(before, self._messages):
                 self._begin_after(text.position.common(0, whole))
-        return self._unread(whole)
+        return self._undecoded(whole)
 
     def _take_back(self, whole: list[int]) -> None:
         """Removes what was drafted beyond these tokens."""
@@ -504,7 +504,7 @@ class DeltaMemLlama(Llama):
                     raise InputError(f"the logits of token {idx} are not there: load the model with logits_all=True")
                 row = self.scores[idx]  # llama.cpp may have discarded them since
             sampler = self._sampler or self._init_sampler(*args, **kwargs)
-        self._n_read = self.n_tokens if idx is None else idx + 1
+        self._n_before = self.n_tokens if idx is None else idx + 1
         return sampler.sample(self._ctx, row)
 
     @functools.wraps(Llama._init_sampler)
@@ -532,7 +532,7 @@ class DeltaMemLlama(Llama):
         """As `Llama.set_seed`; -1: a random seed each time. Raises InputError if it is no whole number."""
         super().set_seed(_checked_seed(seed))
 
-    def _unread(self, tokens: list[int]) -> list[int]:
+    def _undecoded(self, tokens: list[int]) -> list[int]:
         """Goes back to where the text and `tokens` differ. Returns the tokens to decode, none if the logits are there.
 
         llama_cpp does the same, but starts over where it cannot cut the KV cache, which would write everything again.
@@ -956,7 +956,7 @@ def _tokens_before(llm: weakref.ref[DeltaMemLlama]) -> npt.NDArray[np.intc]:
     """The tokens before the sampled one."""
     model = llm()
     assert model is not None  # it samples
-    return model.input_ids[: model._n_read]
+    return model.input_ids[: model._n_before]
 
 
 def _checked_seed(seed: int) -> int:

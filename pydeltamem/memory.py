@@ -150,7 +150,7 @@ class Memory:
     def rollback(self, position: int) -> int:
         """Takes memory and text back to `position`, counted in tokens from the beginning of the text.
 
-        Returns how many tokens were read again, from the nearest checkpoint before `position`; 0 if there is one at it.
+        Returns how many tokens were decoded again, from the nearest checkpoint before `position`; 0 if one is at it.
         Raises InputError if the text, or this memory, began after `position`.
         """
         self._require_memory()
@@ -158,11 +158,11 @@ class Memory:
         return self._text.back(position)
 
     @property
-    def n_read_again(self) -> int:
-        """Tokens that were read again with writing so far, because the text went back to where there was no checkpoint,
-        or because the model cannot cut its KV cache there.
+    def n_decoded_again(self) -> int:
+        """Tokens that were decoded again with writing so far, because the text went back to where there was no
+        checkpoint, or because the model cannot cut its KV cache there.
         """
-        return self._text.n_read_again
+        return self._text.n_decoded_again
 
     #
     # copies and files

@@ -819,7 +819,7 @@ def test_saved_states_leave_them_alone(llm):
     assert tokens(conversation) == text
     np.testing.assert_array_equal(conversation.memory.state, state)
     assert conversation.regenerate()
-    assert conversation.memory.n_read_again == 0
+    assert conversation.memory.n_decoded_again == 0
 
 
 def test_bad_company(llm, make):

@@ -162,7 +162,7 @@ class Memory:
                     states[len(piece.tokens)] = array(state)
                 else:
                     assert not piece.write  # what the KV cache lacked is not written again
-                self.position = position.read(piece, states)
+                self.position = position.decoded(piece, states)
                 piece = rest
         return True
 

@@ -117,7 +117,7 @@ def test_the_same_prompt_again(llm, read_once, n):
         take(llm.generate(TOKENS, temp=2.0), n)
         assert texts(llm)[: len(TOKENS)] == TOKENS and llm.n_tokens == len(TOKENS) + n - 1
         np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
-    assert llm.memory.n_read_again == 0
+    assert llm.memory.n_decoded_again == 0
 
 
 def test_a_shorter_prompt(llm, read_once):
@@ -133,7 +133,7 @@ def test_an_edited_prompt(llm, read_once):
     edited = TOKENS[:7] + OTHER
     take(llm.generate(edited, temp=0), 3)
     np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
-    assert llm.memory.n_read_again == 7  # from the beginning of the text
+    assert llm.memory.n_decoded_again == 7  # from the beginning of the text
 
 
 def test_a_long_way_back_is_reported(make, read_once, caplog):
@@ -143,7 +143,7 @@ def test_a_long_way_back_is_reported(make, read_once, caplog):
     llm.n_tokens = 150
     with caplog.at_level(logging.WARNING, "pydeltamem"):
         llm.eval(OTHER)
-    assert "went back to token 150" in caplog.text and "150 tokens are read again" in caplog.text
+    assert "went back to token 150" in caplog.text and "150 tokens are decoded again" in caplog.text
     np.testing.assert_allclose(llm.memory.state, read_once(tokens[:150] + OTHER), **SAME)
     caplog.clear()
     llm.n_tokens = 150
@@ -212,7 +212,7 @@ def test_going_back_after_the_place_was_lost(make, read_once):
     llm._engine.text().eval(OTHER)
     llm.memory.rollback(30)
     np.testing.assert_allclose(llm.memory.state, read_once(tokens[:30]), **SAME)
-    assert llm.memory.n_written == 30 and llm.memory.n_read_again == 30
+    assert llm.memory.n_written == 30 and llm.memory.n_decoded_again == 30
 
 
 def test_rollback_to_a_checkpoint_of_ones_own(llm, read_once):
@@ -255,7 +255,7 @@ HYBRID = [5, 7, 9, 11, 13, 15, 17, 19]
 
 
 def test_going_back_in_a_hybrid(make_hybrid):
-    """All is read again as it was the first time: text, memory and logits are those of a model that read it once."""
+    """All is decoded again as it was the first time: text, memory and logits are those of a model that read it once."""
 
     def once(tokens):
         llm = make_hybrid()
@@ -271,7 +271,7 @@ def test_going_back_in_a_hybrid(make_hybrid):
     take(llm.generate(edited, temp=0), 1)
     np.testing.assert_allclose(llm.memory.state, once(edited)[0], **SAME)
     assert llm.memory.n_written == llm.n_tokens == 6
-    assert llm.memory.n_read_again > 0  # reported
+    assert llm.memory.n_decoded_again > 0  # reported
     llm.n_tokens = 4
     llm.eval([20, 21])
     llm.memory.checkpoint()
@@ -288,7 +288,7 @@ def test_a_hybrid_goes_on(make_hybrid):
     llm, other = make_hybrid(), make_hybrid()
     take(llm.generate(HYBRID[:5], temp=0), 1)
     take(llm.generate(HYBRID, temp=0), 1)
-    assert llm.memory.n_written == len(HYBRID) and llm.memory.n_read_again == 0
+    assert llm.memory.n_written == len(HYBRID) and llm.memory.n_decoded_again == 0
     llm.reset()
     llm.eval([20, 21])
     other.eval(HYBRID)
@@ -340,7 +340,7 @@ def test_a_reply_again(llm, read_once):
     assert texts(llm) == tokens
     np.testing.assert_allclose(llm.memory.state, state, **SAME)
     np.testing.assert_allclose(llm.memory.state, read_once(tokens), **SAME)
-    assert llm.memory.n_read_again == 0
+    assert llm.memory.n_decoded_again == 0
 
 
 @pytest.mark.parametrize("turn", [1, 2])
@@ -353,7 +353,7 @@ def test_an_edited_turn(llm, read_once, turn):
     edited = [*messages[: 1 + 2 * turn], {"role": "user", "content": "something else"}]
     answer(llm, edited)
     np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
-    assert llm.memory.n_read_again < 30  # the header of the message, in byte tokens here
+    assert llm.memory.n_decoded_again < 30  # the header of the message, in byte tokens here
 
 
 def test_another_chat(make, read_once):
@@ -432,7 +432,7 @@ def test_reading_only(llm, read_once):
 
 
 def test_reading_only_after_the_cache_was_lost(make, read_once):
-    """Tokens that are read again and new ones are separate pieces, although neither writes."""
+    """Tokens that are decoded again and new ones are separate pieces, although neither writes."""
     llm = make(n_seq_max=1)
     llm.eval(TOKENS[:6])
     llm.memory.write = False
@@ -481,7 +481,7 @@ def test_detach_and_attach(llm, read_once):
 
 @pytest.mark.parametrize("how", ["set", "reset", "restore", "detach", "attach", "rollback"])
 def test_logits_of_another_memory_are_not_used(llm, make, how):
-    """The prompt's last token is read again, so that the reply is that of the memory of now."""
+    """The prompt's last token is decoded again, so that the reply is that of the memory of now."""
     snapshot = llm.memory.copy()
     llm.memory.state = 3 * np.random.default_rng(0).standard_normal(llm.memory.shape)
     before = take(llm.generate(TOKENS, temp=0), 1)
@@ -530,7 +530,7 @@ def test_rejected_drafts_were_never_read(make, read_once, n_right):
     assert TOKENS + take(llm.generate(TOKENS, temp=0), 20) == expected
     assert texts(llm) == expected[: llm.n_tokens] and llm.n_tokens >= len(expected) - 1
     np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
-    assert llm.memory.n_read_again == 0  # each draft has its checkpoint
+    assert llm.memory.n_decoded_again == 0  # each draft has its checkpoint
     take(llm.generate(expected + OTHER, temp=0), 4)
     np.testing.assert_allclose(llm.memory.state, read_once(texts(llm)), **SAME)
 
@@ -783,7 +783,7 @@ def test_an_ingest_in_segments_is_taken_back_as_a_whole(make, case):
 
 
 def test_what_another_text_begins_with_is_not_in_its_segments(make):
-    """It stands there and was written: read again after going back, it is not written again with what is new."""
+    """It stands there and was written: decoded again after going back, it is not written again with what is new."""
     llm, by_hand = make("ssw_message"), make("ssw_message")
     for model in (llm, by_hand):
         model.eval(TOKENS, segments=[0] * len(TOKENS))
@@ -804,7 +804,7 @@ def one_decode(request, n_max):
         assert request.plan([])
         piece, job = request.piece(n_max)
         [result] = request.text.slots.decode([job])
-        request.did_read(piece, result)
+        request.did_decode(piece, result)
 
 
 def test_an_ingest_that_loses_its_slot_in_the_middle_is_read_again(make):

@@ -113,7 +113,7 @@ class Chat:
 
     def _print(self, pieces: Generator[str]) -> None:
         """Streams a reply to standard output. Ctrl-C ends it; what was said so far counts."""
-        from ..runtime.stream import interruptible
+        from ..runtime.interrupt import interruptible
 
         conversation = self.conversation
         n_dropped, n_predict = conversation.n_dropped, conversation.options.get("n_predict")

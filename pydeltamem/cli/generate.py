@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
             f"the prompt has {len(tokens)} tokens, the context holds {llm.n_ctx()}: raise --ctx-size or shorten it"
         )
 
-    from ..runtime.stream import TextStream, interruptible
+    from ..runtime.interrupt import interruptible
+    from ..runtime.stream import TextStream
 
     if not llm.memory.attached and not args.no_memory:
         note(memory_attached(llm, args))

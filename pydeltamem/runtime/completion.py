@@ -14,7 +14,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,20 +22,12 @@ import numpy.typing as npt
 from ..errors import InputError
 from . import library
 from .history import n_common
+from .logprobs import Scored, scored
 from .model import Model
 from .stream import Assembler
-from .tokenizer import Tokenizer, encoded, piece, token_text
+from .tokenizer import Tokenizer, encoded, piece
 
 _llama = library.llama_cpp
-
-
-class Scored(NamedTuple):
-    """A token of the text, as log probabilities list it."""
-
-    token: str
-    offset: int  # characters of the text before it
-    logprob: float | None  # None: nothing stands before it
-    top: dict[str, float] | None
 
 
 class Completion:
@@ -256,18 +248,7 @@ class Completion:
         return scored
 
     def _scored(self, token: int, offset: int, row: npt.NDArray[np.float32] | None) -> Scored:
-        """`row`: the logits that predict this token."""
-        name = token_text(self._vocab, token)
-        if row is None:
-            return Scored(name, offset, None, None)
-        values = self.llm.logits_to_logprobs(row)
-        n = min(self.logprobs or 0, len(values))
-        best: list[int] = np.argpartition(-values, n - 1)[:n].tolist() if n else []
-        top: dict[str, float] = {}
-        for i in sorted(best, key=lambda i: (-values[i], i)):
-            top.setdefault(token_text(self._vocab, i), float(values[i]))
-        top.setdefault(name, float(values[token]))
-        return Scored(name, offset, float(values[token]), top)
+        return scored(self._vocab, token, offset, row, self.logprobs or 0)
 
     def _logprobs(self, scored: list[Scored]) -> dict[str, Any] | None:
         if self.logprobs is None:
@@ -289,18 +270,18 @@ class Completion:
 
     def whole(self) -> dict[str, Any]:
         """The response."""
-        text, scored = "", []
+        text, all_scored = "", []
         for each, tokens in self.pieces():
             text += each
-            scored += tokens
+            all_scored += tokens
         n_prompt, n = len(self.tokens), len(self.completion)
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
-        return {**self._answer(text, self._logprobs(scored), self.finish_reason), "usage": usage}
+        return {**self._answer(text, self._logprobs(all_scored), self.finish_reason), "usage": usage}
 
     def streamed(self) -> Generator[dict[str, Any]]:
         """Chunks of the response; the last one has no text and says why it ended."""
-        for text, scored in self.pieces():
-            yield self._answer(text, self._logprobs(scored), None)
+        for text, tokens in self.pieces():
+            yield self._answer(text, self._logprobs(tokens), None)
         yield self._answer("", None, self.finish_reason)
 
 

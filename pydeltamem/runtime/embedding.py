@@ -73,7 +73,7 @@ def vectors(llm: Model, texts: list[list[int]], normalize: bool) -> list[Any]:
 
 def _decoded(llm: Model, texts: list[list[int]], normalize: bool) -> list[Any]:
     """One llama_decode, each text in its own slot."""
-    n_tokens = llm._engine.slots.read_alone(texts)
+    n_tokens = llm._engine.slots.decode_alone(texts)
     pooling = llm.pooling_type()
     if pooling == _llama.LLAMA_POOLING_TYPE_NONE:
         n_embd = _llama.llama_model_n_embd_out(llm.model)

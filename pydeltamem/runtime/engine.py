@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from ..errors import NotFiniteError
 from .history import Piece, Position, Tokens
+from .interrupt import uninterrupted
 from .slots import Job, Result, Slots
 from .text import Text
 
@@ -48,10 +49,19 @@ class Request:
         self.is_over = self.is_cancelled = False
         self.error: BaseException | None = None
         self.n_served = 0  # the step that last decoded a piece of it
+        self.n_sampled = 0  # the step that last used its logits
         self.ask(())
 
-    def ask(self, tokens: Tokens, segments: npt.NDArray[np.int32] | None = None, keep_at: Collection[int] = ()) -> None:
-        """Sets what to decode next. `keep_at`: positions that need a checkpoint."""
+    def ask(
+        self,
+        tokens: Tokens,
+        segments: npt.NDArray[np.int32] | None = None,
+        keep_at: Collection[int] = (),
+        known: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Sets what to decode next. `keep_at`: positions that need a checkpoint. `known`: which of the tokens do not
+        write, because the memory has them from another text.
+        """
         self.tokens, self.segments, self.keep_at = tokens, segments, set(keep_at)
         self.before: Position | None = None
         self._n_past = self.text.n_tokens
@@ -61,6 +71,8 @@ class Request:
         self._known: npt.NDArray[np.bool_] | None = None  # which of the tokens were written before the memory's floor
         if len(tokens) and self.text.n_tokens < self.text.position.n:
             self._known = self.text.position.known(np.asarray(tokens, dtype=np.intc))
+        if known is not None and known.any():
+            self._known = known if self._known is None else known | self._known
         self.is_sampled = False
 
     @property
@@ -83,12 +95,12 @@ class Request:
     #
 
     @property
-    def is_read(self) -> bool:
+    def is_decoded(self) -> bool:
         """Whether all its tokens are decoded."""
         return self._planned is not None and not self._pieces
 
     @property
-    def reads_new(self) -> bool:
+    def only_sampled(self) -> bool:
         """Whether what was sampled is all that is to be read."""
         return self.generates and sum(len(piece.tokens) for piece in self._pieces) <= len(self.tokens)
 
@@ -99,17 +111,17 @@ class Request:
         position = text.position
         if self._pieces and self._planned is position and text.slots.follows(text.slot, position):
             return True
-        n_read = max(0, position.n_tokens - self._n_past)  # above 0 if the text lost its slot in the middle
-        if self.before is not None and n_read >= len(self.tokens) > 0:  # all decoded, but the logits are lost
+        n_done = max(0, position.n_tokens - self._n_past)  # above 0 if the text lost its slot in the middle
+        if self.before is not None and n_done >= len(self.tokens) > 0:  # all decoded, but the logits are lost
             text.restore(self.before)
-            position, n_read = text.position, 0
+            position, n_done = text.position, 0
         if position.n_tokens < position.n:
             self.keep_at.add(position.n_tokens)
-        segments = None if self.segments is None else self.segments[n_read:]
-        known = None if self._known is None else self._known[n_read:]
+        segments = None if self.segments is None else self.segments[n_done:]
+        known = None if self._known is None else self._known[n_done:]
         before = position if self.before is None else self.before
         try:
-            pieces = text.prepare(self.tokens[n_read:], segments, staying, known)
+            pieces = text.prepare(self.tokens[n_done:], segments, staying, known)
         finally:
             # back before the memory's floor another memory begins; a failure takes the text back to before that, too
             if before.epoch == position.epoch != text.position.epoch:
@@ -129,7 +141,7 @@ class Request:
         n_gathered = sum(len(each.tokens) for each in self._gathered)
         return piece, self.text.job(piece, n_gathered, self.keep_at, self.drafted)
 
-    def did_read(self, piece: Piece, result: Result) -> None:
+    def did_decode(self, piece: Piece, result: Result) -> None:
         """Enters a decoded piece into the text."""
         text, rest = self.text, self._pieces[1:]
         if len(piece.tokens) < len(self._pieces[0].tokens):
@@ -144,7 +156,7 @@ class Request:
             piece, n = _joined(self._gathered), len(piece.tokens)
             result = result._replace(states={len(piece.tokens): result.states[n]} if result.states else {})
             self._gathered = []
-        text.did_read(piece, result)
+        text.did_decode(piece, result)
         self._pieces, self._planned = rest, text.position
 
     def end(self, error: BaseException | None = None) -> None:
@@ -152,11 +164,11 @@ class Request:
         if not self.is_over:
             self.error = error
             self.is_over = True
-            if not self.is_read and self.before is not None:
+            if not self.is_decoded and self.before is not None:
                 self.text.restore(self.before)
 
 
-class _Read(Request):
+class _Decode(Request):
     """Tokens to decode once; `then` uses the logits."""
 
     def __init__(self, text: Text, then: Callable[[], object] | None) -> None:
@@ -202,13 +214,13 @@ class Engine:
 
     def text(self, home: int | None = None) -> Text:
         """A text of this context."""
-        return Text(self.slots, self.read, home)
+        return Text(self.slots, self.decode, home)
 
     #
     # requests
     #
 
-    def read(
+    def decode(
         self,
         text: Text,
         tokens: Tokens,
@@ -234,7 +246,7 @@ class Engine:
 
         If it fails (InputError, DecodeError, NotFiniteError, or what `then` raises), the text is as it was.
         """
-        request = _Read(text, then)
+        request = _Decode(text, then)
         request.drafted, request.generates = drafted, generates
         request.goes_on, request.calls_back = goes_on, calls_back
         request.ask(tokens, segments, keep_at)
@@ -247,8 +259,10 @@ class Engine:
             raise request.error
         return request.before or text.position
 
-    def wait(self, requests: Sequence[Request]) -> None:
-        """Decodes until one of the requests has something for the caller. Raises ModelError after close."""
+    def wait(self, requests: Sequence[Request], until: Callable[[], bool] = lambda: False) -> None:
+        """Decodes until one of the requests has something for the caller, or `until` says that the caller has something
+        else to do. Raises ModelError after close.
+        """
         thread, alone = threading.get_ident(), self.lock._is_owned()
         self._is_shared = self._is_shared or self._thread not in (None, thread)
         self._thread = thread
@@ -264,11 +278,11 @@ class Engine:
                     self._gather(requests, thread)
                 did_decode = True
                 with self.lock:
-                    is_given = any(request.is_given for request in requests)
+                    is_given = until() or any(request.is_given for request in requests)
                     if not is_given:
                         self.slots.require_open()
                         did_decode = self._step(requests, thread, alone)
-                        is_given = any(request.is_given for request in requests)
+                        is_given = until() or any(request.is_given for request in requests)
                 self._announce()
                 if not did_decode and not is_given:
                     time.sleep(0.0005)  # the slots belong to requests that another thread has to decode
@@ -288,14 +302,16 @@ class Engine:
     def _step(self, own: Sequence[Request], thread: int, alone: bool) -> bool:
         """Decodes one batch for the requests that are waited for. False if there is nothing to decode."""
         if alone:  # a callback within a step, or a call that keeps the lock until it is done: the others wait
-            return self._decode([request for request in own if not request.is_over], [])
+            return self._decode_batch([request for request in own if not request.is_over], [])
         wanted = [(request, of) for request, of in tuple(self._wanted.items()) if not request.is_over]
         staying = [request.text for request, _ in wanted if request.text.slot is not None]
-        return self._decode([request for request, of in wanted if not request.calls_back or of == thread], staying)
+        return self._decode_batch(
+            [request for request, of in wanted if not request.calls_back or of == thread], staying
+        )
 
-    def _decode(self, wanted: Sequence[Request], staying: list[Text]) -> bool:
+    def _decode_batch(self, wanted: Sequence[Request], staying: list[Text]) -> bool:
         planned = self._plan(wanted, staying)
-        planned.sort(key=lambda request: -1 if request.reads_new else request.n_served)
+        planned.sort(key=lambda request: -1 if request.only_sampled else request.n_served)
         self._n_steps += 1
         room = self.slots.n_batch
         batch: list[tuple[Request, Piece, Job]] = []
@@ -307,36 +323,42 @@ class Engine:
                 request.n_served = self._n_steps
         if not batch:
             return False
+        with uninterrupted():  # else a token that is decoded, or what the next decode was told, might get lost
+            self._decode_planned(batch)
+        return True
+
+    def _decode_planned(self, batch: Sequence[tuple[Request, Piece, Job]]) -> None:
         begin = time.perf_counter()
         try:
             results = self.slots.decode([job for _, _, job in batch])
         except Exception as error:
             for request, _, _ in batch:
                 request.end(error)
-            return True
+            return
         self._patience = min(self.patience[0], self.patience[1] * (time.perf_counter() - begin))
 
         n_decodes = self.slots.n_decodes
         for (request, piece, _), result in zip(batch, results):
             if result.fault is None:
-                request.did_read(piece, result)
-        read = [
+                request.did_decode(piece, result)
+        decoded = [
             (request, result.row)
             for (request, _, _), result in zip(batch, results)
-            if result.fault is None and request.is_read
+            if result.fault is None and request.is_decoded
         ]
-        for request, row in read:
-            if self.slots.n_decodes == n_decodes:  # else a callback decoded and the logits are gone: decode again
+        # A callback may decode, and then the logits of those after it are gone: they are decoded again, and come first.
+        decoded.sort(key=lambda pair: (pair[0].calls_back, pair[0].n_sampled))
+        for request, row in decoded:
+            if self.slots.n_decodes == n_decodes:
                 _try(request, request.sampled, row)
-                request.is_sampled = True
+                request.is_sampled, request.n_sampled = True, self._n_steps
         if any(result.fault for result in results):
             self.slots.empty_kv()
         for (request, _, _), result in zip(batch, results):
             if result.fault is not None:
                 request.end(NotFiniteError(result.fault))
-        for request, _ in read:
+        for request, _ in decoded:
             self._go_on(request)
-        return True
 
     def _plan(self, wanted: Sequence[Request], staying: list[Text]) -> list[Request]:
         """The requests that have a slot and something to decode."""
@@ -349,7 +371,7 @@ class Engine:
             if request.is_over:
                 continue
             if _try(request, request.plan, staying):
-                if request.is_read:  # nothing was to be decoded
+                if request.is_decoded:  # nothing was to be decoded
                     request.is_over = True
                     continue
                 planned.append(request)

@@ -292,7 +292,7 @@ class Position(NamedTuple):
             )
         )
 
-    def read(self, piece: Piece, states: Mapping[int, State] | None = None) -> Position:
+    def decoded(self, piece: Piece, states: Mapping[int, State] | None = None) -> Position:
         """The record after a decoded piece of `pieces`; an ingest in segments counts as one piece. `states`: by number
         of its tokens, the state after them; a memory that read the piece has at least the one after all.
         """

@@ -384,7 +384,7 @@ class Slots:
         self.lost_kv()
 
     @holding("lock")
-    def read_alone(self, texts: Sequence[Sequence[int]]) -> int:
+    def decode_alone(self, texts: Sequence[Sequence[int]]) -> int:
         """One llama_decode of these texts alone, each in its own slot. Empties the KV cache first. Returns the number
         of tokens.
         """

@@ -1,4 +1,4 @@
-"""Text as it is generated, for the terminal: UTF-8 split over tokens, stop strings, and Ctrl-C.
+"""Text as it is generated, for the terminal: UTF-8 split over tokens, and stop strings.
 
 llama_cpp's own stream waits forever at a byte that is no UTF-8, and detokenizes the whole reply again for each token.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import signal
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -99,7 +98,7 @@ class TextStream:
         self.prompt = list(prompt)
         room = llm.n_ctx() - len(self.prompt)
         self.limit = room if n_predict < 0 else min(n_predict, room)
-        self.reads_only = n_predict == 0
+        self.decodes_only = n_predict == 0
         self.stop = stop
         self.seed = seed
         self.options = options
@@ -107,7 +106,7 @@ class TextStream:
         self.finish_reason = "length"
 
     def __iter__(self) -> Iterator[str]:
-        if self.reads_only:
+        if self.decodes_only:
             with contextlib.closing(self.llm.generate(self.prompt, **self.options)) as tokens:
                 next(tokens, None)
         if self.limit <= 0:
@@ -158,27 +157,3 @@ def checked_grammar(llm: Model, text: Any, name: str = "grammar") -> Any:
     _llama.llama_sampler_free(sampler)
     _checked_grammars.add(grammar)
     return grammar
-
-
-def interruptible(pieces: Iterator[str]) -> Iterator[str]:
-    """Yields from a stream. After the first piece, Ctrl-C raises KeyboardInterrupt only between two pieces.
-
-    Elsewhere it could interrupt a callback of llama.cpp (--ignore-eos has one), where Python drops exceptions.
-    """
-    pressed = False
-
-    def press(signum: int, frame: Any) -> None:
-        nonlocal pressed
-        pressed = True
-
-    before = None
-    try:
-        for piece in pieces:
-            if before is None:
-                before = signal.signal(signal.SIGINT, press)
-            yield piece
-            if pressed:
-                raise KeyboardInterrupt
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)

@@ -28,21 +28,21 @@ class Text:
 
     Args:
         slots: of the context.
-        read: decodes tokens after a text: `Engine.read`.
+        decode: decodes tokens after a text: `Engine.decode`.
         home: the only slot that it may have; None: any.
 
     Attributes:
         position: where text and memory are: a record, which each success replaces at once.
         write: whether tokens write the memory, or only read it.
         slot: its sequence in the context, None if it has none.
-        n_read_again: tokens that were read again with writing, because the text went back to where there was no
+        n_decoded_again: tokens that were decoded again with writing, because the text went back to where there was no
             checkpoint, or because the model cannot cut its KV cache there.
         scores: if not None, receives the logits of every token, [n_ctx, n_vocab].
         turn: a thread that uses the text holds this lock, for a whole call or one piece of a stream. The lock of the
             context is taken after it, and released between two decodes.
     """
 
-    def __init__(self, slots: Slots, read: Callable[..., Position], home: int | None = None) -> None:
+    def __init__(self, slots: Slots, decode: Callable[..., Position], home: int | None = None) -> None:
         self.slots = slots
         self.home = home
         self.lock = slots.lock
@@ -50,9 +50,9 @@ class Text:
         self.write = True
         self.slot: int | None = None
         self.scores: npt.NDArray[np.single] | None = None
-        self.n_read_again = 0
+        self.n_decoded_again = 0
         self.position = Position(Log(slots.n_ctx), now())
-        self._read = read
+        self._decode = decode
         self._logits: tuple[int, Position, int] | None = None  # where they are: decode, record, row
         self.renew()
 
@@ -152,7 +152,7 @@ class Text:
         return self.n_tokens
 
     def back(self, position: int) -> int:
-        """Takes text and memory back to `position`. Returns how many tokens were read again, from the nearest
+        """Takes text and memory back to `position`. Returns how many tokens were decoded again, from the nearest
         checkpoint before it.
 
         Raises InputError if the memory cannot go back so far.
@@ -168,17 +168,17 @@ class Text:
         return self.catch_up()
 
     def catch_up(self) -> int:
-        """Takes the memory to the end of the text. Returns how many tokens were read again."""
+        """Takes the memory to the end of the text. Returns how many tokens were decoded again."""
         self._settle()
         n_again = self.position.n_tokens - self.position.n
         if n_again > 0:
-            self._read(self, [])
+            self._decode(self, [])
         return n_again
 
     def finish(self) -> None:
         """Lets the memory read the rest of the text, if that was interrupted after going back."""
         if self.slots.has_memory and self.position.n_tokens > self.position.n:
-            self._read(self, [])
+            self._decode(self, [])
 
     @holding("lock")
     def _settle(self) -> None:
@@ -187,10 +187,10 @@ class Text:
         if self.position.n_tokens < self.position.n:
             self.position = position = self.position.back()
             again = position.n_tokens - position.n
-            self.n_read_again += again
+            self.n_decoded_again += again
             if again >= position.checkpoints.n_last:
                 log.warning(
-                    "the memory went back to token %d, where there is no checkpoint: %d tokens are read again",
+                    "the memory went back to token %d, where there is no checkpoint: %d tokens are decoded again",
                     position.n_tokens,
                     again,
                 )
@@ -226,7 +226,7 @@ class Text:
     def fork(self) -> Text:
         """A second text that goes on from here on its own, with its own memory."""
         self.catch_up()
-        other = Text(self.slots, self._read)
+        other = Text(self.slots, self._decode)
         other.write = self.write
         with self.lock:
             other.position = self.position._replace(n_kv=0)
@@ -263,9 +263,9 @@ class Text:
 
     def eval(self, tokens: Tokens, segments: npt.NDArray[np.int32] | None = None, **options: Any) -> Position:
         """Decodes tokens after the text: one ingest. Returns the record before. If llama.cpp fails, or memory or logits
-        are not finite, that record is in place again. Options as `Engine.read`.
+        are not finite, that record is in place again. Options as `Engine.decode`.
         """
-        return self._read(self, tokens, segments, **options)
+        return self._decode(self, tokens, segments, **options)
 
     @holding("lock")
     def prepare(
@@ -315,7 +315,7 @@ class Text:
         # gone from the cache. So everything is read again as the first time, from the memory with which the text began,
         # with the same writes: each token then meets the same memory as before.
         if slots.has_memory and (n_kv < n or n_kv < position.n < position.n_tokens):
-            self.n_read_again += position.n - position.floor
+            self.n_decoded_again += position.n - position.floor
             position = position.memory_at(position.floor)
             n_kv = slots.truncate(slot, min(n_kv, position.n))
         if position is not self.position or n_kv != position.n_kv:
@@ -344,9 +344,9 @@ class Text:
         is_end = self.slots.is_end
         return [i for i, token in enumerate(piece.tokens.tolist()) if i >= n - 2 or i in wanted or is_end(token)]
 
-    def did_read(self, piece: Piece, result: Result) -> None:
+    def did_decode(self, piece: Piece, result: Result) -> None:
         """Enters a decoded piece; an ingest in segments comes as one piece."""
-        self.position = position = self.position.read(piece, result.states)
+        self.position = position = self.position.decoded(piece, result.states)
         checkpoint = position.checkpoint
         assert self.slot is not None  # it was decoded there
         self.slots.follow(self.slot, position, None if checkpoint is None else checkpoint.state)

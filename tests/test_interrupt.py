@@ -1,0 +1,89 @@
+"""Ctrl-C waits for the end of a step, and a callback that decodes keeps nobody from being sampled."""
+
+from __future__ import annotations
+
+import signal
+
+import numpy as np
+import pytest
+
+from pydeltamem import Conversation, stream_together
+from pydeltamem.runtime.interrupt import uninterrupted
+
+GREEDY = {"n_predict": 12, "temp": 0.0}
+
+
+def test_it_waits_for_the_end():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("the step")
+        done.append("what follows")
+    assert done == ["the step"]
+    with pytest.raises(KeyboardInterrupt):  # as it was
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_second_one_does_not_wait():
+    done = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        done.append("a little")
+        signal.raise_signal(signal.SIGINT)
+        done.append("too much")
+    assert done == ["a little"]
+
+
+def test_a_handler_of_ones_own_is_called_once():
+    called = []
+    before = signal.signal(signal.SIGINT, lambda *_: called.append("pressed"))
+    try:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            assert not called
+        assert called == ["pressed"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_no_token_is_lost(make_llm):
+    """Pressed while one of two is sampled: what was decoded for both is in their texts, and written once."""
+    llm = make_llm(n_seq_max=3, type_k=0, type_v=0)
+    n_calls = 0
+
+    def press(ids, scores):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 4:
+            signal.raise_signal(signal.SIGINT)
+        return scores
+
+    one, two = Conversation(llm, logits_processor=[press], **GREEDY), Conversation(llm, **GREEDY)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream_together({one: "hello there", two: "and how are you"}))
+    for conversation in (one, two):
+        text = conversation._text
+        assert conversation.messages[-1]["role"] == "assistant"
+        llm.reset()
+        llm.memory.reset()
+        llm.eval(text.tokens.tolist())
+        np.testing.assert_allclose(conversation.memory.state, llm.memory.state, rtol=0, atol=2e-6)
+        assert conversation.memory.n_written == text.n_tokens
+
+
+def test_a_callback_that_decodes_keeps_nobody_waiting(make_llm):
+    llm = make_llm(n_seq_max=3, type_k=0, type_v=0)
+
+    def decode(ids, scores):
+        llm.eval([5])
+        return scores
+
+    alone = Conversation(llm, **GREEDY).say("and how are you")
+    one, two = Conversation(llm, logits_processor=[decode], **GREEDY), Conversation(llm, **GREEDY)
+    said = {one: 0, two: 0}
+    for conversation, _ in stream_together({one: "hello there", two: "and how are you"}):
+        said[conversation] += 1
+        if conversation is one and said[one] > 3:
+            assert said[two] > 0
+    assert two.messages[-1]["content"].lstrip(" ") == alone
