@@ -671,20 +671,30 @@ def chat_prompt(llm: DeltaMemLlama, messages: list[dict[str, str]]) -> tuple[lis
     """The tokens that create_chat_completion decodes for these messages, and the chat format's options that end a
     reply, stop and stopping_criteria. Raises InputError if its template fails.
     """
+    asked = caught_prompt(llm, messages)
+    return asked.prompt, {"stop": asked.stop, "stopping_criteria": asked.stopping_criteria}
+
+
+def caught_prompt(llm: DeltaMemLlama, messages: Sequence[Mapping[str, Any]], **options: Any) -> PromptCatcher:
+    """What the model's chat handler asks for these messages: prompt, what ends the reply, and a grammar.
+
+    Options: `tools`, `tool_choice`, `response_format` as create_chat_completion; others are variables of the template.
+    Raises InputError if the handler refuses them.
+    """
     from llama_cpp.llama_chat_format import get_chat_completion_handler
 
     llm._engine.slots.require_open()  # llama_cpp would follow a null pointer
-    catcher: Any = _PromptCatcher(llm)
+    catcher: Any = PromptCatcher(llm)
     name = str(llm.chat_format)
     handler: Any = llm.chat_handler or llm._chat_handlers.get(name) or get_chat_completion_handler(name)
     try:
-        handler(llama=catcher, messages=messages, stream=True)
+        handler(llama=catcher, messages=list(messages), stream=True, **options)
     except Exception as error:
         raise InputError(f"the model's chat template refuses this conversation: {error}") from error
-    return catcher.prompt, {"stop": catcher.stop, "stopping_criteria": catcher.stopping_criteria}
+    return catcher  # type: ignore[no-any-return]
 
 
-class _PromptCatcher:
+class PromptCatcher:
     """Stands in for the model in a chat handler, and keeps the prompt instead of decoding it."""
 
     def __init__(self, llm: DeltaMemLlama) -> None:
@@ -692,11 +702,17 @@ class _PromptCatcher:
         self.prompt: list[int] = []
         self.stop: list[str] = []
         self.stopping_criteria: Any = None
+        self.grammar: Any = None
 
     def create_completion(
-        self, prompt: list[int], stop: list[str] | None = None, stopping_criteria: Any = None, **kwargs: Any
+        self,
+        prompt: list[int],
+        stop: list[str] | None = None,
+        stopping_criteria: Any = None,
+        grammar: Any = None,
+        **kwargs: Any,
     ) -> Iterator[Any]:
-        self.prompt, self.stop, self.stopping_criteria = prompt, stop or [], stopping_criteria
+        self.prompt, self.stop, self.stopping_criteria, self.grammar = prompt, stop or [], stopping_criteria, grammar
         return iter(())
 
     def __getattr__(self, name: str) -> Any:

@@ -20,6 +20,7 @@ static struct {
 
 static _Thread_local bool g_deltamem_is_known;
 
+    #ifndef GGML_USE_OPENMP // whose threads are nobody's here
 // Called by each thread before it computes.
 static void ggml_cpu_deltamem_know(void) {
     if (!g_deltamem_is_known) {
@@ -34,6 +35,7 @@ static void ggml_cpu_deltamem_know_nobody(void) {
     g_deltamem_is_known = false;
     atomic_store(&g_deltamem_known.n, 0);
 }
+    #endif
 
 // The beginning of a file of /proc as text; empty if it cannot be read.
 static const char * ggml_cpu_deltamem_proc(const char * path, char * text, size_t size) {

@@ -34,6 +34,8 @@ SUBCOMMANDS = {
     "memory": ("pydeltamem.cli.memory", "show, compare, copy and export memories"),
     "train": ("pydeltamem.cli.train", "train an adapter for a frozen model"),
     "eval": ("pydeltamem.cli.eval", "measure what a memory recalls once the text is gone"),
+    "serve": ("pydeltamem.cli.serve", "serve OpenAI's API with a memory for each session"),
+    "sessions": ("pydeltamem.cli.sessions", "list, export, import and delete what a server remembers"),
     "rpc-server": ("pydeltamem.cli.rpc_server", "run layers for other machines, which name this one with --rpc"),
     "bench": ("pydeltamem.cli.bench", "time a model with and without its adapter"),
 }

@@ -29,6 +29,7 @@ import os
 import re
 import stat
 import sys
+import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,21 @@ class MemorySnapshot:
         """Reads a memory file. Raises MemoryFileError."""
         return cls(*read_memory_file(path))
 
+    @classmethod
+    def from_bytes(cls, data: bytes) -> MemorySnapshot:
+        """Reads the content of a memory file. Raises MemoryFileError."""
+        with tempfile.TemporaryDirectory(prefix="deltamem-") as folder:  # safetensors checks files better than bytes
+            path = os.path.join(folder, "memory")
+            Path(path).write_bytes(data)
+            try:
+                return cls.load(path)
+            except MemoryFileError as error:
+                raise MemoryFileError(str(error).replace(path, "the memory file")) from error
+
+    def to_bytes(self) -> bytes:
+        """The content of a memory file."""
+        return _memory_file(self.state, dict(self.metadata))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a memory file, in one step. Raises MemoryFileError; MemoryFileInUse if another process holds it."""
         with _not_kept_elsewhere(path):
@@ -131,6 +147,11 @@ def write_memory_file(path: str | os.PathLike[str], state: np.ndarray, metadata:
     `metadata` holds layers, adapter, adapter_name and architecture, and what else is known. The format and the dates
     are added here. Raises MemoryFileError.
     """
+    data = _memory_file(state, metadata)
+    _write(path, MEMORY, lambda temporary: temporary.write_bytes(data))
+
+
+def _memory_file(state: np.ndarray, metadata: dict[str, str]) -> bytes:
     saved = now()
     metadata = {
         "created": saved,
@@ -139,8 +160,7 @@ def write_memory_file(path: str | os.PathLike[str], state: np.ndarray, metadata:
         "format_version": str(FORMAT_VERSION),
         "saved": saved,
     }
-    data = safetensors.numpy.save({"state": np.ascontiguousarray(state, dtype=np.float32)}, metadata)
-    _write(path, MEMORY, lambda temporary: temporary.write_bytes(data))
+    return safetensors.numpy.save({"state": np.ascontiguousarray(state, dtype=np.float32)}, metadata)
 
 
 def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, str]]:

@@ -89,7 +89,7 @@ class Completion:
         processors = list(logits_processor) if isinstance(logits_processor, list) else [logits_processor]
         processors = [processor for processor in processors if processor is not None]
         if logit_bias:
-            processors.append(_biased(logit_bias, llm.n_vocab()))
+            processors.append(biased(logit_bias, llm.n_vocab()))
         self.sampling = {
             **sampling,
             "temp": temperature,
@@ -285,7 +285,7 @@ class Completion:
         yield self._answer("", None, self.finish_reason)
 
 
-def _biased(logit_bias: Mapping[Any, float], n_vocab: int) -> Any:
+def biased(logit_bias: Mapping[Any, float], n_vocab: int) -> Any:
     """A logits processor. Raises InputError if a token or a bias is invalid."""
     try:
         bias = {int(token): float(value) for token, value in logit_bias.items()}

@@ -73,6 +73,11 @@ class Generation(Request):
         """As Request: whether there is a piece, if pieces are wanted, or the end."""
         return self.is_over or (self.goes_on and bool(self.pieces))
 
+    @property
+    def is_sampled_once(self) -> bool:
+        """Whether the prompt is decoded and the first token sampled."""
+        return self._before_prompt is not None
+
     def sampled(self, row: int) -> None:
         """As Request."""
         if self._before_prompt is None:

@@ -1,0 +1,139 @@
+"""`deltamem serve`: OpenAI's API with a memory for each session."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+
+from ..errors import InputError
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, note
+from .parser import count, positive, positive_number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", required=True, metavar="FILE", help=MODEL_HELP)
+    group.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
+    group.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF")
+    group.add_argument(
+        "-c", "--ctx-size", type=count, default=4096, metavar="TOKENS",
+        help="context of one request (%(default)s; 0: the model's)",
+    )  # fmt: skip
+    group.add_argument(
+        "-np", "--parallel", type=positive, default=4, metavar="N", help="slots: requests decoded at once (%(default)s)"
+    )
+    group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
+    group.add_argument("-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (all CPUs)")
+    add_context_arguments(group)
+    group.add_argument("--no-mmap", action="store_true", help="load the model instead of mapping it")
+    group.add_argument("--alias", metavar="NAME", help="name of the model in answers (its file's)")
+
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    group.add_argument("--port", type=count, default=8080, metavar="N", help="port (%(default)s)")
+    group.add_argument("--api-key-file", metavar="FILE", help="API keys, one a line; sessions belong to a key")
+    group.add_argument("--no-page", action="store_true", help="no page at /")
+    group.add_argument(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="let pages of this origin use the API"
+    )
+    group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(info)")
+
+    group = parser.add_argument_group("sessions")
+    group.add_argument("--store", metavar="URL", help="sqlite:///FILE or postgresql+psycopg://… (a file of the user's)")
+    group.add_argument(
+        "--keep-messages", action="store_true", help="store what was said, for the page; otherwise only digests of it"
+    )
+    group.add_argument(
+        "--undo", type=positive, default=8, metavar="N", help="turns of a session that can be taken back (%(default)s)"
+    )
+
+    group = parser.add_argument_group("limits")
+    group.add_argument("--queue", type=positive, default=64, metavar="N", help="requests that wait (%(default)s)")
+    group.add_argument(
+        "--turn-timeout", type=positive_number, default=10.0, metavar="SECONDS",
+        help="how long a turn waits for another one of its session (%(default)s)",
+    )  # fmt: skip
+    group.add_argument("--max-body", type=positive, default=8 << 20, metavar="BYTES", help="of a request (%(default)s)")
+    group.add_argument(
+        "--max-sessions", type=positive, default=100_000, metavar="N", help="sessions of one key (%(default)s)"
+    )
+    group.add_argument(
+        "--requests-per-minute", type=count, default=0, metavar="N", help="of one key (%(default)s: any number)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        import uvicorn
+
+        from ..server import application, logs, page
+        from ..server.keys import Keys
+        from ..server.service import AsyncDeltaMem
+        from ..server.store import Store
+    except ImportError as error:
+        raise InputError(f"a package of the server is missing ({error}): pip install 'pydeltamem[server]'") from error
+    from ..hub import adapter_file, model_file
+
+    keys = Keys(args.api_key_file)
+    if not keys and not _is_loopback(args.host):
+        raise InputError(
+            f"--host {args.host}: without keys the server listens to this machine only: give --api-key-file"
+        )
+    model = model_file(args.model)
+    adapter = None if args.deltamem is None else adapter_file(args.deltamem, model)
+    store = Store(args.store, n_undo=args.undo, keep_messages=args.keep_messages)
+
+    def load() -> AsyncDeltaMem:
+        from ..llama import DeltaMemLlama
+
+        llm = DeltaMemLlama(
+            model,
+            deltamem_path=adapter,
+            lora_path=args.lora,
+            n_ctx=args.ctx_size,
+            n_seq_max=args.parallel,
+            n_batch=max(args.batch_size, args.parallel),
+            n_ubatch=args.ubatch_size,
+            n_threads=args.threads,
+            n_threads_batch=args.threads_batch,
+            n_gpu_layers=args.gpu_layers,
+            flash_attn=args.flash_attn == "on",
+            use_mmap=not args.no_mmap,
+        )
+        return AsyncDeltaMem(
+            llm, store, n_queue=args.queue, n_sessions=args.max_sessions, turn_timeout=args.turn_timeout
+        )
+
+    settings = application.Settings(
+        load=load,
+        keys=keys,
+        model=args.alias or os.path.basename(model),
+        base=os.path.basename(model),
+        adapter="" if adapter is None else os.path.basename(adapter),
+        max_body=args.max_body,
+        per_minute=args.requests_per_minute,
+        origins=tuple(args.cors_origin),
+        page=None if args.no_page else page.mount,
+    )
+    logs.set_up(args.log_level)
+    app = application.application(settings)
+    note(
+        f"http://{args.host}:{args.port}: {'sessions belong to keys' if keys else 'no keys, so for this machine only'}"
+    )
+    config = uvicorn.Config(
+        app, host=args.host, port=args.port, log_config=None, access_log=False, timeout_graceful_shutdown=30
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    failure = app.state.server.failure
+    if failure is not None:
+        raise failure
+    return 0 if server.started else 1
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,131 @@
+"""`deltamem sessions`: the sessions that a server keeps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..formats.memory_file import MemorySnapshot
+from .model_options import note
+
+if TYPE_CHECKING:
+    from ..server.store import Record, Store
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", metavar="URL", help="as deltamem serve --store")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        action: argparse.ArgumentParser = actions.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + "."
+        )
+        return action
+
+    listed = add("list", "list sessions, the latest first")
+    listed.add_argument("--json", action="store_true", help="as JSON")
+    for name, help in (("export", "write the memory of a session to a memory file"),
+                       ("import", "replace the memory of a session by a memory file")):  # fmt: skip
+        action = add(name, help)
+        action.add_argument("session", metavar="SESSION")
+        action.add_argument("file", metavar="FILE")
+        _add_owner(action)
+    delete = add("delete", "delete sessions")
+    delete.add_argument("session", metavar="SESSION", nargs="+")
+    _add_owner(delete)
+    add("vacuum", "give the space of deleted sessions back")
+
+
+def _add_owner(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--owner", default="", metavar="ID", help="of a server with keys, as `list` shows it")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from ..server.store import Store
+    except ImportError as error:
+        raise InputError(f"a package of the server is missing ({error}): pip install 'pydeltamem[server]'") from error
+    store = Store(args.store)
+    try:
+        actions = {"list": _list, "export": _export, "import": _import, "delete": _delete}
+        if args.action == "vacuum":
+            store.vacuum()
+        else:
+            actions[args.action](store, args)
+    finally:
+        store.close()
+    return 0
+
+
+def _list(store: Store, args: argparse.Namespace) -> None:
+    records = store.list()
+    if args.json:
+        print(json.dumps([_about(record) for record in records], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("session", "owner", "version", "turns", "tokens", "bytes", "updated")
+    for record in records:
+        table.add_row(*(str(value) for value in _about(record).values()))
+    Console().print(table)
+
+
+def _about(record: Record) -> dict[str, Any]:
+    return {
+        "session": record.name,
+        "owner": record.owner[:12],
+        "version": record.version,
+        "turns": record.turns,
+        "tokens": record.tokens,
+        "bytes": record.size,
+        "updated": record.updated.isoformat(timespec="seconds") + "Z",
+    }
+
+
+def _owner(store: Store, args: argparse.Namespace) -> str:
+    """The owner whose id begins as given."""
+    if not args.owner:
+        return ""
+    found = {record.owner for record in store.list() if record.owner.startswith(args.owner)}
+    if len(found) != 1:
+        raise InputError(f"--owner {args.owner}: {len(found)} owners begin so")
+    return found.pop()
+
+
+def _record(store: Store, args: argparse.Namespace) -> Record:
+    record = store.get(_owner(store, args), args.session)
+    if record is None:
+        raise InputError(f"{args.session}: there is no such session in {store.shown}")
+    return record
+
+
+def _export(store: Store, args: argparse.Namespace) -> None:
+    record = _record(store, args)
+    if not record.memory:
+        raise InputError(f"{args.session}: its memory is empty")
+    MemorySnapshot.from_bytes(record.memory).save(args.file)
+    note(f"{args.file}: the memory of {args.session}, {record.tokens} tokens")
+
+
+def _import(store: Store, args: argparse.Namespace) -> None:
+    from ..server.session import imported
+    from ..server.store import Record
+
+    snapshot = MemorySnapshot.load(args.file)
+    owner = _owner(store, args)
+    record = store.get(owner, args.session) or Record(owner, args.session)
+    adapter = snapshot.metadata.get("adapter", "")
+    if record.version and record.adapter and record.adapter != adapter:
+        raise InputError(f"{args.file}: the memory of another adapter than that of session {args.session}")
+    store.commit(imported(record, snapshot))
+    note(f"{args.session}: its memory is that of {args.file}; a running server has it at the next turn")
+
+
+def _delete(store: Store, args: argparse.Namespace) -> None:
+    owner = _owner(store, args)
+    for session in args.session:
+        if not store.delete(owner, session):
+            raise InputError(f"{session}: there is no such session in {store.shown}")

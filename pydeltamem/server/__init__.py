@@ -1,0 +1,18 @@
+"""The server: OpenAI's API with a memory a session, and the same for asyncio programs.
+
+    worker         the thread that decodes for all requests
+    history        which of a request's messages the memory has read already
+    store          sessions in a database
+    session        a session in use: its text on the engine
+    service        `AsyncDeltaMem`: sessions, turns, commits
+    openai         requests and answers as OpenAI's API words them
+    application    endpoints, keys, limits, errors
+    metrics, logs  what is watched
+    page           the page at /
+
+Needs the extra `server`.
+"""
+
+from .service import AsyncDeltaMem
+
+__all__ = ["AsyncDeltaMem"]

@@ -1,0 +1,555 @@
+"""The HTTP application: endpoints, keys, limits and errors (docs/reference/server.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from sse_starlette import EventSourceResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from ..errors import (
+    AdapterError,
+    DecodeError,
+    DeltaMemError,
+    InputError,
+    MemoryFileError,
+    ModelError,
+    NotFiniteError,
+)
+from ..formats.memory_file import MemorySnapshot
+from .embeddings import Embedder
+from .history import checked_messages
+from .keys import Keys
+from .logs import log, request_id
+from .metrics import Metrics
+from .openai import Chat, Completion
+from .service import Answer, AsyncDeltaMem, SessionBusy, SessionLimit, SessionUnknown, checked_name
+from .store import Conflict, Record, StoreError
+from .worker import QueueFull
+
+
+@dataclass
+class Settings:
+    """What the owner of a server chooses.
+
+    Attributes:
+        load: makes the service; called in a thread while the server listens already.
+        keys: who may use it.
+        model: the name of the model in answers.
+        base, adapter: names for /v1/models.
+        max_body: bytes of a request.
+        per_minute: requests a minute of one key; 0: any number.
+        origins: of pages that may use it (CORS).
+        heartbeat: seconds after which a stream that says nothing sends a comment.
+        page: mounts the page on the application; None: no page.
+    """
+
+    load: Callable[[], AsyncDeltaMem]
+    keys: Keys = field(default_factory=Keys)
+    model: str = "deltamem"
+    base: str = ""
+    adapter: str = ""
+    max_body: int = 8 << 20
+    per_minute: int = 0
+    origins: tuple[str, ...] = ()
+    heartbeat: float = 5
+    page: Callable[[FastAPI, Server], None] | None = None
+
+
+class Loading(DeltaMemError):
+    """The model is still being loaded."""
+
+
+class BodyTooLarge(DeltaMemError):
+    """The body of a request is too large."""
+
+
+class RateLimited(DeltaMemError):
+    """A key has sent too many requests."""
+
+
+# exception: status, type and code of OpenAI's error
+_ERRORS: tuple[tuple[type[Exception], tuple[int, str, str]], ...] = (
+    (Loading, (503, "unavailable_error", "loading")),
+    (BodyTooLarge, (413, "invalid_request_error", "body_too_large")),
+    (RateLimited, (429, "rate_limit_error", "rate_limited")),
+    (QueueFull, (429, "rate_limit_error", "queue_full")),
+    (SessionBusy, (409, "conflict_error", "session_busy")),
+    (Conflict, (409, "conflict_error", "session_changed")),
+    (SessionUnknown, (404, "not_found_error", "session_not_found")),
+    (SessionLimit, (400, "invalid_request_error", "too_many_sessions")),
+    (StoreError, (503, "unavailable_error", "store_unavailable")),
+    (MemoryFileError, (400, "invalid_request_error", "memory_file")),
+    (AdapterError, (400, "invalid_request_error", "no_adapter")),
+    (InputError, (400, "invalid_request_error", "invalid_value")),
+    (NotFiniteError, (500, "server_error", "not_finite")),
+    (DecodeError, (500, "server_error", "decode_failed")),
+    (ModelError, (503, "unavailable_error", "stopping")),
+)
+
+
+class Server:
+    """The state of a running application.
+
+    Attributes:
+        service: None while the model is loaded.
+        failure: why it could not be loaded.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._service: AsyncDeltaMem | None = None
+        self.failure: BaseException | None = None
+        self.metrics = Metrics(lambda: self._service)
+        self.embedder: Embedder | None = None
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._healthy: tuple[float, bool] = (0.0, False)
+
+    @property
+    def service(self) -> AsyncDeltaMem:
+        """Raises Loading before it is there."""
+        if self._service is None:
+            raise Loading("the model is being loaded: try again in a moment")
+        return self._service
+
+    async def load(self) -> None:
+        try:
+            self._service = await asyncio.to_thread(self.settings.load)
+            self.embedder = Embedder(self._service)
+        except BaseException as error:
+            self.failure = error
+            log.error("the model cannot be loaded: %s", error)
+            raise
+        log.info("ready")
+
+    async def close(self) -> None:
+        """Ends what runs, and commits it."""
+        if self._service is not None:
+            await self._service.aclose()
+        if self.embedder is not None:
+            self.embedder.close()
+
+    def owner(self, request: Request) -> str:
+        """Who asks. Raises HTTPException 401 without a key, RateLimited."""
+        owner = self.settings.keys.owner(request.headers.get("authorization"))
+        if owner is None:
+            raise HTTPException(401, "this server needs an API key: send Authorization: Bearer KEY")
+        n = self.settings.per_minute
+        if n and not self._limiter.hit(RateLimitItemPerMinute(n), owner):
+            raise RateLimited(f"more than {n} requests in a minute: try again later")
+        return owner
+
+    async def is_healthy(self) -> bool:
+        """Whether a token can be decoded; asked again after a second at the earliest."""
+        since, known = self._healthy
+        if time.monotonic() - since > 1:
+            known = await self.service.can_decode()
+            self._healthy = time.monotonic(), known
+        return known
+
+
+def application(settings: Settings) -> FastAPI:
+    """The application, for uvicorn."""
+    server = Server(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(server.load())
+        loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        yield
+        await asyncio.wait([loading])
+        await server.close()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.server = server
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(_BodyLimit, n_max=settings.max_body)
+    app.add_middleware(_Logged, server=server)
+    app.include_router(_watching(server))
+    app.include_router(_answering(server))
+    app.include_router(_answering(server), prefix="/sessions/{session}")
+    app.include_router(_remembering(server))
+    for kind in (DeltaMemError, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    if settings.page is not None:
+        settings.page(app, server)
+    return app
+
+
+#
+# endpoints
+#
+
+
+def _watching(server: Server) -> APIRouter:
+    router, settings = APIRouter(), server.settings
+
+    @router.get("/health")
+    async def health() -> Response:
+        if server.failure is not None:
+            return JSONResponse({"status": "failed", "message": str(server.failure)}, 503)
+        try:
+            is_ok = await server.is_healthy()
+        except Loading:
+            return JSONResponse({"status": "loading model"}, 503)
+        return JSONResponse({"status": "ok"}) if is_ok else JSONResponse({"status": "stuck"}, 503)
+
+    @router.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        server.owner(request)
+        text = await asyncio.to_thread(server.metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @router.get("/v1/models")
+    @router.get("/sessions/{session}/v1/models")
+    async def models(request: Request) -> Any:
+        server.owner(request)
+        entry = {
+            "id": settings.model,
+            "object": "model",
+            "created": 0,
+            "owned_by": "deltamem",
+            "base": settings.base,
+            "adapter": settings.adapter or None,
+        }
+        return {"object": "list", "data": [entry]}
+
+    return router
+
+
+def _answering(server: Server) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        owner, body = server.owner(request), await _body(request)
+        asked = Chat(body, server.settings.model)
+        session, write = _session(request, body)
+        answer = server.service.chat(asked.messages, session=session, owner=owner, write=write, **asked.options)
+        return await _respond(server, request, asked, answer)
+
+    @router.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        owner, body = server.owner(request), await _body(request)
+        asked = Completion(body, server.settings.model)
+        session, write = _session(request, body)
+        answer = server.service.complete(asked.prompt, session=session, owner=owner, write=write, **asked.options)
+        return await _respond(server, request, asked, answer)
+
+    @router.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Any:
+        owner, body = server.owner(request), await _body(request)
+        server.service  # noqa: B018 - raises while loading
+        assert server.embedder is not None  # loaded with the service
+        session, _ = _session(request, body)
+        return await server.embedder.embeddings(body, server.settings.model, session, owner)
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Any:
+        server.owner(request)
+        body, llm = await _body(request), server.service.llm
+        text = body.get("content", "")
+        if not isinstance(text, str):
+            raise InputError("content is a text")
+        tokens = await asyncio.to_thread(
+            llm.tokenize,
+            text.encode("utf-8", "surrogatepass"),
+            add_bos=bool(body.get("add_special", False)),
+            special=bool(body.get("parse_special", True)),
+        )
+        if body.get("with_pieces"):
+            return {"tokens": [{"id": token, "piece": _piece(llm, token)} for token in tokens]}
+        return {"tokens": tokens}
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Any:
+        server.owner(request)
+        body, llm = await _body(request), server.service.llm
+        tokens = llm._checked_tokens(body.get("tokens") or ()).tolist()
+        data = await asyncio.to_thread(llm.detokenize, tokens, special=True)
+        return {"content": data.decode(errors="replace")}
+
+    @router.post("/apply-template")
+    async def apply_template(request: Request) -> Any:
+        server.owner(request)
+        body, service = await _body(request), server.service
+        messages = checked_messages(body.get("messages"))
+        options = {"tools": body.get("tools"), "template": body.get("chat_template_kwargs")}
+        prompt = await asyncio.to_thread(lambda: service._rendered(messages, options).prompt)
+        data = await asyncio.to_thread(service.llm.detokenize, list(prompt), special=True)
+        return {"prompt": data.decode(errors="replace")}
+
+    return router
+
+
+def _remembering(server: Server) -> APIRouter:
+    router = APIRouter(prefix="/v1/memories")
+
+    @router.get("")
+    async def listed(request: Request) -> Any:
+        owner = server.owner(request)
+        return {"object": "list", "data": [about(record) for record in await server.service.list(owner)]}
+
+    @router.get("/{id}")
+    async def metadata(request: Request, id: str) -> Any:
+        owner, service = server.owner(request), server.service
+        record, snapshot = await service.get(id, owner), await service.snapshot(id, owner)
+        layers = [
+            {"layer": layer, "norm": [float(x) for x in norms], "singular_values": values.tolist()}
+            for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values)
+        ]
+        return {
+            **about(record),
+            "shape": list(snapshot.state.shape),
+            "metadata": dict(snapshot.metadata),
+            "layers": layers,
+        }
+
+    @router.get("/{id}/file")
+    async def take_file(request: Request, id: str) -> Response:
+        snapshot = await server.service.snapshot(id, server.owner(request))
+        name = {"Content-Disposition": 'attachment; filename="session.memory"'}
+        return Response(snapshot.to_bytes(), media_type="application/octet-stream", headers=name)
+
+    @router.put("/{id}/file")
+    async def bring_file(request: Request, id: str) -> Any:
+        owner, data = server.owner(request), await request.body()
+        snapshot = await asyncio.to_thread(MemorySnapshot.from_bytes, data)
+        return about(await server.service.replace(id, snapshot, owner))
+
+    @router.post("/{id}/fork")
+    async def fork(request: Request, id: str) -> Any:
+        owner, body = server.owner(request), await _body(request)
+        return about(await server.service.fork(id, checked_name(body.get("id", "")), owner))
+
+    @router.post("/{id}/reset")
+    async def reset(request: Request, id: str) -> Any:
+        return about(await server.service.reset(id, server.owner(request)))
+
+    @router.post("/{id}/undo")
+    async def undo(request: Request, id: str) -> Any:
+        return about(await server.service.undo(id, server.owner(request)))
+
+    @router.delete("/{id}")
+    async def delete(request: Request, id: str) -> Any:
+        await server.service.delete(id, server.owner(request))
+        return {"id": id, "object": "memory", "deleted": True}
+
+    return router
+
+
+def about(record: Record) -> dict[str, Any]:
+    """A session as the API shows it."""
+    return {
+        "id": record.name,
+        "object": "memory",
+        "created": record.created.isoformat(timespec="seconds") + "Z",
+        "updated": record.updated.isoformat(timespec="seconds") + "Z",
+        "version": record.version,
+        "turns": record.turns,
+        "tokens": record.tokens,
+        "bytes": record.size,
+    }
+
+
+#
+# answers
+#
+
+
+async def _respond(server: Server, request: Request, asked: Chat | Completion, answer: Answer) -> Response:
+    if isinstance(asked, Chat):
+        answer.to_message = asked.message
+    if asked.stream:
+        await answer.start()  # what is wrong with the request has a status of its own
+        return EventSourceResponse(_events(server, asked, answer), ping=server.settings.heartbeat, sep="\n")
+    scored: list[Any] = []
+
+    async def read() -> None:
+        async for piece in answer:
+            scored.extend(piece.scored)
+
+    answer.streams = "n_top" in asked.options
+    reading, gone = asyncio.create_task(read()), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait([reading, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            answer.cancel()
+        await reading
+    finally:
+        gone.cancel()
+        if not reading.done():
+            answer.cancel()
+    server.metrics.answered(answer)
+    return JSONResponse(asked.whole(answer, scored))
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(server: Server, asked: Chat | Completion, answer: Answer) -> AsyncIterator[dict[str, str]]:
+    pieces = aiter(answer)
+    try:
+        async with contextlib.aclosing(pieces):  # type: ignore[type-var]
+            async for chunk in asked.chunks(answer, pieces):
+                yield {"data": json.dumps(chunk, ensure_ascii=False)}
+    except DeltaMemError as error:
+        log.warning("a stream ends with an error: %s", error)
+        server.metrics.errors.labels(_status(error)[2]).inc()
+        yield {"data": json.dumps(_error_body(error))}
+    finally:
+        server.metrics.answered(answer)
+    yield {"data": "[DONE]"}
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    try:
+        body = json.loads(await request.body())
+    except ValueError as error:
+        raise InputError(f"the body is no JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InputError("the body is a JSON object")
+    return body
+
+
+def _session(request: Request, body: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Which session a request belongs to, and whether it writes: by the path, the header, or the body."""
+    memory = body.get("memory")
+    if memory is not None and not isinstance(memory, Mapping):
+        raise InputError('memory is {"session": id, "write": true or false}')
+    memory = memory or {}
+    session = request.path_params.get("session") or request.headers.get("x-memory-session") or memory.get("session")
+    write = memory.get("write", True)
+    if not isinstance(write, bool):
+        raise InputError(f"memory.write is true or false, not {write!r}")
+    return (None if session is None else checked_name(session)), write
+
+
+def _piece(llm: Any, token: int) -> Any:
+    data = llm.detokenize([token], special=True)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
+
+
+#
+# errors, logs and limits
+#
+
+
+def _status(error: Exception) -> tuple[int, str, str]:
+    if isinstance(error, HTTPException):
+        kinds = {401: ("authentication_error", "invalid_api_key"), 404: ("not_found_error", "not_found")}
+        return (error.status_code, *kinds.get(error.status_code, ("invalid_request_error", "invalid_request")))
+    return next((status for kind, status in _ERRORS if isinstance(error, kind)), (500, "server_error", "internal"))
+
+
+def _error_body(error: Exception) -> dict[str, Any]:
+    status, kind, code = _status(error)
+    if isinstance(error, HTTPException):
+        message = str(error.detail)
+    elif status == 500 and code == "internal":
+        message = "an error of the server: see its log"
+    else:
+        message = str(error)
+    return {"error": {"message": message, "type": kind, "code": code}}
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    status, _, code = _status(error)
+    request.app.state.server.metrics.errors.labels(code).inc()
+    if code == "internal":
+        log.error("an error of the server", exc_info=error)
+    elif status >= 500:
+        log.error("%s", error)
+    headers = {"Retry-After": "1"} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(_error_body(error), status, headers)
+
+
+class _Logged:
+    """Gives each request an id, and logs a line when its answer is over."""
+
+    def __init__(self, app: Any, server: Server) -> None:
+        self.app, self.server = app, server
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        id = given if 0 < len(given) <= 64 and given.isprintable() else uuid.uuid4().hex
+        request_id.set(id)
+        begin, status = time.monotonic(), 0
+
+        async def answer(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", id.encode("latin-1"))]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, answer)
+        finally:
+            endpoint = getattr(scope.get("route"), "path", "other")
+            self.server.metrics.requests.labels(endpoint, str(status)).inc()
+            if endpoint not in ("/health", "/metrics", "other"):
+                seconds = time.monotonic() - begin
+                log.info(
+                    "request",
+                    extra={
+                        "method": scope["method"],
+                        "endpoint": endpoint,
+                        "status": status,
+                        "milliseconds": round(1000 * seconds),
+                    },
+                )
+
+
+class _BodyLimit:
+    """Refuses bodies of more than `n_max` bytes, whatever their headers say."""
+
+    def __init__(self, app: Any, n_max: int) -> None:
+        self.app, self.n_max = app, n_max
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        n, error = 0, BodyTooLarge(f"the body of a request has at most {self.n_max} bytes")
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self.n_max:
+            await JSONResponse(_error_body(error), 413)(scope, receive, send)
+            return
+
+        async def limited() -> Any:
+            nonlocal n
+            message = await receive()
+            n += len(message.get("body", b""))
+            if n > self.n_max:
+                raise error
+            return message
+
+        await self.app(scope, limited, send)

@@ -1,0 +1,122 @@
+"""Which messages of a request the memory of its session has read already.
+
+An OpenAI client sends its whole history each time. It may also leave out the oldest messages, go on with an earlier
+chat or begin another one. So the server remembers which messages stood next to each other when the memory read them.
+A message that stands after the same one as then is known, and is not written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError
+from ..runtime.history import n_common
+
+Message = Mapping[str, Any]
+
+
+def content_of(message: Message) -> str:
+    """The text of a message; content may come in parts. Raises InputError for what is no text."""
+    content = message.get("content")
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        parts = []
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise InputError("a message has content that is no text: this model reads text only")
+            parts.append(part["text"])
+        return "".join(parts)
+    raise InputError(f"the content of a message is text, not {type(content).__name__}")
+
+
+def checked_messages(messages: Any) -> list[dict[str, Any]]:
+    """Messages with their content as one text. Raises InputError if they are none."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError("messages is a list of at least one message")
+    checked = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InputError('a message is an object with "role" and "content"')
+        role = "system" if message["role"] == "developer" else message["role"]
+        checked.append({**message, "role": role, "content": content_of(message)})
+    return checked
+
+
+def digests(messages: Sequence[Message]) -> list[str]:
+    """One for each message, of it and the one before it."""
+    said = [_canonical(message) for message in messages]
+    return [
+        hashlib.blake2b(f"{before}\n{this}".encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+        for before, this in zip(["", *said], said)
+    ]
+
+
+def n_system(messages: Sequence[Message]) -> int:
+    """Number of system messages that a chat begins with."""
+    return next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+
+
+def first_digest(messages: Sequence[Message]) -> str:
+    """What tells one chat from another: its first message that is no system prompt."""
+    n = n_system(messages)
+    return digests(messages[n : n + 1])[0] if n < len(messages) else ""
+
+
+def known_messages(messages: Sequence[Message], known: Collection[str]) -> list[bool]:
+    """Which messages were read already. `known`: digests of all that the memory has read.
+
+    The first message that is no system prompt has lost the one before it where the oldest were left out: it is known if
+    the one after it is.
+    """
+    marks = [digest in known for digest in digests(messages)]
+    n = n_system(messages)
+    if n + 1 < len(messages) and marks[n + 1]:
+        marks[n] = True
+    return marks
+
+
+def known_tokens(
+    prompt: Sequence[int],
+    messages: Sequence[Message],
+    marks: Sequence[bool],
+    begins: Callable[[int], int],
+) -> npt.NDArray[np.bool_]:
+    """Which tokens of a prompt belong to known messages, [n].
+
+    Args:
+        marks: which messages are known.
+        begins: where the content of a message begins, in tokens.
+    """
+    known = np.zeros(len(prompt), dtype=np.bool_)
+    start = 0
+    for i, mark in enumerate(marks):
+        is_last = i + 1 == len(marks)
+        if is_last or marks[i + 1] != mark:
+            end = len(prompt) if is_last else begins(i + 1)
+            known[start:end] = mark
+            start = end
+    return known
+
+
+def begins(render: Callable[[Sequence[Message]], Sequence[int]], messages: Sequence[Message], i: int) -> int:
+    """Where the content of message `i` begins, in tokens: up to there two contents have the same rendering."""
+    role = messages[i]["role"]
+    ways = [render([*messages[:i], {"role": role, "content": content}]) for content in "01"]
+    return n_common(*ways)
+
+
+def _canonical(message: Message) -> str:
+    calls = [
+        [call.get("function", {}).get("name"), call.get("function", {}).get("arguments")]
+        for call in message.get("tool_calls") or ()
+    ]
+    return json.dumps([message["role"], content_of(message).strip(), calls], ensure_ascii=False)

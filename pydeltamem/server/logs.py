@@ -1,0 +1,29 @@
+"""Structured logs: one JSON object a line, with the request's id and without contents."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import sys
+
+from pythonjsonlogger.json import JsonFormatter
+
+log = logging.getLogger("pydeltamem.server")
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
+
+
+def set_up(level: str = "info") -> None:
+    """Logs to standard error, as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handler.addFilter(_with_request)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    if level != "debug":
+        for name in ("pydeltamem.llama_cpp", "uvicorn.access", "sse_starlette", "httpx"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # the line of a request is ours
+
+
+def _with_request(record: logging.LogRecord) -> bool:
+    if request_id.get():
+        record.request = request_id.get()
+    return True

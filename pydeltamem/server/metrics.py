@@ -1,0 +1,70 @@
+"""What is watched, as Prometheus reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .service import Answer, AsyncDeltaMem
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """The metrics of one server. `service` gives it once it is loaded."""
+
+    def __init__(self, service: Callable[[], AsyncDeltaMem | None]) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.tokens = Counter(
+            "deltamem_tokens", "Tokens, by kind: prompt, cached, generated", ["kind"], registry=registry
+        )
+        self.requests = Counter(
+            "deltamem_requests", "Requests, by endpoint and status", ["endpoint", "status"], registry=registry
+        )
+        self.errors = Counter("deltamem_errors", "Errors, by code", ["code"], registry=registry)
+        self.first = Histogram(
+            "deltamem_time_to_first_token_seconds",
+            "From the request to its first token",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.each = Histogram(
+            "deltamem_time_per_token_seconds",
+            "Of an answer, after its first token",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.commits = Histogram(
+            "deltamem_store_commit_seconds", "To commit a turn", buckets=_SECONDS, registry=registry
+        )
+
+        def gauge(name: str, text: str, value: Callable[[AsyncDeltaMem], int]) -> None:
+            def now() -> float:
+                loaded = service()
+                return 0.0 if loaded is None else float(value(loaded))
+
+            Gauge(name, text, registry=registry).set_function(now)
+
+        gauge("deltamem_slots", "Slots", lambda s: s.worker.n_slots)
+        gauge("deltamem_slots_used", "Slots whose request is decoded", lambda s: s.worker.n_active)
+        gauge("deltamem_queue", "Requests that wait for a slot", lambda s: s.worker.n_waiting)
+        gauge("deltamem_sessions", "Sessions in the store", lambda s: s.n_stored)
+        gauge("deltamem_sessions_ready", "Sessions kept ready in memory", lambda s: s.n_ready)
+        gauge("deltamem_evictions", "Sessions that left memory for others", lambda s: s.n_evicted)
+
+    def answered(self, answer: Answer) -> None:
+        """Counts an answer."""
+        self.tokens.labels("cached").inc(answer.n_cached)
+        self.tokens.labels("prompt").inc(max(0, answer.n_prompt - answer.n_cached))
+        self.tokens.labels("generated").inc(answer.n_generated)
+        if answer.first_at:
+            self.first.observe(answer.first_at - answer.begun_at)
+            if answer.n_generated > 1:
+                self.each.observe((answer.ended_at - answer.first_at) / (answer.n_generated - 1))
+        if answer.commit_seconds:
+            self.commits.observe(answer.commit_seconds)
+
+    def text(self) -> bytes:
+        """All of them, in Prometheus' format."""
+        return generate_latest(self.registry)

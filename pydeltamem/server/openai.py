@@ -1,0 +1,320 @@
+"""Requests and answers as OpenAI's API words them. Nothing here knows HTTP."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from ..errors import InputError
+from .service import Answer, Piece
+
+_OPTIONS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
+    "repeat_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta", "stop", "seed", "logit_bias", "grammar",
+)  # fmt: skip
+_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|$)", re.DOTALL)
+
+
+def options_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an answer. Parameters that are not known here are ignored, as clients send many. Raises InputError
+    for what cannot be done.
+    """
+    for name in ("n", "best_of"):
+        if body.get(name) not in (None, 1):
+            raise InputError(f"{name}: one answer a request, not {body[name]!r}")
+    options = {name: body[name] for name in _OPTIONS if body.get(name) is not None}
+    if body.get("max_completion_tokens") is not None:
+        options["max_tokens"] = body["max_completion_tokens"]
+    if options.get("max_tokens") == -1:  # as llama-server
+        del options["max_tokens"]
+    if body.get("chat_template_kwargs") is not None:
+        if not isinstance(body["chat_template_kwargs"], dict):
+            raise InputError("chat_template_kwargs is an object")
+        options["template"] = body["chat_template_kwargs"]
+    return options
+
+
+class Chat:
+    """One request of /v1/chat/completions.
+
+    Args:
+        body: the request. Raises InputError if it does not fit.
+        model: the name to answer with.
+    """
+
+    object = "chat.completion"
+
+    def __init__(self, body: Mapping[str, Any], model: str) -> None:
+        self.id, self.created, self.model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
+        self.options = options_of(body)
+        self.messages = body.get("messages")
+        self.stream = _flag(body, "stream")
+        self.with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self.logprobs = _flag(body, "logprobs")
+        if self.logprobs:
+            self.options["n_top"] = body.get("top_logprobs") or 0
+        self._set_tools(body)
+        self._set_format(body.get("response_format"))
+
+    def _set_tools(self, body: Mapping[str, Any]) -> None:
+        tools, choice = body.get("tools"), body.get("tool_choice")
+        if body.get("functions"):
+            tools = [{"type": "function", "function": function} for function in body["functions"]]
+            choice = body.get("function_call", choice)
+            choice = {"type": "function", "function": choice} if isinstance(choice, Mapping) else choice
+        self.forced: str | None = None  # the function that the answer calls
+        self.calls = False  # whether the answer may call functions
+        self._as_json = False
+        if not tools:
+            return
+        names = []
+        for tool in tools if isinstance(tools, list) else ():
+            function = tool.get("function") if isinstance(tool, Mapping) else None
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise InputError('tools is a list of {"type": "function", "function": {"name": …}}')
+            function.setdefault("parameters", {"type": "object", "properties": {}})  # type: ignore[attr-defined]
+            names.append(function["name"])
+        if not names:
+            raise InputError('tools is a list of {"type": "function", "function": {"name": …}}')
+        if choice == "none":
+            return
+        self.options["tools"] = tools
+        self.calls = True
+        if isinstance(choice, Mapping):
+            function = choice.get("function")
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if name not in names:
+                raise InputError(f"tool_choice: {name} is none of the tools {', '.join(names)}")
+            self.forced = name
+        elif choice == "required" and len(names) == 1:
+            self.forced = names[0]
+        elif choice == "required":
+            self._as_json = True
+            self.options["response_format"] = {
+                "type": "json_object",
+                "schema": {"oneOf": [_call_schema(t) for t in tools]},
+            }
+        elif choice not in (None, "auto"):
+            raise InputError(f'tool_choice is "none", "auto", "required" or a function, not {choice!r}')
+        if self.forced is not None:
+            self.options["tool_choice"] = {"type": "function", "function": {"name": self.forced}}
+
+    def _set_format(self, wanted: Any) -> None:
+        if wanted is None or self.forced is not None or self._as_json:
+            return
+        kind = wanted.get("type") if isinstance(wanted, Mapping) else None
+        if kind == "text":
+            return
+        if kind == "json_object":
+            self.options["response_format"] = dict(wanted)
+        elif kind == "json_schema":
+            schema = (wanted.get("json_schema") or {}).get("schema")
+            if not isinstance(schema, Mapping):
+                raise InputError("response_format: json_schema holds a schema")
+            self.options["response_format"] = {"type": "json_object", "schema": dict(schema)}
+        else:
+            raise InputError(f'response_format: type is "text", "json_object" or "json_schema", not {kind!r}')
+
+    #
+    # the answer
+    #
+
+    def message(self, content: str) -> dict[str, Any]:
+        """The answer as a message, with the functions that it calls."""
+        calls: list[dict[str, Any]] = []
+        if self.forced is not None:
+            calls = [_call(self.id, 0, self.forced, content)]
+        elif self._as_json:
+            calls = _called(self.id, [content])
+        elif self.calls:
+            calls = _called(self.id, _CALL.findall(content))
+            content = _CALL.sub("", content) if calls else content
+        if not calls:
+            return {"role": "assistant", "content": content}
+        is_all = self.forced is not None or self._as_json or not content.strip()
+        return {"role": "assistant", "content": None if is_all else content.strip(), "tool_calls": calls}
+
+    def whole(self, answer: Answer, scored: Sequence[Any]) -> dict[str, Any]:
+        """The response."""
+        message = self.message(answer.content)
+        reason = "tool_calls" if "tool_calls" in message else answer.finish_reason
+        choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": self._logprobs(scored)}
+        return {**self._about(), "choices": [choice], "usage": usage(answer), **memory(answer)}
+
+    async def chunks(self, answer: Answer, pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
+        """The response in pieces; the one with finish_reason comes once the turn is committed."""
+        yield self._chunk({"role": "assistant", "content": None if self.forced else ""})
+        held, is_first = "", True
+        async for piece in pieces:
+            if self.forced is not None:
+                call = _call(self.id, 0, self.forced, piece.text)
+                if not is_first:
+                    call = {"function": {"arguments": piece.text}}
+                yield self._chunk({"tool_calls": [{"index": 0, **call}]})
+            elif self._as_json or (self.calls and _may_call(held + piece.text)):
+                held += piece.text  # a call is passed on as a whole
+            else:
+                yield self._chunk({"content": held + piece.text}, scored=piece.scored)
+                held = ""
+            is_first = False
+        reason = answer.finish_reason
+        if held:
+            message = self.message(held)
+            if message["content"]:
+                yield self._chunk({"content": message["content"]})
+            for i, call in enumerate(message.get("tool_calls", ())):
+                yield self._chunk({"tool_calls": [{"index": i, **call}]})
+                reason = "tool_calls"
+        reason = "tool_calls" if self.forced is not None else reason
+        yield {**self._chunk({}, reason), **memory(answer)}
+        if self.with_usage:
+            yield {**self._about(".chunk"), "choices": [], "usage": usage(answer)}
+
+    def _about(self, suffix: str = "") -> dict[str, Any]:
+        return {"id": self.id, "object": self.object + suffix, "created": self.created, "model": self.model}
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None, scored: Sequence[Any] = ()) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": self._logprobs(scored)}
+        return {**self._about(".chunk"), "choices": [choice]}
+
+    def _logprobs(self, scored: Sequence[Any]) -> Any:
+        if not self.logprobs:
+            return None
+        n_top = self.options["n_top"]
+
+        def entry(token: str, logprob: float) -> dict[str, Any]:
+            return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "replace"))}
+
+        return {
+            "content": [
+                {**entry(each.token, each.logprob),
+                 "top_logprobs": [entry(*top) for top in list(each.top.items())[:n_top]]}
+                for each in scored
+            ],
+            "refusal": None,
+        }  # fmt: skip
+
+
+class Completion:
+    """One request of /v1/completions."""
+
+    def __init__(self, body: Mapping[str, Any], model: str) -> None:
+        self.id, self.created, self.model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
+        self.options = options_of(body)
+        self.options.setdefault("max_tokens", 16)
+        prompt = body.get("prompt", "")
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+            prompt = prompt[0]
+        if not isinstance(prompt, str) and not (
+            isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt)
+        ):
+            raise InputError("prompt is a text, or a list of token ids; one a request")
+        self.prompt: str | list[int] = prompt
+        self.echo, self.stream = _flag(body, "echo"), _flag(body, "stream")
+        self.with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self.n_top = body.get("logprobs")
+        if self.n_top is not None:
+            self.options["n_top"] = self.n_top
+        if body.get("suffix"):
+            raise InputError("suffix: this server continues texts, and does not fill gaps")
+        if self.echo and (self.n_top is not None or not isinstance(prompt, str)):
+            raise InputError("echo: goes with a prompt that is text, and without logprobs")
+
+    def message(self, content: str) -> dict[str, Any]:
+        return {"role": "assistant", "content": content}
+
+    def whole(self, answer: Answer, scored: Sequence[Any]) -> dict[str, Any]:
+        """The response."""
+        text = (str(self.prompt) if self.echo else "") + answer.content
+        return {**self._choice(text, answer.finish_reason, scored), "usage": usage(answer), **memory(answer)}
+
+    async def chunks(self, answer: Answer, pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
+        """The response in pieces."""
+        if self.echo:
+            yield self._choice(str(self.prompt))
+        async for piece in pieces:
+            yield self._choice(piece.text, None, piece.scored)
+        yield {**self._choice("", answer.finish_reason), **memory(answer)}
+        if self.with_usage:
+            yield {**self._about(), "choices": [], "usage": usage(answer)}
+
+    def _about(self) -> dict[str, Any]:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+
+    def _choice(self, text: str, reason: str | None = None, scored: Sequence[Any] = ()) -> dict[str, Any]:
+        logprobs = None
+        if self.n_top is not None:
+            logprobs = {
+                "tokens": [each.token for each in scored],
+                "text_offset": [each.offset for each in scored],
+                "token_logprobs": [each.logprob for each in scored],
+                "top_logprobs": [each.top for each in scored],
+            }
+        choice = {"text": text, "index": 0, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._about(), "choices": [choice]}
+
+
+def usage(answer: Answer) -> dict[str, Any]:
+    n_prompt, n = answer.n_prompt, answer.n_generated
+    cached = {"cached_tokens": answer.n_cached}
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n,
+        "total_tokens": n_prompt + n,
+        "prompt_tokens_details": cached,
+    }
+
+
+def memory(answer: Answer) -> dict[str, Any]:
+    """What the turn did to its session."""
+    done = answer.committed
+    if done is None:
+        return {}
+    return {"memory": {"session": done.session, "version": done.version, "tokens_written": done.tokens_written}}
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"{name} is true or false, not {value!r}")
+    return bool(value)
+
+
+def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+    function = tool["function"]
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, "arguments": function["parameters"]},
+        "required": ["name", "arguments"],
+    }
+
+
+def _call(id: str, i: int, name: str, arguments: str) -> dict[str, Any]:
+    return {
+        "id": f"call_{id[-24:]}_{i}",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def _called(id: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The calls in an answer; none if one of them cannot be read."""
+    calls = []
+    for i, text in enumerate(texts):
+        try:
+            call = json.loads(text)
+            arguments = call.get("arguments", call.get("parameters", {}))
+            calls.append(_call(id, i, str(call["name"]), json.dumps(arguments, ensure_ascii=False)))
+        except (ValueError, KeyError, AttributeError):
+            return []
+    return calls
+
+
+def _may_call(text: str) -> bool:
+    """Whether a text holds a call, or may begin one at its end."""
+    mark = "<tool_call>"
+    return mark in text or any(text.endswith(mark[:n]) for n in range(1, len(mark)))

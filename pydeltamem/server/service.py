@@ -1,0 +1,692 @@
+"""`AsyncDeltaMem`: sessions and turns for asyncio programs. The HTTP application stands on it."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import functools
+import random
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..conversation import PromptCatcher, caught_prompt
+from ..errors import DeltaMemError, InputError
+from ..formats.memory_file import MemorySnapshot
+from ..llama import DeltaMemLlama
+from ..runtime.completion import biased
+from ..runtime.generation import Generation
+from ..runtime.history import n_common
+from ..runtime.names import nearest
+from . import session as sessions
+from .history import Message, checked_messages
+from .session import Begun, Live
+from .store import Conflict, Record, Store
+from .worker import QueueFull, Worker, taken
+
+NAME = re.compile(r"[\w.@:+=-]{1,128}")
+
+_SAMPLING = {
+    "temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "typical_p": "typical_p",
+    "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
+    "repeat_penalty": "repeat_penalty", "mirostat_mode": "mirostat_mode", "mirostat_tau": "mirostat_tau",
+    "mirostat_eta": "mirostat_eta", "grammar": "grammar",
+}  # fmt: skip
+_DEFAULTS = {"temp": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05, "repeat_penalty": 1.0}
+_OTHERS = ("max_tokens", "stop", "seed", "logit_bias", "n_top", "tools", "tool_choice", "response_format", "template")
+
+
+class SessionBusy(DeltaMemError):
+    """Another turn of this session is running and did not end in time."""
+
+
+class SessionUnknown(DeltaMemError):
+    """There is no such session."""
+
+
+class SessionLimit(DeltaMemError):
+    """The owner has as many sessions as it may have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Committed:
+    """What a turn did to its session.
+
+    Attributes:
+        session: its name; None: the memory was the request's own.
+        version: of the session, which counts commits.
+        tokens_written: tokens ever written into the memory.
+    """
+
+    session: str | None
+    version: int
+    tokens_written: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A piece of an answer: text, and its tokens if log probabilities were asked for."""
+
+    text: str
+    scored: Sequence[Any] = ()
+
+
+class AsyncDeltaMem:
+    """Sessions on one model, for asyncio.
+
+        async with AsyncDeltaMem(DeltaMemLlama("base.gguf", deltamem_path="adapter.gguf", n_seq_max=4)) as memory:
+            async for piece in memory.chat([{"role": "user", "content": "My name is Ada."}], session="ada"):
+                print(piece.text, end="")
+
+    A session is a memory with a name, and what is known of its text. It takes a slot only for a turn. A turn counts
+    when its answer is complete, or cut by the caller: then memory and text are committed together, or not at all.
+
+    Args:
+        llm: the model, which nobody else may use meanwhile. `aclose` closes it.
+        store: where sessions are kept; None: a store in memory, which ends with this object.
+        n_queue: how many requests may wait for a slot.
+        n_live: how many sessions stay ready in memory.
+        n_sessions: how many sessions an owner may have.
+        turn_timeout: seconds that a turn waits for another one of its session.
+        lease: seconds after which another process may take over a session whose turn did not end.
+
+    Methods raise InputError, SessionBusy, SessionUnknown, SessionLimit, QueueFull, StoreError, DecodeError and
+    NotFiniteError; ModelError after `aclose`.
+    """
+
+    def __init__(
+        self,
+        llm: DeltaMemLlama,
+        store: Store | None = None,
+        *,
+        n_queue: int = 64,
+        n_live: int = 64,
+        n_sessions: int = 100_000,
+        turn_timeout: float = 10,
+        lease: float = 60,
+    ) -> None:
+        self.llm = llm
+        self.store = Store.temporary() if store is None else store
+        self.turn_timeout, self.lease, self.n_sessions = turn_timeout, lease, n_sessions
+        self.holder = uuid.uuid4().hex
+        self.about = sessions.about_memories(llm) if llm.memory.attached else {}
+        self.adapter = self.about.get("adapter", "")
+        self.has_memory = llm.memory.attached
+        self.worker = Worker(llm, n_queue)
+        self._n_live = max(n_live, 2 * self.worker.n_slots)
+        self._live: collections.OrderedDict[tuple[str, str], Live] = collections.OrderedDict()
+        self._nameless: list[tuple[str, Live]] = []  # texts of no session, with their owner, the latest last
+        self._locks: dict[tuple[str, str], _Lock] = {}
+        self.n_evicted = 0
+        self._turns: set[asyncio.Task[Any]] = set()
+        self.worker.start()
+
+    async def __aenter__(self) -> AsyncDeltaMem:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+    async def aclose(self, seconds: float = 30) -> None:
+        """Ends what runs, commits it, and closes store and model."""
+        await asyncio.to_thread(self.worker.stop, seconds)
+        if self._turns:
+            await asyncio.wait(self._turns, timeout=seconds)
+        self.store.close()
+        self.llm.close()
+
+    @property
+    def n_ready(self) -> int:
+        """Sessions that are ready in memory."""
+        return len(self._live)
+
+    @property
+    def n_stored(self) -> int:
+        """Sessions in the store, of all owners."""
+        return self.store.count()
+
+    #
+    # turns
+    #
+
+    def chat(
+        self, messages: Any, *, session: str | None = None, owner: str = "", write: bool = True, **options: Any
+    ) -> Answer:
+        """The answer to messages, whose history is sent each time; only what is new is written (docs/how-to/serve.md).
+
+        Options: `max_tokens`, `stop`, `seed`, `logit_bias`, `n_top` (log probabilities), sampling as
+        `create_chat_completion`, `tools`, `tool_choice`, `response_format`, `template` (further variables of the chat
+        template).
+
+        Args:
+            session: whose memory it is; None: the request's own.
+            owner: sessions of one owner are invisible to others.
+            write: False: the session stays as it is.
+        """
+        checked = checked_messages(messages)
+        return Answer(self, checked, None, session, owner, write, _checked(options))
+
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        session: str | None = None,
+        owner: str = "",
+        write: bool = True,
+        **options: Any,
+    ) -> Answer:
+        """The continuation of a text. Options as `chat`, without those of a chat."""
+        return Answer(self, None, prompt, session, owner, write, _checked(options))
+
+    #
+    # sessions
+    #
+
+    async def list(self, owner: str = "") -> list[Record]:
+        """The sessions of an owner, the latest first, without their memories."""
+        return await asyncio.to_thread(self.store.list, owner)
+
+    async def get(self, name: str, owner: str = "") -> Record:
+        """A session as it was committed."""
+        record = await asyncio.to_thread(self.store.get, owner, checked_name(name))
+        if record is None:
+            raise SessionUnknown(f"there is no session {name}")
+        return record
+
+    async def snapshot(self, name: str, owner: str = "") -> MemorySnapshot:
+        """The memory of a session, as a memory file holds it."""
+        record = await self.get(name, owner)
+        return await asyncio.to_thread(sessions.snapshot_of, record, self.about, self.llm._engine.slots.shape)
+
+    async def replace(self, name: str, snapshot: MemorySnapshot, owner: str = "") -> Record:
+        """Replaces the memory of a session, or makes one. Its text and turns are forgotten."""
+        async with self._held(owner, checked_name(name)):
+            record = await self._record(owner, name)
+            new = await self._in_worker(lambda: sessions.with_memory(self.llm, record, snapshot))
+            return await self._commit(new)
+
+    async def fork(self, name: str, new: str, owner: str = "") -> Record:
+        """A second session that goes on from here. Raises Conflict if the name is taken."""
+        record = await self.get(name, owner)
+        checked_name(new)
+        await self._check_limit(owner, new)
+        return await self._commit(dataclasses.replace(record, name=new, version=0))
+
+    async def reset(self, name: str, owner: str = "") -> Record:
+        """Empties the memory, and forgets text and turns."""
+        async with self._held(owner, checked_name(name)):
+            record = await self.get(name, owner)
+            empty = Record(owner, record.name, record.version, record.created, adapter=self.adapter)
+            return await self._commit(empty)
+
+    async def undo(self, name: str, owner: str = "") -> Record:
+        """Takes the latest turn back: text and memory are as before it."""
+        async with self._held(owner, checked_name(name)):
+            return await self._commit(await asyncio.to_thread(sessions.taken_back, await self.get(name, owner)))
+
+    async def forget_text(self, name: str, owner: str = "") -> Record:
+        """Forgets the text and keeps the memory. The latest turns can no longer be gone back to, but undone."""
+        async with self._held(owner, checked_name(name)):
+            return await self._commit(dataclasses.replace(await self.get(name, owner), text=b"", chat=""))
+
+    async def rename(self, name: str, new: str, owner: str = "") -> None:
+        """Gives a session another name. Raises Conflict if it is taken."""
+        async with self._held(owner, checked_name(name)):
+            if not await asyncio.to_thread(self.store.rename, owner, name, checked_name(new)):
+                raise SessionUnknown(f"there is no session {name}")
+            await self._forget(owner, name)
+
+    async def delete(self, name: str, owner: str = "") -> None:
+        """Deletes a session."""
+        async with self._held(owner, checked_name(name)):
+            if not await asyncio.to_thread(self.store.delete, owner, name):
+                raise SessionUnknown(f"there is no session {name}")
+            await self._forget(owner, name)
+
+    async def can_decode(self, seconds: float = 5) -> bool:
+        """Whether a token can be decoded: one is, unless others are."""
+        worker = self.worker
+        if not worker.is_alive():
+            return False
+        since = worker.busy_since
+        if worker.n_active and since is not None and time.monotonic() - since < 60:
+            return True
+        probe = Answer(self, None, [0], None, "\0health", False, {**_DEFAULTS, "max_tokens": 0})
+        try:
+            await asyncio.wait_for(probe.whole(), seconds)
+        except (TimeoutError, asyncio.TimeoutError, DeltaMemError):
+            return False
+        return True
+
+    #
+    # within
+    #
+
+    async def _in_worker(self, function: Any) -> Any:
+        return await asyncio.wrap_future(self.worker.call(function))
+
+    async def _record(self, owner: str, name: str) -> Record:
+        record = await asyncio.to_thread(self.store.get, owner, name)
+        return Record(owner, name, adapter=self.adapter) if record is None else record
+
+    async def _check_limit(self, owner: str, name: str) -> None:
+        if await asyncio.to_thread(self.store.count, owner) >= self.n_sessions:
+            raise SessionLimit(f"session {name}: {self.n_sessions} sessions are there already: delete one first")
+
+    async def _commit(self, record: Record) -> Record:
+        """Commits a session that was changed otherwise than by a turn."""
+        committed = await asyncio.to_thread(self.store.commit, record)
+        await self._forget(record.owner, record.name)
+        return committed
+
+    async def _forget(self, owner: str, name: str) -> None:
+        live = self._live.pop((owner, name), None)
+        if live is not None:
+            await self._in_worker(lambda: self._leave(live))
+
+    def _leave(self, live: Live) -> None:
+        slots = self.llm._engine.slots
+        with slots.lock:
+            slots.leave(live.text)
+
+    @contextlib.asynccontextmanager
+    async def _held(self, owner: str, name: str) -> AsyncIterator[None]:
+        """One at a time for a session, in this process and among others. Raises SessionBusy."""
+        key = owner, name
+        entry = self._locks.setdefault(key, _Lock())
+        entry.n += 1
+        try:
+            try:
+                await asyncio.wait_for(entry.lock.acquire(), self.turn_timeout)
+            except (TimeoutError, asyncio.TimeoutError):
+                raise SessionBusy(f"session {name}: another turn is running and did not end in time") from None
+            try:
+                await self._lease(owner, name)
+                yield
+            finally:
+                entry.lock.release()
+        finally:
+            entry.n -= 1
+            if entry.n == 0:
+                self._locks.pop(key, None)
+
+    async def _lease(self, owner: str, name: str) -> None:
+        if self.store.is_local:
+            return
+        end = time.monotonic() + self.turn_timeout
+        while not await asyncio.to_thread(self.store.lease, owner, name, self.holder, self.lease):
+            if time.monotonic() > end:
+                raise SessionBusy(f"session {name}: another process runs a turn that did not end in time")
+            await asyncio.sleep(0.1)
+
+    async def _live_session(self, owner: str, name: str) -> Live:
+        """The session, as the store has it."""
+        key = owner, name
+        live = self._live.pop(key, None)
+        version = await asyncio.to_thread(self.store.version, owner, name)
+        if live is not None and (live.record is None or live.record.version != version):
+            old, live = live, None
+            await self._in_worker(lambda: self._leave(old))
+        if live is None:
+            record = await self._record(owner, name)
+            if record.version == 0:
+                await self._check_limit(owner, name)
+            live = await self._in_worker(lambda: sessions.live_session(self.llm, record, self.adapter))
+        self._live[key] = live
+        while len(self._live) > self._n_live:
+            idle = next((key for key in self._live if key not in self._locks), None)
+            if idle is None:
+                break
+            self.n_evicted += 1
+            await self._forget(*idle)
+        return live
+
+    def _nameless_text(self, owner: str, prompt: Sequence[int]) -> Live:
+        """A text that begins as the prompt, of an earlier request of this owner without a session; or a new one. Its
+        memory is that of its tokens alone, so the request gets what it would get from an empty memory.
+        """
+        found, longest = -1, 8
+        for i, (of, live) in enumerate(self._nameless):
+            n = n_common(live.text.tokens, prompt) if of == owner else 0
+            if n > longest:
+                found, longest = i, n
+        if found >= 0:
+            live = self._nameless.pop(found)[1]
+            live.text.n_tokens = min(longest, live.text.n_tokens)
+            return live
+        return Live(None, sessions.new_text(self.llm))
+
+    def _keep_nameless(self, owner: str, live: Live) -> None:
+        self._nameless.append((owner, live))
+        while len(self._nameless) > self.worker.n_slots:
+            self._leave(self._nameless.pop(0)[1])
+
+    def _rendered(self, messages: Sequence[Message], options: Mapping[str, Any]) -> PromptCatcher:
+        names = ("tools", "tool_choice", "response_format")
+        asked = {name: options[name] for name in names if options.get(name) is not None}
+        return caught_prompt(self.llm, messages, **asked, **(options.get("template") or {}))
+
+
+class Answer:
+    """A turn: iterate over its pieces. Afterwards its attributes say what it was.
+
+    Leaving the iteration early (`break`, a cancelled task) cuts the answer: what was said so far counts.
+
+    Attributes:
+        finish_reason: "stop" or "length".
+        n_prompt, n_cached, n_generated: tokens of the prompt, those that did not have to be decoded, and of the answer.
+        content: the whole answer.
+        committed: what the turn did to its session; None before its end, or if nothing was to be committed.
+    """
+
+    def __init__(
+        self,
+        service: AsyncDeltaMem,
+        messages: list[dict[str, Any]] | None,
+        prompt: str | Sequence[int] | None,
+        session: str | None,
+        owner: str,
+        write: bool,
+        options: dict[str, Any],
+    ) -> None:
+        if session is not None:
+            checked_name(session)
+        if session is not None and not service.has_memory:
+            raise InputError(
+                f"session {session}: no adapter is attached, so there is no memory: serve one by --deltamem"
+            )
+        self.service, self.messages, self.prompt = service, messages, prompt
+        self.session, self.owner, self.write, self.options = session, owner, write, options
+        self.finish_reason: str | None = None
+        self.n_prompt = self.n_cached = self.n_generated = 0
+        self.content = ""
+        self.committed: Committed | None = None
+        self.cancelled = False
+        # the answer as the message that the caller sends back with the next turn
+        self.to_message: Callable[[str], Message] = lambda content: {"role": "assistant", "content": content}
+        self.begun_at = self.first_at = self.ended_at = 0.0  # by time.monotonic: asked, first token, end
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._live: Live | None = None
+        self._used: Live | None = None  # what it is decoded in
+        self._begun: Begun | None = None
+        self._tokens: list[int] = []
+        self._record: Record | None = None
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+        self.streams = True  # False: the pieces come at the end, which is faster
+        self.commit_seconds = 0.0
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        return self._pieces()
+
+    async def whole(self) -> str:
+        """The whole answer."""
+        self.streams = self.options.get("n_top") is not None
+        return "".join([piece.text async for piece in self])
+
+    def cancel(self) -> None:
+        """Cuts the answer at the next step. Any thread may call this."""
+        self.cancelled = True
+        self.service.worker.drop(self)
+
+    async def start(self) -> None:
+        """Begins the turn. Returns once the worker has it; raises what is wrong with the request before."""
+        if self._task is None:
+            loop = self._loop = asyncio.get_running_loop()
+            self.begun_at = time.monotonic()
+            self._started = loop.create_future()
+            # the turn goes on to its commit even if whoever waits for it goes away
+            self._task = asyncio.create_task(self._run())
+            self.service._turns.add(self._task)
+            self._task.add_done_callback(self._done)
+        await asyncio.shield(self._started)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self.service._turns.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if not self._started.done():
+            if error is None:
+                self._started.set_result(None)
+            else:
+                self._started.set_exception(error)
+                self._started.exception()  # somebody may have gone away
+        self._queue.put_nowait(None)
+
+    async def _pieces(self) -> AsyncIterator[Piece]:
+        try:
+            await self.start()
+            while (piece := await self._queue.get()) is not None:
+                yield piece
+            assert self._task is not None  # it was started
+            await self._task
+        finally:
+            if self._task is not None and not self._task.done():
+                self.cancel()
+
+    async def _run(self) -> None:
+        service = self.service
+        await asyncio.to_thread(self._render)
+        if self.session is None:
+            await self._decode()
+            return
+        async with service._held(self.owner, self.session):
+            self._live = await service._live_session(self.owner, self.session)
+            await self._decode()
+            if self._record is None:
+                record = self._live.record
+                assert record is not None  # of a session
+                self.committed = Committed(self.session, record.version, record.tokens)
+                return
+            begin = time.monotonic()
+            try:
+                committed = await asyncio.to_thread(service.store.commit, self._record)
+                self.commit_seconds = time.monotonic() - begin
+            except BaseException:  # the text is ahead of the store
+                await service._forget(self.owner, self.session)
+                raise
+            assert self._begun is not None
+            self._live.record, self._live.turns, self._live.chat = committed, committed.history, self._begun.chat
+            if not service.store.is_local:
+                await asyncio.to_thread(service.store.release, self.owner, self.session, service.holder)
+            self.committed = Committed(self.session, committed.version, committed.tokens)
+
+    async def _decode(self) -> None:
+        self._over = asyncio.get_running_loop().create_future()
+        self.service.worker.submit(self)
+        if not self._started.done():
+            self._started.set_result(None)
+        await self._over
+        self.ended_at = time.monotonic()
+
+    #
+    # in other threads
+    #
+
+    def _render(self) -> None:
+        """Messages or text to tokens, and everything else that needs no text. In any thread."""
+        llm, options = self.service.llm, self.options
+        self._stop = list(options.get("stop") or ())
+        self._criteria = None
+        sampling = {key: value for key, value in options.items() if key in _SAMPLING.values()}
+        if self.messages is not None:
+            caught = self.service._rendered(self.messages, options)
+            self._tokens, self._criteria = list(caught.prompt), caught.stopping_criteria
+            self._stop += [stop for stop in caught.stop if stop]
+            if caught.grammar is not None:
+                sampling["grammar"] = caught.grammar
+        elif isinstance(self.prompt, str):
+            self._tokens = llm.tokenize(self.prompt.encode("utf-8", "surrogatepass"), add_bos=True, special=True)
+        else:
+            self._tokens = llm._checked_tokens(self.prompt or ()).tolist()
+        self._tokens = self._tokens or [llm.token_bos()]
+        n, n_ctx = len(self._tokens), llm.n_ctx()
+        self.n_prompt = n
+        if n >= n_ctx:
+            raise InputError(
+                f"the prompt has {n} tokens and the context holds {n_ctx}: send less, or serve a larger one"
+            )
+        processors = []
+        if options.get("logit_bias"):
+            processors.append(biased(options["logit_bias"], llm.n_vocab()))
+        seed = options.get("seed")
+        seed = random.getrandbits(31) if seed is None or seed < 0 else seed
+        self._make_sampler = functools.partial(
+            llm._seeded_sampler, seed, logits_processor=processors or None, **sampling
+        )
+        self._calls_back = bool(processors)
+
+    def begin(self) -> Generation:
+        """As Job."""
+        service, llm, tokens, options = self.service, self.service.llm, self._tokens, self.options
+        with llm._engine.lock:
+            sampler = self._make_sampler()
+        if self._live is None:
+            self._live = (
+                service._nameless_text(self.owner, tokens) if self.write else Live(None, sessions.new_text(llm))
+            )
+        self._used = live = self._live
+        if live.record is not None and not self.write:  # reads the memory of the session, and is forgotten afterwards
+            self._used = live = Live(live.record, live.text.fork(), live.chat, live.turns)
+        text = live.text
+        text.write, self._before = self.write, text.position
+        if live.record is None:
+            self.n_cached = n = min(n_common(text.tokens, tokens), len(tokens) - 1)
+            text.n_tokens = n
+            new, known = tokens[n:], None
+        else:
+            if self.messages is None:
+                begun = sessions.begin_raw(live, tokens)
+            else:
+                begun = sessions.begin_chat(live, self.messages, tokens, self._render_again)
+            self._begun = begun
+            new, known, self.n_cached = begun.tokens, begun.known, begun.n_past
+        generation = Generation(text)
+        n_predict = options.get("max_tokens")
+        generation.prepare(
+            llm._ctx,
+            llm._model.vocab,
+            sampler,
+            n_predict=-1 if n_predict is None else n_predict,
+            stop=self._stop,
+            criteria=self._criteria,
+            n_top=options.get("n_top"),
+        )
+        generation.goes_on, generation.calls_back = self.streams, self._calls_back
+        segments = np.zeros(len(new), dtype=np.int32) if text.slots.writes_by_segment else None
+        generation.ask(new, segments, known=known)
+        return generation
+
+    def _render_again(self, messages: Sequence[Message]) -> list[int]:
+        return list(self.service._rendered(messages, self.options).prompt)
+
+    def news(self, generation: Generation) -> None:
+        """As Job."""
+        if self.first_at == 0 and generation.is_sampled_once:
+            self.first_at = time.monotonic()
+        self._put(Piece(*taken(generation)))
+
+    def end(self, generation: Generation | None, error: BaseException | None) -> None:
+        """As Job."""
+        try:
+            if self._used is not None:
+                self._close(self._used, generation, error)
+        except Exception as failure:
+            error = error or failure
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._settle, error)
+
+    def _settle(self, error: BaseException | None) -> None:
+        if not self._over.done():
+            if error is None:
+                self._over.set_result(None)
+            else:
+                self._over.set_exception(error)
+
+    def _close(self, live: Live, generation: Generation | None, error: BaseException | None) -> None:
+        service = self.service
+        counts = False
+        if generation is not None and error is None:
+            if generation.finish_reason is None and generation.n_tokens > 0:  # cut
+                rest = generation.rest()
+                generation.content += rest
+                self._put(Piece(rest))
+            counts = generation.finish_reason is not None or generation.n_tokens > 0
+            self.content, self.n_generated = generation.content, generation.n_tokens
+            self.finish_reason = generation.finish_reason or "stop"
+        if live.record is None and counts:
+            self.committed = Committed(None, 0, live.text.position.n_written)
+        if live.record is None and counts and self.write:
+            service._keep_nameless(self.owner, live)
+        elif live.record is None or not self.write:
+            service._leave(live)
+        elif counts:
+            assert self._begun is not None  # it was decoded
+            reply = None if self.messages is None else self.to_message(self.content)
+            self._record = sessions.finished(live, self._begun, service.about, self.messages or (), reply)
+        elif not live.text.restore(self._before):
+            service._leave(live)
+            live.text = sessions.live_session(service.llm, live.record, service.adapter).text
+
+    def _put(self, piece: Piece) -> None:
+        if (piece.text or piece.scored) and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+
+
+class _Lock:
+    """A lock, and how many hold it or wait for it."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.n = 0
+
+
+def checked_name(name: str) -> str:
+    """The name of a session. Raises InputError if it cannot be one."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise InputError(
+            f"{str(name)[:40]!r} cannot be the name of a session: letters, digits and . _ - @ : + =, at most 128"
+        )
+    return name
+
+
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a turn, under the names of the sampler. Raises InputError."""
+    checked: dict[str, Any] = dict(_DEFAULTS)
+    for name, value in options.items():
+        if name not in _SAMPLING and name not in _OTHERS:
+            raise InputError(f"{name} is no option of an answer{nearest(name, (*_SAMPLING, *_OTHERS))}")
+        if value is None:
+            continue
+        checked[_SAMPLING.get(name, name)] = value
+    for name in ("temp", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repeat_penalty"):
+        if name in checked and not (_is_number(checked[name]) and np.isfinite(checked[name])):
+            raise InputError(f"{name} is a number, not {checked[name]!r}")
+    for name, low, high in (("temp", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("typical_p", 0, 1)):
+        if name in checked and not low <= checked[name] <= high:
+            raise InputError(f"{name} is {low} to {high}, not {checked[name]}")
+    for name, low in (("max_tokens", 0), ("top_k", -1), ("n_top", 0), ("seed", -1)):
+        value = checked.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+            raise InputError(f"{name} is a whole number from {low} on, not {value!r}")
+    if (checked.get("n_top") or 0) > 20:
+        raise InputError(f"at most 20 likeliest tokens can be listed, not {checked['n_top']}")
+    stop = checked.get("stop")
+    if isinstance(stop, str):
+        checked["stop"] = [stop]
+    elif stop is not None and not (isinstance(stop, list) and all(isinstance(text, str) for text in stop)):
+        raise InputError("stop is a text, or a list of texts")
+    return checked
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+__all__ = ["Answer", "AsyncDeltaMem", "Committed", "Conflict", "Piece", "QueueFull", "SessionBusy", "SessionLimit",
+           "SessionUnknown", "checked_name"]  # fmt: skip

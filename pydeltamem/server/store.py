@@ -1,0 +1,439 @@
+"""Sessions in a database, by SQLAlchemy: SQLite by default, or PostgreSQL.
+
+One row a session, with its memory file and what is known of its text; one row a turn, with the memory before it, so
+that the turn can be taken back. A commit writes both in one transaction and compares the version: whoever was second
+gets `Conflict`. A lease makes one turn at a time of those of several processes.
+
+The memory before a turn is its state, [L, H, r, r] float32 as bytes. A text is its tokens, whether they wrote, and
+segments, as safetensors (`pydeltamem.server.session`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import sqlalchemy as sa
+from sqlalchemy.exc import DatabaseError, IntegrityError
+
+from ..errors import DeltaMemError, InputError
+
+FORMAT = 1  # of the tables
+
+_tables = sa.MetaData()
+
+_about = sa.Table(
+    "about",
+    _tables,
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("value", sa.String(255), nullable=False),
+)
+
+_sessions = sa.Table(
+    "sessions",
+    _tables,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("owner", sa.String(64), nullable=False),
+    sa.Column("name", sa.String(128), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("created", sa.DateTime, nullable=False),
+    sa.Column("updated", sa.DateTime, nullable=False),
+    sa.Column("turns", sa.Integer, nullable=False),
+    sa.Column("tokens", sa.Integer, nullable=False),
+    sa.Column("adapter", sa.String(64), nullable=False),
+    sa.Column("memory", sa.LargeBinary, nullable=False),
+    sa.Column("text", sa.LargeBinary, nullable=False),
+    sa.Column("chat", sa.String(64), nullable=False),
+    sa.Column("lease", sa.String(64), nullable=False, server_default=""),
+    sa.Column("lease_ends", sa.Float, nullable=False, server_default="0"),
+    sa.UniqueConstraint("owner", "name"),
+)
+
+_turns = sa.Table(
+    "turns",
+    _tables,
+    sa.Column("session", sa.Integer, sa.ForeignKey("sessions.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("created", sa.DateTime, nullable=False),
+    sa.Column("chat", sa.String(64), nullable=False),
+    sa.Column("position", sa.Integer, nullable=False),
+    sa.Column("tokens", sa.Integer, nullable=False),
+    sa.Column("state", sa.LargeBinary),
+    sa.Column("digests", sa.Text, nullable=False),
+    sa.Column("messages", sa.Text),
+)
+
+
+class StoreError(DeltaMemError):
+    """The store cannot be reached, is full, or is of another format."""
+
+
+class Conflict(DeltaMemError):
+    """Another process has changed or holds the session."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn, and how to take it back.
+
+    Attributes:
+        number: from 1.
+        chat: which chat of the session it belongs to: another text has another one.
+        position: tokens of the text before it.
+        tokens: tokens ever written before it.
+        state: the memory before it; None: no longer kept.
+        digests: of its messages, as `history.digests`.
+        messages: themselves, if the store keeps them.
+    """
+
+    number: int
+    chat: str
+    position: int
+    tokens: int
+    state: bytes | None
+    digests: tuple[str, ...]
+    messages: tuple[dict[str, Any], ...] | None = None
+    created: datetime.datetime = field(default_factory=lambda: now())
+
+
+@dataclass(frozen=True)
+class Record:
+    """A session as it was committed.
+
+    Attributes:
+        version: counts commits; 0: never committed.
+        turns: number of turns.
+        tokens: tokens ever written into the memory.
+        adapter: names the adapter that the memory belongs to.
+        memory: a memory file; empty: nothing was written.
+        text: what is known of the text; empty: nothing.
+        chat: as `Turn.chat`, of the present text.
+        history: its turns, ascending.
+    """
+
+    owner: str
+    name: str
+    version: int = 0
+    created: datetime.datetime = field(default_factory=lambda: now())
+    updated: datetime.datetime = field(default_factory=lambda: now())
+    turns: int = 0
+    tokens: int = 0
+    adapter: str = ""
+    memory: bytes = b""
+    text: bytes = b""
+    chat: str = ""
+    history: tuple[Turn, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the memory."""
+        return len(self.memory)
+
+
+class Store:
+    """Sessions, each under its owner and its name.
+
+    Args:
+        url: of SQLAlchemy; `sqlite:///FILE` or `postgresql+psycopg://…`. None: `default_url()`.
+        n_undo: how many of the latest turns can be taken back.
+        keep_messages: whether to keep the messages, or only their digests.
+
+    Methods raise StoreError if the database fails.
+    """
+
+    def __init__(self, url: str | None = None, *, n_undo: int = 8, keep_messages: bool = False) -> None:
+        self.url = url or default_url()
+        self.n_undo = n_undo
+        self.keep_messages = keep_messages
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            options: dict[str, Any] = {"pool_pre_ping": True}
+            if self.url.startswith("sqlite"):
+                options = {"connect_args": {"timeout": 10, "check_same_thread": False}}
+            self._engine = sa.create_engine(self.url, **options)
+        except (sa.exc.ArgumentError, ImportError) as error:
+            raise InputError(f"--store {self.url}: not a database that SQLAlchemy can open: {error}") from error
+        if self._engine.dialect.name == "sqlite":
+            sa.event.listen(self._engine, "connect", _set_up_sqlite)
+            sa.event.listen(self._engine, "begin", _begin_sqlite)
+        self._writing = self._engine.execution_options(writes=True)
+        with self._errors():
+            _tables.create_all(self._engine)
+            with self._writing.begin() as connection:
+                found = connection.scalar(sa.select(_about.c.value).where(_about.c.key == "format"))
+                if found is None:
+                    connection.execute(_about.insert().values(key="format", value=str(FORMAT)))
+        if found is not None and found != str(FORMAT):
+            raise StoreError(f"{self.shown}: a store of format {found}, and this version reads format {FORMAT}")
+
+    @classmethod
+    def temporary(cls, **options: Any) -> Store:
+        """A store that ends when it is closed."""
+        folder = tempfile.TemporaryDirectory(prefix="deltamem-")
+        store = cls(f"sqlite:///{Path(folder.name) / 'sessions.db'}", **options)
+        store._folder = folder
+        return store
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is one file, which one server uses: then a session needs no lease."""
+        return self._engine.dialect.name == "sqlite"
+
+    @property
+    def shown(self) -> str:
+        """The address without a password."""
+        return sa.make_url(self.url).render_as_string(hide_password=True)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (DatabaseError, sa.exc.TimeoutError) as error:
+            reason = getattr(error, "orig", None) or error
+            raise StoreError(f"{self.shown}: the store fails: {reason}") from error
+
+    def close(self) -> None:
+        """Closes its connections. Closing twice is fine."""
+        self._engine.dispose()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    #
+    # reading
+    #
+
+    def get(self, owner: str, name: str) -> Record | None:
+        """A session, None if there is none."""
+        with self._errors(), self._engine.connect() as connection:
+            row = connection.execute(sa.select(_sessions).where(*_is(owner, name))).mappings().first()
+            if row is None:
+                return None
+            turns = connection.execute(
+                sa.select(_turns).where(_turns.c.session == row["id"]).order_by(_turns.c.number)
+            ).mappings()
+            return _record(row, tuple(map(_turn, turns)))
+
+    def version(self, owner: str, name: str) -> int:
+        """The version of a session; 0 if there is none."""
+        with self._errors(), self._engine.connect() as connection:
+            return connection.scalar(sa.select(_sessions.c.version).where(*_is(owner, name))) or 0
+
+    def list(self, owner: str | None = None) -> list[Record]:
+        """Sessions, of one owner or of all, the latest first: without memories, texts and turns."""
+        columns = [column for column in _sessions.c if column.name not in ("memory", "text")]
+        size = sa.func.length(_sessions.c.memory).label("size")
+        query = sa.select(*columns, size).order_by(_sessions.c.updated.desc(), _sessions.c.name)
+        if owner is not None:
+            query = query.where(_sessions.c.owner == owner)
+        with self._errors(), self._engine.connect() as connection:
+            return [_Listed(**_fields(row), listed_size=row["size"]) for row in connection.execute(query).mappings()]
+
+    def count(self, owner: str | None = None) -> int:
+        """Number of sessions, of one owner or of all."""
+        query = sa.select(sa.func.count()).select_from(_sessions)
+        if owner is not None:
+            query = query.where(_sessions.c.owner == owner)
+        with self._errors(), self._engine.connect() as connection:
+            return connection.scalar(query) or 0
+
+    #
+    # writing
+    #
+
+    def commit(self, record: Record) -> Record:
+        """Writes a session in place of the version before it. Returns it with its new version.
+
+        `record.history` holds all of its turns. Raises Conflict if the store has another version than `record`.
+        """
+        keep = record.turns - self.n_undo
+        history = [
+            replace(turn, state=turn.state if turn.number > keep else None,
+                    messages=turn.messages if self.keep_messages else None)
+            for turn in record.history
+        ]  # fmt: skip
+        record = replace(record, updated=now(), history=tuple(history))
+        values = {
+            key: getattr(record, key)
+            for key in ("updated", "turns", "tokens", "adapter", "memory", "text", "chat")
+        }  # fmt: skip
+        with self._errors(), self._writing.begin() as connection:
+            if record.version == 0:
+                try:
+                    made = connection.execute(
+                        _sessions.insert().values(
+                            owner=record.owner, name=record.name, version=1, created=record.created, **values
+                        )
+                    )
+                except IntegrityError as error:
+                    raise Conflict(f"session {record.name}: there is one of this name already") from error
+                id = int(made.inserted_primary_key[0])  # type: ignore[index]
+            else:
+                id = connection.scalar(
+                    sa.select(_sessions.c.id).where(
+                        *_is(record.owner, record.name), _sessions.c.version == record.version
+                    )
+                )
+                if id is None:
+                    raise Conflict(f"session {record.name}: another process has changed it")
+                changed = connection.execute(
+                    _sessions.update()
+                    .where(_sessions.c.id == id, _sessions.c.version == record.version)
+                    .values(version=record.version + 1, **values)
+                )
+                if changed.rowcount != 1:
+                    raise Conflict(f"session {record.name}: another process has changed it")
+            self._write_turns(connection, id, history)
+        return replace(record, version=record.version + 1)
+
+    def _write_turns(self, connection: sa.Connection, id: int, history: Sequence[Turn]) -> None:
+        """Replaces the turns that differ. A turn never changes, but for its state, which is dropped."""
+        here = {
+            row.number: row
+            for row in connection.execute(
+                sa.select(_turns.c.number, _turns.c.created, _turns.c.state.is_not(None).label("kept")).where(
+                    _turns.c.session == id
+                )
+            )
+        }
+        there = {turn.number: turn for turn in history}
+        gone = [number for number, row in here.items() if number not in there or there[number].created != row.created]
+        if gone:
+            connection.execute(_turns.delete().where(_turns.c.session == id, _turns.c.number.in_(gone)))
+        spent = [
+            number
+            for number, row in here.items()
+            if row.kept and number in there and number not in gone and there[number].state is None
+        ]
+        if spent:
+            connection.execute(
+                _turns.update().where(_turns.c.session == id, _turns.c.number.in_(spent)).values(state=None)
+            )
+        new = [turn for number, turn in there.items() if number not in here or number in gone]
+        if new:
+            connection.execute(_turns.insert(), [{"session": id, **_row(turn)} for turn in new])
+
+    def delete(self, owner: str, name: str) -> bool:
+        """Deletes a session. False if there is none."""
+        with self._errors(), self._writing.begin() as connection:
+            return connection.execute(_sessions.delete().where(*_is(owner, name))).rowcount > 0
+
+    def rename(self, owner: str, name: str, new: str) -> bool:
+        """Gives a session another name. False if there is none. Raises Conflict if the name is taken."""
+        with self._errors(), self._writing.begin() as connection:
+            try:
+                changed = connection.execute(
+                    _sessions.update().where(*_is(owner, name)).values(name=new, version=_sessions.c.version + 1)
+                )
+            except IntegrityError as error:
+                raise Conflict(f"session {new}: there is one of this name") from error
+            return changed.rowcount > 0
+
+    def lease(self, owner: str, name: str, holder: str, seconds: float) -> bool:
+        """Takes or prolongs the lease of a session. False if another holder has it. A session that was never committed
+        needs none: its first commit is a compare-and-set, too.
+        """
+        begin = now().timestamp()
+        with self._errors(), self._writing.begin() as connection:
+            if connection.scalar(sa.select(sa.func.count()).select_from(_sessions).where(*_is(owner, name))) == 0:
+                return True
+            free = sa.or_(_sessions.c.lease == holder, _sessions.c.lease == "", _sessions.c.lease_ends < begin)
+            return (
+                connection.execute(
+                    _sessions.update().where(*_is(owner, name), free).values(lease=holder, lease_ends=begin + seconds)
+                ).rowcount
+                > 0
+            )
+
+    def release(self, owner: str, name: str, holder: str) -> None:
+        """Gives a lease back."""
+        with self._errors(), self._writing.begin() as connection:
+            connection.execute(
+                _sessions.update().where(*_is(owner, name), _sessions.c.lease == holder).values(lease="", lease_ends=0)
+            )
+
+    def vacuum(self) -> None:
+        """Gives the space of what was deleted back to the file system."""
+        with self._errors(), self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("VACUUM")
+
+
+@dataclass(frozen=True)
+class _Listed(Record):
+    """A record without its memory, which knows how large that is."""
+
+    listed_size: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.listed_size
+
+
+def default_url() -> str:
+    """The store in the user's data folder."""
+    folder = Path(platformdirs.user_data_dir("deltamem", appauthor=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'sessions.db'}"
+
+
+def now() -> datetime.datetime:
+    """The present time, UTC, without a time zone, as databases keep it."""
+    return datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
+
+
+def _set_up_sqlite(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # `_begin_sqlite` begins transactions
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Any) -> None:
+    # one that begins by reading and then writes would fail at once if another process wrote in between
+    writes = connection.get_execution_options().get("writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _is(owner: str, name: str) -> tuple[Any, Any]:
+    return _sessions.c.owner == owner, _sessions.c.name == name
+
+
+def _fields(row: Any) -> dict[str, Any]:
+    names = ("owner", "name", "version", "created", "updated", "turns", "tokens", "adapter", "chat")
+    return {name: row[name] for name in names}
+
+
+def _record(row: Any, history: tuple[Turn, ...]) -> Record:
+    return Record(**_fields(row), memory=row["memory"], text=row["text"], history=history)
+
+
+def _turn(row: Any) -> Turn:
+    messages = row["messages"]
+    return Turn(
+        number=row["number"],
+        chat=row["chat"],
+        position=row["position"],
+        tokens=row["tokens"],
+        state=row["state"],
+        digests=tuple(json.loads(row["digests"])),
+        messages=None if messages is None else tuple(json.loads(messages)),
+        created=row["created"],
+    )
+
+
+def _row(turn: Turn) -> dict[str, Any]:
+    return {
+        "number": turn.number,
+        "created": turn.created,
+        "chat": turn.chat,
+        "position": turn.position,
+        "tokens": turn.tokens,
+        "state": turn.state,
+        "digests": json.dumps(turn.digests),
+        "messages": None if turn.messages is None else json.dumps(turn.messages, ensure_ascii=False),
+    }

@@ -1,0 +1,208 @@
+"""The thread that decodes for all requests.
+
+It puts what is asked for into common batches (`Engine.wait`) and passes pieces on as they come. Requests join and
+leave between two decodes. At most as many go on as there are slots; the others wait, and owners take turns.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from ..errors import DeltaMemError, ModelError
+from ..llama import DeltaMemLlama
+from ..runtime.generation import Generation
+
+
+class QueueFull(DeltaMemError):
+    """Too many requests wait for a slot."""
+
+
+class Job(Protocol):
+    """A request for the worker, which calls all of this in its thread.
+
+    Attributes:
+        owner: whose request it is; owners take turns.
+        cancelled: the caller no longer wants it. Any thread may set this.
+    """
+
+    owner: str
+    cancelled: bool
+
+    def begin(self) -> Generation:
+        """Prepares what the engine decodes. May raise DeltaMemError."""
+
+    def news(self, generation: Generation) -> None:
+        """Takes the pieces that are there."""
+
+    def end(self, generation: Generation | None, error: BaseException | None) -> None:
+        """It is over, or never began."""
+
+
+class Worker(threading.Thread):
+    """Decodes until `stop`.
+
+    Args:
+        llm: the model. While this thread runs, only `call` and jobs may touch its texts.
+        n_queue: how many jobs may wait for a slot.
+
+    Attributes:
+        n_active: jobs that have a slot.
+        n_waiting: jobs that wait for one.
+        busy_since: when the present decode began, by `time.monotonic`; None between two.
+    """
+
+    def __init__(self, llm: DeltaMemLlama, n_queue: int = 64) -> None:
+        super().__init__(name="deltamem-decode", daemon=True)
+        self.llm = llm
+        self.n_slots = llm._engine.slots.n_seq_max
+        self.n_queue = n_queue
+        self.busy_since: float | None = None
+        self._came = threading.Condition()
+        self._queues: collections.OrderedDict[str, collections.deque[Job]] = collections.OrderedDict()
+        self._calls: collections.deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = collections.deque()
+        self._active: list[tuple[Job, Generation]] = []
+        self._is_stopping = self._drains = False
+
+    @property
+    def n_active(self) -> int:
+        return len(self._active)
+
+    @property
+    def n_waiting(self) -> int:
+        return sum(map(len, tuple(self._queues.values())))
+
+    #
+    # for any thread
+    #
+
+    def submit(self, job: Job) -> None:
+        """Enters a job. Raises QueueFull, and ModelError after `stop`."""
+        with self._came:
+            if self._is_stopping or not self.is_alive():
+                raise ModelError("the server is stopping")
+            if self.n_waiting >= self.n_queue and self.n_active >= self.n_slots:
+                raise QueueFull(f"{self.n_waiting} requests wait already: try again later")
+            self._queues.setdefault(job.owner, collections.deque()).append(job)
+            self._came.notify()
+
+    def call(self, function: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+        """Calls a function in this thread, between two decodes."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        with self._came:
+            if self._is_stopping or not self.is_alive():
+                raise ModelError("the server is stopping")
+            self._calls.append((function, future))
+            self._came.notify()
+        return future
+
+    def drop(self, job: Job) -> None:
+        """A job was cancelled: if it waits for a slot, it ends now."""
+        with self._came:
+            queue = self._queues.get(job.owner)
+            if queue is not None and job in queue:
+                queue.remove(job)
+                self._calls.append((lambda: job.end(None, None), concurrent.futures.Future()))
+            self._came.notify()
+
+    def stop(self, seconds: float = 30) -> None:
+        """Takes no more jobs, and ends when those that run are over. After `seconds` they are cut."""
+        with self._came:
+            self._is_stopping = True
+            self._came.notify()
+        self.join(seconds)
+        if self.is_alive():
+            self._drains = True
+            self.join(5)
+
+    #
+    # its thread
+    #
+
+    def run(self) -> None:
+        while True:
+            with self._came:
+                while not (self._calls or self._active or self._is_stopping or self.n_waiting):
+                    self._came.wait()
+                calls = list(self._calls)
+                self._calls.clear()
+            for function, future in calls:
+                _run(function, future)
+            self._admit()
+            if self._active:
+                self._step()
+            elif self._is_stopping and not self._calls and not self.n_waiting:
+                return
+
+    def _admit(self) -> None:
+        while len(self._active) < self.n_slots:
+            job = self._next()
+            if job is None:
+                return
+            if job.cancelled:
+                job.end(None, None)
+                continue
+            try:
+                generation = job.begin()
+            except Exception as error:
+                job.end(None, error)
+            else:
+                self._active.append((job, generation))
+
+    def _next(self) -> Job | None:
+        """The oldest job of the owner that was served longest ago."""
+        with self._came:
+            for owner in list(self._queues):
+                queue = self._queues.pop(owner)
+                if queue:
+                    job = queue.popleft()
+                    if queue:
+                        self._queues[owner] = queue  # at the end
+                    return job
+        return None
+
+    def _step(self) -> None:
+        for job, generation in self._active:
+            if job.cancelled or self._drains:
+                generation.cancel()
+        error: BaseException | None = None
+        self.busy_since = time.monotonic()
+        try:
+            self.llm._engine.wait([generation for _, generation in self._active], self._has_more)
+        except Exception as failure:  # the model was closed
+            error = failure
+        self.busy_since = None
+        still = []
+        for job, generation in self._active:
+            job.news(generation)
+            if generation.is_over or error is not None:
+                job.end(generation, generation.error or error)
+            else:
+                still.append((job, generation))
+        self._active = still
+
+    def _has_more(self) -> bool:
+        """Whether there is something to do before the next decode."""
+        if self._calls or self._drains or (len(self._active) < self.n_slots and self._queues):
+            return True
+        self.busy_since = time.monotonic()
+        return any(job.cancelled and not generation.is_cancelled for job, generation in self._active)
+
+
+def _run(function: Callable[[], Any], future: concurrent.futures.Future[Any]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+
+def taken(generation: Generation) -> tuple[str, Sequence[Any]]:
+    """The text and the scored tokens that nobody has taken yet."""
+    pieces, generation.pieces = generation.pieces, []
+    scored, generation.scored = generation.scored, []
+    return "".join(pieces), scored
