@@ -275,13 +275,14 @@ class Store:
                     raise Conflict(f"session {record.name}: there is one of this name already") from error
                 id = int(made.inserted_primary_key[0])  # type: ignore[index]
             else:
-                id = connection.scalar(
+                found = connection.scalar(
                     sa.select(_sessions.c.id).where(
                         *_is(record.owner, record.name), _sessions.c.version == record.version
                     )
                 )
-                if id is None:
+                if found is None:
                     raise Conflict(f"session {record.name}: another process has changed it")
+                id = int(found)
                 changed = connection.execute(
                     _sessions.update()
                     .where(_sessions.c.id == id, _sessions.c.version == record.version)
