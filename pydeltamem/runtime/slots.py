@@ -246,8 +246,8 @@ class Slots:
         places = [slot for slot in places if self.text(slot) is None or self.text(slot) not in staying]
         if not places:
             return None
-        # from the last one on: llama_cpp.Llama evaluates its own text in the first
-        slot = min(places, key=lambda s: (self.text(s) is not None, self._used[s], -s))
+        # free ones from the last one on: llama_cpp.Llama evaluates its own text in the first
+        slot = min(places, key=lambda s: (0, 0, -s) if self.text(s) is None else (1, self._used[s], -s))
         self.leave(self.text(slot))
         text.lost_kv()
         self._states[slot] = self._records[slot] = None
