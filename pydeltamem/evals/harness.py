@@ -1,0 +1,182 @@
+"""lm-evaluation-harness with our models: `python -m pydeltamem.evals.harness --model deltamem …`, else as lm-eval.
+
+    python -m pydeltamem.evals.harness --model deltamem --model_args model=base.gguf,adapter=adapter.gguf --tasks piqa
+
+Every request begins with an empty memory, which its tokens write as they are decoded, as published. Requests that begin
+alike share what was decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..llama import DeltaMemLlama
+from ..runtime.history import n_common
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from tqdm import tqdm
+except ImportError as missing:
+    raise InputError(f"the harness needs {missing.name}: pip install 'pydeltamem[lm-eval]'") from None
+
+
+@register_model("deltamem")
+class DeltaMemLM(TemplateLM):
+    """A model for lm-evaluation-harness. Names are those of `--model_args`.
+
+    Args:
+        model: GGUF, or a name.
+        adapter: GGUF, PyTorch directory or name; None: no memory.
+        lora: LoRA adapter GGUF.
+        n_ctx: tokens of a request at most. Logits of each are kept: n_ctx · vocabulary · 4 bytes.
+        n_threads: for all decodes; None: as DeltaMemLlama.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        adapter: str | None = None,
+        lora: str | None = None,
+        n_ctx: int = 2048,
+        n_threads: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.llm = DeltaMemLlama(
+            model, deltamem_path=adapter, lora_path=lora, n_ctx=int(n_ctx), n_threads=n_threads,
+            n_threads_batch=n_threads, logits_all=True,
+        )  # fmt: skip
+
+    @property
+    def max_length(self) -> int:
+        return self.llm.n_ctx()
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.llm.token_eos()
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.llm.token_bos()
+        return bos if bos >= 0 else self.eot_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The tokens of a text, with the one that begins texts if the model has it. Names of control tokens count."""
+        adds = add_special_tokens is not False and self.llm._model.add_bos_token()
+        tokens = self.llm.tokenize(string.encode(), add_bos=False, special=True)
+        return [self.llm.token_bos(), *tokens] if adds and tokens[:1] != [self.llm.token_bos()] else tokens
+
+    #
+    # probabilities
+    #
+
+    def _read(self, tokens: Sequence[int]) -> None:
+        """Makes these tokens the text, and what they write the memory. `llm.scores` then has their logits."""
+        llm = self.llm
+        n = min(n_common(llm._text.tokens, tokens), len(tokens) - 1)
+        if n <= 1 or n < llm._text.position.floor:
+            llm.reset()
+            if llm.memory.attached:
+                llm.memory.reset()
+            n = 0
+        else:
+            llm.n_tokens = n
+        llm.eval(list(tokens[n:]))
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])  # alike side by side
+        for i in tqdm(order, desc="loglikelihood", disable=disable_tqdm):
+            _, context, continuation = requests[i]
+            if len(continuation) > self.max_length:
+                raise InputError(f"n_ctx={self.max_length}: a continuation has {len(continuation)} tokens: raise it")
+            tokens = (context + continuation)[-(self.max_length + 1) :]
+            if not continuation:
+                continue
+            self._read(tokens[:-1])
+            rows = np.asarray(self.llm.scores[len(tokens) - 1 - len(continuation) : len(tokens) - 1], dtype=np.float64)
+            highest = rows.max(axis=1)
+            logs = highest + np.log(np.exp(rows - highest[:, None]).sum(axis=1))
+            said = rows[np.arange(len(continuation)), continuation]
+            found[i] = float((said - logs).sum()), bool((rows.argmax(axis=1) == continuation).all())
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log probability of each text, in windows of the whole context. The memory begins with each window."""
+        found = []
+        for request in requests:
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                self.tok_encode(text, add_special_tokens=False), self.prefix_token_id, self.max_length, 1
+            )
+            pairs = [(None, *make_disjoint_window(window)) for window in windows]
+            found.append(sum(value for value, _ in self._loglikelihood_tokens(pairs, disable_tqdm=True)))
+        return found
+
+    #
+    # generation
+    #
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        found = []
+        for request in tqdm(requests, desc="generate_until", disable=disable_tqdm):
+            context, given = request.args
+            options = normalize_gen_kwargs(dict(given), default_max_gen_toks=256)
+            n_predict, stop = options["max_gen_toks"], [text for text in options["until"] if text]
+            prompt = self.tok_encode(context)[-(self.max_length - n_predict) :]
+            self.llm.reset()
+            if self.llm.memory.attached:
+                self.llm.memory.reset()
+            sampling = {name: options[name] for name in ("top_p", "top_k", "min_p") if name in options}
+            said = self.llm.create_completion(
+                prompt, max_tokens=n_predict, temperature=options.get("temperature", 0.0), stop=stop, **sampling
+            )
+            found.append(said["choices"][0]["text"])
+            self.cache_hook.add_partial("generate_until", request.args, found[-1])
+        return found
+
+    #
+    # chat templates
+    #
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.llm.fingerprint
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.llm.metadata.get("tokenizer.chat_template") if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt of these messages by the model's template. Raises InputError if it has none."""
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        template = self.llm.metadata.get("tokenizer.chat_template")
+        if template is None:
+            raise InputError(f"{self.llm.model_path}: has no chat template: leave out --apply_chat_template")
+        bos, eos = (
+            self.llm.detokenize([token], special=True).decode() if token >= 0 else ""
+            for token in (self.llm.token_bos(), self.llm.token_eos())
+        )
+        form = Jinja2ChatFormatter(template, eos, bos, add_generation_prompt=add_generation_prompt)
+        messages: Any = chat_history
+        return str(form(messages=messages).prompt)
+
+
+def main() -> None:
+    """lm-eval's command line."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

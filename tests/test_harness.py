@@ -1,0 +1,156 @@
+"""lm-evaluation-harness with our models: probabilities against a softmax by hand, and tasks whose data are local."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pydeltamem import DeltaMemLlama
+from pydeltamem.evals.harness import DeltaMemLM
+from pydeltamem.models import default_files
+
+MODEL, ADAPTERS = default_files()
+
+
+@pytest.fixture(scope="module", params=[None, "msw"])
+def lm(request):
+    adapter = request.param and str(ADAPTERS[request.param])
+    made = DeltaMemLM(str(MODEL), adapter=adapter, n_ctx=256, n_threads=1)
+    yield made
+    made.llm.close()
+
+
+def requests(*arguments):
+    return [SimpleNamespace(args=args) for args in arguments]
+
+
+def by_hand(lm, tokens, first, step=1):
+    """The log probability of tokens from `first` on, and whether each is the likeliest.
+
+    Each time, `step` tokens are decoded at once, or all anew (0).
+    """
+    llm = DeltaMemLlama(MODEL, deltamem_path=lm.llm.deltamem_path, n_ctx=256, n_threads=1)
+    total, greedy = 0.0, True
+    for i in range(1, len(tokens)):
+        if step == 0:
+            llm.reset()
+            if llm.memory.attached:
+                llm.memory.reset()
+        llm.eval(tokens[:i] if step == 0 else tokens[i - 1 : i])
+        if i >= first:
+            logits = llm.logits.astype(np.float64)
+            total += logits[tokens[i]] - np.log(np.exp(logits).sum())
+            greedy = greedy and int(logits.argmax()) == tokens[i]
+    llm.close()
+    return total, greedy
+
+
+PAIRS = [
+    ("My name is Anna. I live in", " Oslo."),
+    ("My name is Anna. I live in", " Rome"),
+    ("", "Hello."),
+    ("Hi ", "you"),
+]
+
+
+def test_probabilities_are_those_of_the_logits(lm):
+    found = lm.loglikelihood(requests(*PAIRS), disable_tqdm=True)
+    for (context, continuation), (value, greedy) in zip(PAIRS, found):
+        before = lm._encode_pair(context, continuation)[0] if context else [lm.prefix_token_id]
+        tokens = before + (lm._encode_pair(context, continuation)[1] if context else lm.tok_encode(continuation, False))
+        if not context and tokens[1] == lm.prefix_token_id:
+            tokens = tokens[1:]
+        expected, is_greedy = by_hand(lm, tokens, len(before), step=0)
+        assert value == pytest.approx(
+            expected, abs=2e-3
+        )  # of one to thirty tokens at once, in float32 with Q8_0 weights
+        assert greedy == is_greedy
+    turned = lm.loglikelihood(requests(*PAIRS[::-1]), disable_tqdm=True)
+    assert [value for value, _ in turned] == pytest.approx([value for value, _ in found[::-1]], abs=2e-3)
+
+
+def test_the_likeliest_continuation_is_greedy(lm):
+    context = "My name is Anna. I live in"
+    (said,) = lm.generate_until(requests((context, {"until": [], "max_gen_toks": 3})), disable_tqdm=True)
+    ((_, greedy),) = lm.loglikelihood(requests((context, said)), disable_tqdm=True)
+    assert greedy
+    ((_, greedy),) = lm.loglikelihood(requests((context, " zzz")), disable_tqdm=True)
+    assert not greedy
+
+
+def test_rolling_probabilities_have_every_token_once(lm):
+    short = "I live in Oslo and my dog is called Rex."
+    tokens = lm.tok_encode(short, add_special_tokens=False)
+    (value,) = lm.loglikelihood_rolling(requests((short,)), disable_tqdm=True)
+    assert value == pytest.approx(by_hand(lm, [lm.prefix_token_id, *tokens], 1, step=0)[0], rel=1e-3)
+    long, n = " ".join([short] * 25), lm.max_length
+    tokens = lm.tok_encode(long, add_special_tokens=False)
+    assert n < len(tokens) < 2 * n
+    (value,) = lm.loglikelihood_rolling(requests((long,)), disable_tqdm=True)
+    first, _ = by_hand(lm, [lm.prefix_token_id, *tokens[:n]], 1)
+    rest, _ = by_hand(lm, tokens[-n - 1 :], 2 * n + 1 - len(tokens))  # what is left, after as much as fits
+    assert value == pytest.approx(first + rest, rel=0.01)  # decoded one by one, which rounds otherwise
+
+
+def test_generation_ends_at_a_stop(lm):
+    context = "Hello."
+    (whole,) = lm.generate_until(requests((context, {"until": [], "max_gen_toks": 12})), disable_tqdm=True)
+    stop = whole[2:4]
+    (cut,) = lm.generate_until(requests((context, {"until": [stop], "max_gen_toks": 12})), disable_tqdm=True)
+    assert cut == whole.partition(stop)[0]
+
+
+def test_the_chat_template(lm):
+    prompt = lm.apply_chat_template([{"role": "user", "content": "Hello."}])
+    shorter = lm.apply_chat_template([{"role": "user", "content": "Hello."}], add_generation_prompt=False)
+    assert "Hello." in prompt and prompt.startswith(shorter) and len(shorter) < len(prompt)
+
+
+CHOICE = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+metric_list: [{{metric: acc}}]
+"""
+GENERATE = """
+task: local_words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["."], max_gen_toks: 8}}
+metric_list: [{{metric: exact_match, ignore_punctuation: true}}]
+"""
+
+
+def test_the_command_line_runs_tasks_with_local_data(tmp_path):
+    """As a user runs it: a task of probabilities and one of generation."""
+    choices = [{"text": "What colour is snow? Snow is", "choices": ["white", "seven"], "label": 0}] * 2
+    (tmp_path / "choice.jsonl").write_text("".join(json.dumps(record) + "\n" for record in choices))
+    (tmp_path / "words.jsonl").write_text(json.dumps({"text": "I live in", "answer": "x"}) + "\n")
+    (tmp_path / "choice.yaml").write_text(CHOICE.format(file=tmp_path / "choice.jsonl"))
+    (tmp_path / "words.yaml").write_text(GENERATE.format(file=tmp_path / "words.jsonl"))
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "pydeltamem.evals.harness", "--model", "deltamem", "--model_args",
+         f"model={MODEL},adapter={ADAPTERS['msw']},n_ctx=256,n_threads=1", "--tasks", "local_choice,local_words",
+         "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")],
+        capture_output=True, text=True, env={**os.environ, **environment}, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    (found,) = (json.loads(path.read_text()) for path in (tmp_path / "out").rglob("results*.json"))
+    assert found["results"]["local_choice"]["acc,none"] == 1
+    assert 0 <= found["results"]["local_words"]["exact_match,none"] <= 1
