@@ -368,17 +368,17 @@ def test_bad_options_are_named(tmp_path):
     for options, code, names in (
         (("--tasks", "recal"), 1, ["recal"]),
         (("--methods", "magic", "-n", "1"), 1, ["magic"]),
-        (("-m", tmp_path / "none.gguf", "--memories", f"a={tmp_path}/b"), 1, [tmp_path / "none.gguf"]),
-        (("--memories", "a"), 1, ["--memories"]),
+        (("-m", tmp_path / "none.gguf", "--adapters", f"a={tmp_path}/b"), 1, [tmp_path / "none.gguf"]),
+        (("--adapters", "a"), 1, ["--adapters"]),
         (("--facts", "1,x"), 2, ["--facts", "1,x"]),
         (("--facts", "1,34"), 1, [33]),
         (("--distance", "5000", "-n", "1", "--tasks", "distance"), 1, [1024]),
-        (("--memories", "none=x"), 1, ["none"]),
-        (("--memories", "a=x", "a=y"), 1, ["a"]),
-        (("-m", TINY / "base.gguf"), 1, ["--memories"]),
+        (("--adapters", "none=x"), 1, ["none"]),
+        (("--adapters", "a=x", "a=y"), 1, ["a"]),
+        (("-m", TINY / "base.gguf"), 1, ["--adapters"]),
         (("--json", tmp_path / "none" / "x.json"), 1, [tmp_path / "none" / "x.json"]),
         (("--plot", tmp_path), 1, [tmp_path]),
-        (("-m", TINY / "base.gguf", "--memories", f"a={TINY / 'base.gguf'}"), 1, [TINY / "base.gguf"]),
+        (("-m", TINY / "base.gguf", "--adapters", f"a={TINY / 'base.gguf'}"), 1, [TINY / "base.gguf"]),
     ):
         result = deltamem("eval", "recall", *options)
         assert result.returncode == code and "Traceback" not in result.stderr, result.stderr

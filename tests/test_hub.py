@@ -348,7 +348,7 @@ COMMANDS = {
     "generate": ["-m", "MODEL", "--deltamem", "MEMORY", "-p", "my name is Ada", "--no-perf", *PLAIN],
     "chat": ["-m", "MODEL", "--deltamem", "MEMORY", *PLAIN],
     "bench": ["-m", "MODEL", "--deltamem", "MEMORY", "-p", "8", "-n", "0", "--pairs", "2", "--rss", "0", "-t", "1"],
-    "eval": ["recall", "-m", "MODEL", "--memories", "msw=MEMORY", "-n", "1", "--tasks", "recall", "--facts", "1",
+    "eval": ["recall", "-m", "MODEL", "--adapters", "msw=MEMORY", "-n", "1", "--tasks", "recall", "--facts", "1",
              "--methods", "msw", "-t", "1"],
     "demo": ["-m", "MODEL", "--deltamem", "MEMORY", "--seed", "1", "--delay", "0"],
 }  # fmt: skip

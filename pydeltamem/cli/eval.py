@@ -1,154 +1,28 @@
-"""`deltamem eval recall`: what a model with a memory still knows once the text is gone, compared with other ways."""
+"""`deltamem eval`: benchmarks of what a model with a memory knows, and the report of their results."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
-from ..errors import InputError
-from ..evals.corpora import CORPORA, MAX_QUESTION, missing
-from ..evals.methods import PLAIN, answer_all, bm25s_module, chosen
-from ..evals.plot import matplotlib_figure, plot
-from ..evals.reader import MAX_ANSWER, NativeReader
-from ..evals.recall import ALIASES, FOR_ANY_MODEL, MOST_FACTS, TASKS, WORLD, make_cases
-from ..evals.report import REPORT, as_json, print_tables, show
-from ..evals.statistics import ratios_of, right_of, table_of
-from ..formats.kinds import PNG
-from ..formats.outputs import output
-from ..models import default_files
-from .model_options import ADAPTER_HELP, MODEL_HELP
-from .parser import count, integers, positive
-
-DATA = "DELTAMEM_DATA"
-N_CTX = 2048  # default with -m
+from ..evals.benchmarks import BENCHMARKS
+from . import eval_benchmark, eval_recall, eval_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    summary = "facts that were told before the text was thrown away"
-    recall = what.add_parser("recall", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    recall.add_argument("-m", "--model", metavar="FILE", help=f"{MODEL_HELP} (the small model of the package)")
-    recall.add_argument("--deltamem", metavar="FILE", help=f"{ADAPTER_HELP}; the tables call it memory")
-    recall.add_argument(
-        "--memories",
-        metavar="NAME=FILE",
-        nargs="+",
-        help="several adapters, each under the name that the tables give it",
-    )
-    recall.add_argument(
-        "--tasks", metavar="NAME,...",
-        help=f"of {', '.join([*ALIASES, *TASKS])} ({','.join(FOR_ANY_MODEL)}; for the small model {','.join(WORLD)})",
-    )  # fmt: skip
-    recall.add_argument(
-        "--methods", metavar="NAME,...",
-        help=f"only these: {', '.join(PLAIN)}, and with the name of a memory NAME, NAME+window, NAME+full",
-    )  # fmt: skip
-    recall.add_argument(
-        "--data", metavar="DIR", help=f"folder of the published conversations ({DATA})"
-    )  # fmt: skip
-    recall.add_argument("-n", type=positive, default=200, metavar="N", help="questions of each kind (%(default)s)")
-    recall.add_argument(
-        "--facts", type=integers, metavar="N,...", help="facts told (1,4,8; for the small model 1,2,4,8,16)"
-    )
-    recall.add_argument(
-        "--distance", type=integers, default=[64, 128, 256], metavar="N,...",
-        help="tokens of small talk after four facts (64,128,256)",
-    )  # fmt: skip
-    recall.add_argument("--window", type=positive, default=64, metavar="N", help="tokens of a window (%(default)s)")
-    recall.add_argument("--seed", type=count, default=1, help="(%(default)s)")
-    recall.add_argument(
-        "-c", "--ctx-size", type=count, metavar="N", help=f"context ({N_CTX}; 0, or the small model: the model's)"
-    )
-    recall.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half the CPUs)")
-    recall.add_argument("--json", metavar="FILE", help="write the rows, the ratios and all answers")
-    recall.add_argument("--plot", metavar="FILE.png", help="draw the accuracies (needs matplotlib)")
-    recall.add_argument("--show", type=count, default=0, metavar="N", help="print N conversations with each answer")
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        sub: Any = what.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        return sub
+
+    eval_recall.add_arguments(add("recall", "facts that were told before the text was thrown away"))
+    for name, (_, summary) in BENCHMARKS.items():
+        eval_benchmark.add_arguments(add(name, summary))
+    eval_report.add_arguments(add("report", "join the results of benchmarks and print their tables"))
 
 
 def run(args: argparse.Namespace) -> int:
-    model, memories = _model_and_memories(args)
-    is_small = args.model is None
-    tasks, data = _tasks(args, is_small)
-    facts = args.facts or ([1, 2, 4, 8, 16] if is_small else [1, 4, 8])
-    if not 1 <= min(facts) <= max(facts) <= MOST_FACTS:
-        raise InputError(f"--facts: the world holds 1 to {MOST_FACTS} facts of one person")
-    methods = chosen(memories, args.methods.split(",") if args.methods else None)
-    if "bm25" in methods:
-        bm25s_module()
-    if args.plot:
-        matplotlib_figure()
-    n_ctx = args.ctx_size if args.ctx_size is not None else 0 if is_small else N_CTX
-    with output(args.json, REPORT) as write, output(args.plot, PNG) as write_plot:
-        reader = NativeReader(model, n_ctx=n_ctx, threads=args.threads)
-        try:
-            for adapter in memories.values():  # raises now if one does not fit
-                reader.attach(adapter)
-            cases = list(make_cases(tasks, args.n, facts, args.distance, args.seed, reader, data))
-            longest = max((reader.n_tokens(case.turns) for case in cases), default=0)
-            if longest + MAX_QUESTION + MAX_ANSWER > reader.n_ctx:
-                raise InputError(
-                    f"--distance, --facts: a conversation of {longest} tokens and a question do not fit into the"
-                    f" context of {reader.n_ctx} tokens of {model}: lower them"
-                )
-            with Progress(console=Console(stderr=True), transient=True) as progress:
-                bar = progress.add_task("asking", total=len(cases) * len(methods))
-                answers = answer_all(cases, reader, memories, args.window, methods, lambda n: progress.advance(bar, n))
-        finally:
-            reader.close()
-        right = right_of(cases, answers)
-        rows, ratios = table_of(cases, right), ratios_of(cases, right, list(memories))
-        print_tables(Console(width=None if sys.stdout.isatty() else 160), rows, ratios)
-        for i in range(min(args.show, len(cases))):
-            show(cases[i], {method: given[i] for method, given in answers.items()})
-        setup = {
-            "model": os.path.basename(os.fspath(model)),
-            "memories": {name: os.path.basename(path) for name, path in memories.items()},
-            "n": args.n, "window": args.window, "seed": args.seed,
-        }  # fmt: skip
-        write(as_json(setup, rows, ratios, cases, answers))
-        if args.plot:
-            write_plot(plot(rows))
-    return 0
-
-
-def _model_and_memories(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
-    """The model, and its adapters by name."""
-    named = [item.partition("=")[::2] for item in args.memories or ()]
-    named += [("memory", args.deltamem)] if args.deltamem else []
-    memories = dict(named)
-    taken = {name for name in memories if name in PLAIN or "+" in name or "," in name}
-    if taken or len(memories) < len(named):
-        raise InputError(f"--memories: two methods would be called {min(taken, default=min(memories, default=''))}")
-    if not all(memories.values()):
-        raise InputError("--memories: name each adapter with its file, as in --memories msw=adapter.gguf")
-    if args.model is None:
-        model, shipped = default_files()
-        return os.fspath(model), memories or {name: os.fspath(path) for name, path in shipped.items()}
-    if not memories and not args.methods:
-        raise InputError("--memories: name the adapters of -m MODEL, as in --memories msw=adapter.gguf")
-    return args.model, memories
-
-
-def _tasks(args: argparse.Namespace, is_small: bool) -> tuple[list[str], Path | None]:
-    """The tasks whose questions can be asked, and the folder of the data."""
-    chosen = args.tasks.split(",") if args.tasks else WORLD if is_small else FOR_ANY_MODEL
-    tasks = list(dict.fromkeys(task for name in chosen for task in ALIASES.get(name, (name,))))
-    for task in tasks:
-        if task not in TASKS:
-            raise InputError(f"--tasks: there is no task {task}: {', '.join([*ALIASES, *TASKS])}")
-    folder = args.data or os.environ.get(DATA)
-    data = Path(folder) if folder else None
-    if args.data and data is not None and not data.is_dir():
-        raise InputError(f"--data {args.data}: there is no such folder")
-    skipped = [reason for task in tasks if task in CORPORA and (reason := missing(task, data))]
-    tasks = [task for task in tasks if task not in CORPORA or not missing(task, data)]
-    if not tasks:
-        raise InputError("; ".join(skipped))
-    for reason in skipped:
-        print(f"left out: {reason}", file=sys.stderr)
-    return tasks, data
+    if args.what == "recall":
+        return eval_recall.run(args)
+    return eval_report.run(args) if args.what == "report" else eval_benchmark.run(args)

@@ -98,14 +98,15 @@ def found_turns(
     """
     pieces = pieces_of(turns, window, reader)
     kept: list[int] = []
-    scores = _relevance([f"{piece.user} {piece.assistant}" if replies else piece.user for piece in pieces], question)
+    scores = relevance([f"{piece.user} {piece.assistant}" if replies else piece.user for piece in pieces], question)
     for i in sorted(range(len(pieces)), key=lambda i: (-scores[i], -i)):
         if reader.n_tokens(shown(pieces[j] for j in sorted((*kept, i)))) <= window:
             kept.append(i)
     return shown(pieces[i] for i in sorted(kept))
 
 
-def _relevance(texts: Sequence[str], question: str) -> npt.NDArray[np.float32]:
+def relevance(texts: Sequence[str], question: str) -> npt.NDArray[np.float32]:
+    """How relevant each text is to a question, by BM25 without stop words; 0 where no word counts."""
     bm25s = bm25s_module()
     *words, asked = bm25s.tokenize([*texts, question], stopwords="en_plus", return_ids=False, show_progress=False)
     if not any(words) or not asked:

@@ -1,0 +1,182 @@
+"""`deltamem eval locomo` and the other benchmarks of the publication: one line of JSON for every answer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import InputError
+from ..evals.asker import Asker
+from ..evals.benchmarks import BENCHMARKS
+from ..evals.items import DATA, Item, chosen, items_of
+from ..evals.results import markdown, results_of
+from ..evals.run import BESIDE, PLAIN, PROTOCOLS, methods_of
+from ..evals.run import run as run_benchmark
+from ..evals.views import NEEDS
+from ..formats.atomic import no_file
+from ..models import default_files
+from ..runtime import library
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments
+from .parser import at_least, count, positive
+
+N_CTX = 4096  # default with -m
+WRITES = {"published": {"context": True, "memory": False}, "on": dict.fromkeys(PROTOCOLS, True)}
+WRITES["off"] = dict.fromkeys(PROTOCOLS, False)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", metavar="FILE", help=f"{MODEL_HELP} (the small model of the package)")
+    parser.add_argument("--deltamem", metavar="FILE", help=f"{ADAPTER_HELP}; the tables call it deltamem")
+    parser.add_argument("--adapters", metavar="NAME=FILE", nargs="+", help="several adapters, each under its name")
+    parser.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF, for the method lora")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="folder of the answers; a run goes on there"
+    )
+    parser.add_argument("--data", metavar="FILE", help=f"questions as published, or the folder of all data ({DATA})")
+    parser.add_argument(
+        "--methods", metavar="NAME,...",
+        help=f"only these: {', '.join(PLAIN)}, lora, and with an adapter's name NAME/context, NAME/memory,"
+        f" NAME/memory+VIEW with VIEW of {', '.join(BESIDE)} (all but dense, summary and +VIEW)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--protocol", metavar="NAME,...", default="context,memory",
+        help="context: the text stays, and is written while it is read; memory: it is dropped before the question"
+        " (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--answer-writes", choices=tuple(WRITES), default="published",
+        help="whether question and answer write (%(default)s: on in context, off in memory)",
+    )  # fmt: skip
+    parser.add_argument("--kinds", metavar="NAME,...", help="only questions of these kinds")
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most so many questions, drawn by the seed")
+    parser.add_argument("--seed", type=count, default=42, help="of sampling, and of what is drawn (%(default)s)")
+    parser.add_argument(
+        "--shard", type=_shard, default=(1, 1), metavar="I/N", help="the I-th of N parts of the questions"
+    )
+    parser.add_argument(
+        "--window", type=positive, default=512, metavar="N",
+        help="tokens that searches, last turns and summaries may show (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-c", "--ctx-size", type=count, metavar="N", help=f"context ({N_CTX}; 0, or the small model: the model's)"
+    )
+    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half the CPUs)")
+    parser.add_argument(
+        "--parallel", type=at_least(2), default=8, metavar="N", help="texts that are decoded together (%(default)s)"
+    )
+    add_context_arguments(parser.add_argument_group("context"))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, second = text.partition("/")
+    if not (first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part such as 1/4")
+    return int(first), int(second)
+
+
+def run(args: argparse.Namespace) -> int:
+    benchmark, _ = BENCHMARKS[args.what]
+    model, adapters = _model_and_adapters(args)
+    protocols = list(dict.fromkeys(args.protocol.split(",")))
+    for protocol in protocols:
+        if protocol not in PROTOCOLS:
+            raise InputError(f"--protocol: there is no protocol {protocol}: {', '.join(PROTOCOLS)}")
+    if args.lora and not os.path.isfile(args.lora):
+        raise InputError(no_file(args.lora, "LoRA file"))
+    benchmark.check()
+    items = chosen(_of_kinds(items_of(benchmark, args.data), args.kinds), args.limit, args.seed, args.shard)
+    if not items:
+        raise InputError(f"--shard {args.shard[0]}/{args.shard[1]}: has no question: there are fewer contexts")
+    only = args.methods.split(",") if args.methods else None
+    has_contexts = any(item.context for item in items)
+    methods = methods_of(adapters, protocols, WRITES[args.answer_writes], bool(args.lora), only, has_contexts)
+    for method in methods:
+        if method.view in NEEDS:
+            NEEDS[method.view]()
+    n_ctx = args.ctx_size if args.ctx_size is not None else 0 if args.model is None else N_CTX
+    setup = {
+        "benchmark": benchmark.name,
+        "model": os.path.basename(os.fspath(model)),
+        "adapters": {name: os.path.basename(path) for name, path in adapters.items()},
+        "lora": args.lora and os.path.basename(args.lora),
+        "methods": [method.name for method in methods],
+        "answer_writes": args.answer_writes,
+        "data": os.path.basename(args.data or "") or benchmark.file,
+        "questions": len(items),
+        "kinds": args.kinds,
+        "limit": args.limit,
+        "shard": "/".join(map(str, args.shard)),
+        "seed": args.seed,
+        "window": args.window,
+        "n_ctx": n_ctx,
+        "parallel": args.parallel,
+        "batch": [args.batch_size, args.ubatch_size],
+        "flash_attn": args.flash_attn,
+        "cache": [args.cache_type_k, args.cache_type_v],
+    }
+
+    def open_model(lora: bool) -> Asker:
+        return Asker(
+            model, lora=args.lora if lora else None, n_ctx=n_ctx, threads=args.threads, parallel=args.parallel,
+            **_context(args),
+        )  # fmt: skip
+
+    part = "" if args.shard[1] == 1 else f"-{args.shard[0]}of{args.shard[1]}"
+    path = Path(args.output) / f"{benchmark.name}{part}.jsonl"
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("answers", total=None)
+        run_benchmark(
+            benchmark, items, methods, open_model, path, setup,
+            window=args.window, seed=args.seed, parallel=args.parallel,
+            progress=lambda n, total: bar.update(task, completed=n, total=total),
+        )  # fmt: skip
+    print(f"{path}: every prompt, answer and score", file=sys.stderr)
+    print(markdown(results_of([path])), end="")
+    return 0
+
+
+def _of_kinds(items: list[Item], kinds: str | None) -> list[Item]:
+    """The items of these kinds; None: all. Raises InputError if there is no such kind."""
+    if kinds is None:
+        return items
+    known, wanted = {item.kind for item in items}, kinds.split(",")
+    for kind in wanted:
+        if kind not in known:
+            raise InputError(f"--kinds: there is no question of {kind}: {', '.join(sorted(known))}")
+    return [item for item in items if item.kind in wanted]
+
+
+def _model_and_adapters(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
+    """The model, and its adapters by name."""
+    named = [item.partition("=")[::2] for item in args.adapters or ()]
+    named += [("deltamem", args.deltamem)] if args.deltamem else []
+    adapters = dict(named)
+    wrong = [name for name in adapters if not name or set("/+,") & set(name)]
+    if wrong or len(adapters) < len(named) or not all(adapters.values()):
+        raise InputError(
+            "--adapters: give each adapter a name of its own, without / + or ,: --adapters msw=adapter.gguf"
+        )
+    if args.model is None:
+        model, shipped = default_files()
+        return os.fspath(model), adapters or {name: os.fspath(path) for name, path in shipped.items()}
+    return args.model, adapters
+
+
+def _context(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of DeltaMemLlama."""
+    return {
+        "n_batch": args.batch_size,
+        "n_ubatch": args.ubatch_size,
+        "n_gpu_layers": args.gpu_layers,
+        "flash_attn": args.flash_attn == "on",
+        "type_k": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
+        "type_v": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
+    }

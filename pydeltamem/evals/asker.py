@@ -1,0 +1,161 @@
+"""A model that reads the contexts of a benchmark and answers questions about them.
+
+Questions about one context share it: it is decoded once, and each question goes on from a fork of its text and memory.
+They are decoded in common batches.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..conversation import Conversation, chat_prompt, say_together
+from ..llama import DeltaMemLlama
+from ..runtime.cpus import usable
+from ..runtime.history import n_common
+
+MARGIN = 16  # tokens that pieces may take together beyond what they take one by one
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What questions are asked after.
+
+    Attributes:
+        text: read before the questions, written if there is a memory; "": nothing.
+        is_dropped: the text leaves before the questions, and the memory stays.
+        writes: whether questions and answers write the memory.
+    """
+
+    text: str = ""
+    is_dropped: bool = False
+    writes: bool = True
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question: `text` follows the shared text in one message. options: of `Conversation.say`."""
+
+    shared: Shared
+    text: str
+    options: Mapping[str, Any] = field(hash=False)
+
+
+class Asker:
+    """A model with slots for several texts. Close it at the end.
+
+    Args:
+        model: GGUF of a model with a chat template, or its name.
+        lora: a LoRA adapter as GGUF.
+        n_ctx: tokens of a text; 0: as many as the model was trained on.
+        threads: None: half of the CPUs that the process may use.
+        parallel: texts that are decoded together, a shared one among them.
+        **kwargs: as `DeltaMemLlama`.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        lora: str | os.PathLike[str] | None = None,
+        n_ctx: int = 0,
+        threads: int | None = None,
+        parallel: int = 8,
+        **kwargs: Any,
+    ):
+        threads = threads or max(usable() // 2, 1)
+        self.llm = DeltaMemLlama(
+            model, lora_path=lora, n_ctx=n_ctx, n_seq_max=parallel, n_threads=threads, n_threads_batch=threads, **kwargs
+        )
+        self.parallel = parallel
+        with self.llm._engine.lock:
+            self.llm._engine.slots.leave(self.llm._text)  # every slot is for questions
+        self._kept: tuple[Shared, Conversation] | None = None  # the shared text of the latest questions
+        self.count = functools.lru_cache(maxsize=200_000)(self._count)
+
+    @property
+    def n_ctx(self) -> int:
+        return self.llm.n_ctx()
+
+    def close(self) -> None:
+        self.llm.close()
+
+    def attach(self, adapter: str | os.PathLike[str] | None) -> None:
+        """Attaches an adapter; None: leaves the model without a memory."""
+        self.forget()
+        if adapter is not None:
+            self.llm.memory.attach(adapter)
+        elif self.llm.memory.attached:
+            self.llm.memory.detach()
+
+    def forget(self) -> None:
+        """Drops the shared text, so that what follows does not depend on what was asked before."""
+        if self._kept is not None:
+            self._kept[1].close()
+            self._kept = None
+
+    def _count(self, text: str) -> int:
+        return len(self.llm.tokenize(text.encode(), add_bos=False, special=False))
+
+    def n_prompt(self, text: str) -> int:
+        """Tokens of a prompt with this message."""
+        return len(self._prompt(text))
+
+    def _prompt(self, text: str) -> list[int]:
+        return chat_prompt(self.llm, [{"role": "user", "content": text}])[0]
+
+    def say(self, text: str, n_predict: int) -> str:
+        """The greedy answer to a prompt alone."""
+        with Conversation(self.llm, n_predict=n_predict, temp=0.0) as alone:
+            return alone.say(text)
+
+    def answer(self, asked: Sequence[Ask]) -> list[str]:
+        """The answers, in their order. At most `parallel` questions, one less if they share a text.
+
+        Questions that share a text stand side by side.
+        """
+        shared = asked[0].shared
+        if len(asked) > 1 and shared.text and all(ask.shared == shared for ask in asked):
+            first = self._read_once(shared)
+            conversations = [first.fork() for _ in asked]
+        else:
+            self.forget()
+            conversations = [self._read(ask.shared) for ask in asked]
+        try:
+            for conversation, ask in zip(conversations, asked):
+                conversation.options.update(ask.options)
+            texts = [("" if ask.shared.is_dropped else ask.shared.text) + ask.text for ask in asked]
+            said = say_together(dict(zip(conversations, texts)))
+        finally:
+            for conversation in conversations:
+                conversation.close()
+        return [said[conversation] for conversation in conversations]
+
+    def _read_once(self, shared: Shared) -> Conversation:
+        if self._kept is None or self._kept[0] != shared:
+            self.forget()
+            self._kept = shared, self._read(shared)
+        return self._kept[1]
+
+    def _read(self, shared: Shared) -> Conversation:
+        """A conversation after the shared text, read as one ingest."""
+        conversation = Conversation(self.llm)
+        if shared.text:
+            tokens = self._begun(shared.text)
+            segments = np.zeros(len(tokens), dtype=np.int32) if self.llm.memory.by_segment else None
+            conversation._text.eval(tokens, segments)
+            if shared.is_dropped:
+                conversation.clear()
+        if self.llm.memory.attached:
+            conversation.memory.write = shared.writes
+        return conversation
+
+    def _begun(self, text: str) -> list[int]:
+        """The tokens of a message that begins so, whatever follows."""
+        ways = [self._prompt(text + other) for other in "Q7"]
+        return ways[0][: n_common(*ways)]

@@ -1,0 +1,23 @@
+"""The benchmarks of the publication, by name, with what each asks for in a few words."""
+
+from __future__ import annotations
+
+from .gpqa import GPQA
+from .hotpotqa import HOTPOTQA
+from .ifeval import IFEVAL
+from .items import Benchmark
+from .locomo import LOCOMO
+from .memory_agent_bench import MEMORY_AGENT_BENCH
+from .qa import QA
+
+BENCHMARKS: dict[str, tuple[Benchmark, str]] = {
+    benchmark.name: (benchmark, summary)
+    for benchmark, summary in (
+        (LOCOMO, "questions about very long conversations of two people"),
+        (MEMORY_AGENT_BENCH, "facts that later facts replace"),
+        (HOTPOTQA, "questions that two of ten passages answer together"),
+        (IFEVAL, "instructions that a program can check"),
+        (GPQA, "hard questions of science, from a file that you have"),
+        (QA, "questions about a paragraph"),
+    )
+}

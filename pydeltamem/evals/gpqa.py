@@ -1,0 +1,56 @@
+"""GPQA (Rein et al., arXiv 2311.12022): hard questions of science with four choices. Only from a file that you have.
+
+Its authors ask not to publish the questions, so no copy is looked for. Choices are shuffled, by the question.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+from .items import Benchmark, Item, records_of
+
+LETTERS = "ABCD"
+_SAID = re.compile(r"answer\s*(?:is|:)?\s*\**\(?([A-D])\b|^\W*([A-D])\b|\(([A-D])\)", re.IGNORECASE | re.MULTILINE)
+
+
+def read(path: Path) -> list[Item]:
+    items = []
+    for i, record in enumerate(records_of(path)):
+        right = record["Correct Answer"].strip()
+        choices = [right, *(record[f"Incorrect Answer {k}"].strip() for k in (1, 2, 3))]
+        random.Random(record["Question"]).shuffle(choices)
+        listed = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
+        items.append(
+            Item(
+                str(record.get("Record ID") or i),
+                str(record.get("High-level domain") or ""),
+                f"{record['Question'].strip()}\n\n{listed}\n\nAnswer:",
+                (LETTERS[choices.index(right)],),
+                i,
+            )
+        )
+    return items
+
+
+def letter_of(answer: str) -> str:
+    """The choice that an answer names; "" if it names none."""
+    found = _SAID.search(answer)
+    return next((group.upper() for group in found.groups() if group), "") if found else ""
+
+
+def score(item: Item, answer: str) -> dict[str, float | list[float]]:
+    return {"accuracy": float(letter_of(answer) == item.answers[0])}
+
+
+GPQA = Benchmark(
+    "gpqa",
+    "GPQA, Idavidrein/gpqa on Hugging Face, gpqa_diamond.csv, CC BY 4.0",
+    "",
+    read,
+    "",
+    "Answer this question with the letter of the right choice alone.",
+    score,
+    n_predict=16,
+)

@@ -1,0 +1,236 @@
+"""The results of benchmarks: reads the JSON lines of runs, joins shards, and writes tables, JSON and a plot."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..formats.kinds import json_of
+from .bootstrap import Estimate, Sample, ratio
+from .plot import matplotlib_figure
+
+RESULTS = json_of("results of deltamem eval", {"setups", "rows", "ratios"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metric of one method; kind "": of all questions of the benchmark."""
+
+    benchmark: str
+    kind: str
+    metric: str
+    method: str
+    n: int
+    mean: Estimate
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The main metric of one method over that of another, of the questions that both answered; benchmark "average": of
+    the benchmarks' means."""
+
+    benchmark: str
+    method: str
+    over: str
+    n: int
+    ratio: Estimate
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a report shows. setups: of each file. notes: what is missing, and how intervals were made."""
+
+    setups: list[dict[str, Any]]
+    rows: list[Row]
+    ratios: list[Ratio]
+    notes: list[str]
+
+
+def results_of(folders: Iterable[str | Path]) -> Results:
+    """Joins the files *.jsonl in the folders. Raises InputError if there are none, or if they do not fit together."""
+    setups, answers = _read(folders)
+    rows: list[Row] = []
+    ratios: list[Ratio] = []
+    notes: list[str] = []
+    means: dict[str, dict[str, Any]] = {}
+    for benchmark, by_method in answers.items():
+        metrics = list(next(iter(next(iter(by_method.values())).values()))["scores"])
+        everything = {id for of in by_method.values() for id in of}
+        for method, of in by_method.items():
+            if len(of) < len(everything):
+                notes.append(f"{benchmark}: {method} has {len(of)} of {len(everything)} questions so far")
+            kinds = dict.fromkeys(answer["kind"] for answer in of.values())
+            for kind in ("", *(kinds if len(kinds) > 1 else ())):
+                some = {id: answer for id, answer in of.items() if kind in ("", answer["kind"])}
+                for metric in metrics:
+                    sample = _sample({method: some}, metric)
+                    rows.append(Row(benchmark, kind, metric, method, sample.n, sample.mean(method)))
+        common = {
+            method: {id: of[id] for id in of if all(id in other for other in by_method.values())}
+            for method, of in by_method.items()
+        }
+        if next(iter(common.values())):
+            sample = _sample(common, metrics[0])
+            means[benchmark] = {method: sample.means(method) for method in common}
+            ratios += _ratios(benchmark, means[benchmark], sample.n)
+            if not sample.by_context:
+                contexts = {answer["about"] for answer in next(iter(common.values())).values()}
+                if 1 <= len(contexts - {None}) < sample.n:
+                    notes.append(f"{benchmark}: too few contexts ({len(contexts)}) to draw them: questions were drawn")
+    if len(means) > 1:
+        shared = [m for m in next(iter(means.values())) if all(m in of for of in means.values())]
+        average = {method: np.mean([of[method] for of in means.values()], axis=0) for method in shared}
+        ratios += _ratios("average", average, len(means))
+    return Results(setups, rows, ratios, notes)
+
+
+def _ratios(benchmark: str, means: Mapping[str, Any], n: int) -> list[Ratio]:
+    """Of every method over the backbone, and of those without the text over no context."""
+    found = []
+    for method in means:
+        for over in ("backbone", "none"):
+            if over in means and method not in ("backbone", "none") and (over == "backbone" or "/memory" in method):
+                of = ratio(means[method], means[over])
+                if of is not None:
+                    found.append(Ratio(benchmark, method, over, n, of))
+    return found
+
+
+def _sample(by_method: Mapping[str, Mapping[str, Any]], metric: str) -> Sample:
+    ids = sorted(next(iter(by_method.values())))
+
+    def values(answer: Any) -> list[float]:
+        score = answer["scores"][metric]
+        return score if isinstance(score, list) else [score]
+
+    scores = {method: [values(of[id]) for id in ids] for method, of in by_method.items()}
+    first = next(iter(by_method.values()))
+    return Sample(scores, [first[id]["about"] for id in ids])
+
+
+def _read(
+    folders: Iterable[str | Path],
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, dict[str, dict[str, Any]]]]]:
+    """The setups, and the answers by benchmark, method and id."""
+    setups: list[dict[str, Any]] = []
+    answers: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    named = list(map(Path, folders))
+    paths = [path for folder in named for path in ([folder] if folder.is_file() else sorted(folder.glob("*.jsonl")))]
+    if not paths:
+        raise InputError(f"{', '.join(map(str, named))}: has no answers of deltamem eval (*.jsonl)")
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            setup = json.loads(lines[0])["setup"]
+            setups.append({**setup, "file": path.name})
+            for line in lines[1:]:
+                record = json.loads(line)
+                if "answer" in record:
+                    of = answers.setdefault(record["benchmark"], {}).setdefault(record["method"], {})
+                    if record["id"] in of and of[record["id"]]["answer"] != record["answer"]:
+                        raise InputError(f"{path}: question {record['id']} has another answer in another file")
+                    of[record["id"]] = record
+        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, IndexError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: is no file of deltamem eval: {error!r}") from error
+    for benchmark in answers:
+        models = {setup["model"] for setup in setups if setup["benchmark"] == benchmark}
+        if len(models) > 1:
+            raise InputError(f"the files are of several models, {' and '.join(sorted(models))}: report them one by one")
+    if not answers:
+        raise InputError(f"{paths[0]}: has no answer yet")
+    return setups, answers
+
+
+#
+# output
+#
+
+
+def markdown(results: Results) -> str:
+    """Tables of means and ratios, in %, with 95 % intervals."""
+    lines: list[str] = []
+    for benchmark in dict.fromkeys(row.benchmark for row in results.rows):
+        rows = [row for row in results.rows if row.benchmark == benchmark]
+        metrics = list(dict.fromkeys(row.metric for row in rows))
+        lines += [f"## {benchmark}", ""]
+        lines += _table(["method", "questions", *metrics], [
+            [method, str(next(r.n for r in rows if r.method == method)),
+             *(_percent(r.mean) for r in rows if r.method == method and not r.kind)]
+            for method in dict.fromkeys(r.method for r in rows)
+        ])  # fmt: skip
+        kinds = [kind for kind in dict.fromkeys(row.kind for row in rows) if kind]
+        if kinds:
+            by_key = {(r.method, r.kind): r for r in rows if r.metric == metrics[0]}
+            lines += _table([f"{metrics[0]} of", *kinds], [
+                [method, *(_percent(by_key[method, k].mean) if (method, k) in by_key else "" for k in kinds)]
+                for method in dict.fromkeys(r.method for r in rows)
+            ])  # fmt: skip
+    if results.ratios:
+        lines += ["## ratios", ""]
+        lines += _table(["benchmark", "method", "over", "ratio"], [
+            [r.benchmark, r.method, r.over, f"{r.ratio.value:.2f} ({r.ratio.low:.2f}–{_number(r.ratio.high)})"]
+            for r in results.ratios
+        ])  # fmt: skip
+    return "\n".join([*lines, *(f"- {note}" for note in results.notes)]).rstrip() + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def _percent(mean: Estimate) -> str:
+    return f"{100 * mean.value:.1f} ({100 * mean.low:.1f}–{100 * mean.high:.1f})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "∞"
+
+
+def as_json(results: Results) -> str:
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(of) for name, of in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(
+        {
+            "setups": results.setups,
+            "rows": [plain(asdict(row)) for row in results.rows],
+            "ratios": [plain(asdict(of)) for of in results.ratios],
+            "notes": results.notes,
+        },
+        indent=1,
+        ensure_ascii=False,
+    )
+
+
+def plot(results: Results) -> bytes:
+    """The main metric of each benchmark and method as PNG. Raises InputError if matplotlib is not installed."""
+    figure_type = matplotlib_figure()
+    benchmarks = list(dict.fromkeys(row.benchmark for row in results.rows))
+    figure = figure_type(figsize=(3.2 * len(benchmarks) + 1, 4), layout="constrained")
+    panels = figure.subplots(1, len(benchmarks), squeeze=False)[0]
+    for axes, benchmark in zip(panels, benchmarks):
+        rows = [row for row in results.rows if row.benchmark == benchmark and not row.kind]
+        rows = [row for row in rows if row.metric == rows[0].metric]
+        errors = [
+            [100 * max(0, r.mean.value - r.mean.low) for r in rows],
+            [100 * (r.mean.high - r.mean.value) for r in rows],
+        ]
+        axes.barh([r.method for r in rows], [100 * r.mean.value for r in rows], xerr=errors, capsize=2, alpha=0.8)
+        axes.invert_yaxis()
+        axes.set(title=f"{benchmark} ({rows[0].n})", xlabel=f"{rows[0].metric}, %")
+        axes.grid(alpha=0.3, axis="x")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    return picture.getvalue()

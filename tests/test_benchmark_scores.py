@@ -1,0 +1,147 @@
+"""Scores of the benchmarks on answers whose score is known, and the intervals."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from pydeltamem.evals import gpqa, ifeval, memory_agent_bench, metrics
+from pydeltamem.evals.bootstrap import Sample, ratio
+from pydeltamem.evals.items import Item
+
+
+def test_exact_match_and_substring():
+    """Case, articles, punctuation and spaces do not count; other words do."""
+    assert metrics.exact("  The Eiffel-Tower. ", ["Eiffel Tower", "eiffeltower"]) == 1
+    assert metrics.exact("Eiffel Tower in Paris", ["Eiffel Tower"]) == 0
+    assert metrics.holds("It is the Eiffel tower!", ["Big Ben", "Eiffel Tower"]) == 1
+    assert metrics.holds("I do not know.", ["Eiffel Tower"]) == 0
+    assert metrics.first_line("\n\n Lima \nand more") == "Lima"
+
+
+def test_token_f1():
+    assert metrics.f1("a cat sat", ["the cat sat down"]) == pytest.approx(0.8)  # 2 common of 2 and of 3
+    assert metrics.f1("cat cat", ["cat"]) == pytest.approx(2 / 3)  # each counts once
+    assert metrics.f1("cat", ["dog", "cat"]) == 1
+    assert metrics.f1("", ["dog"]) == 0
+
+
+def test_hotpotqa_wants_yes_and_no_as_a_whole():
+    assert metrics.hotpot_f1("yes", "yes") == 1
+    assert metrics.hotpot_f1("yes it is", "yes") == 0
+    assert metrics.hotpot_f1("no", "the no name") == 0
+    assert metrics.hotpot_f1("Arthur's Magazine, 1844", "Arthur's Magazine") == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "category", "score"),
+    [
+        ("adoption agency", "Adoption agencies", 4, 1),  # agency and agencies have one stem
+        ("running and swimming", "ran, swims", 4, 0.5),  # of an irregular form not; "and" does not count
+        ("pottery, camping", "pottery, camping, painting, swimming", 1, 0.5),  # the mean over the parts
+        ("she likes pottery", "pottery", 1, 0.5),
+        ("Yes", "Yes; since she said so", 3, 1),
+        ("7 May 2023", "7 May 2023", 2, 1),
+        ("in May", "7 May 2023", 2, 0.4),
+    ],
+)
+def test_locomo_f1(answer, right, category, score):
+    assert metrics.locomo_f1(answer, right, category) == pytest.approx(score)
+
+
+def test_memory_agent_bench_takes_a_substring():
+    item = Item("1", "sh", "?", ("The Association Football",), 0)
+    assert memory_agent_bench.score(item, "it is association football.")["substring"] == 1
+    assert memory_agent_bench.score(item, "it is football")["substring"] == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("B", "B"), ("(C) 12 J", "C"), ("The correct answer is (D).", "D"), ("**Answer: A**", "A"), ("no idea", "")],
+)
+def test_the_letter_of_a_choice(answer, letter):
+    assert gpqa.letter_of(answer) == letter
+
+
+def instructed(*instructions):
+    about = {
+        "key": 1,
+        "prompt": "Write.",
+        "instruction_id_list": [name for name, _ in instructions],
+        "kwargs": [options for _, options in instructions],
+    }
+    return Item("1", "", "Write.", (), 0, about=about)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "answer", "strict", "loose"),
+    [
+        ([("punctuation:no_comma", {})], "One two.", [1], [1]),
+        ([("punctuation:no_comma", {})], "One, two.", [0], [0]),
+        ([("punctuation:no_comma", {})], "Well, here it is:\nOne two.", [0], [1]),  # without its first line
+        ([("punctuation:no_comma", {})], "", [0], [0]),
+        (
+            [("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 3}),
+             ("change_case:english_lowercase", {})],
+            "this is one, said dr. smith. here is another sentence.", [0, 1], [0, 1],  # "dr." ends none
+        ),
+        ([("length_constraints:number_words", {"relation": "less than", "num_words": 3})], "two words", [1], [1]),
+        ([("keywords:existence", {"keywords": ["lima"]})], "I live in Lima.", [1], [1]),
+    ],
+)  # fmt: skip
+def test_instructions_are_checked_by_the_harness(instructions, answer, strict, loose):
+    found = ifeval.score(instructed(*instructions), answer)
+    assert (found["instruction strict"], found["instruction loose"]) == (strict, loose)
+    assert (found["prompt strict"], found["prompt loose"]) == (float(all(strict)), float(all(loose)))
+
+
+#
+# intervals
+#
+
+
+def sample(contexts=None, **scores):
+    n = len(next(iter(scores.values())))
+    return Sample({name: [[value] for value in of] for name, of in scores.items()}, contexts or [None] * n)
+
+
+def test_a_mean_has_its_interval():
+    mean = sample(a=[1.0] * 95 + [0.0] * 5).mean("a")
+    assert (mean.value, round(mean.low, 3), round(mean.high, 3)) == (0.95, 0.888, 0.978)  # Wilson's, by hand
+    mean = sample(a=list(np.linspace(0, 1, 101))).mean("a")
+    error = 1.96 * np.std(np.linspace(0, 1, 101)) / math.sqrt(101)
+    assert mean.value == pytest.approx(0.5)
+    assert mean.low == pytest.approx(0.5 - error, abs=0.01) and mean.high == pytest.approx(0.5 + error, abs=0.01)
+
+
+def test_ratios_are_paired():
+    """A method with the same right answers has a ratio of 1 for certain; one right as often has not."""
+    drawn = sample(a=[1, 0] * 50, same=[1, 0] * 50, other=[0, 1] * 50)
+    same, other = (ratio(drawn.means(name), drawn.means("a")) for name in ("same", "other"))
+    assert (same.value, same.low, same.high) == (1, 1, 1)
+    assert other.value == 1 and other.low < 0.85 and other.high > 1.15
+
+
+def test_a_ratio_to_what_may_be_nothing():
+    assert ratio(sample(a=[1, 1]).means("a"), sample(a=[0, 0]).means("a")) is None
+    drawn = sample(a=[1] * 20, rare=[1] + [0] * 19)
+    assert math.isinf(ratio(drawn.means("a"), drawn.means("rare")).high)
+
+
+def test_questions_about_one_context_are_drawn_together():
+    scores = [1.0] * 100 + [0.0] * 100
+
+    def width(contexts):
+        mean = sample(contexts, a=scores).mean("a")
+        return mean.high - mean.low
+
+    alone = width(None)
+    assert width([str(i // 10) for i in range(200)]) > 2 * alone  # 20 contexts
+    assert width([str(i // 100) for i in range(200)]) == alone  # of two contexts single questions are drawn
+
+
+def test_several_values_of_a_question_count_each():
+    values = Sample({"a": [[1, 1, 1], [0]]}, [None, None])
+    assert values.mean("a").value == 0.75

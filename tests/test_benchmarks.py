@@ -1,0 +1,414 @@
+"""deltamem eval: what is read from the files, what is asked, resumed runs, shards and the report."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pydeltamem.cli.main import main
+from pydeltamem.errors import InputError
+from pydeltamem.evals import views
+from pydeltamem.evals.asker import Ask, Asker, Shared
+from pydeltamem.evals.benchmarks import BENCHMARKS
+from pydeltamem.evals.items import Context, Piece, chosen, items_of
+from pydeltamem.models import default_files
+from refusals import check_names
+from test_cli import deltamem
+
+TALK = ("My name is Anna.", "I live in Oslo.", "My dog is called Rex.", "I work as a baker.", "I play the piano.")
+ASKED = (
+    "Where does she live?",
+    "What is her name?",
+    "What is the dog called?",
+    "What is her job?",
+    "What does she play?",
+)
+
+
+def locomo(folder, n=2):
+    """A file of LoCoMo with n conversations of two sessions."""
+    record = {
+        "conversation": {
+            "speaker_a": "Anna", "speaker_b": "Ben",
+            "session_1_date_time": "1:56 pm on 8 May, 2023", "session_10_date_time": "9 June, 2023",
+            "session_10": [{"speaker": "Ben", "dia_id": "D10:1", "text": "Goodbye."}],
+            "session_1": [{"speaker": "Anna", "dia_id": f"D1:{i}", "text": text} for i, text in enumerate(TALK)],
+        },
+        "qa": [{"question": q, "answer": "Oslo", "category": 1 + i % 4} for i, q in enumerate(ASKED)]
+        + [{"question": "Why?", "adversarial_answer": "x", "category": 5}],
+    }  # fmt: skip
+    records = []
+    for i in range(n):
+        other = json.loads(json.dumps(record).replace("Oslo", ("Oslo", "Lima", "Rome")[i % 3]))
+        records.append({"sample_id": f"conv-{i}", **other})
+    path = folder / "locomo10.json"
+    path.write_text(json.dumps(records), encoding="utf-8")
+    return path
+
+
+#
+# files
+#
+
+
+def test_locomo_has_four_categories_and_dates(tmp_path):
+    items = items_of(BENCHMARKS["locomo"][0], str(locomo(tmp_path)))
+    assert [item.kind for item in items[:5]] == ["multi-hop", "temporal", "open", "single-hop", "multi-hop"]
+    assert len(items) == 10 and len({item.id for item in items}) == 10 and len({id(i.context) for i in items}) == 2
+    shown = items[0].context.shown()
+    assert shown.index("[1:56 pm on 8 May, 2023]") < shown.index("Oslo") < shown.index("[9 June, 2023]")
+    assert shown.count("8 May") == 1
+    assert "date" in items[1].question.lower() and "date" not in items[0].question.lower()
+
+
+HOTPOT = {"_id": "a", "type": "bridge", "question": "Who?", "answer": "Ada", "context": [["T", ["One.", " Two."]]]}
+SQUAD = {"data": [{"paragraphs": [{"context": "A. B.", "qas": [{"question": "Q?", "answers": [{"text": "A"}]}]}]}]}
+GPQA = "Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\nWhy?,1,2,3,4\n"
+FILES = {
+    "hotpotqa": [
+        json.dumps([HOTPOT]),
+        json.dumps({**HOTPOT, "id": "a", "context": {"title": ["T"], "sentences": [["One.", " Two."]]}}),
+    ],
+    "qa": [json.dumps(SQUAD), json.dumps({"context": "A. B.", "qa": [["Q?", ["A"]]]})],
+    "memory-agent-bench": [json.dumps({"context": "0. A.\n1. B.", "questions": ["Q?"], "answers": [["A"]]})],
+    "ifeval": [json.dumps({"key": 1, "prompt": "P", "instruction_id_list": [], "kwargs": []})],
+    "gpqa": [GPQA],
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_published_formats(name, tmp_path):
+    """Every form that a file is published in gives the same questions; packed files do, too."""
+    found = []
+    for i, text in enumerate(FILES[name]):
+        path = tmp_path / f"{i}.{'csv' if name == 'gpqa' else 'jsonl.gz'}"
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+        found.append(items_of(BENCHMARKS[name][0], str(path)))
+    assert all(len(items) == 1 for items in found)
+    assert all(items[0].question == found[0][0].question for items in found)
+    assert all(items[0].context == found[0][0].context and items[0].answers == found[0][0].answers for items in found)
+    if name == "gpqa":
+        (item,) = found[0]
+        assert f"({item.answers[0]}) 1" in item.question
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_missing_and_damaged_files_are_named(name, tmp_path, monkeypatch):
+    benchmark = BENCHMARKS[name][0]
+    monkeypatch.delenv("DELTAMEM_DATA", raising=False)
+    with pytest.raises(InputError) as error:
+        items_of(benchmark, None)
+    check_names(str(error.value), ["--data", benchmark.source])
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n')
+    for path in (tmp_path / "none.jsonl", tmp_path / "x.jsonl"):
+        with pytest.raises(InputError) as error:
+            items_of(benchmark, str(path))
+        check_names(str(error.value), [path, benchmark.source])
+
+
+def test_limits_and_shards_are_parts_of_the_questions(tmp_path):
+    items = items_of(BENCHMARKS["locomo"][0], str(locomo(tmp_path, 3)))
+    some = chosen(items, 7, 1, (1, 1))
+    assert len(some) == 7 and some == [item for item in items if item in some]
+    assert some == chosen(items, 7, 1, (1, 1)) != chosen(items, 7, 2, (1, 1))
+    parts = [chosen(items, 7, 1, (i, 2)) for i in (1, 2)]
+    assert sorted(item.index for part in parts for item in part) == [item.index for item in some]
+    assert not {id(i.context) for i in parts[0]} & {id(i.context) for i in parts[1]}
+
+
+#
+# what fits
+#
+
+
+def words(text):
+    return len(text.split())
+
+
+CONTEXT = Context(tuple(Piece(f"word{i} a b c", f"day {i // 3}") for i in range(9)))  # 4 words each, 2 of a head
+
+
+def test_the_last_sessions_that_fit():
+    for room in range(100):
+        kept = views.clipped(CONTEXT, "last", room, words)
+        assert words(kept.shown()) <= room
+        assert kept.pieces == CONTEXT.pieces[len(CONTEXT.pieces) - len(kept.pieces) :]
+        heads = [piece.head for piece in kept.pieces]
+        if len(set(heads)) > 1:  # whole sessions
+            assert len(heads) % 3 == 0
+    assert kept == CONTEXT
+    assert len(views.clipped(CONTEXT, "last", 8, words).pieces) == 1  # part of one where no whole one fits
+
+
+def test_the_first_third_and_the_last_two():
+    plain = Context(tuple(Piece(f"word{i}") for i in range(100)))
+    kept = [piece.text for piece in views.clipped(plain, "thirds", 30, words).pieces]
+    assert kept == [f"word{i}" for i in (*range(10), *range(80, 100))]
+    assert views.clipped(plain, "thirds", 100, words) == plain
+    assert len(views.clipped(plain, "thirds", 1000, words, max_characters=70).shown()) <= 70
+
+
+def test_what_a_search_finds():
+    context = Context((Piece("I live in Lima."), Piece("Hello."), Piece("My door is red."), Piece("Hi.")))
+    assert views.found_pieces(context, "What colour has the door?", 4, words, "bm25") == [2]
+    assert views.last_pieces(context, 5, words) == [2, 3]
+
+
+def test_dense_retrieval_orders_by_the_encoder(monkeypatch):
+    class Encoder:
+        def encode(self, texts, **options):
+            return [[float("door" in text), float("Lima" in text)] for text in texts]
+
+    monkeypatch.setattr(views, "encoder", Encoder)
+    context = Context((Piece("I live in Lima."), Piece("Hello."), Piece("My door is red.")))
+    assert views.found_pieces(context, "the door?", 4, words, "dense") == [2]
+    assert views.found_pieces(context, "Lima?", 5, words, "dense") == [0]
+
+
+def test_a_running_summary_takes_all_in():
+    seen = []
+
+    def write(prompt, n):
+        seen.append(prompt)
+        return f"summary {len(seen)}"
+
+    context = Context(tuple(Piece(f"word{i} " * 300) for i in range(8)))
+    assert views.summary(context, 10, words, write) == f"summary {len(seen)}"
+    assert len(seen) > 1 and all(f"word{i}" in "".join(seen) for i in range(8))
+    assert all(f"summary {i}" in prompt for i, prompt in enumerate(seen[1:], 1))
+
+
+#
+# asking
+#
+
+
+@pytest.fixture(scope="module")
+def asker():
+    model, adapters = default_files()
+    made = Asker(model, threads=1, parallel=4)
+    made.attach(adapters["msw"])
+    yield made
+    made.close()
+
+
+OPTIONS = {"n_predict": 12, "temp": 0.0}
+TEXT = " ".join(TALK) + "\n\n"
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("writes", [False, True])
+def test_questions_that_share_a_text_are_answered_as_alone(asker, dropped, writes):
+    """The shared text is decoded once, and no question meets another."""
+    shared = Shared(TEXT, dropped, writes)
+    asked = [Ask(shared, question, OPTIONS) for question in ASKED[:3]]
+    together = asker.answer(asked)
+    before = asker.llm._engine.slots.n_decodes
+    assert asker.answer(asked[::-1]) == together[::-1]
+    again = asker.llm._engine.slots.n_decodes - before
+    asker.forget()
+    assert [asker.answer([ask])[0] for ask in asked] == together
+    assert again <= 12 + 2  # the questions and their answers; not the text
+
+
+def test_protocols(asker):
+    """In both the memory has read the text; in `memory` nothing of it is left in the text of a question."""
+    llm = asker.llm
+    kept, dropped = asker._read(Shared(TEXT, False)), asker._read(Shared(TEXT, True, False))
+    try:
+        assert kept.memory.state.any() and (kept.memory.state == dropped.memory.state).all()
+        assert kept.n_tokens - dropped.n_tokens > 20
+        assert "Oslo" not in llm.detokenize(dropped._text.tokens.tolist(), special=True).decode()
+        assert kept.memory.write and not dropped.memory.write
+        state = dropped.memory.state
+        dropped.say("Where do I live?", **OPTIONS)
+        assert (dropped.memory.state == state).all()
+        kept.say("Where do I live?", **OPTIONS)
+        assert (kept.memory.state != state).any()
+    finally:
+        kept.close()
+        dropped.close()
+
+
+def test_one_prompt_is_one_message(asker):
+    """Shared text and question are read as one user message, as if they had been asked at once."""
+    conversation = asker._read(Shared(TEXT))
+    try:
+        conversation.say(TEXT + ASKED[0], n_predict=0)
+        assert conversation._text.tokens.tolist() == asker._prompt(TEXT + ASKED[0])
+    finally:
+        conversation.close()
+
+
+#
+# runs
+#
+
+RUN = ["-t", "1", "--parallel", "4", "--methods", "none,backbone,bm25,msw/context,msw/memory,ssw/memory+last"]
+
+
+def command(path, folder, *options):
+    return ["eval", "locomo", "--data", str(path), "-o", str(folder), *RUN, *options]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of all questions: the file of questions, and the folder of answers."""
+    folder = tmp_path_factory.mktemp("whole")
+    path = locomo(folder)
+    assert main(command(path, folder / "out")) == 0
+    return path, folder / "out"
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "locomo.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_prompt_answer_and_score_is_on_disk(whole):
+    setup, *records = lines(whole[1])
+    assert setup["setup"]["model"] == "default.gguf" and setup["setup"]["seed"] == 42
+    texts = {record["context"]: record["text"] for record in records if "text" in record}
+    answers = [record for record in records if "answer" in record]
+    methods = RUN[-1].split(",")
+    assert len(answers) == 10 * len(methods)
+    assert {record["method"] for record in answers} == set(methods)
+    for record in answers:
+        shown = texts.get(record["context"], "")
+        assert ("Anna: I live in" in shown) == (record["method"] not in ("none",)) or record["method"] == "bm25"
+        assert record["is_dropped"] == ("/memory" in record["method"])
+        assert record["scores"].keys() == {"f1"}
+        if record["method"] == "ssw/memory+last":
+            assert "Goodbye." in record["question"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.77, 0.999])
+def test_a_run_goes_on_where_it_stopped(whole, tmp_path, share):
+    """Cut anywhere, also within a line: it ends with the same bytes."""
+    path, folder = whole
+    data = (folder / "locomo.jsonl").read_bytes()
+    (tmp_path / "locomo.jsonl").write_bytes(data[: int(share * len(data))])
+    assert main(command(path, tmp_path)) == 0
+    assert (tmp_path / "locomo.jsonl").read_bytes() == data
+
+
+def test_a_killed_run_ends_with_the_same_file(whole, tmp_path):
+    """SIGKILL after a random number of bytes, again and again."""
+    path, folder = whole
+    data, file, draw = (folder / "locomo.jsonl").read_bytes(), tmp_path / "locomo.jsonl", random.Random(3)
+    killed = 0
+    while killed < 3:
+        size = file.stat().st_size if file.exists() else 0
+        until = size + draw.randrange(1, len(data) // 3)
+        run = subprocess.Popen(
+            [sys.executable, "-m", "pydeltamem.cli.main", *command(path, tmp_path)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while run.poll() is None and (not file.exists() or file.stat().st_size < until):
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        killed += 1
+        run.wait()
+    assert main(command(path, tmp_path)) == 0
+    assert file.read_bytes() == data
+
+
+def test_a_file_of_another_run_stays(whole, capsys):
+    path, folder = whole
+    before = (folder / "locomo.jsonl").read_bytes()
+    assert main(command(path, folder, "--window", "77")) == 1
+    check_names(capsys.readouterr().err.strip(), [folder / "locomo.jsonl", 77, 512])
+    assert (folder / "locomo.jsonl").read_bytes() == before
+
+
+def test_a_report_joins_shards(whole, tmp_path, capsys):
+    path, _ = whole
+    for i in (1, 2):
+        assert main(command(path, tmp_path / str(i), "--shard", f"{i}/2")) == 0
+    capsys.readouterr()
+    out = tmp_path / "report.json"
+    folders = [str(tmp_path / "1"), str(tmp_path / "2")]
+    assert main(["eval", "report", *folders, "--json", str(out), "--plot", str(tmp_path / "p.png")]) == 0
+    table = capsys.readouterr().out
+    assert all(f"| {method} | 10 |" in table for method in RUN[-1].split(","))
+    found = json.loads(out.read_text())
+    rows = [row for row in found["rows"] if not row["kind"]]
+    assert {row["n"] for row in rows} == {10} and {row["method"] for row in rows} == set(RUN[-1].split(","))
+    assert all(row["mean"]["low"] <= row["mean"]["value"] <= row["mean"]["high"] for row in rows)
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def report_of(folder, **scores):
+    """The report of answers with these scores."""
+    folder.mkdir()
+    records = [{"setup": {"benchmark": "qa", "model": "m"}}]
+    records += [
+        {"benchmark": "qa", "id": str(i), "kind": "", "about": None, "method": name.replace("_", "/"), "answer": "",
+         "scores": {"f1": value}}
+        for name, values in scores.items() for i, value in enumerate(values)
+    ]  # fmt: skip
+    (folder / "qa.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert main(["eval", "report", str(folder), "--json", str(folder / "report.json")]) == 0
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_ratios_in_a_report(tmp_path):
+    found = report_of(
+        tmp_path / "a", none=[0, 1] * 20, backbone=[1, 1] * 20, a_context=[1, 0] * 20, a_memory=[0, 1] * 20
+    )
+    assert {(of["method"], of["over"]): of["ratio"]["value"] for of in found["ratios"]} == {
+        ("a/context", "backbone"): 0.5, ("a/memory", "backbone"): 0.5, ("a/memory", "none"): 1,
+    }  # fmt: skip
+    found = report_of(tmp_path / "b", backbone=[1, 0, 1, 1], a_context=[1, 0])  # only what both answered is compared
+    assert [of["n"] for of in found["ratios"]] == [2] and found["ratios"][0]["ratio"]["value"] == 1
+    assert len(found["notes"]) == 1
+
+
+def test_a_report_of_nothing(tmp_path, capsys):
+    assert main(["eval", "report", str(tmp_path)]) == 1
+    check_names(capsys.readouterr().err.strip(), [tmp_path])
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    assert main(["eval", "report", str(tmp_path)]) == 1
+    check_names(capsys.readouterr().err.strip(), [tmp_path / "x.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "names"),
+    [
+        (("--methods", "magic"), 1, ["magic"]),
+        (("--protocol", "magic"), 1, ["magic"]),
+        (("--shard", "3/2"), 2, ["--shard", "3/2"]),
+        (("--shard", "3/3"), 1, ["--shard"]),
+        (("--kinds", "magic"), 1, ["magic", "temporal"]),
+        (("--adapters", "a/b=x"), 1, ["--adapters"]),
+        (("--lora", "nothing.gguf"), 1, ["nothing.gguf"]),
+    ],
+)
+def test_bad_options_are_named(tmp_path, options, code, names):
+    result = deltamem("eval", "locomo", "--data", locomo(tmp_path), "-o", tmp_path / "out", "-t", "1", *options)
+    assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
+    check_names(result.stderr.splitlines()[-1], names)
+
+
+def test_what_does_not_fit_is_named(tmp_path, capsys):
+    """An answer of IFEval is longer than the context of the package's model."""
+    (tmp_path / "x.jsonl").write_text(FILES["ifeval"][0] + "\n")
+    assert main(["eval", "ifeval", "--data", str(tmp_path / "x.jsonl"), "-o", str(tmp_path), "-t", "1"]) == 1
+    check_names(capsys.readouterr().err.strip(), ["-c", 1024, 1500])
+
+
+def test_a_benchmark_without_contexts_asks_once(tmp_path):
+    path = tmp_path / "gpqa.csv"
+    path.write_text(GPQA)
+    assert main(["eval", "gpqa", "--data", str(path), "-o", str(tmp_path), "-t", "1"]) == 0
+    records = [json.loads(line) for line in (tmp_path / "gpqa.jsonl").read_text().splitlines()]
+    asked = [record["method"] for record in records if "answer" in record]
+    assert asked == ["backbone", "tsw/context", "ssw/context", "msw/context"]
+    assert os.path.basename(records[0]["setup"]["data"]) == "gpqa.csv"
