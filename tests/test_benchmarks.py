@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+import gguf
+import numpy as np
 import pytest
 
 from pydeltamem.cli.main import main
@@ -19,6 +21,7 @@ from pydeltamem.evals import views
 from pydeltamem.evals.asker import Ask, Asker, Shared
 from pydeltamem.evals.benchmarks import BENCHMARKS
 from pydeltamem.evals.items import Context, Piece, chosen, items_of
+from pydeltamem.formats.gguf_header import Header
 from pydeltamem.models import default_files
 from refusals import check_names
 from test_cli import deltamem
@@ -318,6 +321,50 @@ def test_a_killed_run_ends_with_the_same_file(whole, tmp_path):
         run.wait()
     assert main(command(path, tmp_path)) == 0
     assert file.read_bytes() == data
+
+
+def lora(path):
+    """A LoRA adapter for the package's model with random weights."""
+    header, rng = Header(default_files()[0]), np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, header.keys["general.architecture"])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    n_out, n_in = header.read("blk.0.attn_output.weight").shape
+    for what, shape in (("a", (4, n_in)), ("b", (n_out, 4))):
+        tensor = 0.3 * rng.standard_normal(shape).astype(np.float32)
+        writer.add_tensor(f"blk.0.attn_output.weight.lora_{what}", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_summaries_and_lora(tmp_path):
+    """Summaries are the plain model's, with a memory and without; the LoRA adapter changes the backbone's answers; all
+    of it goes on after a stop.
+    """
+    methods = "backbone,summary,msw/memory+summary,lora"
+    path = locomo(tmp_path)
+    arguments = [*command(path, tmp_path / "a"), "--methods", methods, "--lora", str(lora(tmp_path / "lora.gguf"))]
+    arguments += ["--window", "24"]
+    assert main(arguments) == 0
+    file = tmp_path / "a" / "locomo.jsonl"
+    data, (_, *records) = file.read_bytes(), lines(tmp_path / "a")
+    texts = {record["context"]: record["text"] for record in records if "text" in record}
+    answers = {(record["method"], record["id"]): record for record in records if "answer" in record}
+    for (method, id), record in answers.items():
+        if method == "msw/memory+summary":
+            summary = texts[answers["summary", id]["context"]].partition(chr(10) * 2)[2].strip()
+            assert summary and summary in record["question"]
+        if method == "lora":
+            assert record["context"] == answers["backbone", id]["context"]
+    assert any(r["answer"] != answers["backbone", id]["answer"] for (m, id), r in answers.items() if m == "lora")
+    for share in (0.4, 0.8):
+        file.write_bytes(data[: int(share * len(data))])
+        assert main(arguments) == 0
+        assert file.read_bytes() == data
 
 
 def test_a_file_of_another_run_stays(whole, capsys):

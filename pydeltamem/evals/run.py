@@ -160,16 +160,25 @@ class Prompts:
         if view == views.FULL:
             return self.clipped(context).shown()
         if view == views.SUMMARY:
-            if id(context) not in self._summaries:
-                self.asker.forget()
-                self._summaries[id(context)] = views.summary(self.clipped(context), self.window, count, self.asker.say)
             return self._summaries[id(context)]
         window = min(self.window, self.room)
         if view == views.LAST:
             return context.shown(views.last_pieces(context, window, count))
         return context.shown(views.found_pieces(context, item.query or item.question, window, count, view))
 
+    def lacks_summary(self, items: Iterable[Item]) -> bool:
+        """Whether a context of these items has no summary yet."""
+        return any(item.context is not None and id(item.context) not in self._summaries for item in items)
+
+    def summarise(self, items: Iterable[Item]) -> None:
+        """Has the model write a summary of each context that has none."""
+        for item in items:
+            if item.context is not None and self.lacks_summary([item]):
+                clipped, count = self.clipped(item.context), self.asker.count
+                self._summaries[id(item.context)] = views.summary(clipped, self.window, count, self.asker.say)
+
     def ask(self, item: Item, method: Method) -> Ask:
+        """An item's question by a method. Raises KeyError if it shows a summary that was not written."""
         title = item.context.title if item.context else ""
         visible = self._under(title, self.shown(item, method.view))
         options = {"n_predict": self.benchmark.n_predict, **self.benchmark.sampling(item.index, self.seed)}
@@ -289,12 +298,13 @@ def run(
                 asker = open_model(unit.method.lora)
                 prompts = Prompts(benchmark, items, asker, window, seed)
                 latest = None
+            if unit.method.view == views.SUMMARY and prompts.lacks_summary(unit.items):
+                asker.attach(None)  # the plain model writes them
+                prompts.summarise(unit.items)
+                latest = None
             if latest is None or latest.adapter != unit.method.adapter:
                 asker.attach(unit.method.adapter)
             latest = unit.method
-            if unit.method.view == views.SUMMARY and unit.method.adapter is not None:
-                for item in unit.items:
-                    _without_memory(asker, prompts, item, unit.method)
             asked = [prompts.ask(item, unit.method) for item in unit.items]
             answers = asker.answer(asked)
             file.add(_records(benchmark, unit, asked, answers, file.texts))
@@ -303,14 +313,6 @@ def run(
     finally:
         if asker is not None:
             asker.close()
-
-
-def _without_memory(asker: Asker, prompts: Prompts, item: Item, method: Method) -> None:
-    """Has the summary written by the plain model."""
-    if item.context is not None and id(item.context) not in prompts._summaries:
-        asker.attach(None)
-        prompts.shown(item, views.SUMMARY)
-        asker.attach(method.adapter)
 
 
 def _records(
