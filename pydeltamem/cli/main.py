@@ -33,7 +33,7 @@ SUBCOMMANDS = {
     "demo": ("pydeltamem.cli.demo", "tell a model some facts and ask for them later"),
     "memory": ("pydeltamem.cli.memory", "show, compare, copy and export memories"),
     "train": ("pydeltamem.cli.train", "train an adapter for a frozen model"),
-    "eval": ("pydeltamem.cli.eval", "measure what a memory recalls once the text is gone"),
+    "eval": ("pydeltamem.cli.eval", "measure models with a memory by benchmarks"),
     "serve": ("pydeltamem.cli.serve", "serve OpenAI's API with a memory for each session"),
     "sessions": ("pydeltamem.cli.sessions", "list, export, import and delete what a server remembers"),
     "rpc-server": ("pydeltamem.cli.rpc_server", "run layers for other machines, which name this one with --rpc"),

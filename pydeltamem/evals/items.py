@@ -121,7 +121,7 @@ def items_of(benchmark: Benchmark, given: str | None) -> list[Item]:
     if path.is_dir() and benchmark.file and (given or os.environ.get(DATA)):
         path = path / benchmark.file
     if not path.is_file():
-        where = f"{path}: is missing" if path.name else f"--data: name the file, or its folder by {DATA}"
+        where = f"{path}: is missing" if path.name and not path.is_dir() else "--data: name the file"
         raise InputError(f"{where} ({benchmark.source}): {benchmark.name} needs it")
     try:
         items = benchmark.read(path)
