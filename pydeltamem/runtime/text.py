@@ -34,6 +34,9 @@ class Text:
     Attributes:
         position: where text and memory are: a record, which each success replaces at once.
         write: whether tokens write the memory, or only read it.
+        exact: whether a text that lost its KV cache is decoded again as the first time, from the memory with which it
+            began, so that nothing differs from a text that kept it. Otherwise without writing: it reads the present
+            memory.
         slot: its sequence in the context, None if it has none.
         n_decoded_again: tokens that were decoded again with writing, because the text went back to where there was no
             checkpoint, or because the model cannot cut its KV cache there.
@@ -48,6 +51,7 @@ class Text:
         self.lock = slots.lock
         self.turn = FairLock(before=slots.lock)
         self.write = True
+        self.exact = False
         self.slot: int | None = None
         self.scores: npt.NDArray[np.single] | None = None
         self.n_decoded_again = 0
@@ -227,7 +231,7 @@ class Text:
         """A second text that goes on from here on its own, with its own memory."""
         self.catch_up()
         other = Text(self.slots, self._decode)
-        other.write = self.write
+        other.write, other.exact = self.write, self.exact
         with self.lock:
             other.position = self.position._replace(n_kv=0)
             if self.slots.fork(self, other):
@@ -318,6 +322,8 @@ class Text:
             self.n_decoded_again += position.n - position.floor
             position = position.memory_at(position.floor)
             n_kv = slots.truncate(slot, min(n_kv, position.n))
+        elif slots.has_memory and self.exact and n_kv < position.n:
+            position = position.memory_at(max(n_kv, position.floor))
         if position is not self.position or n_kv != position.n_kv:
             self.position = position._replace(n_kv=n_kv)
 

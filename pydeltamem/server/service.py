@@ -257,7 +257,7 @@ class AsyncDeltaMem:
         since = worker.busy_since
         if worker.n_active and since is not None and time.monotonic() - since < 60:
             return True
-        probe = Answer(self, None, [0], None, "\0health", False, {**_DEFAULTS, "max_tokens": 0})
+        probe = Answer(self, None, "a", None, "\0health", False, {**_DEFAULTS, "max_tokens": 0})
         try:
             await asyncio.wait_for(probe.whole(), seconds)
         except (TimeoutError, asyncio.TimeoutError, DeltaMemError):

@@ -55,7 +55,8 @@ class Begun:
         tokens: to decode, at least one.
         known: which of them do not write; None: all write.
         n_past: tokens of the prompt that are in the text.
-        turn: as it will be committed, with no digests yet.
+        turn: as it will be committed, without its messages.
+        n_kept: messages of the present chat that belong to the turns before it.
         kept: the turns before it.
         before: text and memory before it.
     """
@@ -64,6 +65,7 @@ class Begun:
     known: Any
     n_past: int
     turn: Turn
+    n_kept: int
     kept: tuple[Turn, ...]
     chat: str
     before: Position
@@ -72,6 +74,7 @@ class Begun:
 def new_text(llm: DeltaMemLlama) -> Text:
     """A text with an empty memory."""
     text = llm._engine.text()
+    text.exact = True
     text.renew()
     checkpoint = text.position.checkpoint
     one = () if checkpoint is None else (checkpoint._replace(kept=True),)
@@ -105,7 +108,7 @@ def begin_chat(
     n = min(n_common(text.tokens, prompt), len(prompt) - 1)
     is_same = live.chat.rpartition("-")[0] == first and not _is_ambiguous(live, messages)
     if is_same:
-        return _go_on(live, prompt, n)
+        return _go_on(live, prompt, n, history.digests(messages))
     system = history.n_system(messages)
     n = min(n, history.begins(render, messages, system) if system < len(messages) else n)
     begun = _begin_another(live, prompt, n, first)
@@ -121,7 +124,7 @@ def begin_raw(live: Live, prompt: Sequence[int]) -> Begun:
     """As `begin_chat`, for a prompt that is no chat: its tokens tell whether it continues the text."""
     n = min(n_common(live.text.tokens, prompt), len(prompt) - 1)
     if n > 1 and live.chat.rpartition("-")[0] == RAW:
-        return _go_on(live, prompt, n)
+        return _go_on(live, prompt, n, None)
     return _begin_another(live, prompt, min(n, 1), RAW)
 
 
@@ -133,39 +136,50 @@ def _is_ambiguous(live: Live, messages: Sequence[Message]) -> bool:
     return len(messages) == history.n_system(messages) + 1 and n_turns > 1
 
 
-def _go_on(live: Live, prompt: Sequence[int], n: int) -> Begun:
-    text = live.text
-    before = text.position
+def _go_on(live: Live, prompt: Sequence[int], n: int, digests: Sequence[str] | None) -> Begun:
+    """Goes on with the present text, from its first n tokens. `digests`: of the messages; None: a text that is no chat.
+
+    Messages tell which turns are replaced, because the tokens of an answer may differ from those that its text has.
+    """
+    text, before = live.text, live.text.position
     mine = [turn for turn in live.turns if turn.chat == live.chat]
-    ends = [turn.position for turn in mine[1:]] + [max(before.n_tokens, before.n)]
-    replaced = [turn for turn, end in zip(mine, ends) if end > n]
-    if n < max(before.n_tokens, before.n):
+    end = max(before.n_tokens, before.n)
+    if digests is None:
+        replaced = [turn for turn, after in zip(mine, [*(turn.position for turn in mine[1:]), end]) if after > n]
+    else:
+        read = [digest for turn in mine for digest in turn.digests]
+        m = next((i for i, (one, other) in enumerate(zip(read, digests)) if one != other), min(len(read), len(digests)))
+        replaced = [turn for i, turn in enumerate(mine) if sum(len(each.digests) for each in mine[: i + 1]) > m]
+    kept = live.turns[: len(live.turns) - len(replaced)]
+    first = replaced[0] if replaced else _turn_after(live, live.chat, end, kept)
+    if n < end:
         n = max(before.ingest(n), min(n, before.floor))  # an ingest in segments is read as a whole
         text.n_tokens = n
-    if replaced:
-        first = replaced[0]
-        turn = Turn(first.number, live.chat, first.position, first.tokens, first.state, ())
-    else:
-        turn = _turn_after(live, live.chat, n)
-    kept = tuple(each for each in live.turns if each.number < turn.number)
-    return Begun(list(prompt[n:]), None, n, turn, kept, live.chat, before)
+        # a turn that began after this is no longer in the text; the memory before it is kept, for undo
+        kept = tuple(replace(t, position=-1) if t.chat == live.chat and t.position > n else t for t in kept)
+    turn = Turn(first.number, live.chat, first.position if first.position <= n else -1, first.tokens, first.state, ())
+    n_kept = sum(len(each.digests) for each in kept if each.chat == live.chat)
+    return Begun(list(prompt[n:]), None, n, turn, n_kept, kept, live.chat, before)
 
 
 def _begin_another(live: Live, prompt: Sequence[int], n: int, first: str) -> Begun:
     before = live.text.position
-    number = (live.turns[-1].number if live.turns else 0) + 1
-    chat = f"{first}-{number}"
-    turn = _turn_after(live, chat, n)
+    chat = f"{first}-{_next(live.turns)}"
+    turn = _turn_after(live, chat, n, live.turns)
     live.text.begin(n)
-    return Begun(list(prompt[n:]), None, n, turn, live.turns, chat, before)
+    live.text.lost_kv()  # what is not written again reads the memory of now, as it would if it had lost its slot
+    return Begun(list(prompt[n:]), None, 0, turn, 0, live.turns, chat, before)
 
 
-def _turn_after(live: Live, chat: str, n: int) -> Turn:
+def _next(turns: Sequence[Turn]) -> int:
+    return (turns[-1].number if turns else 0) + 1
+
+
+def _turn_after(live: Live, chat: str, n: int, kept: Sequence[Turn]) -> Turn:
     position = live.text.position
     checkpoint = position.checkpoint
-    number = (live.turns[-1].number if live.turns else 0) + 1
     state = None if checkpoint is None else checkpoint.state.tobytes()
-    return Turn(number, chat, n, position.n_written, state, ())
+    return Turn(_next(kept), chat, n, position.n_written, state, ())
 
 
 def finished(
@@ -174,12 +188,10 @@ def finished(
     """The record after a turn: text and memory as they are now. `about`: as `about_memories`."""
     assert live.record is not None  # belongs to a session
     said = [*messages, *([reply] if reply is not None else [])]
-    before = {digest for turn in begun.kept for digest in turn.digests}
-    new = [(digest, message) for digest, message in zip(history.digests(said), said) if digest not in before]
     turn = replace(
         begun.turn,
-        digests=tuple(digest for digest, _ in new),
-        messages=tuple(dict(message) for _, message in new),
+        digests=tuple(history.digests(said)[begun.n_kept :]),
+        messages=tuple(map(dict, said[begun.n_kept :])),
     )
     live.text.catch_up()
     position = live.text.position
@@ -334,7 +346,7 @@ def taken_back(record: Record) -> Record:
     if last.state is None:
         raise InputError(f"session {record.name}: the memory before turn {last.number} is no longer kept")
     text, chat = b"", ""
-    if kept and kept[-1].chat == last.chat == record.chat:
+    if kept and kept[-1].chat == last.chat == record.chat and last.position >= 0:
         chat, text = last.chat, _cut_text(record.text, last.position, last.tokens)
     now = MemorySnapshot.from_bytes(record.memory)
     state = np.frombuffer(last.state, np.float32).reshape(now.state.shape)

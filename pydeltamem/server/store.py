@@ -86,7 +86,7 @@ class Turn:
     Attributes:
         number: from 1.
         chat: which chat of the session it belongs to: another text has another one.
-        position: tokens of the text before it.
+        position: tokens of the text before it; -1: the text has others now.
         tokens: tokens ever written before it.
         state: the memory before it; None: no longer kept.
         digests: of its messages, as `history.digests`.
@@ -294,17 +294,21 @@ class Store:
         return replace(record, version=record.version + 1)
 
     def _write_turns(self, connection: sa.Connection, id: int, history: Sequence[Turn]) -> None:
-        """Replaces the turns that differ. A turn never changes, but for its state, which is dropped."""
+        """Replaces the turns that differ. A turn never changes, but for its position, and its state, which is dropped."""
         here = {
             row.number: row
             for row in connection.execute(
-                sa.select(_turns.c.number, _turns.c.created, _turns.c.state.is_not(None).label("kept")).where(
-                    _turns.c.session == id
-                )
+                sa.select(
+                    _turns.c.number, _turns.c.created, _turns.c.position, _turns.c.state.is_not(None).label("kept")
+                ).where(_turns.c.session == id)
             )
         }
         there = {turn.number: turn for turn in history}
-        gone = [number for number, row in here.items() if number not in there or there[number].created != row.created]
+        gone = [
+            number
+            for number, row in here.items()
+            if number not in there or (there[number].created, there[number].position) != (row.created, row.position)
+        ]
         if gone:
             connection.execute(_turns.delete().where(_turns.c.session == id, _turns.c.number.in_(gone)))
         spent = [

@@ -85,7 +85,7 @@ class Worker(threading.Thread):
         with self._came:
             if self._is_stopping or not self.is_alive():
                 raise ModelError("the server is stopping")
-            if self.n_waiting >= self.n_queue and self.n_active >= self.n_slots:
+            if self.n_waiting + self.n_active >= self.n_queue + self.n_slots:
                 raise QueueFull(f"{self.n_waiting} requests wait already: try again later")
             self._queues.setdefault(job.owner, collections.deque()).append(job)
             self._came.notify()

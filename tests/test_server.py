@@ -1,0 +1,683 @@
+"""The service under the server: one write over requests, restarts and chats; nobody hears another; nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from pydeltamem import DeltaMemLlama, InputError
+from pydeltamem.conversation import caught_prompt
+from pydeltamem.runtime.history import n_common
+from pydeltamem.server import AsyncDeltaMem
+from pydeltamem.server.history import digests, known_messages
+from pydeltamem.server.service import SessionBusy, SessionUnknown
+from pydeltamem.server.store import Conflict, Store, StoreError
+from pydeltamem.server.worker import QueueFull
+
+SAME = {"rtol": 0, "atol": 3e-6}  # float32 sums in another order
+# letters that no token joins: an answer that is sent back has the tokens that it was sampled with
+LETTERS = {"temperature": 0, "grammar": "root ::= [qxz]+"}
+GREEDY = {"max_tokens": 6, **LETTERS}
+F32 = {"type_k": 0, "type_v": 0}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+@pytest.fixture
+def serving(make_llm, tmp_path):
+    """serving(n_seq_max=2, **options): a service on a store in this test's folder."""
+
+    def serve(n_seq_max=2, store=None, **options):
+        store = Store(f"sqlite:///{tmp_path / 'sessions.db'}") if store is None else store
+        return AsyncDeltaMem(make_llm(n_seq_max=n_seq_max, **F32), store, **options)
+
+    return serve
+
+
+@pytest.fixture
+def read_once(make_llm):
+    """The state of a memory that read these tokens once."""
+    fresh = make_llm(**F32)
+
+    def read(tokens, state=None):
+        fresh.reset()
+        fresh.memory.state = np.zeros(fresh.memory.shape) if state is None else state
+        fresh.eval(list(tokens))
+        return fresh.memory.state
+
+    return read
+
+
+async def say(service, messages, session="ada", **options):
+    """Adds the answer to the messages."""
+    answer = service.chat(messages, session=session, **{**GREEDY, **options})
+    messages.append(assistant(await answer.whole()))
+    return answer
+
+
+def text_of(service, session="ada"):
+    return service._live["", session].text.tokens.tolist()
+
+
+async def state_of(service, session="ada"):
+    return (await service.snapshot(session)).state
+
+
+#
+# one write
+#
+
+
+def test_a_history_that_grows_is_written_once(serving, read_once):
+    async def run():
+        async with serving() as service:
+            messages = []
+            for i, said in enumerate(["hello there", "my name is Ada", "and yours"]):
+                messages.append(user(said))
+                answer = await say(service, messages)
+                assert answer.committed.version == i + 1
+                assert answer.committed.tokens_written == len(text_of(service))
+            np.testing.assert_allclose(await state_of(service), read_once(text_of(service)), **SAME)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("what", ["again", "edit", "edit the first of several", "deeper"])
+def test_going_back_takes_the_memory_back(serving, read_once, what, restart):
+    async def run():
+        service = serving()
+        messages = []
+        for said in ["hello there", "my name is Ada", "and yours"]:
+            messages.append(user(said))
+            await say(service, messages)
+        if restart:
+            await service.aclose()
+            service = serving()
+        back = {
+            "again": messages[:-1],
+            "edit": [*messages[:4], user("something else")],
+            "edit the first of several": [*messages[:2], user("something else")],
+            "deeper": messages[:3],
+        }[what]
+        async with service:
+            answer = await say(service, back)
+            tokens = text_of(service)
+            assert answer.committed.tokens_written == len(tokens)
+            np.testing.assert_allclose(await state_of(service), read_once(tokens), **SAME)
+            assert (await service.get("ada")).turns == {"again": 3, "edit": 3}.get(what, 2)
+
+    asyncio.run(run())
+
+
+def test_a_restart_writes_nothing_twice(serving, read_once):
+    async def run():
+        messages = []
+        for said in ["hello there", "my name is Ada", "and yours", "well then"]:
+            async with serving() as service:  # a server each
+                messages.append(user(said))
+                answer = await say(service, messages)
+                tokens = text_of(service)
+                assert answer.committed.tokens_written == len(tokens)
+                state = await state_of(service)
+        np.testing.assert_allclose(state, read_once(tokens), **SAME)
+
+    asyncio.run(run())
+
+
+def test_another_chat_keeps_the_memory(serving):
+    async def run():
+        async with serving() as service:
+            first, second = [user("hello there")], [user("quite another thing")]
+            await say(service, first)
+            tokens = text_of(service)
+            answer = await say(service, second)
+            own = text_of(service)
+            assert answer.committed.tokens_written == len(tokens) + len(own) - n_common(tokens, own)
+
+            # back to the first one: its history is in the memory already
+            first.append(user("and yours"))
+            answer = await say(service, first)
+            whole = text_of(service)
+            n_new = len(whole) - len(caught_prompt(service.llm, first[:-2]).prompt)
+            written = answer.committed.tokens_written - (len(tokens) + len(own) - 1)
+            assert 0 < written <= n_new + 8  # the new message and the answer, with their marks
+            assert (await service.get("ada")).turns == 3
+
+    asyncio.run(run())
+
+
+def test_a_history_without_its_oldest_messages_is_not_written_again(serving):
+    async def run():
+        async with serving() as service:
+            messages = []
+            for said in ["hello there", "my name is Ada", "and yours"]:
+                messages.append(user(said))
+                await say(service, messages)
+            before = (await service.get("ada")).tokens
+            trimmed = [*messages[2:], user("well then")]
+            answer = await say(service, trimmed)
+            n_new = len(caught_prompt(service.llm, [user("well then")]).prompt)
+            assert 0 < answer.committed.tokens_written - before <= n_new + 8 + GREEDY["max_tokens"]
+
+    asyncio.run(run())
+
+
+def test_hello_again_does_not_lose_the_memory(serving):
+    """A request of one message that opens as the present chat may begin another: a long chat is not taken back."""
+
+    async def run():
+        async with serving() as service:
+            messages = []
+            for said in ["hello there", "my name is Ada"]:
+                messages.append(user(said))
+                await say(service, messages)
+            before = await service.get("ada")
+            await say(service, [user("hello there")])
+            after = await service.get("ada")
+            assert after.turns == before.turns + 1
+            assert after.tokens >= before.tokens
+
+    asyncio.run(run())
+
+
+def test_only_reading_leaves_the_session_as_it_is(serving):
+    async def run():
+        async with serving() as service:
+            messages = [user("my name is Ada")]
+            await say(service, messages)
+            before = await service.get("ada")
+            for asked in ([*messages, user("who am I")], [user("who am I")]):
+                answer = await say(service, list(asked), write=False)
+                assert answer.committed.version == before.version
+            after = await service.get("ada")
+            assert after == before
+
+    asyncio.run(run())
+
+
+def test_without_a_session_the_memory_is_the_requests_own(serving):
+    async def run():
+        async with serving() as service:
+            messages = [user("hello there")]
+            alone = await service.chat(messages, **GREEDY).whole()
+            await say(service, [user("my name is Ada")])
+            assert await service.chat(messages, **GREEDY).whole() == alone
+            longer = [*messages, assistant(alone), user("and yours")]
+            answer = service.chat(longer, **GREEDY)
+            await answer.whole()
+            assert answer.n_cached > 0  # its beginning was decoded already
+            assert answer.committed.session is None
+            assert [record.name for record in await service.list()] == ["ada"]
+
+    asyncio.run(run())
+
+
+def test_raw_prompts_continue_their_text(serving, read_once):
+    async def run():
+        async with serving() as service:
+            prompt = "once upon a time"
+            for _ in range(3):
+                answer = service.complete(prompt, session="ada", **GREEDY)
+                prompt += await answer.whole() + " and then"
+            np.testing.assert_allclose(await state_of(service), read_once(text_of(service)), **SAME)
+
+    asyncio.run(run())
+
+
+def test_undo_fork_reset_and_files(serving):
+    async def run():
+        async with serving() as service:
+            messages = [user("hello there")]
+            await say(service, messages)
+            one = await state_of(service)
+            messages.append(user("my name is Ada"))
+            await say(service, messages)
+            two = await state_of(service)
+
+            await service.fork("ada", "bob")
+            with pytest.raises(Conflict):
+                await service.fork("ada", "bob")
+            undone = await service.undo("ada")
+            assert undone.turns == 1
+            np.testing.assert_array_equal(await state_of(service), one)
+            np.testing.assert_array_equal(await state_of(service, "bob"), two)
+
+            again = [*messages[:2], user("my name is Ada")]
+            await say(service, again)
+            np.testing.assert_allclose(await state_of(service), two, **SAME)
+
+            await service.replace("carl", await service.snapshot("bob"))
+            np.testing.assert_array_equal(await state_of(service, "carl"), two)
+            await service.undo("bob")
+            await service.undo("bob")
+            assert not (await state_of(service, "bob")).any()
+            with pytest.raises(InputError):
+                await service.undo("bob")
+            await service.reset("ada")
+            assert not (await state_of(service)).any()
+            await service.delete("carl")
+            with pytest.raises(SessionUnknown):
+                await service.get("carl")
+
+    asyncio.run(run())
+
+
+def test_a_forgotten_text_leaves_the_memory(serving):
+    async def run():
+        async with serving() as service:
+            messages = [user("my name is Ada")]
+            await say(service, messages)
+            state = await state_of(service)
+            await service.forget_text("ada")
+            np.testing.assert_array_equal(await state_of(service), state)
+            answer = await say(service, [user("who am I")])
+            assert answer.n_cached == 0
+            assert answer.committed.tokens_written > answer.n_prompt
+
+    asyncio.run(run())
+
+
+def test_sessions_of_another_owner_are_invisible(serving):
+    async def run():
+        async with serving() as service:
+            await say(service, [user("my name is Ada")], owner="a")
+            assert not await service.list("b")
+            with pytest.raises(SessionUnknown):
+                await service.get("ada", "b")
+            await say(service, [user("hello there")], owner="b")
+            assert (await service.get("ada", "b")).version == 1
+            assert (await service.get("ada", "a")).version == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../a", "a\nb", "x" * 200, "a b", "\0"])
+def test_names_that_are_refused(serving, name):
+    async def run():
+        async with serving() as service:
+            with pytest.raises(InputError):
+                await service.chat([user("hello")], session=name, **GREEDY).whole()
+
+    asyncio.run(run())
+
+
+def test_which_messages_are_known():
+    said = [{"role": "system", "content": "be brief"}, user("one"), assistant("1"), user("two"), assistant("2")]
+    known = set(digests(said))
+    assert known_messages([*said, user("three")], known) == [True] * 5 + [False]
+    assert known_messages([said[0], *said[3:], user("three")], known) == [True, True, True, False]
+    assert known_messages([user("new"), *said[3:]], known) == [False, False, True]
+    assert known_messages([said[0], user("other")], known) == [True, False]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "one "}]}]
+    assert digests(parts) == digests([user("one")])
+
+
+#
+# several at once
+#
+
+
+def test_a_second_turn_of_a_session_waits_or_is_refused(serving):
+    async def run():
+        async with serving(turn_timeout=0.01) as service:
+            slow = service.chat([user("hello there")], session="ada", max_tokens=400, **LETTERS)
+            await slow.start()
+            with pytest.raises(SessionBusy):
+                for _ in range(50):
+                    await say(service, [user("me too")], max_tokens=1)
+            slow.cancel()
+            async for _ in slow:
+                pass
+
+    asyncio.run(run())
+
+
+def test_the_queue_has_an_end(serving):
+    async def run():
+        async with serving(n_seq_max=1, n_queue=1) as service:
+            answers = [
+                service.chat([user("hello there")], session=f"s{i}", max_tokens=100, **LETTERS) for i in range(6)
+            ]
+            results = await asyncio.gather(*(answer.whole() for answer in answers), return_exceptions=True)
+            assert any(isinstance(result, QueueFull) for result in results)
+            assert any(isinstance(result, str) for result in results)
+            assert all(isinstance(result, (str, QueueFull)) for result in results)
+
+    asyncio.run(run())
+
+
+def test_owners_take_turns(serving):
+    async def run():
+        async with serving(n_seq_max=1) as service:
+            ends = []
+
+            async def one(owner, i):
+                await service.chat([user("hello there")], session=f"s{i}", owner=owner, **GREEDY).whole()
+                ends.append(owner)
+
+            await asyncio.gather(*(one("many", i) for i in range(8)), one("few", 0))
+            assert "few" in ends[:4]
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_comes_back_in_other_tokens(serving, read_once):
+    """What is sent back differs from what was sampled: it is read as it is now, counts once, and can be undone."""
+
+    async def run():
+        async with serving() as service:
+            messages = [user("hello there")]
+            await say(service, messages, grammar='root ::= "h" "e" "l" "l" "o" " " "I"')
+            one = await state_of(service)
+            for said in ["my name is Ada", "and yours"]:
+                messages.append(user(said))
+                answer = await say(service, messages)
+                assert answer.committed.tokens_written == len(text_of(service))
+                np.testing.assert_allclose(await state_of(service), read_once(text_of(service)), **SAME)
+            assert (await service.get("ada")).turns == 3
+            await service.undo("ada")
+            assert (await service.undo("ada")).turns == 1
+            np.testing.assert_array_equal(await state_of(service), one)
+
+    asyncio.run(run())
+
+
+def test_who_goes_away_ends_within_a_step(serving, read_once):
+    """What was said so far counts; and the others notice nothing."""
+
+    async def run():
+        async with serving() as service:
+            alone = await service.chat([user("and yours")], max_tokens=30, **LETTERS).whole()
+            long = service.chat([user("hello there")], session="ada", max_tokens=300, **LETTERS)
+            other = asyncio.create_task(service.chat([user("and yours")], max_tokens=30, **LETTERS).whole())
+            said = ""
+            async for piece in long:
+                said += piece.text
+                if len(said) > 10:
+                    break
+            await other
+            while service._turns:
+                await asyncio.sleep(0.01)
+            assert other.result() == alone
+            assert long.n_generated < 300
+            record = await service.get("ada")
+            assert record.version == 1
+            assert record.tokens == len(text_of(service))
+            np.testing.assert_allclose(await state_of(service), read_once(text_of(service)), **SAME)
+
+    asyncio.run(run())
+
+
+def test_cancelled_before_its_first_token_it_does_not_count(serving):
+    async def run():
+        async with serving() as service:
+            await say(service, [user("hello there")])
+            before = await service.get("ada")
+            answer = service.chat([user("word " * 120)], session="ada", **GREEDY)
+            await answer.start()
+            answer.cancel()
+            assert await answer.whole() == ""
+            assert await service.get("ada") == before
+            await say(service, [user("hello there"), assistant("x"), user("go on")])
+
+    asyncio.run(run())
+
+
+def schedule(seed, n_sessions, n_turns):
+    """Random turns: (session, kind, number)."""
+    draw = random.Random(seed)
+    kinds = ["say"] * 8 + ["again", "edit", "new", "forget", "cancel", "wrong", "undo", "read"]
+    return [(draw.randrange(n_sessions), draw.choice(kinds), draw.randrange(1000)) for _ in range(n_turns)]
+
+
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "my",
+    "name",
+    "is",
+    "Ada",
+    "where",
+    "do",
+    "you",
+    "live",
+    "tell",
+    "me",
+    "more",
+    "of",
+    "it",
+    "please",
+]
+
+
+async def play(service, name, turns, chats):
+    """Plays the turns of one session. `chats`: its messages, changed. Returns the answers."""
+    said = []
+    for _, kind, number in turns:
+        draw = random.Random(number)
+        words = " ".join(draw.choices(WORDS, k=draw.randint(1, 8)))
+        messages = list(chats[-1]) if chats else []
+        if kind == "new" or not messages:
+            messages, kind = [], "new"
+        if kind in ("again", "edit") and len(messages) >= 2:
+            last = messages[-2]["content"]
+            messages = [*messages[:-2], user(last if kind == "again" else words)]
+        elif kind == "forget":
+            await service.forget_text(name)
+            messages = [user(words)]
+        elif kind == "undo":
+            try:
+                await service.undo(name)
+            except InputError:
+                continue
+            chats.append([])
+            continue
+        elif kind == "wrong":
+            with pytest.raises(InputError):
+                await service.chat(messages, session=name, temperature=-1).whole()
+            with pytest.raises(InputError):
+                await service.chat([user("word " * 3000)], session=name, **GREEDY).whole()
+            continue
+        else:
+            messages.append(user(words))
+        if len(messages) > 12:
+            messages = messages[-3:]
+        if kind == "read":
+            said.append(await service.chat(messages, session=name, write=False, **GREEDY).whole())
+            continue
+        answer = service.chat(messages, session=name, max_tokens=1 + number % 7, **LETTERS)
+        said.append(await answer.whole())
+        chats.append([*messages, assistant(said[-1])])
+    return said
+
+
+# `make server-schedules` plays more
+N_TURNS = int(os.environ.get("DELTAMEM_SERVER_TURNS", "120"))
+N_SESSIONS, N_SLOTS = (8, 3) if N_TURNS < 1000 else (16, 4)
+
+
+@pytest.mark.parametrize("seed", range(1, 3))
+def test_nobody_hears_another(serving, make_llm, tmp_path, seed):
+    """Random turns of several at once, in fewer slots: answers and memories are those of each one alone."""
+    n_sessions = N_SESSIONS
+    turns = schedule(seed, n_sessions, N_TURNS)
+
+    async def together():
+        async with serving(n_seq_max=N_SLOTS, n_live=4) as service:
+            said = await asyncio.gather(
+                *(play(service, f"s{i}", [t for t in turns if t[0] == i], []) for i in range(n_sessions))
+            )
+            return said, [await state_of(service, f"s{i}") for i in range(n_sessions)]
+
+    async def alone(i):
+        store = Store(f"sqlite:///{tmp_path / f'alone{i}.db'}")
+        async with serving(n_seq_max=1, store=store) as service:
+            said = await play(service, f"s{i}", [t for t in turns if t[0] == i], [])
+            return said, await state_of(service, f"s{i}")
+
+    said, states = asyncio.run(together())
+    for i in range(n_sessions):
+        expected, state = asyncio.run(alone(i))
+        assert said[i] == expected
+        np.testing.assert_allclose(states[i], state, **SAME)
+
+
+#
+# what fails
+#
+
+
+def test_a_store_that_fails_leaves_the_turn_out(serving, monkeypatch):
+    async def run():
+        async with serving() as service:
+            messages = [user("hello there")]
+            await say(service, messages)
+            before = await service.get("ada")
+            commit = service.store.commit
+
+            def fail(record):
+                raise StoreError("disk full")
+
+            monkeypatch.setattr(service.store, "commit", fail)
+            with pytest.raises(StoreError):
+                await say(service, [*messages, user("my name is Ada")])
+            monkeypatch.setattr(service.store, "commit", commit)
+            assert await service.get("ada") == before
+            answer = await say(service, [*messages, user("my name is Ada")])
+            assert answer.committed.version == 2
+            assert answer.committed.tokens_written == len(text_of(service))
+
+    asyncio.run(run())
+
+
+def test_another_process_has_changed_the_session(serving):
+    async def run():
+        async with serving() as service:
+            messages = [user("hello there")]
+            await say(service, messages)
+            other = Store(service.store.url)
+            other.commit(other.get("", "ada"))  # version 2
+            answer = await say(service, [*messages, user("go on")])
+            assert answer.committed.version == 3  # it was loaded again
+            slow = service.chat([*messages, user("go on")], session="ada", max_tokens=60, **LETTERS)
+            await slow.start()
+            other.commit(other.get("", "ada"))
+            with pytest.raises(Conflict):
+                await slow.whole()
+            other.close()
+
+    asyncio.run(run())
+
+
+def test_a_session_of_another_adapter_is_refused(make_llm, tmp_path):
+    url = f"sqlite:///{tmp_path / 'sessions.db'}"
+
+    async def run():
+        async with AsyncDeltaMem(make_llm(**F32), Store(url)) as service:
+            await say(service, [user("hello there")])
+        async with AsyncDeltaMem(make_llm("msw4_qo", **F32), Store(url)) as service:
+            with pytest.raises(InputError, match="ada"):
+                await say(service, [user("hello there")])
+            await say(service, [user("hello there")], session="bob")
+
+    asyncio.run(run())
+
+
+def test_a_store_of_a_newer_format_is_refused(tmp_path):
+    import sqlalchemy as sa
+
+    url = f"sqlite:///{tmp_path / 'sessions.db'}"
+    Store(url).close()
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE about SET value = '99'")
+    engine.dispose()
+    with pytest.raises(StoreError, match=r"sessions\.db"):
+        Store(url)
+    with pytest.raises(InputError, match="nosuch"):
+        Store("nosuch://x")
+    (tmp_path / "text.db").write_text("this is no database, but a text of some length" * 100)
+    with pytest.raises(StoreError, match=r"text\.db"):
+        Store(f"sqlite:///{tmp_path / 'text.db'}")
+
+
+def test_a_killed_server_has_what_it_told(tmp_path, base, adapter):
+    """Killed under load, three times: each session is at the last turn that the client was told, or one after it."""
+    script = textwrap.dedent(
+        """
+        import asyncio, random, sys
+        from pydeltamem import DeltaMemLlama
+        from pydeltamem.server import AsyncDeltaMem
+        from pydeltamem.server.store import Store
+
+        async def main(base, adapter, url):
+            llm = DeltaMemLlama(base, deltamem_path=adapter, n_ctx=512, n_seq_max=2, n_threads=1, n_threads_batch=1)
+            async with AsyncDeltaMem(llm, Store(url)) as service:
+                async def client(name):
+                    messages = []
+                    while True:
+                        messages = messages[-6:] + [{"role": "user", "content": f"say {random.random()}"}]
+                        answer = service.chat(messages, session=name, max_tokens=4)
+                        messages.append({"role": "assistant", "content": await answer.whole()})
+                        print(name, answer.committed.version, answer.committed.tokens_written, flush=True)
+                await asyncio.gather(*map(client, "abcd"))
+
+        asyncio.run(main(*sys.argv[1:]))
+        """
+    )
+    url = f"sqlite:///{tmp_path / 'sessions.db'}"
+    told = {}
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(base()), str(adapter("qwen3", "tsw_qo")), url],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        n = random.randint(4, 24)
+        for line in process.stdout:
+            name, version, tokens = line.split()
+            told[name] = int(version), int(tokens)
+            n -= 1
+            if n == 0:
+                break
+        os.kill(process.pid, signal.SIGKILL)
+        rest = process.communicate()[0]
+        for line in rest.splitlines(keepends=True):
+            if line.endswith("\n"):
+                name, version, tokens = line.split()
+                told[name] = int(version), int(tokens)
+        store = Store(url)
+        for name, (version, tokens) in told.items():
+            record = store.get("", name)
+            assert version <= record.version <= version + 1
+            assert record.version > version or record.tokens == tokens
+        store.close()
+
+
+def test_it_needs_nothing_of_a_stopped_worker(make_llm):
+    async def run():
+        service = AsyncDeltaMem(make_llm(**F32))
+        assert await service.can_decode()
+        await service.aclose()
+        assert not await service.can_decode()
+
+    asyncio.run(run())
+    assert DeltaMemLlama  # imported before the server
