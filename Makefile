@@ -43,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-memory architectures schedules server-schedules fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format docs wheel check-wheel clean help
+.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format docs wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -161,7 +161,7 @@ $(SMOLLM2)/ordinary.jsonl: | $(INSTALLED)
 $(SMOLLM2)/train.jsonl: recipes/mixture.py recipes/natural/train.jsonl.gz | $(SMOLLM2)/ordinary.jsonl
 	$(BIN)/python recipes/mixture.py $@ --ordinary $(SMOLLM2)/ordinary.jsonl
 
-smollm2-memory: $(SMOLLM2)/train.jsonl ## train an adapter for SmolLM2-135M (hours on one core; SMOLLM2_ARGS)
+smollm2-adapter: $(SMOLLM2)/train.jsonl ## train an adapter for SmolLM2-135M (hours on one core; SMOLLM2_ARGS)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
 		$(BIN)/deltamem train smollm2 $< -o $(SMOLLM2)/msw --steps 5000 --batch 8 --rate 3e-3 --short-first 0 \
 		--max-tokens 400 --visible 0.12 --wording 0.35 --eval-every 500 $(SMOLLM2_ARGS)

@@ -1,4 +1,4 @@
-"""Converts a PyTorch checkpoint to an adapter GGUF for a base model (docs/reference/formats.md, design section 3)."""
+"""Converts a PyTorch checkpoint to an adapter GGUF for a base model (docs/reference/formats.md)."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ import ctypes
 
 import pytest
 
+from native_context import llama, open_context
 from pydeltamem.models import default_files
-from session import llama, open_session
 
 CACHE_LINE = 64
 
@@ -35,8 +35,8 @@ def product_offsets(adapter, n_tokens: int) -> list[int]:
             offsets.append(ggml.ggml_get_data(tensor) % CACHE_LINE)
         return True
 
-    with open_session(default_files()[0], adapter, eval_callback=observe) as session:
-        session.decode([(i, 0) for i in range(1, n_tokens + 1)])
+    with open_context(default_files()[0], adapter, eval_callback=observe) as context:
+        context.decode([(i, 0) for i in range(1, n_tokens + 1)])
     return offsets
 
 

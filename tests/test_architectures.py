@@ -20,6 +20,7 @@ import transformers
 
 import pydeltamem
 from conftest import ROOT
+from native_context import open_context
 from pydeltamem.convert import hf
 from pydeltamem.convert.adapter import write_adapter
 from pydeltamem.errors import ModelError
@@ -30,7 +31,6 @@ from pydeltamem.runtime import library
 from pydeltamem.runtime.architectures import RESULTS
 from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 from refusals import refuses
-from session import open_session
 from test_reference import ARCHITECTURES, randomise, tiny, tokens
 
 # float32 against float32, through two layers and a softmax
@@ -114,13 +114,13 @@ def results():
 def test_architecture(tmp_path, name, results):
     prompt, logits, state, plain, layers = reference(name, tmp_path)
     base, adapter = converted(tmp_path)
-    with open_session(base) as session:
-        without = session.decode([(token, 0) for token in prompt])
-    with open_session(base, adapter) as session:
-        got = session.decode([(token, 0) for token in prompt])
-        got_state = session.state(0)
-        n_layer = library.llama_deltamem_n_layer(session.adapter)
-        hooked = [library.llama_deltamem_layer(session.adapter, i) for i in range(n_layer)]
+    with open_context(base) as context:
+        without = context.decode([(token, 0) for token in prompt])
+    with open_context(base, adapter) as context:
+        got = context.decode([(token, 0) for token in prompt])
+        got_state = context.state(0)
+        n_layer = library.llama_deltamem_n_layer(context.adapter)
+        hooked = [library.llama_deltamem_layer(context.adapter, i) for i in range(n_layer)]
     architecture = Header(base).keys["general.architecture"]
     errors = nmse(without, plain), nmse(got, logits), nmse(got_state, state)
     measured = dict(zip(("backbone", "logits", "state"), (float(f"{error:.0e}") for error in errors)))
@@ -174,7 +174,7 @@ def test_a_hybrid_that_goes_around_a_hook_is_refused(tmp_path):
     """llama.cpp's Qwen3-Next applies a gate between attention and output projection, outside of the common function."""
     reference("Qwen3Next", tmp_path)
     base, adapter = converted(tmp_path)
-    with pytest.raises(AssertionError, match=r"'qwen3next'.* layer 1\b"), open_session(base, adapter):
+    with pytest.raises(AssertionError, match=r"'qwen3next'.* layer 1\b"), open_context(base, adapter):
         pass
 
 
@@ -182,9 +182,9 @@ def test_prefill_in_pieces_is_the_same(tmp_path):
     """Sliding windows and the memory over several batches."""
     prompt, logits, state, *_ = reference("Gemma2", tmp_path)
     base, adapter = converted(tmp_path)
-    with open_session(base, adapter) as session:
-        got = np.concatenate([session.decode([(token, 0) for token in prompt[i : i + 3]]) for i in range(0, 14, 3)])
-        assert nmse(got, logits) <= bound_of("Gemma2") and nmse(session.state(0), state) <= bound_of("Gemma2")
+    with open_context(base, adapter) as context:
+        got = np.concatenate([context.decode([(token, 0) for token in prompt[i : i + 3]]) for i in range(0, 14, 3)])
+        assert nmse(got, logits) <= bound_of("Gemma2") and nmse(context.state(0), state) <= bound_of("Gemma2")
 
 
 def test_a_model_without_a_tokenizer(tmp_path):

@@ -41,13 +41,13 @@ def options(base):
 
 
 @pytest.fixture
-def session(options, adapter):
-    """session(with_adapter): a Session of the golden Qwen3."""
+def runner(options, adapter):
+    """runner(with_adapter): a Runner of the golden Qwen3."""
     model = runs.Model(library.llama_cpp, options)
     made = []
 
     def make(with_adapter=True):
-        made.append(runs.Session(model, str(adapter("qwen3", "tsw_qo")) if with_adapter else None))
+        made.append(runs.Runner(model, str(adapter("qwen3", "tsw_qo")) if with_adapter else None))
         return made[-1]
 
     yield make
@@ -218,9 +218,9 @@ def test_the_interval_covers_where_pairs_share_contexts():
     assert abs(hits / 2000 - confidence) < 5 * (confidence * (1 - confidence) / 2000) ** 0.5
 
 
-def test_a_run_is_what_it_says(session):
+def test_a_run_is_what_it_says(runner):
     """Positions after each run, for both sides; decode leaves the depth as it found it and builds no graph."""
-    for side in (session(True), session(False)):
+    for side in (runner(True), runner(False)):
         assert side.prefill(100)[0] > 0
         assert side.n_tokens == 100
         nanoseconds, built = side.decode(70, 5)
@@ -238,7 +238,7 @@ def test_what_is_computed_as_one_follows_each_other(options, adapter):
     """A layer's projection, read and correction of q: only neighbours are computed together."""
     watched = nodes.Nodes()
     model = runs.Model(library.llama_cpp, options)
-    side = runs.Session(model, str(adapter("qwen3", "tsw_qo")), watched.callback)
+    side = runs.Runner(model, str(adapter("qwen3", "tsw_qo")), watched.callback)
     with watched.watch(alike=True):
         side.decode(0, 1)
     names = [name for _, name, _, _ in watched.least]
@@ -251,8 +251,8 @@ def test_what_is_computed_as_one_follows_each_other(options, adapter):
     model.close()
 
 
-def test_the_adapter_is_attached_and_writes(session):
-    on, off = session(True), session(False)
+def test_the_adapter_is_attached_and_writes(runner):
+    on, off = runner(True), runner(False)
     for side in (on, off):
         side.prefill(10)
     assert library.llama_deltamem_is_attached(on.ctx) and not library.llama_deltamem_is_attached(off.ctx)
@@ -263,7 +263,7 @@ def test_the_adapter_is_attached_and_writes(session):
     assert any(state)
 
 
-def test_worker_does_what_a_session_does(options, adapter):
+def test_worker_does_what_a_runner_does(options, adapter):
     side = worker.Worker(library.library_folder(), options, str(adapter("qwen3", "tsw_qo")))
     try:
         assert side.prefill(20)[0] > 0

@@ -102,17 +102,17 @@ def test_rollback(golden_dir, adapter):
 
 def test_several_sequences(golden_dir, adapter):
     """Two sequences in one batch against each alone."""
-    from session import open_session
+    from native_context import open_context
 
     base, path = golden_dir / "qwen3" / "base-f32.gguf", adapter("qwen3", "tsw_qo")
     tokens = expected_of(golden_dir, "qwen3", "tsw_qo")["prompt_ids"].tolist()[:24]
     texts = {0: tokens[:12], 1: tokens[12:]}
-    with open_session(base, path, n_seq=2, n_gpu_layers=-1) as session:
+    with open_context(base, path, n_seq=2, n_gpu_layers=-1) as context:
         mixed = [(text[i], seq) for i in range(12) for seq, text in texts.items()]
-        together = session.decode(mixed)
+        together = context.decode(mixed)
     for seq, text in texts.items():
-        with open_session(base, path, n_seq=2, n_gpu_layers=-1) as session:
-            alone = session.decode([(token, seq) for token in text])
+        with open_context(base, path, n_seq=2, n_gpu_layers=-1) as context:
+            alone = context.decode([(token, seq) for token in text])
         assert nmse(together[seq::2], alone) <= BOUND
 
 

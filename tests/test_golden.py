@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from golden_data import ARCHITECTURES, CASES
+from native_context import open_context
 from pydeltamem import DeltaMemLlama
-from session import open_session
 
 ALL = [(arch, case) for arch in ARCHITECTURES for case in CASES]
 BOUND = 1e-9
@@ -143,7 +143,7 @@ def test_other_sequences_in_the_batch(golden_dir, adapter, arch, case, unified):
     segments = segments_of(expected)
     other_segments = None if segments is None else [i // 9 if i % 9 else -1 for i in range(len(other))]
 
-    with open_session(base, memory) as alone:
+    with open_context(base, memory) as alone:
         other_logits = alone.decode([(token, 0) for token in other], other_segments)
         other_state = alone.state(0)
 
@@ -153,7 +153,7 @@ def test_other_sequences_in_the_batch(golden_dir, adapter, arch, case, unified):
     ids = None if segments is None else [segments[i] if seq == 0 else other_segments[i] for _, seq, i in order]
     of = {seq: [row for row, (_, s, _) in enumerate(order) if s == seq] for seq in (0, 1)}
 
-    with open_session(base, memory, n_seq=2, n_ubatch=40, unified=unified) as both:
+    with open_context(base, memory, n_seq=2, n_ubatch=40, unified=unified) as both:
         logits = both.decode(tokens, ids)
         assert nmse(logits[of[0]], expected["prompt_logits"]) <= BOUND
         assert nmse(logits[of[1]], other_logits) <= BOUND
@@ -174,13 +174,13 @@ def test_ingest_over_many_batches(golden_dir, adapter, arch, case):
     """An ingest cut anywhere, also inside a segment, reads and writes as in one batch."""
     expected = expected_of(golden_dir, arch, case)
     tokens, segments = expected["prompt_ids"].tolist(), segments_of(expected)
-    with open_session(golden_dir / arch / "base-f32.gguf", adapter(arch, case)) as session:
+    with open_context(golden_dir / arch / "base-f32.gguf", adapter(arch, case)) as context:
         rows = []
         for start in range(0, len(tokens), 11):
             piece = range(start, min(start + 11, len(tokens)))
             ends = [i == len(tokens) - 1 for i in piece]
-            rows.append(session.decode([(tokens[i], 0) for i in piece], [segments[i] for i in piece], ends))
+            rows.append(context.decode([(tokens[i], 0) for i in piece], [segments[i] for i in piece], ends))
             if not any(ends):
-                assert not session.state(0).any()  # nothing is written before the ingest ends
+                assert not context.state(0).any()  # nothing is written before the ingest ends
         assert nmse(np.concatenate(rows), expected["prompt_logits"]) <= BOUND
-        assert nmse(session.state(0), expected["prompt_state"]) <= BOUND
+        assert nmse(context.state(0), expected["prompt_state"]) <= BOUND

@@ -127,15 +127,15 @@ SEQUENCES = """
 import sys
 import numpy as np
 from pydeltamem.runtime.remote import connect
-from session import open_session
+from native_context import open_context
 
 endpoint, base, adapter, out = sys.argv[1:]
 if endpoint:
     connect(endpoint)
 texts = {0: list(range(5, 17)), 1: list(range(20, 32))}
-with open_session(base, adapter, n_seq=2, n_gpu_layers=-1) as session:
-    logits = session.decode([(text[i], seq) for i in range(12) for seq, text in texts.items()])
-    np.savez(out, logits=logits, a=session.state(0), b=session.state(1))
+with open_context(base, adapter, n_seq=2, n_gpu_layers=-1) as context:
+    logits = context.decode([(text[i], seq) for i in range(12) for seq, text in texts.items()])
+    np.savez(out, logits=logits, a=context.state(0), b=context.state(1))
 """
 
 

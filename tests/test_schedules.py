@@ -13,9 +13,9 @@ import random
 import numpy as np
 import pytest
 
+from native_context import llama, open_context
 from pydeltamem.conversation import Conversation, chat_prompt, say_together
 from pydeltamem.runtime import library
-from session import llama, open_session
 
 N_SCHEDULES = int(os.environ.get("DELTAMEM_SCHEDULES", "40"))  # `make schedules` runs 1,000
 N_OPERATIONS = 12
@@ -32,33 +32,33 @@ WORDS = ["ada", "lima", "red", "7", "who", "why", "tea", "sun"]
 class Simple:
     """What one conversation's memory should be."""
 
-    def __init__(self, session, seq, by_segment):
-        self.session, self.seq, self.by_segment = session, seq, by_segment
-        self.memory = llama.llama_get_memory(session.ctx)
-        self.tokens, self.states, self.floor = [], [np.zeros_like(session.state(seq))], 0
+    def __init__(self, context, seq, by_segment):
+        self.context, self.seq, self.by_segment = context, seq, by_segment
+        self.memory = llama.llama_get_memory(context.ctx)
+        self.tokens, self.states, self.floor = [], [np.zeros_like(context.state(seq))], 0
         self.begun = []  # for each token: where its ingest began
         self.n_kv = 0
         self.become(self.states[0])
 
     def become(self, state):
         """Another memory: the text cannot take it back."""
-        assert not library.llama_deltamem_state_set(self.session.ctx, self.seq, pointer(state), state.size)
+        assert not library.llama_deltamem_state_set(self.context.ctx, self.seq, pointer(state), state.size)
         self.states[len(self.tokens)] = state.copy()
         self.floor = len(self.tokens)
 
     def cut_kv(self, n):
         llama.llama_memory_seq_rm(self.memory, self.seq, n, -1)
-        self.n_kv = self.session.n_past[self.seq] = n
+        self.n_kv = self.context.n_past[self.seq] = n
 
     def decode(self, token, write):
-        assert not library.llama_deltamem_set_write(self.session.ctx, self.seq, write)
-        self.session.decode([(token, self.seq)])
+        assert not library.llama_deltamem_set_write(self.context.ctx, self.seq, write)
+        self.context.decode([(token, self.seq)])
         self.n_kv += 1
 
     def decode_segment(self, tokens):
         n = len(tokens)
-        assert not library.llama_deltamem_set_write(self.session.ctx, self.seq, True)
-        self.session.decode([(token, self.seq) for token in tokens], [0] * n, [0] * (n - 1) + [1])
+        assert not library.llama_deltamem_set_write(self.context.ctx, self.seq, True)
+        self.context.decode([(token, self.seq) for token in tokens], [0] * n, [0] * (n - 1) + [1])
         self.n_kv += n
 
     def ingest(self, tokens):
@@ -67,7 +67,7 @@ class Simple:
         self.begun += [len(self.tokens)] * n
         self.tokens += tokens
         self.decode_segment(tokens)
-        self.states += [before] * (n - 1) + [self.session.state(self.seq)]
+        self.states += [before] * (n - 1) + [self.context.state(self.seq)]
 
     def read_again(self, lost):
         """What the KV cache lacks, without writing."""
@@ -79,7 +79,7 @@ class Simple:
     def start_over(self):
         """All is read again as it was the first time, with writing."""
         state = self.states[self.floor]
-        assert not library.llama_deltamem_state_set(self.session.ctx, self.seq, pointer(state), state.size)
+        assert not library.llama_deltamem_state_set(self.context.ctx, self.seq, pointer(state), state.size)
         self.cut_kv(0)
         for token in self.tokens[: self.floor]:
             self.decode(token, False)
@@ -101,7 +101,7 @@ class Simple:
             self.decode(token, True)
             self.begun.append(len(self.tokens))
             self.tokens.append(token)
-            self.states.append(self.session.state(self.seq))
+            self.states.append(self.context.state(self.seq))
 
     def back(self, n, lost):
         """Goes back to n. The rest of an ingest that is cut is read again. Returns whether something was read."""
@@ -112,7 +112,7 @@ class Simple:
         state = self.states[max(begun, self.floor)]
         self.states = [*self.states[:begun], state.copy()]
         self.tokens, self.begun = self.tokens[:begun], self.begun[:begun]
-        assert not library.llama_deltamem_state_set(self.session.ctx, self.seq, pointer(state), state.size)
+        assert not library.llama_deltamem_state_set(self.context.ctx, self.seq, pointer(state), state.size)
         self.floor = min(self.floor, begun)
         if self.n_kv > begun:
             self.cut_kv(begun)
@@ -129,7 +129,7 @@ class Simple:
             llama.llama_memory_seq_rm(self.memory, self.seq, start, end)
             llama.llama_memory_seq_add(self.memory, self.seq, end, self.n_kv, start - end)
             self.n_kv -= end - start
-            self.session.n_past[self.seq] = self.n_kv
+            self.context.n_past[self.seq] = self.n_kv
         elif self.n_kv > start:
             self.cut_kv(start)
         # the memory can go back to where an ingest ended
@@ -150,10 +150,10 @@ class Simple:
         other.tokens, other.states, other.floor = list(self.tokens), list(self.states), self.floor
         other.begun = list(self.begun)
         state = self.states[-1]
-        assert not library.llama_deltamem_state_set(self.session.ctx, other.seq, pointer(state), state.size)
+        assert not library.llama_deltamem_state_set(self.context.ctx, other.seq, pointer(state), state.size)
         if with_kv:
             llama.llama_memory_seq_cp(self.memory, self.seq, other.seq, -1, -1)
-            other.n_kv = self.session.n_past[other.seq] = self.n_kv
+            other.n_kv = self.context.n_past[other.seq] = self.n_kv
 
 
 def is_lost(text):
@@ -172,7 +172,7 @@ def common(a, b):
 class World:
     """Four conversations in three slots, and the simple model of each."""
 
-    def __init__(self, llm, session, folder, seed):
+    def __init__(self, llm, context, folder, seed):
         self.llm, self.folder = llm, folder
         self.random = random.Random(seed)
         self.log = []
@@ -180,9 +180,9 @@ class World:
             Conversation(llm, system=self.random.choice(SYSTEMS), n_predict=self.random.randint(1, 6), temp=1.0)
             for _ in range(N_CONVERSATIONS)
         ]
-        self.simple = [Simple(session, i, llm.memory.by_segment) for i in range(N_CONVERSATIONS)]
+        self.simple = [Simple(context, i, llm.memory.by_segment) for i in range(N_CONVERSATIONS)]
         self.was_lost = False  # the own text, since it began
-        self.own = Simple(session, N_CONVERSATIONS, False)  # llm.generate and llm.eval give no segments
+        self.own = Simple(context, N_CONVERSATIONS, False)  # llm.generate and llm.eval give no segments
         llm.reset()
         llm.memory.reset()
         for simple in (*self.simple, self.own):
@@ -245,9 +245,9 @@ class World:
         elif operation == "fork":
             j = (i + 1) % N_CONVERSATIONS
             self.conversations[j] = None  # its slot is free
-            seated = conversation._text.slot is not None
+            had_slot = conversation._text.slot is not None
             self.conversations[j] = conversation.fork()
-            simple.copy_to(self.simple[j], seated and self.conversations[j]._text.slot is not None)
+            simple.copy_to(self.simple[j], had_slot and self.conversations[j]._text.slot is not None)
         elif operation == "save":
             conversation.memory.save(self.folder / f"{i}.memory")
             self.saved[i] = simple.states[-1]
@@ -335,11 +335,11 @@ class World:
 def test_schedules(base, adapter, make_llm, tmp_path, case):
     name, n_batch = CASES[case]
     llm = make_llm(name, n_seq_max=3, n_ctx=512, n_batch=n_batch, type_k=0, type_v=0)
-    with open_session(
+    with open_context(
         base(), adapter("qwen3", name), n_seq=N_CONVERSATIONS + 1, n_ctx=5 * 512, unified=False
-    ) as session:
+    ) as context:
         for seed in range(case, N_SCHEDULES, len(CASES)):
-            world = World(llm, session, tmp_path, seed)
+            world = World(llm, context, tmp_path, seed)
             for _ in range(N_OPERATIONS):
                 world.step()
                 world.check()

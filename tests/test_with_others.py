@@ -159,23 +159,24 @@ def test_two_adapters_in_turn(adapter, make_llm):
 
 def test_two_adapters_on_one_model_at_once(adapter, base):
     """Two contexts of one model, each with an adapter of its own."""
+    from native_context import llama
+
     from pydeltamem.bench import runs
     from pydeltamem.runtime import library
-    from session import llama
 
     model = runs.Model(llama, runs.Options(str(base()), 256, 64, 64, 1, 0, False, "f32", "f32"))
     states = {}
-    sessions = {case: runs.Session(model, str(adapter("qwen3", case))) for case in ("tsw_qo", "no_lambda_raw_qk")}
+    runners = {case: runs.Runner(model, str(adapter("qwen3", case))) for case in ("tsw_qo", "no_lambda_raw_qk")}
     for _ in range(2):  # in turns
-        for session in sessions.values():
+        for session in runners.values():
             session.decode(0, 5)
-    for case, session in sessions.items():
+    for case, session in runners.items():
         state = np.empty(library.llama_deltamem_state_size(session.ctx), dtype=np.float32)
         assert not library.llama_deltamem_state_get(session.ctx, 0, state.ctypes.data_as(library.float_p), state.size)
         states[case] = state
         session.close()
     for case, state in states.items():
-        alone = runs.Session(model, str(adapter("qwen3", case)))
+        alone = runs.Runner(model, str(adapter("qwen3", case)))
         for _ in range(2):
             alone.decode(0, 5)
         expected = np.empty_like(state)
@@ -188,12 +189,12 @@ def test_two_adapters_on_one_model_at_once(adapter, base):
 
 def test_conversations_that_stand_aside_begin_anew(adapter, make_llm):
     llm = make_llm("tsw_qo")
-    seated, aside = Conversation(llm, n_predict=4), Conversation(llm, n_predict=4)
-    for conversation in (aside, seated):
+    holding, aside = Conversation(llm, n_predict=4), Conversation(llm, n_predict=4)
+    for conversation in (aside, holding):
         conversation.say("hello there")
     assert aside._text.slot is None and aside.memory.state.any()
     llm.memory.attach(adapter("qwen3", "msw4_qo"))
-    for conversation in (seated, aside):
+    for conversation in (holding, aside):
         assert conversation.memory.state.shape == llm.memory.shape and not conversation.memory.state.any()
         conversation.say("how are you")
         assert conversation.memory.state.any()

@@ -21,7 +21,7 @@ import transformers
 
 from pydeltamem.bench.models import synthetic_files
 from pydeltamem.bench.pairs import median_interval
-from pydeltamem.bench.runs import Model, Options, Session
+from pydeltamem.bench.runs import Model, Options, Runner
 from pydeltamem.bench.synthetic import SHAPES
 from pydeltamem.runtime import library
 from pydeltamem.train.reference import DeltaMem, chunked_recurrence, recurrence
@@ -60,10 +60,10 @@ class Reference:
         return middle - start, perf_counter() - middle
 
 
-def native(shape: str, ftype: str, flash_attn: bool, n_ctx: int, n_threads: int) -> Session:
+def native(shape: str, ftype: str, flash_attn: bool, n_ctx: int, n_threads: int) -> Runner:
     path, adapter = synthetic_files(shape, ftype, "f16", 8, 1)
     options = Options(path, n_ctx, 512, 512, n_threads, 0, flash_attn, "f16", "f16")
-    return Session(Model(library.llama_cpp, options), adapter)
+    return Runner(Model(library.llama_cpp, options), adapter)
 
 
 def main() -> int:
@@ -81,19 +81,19 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     reference = Reference(args.shape)
     n_ctx = args.prompt + args.decode + 1
-    sessions = {
+    runners = {
         f"{ftype}, flash attention {choice}": native(args.shape, ftype, choice == "on", n_ctx, args.threads)
         for ftype in args.ftype
         for choice in args.flash_attn
     }
     seconds: dict[str, dict[str, list[float]]] = {
-        name: {"prefill": [], "decode": []} for name in (*FORMS, *sessions)
+        name: {"prefill": [], "decode": []} for name in (*FORMS, *runners)
     }  # fmt: skip
     for pair in range(-1, args.pairs):  # the first one warms up
         times = {form: reference.run(form, args.prompt, args.decode) for form in FORMS}
-        for name, session in sessions.items():
-            prefill = session.prefill(args.prompt)[0] / 1e9
-            times[name] = prefill, session.decode(args.prompt, args.decode)[0] / 1e9
+        for name, runner in runners.items():
+            prefill = runner.prefill(args.prompt)[0] / 1e9
+            times[name] = prefill, runner.decode(args.prompt, args.decode)[0] / 1e9
         if pair >= 0:
             for name, (prefill, decode) in times.items():
                 seconds[name]["prefill"].append(prefill)
@@ -106,7 +106,7 @@ def main() -> int:
         print(f"{what} of {n_tokens} tokens")
         for form in FORMS:
             print(f"  PyTorch bf16, {form}: {n_tokens / median(seconds[form][what]):.2f} tokens/s")
-            for name in sessions:
+            for name in runners:
                 ratios = [theirs / ours for theirs, ours in zip(seconds[form][what], seconds[name][what])]
                 low, high, _ = median_interval(ratios)
                 print(

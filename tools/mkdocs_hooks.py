@@ -23,7 +23,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from pydeltamem.cli.main import SUBCOMMANDS
-from pydeltamem.cli.parser import Parser
+from pydeltamem.cli.parser import Parser, sentence
 
 log = get_plugin_logger("pages")
 
@@ -155,7 +155,7 @@ def command_problem(command: str) -> str | None:
 def parser(name: str) -> argparse.ArgumentParser:
     """The parser of a subcommand. Raises KeyError if there is none."""
     module_name, summary = SUBCOMMANDS[name]
-    made = Parser(prog=f"deltamem {name}", description=summary[0].upper() + summary[1:] + ".")
+    made = Parser(prog=f"deltamem {name}", description=sentence(summary))
     importlib.import_module(module_name).add_arguments(made)
     return made
 

@@ -20,7 +20,7 @@ from .machine import cpu_name
 from .nodes import Nodes
 from .nodes import measure as measure_nodes
 from .pairs import OFF, ON, OTHER, PLAIN, Side, measure
-from .runs import Model, Options, Session
+from .runs import Model, Options, Runner
 from .worker import Worker
 
 # Called with what runs, how many of its runs are done, and how many there are.
@@ -83,11 +83,11 @@ def run(
 
     with contextlib.ExitStack() as stack:
         nodes = {name: Nodes() for name in (ON, OFF)} if plan.by_node else {}
-        sessions: dict[str, Session] = {}
+        runners: dict[str, Runner] = {}
         workers: dict[str, Worker] = {}
         if against is None or adapter is not None:
-            sessions = _open(stack, options, adapter, nodes)
-            report["setup"].update(sessions[OFF].model.describe())
+            runners = _open(stack, options, adapter, nodes)
+            report["setup"].update(runners[OFF].model.describe())
         if against is not None:
             for name, folder in ((PLAIN, ours), (OTHER, against)):
                 workers[name] = Worker(folder, options)
@@ -95,11 +95,11 @@ def run(
             report["setup"].update(workers[PLAIN].description)
             report["setup"]["against"] = {"folder": against, "system": workers[OTHER].description["system"]}
         if adapter is not None:
-            memory = {**{f"{key}_bytes": n for key, n in sessions[ON].n_bytes.items()}, **memory}
+            memory = {**{f"{key}_bytes": n for key, n in runners[ON].n_bytes.items()}, **memory}
             memory["adapter_file_bytes"] = os.path.getsize(adapter) if adapter != options.model else None
         report["memory"] = memory
 
-        sides: dict[str, Side] = {**sessions, **workers}
+        sides: dict[str, Side] = {**runners, **workers}
         total = len(plan.tests) * (plan.n_pairs + 1) * len(sides)
         done = 0
         for kind, arguments in plan.tests:
@@ -110,7 +110,7 @@ def run(
                 progress(what, done, total)
 
             if nodes:
-                both = {name: (sessions[name], nodes[name]) for name in nodes}
+                both = {name: (runners[name], nodes[name]) for name in nodes}
                 found = measure_nodes(both, kind, arguments, plan.n_pairs, plan.n_renew, advance)
                 report.setdefault("nodes", []).append({"test": label(kind, arguments), **found})
             else:
@@ -139,7 +139,7 @@ def library_in(path: str) -> str:
 
 def _open(
     stack: contextlib.ExitStack, options: Options, adapter: str | None, nodes: dict[str, Nodes]
-) -> dict[str, Session]:
+) -> dict[str, Runner]:
     """The two sides of this process; without an adapter they are alike."""
     with library.errors_held() as log:
         try:
@@ -148,7 +148,7 @@ def _open(
             sides = {}
             for name in (ON, OFF):
                 observer = nodes[name].callback if nodes else None
-                sides[name] = Session(model, adapter if name == ON else None, observer)
+                sides[name] = Runner(model, adapter if name == ON else None, observer)
                 stack.callback(sides[name].close)
         except ModelError as error:
             reason = library.reason(log)

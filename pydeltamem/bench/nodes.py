@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import LibraryError
 from ..runtime import library
-from .runs import Session
+from .runs import Runner
 
 OURS = "deltamem"  # prefix of the names of the adapter's nodes
 VIEWS = (b"VIEW", b"RESHAPE", b"PERMUTE", b"TRANSPOSE", b"NONE")  # nothing to compute
@@ -37,7 +37,7 @@ def _functions() -> tuple[Callable[[int], bytes], Callable[[int], bytes]]:
 class Nodes:
     """The least time of each node of one side's graphs, over all runs and renewed contexts.
 
-    callback: for Session.
+    callback: for Runner.
     least: nanoseconds by (which graph of the run, name, operator, how many of that name and operator came before it in
         the graph), in the graphs' order.
     times: how often each was timed.
@@ -96,7 +96,7 @@ def rows(on: Nodes, off: Nodes) -> list[dict[str, Any]]:
 
 
 def measure(
-    sides: dict[str, tuple[Session, Nodes]],
+    sides: dict[str, tuple[Runner, Nodes]],
     kind: str,
     arguments: tuple[int, ...],
     n_rounds: int,
@@ -108,19 +108,19 @@ def measure(
     Returns {on, off: milliseconds of a prompt or of a token of decode, own: those of the adapter's nodes, ratio,
     rounds, times: how often each node was timed at least, rows}.
     """
-    for session, nodes in sides.values():
-        getattr(session, kind)(*arguments)
+    for runner, nodes in sides.values():
+        getattr(runner, kind)(*arguments)
         nodes.least.clear()
         nodes.times.clear()
         advance()
     in_turn = list(sides.values())
     for i in range(n_rounds):
-        for session, nodes in in_turn if i % 2 else reversed(in_turn):
+        for runner, nodes in in_turn if i % 2 else reversed(in_turn):
             if n_renew and i and i % n_renew == 0:
-                session.renew()
-                getattr(session, kind)(*arguments)
+                runner.renew()
+                getattr(runner, kind)(*arguments)
             with nodes.watch(alike=kind == "decode"):
-                getattr(session, kind)(*arguments)
+                getattr(runner, kind)(*arguments)
             advance()
     times = min(n for _, nodes in in_turn for n in nodes.times.values())
     table = rows(sides["on"][1], sides["off"][1])

@@ -14,7 +14,7 @@ ON, OFF, PLAIN, OTHER = "on", "off", "plain", "against"
 
 
 class Side(Protocol):
-    """What is timed: a Session of runs.py, or a Worker of worker.py."""
+    """What is timed: a Runner of runs.py, or a Worker of worker.py."""
 
     def prefill(self, n_tokens: int) -> tuple[int, int]: ...
 

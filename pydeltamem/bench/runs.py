@@ -65,7 +65,7 @@ class Model:
             self.pointer = None
 
 
-class Session:
+class Runner:
     """One context of a model, with the adapter at the path `adapter` or without any.
 
     observer: called with every node of its graphs (ggml_backend_sched_eval_callback), see nodes.py.

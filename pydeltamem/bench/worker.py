@@ -19,11 +19,11 @@ from typing import Any
 
 from ..errors import AdapterError, DecodeError, DeltaMemError, LibraryError, ModelError
 from .machine import resident
-from .runs import Model, Options, Session
+from .runs import Model, Options, Runner
 
 
 class Worker:
-    """A Session in its own process over the llama library in `folder`, for the same calls.
+    """A Runner in its own process over the llama library in `folder`, for the same calls.
 
     Args:
         folder: holds libllama.so (or .dylib, .dll), a build of the llama.cpp that llama-cpp-python's bindings mirror.
@@ -117,13 +117,13 @@ def _serve(requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
                 errors.append(text.decode("utf-8", errors="replace").strip())
 
         llama.llama_log_set(keep_errors, ctypes.c_void_p(0))
-        session = Session(Model(llama, Options(**request["options"])), request["adapter"])
-        reply({"result": session.model.describe()})
+        runner = Runner(Model(llama, Options(**request["options"])), request["adapter"])
+        reply({"result": runner.model.describe()})
         for line in requests:
             request = json.loads(line)
             runs: dict[str, Callable[..., Any]] = {
-                "prefill": session.prefill,
-                "decode": session.decode,
+                "prefill": runner.prefill,
+                "decode": runner.decode,
                 "resident": resident,
             }
             reply({"result": runs[request["run"]](*request["arguments"])})

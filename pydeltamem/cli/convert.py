@@ -18,7 +18,7 @@ from ..hub import fetch, is_name, model_file, repository
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", metavar="ADAPTER_DIR", help="directory with delta_mem_config.json and its weights, or hf:REPO"
+        "checkpoint", metavar="CHECKPOINT", help="directory with delta_mem_config.json and its weights, or hf:REPO"
     )
     parser.add_argument(
         "--base",

@@ -7,13 +7,14 @@ from typing import Any
 
 from ..evals.benchmarks import BENCHMARKS
 from . import eval_benchmark, eval_recall, eval_report
+from .parser import sentence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
 
     def add(name: str, summary: str) -> argparse.ArgumentParser:
-        sub: Any = what.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        sub: Any = what.add_parser(name, help=summary, description=sentence(summary))
         return sub
 
     eval_recall.add_arguments(add("recall", "facts that were told before the text was thrown away"))

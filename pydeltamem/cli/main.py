@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import DeltaMemError
 from ..runtime.names import as_on_the_command_line, nearest
 from ..version import __version__
-from .parser import Parser
+from .parser import Parser, sentence
 
 SUBCOMMANDS = {
     "pull": ("pydeltamem.cli.pull", "get a model or an adapter by name"),
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module: Any = None  # the subcommand's: argparse requires a command
         for name, (module_name, summary) in SUBCOMMANDS.items():
-            command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+            command = commands.add_parser(name, help=summary, description=sentence(summary))
             if argv[:1] == [name]:
                 module = importlib.import_module(module_name)
                 module.add_arguments(command)

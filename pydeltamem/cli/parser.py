@@ -13,6 +13,11 @@ from ..runtime.names import nearest
 LARGEST = 2**31 - 1  # what llama.cpp's numbers hold
 
 
+def sentence(summary: str) -> str:
+    """A summary as the description of a command."""
+    return f"{summary[0].upper()}{summary[1:]}."
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's parser, but a subparser itself refuses what it does not know, with its own usage and the nearest
     option. argparse leaves that to the outermost parser.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..formats.memory_file import MemorySnapshot
 from .model_options import note
+from .parser import sentence
 
 if TYPE_CHECKING:
     from ..server.store import Record, Store
@@ -19,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
-        action: argparse.ArgumentParser = actions.add_parser(
-            name, help=help, description=help[0].upper() + help[1:] + "."
-        )
+        action: argparse.ArgumentParser = actions.add_parser(name, help=help, description=sentence(help))
         return action
 
     listed = add("list", "list sessions, the latest first")

@@ -1,4 +1,4 @@
-"""The rule of one write (design section 6, docs/reference/one-write.md), without llama.cpp.
+"""The rule of one write (docs/reference/one-write.md), without llama.cpp.
 
 A `Position` says where a text and its memory are. It is immutable: reading, going back and dropping tokens each make a
 new one, and a decode that fails leaves the old one. The state of a memory is always that after the first `n` tokens of

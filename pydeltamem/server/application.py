@@ -378,7 +378,9 @@ async def _respond(server: Server, request: Request, asked: Chat | Completion, a
         answer.to_message = asked.message
     if asked.stream:
         await answer.start()  # what is wrong with the request has a status of its own
-        return EventSourceResponse(_events(server, asked, answer), ping=server.settings.heartbeat, sep="\n")
+        return EventSourceResponse(
+            _events(server, asked, answer), ping=server.settings.heartbeat, sep="\n", shutdown_grace_period=20
+        )
     scored: list[Any] = []
 
     async def read() -> None:

@@ -294,7 +294,7 @@ class Store:
         return replace(record, version=record.version + 1)
 
     def _write_turns(self, connection: sa.Connection, id: int, history: Sequence[Turn]) -> None:
-        """Replaces the turns that differ. A turn never changes, but for its position, and its state, which is dropped."""
+        """Replaces the turns that differ: a turn changes by its position, and when its state is dropped."""
         here = {
             row.number: row
             for row in connection.execute(

@@ -39,7 +39,7 @@ class Runs:
 
 
 def recurrence(runs: Runs, values: Sequence[Tensor]) -> Tensor:
-    """The reads [N, H, r] of tokens with q, k, v, keep, erase and write, each float32 [N, H, r] (design section 1)."""
+    """The reads [N, H, r] of tokens with q, k, v, keep, erase and write, each float32 [N, H, r]."""
     if _native(*values) and values[0].dtype == torch.float32:
         return _Recurrence.apply(runs, *values)
     return recurrence_plain(runs, values)

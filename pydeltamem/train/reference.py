@@ -56,7 +56,7 @@ from ..formats.outputs import make_folder, writing
 def recurrence(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule of design section 1, token by token."""
+    """The gated delta rule (docs/explanation/method.md), token by token."""
     reads = []
     for q_t, k_t, v_t, keep_t, erase_t, write_t in zip(*(x.unbind(1) for x in (q, k, v, keep, erase, write))):
         reads.append((state @ q_t[..., None])[..., 0])

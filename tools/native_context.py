@@ -12,7 +12,7 @@ from pydeltamem.runtime import library
 llama = library.llama_cpp
 
 
-class Session:
+class NativeContext:
     """A model with n_seq sequences and, if an adapter is given, as many memories. F32 KV cache, no flash attention."""
 
     def __init__(self, model, ctx, n_vocab, adapter):
@@ -75,7 +75,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(
+def open_context(
     base,
     adapter=None,
     *,
@@ -87,7 +87,7 @@ def open_session(
     unified=True,
     n_gpu_layers=0,
     eval_callback=None,
-) -> Iterator[Session]:
+) -> Iterator[NativeContext]:
     llama.llama_backend_init()
     model_params = llama.llama_model_default_params()
     model_params.n_gpu_layers = n_gpu_layers
@@ -110,7 +110,7 @@ def open_session(
             assert handle, library.last_error()
             assert library.llama_deltamem_attach(ctx, handle) == 0, library.last_error()
         n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
-        yield Session(model, ctx, n_vocab, handle)
+        yield NativeContext(model, ctx, n_vocab, handle)
     finally:
         llama.llama_free(ctx)
         if handle:
