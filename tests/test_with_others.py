@@ -160,7 +160,6 @@ def test_two_adapters_in_turn(adapter, make_llm):
 def test_two_adapters_on_one_model_at_once(adapter, base):
     """Two contexts of one model, each with an adapter of its own."""
     from native_context import llama
-
     from pydeltamem.bench import runs
     from pydeltamem.runtime import library
 

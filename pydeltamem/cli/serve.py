@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import signal
 
 from ..errors import InputError
 from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, note
@@ -125,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         app, host=args.host, port=args.port, log_config=None, access_log=False, timeout_graceful_shutdown=30
     )
     server = uvicorn.Server(config)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends in order, and raises the signal again afterwards
     server.run()
     failure = app.state.server.failure
     if failure is not None:
