@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import signal
 
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from ..hub import adapter_file, model_file
 
     keys = Keys(args.api_key_file)
-    if not keys and not _is_loopback(args.host):
+    if not keys and not application.is_loopback(args.host):
         raise InputError(
             f"--host {args.host}: without keys the server listens to this machine only: give --api-key-file"
         )
@@ -87,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     def load() -> AsyncDeltaMem:
         from ..llama import DeltaMemLlama
+        from ..runtime import library
 
         llm = DeltaMemLlama(
             model,
@@ -100,11 +100,16 @@ def run(args: argparse.Namespace) -> int:
             n_threads_batch=args.threads_batch,
             n_gpu_layers=args.gpu_layers,
             flash_attn=args.flash_attn == "on",
+            type_k=getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
+            type_v=getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
             use_mmap=not args.no_mmap,
         )
         return AsyncDeltaMem(
             llm, store, n_queue=args.queue, n_sessions=args.max_sessions, turn_timeout=args.turn_timeout
         )
+
+    def stop() -> None:
+        server.should_exit = True
 
     settings = application.Settings(
         load=load,
@@ -115,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
         max_body=args.max_body,
         per_minute=args.requests_per_minute,
         origins=tuple(args.cors_origin),
+        is_private=not keys,
+        failed=stop,
         page=None if args.no_page else page.mount,
     )
     logs.set_up(args.log_level)
@@ -132,10 +139,3 @@ def run(args: argparse.Namespace) -> int:
     if failure is not None:
         raise failure
     return 0 if server.started else 1
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

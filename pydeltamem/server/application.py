@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -17,6 +19,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from sse_starlette import EventSourceResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -35,7 +38,7 @@ from .history import checked_messages
 from .keys import Keys
 from .logs import log, request_id
 from .metrics import Metrics
-from .openai import Chat, Completion
+from .openai import Chat, Completion, options_of
 from .service import Answer, AsyncDeltaMem, SessionBusy, SessionLimit, SessionUnknown, checked_name
 from .store import Conflict, Record, StoreError
 from .worker import QueueFull
@@ -53,8 +56,10 @@ class Settings:
         max_body: bytes of a request.
         per_minute: requests a minute of one key; 0: any number.
         origins: of pages that may use it (CORS).
+        is_private: only programs and pages of this machine may use it; of `origins` besides.
         heartbeat: seconds after which a stream that says nothing sends a comment.
         page: mounts the page on the application; None: no page.
+        failed: is called if the service cannot be made.
     """
 
     load: Callable[[], AsyncDeltaMem]
@@ -65,8 +70,10 @@ class Settings:
     max_body: int = 8 << 20
     per_minute: int = 0
     origins: tuple[str, ...] = ()
+    is_private: bool = False
     heartbeat: float = 5
     page: Callable[[FastAPI, Server], None] | None = None
+    failed: Callable[[], None] = lambda: None
 
 
 class Loading(DeltaMemError):
@@ -132,6 +139,7 @@ class Server:
         except BaseException as error:
             self.failure = error
             log.error("the model cannot be loaded: %s", error)
+            self.settings.failed()
             raise
         log.info("ready")
 
@@ -180,6 +188,8 @@ def application(settings: Settings) -> FastAPI:
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(_BodyLimit, n_max=settings.max_body)
+    if settings.is_private:
+        app.add_middleware(_Private, origins=settings.origins)
     app.add_middleware(_Logged, server=server)
     app.include_router(_watching(server))
     app.include_router(_answering(server))
@@ -290,7 +300,7 @@ def _answering(server: Server) -> APIRouter:
         server.owner(request)
         body, service = await _body(request), server.service
         messages = checked_messages(body.get("messages"))
-        options = {"tools": body.get("tools"), "template": body.get("chat_template_kwargs")}
+        options = {"tools": body.get("tools"), **options_of(body)}
         prompt = await asyncio.to_thread(lambda: service._rendered(messages, options).prompt)
         data = await asyncio.to_thread(service.llm.detokenize, list(prompt), special=True)
         return {"prompt": data.decode(errors="replace")}
@@ -461,7 +471,11 @@ def _piece(llm: Any, token: int) -> Any:
 
 def _status(error: Exception) -> tuple[int, str, str]:
     if isinstance(error, HTTPException):
-        kinds = {401: ("authentication_error", "invalid_api_key"), 404: ("not_found_error", "not_found")}
+        kinds = {
+            401: ("authentication_error", "invalid_api_key"),
+            403: ("permission_error", "origin_not_allowed"),
+            404: ("not_found_error", "not_found"),
+        }
         return (error.status_code, *kinds.get(error.status_code, ("invalid_request_error", "invalid_request")))
     return next((status for kind, status in _ERRORS if isinstance(error, kind)), (500, "server_error", "internal"))
 
@@ -528,6 +542,37 @@ class _Logged:
                         "milliseconds": round(1000 * seconds),
                     },
                 )
+
+
+class _Private:
+    """Refuses what pages of other sites send. Where no key is asked for, a page that somebody here visits could write
+    into memories: browsers send a POST of text without asking first, and its name may lead to this machine.
+    """
+
+    def __init__(self, app: Any, origins: Collection[str]) -> None:
+        self.app, self.origins = app, origins
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] not in ("http", "websocket") or self._may(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            error = HTTPException(403, "without keys, only programs and pages of this machine may use the server")
+            await JSONResponse(_error_body(error), 403)(scope, receive, send)
+
+    def _may(self, headers: Headers) -> bool:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        is_own = origin is None or origin in self.origins or urlsplit(origin).netloc == host
+        return is_own and is_loopback(urlsplit(f"//{host}").hostname or "")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class _BodyLimit:

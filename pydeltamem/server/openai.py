@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
+from ..runtime.stream import LlamaGrammar
 from .service import Answer, Piece
 
 _OPTIONS = (
@@ -53,7 +54,7 @@ class Chat:
         self.options = options_of(body)
         self.messages = body.get("messages")
         self.stream = _flag(body, "stream")
-        self.with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self.with_usage = _with_usage(body)
         self.logprobs = _flag(body, "logprobs")
         if self.logprobs:
             self.options["n_top"] = body.get("top_logprobs") or 0
@@ -62,7 +63,7 @@ class Chat:
 
     def _set_tools(self, body: Mapping[str, Any]) -> None:
         tools, choice = body.get("tools"), body.get("tool_choice")
-        if body.get("functions"):
+        if isinstance(body.get("functions"), list):
             tools = [{"type": "function", "function": function} for function in body["functions"]]
             choice = body.get("function_call", choice)
             choice = {"type": "function", "function": choice} if isinstance(choice, Mapping) else choice
@@ -77,6 +78,7 @@ class Chat:
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
                 raise InputError('tools is a list of {"type": "function", "function": {"name": …}}')
             function.setdefault("parameters", {"type": "object", "properties": {}})  # type: ignore[attr-defined]
+            _checked_schema(f"tools: {function['name']}", function["parameters"])
             names.append(function["name"])
         if not names:
             raise InputError('tools is a list of {"type": "function", "function": {"name": …}}')
@@ -111,11 +113,12 @@ class Chat:
             return
         if kind == "json_object":
             self.options["response_format"] = dict(wanted)
+            if wanted.get("schema") is not None:
+                _checked_schema("response_format", wanted["schema"])
         elif kind == "json_schema":
-            schema = (wanted.get("json_schema") or {}).get("schema")
-            if not isinstance(schema, Mapping):
-                raise InputError("response_format: json_schema holds a schema")
-            self.options["response_format"] = {"type": "json_object", "schema": dict(schema)}
+            schema = wanted["json_schema"].get("schema") if isinstance(wanted.get("json_schema"), Mapping) else None
+            schema = _checked_schema("response_format", schema)
+            self.options["response_format"] = {"type": "json_object", "schema": schema}
         else:
             raise InputError(f'response_format: type is "text", "json_object" or "json_schema", not {kind!r}')
 
@@ -215,7 +218,7 @@ class Completion:
             raise InputError("prompt is a text, or a list of token ids; one a request")
         self.prompt: str | list[int] = prompt
         self.echo, self.stream = _flag(body, "echo"), _flag(body, "stream")
-        self.with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self.with_usage = _with_usage(body)
         self.n_top = body.get("logprobs")
         if self.n_top is not None:
             self.options["n_top"] = self.n_top
@@ -275,6 +278,24 @@ def memory(answer: Answer) -> dict[str, Any]:
     if done is None:
         return {}
     return {"memory": {"session": done.session, "version": done.version, "tokens_written": done.tokens_written}}
+
+
+def _with_usage(body: Mapping[str, Any]) -> bool:
+    options = body.get("stream_options") or {}
+    if not isinstance(options, Mapping):
+        raise InputError('stream_options is {"include_usage": true or false}')
+    return _flag(options, "include_usage")
+
+
+def _checked_schema(name: str, schema: Any) -> dict[str, Any]:
+    """A JSON schema that answers can be held to: llama_cpp would drop any other without a word."""
+    try:
+        if not isinstance(schema, dict):
+            raise ValueError(f"it is an object, not {schema!r}")
+        LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+    except Exception as error:
+        raise InputError(f"{name}: answers cannot be held to this JSON schema: {error}") from error
+    return schema
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:

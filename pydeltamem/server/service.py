@@ -24,13 +24,14 @@ from ..runtime.completion import biased
 from ..runtime.generation import Generation
 from ..runtime.history import n_common
 from ..runtime.names import nearest
+from ..runtime.stream import checked_grammar
 from . import session as sessions
 from .history import Message, checked_messages
 from .session import Begun, Live
 from .store import Conflict, Record, Store
 from .worker import QueueFull, Worker, taken
 
-NAME = re.compile(r"[\w.@:+=-]{1,128}")
+NAME = re.compile(r"(?!\.\.?$)[\w.@:+=-]{1,128}")  # . and .. would not survive in the path of a URL
 
 _SAMPLING = {
     "temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "typical_p": "typical_p",
@@ -39,6 +40,10 @@ _SAMPLING = {
     "mirostat_eta": "mirostat_eta", "grammar": "grammar",
 }  # fmt: skip
 _DEFAULTS = {"temp": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05, "repeat_penalty": 1.0}
+_NUMBERS = (
+    "temp", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repeat_penalty", "mirostat_mode",
+    "mirostat_tau", "mirostat_eta",
+)  # fmt: skip
 _OTHERS = ("max_tokens", "stop", "seed", "logit_bias", "n_top", "tools", "tool_choice", "response_format", "template")
 
 
@@ -208,6 +213,8 @@ class AsyncDeltaMem:
         """Replaces the memory of a session, or makes one. Its text and turns are forgotten."""
         async with self._held(owner, checked_name(name)):
             record = await self._record(owner, name)
+            if record.version == 0:
+                await self._check_limit(owner, name)
             new = await self._in_worker(lambda: sessions.with_memory(self.llm, record, snapshot))
             return await self._commit(new)
 
@@ -524,6 +531,8 @@ class Answer:
             self._tokens = llm.tokenize(self.prompt.encode("utf-8", "surrogatepass"), add_bos=True, special=True)
         else:
             self._tokens = llm._checked_tokens(self.prompt or ()).tolist()
+        if sampling.get("grammar") is not None:
+            sampling["grammar"] = checked_grammar(llm, sampling["grammar"])
         self._tokens = self._tokens or [llm.token_bos()]
         n, n_ctx = len(self._tokens), llm.n_ctx()
         self.n_prompt = n
@@ -664,10 +673,16 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         checked[_SAMPLING.get(name, name)] = value
-    for name in ("temp", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repeat_penalty"):
+    for name in _NUMBERS:
         if name in checked and not (_is_number(checked[name]) and np.isfinite(checked[name])):
             raise InputError(f"{name} is a number, not {checked[name]!r}")
-    for name, low, high in (("temp", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("typical_p", 0, 1)):
+    for name, low, high in (
+        ("mirostat_mode", 0, 2),
+        ("temp", 0, 100),
+        ("top_p", 0, 1),
+        ("min_p", 0, 1),
+        ("typical_p", 0, 1),
+    ):
         if name in checked and not low <= checked[name] <= high:
             raise InputError(f"{name} is {low} to {high}, not {checked[name]}")
     for name, low in (("max_tokens", 0), ("top_k", -1), ("n_top", 0), ("seed", -1)):

@@ -1,0 +1,737 @@
+"""The endpoints of the server, their errors and limits (docs/reference/server.md), over HTTP on the application."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from pydeltamem.formats.memory_file import MemorySnapshot
+from pydeltamem.server.keys import Keys
+from servers import in_thread, service, until
+
+GREEDY = {"temperature": 0, "max_tokens": 8}
+HELLO = [{"role": "user", "content": "My name is Ada."}]
+
+
+@pytest.fixture(scope="module")
+def api():
+    with in_thread(model="small", base="default.gguf", adapter="default-msw.gguf") as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def two_keys(tmp_path_factory):
+    """A server with two keys, which may send a few requests a minute and small ones only."""
+    path = tmp_path_factory.mktemp("keys") / "keys.txt"
+    path.write_text("# who may use it\nkey-of-ada\n\nkey-of-bo\n")
+    with in_thread(keys=Keys(path)) as api:
+        yield api
+
+
+def ask(api, messages=HELLO, *, path="", headers=None, **body):
+    """One chat completion, which succeeds."""
+    answer = api.http.post(
+        f"{path}/v1/chat/completions", json={"messages": messages, **GREEDY, **body}, headers=headers
+    )
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def said(answer):
+    return answer["choices"][0]["message"]["content"]
+
+
+def chunks(api, path="/v1/chat/completions", **body):
+    """What a stream sends, without its end."""
+    with api.http.stream("POST", path, json={"stream": True, **GREEDY, **body}) as answer:
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def refused(answer, status, code, *names):
+    """An answer is OpenAI's error object and names these."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["x-request-id"]
+    (error,) = answer.json().values()
+    assert set(error) == {"message", "type", "code"} and error["code"] == code, error
+    for name in names:
+        assert name in error["message"], error
+    return answer
+
+
+def state(api, session):
+    answer = api.http.get(f"/v1/memories/{session}/file")
+    assert answer.status_code == 200, answer.text
+    return MemorySnapshot.from_bytes(answer.content).state
+
+
+def about(api, session):
+    answer = api.http.get(f"/v1/memories/{session}")
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+#
+# answers
+#
+
+
+def test_health_and_models(api):
+    assert api.http.get("/health").json() == {"status": "ok"}
+    (model,) = api.http.get("/v1/models").json()["data"]
+    assert (model["id"], model["base"], model["adapter"]) == ("small", "default.gguf", "default-msw.gguf")
+    assert api.http.get("/sessions/ada/v1/models").json() == api.http.get("/v1/models").json()
+
+
+def test_chat(api):
+    answer = ask(api, max_tokens=4, grammar="root ::= [a-z ]+")
+    (choice,) = answer["choices"]
+    assert answer["object"] == "chat.completion" and answer["model"] == "small"
+    assert choice["message"]["role"] == "assistant" and choice["message"]["content"]
+    used = answer["usage"]
+    assert choice["finish_reason"] == "length" and used["completion_tokens"] == 4
+    assert used["total_tokens"] == used["prompt_tokens"] + 4
+    assert answer["memory"]["session"] is None
+    assert answer["memory"]["tokens_written"] >= used["prompt_tokens"]
+
+
+def test_content_in_parts(api):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "My name "}, {"type": "text", "text": "is Ada."}]}]
+    assert said(ask(api, parts)) == said(ask(api))
+
+
+@pytest.mark.parametrize("path", ["", "/sessions/streamed"])
+def test_a_stream_says_the_same(api, path):
+    whole = ask(api, seed=3, temperature=0.9)
+    parts = chunks(
+        api, f"{path}/v1/chat/completions", messages=HELLO, seed=3, temperature=0.9,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    assert parts[0]["choices"][0]["delta"]["role"] == "assistant"
+    deltas = [part["choices"][0]["delta"].get("content") or "" for part in parts[:-1]]
+    assert "".join(deltas) == said(whole)
+    reasons = [part["choices"][0]["finish_reason"] for part in parts[:-1]]
+    assert reasons == [None] * (len(reasons) - 1) + [whole["choices"][0]["finish_reason"]]
+    assert parts[-1]["choices"] == []
+    assert parts[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    assert parts[-2]["memory"]["session"] == ("streamed" if path else None)
+    assert len({part["id"] for part in parts}) == 1
+
+
+def test_a_stream_without_usage(api):
+    assert all("usage" not in part for part in chunks(api, messages=HELLO))
+
+
+def test_a_seed_gives_the_same_text_twice(api):
+    texts = [said(ask(api, seed=seed, temperature=2.0, max_tokens=24)) for seed in (1, 2, 1, 2)]
+    assert texts[:2] == texts[2:] and texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("stop", ["end", ["never said", "end"]])
+def test_stop(api, stop):
+    grammar = 'root ::= "at the end it stops"'
+    answer = ask(api, grammar=grammar, stop=stop, max_tokens=64)
+    assert said(answer) == "at the " and answer["choices"][0]["finish_reason"] == "stop"
+    parts = chunks(api, messages=HELLO, grammar=grammar, stop=stop, max_tokens=64)
+    assert "".join(part["choices"][0]["delta"].get("content") or "" for part in parts) == "at the "
+
+
+def test_characters_of_several_tokens(api):
+    text = "Übergrößen für 日本語 🙂🙃"
+    parts = chunks(
+        api, messages=HELLO, grammar=f'root ::= "{text}"', max_tokens=100, stream_options={"include_usage": True}
+    )
+    deltas = [part["choices"][0]["delta"].get("content") or "" for part in parts[:-1]]
+    assert "".join(deltas) == text and parts[-1]["usage"]["completion_tokens"] > len(text)
+    assert said(ask(api, grammar=f'root ::= "{text}"', max_tokens=100)) == text
+
+
+def test_log_probabilities(api):
+    (choice,) = ask(api, logprobs=True, top_logprobs=3)["choices"]
+    entries = choice["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in entries).strip() == choice["message"]["content"].strip()
+    for entry in entries:
+        assert bytes(entry["bytes"]).decode() == entry["token"] and entry["logprob"] <= 0
+        likeliest = [top["logprob"] for top in entry["top_logprobs"]]
+        assert len(likeliest) == 3 and likeliest == sorted(likeliest, reverse=True)
+        assert entry["logprob"] == pytest.approx(likeliest[0])  # greedy
+    streamed = [part["choices"][0]["logprobs"] for part in chunks(api, messages=HELLO, logprobs=True, top_logprobs=3)]
+    assert [entry["token"] for part in streamed if part for entry in part["content"]] == [e["token"] for e in entries]
+
+
+def test_completions(api):
+    answer = api.http.post("/v1/completions", json={"prompt": "My name", "logprobs": 2, **GREEDY}).json()
+    (choice,) = answer["choices"]
+    assert answer["object"] == "text_completion" and choice["text"]
+    assert "".join(choice["logprobs"]["tokens"]).strip() == choice["text"].strip()
+    assert all(len(top) >= 2 for top in choice["logprobs"]["top_logprobs"])
+    tokens = api.http.post("/tokenize", json={"content": "My name", "add_special": True}).json()["tokens"]
+    for prompt in (tokens, ["My name"], [tokens]):
+        other = api.http.post("/v1/completions", json={"prompt": prompt, **GREEDY}).json()
+        assert other["choices"][0]["text"] == choice["text"]
+    echoed = api.http.post("/v1/completions", json={"prompt": "My name", "echo": True, **GREEDY}).json()
+    assert echoed["choices"][0]["text"] == "My name" + choice["text"]
+    parts = chunks(api, "/v1/completions", prompt="My name")
+    assert "".join(part["choices"][0]["text"] for part in parts) == choice["text"]
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"]},
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+
+
+@pytest.mark.parametrize("choice", [{"type": "function", "function": {"name": "weather"}}, "required"])
+def test_a_tool_that_must_be_called(api, choice):
+    tools = [WEATHER, CLOCK] if isinstance(choice, dict) else [WEATHER]
+    answer = ask(api, tools=tools, tool_choice=choice, max_tokens=40)
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert answer["choices"][0]["finish_reason"] == "tool_calls"
+    assert answer["choices"][0]["message"]["content"] is None
+    assert call["function"]["name"] == "weather"
+    assert set(json.loads(call["function"]["arguments"])) == {"warm"}
+    parts = chunks(api, messages=HELLO, tools=tools, tool_choice=choice, max_tokens=40)
+    calls = [call for part in parts for call in part["choices"][0]["delta"].get("tool_calls", ())]
+    assert calls[0]["function"]["name"] == "weather" and calls[0]["id"]
+    arguments = "".join(call["function"].get("arguments", "") for call in calls)
+    assert json.loads(arguments) == json.loads(call["function"]["arguments"])
+    assert parts[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_one_of_several_tools_must_be_called(api):
+    answer = ask(api, tools=[WEATHER, CLOCK], tool_choice="required", max_tokens=60)
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] in ("weather", "clock") and json.loads(call["function"]["arguments"]) is not None
+
+
+def test_the_result_of_a_tool_goes_on(api):
+    """The call comes back as a message of the chat, and the session goes on from it."""
+    first = ask(api, path="/sessions/tool", tools=[WEATHER], tool_choice="required", max_tokens=40)
+    message = first["choices"][0]["message"]
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "warm"}
+    second = ask(api, [*HELLO, message, result], path="/sessions/tool", tools=[WEATHER], tool_choice="none")
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"]
+    assert second["memory"]["version"] == 2 and said(second)
+
+
+def test_structured_output(api):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Lima", "Oslo"]}, "sure": {"type": "boolean"}},
+        "required": ["city", "sure"],
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    answer = json.loads(said(ask(api, response_format=wanted, max_tokens=60)))
+    assert set(answer) == {"city", "sure"} and answer["city"] in ("Lima", "Oslo") and isinstance(answer["sure"], bool)
+
+
+def test_embeddings(api):
+    def embed(**body):
+        return api.http.post("/v1/embeddings", json={"input": ["one", "two"], **body}).json()
+
+    answer = embed()
+    vectors = np.array([entry["embedding"] for entry in answer["data"]])
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1], abs=1e-5) and answer["usage"]["prompt_tokens"] > 0
+    packed = [np.frombuffer(base64.b64decode(e["embedding"]), "<f4") for e in embed(encoding_format="base64")["data"]]
+    np.testing.assert_allclose(packed, vectors, atol=1e-6)
+    ask(api, path="/sessions/embedded")
+    before = about(api, "embedded")
+    with_memory = embed(memory={"session": "embedded"})["data"][0]["embedding"]
+    assert not np.allclose(with_memory, vectors[0], atol=1e-6)
+    assert about(api, "embedded") == before
+
+
+def test_tokens_and_template(api):
+    text = "My name is Ada 🙂."
+    tokens = api.http.post("/tokenize", json={"content": text, "with_pieces": True}).json()["tokens"]
+    assert [token["id"] for token in tokens] == api.http.post("/tokenize", json={"content": text}).json()["tokens"]
+    joined = b"".join(piece.encode() if isinstance(piece := token["piece"], str) else bytes(piece) for token in tokens)
+    assert joined.decode().strip() == text
+    back = api.http.post("/detokenize", json={"tokens": [token["id"] for token in tokens]}).json()["content"]
+    assert back.strip() == text
+    prompt = api.http.post("/apply-template", json={"messages": HELLO}).json()["prompt"]
+    assert "My name is Ada." in prompt
+    assert api.http.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
+
+
+#
+# sessions
+#
+
+
+def test_which_session_a_request_belongs_to(api):
+    """The path comes before the header, and the header before the body."""
+    asked = [
+        ("in-path", {"path": "/sessions/in-path", "headers": {"X-Memory-Session": "x"}, "memory": {"session": "y"}}),
+        ("in-header", {"headers": {"X-Memory-Session": "in-header"}, "memory": {"session": "y"}}),
+        ("in-body", {"memory": {"session": "in-body"}}),
+    ]
+    for name, how in asked:
+        assert ask(api, **how)["memory"] == {
+            "session": name,
+            "version": 1,
+            "tokens_written": about(api, name)["tokens"],
+        }
+    names = {entry["id"] for entry in api.http.get("/v1/memories").json()["data"]}
+    assert names >= {name for name, _ in asked} and not names & {"x", "y"}
+    for name, _ in asked[1:]:
+        np.testing.assert_array_equal(state(api, name), state(api, "in-path"))
+
+
+def test_an_unknown_session_begins_empty(api):
+    alone = ask(api)
+    answer = ask(api, path="/sessions/begins")
+    assert said(answer) == said(alone) and answer["memory"]["tokens_written"] == alone["memory"]["tokens_written"]
+    assert about(api, "begins")["turns"] == 1
+
+
+def test_what_was_sent_before_is_not_written_again(api):
+    first = ask(api, path="/sessions/again")
+    chat = [*HELLO, {"role": "assistant", "content": said(first)}, {"role": "user", "content": "Thank you."}]
+    second = ask(api, chat, path="/sessions/again")
+    n_prompt = second["usage"]["prompt_tokens"]
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"]
+    assert second["memory"]["version"] == 2
+    # what a chat of its own with the same messages writes
+    assert second["memory"]["tokens_written"] <= n_prompt + second["usage"]["completion_tokens"]
+    regenerated = ask(api, chat, path="/sessions/again")
+    assert regenerated["memory"] == {**second["memory"], "version": 3} and said(regenerated) == said(second)
+    edited = [*chat[:-1], {"role": "user", "content": "I live in Lima."}]
+    for name in ("again", "straight"):
+        if name == "straight":
+            ask(api, path=f"/sessions/{name}")
+        ask(api, edited, path=f"/sessions/{name}")
+    np.testing.assert_allclose(state(api, "again"), state(api, "straight"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_request_that_does_not_write(api):
+    ask(api, path="/sessions/kept")
+    before, memory = about(api, "kept"), state(api, "kept")
+    answer = ask(api, [{"role": "user", "content": "Who am I?"}], path="/sessions/kept", memory={"write": False})
+    assert answer["memory"] == {"session": "kept", "version": 1, "tokens_written": before["tokens"]}
+    assert about(api, "kept") == before
+    np.testing.assert_array_equal(state(api, "kept"), memory)
+    assert ask(api, memory={"session": "not-begun", "write": False})["memory"]["version"] == 0
+    refused(api.http.get("/v1/memories/not-begun"), 404, "session_not_found", "not-begun")
+
+
+def test_list_and_metadata(api):
+    for name in ("first", "second", "first"):
+        ask(api, path=f"/sessions/{name}")
+    listed = [entry["id"] for entry in api.http.get("/v1/memories").json()["data"]]
+    assert listed.index("first") < listed.index("second")  # the latest first
+    one = about(api, "first")
+    assert one["turns"] == 1 and one["bytes"] == len(api.http.get("/v1/memories/first/file").content)
+    assert one["created"].endswith("Z") and one["updated"] >= one["created"]
+    s = state(api, "first")
+    assert one["shape"] == list(s.shape) and len(one["layers"]) == len(s)
+    for layer, matrices in zip(one["layers"], s):
+        np.testing.assert_allclose(layer["norm"], np.linalg.norm(matrices, axis=(1, 2)), rtol=1e-4)
+        np.testing.assert_allclose(layer["singular_values"], np.linalg.svd(matrices)[1], rtol=1e-3, atol=1e-5)
+
+
+def test_fork(api):
+    ask(api, path="/sessions/root")
+    answer = api.http.post("/v1/memories/root/fork", json={"id": "branch"})
+    assert answer.status_code == 200 and answer.json()["id"] == "branch"
+    np.testing.assert_array_equal(state(api, "branch"), state(api, "root"))
+    before = about(api, "root")
+    ask(api, [{"role": "user", "content": "I live in Lima."}], path="/sessions/branch")
+    assert about(api, "root") == before and not np.allclose(state(api, "branch"), state(api, "root"))
+    refused(api.http.post("/v1/memories/root/fork", json={"id": "branch"}), 409, "session_changed", "branch")
+    refused(api.http.post("/v1/memories/nobody/fork", json={"id": "x"}), 404, "session_not_found", "nobody")
+    refused(api.http.post("/v1/memories/root/fork", json={}), 400, "invalid_value")
+
+
+def test_undo_reset_and_delete(api):
+    ask(api, path="/sessions/short")
+    one = state(api, "short")
+    ask(api, [{"role": "user", "content": "I live in Lima."}], path="/sessions/short")
+    assert not np.allclose(state(api, "short"), one)
+    assert api.http.post("/v1/memories/short/undo").json()["turns"] == 1
+    np.testing.assert_allclose(state(api, "short"), one, rtol=1e-5, atol=1e-6)
+    assert api.http.post("/v1/memories/short/undo").json()["tokens"] == 0
+    refused(api.http.post("/v1/memories/short/undo"), 400, "invalid_value", "short")
+    ask(api, path="/sessions/short")
+    emptied = api.http.post("/v1/memories/short/reset").json()
+    assert emptied["turns"] == emptied["tokens"] == 0 and not state(api, "short").any()
+    assert api.http.delete("/v1/memories/short").json()["deleted"] is True
+    for method, path in (("GET", ""), ("GET", "/file"), ("DELETE", ""), ("POST", "/undo"), ("POST", "/reset")):
+        refused(api.http.request(method, f"/v1/memories/short{path}"), 404, "session_not_found", "short")
+    assert ask(api, path="/sessions/short")["memory"]["version"] == 1
+
+
+def test_a_memory_to_take_along(api):
+    ask(api, path="/sessions/taken")
+    file = api.http.get("/v1/memories/taken/file").content
+    brought = api.http.put("/v1/memories/brought/file", content=file)
+    assert brought.status_code == 200 and brought.json()["tokens"] == about(api, "taken")["tokens"]
+    np.testing.assert_array_equal(state(api, "brought"), state(api, "taken"))
+    answers = [
+        said(ask(api, [{"role": "user", "content": "What is my name?"}], memory={"session": name, "write": False}))
+        for name in ("taken", "brought")
+    ]
+    assert answers[0] == answers[1]
+    refused(api.http.put("/v1/memories/brought/file", content=b"no memory"), 400, "memory_file")
+    refused(api.http.put("/v1/memories/brought/file", content=file[:-10]), 400, "memory_file")
+    np.testing.assert_array_equal(state(api, "brought"), state(api, "taken"))
+
+
+def test_the_memory_of_another_adapter(api):
+    with in_thread(lambda: service(adapter="tsw")) as other:
+        ask(other, path="/sessions/elsewhere")
+        file = other.http.get("/v1/memories/elsewhere/file").content
+    refused(api.http.put("/v1/memories/elsewhere/file", content=file), 400, "memory_file", "adapter")
+    refused(api.http.get("/v1/memories/elsewhere"), 404, "session_not_found")
+
+
+def test_without_an_adapter_there_are_no_sessions():
+    with in_thread(lambda: service(adapter=None)) as plain:
+        assert said(ask(plain))
+        body = {"messages": HELLO, **GREEDY}
+        refused(plain.http.post("/sessions/ada/v1/chat/completions", json=body), 400, "invalid_value", "ada", "adapter")
+        assert plain.http.get("/v1/memories").json()["data"] == []
+        assert plain.http.get("/v1/models").json()["data"][0]["adapter"] is None
+
+
+#
+# errors
+#
+
+
+@pytest.mark.parametrize(
+    "body, name",
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"content": "hello"}]}, "role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "content"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
+        ({"temperature": "hot"}, "temp"),
+        ({"temperature": -1}, "temp"),
+        ({"top_p": 2}, "top_p"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"seed": "x"}, "seed"),
+        ({"stop": 5}, "stop"),
+        ({"n": 2}, "n"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": "all"}, "stream_options"),
+        ({"logprobs": True, "top_logprobs": 21}, "20"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": "x"}, "logit_bias"),
+        ({"grammar": "root ::= ("}, "grammar"),
+        ({"grammar": 5}, "grammar"),
+        ({"mirostat_mode": "x"}, "mirostat_mode"),
+        ({"mirostat_mode": 2, "mirostat_tau": "x"}, "mirostat_tau"),
+        ({"tools": "hammer"}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "axe", "parameters": 5}}]}, "axe"),
+        ({"tools": [{"type": "function", "function": {"name": "axe", "parameters": {"type": "x"}}}]}, "axe"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "axe"}}}, "axe"),
+        ({"tools": [WEATHER], "tool_choice": "perhaps"}, "tool_choice"),
+        ({"functions": [5]}, "tools"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": 5}}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": {"type": "nothing"}}}, "schema"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs"),
+        ({"memory": "ada"}, "memory"),
+        ({"memory": {"session": "ada", "write": "no"}}, "write"),
+        ({"messages": [{"role": "user", "content": "many words " * 400}]}, "tokens"),
+    ],
+)
+def test_a_chat_that_cannot_be_answered(api, body, name):
+    """A 400 says what is wrong, also for a stream, and the session stays as it was."""
+    session = f"unharmed-{uuid.uuid4().hex}"
+    for stream in (False, True):
+        asked = {"messages": HELLO, "max_tokens": 4, "stream": stream, **body}
+        answer = api.http.post("/v1/chat/completions", json=asked, headers={"X-Memory-Session": session})
+        refused(answer, 400, "invalid_value", name)
+    refused(api.http.get(f"/v1/memories/{session}"), 404, "session_not_found")
+
+
+@pytest.mark.parametrize(
+    "path, body, name",
+    [
+        ("/v1/completions", {"prompt": 5}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", "b"]}, "prompt"),
+        ("/v1/completions", {"prompt": [10**6]}, "1000000"),
+        ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix"),
+        ("/v1/completions", {"prompt": "a", "best_of": 3}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "logprobs": 100}, "100"),
+        ("/v1/embeddings", {}, "input"),
+        ("/v1/embeddings", {"input": [""]}, "input"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
+        ("/tokenize", {"content": 5}, "content"),
+        ("/detokenize", {"tokens": ["a"]}, "token"),
+        ("/detokenize", {"tokens": 5}, "token"),
+        ("/apply-template", {"messages": 5}, "messages"),
+        ("/apply-template", {"messages": HELLO, "chat_template_kwargs": 5}, "chat_template_kwargs"),
+    ],
+)
+def test_other_requests_that_cannot_be_answered(api, path, body, name):
+    refused(api.http.post(path, json=body), 400, "invalid_value", name)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+def test_a_body_that_is_no_json_object(api, content):
+    refused(api.http.post("/v1/chat/completions", content=content), 400, "invalid_value")
+
+
+def test_what_is_not_there(api):
+    refused(api.http.get("/v1/nothing"), 404, "not_found")
+    refused(api.http.get("/v1/chat/completions"), 405, "invalid_request")
+    refused(api.http.get("/v1/memories/nobody"), 404, "session_not_found", "nobody")
+
+
+NAMES = ["../x", "..", ".", "a/b", "a" * 129, " ", "a b", "a\\b", "a%2Fb", "c:\\x", "a\n", "\0"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_are_paths(api, name):
+    body = {"messages": HELLO, **GREEDY, "memory": {"session": name}}
+    refused(api.http.post("/v1/chat/completions", json=body), 400, "invalid_value", "session")
+    if name.isprintable() and name.strip():
+        header = {"X-Memory-Session": name}
+        refused(api.http.post("/v1/chat/completions", json={"messages": HELLO}, headers=header), 400, "invalid_value")
+    ask(api, path="/sessions/named")
+    refused(api.http.post("/v1/memories/named/fork", json={"id": name}), 400, "invalid_value")
+
+
+@pytest.mark.parametrize("name", ["..%2Fx", "%2e%2e", "a%2Fb", "a" * 129, "a%20b", "%00", "a%0A"])
+def test_names_in_paths_that_are_paths(api, name):
+    for path in (f"/sessions/{name}/v1/chat/completions", f"/v1/memories/{name}/reset"):
+        answer = api.http.post(path, json={"messages": HELLO})
+        assert answer.status_code in (400, 404, 405), (path, answer.text)
+    assert not any("/" in entry["id"] or ".." in entry["id"] for entry in api.http.get("/v1/memories").json()["data"])
+
+
+#
+# keys and limits
+#
+
+
+def with_key(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, with_key("wrong"), {"Authorization": "key-of-ada"}, with_key("# who may use it"), {"Authorization": "Bearer"}],
+)
+def test_without_a_key(two_keys, headers):
+    for method, path in (
+        ("GET", "/v1/models"), ("GET", "/v1/memories"), ("GET", "/v1/memories/ada"), ("DELETE", "/v1/memories/ada"),
+        ("GET", "/v1/memories/ada/file"), ("PUT", "/v1/memories/ada/file"), ("POST", "/v1/memories/ada/fork"),
+        ("POST", "/v1/memories/ada/undo"), ("POST", "/v1/memories/ada/reset"), ("GET", "/metrics"),
+        ("POST", "/v1/chat/completions"), ("POST", "/sessions/ada/v1/completions"), ("POST", "/v1/embeddings"),
+        ("POST", "/tokenize"), ("POST", "/detokenize"), ("POST", "/apply-template"),
+    ):  # fmt: skip
+        answer = refused(two_keys.http.request(method, path, headers=headers), 401, "invalid_api_key")
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert two_keys.http.get("/health").status_code == 200  # for balancers
+
+
+def test_sessions_of_another_key_are_invisible(two_keys):
+    ada, bo = with_key("key-of-ada"), with_key("key-of-bo")
+    ask(two_keys, path="/sessions/diary", headers=ada)
+    before = two_keys.http.get("/v1/memories/diary", headers=ada).json()
+    assert two_keys.http.get("/v1/memories", headers=bo).json()["data"] == []
+    for method, path in (("GET", ""), ("GET", "/file"), ("POST", "/undo"), ("POST", "/reset"), ("DELETE", "")):
+        answer = two_keys.http.request(method, f"/v1/memories/diary{path}", headers=bo)
+        refused(answer, 404, "session_not_found", "diary")
+    forked = two_keys.http.post("/v1/memories/diary/fork", headers=bo, json={"id": "copy"})
+    refused(forked, 404, "session_not_found", "diary")
+    theirs = ask(two_keys, [{"role": "user", "content": "Who am I?"}], path="/sessions/diary", headers=bo)
+    alone = ask(two_keys, [{"role": "user", "content": "Who am I?"}], headers=bo)
+    assert said(theirs) == said(alone) and theirs["memory"]["version"] == 1
+    assert theirs["memory"]["tokens_written"] == alone["memory"]["tokens_written"]
+    assert two_keys.http.get("/v1/memories/diary", headers=ada).json() == before
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """A server with one slot, a queue of one, and small limits."""
+    with in_thread(
+        lambda: service(slots=1, n_queue=1, n_sessions=2, turn_timeout=0.1), max_body=8000, heartbeat=0.1
+    ) as api:
+        yield api
+
+
+def test_a_body_that_is_too_large(narrow):
+    content = json.dumps({"messages": [{"role": "user", "content": "x" * 9000}]}).encode()
+    for body in (content, iter([content[:5000], content[5000:]])):  # with its length, and in chunks
+        refused(narrow.http.post("/v1/chat/completions", content=body), 413, "body_too_large", "8000")
+    refused(narrow.http.put("/v1/memories/ada/file", content=iter([content])), 413, "body_too_large", "8000")
+    assert said(ask(narrow))
+
+
+def test_a_queue_that_is_full(narrow):
+    with ThreadPoolExecutor() as threads:
+        with narrow.stalled():
+            taken = [threads.submit(ask, narrow) for _ in range(2)]  # the slot and the queue
+            until(lambda: narrow.service.worker.n_waiting == 2)
+            for stream in (False, True):
+                answer = narrow.http.post("/v1/chat/completions", json={"messages": HELLO, "stream": stream})
+                refused(answer, 429, "queue_full")
+                assert int(answer.headers["retry-after"]) >= 1
+        assert all(said(waiting.result()) for waiting in taken)
+
+
+def test_another_turn_of_the_session_is_running(narrow):
+    body = {"messages": HELLO, **GREEDY}
+    with ThreadPoolExecutor() as threads:
+        with narrow.stalled():
+            running = threads.submit(ask, narrow, path="/sessions/busy")
+            until(lambda: narrow.service._locks)
+            refused(narrow.http.post("/sessions/busy/v1/chat/completions", json=body), 409, "session_busy", "busy")
+            refused(narrow.http.post("/v1/memories/busy/reset"), 409, "session_busy", "busy")
+        assert running.result()["memory"]["version"] == 1
+    narrow.http.delete("/v1/memories/busy")
+
+
+def test_too_many_sessions(narrow):
+    for name in ("one", "two", "one"):
+        ask(narrow, path=f"/sessions/{name}")
+    body = {"messages": HELLO, **GREEDY}
+    refused(narrow.http.post("/sessions/three/v1/chat/completions", json=body), 400, "too_many_sessions", "three")
+    refused(narrow.http.post("/v1/memories/one/fork", json={"id": "three"}), 400, "too_many_sessions", "three")
+    file = narrow.http.get("/v1/memories/one/file").content
+    refused(narrow.http.put("/v1/memories/three/file", content=file), 400, "too_many_sessions", "three")
+    for name in ("one", "two"):
+        narrow.http.delete(f"/v1/memories/{name}")
+
+
+def test_a_silent_stream_says_that_it_is_alive(narrow):
+    """Proxies end connections on which nothing comes."""
+    body = {"messages": HELLO, "stream": True}
+    with narrow.stalled(), narrow.http.stream("POST", "/v1/chat/completions", json=body) as stream:
+        comments = [line for line, _ in zip(stream.iter_lines(), range(6)) if line.startswith(":")]
+        assert len(comments) >= 2
+
+
+def test_a_client_that_goes_away(narrow):
+    long = {"messages": HELLO, "stream": True, "max_tokens": 400, "grammar": "root ::= [a-z ]+"}
+    with narrow.http.stream("POST", "/sessions/gone/v1/chat/completions", json=long) as stream:
+        next(line for line in stream.iter_lines() if '"content":"' in line.replace(" ", ""))
+    until(lambda: narrow.service.worker.n_active == 0 and not narrow.service._turns)
+    one = about(narrow, "gone")
+    assert one["turns"] == 1 and one["tokens"] < 400  # what was said counts
+    narrow.http.delete("/v1/memories/gone")
+
+
+def test_requests_a_minute(tmp_path):
+    path = tmp_path / "keys.txt"
+    path.write_text("ada\nbo\n")
+    with in_thread(keys=Keys(path), per_minute=3) as api:
+        answers = [api.http.get("/v1/models", headers=with_key("ada")) for _ in range(4)]
+        assert [answer.status_code for answer in answers[:3]] == [200] * 3
+        refused(answers[3], 429, "rate_limited", "3")
+        assert int(answers[3].headers["retry-after"]) >= 1
+        assert api.http.get("/v1/models", headers=with_key("bo")).status_code == 200
+
+
+def test_while_the_model_is_loaded():
+    loaded = threading.Event()
+
+    def load():
+        assert loaded.wait(60)
+        return service()
+
+    with in_thread(load, ready=False) as api:
+        answer = api.http.get("/health")
+        assert answer.status_code == 503 and answer.json() == {"status": "loading model"}
+        for path in ("/v1/chat/completions", "/v1/embeddings", "/tokenize"):
+            answer = refused(api.http.post(path, json={"messages": HELLO}), 503, "loading")
+            assert int(answer.headers["retry-after"]) >= 1
+        refused(api.http.get("/v1/memories"), 503, "loading")
+        assert api.http.get("/v1/models").status_code == api.http.get("/metrics").status_code == 200
+        loaded.set()
+        until(lambda: api.http.get("/health").status_code == 200)
+        assert said(ask(api))
+
+
+def test_a_model_that_cannot_be_loaded():
+    def load():
+        raise OSError("no such model")
+
+    with in_thread(load, ready=False) as api:
+        until(lambda: api.http.get("/health").json()["status"] == "failed")
+        assert api.http.get("/health").status_code == 503
+
+
+def test_a_decoder_that_is_stuck(monkeypatch):
+    with in_thread(service) as api:
+        can_decode = api.service.can_decode
+        monkeypatch.setattr(api.service, "can_decode", lambda: can_decode(0.2))
+        with api.stalled():
+            until(lambda: api.http.get("/health").status_code == 503)
+            assert api.http.get("/health").json() == {"status": "stuck"}
+            assert api.http.get("/v1/models").status_code == 200
+        until(lambda: api.http.get("/health").status_code == 200)
+
+
+PREFLIGHT = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+
+
+def test_pages_of_others_may_not_use_it(api):
+    answers = [
+        api.http.options("/v1/chat/completions", headers=PREFLIGHT),
+        api.http.get("/v1/models", headers={"Origin": "https://page.example"}),
+    ]
+    assert all("access-control-allow-origin" not in answer.headers for answer in answers)
+
+
+def test_pages_that_may_use_it():
+    with in_thread(origins=("https://page.example",)) as api:
+        answer = api.http.options("/v1/chat/completions", headers=PREFLIGHT)
+        assert answer.headers["access-control-allow-origin"] == "https://page.example"
+        other = api.http.options("/v1/chat/completions", headers={**PREFLIGHT, "Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.fixture(scope="module")
+def private():
+    """A server for this machine, as without keys."""
+    with in_thread(is_private=True, origins=("https://friend.example",)) as api:
+        yield api
+
+
+def blind_post(api, headers):
+    body = json.dumps({"messages": HELLO, **GREEDY})
+    headers = {"Content-Type": "text/plain", **headers}
+    return api.http.post("/sessions/blind/v1/chat/completions", content=body, headers=headers)
+
+
+@pytest.mark.parametrize("headers", [{"Origin": "https://page.example"}, {"Origin": "null"}, {"Host": "page.example"}])
+def test_pages_of_others_cannot_write_either(private, headers):
+    """Browsers send a page's POST of text without asking first, and a page's name may lead to this machine."""
+    refused(blind_post(private, headers), 403, "origin_not_allowed")
+    refused(private.http.get("/v1/memories/blind"), 404, "session_not_found", "blind")
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "[::1]"])
+def test_pages_of_this_machine_can(private, name):
+    assert blind_post(private, {"Host": f"{name}:8080", "Origin": f"http://{name}:8080"}).status_code == 200
+    assert blind_post(private, {"Host": name, "Origin": "https://friend.example"}).status_code == 200
+    private.http.delete("/v1/memories/blind")
+
+
+def test_a_request_keeps_its_id(api):
+    assert api.http.get("/health", headers={"X-Request-Id": "my-request"}).headers["x-request-id"] == "my-request"
+    assert len(api.http.get("/health", headers={"X-Request-Id": "x" * 100}).headers["x-request-id"]) == 32
