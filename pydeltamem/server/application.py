@@ -39,7 +39,15 @@ from .keys import Keys
 from .logs import log, request_id
 from .metrics import Metrics
 from .openai import Chat, Completion, options_of
-from .service import Answer, AsyncDeltaMem, SessionBusy, SessionLimit, SessionUnknown, checked_name
+from .service import (
+    Answer,
+    AsyncDeltaMem,
+    PromptTooLong,
+    SessionBusy,
+    SessionLimit,
+    SessionUnknown,
+    checked_name,
+)
 from .store import Conflict, Record, StoreError
 from .worker import QueueFull
 
@@ -101,6 +109,7 @@ _ERRORS: tuple[tuple[type[Exception], tuple[int, str, str]], ...] = (
     (StoreError, (503, "unavailable_error", "store_unavailable")),
     (MemoryFileError, (400, "invalid_request_error", "memory_file")),
     (AdapterError, (400, "invalid_request_error", "no_adapter")),
+    (PromptTooLong, (400, "invalid_request_error", "context_length_exceeded")),
     (InputError, (400, "invalid_request_error", "invalid_value")),
     (NotFiniteError, (500, "server_error", "not_finite")),
     (DecodeError, (500, "server_error", "decode_failed")),
@@ -195,6 +204,7 @@ def application(settings: Settings) -> FastAPI:
     app.include_router(_answering(server))
     app.include_router(_answering(server), prefix="/sessions/{session}")
     app.include_router(_remembering(server))
+    app.include_router(_remembering(server), prefix="/sessions/{session}")
     for kind in (DeltaMemError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     if settings.page is not None:

@@ -47,6 +47,10 @@ _NUMBERS = (
 _OTHERS = ("max_tokens", "stop", "seed", "logit_bias", "n_top", "tools", "tool_choice", "response_format", "template")
 
 
+class PromptTooLong(InputError):
+    """The prompt does not fit in the context."""
+
+
 class SessionBusy(DeltaMemError):
     """Another turn of this session is running and did not end in time."""
 
@@ -484,7 +488,11 @@ class Answer:
             return
         async with service._held(self.owner, self.session):
             self._live = await service._live_session(self.owner, self.session)
-            await self._decode()
+            try:
+                await self._decode()
+            except BaseException:  # the text may be anywhere
+                await service._forget(self.owner, self.session)
+                raise
             if self._record is None:
                 record = self._live.record
                 assert record is not None  # of a session
@@ -537,8 +545,8 @@ class Answer:
         n, n_ctx = len(self._tokens), llm.n_ctx()
         self.n_prompt = n
         if n >= n_ctx:
-            raise InputError(
-                f"the prompt has {n} tokens and the context holds {n_ctx}: send less, or serve a larger one"
+            raise PromptTooLong(
+                f"the prompt has {n} tokens, the context holds {n_ctx}: send less, or serve a larger one"
             )
         processors = []
         if options.get("logit_bias"):
@@ -607,8 +615,7 @@ class Answer:
                 self._close(self._used, generation, error)
         except Exception as failure:
             error = error or failure
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._settle, error)
+        self._soon(self._settle, error)
 
     def _settle(self, error: BaseException | None) -> None:
         if not self._over.done():
@@ -643,8 +650,14 @@ class Answer:
             live.text = sessions.live_session(service.llm, live.record, service.adapter).text
 
     def _put(self, piece: Piece) -> None:
-        if (piece.text or piece.scored) and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+        if piece.text or piece.scored:
+            self._soon(self._queue.put_nowait, piece)
+
+    def _soon(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Calls a function in the caller's loop, unless that is gone."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(function, *arguments)
 
 
 class _Lock:
