@@ -106,6 +106,13 @@ def test_generation_ends_at_a_stop(lm):
     assert cut == whole.partition(stop)[0]
 
 
+def test_texts_that_are_generated_together_do_not_meet(lm):
+    asked = [("I live in", {"until": [], "max_gen_toks": n}) for n in (3, 9, 5, 7, 4, 8)]
+    together = lm.generate_until(requests(*asked), disable_tqdm=True)
+    assert together == [lm.generate_until(requests(one), disable_tqdm=True)[0] for one in asked]
+    assert len(set(map(len, together))) > 2 and all(together[1].startswith(text) for text in together)
+
+
 def test_the_chat_template(lm):
     prompt = lm.apply_chat_template([{"role": "user", "content": "Hello."}])
     shorter = lm.apply_chat_template([{"role": "user", "content": "Hello."}], add_generation_prompt=False)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..llama import DeltaMemLlama
+from ..runtime.generation import Generation
 from ..runtime.history import n_common
 
 try:
@@ -37,6 +38,7 @@ class DeltaMemLM(TemplateLM):
         lora: LoRA adapter GGUF.
         n_ctx: tokens of a request at most. Logits of each are kept: n_ctx · vocabulary · 4 bytes.
         n_threads: for all decodes; None: as DeltaMemLlama.
+        parallel: texts that are generated together.
     """
 
     def __init__(
@@ -46,13 +48,15 @@ class DeltaMemLM(TemplateLM):
         lora: str | None = None,
         n_ctx: int = 2048,
         n_threads: int | None = None,
+        parallel: int = 4,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         self.llm = DeltaMemLlama(
             model, deltamem_path=adapter, lora_path=lora, n_ctx=int(n_ctx), n_threads=n_threads,
-            n_threads_batch=n_threads, logits_all=True,
+            n_threads_batch=n_threads, n_seq_max=int(parallel), logits_all=True,
         )  # fmt: skip
+        self.parallel = int(parallel)
 
     @property
     def max_length(self) -> int:
@@ -127,22 +131,37 @@ class DeltaMemLM(TemplateLM):
     #
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        found = []
-        for request in tqdm(requests, desc="generate_until", disable=disable_tqdm):
-            context, given = request.args
-            options = normalize_gen_kwargs(dict(given), default_max_gen_toks=256)
-            n_predict, stop = options["max_gen_toks"], [text for text in options["until"] if text]
-            prompt = self.tok_encode(context)[-(self.max_length - n_predict) :]
-            self.llm.reset()
-            if self.llm.memory.attached:
-                self.llm.memory.reset()
-            sampling = {name: options[name] for name in ("top_p", "top_k", "min_p") if name in options}
-            said = self.llm.create_completion(
-                prompt, max_tokens=n_predict, temperature=options.get("temperature", 0.0), stop=stop, **sampling
-            )
-            found.append(said["choices"][0]["text"])
-            self.cache_hook.add_partial("generate_until", request.args, found[-1])
+        """In common batches, each in a text of its own with an empty memory."""
+        found: list[str] = []
+        engine = self.llm._engine
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
+            for at in range(0, len(requests), self.parallel):
+                some = requests[at : at + self.parallel]
+                running = [self._generation(*request.args) for request in some]
+                while left := [generation for generation in running if not generation.is_over]:
+                    engine.wait(left)
+                for request, generation in zip(some, running):
+                    with engine.lock:
+                        engine.slots.leave(generation.text)
+                    if generation.error is not None:
+                        raise generation.error
+                    found.append(generation.content)
+                    self.cache_hook.add_partial("generate_until", request.args, generation.content)
+                    bar.update()
         return found
+
+    def _generation(self, context: str, given: dict[str, Any]) -> Generation:
+        """What follows a text, as a request of the engine."""
+        llm, options = self.llm, normalize_gen_kwargs(dict(given), default_max_gen_toks=256)
+        n_predict = min(options["max_gen_toks"], self.max_length - 1)
+        sampling = {name: options[name] for name in ("top_p", "top_k", "min_p") if name in options}
+        with llm._engine.lock:
+            sampler = llm._seeded_sampler(llm._seed, temp=options.get("temperature", 0.0), **sampling)
+        generation = Generation(llm._engine.text())
+        stop = [text for text in options["until"] if text]
+        generation.prepare(llm._ctx, llm._model.vocab, sampler, n_predict=n_predict, stop=stop)
+        generation.ask(self.tok_encode(context)[-(self.max_length - n_predict) :])
+        return generation
 
     #
     # chat templates
