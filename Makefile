@@ -76,7 +76,9 @@ $(DEMO)/adapter.gguf: $(INSTALLED) $(wildcard $(TINY)/base.gguf $(TINY)/adapter/
 	$(BIN)/deltamem convert $(TINY)/adapter --base $(TINY)/base.gguf -o $@
 
 test: test-native ## all tests: native, then Python (PYTEST_ARGS; STRICT=1 fails on avoidable skips)
-	$(BIN)/python -m pytest $(if $(STRICT),--strict-skips) $(PYTEST_ARGS)
+	@# STRICT: where the browser cannot be installed, says so and skips the tests that need it
+	$(if $(STRICT),if tests/install-browser.sh; then export DELTAMEM_REQUIRE_BROWSER=1; fi;) \
+		$(BIN)/python -m pytest $(if $(STRICT),--strict-skips) $(PYTEST_ARGS)
 
 coverage: $(INSTALLED) ## which lines of the package the Python tests run (PYTEST_ARGS)
 	$(BIN)/coverage erase

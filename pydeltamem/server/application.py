@@ -164,10 +164,14 @@ class Server:
         owner = self.settings.keys.owner(request.headers.get("authorization"))
         if owner is None:
             raise HTTPException(401, "this server needs an API key: send Authorization: Bearer KEY")
+        self.count(owner)
+        return owner
+
+    def count(self, owner: str) -> None:
+        """Counts a request. Raises RateLimited."""
         n = self.settings.per_minute
         if n and not self._limiter.hit(RateLimitItemPerMinute(n), owner):
             raise RateLimited(f"more than {n} requests in a minute: try again later")
-        return owner
 
     async def is_healthy(self) -> bool:
         """Whether a token can be decoded; asked again after a second at the earliest."""
@@ -541,7 +545,7 @@ class _Logged:
         finally:
             endpoint = getattr(scope.get("route"), "path", "other")
             self.server.metrics.requests.labels(endpoint, str(status)).inc()
-            if endpoint not in ("/health", "/metrics", "other"):
+            if endpoint not in ("/health", "/metrics", "other") and not endpoint.startswith("/_nicegui"):
                 seconds = time.monotonic() - begin
                 log.info(
                     "request",

@@ -21,6 +21,12 @@ def set_up(level: str = "info") -> None:
     if level != "debug":
         for name in ("pydeltamem.llama_cpp", "uvicorn.access", "sse_starlette", "httpx"):
             logging.getLogger(name).setLevel(logging.WARNING)  # the line of a request is ours
+    logging.getLogger("uvicorn.error").addFilter(_without_websockets)
+
+
+def _without_websockets(record: logging.LogRecord) -> bool:
+    """The page's address of its connection names the tab, whose storage that is."""
+    return "WebSocket" not in str(record.msg) and not str(record.msg).startswith("connection ")
 
 
 def _with_request(record: logging.LogRecord) -> bool:

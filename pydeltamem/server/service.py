@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..conversation import PromptCatcher, caught_prompt
 from ..errors import DeltaMemError, InputError
@@ -435,6 +436,14 @@ class Answer:
 
     def __aiter__(self) -> AsyncIterator[Piece]:
         return self._pieces()
+
+    @property
+    def state(self) -> npt.NDArray[np.float32] | None:
+        """The memory as it is now, in the middle of the turn, [L, H, r, r]; None before it began. Any thread may ask;
+        nobody may change it.
+        """
+        checkpoint = None if self._used is None else self._used.text.position.checkpoint
+        return None if checkpoint is None else checkpoint.state
 
     async def whole(self) -> str:
         """The whole answer."""

@@ -1,0 +1,576 @@
+"""The page of `deltamem serve`, in headless Chromium (tests/install-browser.sh), with the model of the package."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from pydeltamem.formats.memory_file import MemorySnapshot
+from pydeltamem.models import default_files
+from pydeltamem.server.history import digests
+from pydeltamem.server.page_talk import FORGOTTEN, MEMORY_ONLY, NOTE, Talk
+from pydeltamem.server.store import Record, Turn
+
+KEY = "key-of-ada"
+BASE, ADAPTERS = default_files()
+
+# a server whose model is loaded when a file is there, and which babbles to the end of its context
+BABBLES = f"""
+import functools, sys, time, uvicorn
+from pathlib import Path
+from pydeltamem import DeltaMemLlama
+from pydeltamem.server import AsyncDeltaMem, application, page
+
+def load():
+    while not Path(sys.argv[2]).exists():
+        time.sleep(0.05)
+    llm = DeltaMemLlama({str(BASE)!r}, deltamem_path={str(ADAPTERS["msw"])!r}, n_ctx=8192, n_threads=1, verbose=False)
+    service = AsyncDeltaMem(llm)
+    service.chat = functools.partial(service.chat, logit_bias={{llm.token_eos(): -100}})
+    return service
+
+app = application.application(application.Settings(load=load, page=page.mount))
+uvicorn.run(app, port=int(sys.argv[1]), log_config=None)
+"""
+
+
+#
+# servers
+#
+
+
+class Server:
+    """A running server: its address, its process, and what it has logged."""
+
+    def __init__(self, port, process, log):
+        self.url, self.process, self.log = f"http://127.0.0.1:{port}", process, log
+
+    def get(self, path, **options):
+        return httpx.get(self.url + path, timeout=60, **options)
+
+    def memory(self, session):
+        """The memory of a session, by the API."""
+        return MemorySnapshot.from_bytes(self.get(f"/v1/memories/{session}/file").content)
+
+    def sessions(self):
+        return {each["id"]: each["turns"] for each in self.get("/v1/memories").json()["data"]}
+
+    def is_up(self):
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return self.get("/health")
+        except httpx.TransportError:
+            return None
+
+
+@contextlib.contextmanager
+def running(folder, command, ready=True):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    log = folder / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, *command(port)], stdout=out, stderr=out, cwd=folder)
+    try:
+        server = Server(port, process, log)
+        until(lambda: (answer := server.is_up()) and (not ready or answer.status_code == 200))
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+
+
+def serve(folder, *options):
+    store = f"sqlite:///{folder / 'sessions.db'}"
+    fixed = ["-m", "pydeltamem.cli", "serve", "-m", str(BASE), "--deltamem", str(ADAPTERS["msw"]), "--store", store]
+    fixed += ["-c", "512", "-t", "1", "-tb", "1"]
+    return running(folder, lambda port: [*fixed, "--port", str(port), *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Keeps no messages, and has no keys."""
+    with serve(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it does not come true"
+        time.sleep(0.05)
+    return found
+
+
+#
+# the browser
+#
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """A browser; every test opens a tab of its own."""
+    binary, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    if not (binary and driver):
+        assert not os.environ.get("DELTAMEM_REQUIRE_BROWSER"), "tests/install-browser.sh has not installed it"
+        pytest.skip("no headless browser: run tests/install-browser.sh")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    # the sandbox needs rights that a container does not give; only this machine is visited
+    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1280,900",
+                     f"user-data-dir={tmp_path_factory.mktemp('profile')}"):  # fmt: skip
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browse(chromium):
+    """browse(server, session): a tab with the page."""
+    opened = []
+
+    def browse(server, session="", **options):
+        chromium.switch_to.new_window("tab")
+        opened.append(chromium.current_window_handle)
+        return Tab(chromium, server, session, **options)
+
+    first = chromium.current_window_handle
+    yield browse
+    for handle in opened:
+        chromium.switch_to.window(handle)
+        chromium.close()
+    chromium.switch_to.window(first)
+
+
+class Tab:
+    """One tab, by what a user sees: labels and texts."""
+
+    def __init__(self, driver, server, session="", waits=True):
+        self.driver = driver
+        driver.get(server.url + (f"/?session={session}" if session else "/"))
+        if waits:
+            self.ready()
+
+    def ready(self):
+        until(lambda: self.shown("textarea[aria-label=Message]") and self.is_open)
+        return self
+
+    @property
+    def is_open(self):
+        """Whether a conversation is shown."""
+        return self.shown(".said") is not None or bool(self.text)
+
+    def reload(self):
+        self.driver.refresh()
+        return self.ready()
+
+    def find(self, css):
+        return self.driver.find_elements("css selector", css)
+
+    def js(self, code, *args):
+        return self.driver.execute_script(code, *args)
+
+    def shown(self, css):
+        """The first one that is to be seen; None if none is."""
+        return next((each for each in self.find(css) if each.is_displayed()), None)
+
+    def button(self, name):
+        """The button of that label or text."""
+
+        def found():
+            for each in self.find("button"):
+                if each.is_displayed() and name in (each.get_attribute("aria-label"), _words(each)):
+                    return each
+            return None
+
+        return until(found)
+
+    def press(self, name):
+        self.js("arguments[0].click()", self.button(name))
+
+    def field(self, label):
+        return until(lambda: self.shown(f'input[aria-label="{label}"]'))
+
+    def fill(self, label, text):
+        from selenium.webdriver.common.keys import Keys
+
+        self.field(label).send_keys(Keys.CONTROL, "a")
+        self.field(label).send_keys(text)
+
+    @property
+    def box(self):
+        return self.shown("textarea[aria-label=Message]")
+
+    @property
+    def text(self):
+        """The conversation, a line each: who, and what."""
+        script = """return [...document.querySelectorAll('.said article, .said .note')].map(e =>
+            [e.getAttribute('aria-label') || 'note', e.innerText.trim()])"""
+        return [tuple(line) for line in self.js(script)]
+
+    @property
+    def answers(self):
+        return [text for who, text in self.text if who == "The model"]
+
+    def answered(self, n):
+        """Waits until there are that many answers, and none is going on. Returns the last one."""
+        until(lambda: len(self.answers) == n and self.shown('button[aria-label="Send"]') and self.answers[-1])
+        return self.answers[-1]
+
+    def say(self, text):
+        """Says something by keyboard. Returns the answer."""
+        n = len(self.answers)
+        self.box.send_keys(text + "\n")
+        return self.answered(n + 1)
+
+    def complaint(self):
+        return until(lambda: self.shown(".q-notification")).text
+
+    def choose(self, name):
+        """Answers the dialog for a name, and waits until that session is shown."""
+        self.fill("Name", name + "\n")
+        self.heading(name)
+
+    def heading(self, name):
+        until(lambda: any(each.text == name for each in self.find("[role=heading][aria-level='1']")))
+
+    @property
+    def map(self):
+        """The heat map of all layers in words."""
+        return self.js("return document.querySelector('.nicegui-echart').getAttribute('aria-label')")
+
+
+def _words(button):
+    return button.get_attribute("innerText").split("\n")[-1].strip()
+
+
+#
+# conversations
+#
+
+
+def test_the_memory_answers_when_the_text_is_forgotten(server, browse):
+    tab = browse(server, "berlin")
+    empty = tab.map
+    tab.say("My name is Anna.")
+    tab.say("I live in Berlin.")
+    assert tab.map != empty
+    tab.press("Forget the text")
+    until(lambda: tab.text[-1] == ("note", FORGOTTEN))
+    assert "Berlin" in tab.say("Where do I live?")
+    assert server.sessions()["berlin"] == 3
+    said = server.get("/v1/memories/berlin").json()
+    assert len(said["layers"]) == 4
+
+
+def test_a_reload_keeps_the_memory_and_says_so(server, browse):
+    tab = browse(server, "reload")
+    tab.say("My name is Clara.")
+    tab.reload()
+    assert tab.text == [("note", MEMORY_ONLY)]
+    assert "Clara" in tab.say("What is my name?")
+
+
+def test_it_is_used_by_keyboard(server, browse):
+    from selenium.webdriver.common.keys import Keys
+
+    tab = browse(server, "keyboard")
+    until(lambda: tab.driver.switch_to.active_element.get_attribute("aria-label") == "Message")
+    tab.driver.switch_to.active_element.send_keys("My name", Keys.SHIFT, Keys.ENTER, Keys.NULL, "is Ben.")
+    assert tab.box.get_attribute("value") == "My name\nis Ben."
+    assert tab.answers == []
+    tab.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    tab.answered(1)
+    until(lambda: tab.driver.switch_to.active_element.get_attribute("aria-label") == "Message")
+    unnamed = [
+        each.get_attribute("outerHTML")
+        for each in tab.find("button, input, textarea, [role=img]")
+        if each.is_displayed()
+        and not (each.get_attribute("aria-label") or each.get_attribute("innerText") or each.accessible_name)
+    ]
+    assert unnamed == []
+
+
+def test_the_last_turn_is_regenerated_edited_and_undone(server, browse):
+    tab = browse(server, "turns")
+    tab.say("I live in Rome.")
+    tab.say("I have a dog.")
+    once = server.memory("turns")
+
+    tab.press("Regenerate the answer")
+    until(lambda: server.get("/v1/memories/turns").json()["version"] == 3)
+    tab.answered(2)
+    assert server.sessions()["turns"] == 2
+    assert abs(server.memory("turns").tokens_written - once.tokens_written) < 16  # not written twice
+
+    tab.press("Edit the last message")
+    until(lambda: tab.box.get_attribute("value") == "I have a dog.")
+    from selenium.webdriver.common.keys import Keys
+
+    tab.box.send_keys(Keys.CONTROL, "a")
+    tab.box.send_keys("I have a parrot.\n")
+    until(lambda: ("You", "I have a parrot.") in tab.text)
+    tab.answered(2)
+    assert ("You", "I have a dog.") not in tab.text
+    assert server.sessions()["turns"] == 2
+
+    tab.press("Undo the last turn")
+    until(lambda: len(tab.text) == 2)
+    assert tab.text[0] == ("You", "I live in Rome.")
+    assert server.sessions()["turns"] == 1
+    tab.press("Undo the last turn")
+    until(lambda: server.sessions()["turns"] == 0)
+    assert not server.memory("turns").state.any()
+
+
+def test_sessions_are_made_forked_renamed_and_deleted(server, browse):
+    tab = browse(server, "one")
+    tab.say("My name is Hugo.")
+    tab.press("Fork")
+    tab.choose("two")
+    assert [who for who, _ in tab.text] == ["You", "The model"]
+    tab.say("I have a cat.")
+    here = server.sessions()
+    assert (here["one"], here["two"]) == (1, 2)
+
+    tab.press("Rename")
+    tab.choose("three")
+    assert "two" not in server.sessions() and server.sessions()["three"] == 2
+    tab.press("Rename")
+    tab.fill("Name", "one\n")
+    assert "one" in tab.complaint()
+    assert server.sessions()["three"] == 2
+
+    tab.press("Delete")
+    dialog = until(lambda: tab.shown("[role=dialog]"))
+    tab.js("arguments[0].click()", dialog.find_elements("css selector", "button")[-1])
+    until(lambda: "three" not in server.sessions())
+
+    tab.press("New session")
+    until(lambda: tab.text and tab.text[0][0] == "note")
+    assert "session=chat-" in until(lambda: "chat-" in tab.driver.current_url and tab.driver.current_url)
+
+
+def test_a_memory_is_exported_and_imported(server, browse, tmp_path):
+    tab = browse(server, "export")
+    tab.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    tab.say("I live in Oslo.")
+    tab.press("Export")
+    file = tmp_path / "export.memory"
+    until(file.exists)
+    memory = MemorySnapshot.from_bytes(file.read_bytes())
+    assert np.array_equal(memory.state, server.memory("export").state) and memory.state.any()
+
+    tab.find("input[type=file]")[0].send_keys(str(file))
+    tab.choose("imported")
+    assert np.array_equal(server.memory("imported").state, memory.state)
+    assert tab.text == [("note", MEMORY_ONLY)]
+    assert "Oslo" in tab.say("Where do I live?")
+
+    other = tmp_path / "no.memory"
+    other.write_bytes(b"nothing of the kind")
+    tab.find("input[type=file]")[0].send_keys(str(other))
+    assert "memory" in tab.complaint()
+
+
+def test_what_was_said_is_shown_again_where_it_is_kept_and_belongs_to_its_key(browse, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(KEY + "\nkey-of-bo\n")
+    with serve(tmp_path, "--keep-messages", "--api-key-file", keys) as server:
+        tab = browse(server, "kept", waits=False)
+        tab.fill("API key", "no such key\n")
+        assert "key" in tab.complaint()
+        assert not tab.is_open
+        tab.fill("API key", KEY + "\n")
+        tab.ready().say("My name is Iris.")
+        tab.press("Forget the text")
+        until(lambda: tab.text[-1] == ("note", FORGOTTEN))
+        tab.say("I have a goat.")
+        before = tab.text
+        tab.reload()  # the tab remembers whose it is
+        assert tab.text == before
+        tab.say("What is my name?")
+        assert server.get("/v1/memories", headers={"Authorization": "Bearer key-of-bo"}).json()["data"] == []
+
+        other = browse(server, "kept", waits=False)
+        other.fill("API key", "key-of-bo\n")
+        assert other.ready().text[0][0] == "note" and len(other.text) == 1
+        log = server.log.read_text()
+        assert KEY not in log and "Iris" not in log and "tab_id" not in log
+
+
+def test_it_waits_for_the_model_and_an_answer_can_be_stopped(browse, tmp_path):
+    go = tmp_path / "go"
+    with running(tmp_path, lambda port: ["-c", BABBLES, str(port), str(go)], ready=False) as server:
+        tab = browse(server, "long", waits=False)
+        until(lambda: "loaded" in tab.js("return document.body.innerText"))
+        assert not tab.is_open
+        go.touch()
+        tab.ready()
+        tab.fill("Tokens at most", "8000")
+        before = tab.map
+        tab.box.send_keys("Tell me about everything.\n")
+        until(lambda: tab.answers and tab.answers[-1])
+        until(lambda: tab.map != before)  # it changes while the model answers
+        tab.press("Stop")
+        answer = tab.answered(1)
+        tokens = server.get("/v1/memories/long").json()["tokens"]
+        assert 0 < tokens < 8000  # what was said so far counts
+        tab.press("Edit the last message")
+        until(lambda: tab.box.get_attribute("value"))
+        tab.press("Cancel the edit")
+        until(lambda: tab.box.get_attribute("value") == "")
+        assert tab.answers == [answer]
+        # a tab that is closed ends its answer
+        tab.box.send_keys("Go on.\n")
+        until(lambda: len(tab.answers) == 2 and tab.answers[-1])
+        tab.driver.get("about:blank")
+        until(lambda: server.get("/v1/memories/long").json()["version"] == 2)
+        assert server.get("/v1/memories/long").json()["tokens"] < 8000
+
+
+#
+# how it looks, and what it asks for
+#
+
+
+def test_it_fits_a_phone(server, browse):
+    tab = browse(server, "phone")
+    tab.driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 640, "deviceScaleFactor": 2, "mobile": True}
+    )
+    try:
+        tab.reload()
+        tab.box.send_keys("I live in Lima.")
+        tab.press("Send")
+        tab.answered(1)
+        assert tab.js("return document.documentElement.scrollWidth") <= 360
+        for name in ("Sessions", "Memory", "Send", "Forget the text"):
+            box = tab.button(name).rect
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+        tab.press("Sessions")
+        tab.press("New session")  # the drawer gives way
+        until(lambda: not tab.shown(".q-drawer--left .names"))
+    finally:
+        tab.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_light_and_dark(server, browse):
+    tab = browse(server, "theme")
+
+    def ink(scheme):
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        tab.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        dark = scheme == "dark"
+        until(lambda: tab.js("return document.body.classList.contains('body--dark')") == dark)
+        return tab.js("const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]")
+
+    assert ink("light") != ink("dark")
+    tab.press("Light, dark or as the system")  # light, whatever the system is
+    until(lambda: not tab.js("return document.body.classList.contains('body--dark')"))
+    tab.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_it_asks_this_server_only(server, browse):
+    tab = browse(server, "offline")
+    tab.say("My name is Felix.")
+    addresses = tab.js("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert len(addresses) > 5
+    assert [each for each in addresses if not each.startswith((server.url, "data:", "blob:"))] == []
+    script = """const done = arguments[0];
+        document.addEventListener('securitypolicyviolation', e => done(e.blockedURI));
+        const image = new Image(); image.src = 'http://127.0.0.1:9/x.png'; document.body.append(image);"""
+    assert tab.driver.execute_async_script(script).startswith("http://127.0.0.1:9")
+    tab.driver.get_log("browser")  # of this violation
+    tab.reload()
+    assert [line for line in tab.driver.get_log("browser") if line["level"] == "SEVERE"] == []
+
+
+#
+# without a browser
+#
+
+
+def test_the_api_is_as_without_the_page(tmp_path):
+    with serve(tmp_path) as server:
+        assert "text/html" in server.get("/").headers["content-type"]
+        unknown = server.get("/v1/nothing")
+        assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "not_found"
+        assert server.get("/v1/chat/completions").status_code == 405
+        assert server.get("/elsewhere").json()["error"]["code"] == "not_found"
+        body = {"messages": [{"role": "user", "content": "My name is Ada."}], "stream": True, "temperature": 0}
+        with httpx.stream("POST", f"{server.url}/sessions/ada/v1/chat/completions", json=body, timeout=60) as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            assert "content-encoding" not in answer.headers
+            lines = [line for line in answer.iter_lines() if line]
+        assert lines[-1] == "data: [DONE]" and len(lines) > 2
+        assert server.sessions() == {"ada": 1}
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) in (0, -signal.SIGTERM), server.log.read_text()
+        assert "Traceback" not in server.log.read_text()
+    with serve(tmp_path, "--no-page") as server:
+        assert server.get("/").status_code == 404
+        assert server.sessions() == {"ada": 1}
+
+
+def test_a_server_without_the_page_does_not_load_it():
+    code = "import sys, pydeltamem.server.page; sys.exit('nicegui' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def said(*texts):
+    return tuple({"role": role, "content": text} for role, text in zip(["user", "assistant"] * 9, texts))
+
+
+def turn(number, chat, before, messages):
+    marks = digests([*before, *messages])[len(before) :]
+    return Turn(number, chat, 0, 0, None, tuple(marks), messages)
+
+
+def test_what_a_tab_shows_of_a_session():
+    first, second, third = said("a", "b"), said("c", "d"), said("e", "f")
+    turns = (turn(1, "x-1", (), first), turn(2, "x-2", (), second), turn(3, "x-2", second, third))
+    talk = Talk.of(Record("", "s", chat="x-2", history=turns))
+    assert talk.past == [*first, {"role": NOTE, "content": FORGOTTEN}] and talk.messages == [*second, *third]
+    assert talk.last == ("e", "f")
+    other = talk.copy()
+    talk.undo()
+    assert talk.messages == [*second] and other.messages == [*second, *third]
+    talk.forget_text()
+    assert talk.messages == [] and talk.last is None
+    talk.undo()
+    assert [message["content"] for message in talk.past] == ["a", "b", FORGOTTEN, FORGOTTEN]
+    talk.undo()
+    talk.undo()  # there is none
+
+    # without the first messages of the present chat, which the memory knew before, it cannot go on
+    talk = Talk.of(Record("", "s", chat="x-2", history=turns[::2]))
+    assert talk.messages == [] and talk.past[-1]["content"] == FORGOTTEN
+    # a store without messages
+    bare = Turn(1, "x-1", 0, 0, None, turns[0].digests)
+    assert Talk.of(Record("", "s", chat="x-1", history=(bare,))).past == [{"role": NOTE, "content": MEMORY_ONLY}]
+    assert Talk.of(Record("", "s")) == Talk()
+
+
+def test_the_paths_of_the_page_are_installed():
+    import pydeltamem.server.page as page
+
+    assert all((Path(page.__file__).parent / name).is_file() for name in ("page.css", "page.js"))
