@@ -423,6 +423,22 @@ def test_who_goes_away_ends_within_a_step(serving, read_once):
     asyncio.run(run())
 
 
+def test_closing_cuts_what_runs_too_long_and_commits_it(serving, tmp_path):
+    async def run():
+        service = serving()
+        answer = service.chat([user("hello there")], session="ada", max_tokens=450, **LETTERS)
+        pieces = aiter(answer)
+        said = (await anext(pieces)).text
+        await service.aclose(0)
+        said += "".join([piece.text async for piece in pieces])
+        store = Store(f"sqlite:///{tmp_path / 'sessions.db'}")
+        assert store.get("", "ada").tokens == answer.committed.tokens_written
+        assert 0 < len(said) == answer.n_generated < 450
+        store.close()
+
+    asyncio.run(run())
+
+
 def test_cancelled_before_its_first_token_it_does_not_count(serving):
     async def run():
         async with serving() as service:

@@ -147,7 +147,7 @@ class AsyncDeltaMem:
         """Ends what runs, commits it, and closes store and model."""
         await asyncio.to_thread(self.worker.stop, seconds)
         if self._turns:
-            await asyncio.wait(self._turns, timeout=seconds)
+            await asyncio.wait(self._turns, timeout=max(seconds, 10))
         self.store.close()
         self.llm.close()
 

@@ -187,10 +187,10 @@ class Worker(threading.Thread):
 
     def _has_more(self) -> bool:
         """Whether there is something to do before the next decode."""
-        if self._calls or self._drains or (len(self._active) < self.n_slots and self._queues):
+        if self._calls or (len(self._active) < self.n_slots and self._queues):
             return True
         self.busy_since = time.monotonic()
-        return any(job.cancelled and not generation.is_cancelled for job, generation in self._active)
+        return any((job.cancelled or self._drains) and not generation.is_cancelled for job, generation in self._active)
 
 
 def _run(function: Callable[[], Any], future: concurrent.futures.Future[Any]) -> None:
