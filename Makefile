@@ -43,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format docs wheel check-wheel clean help
+.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format docs wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -177,6 +177,9 @@ schedules: $(INSTALLED) ## 1,000 random schedules over four conversations agains
 
 server-schedules: $(INSTALLED) ## 2,000 random turns of 16 clients in 4 slots of the server, against each alone (`make test` plays 120 of 8)
 	DELTAMEM_SERVER_TURNS=2000 $(BIN)/python -m pytest tests/test_server.py -k nobody
+
+server-soak: $(INSTALLED) ## an hour of mixed load on the server, 10,000 sessions in its store
+	$(BIN)/python tools/server_soak.py $(SOAK_ARGS)
 
 server-kills: $(INSTALLED) ## kills a server 200 times under load, and looks what its store has (`make test` kills 3)
 	DELTAMEM_SERVER_KILLS=200 $(BIN)/python -m pytest tests/test_server.py -k killed

@@ -1,0 +1,169 @@
+"""Mixed load on `deltamem serve` for a while: memory of the process, errors, and times.
+
+    python tools/server_soak.py [--minutes 60] [--clients 16] [--sessions 10000]
+
+Clients say, regenerate, edit, fork, forget, go away in the middle and send wrong requests, over HTTP. The store begins
+with many sessions. Once a minute it prints what the process occupies and how long things take. It fails if an answer
+has an error that no client caused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+
+from pydeltamem.formats.memory_file import MemorySnapshot
+from pydeltamem.models import default_files
+from pydeltamem.server.session import imported
+from pydeltamem.server.store import Record, Store
+
+PORT = 8391
+WORDS = ["my name is", "Ada", "I live in", "Lima", "a dog that", "likes rain", "what do you know", "of me"]
+
+
+class Counts:
+    """What the clients saw."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.done: dict[str, int] = {}
+        self.wrong: list[str] = []
+        self.seconds: list[float] = []
+
+    def note(self, kind: str, seconds: float) -> None:
+        with self.lock:
+            self.done[kind] = self.done.get(kind, 0) + 1
+            self.seconds.append(seconds)
+
+    def fail(self, what: str) -> None:
+        with self.lock:
+            self.wrong.append(what)
+
+
+def fill(store: Store, model: str, n: int) -> None:
+    """Makes n sessions with the memory that one turn of a session leaves."""
+    with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as http:
+        http.post("/sessions/first/v1/chat/completions", json=chat(["hello"], 4)).raise_for_status()
+        snapshot = MemorySnapshot.from_bytes(http.get("/v1/memories/first/file").content)
+    record = imported(Record("", "x"), snapshot)
+    for i in range(n):
+        store.commit(replace(record, name=f"filled{i}"))
+
+
+def chat(said: list[str], n: int, **more: object) -> dict[str, object]:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
+    return {"messages": messages, "max_tokens": n, "temperature": 0.7, **more}
+
+
+def client(i: int, until: float, counts: Counts) -> None:
+    """One client with three sessions."""
+    draw = random.Random(i)
+    said: dict[str, list[str]] = {f"c{i}-{k}": [] for k in range(3)}
+    with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=120) as http:
+        while time.time() < until:
+            name = draw.choice(list(said))
+            kind = draw.choice(["say"] * 6 + ["again", "new", "fork", "undo", "leave", "wrong", "read", "list"])
+            begin = time.perf_counter()
+            try:
+                act(http, draw, kind, name, said)
+            except Exception as error:
+                counts.fail(f"{kind}: {error!r}")
+            counts.note(kind, time.perf_counter() - begin)
+
+
+def act(http: httpx.Client, draw: random.Random, kind: str, name: str, said: dict[str, list[str]]) -> None:
+    url, words = f"/sessions/{name}/v1/chat/completions", " ".join(draw.choices(WORDS, k=draw.randint(2, 12)))
+    history = said[name][-12:]
+    if kind == "list":
+        http.get("/v1/memories/" + name)
+    elif kind == "fork":
+        http.post(f"/v1/memories/{name}/fork", json={"id": f"{name}-fork{draw.randrange(50)}"})
+    elif kind == "undo":
+        answer = http.post(f"/v1/memories/{name}/undo")
+        if answer.status_code == 200:
+            said[name] = []
+    elif kind == "wrong":
+        assert http.post(url, json={"messages": "none"}).status_code == 400
+        assert http.post("/sessions/a%2Fb/v1/chat/completions", json=chat(["x"], 1)).status_code in (400, 404)
+    elif kind == "leave":
+        with http.stream("POST", url, json=chat([words], 60, stream=True)) as response:
+            for _ in zip(response.iter_lines(), range(draw.randint(1, 9))):
+                pass
+        said[name] = []
+    else:
+        history = [] if kind == "new" else history[:-2] if kind == "again" else history
+        history = [*history, words] if len(history) % 2 == 0 else [words]
+        more = {"memory": {"write": False}} if kind == "read" else {}
+        answer = http.post(url, json=chat(history, draw.randint(1, 24), **more))
+        if answer.status_code in (409, 429):  # a reply that was left may still be going on
+            return
+        answer.raise_for_status()
+        said[name] = [*history, answer.json()["choices"][0]["message"]["content"]]
+
+
+def resident(pid: int) -> float:
+    """Megabytes that the process occupies."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
+    return int(fields["VmRSS"].split()[0]) / 1024
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--sessions", type=int, default=10_000)
+    args = parser.parse_args()
+    base, adapters = default_files()
+    counts = Counts()
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite:///{folder}/sessions.db"
+        command = [sys.executable, "-m", "pydeltamem.cli", "serve", "-m", str(base), "--deltamem", str(adapters["msw"])]
+        command += ["--port", str(PORT), "--store", url, "-c", "1024", "-np", "4", "-t", "1", "--log-level", "error"]
+        server = subprocess.Popen([*command, "--no-page"])
+        try:
+            while True:
+                try:
+                    if httpx.get(f"http://127.0.0.1:{PORT}/health").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    time.sleep(0.1)
+            fill(Store(url), str(base), args.sessions)
+            until = time.time() + 60 * args.minutes
+            threads = [threading.Thread(target=client, args=(i, until, counts)) for i in range(args.clients)]
+            for thread in threads:
+                thread.start()
+            print("minute  resident MB  requests  p50 ms  p99 ms  errors")
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(60)
+                with counts.lock:
+                    seconds, counts.seconds = sorted(counts.seconds), []
+                if seconds:
+                    p50, p99 = 1000 * statistics.median(seconds), 1000 * seconds[int(0.99 * len(seconds))]
+                    minute = args.minutes - (until - time.time()) / 60
+                    size = resident(server.pid)
+                    row = (
+                        f"{minute:6.1f}  {size:11.1f}  {len(seconds):8}  {p50:6.0f}  {p99:6.0f}  {len(counts.wrong):6}"
+                    )
+                    print(row, flush=True)
+        finally:
+            server.terminate()
+            server.wait(60)
+    print(counts.done)
+    for error in counts.wrong[:10]:
+        print(error)
+    return 1 if counts.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
