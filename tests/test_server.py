@@ -635,7 +635,7 @@ def test_a_store_of_a_newer_format_is_refused(tmp_path):
 
 
 def test_a_killed_server_has_what_it_told(tmp_path, base, adapter):
-    """Killed under load, again and again: each session is at the last turn that the client was told, or one after it."""
+    """Killed under load, again and again: each session is at the last turn that was told, or one after it."""
     script = textwrap.dedent(
         """
         import asyncio, random, sys
