@@ -116,6 +116,11 @@ def test_a_mean_has_its_interval():
     assert mean.low == pytest.approx(0.5 - error, abs=0.01) and mean.high == pytest.approx(0.5 + error, abs=0.01)
 
 
+def test_nothing_right_is_not_certainly_nothing():
+    mean = sample([str(i // 2) for i in range(40)], a=[0.0] * 40).mean("a")
+    assert (mean.value, mean.low) == (0, 0) and mean.high == pytest.approx(0.161, abs=1e-3)  # Wilson's of 20 contexts
+
+
 def test_ratios_are_paired():
     """A method with the same right answers has a ratio of 1 for certain; one right as often has not."""
     drawn = sample(a=[1, 0] * 50, same=[1, 0] * 50, other=[0, 1] * 50)

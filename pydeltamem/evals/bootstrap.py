@@ -45,6 +45,7 @@ class Sample:
         self.by_context = MIN_CONTEXTS <= len(place) < self.n
         if not self.by_context:
             of_question, place = list(range(self.n)), {i: i for i in range(self.n)}
+        self._n_drawn = len(place)
         drawn = np.random.default_rng(seed).multinomial(
             len(place), np.full(max(1, len(place)), 1 / max(1, len(place))), RESAMPLES
         )
@@ -58,10 +59,13 @@ class Sample:
         return np.asarray(self._weights @ sums / (self._weights @ counts))
 
     def mean(self, method: str) -> Estimate:
-        """Wilson's interval where questions are right or wrong and drawn one by one."""
+        """Wilson's interval where questions are right or wrong and drawn one by one, and of contexts where all scores
+        are 0, or all 1: resamples do not differ then.
+        """
         values = [value for of in self._scores[method] for value in of]
-        if len(values) == self.n and not self.by_context and set(values) <= {0.0, 1.0}:
-            return Estimate(*wilson(int(sum(values)), self.n))
+        is_share = len(values) == self.n and set(values) <= {0.0, 1.0}
+        if (is_share and not self.by_context) or set(values) in ({0.0}, {1.0}):
+            return Estimate(*wilson(round(sum(values) / len(values) * self._n_drawn), self._n_drawn))
         means = self.means(method)
         return Estimate(float(means[0]), *map(float, np.quantile(means[1:], INTERVAL)))
 
