@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import subprocess
 from typing import Literal
@@ -13,6 +14,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from conftest import ROOT
 from refusals import check_names
 from servers import command, process
 
@@ -201,6 +203,15 @@ def test_a_key_has_its_own_sessions(client):
     assert memory(other)["version"] == 1 and "Anna" not in said(other)
 
 
+def test_the_programs_of_the_page(address):
+    """docs/how-to/serve.md: its Python that speaks to a server runs as it stands."""
+    page = (ROOT / "docs" / "how-to" / "serve.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "OpenAI(" in block]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block.replace("http://127.0.0.1:8080", address).replace('api_key="-"', f'api_key="{ANNA}"'), {})
+
+
 #
 # errors
 #
@@ -247,7 +258,7 @@ def test_a_restart_and_an_end_in_the_middle(tmp_path):
         url = f"{running.address}/sessions/ada/v1"
         with openai.OpenAI(base_url=url, api_key="-") as one:
             stream = one.chat.completions.create(
-                messages=HELLO, stream=True, model="-", max_tokens=300, extra_body={"grammar": "root ::= [a-z ]+"}
+                messages=HELLO, stream=True, model="-", max_tokens=300, extra_body={"grammar": "root ::= [a-z ] root"}
             )
             next(part for part in stream if part.choices[0].delta.content)
             running.popen.terminate()

@@ -36,7 +36,7 @@ OUTSIDE = ("README.md", "CONTRIBUTING.md", "pydeltamem/models/README.md", "examp
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
-PATH = re.compile(r"(?:native|pydeltamem(?!/lib)|convert|recipes|tests|tools|cmake|docs|examples)/[\w./-]*")
+PATH = re.compile(r"(?:native|pydeltamem(?!/lib)|convert|recipes|tests|tools|deploy|cmake|docs|examples)/[\w./-]*")
 TEST = re.compile(r"(test_\w+)(?:\[.*\])?")
 NAME_IN_FILE = re.compile(r"`([A-Za-z_][\w.]*)` (?:in|of) `([\w./-]+\.\w+)`")
 MAKE = re.compile(r"make ([a-z][a-z0-9-]*)")
