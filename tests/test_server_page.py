@@ -170,7 +170,7 @@ class Tab:
             self.ready()
 
     def ready(self):
-        until(lambda: self.shown("textarea[aria-label=Message]") and self.is_open)
+        until(lambda: self.box and self.is_open)
         return self
 
     @property
@@ -364,9 +364,14 @@ def test_sessions_are_made_forked_renamed_and_deleted(server, browse):
     tab.js("arguments[0].click()", dialog.find_elements("css selector", "button")[-1])
     until(lambda: "three" not in server.sessions())
 
-    tab.press("New session")
-    until(lambda: tab.text and tab.text[0][0] == "note")
-    assert "session=chat-" in until(lambda: "chat-" in tab.driver.current_url and tab.driver.current_url)
+    other = browse(server, "no%20name")
+    assert "no name" in other.complaint()
+    other.say("My name is Kate.")
+    assert any(name.startswith("chat-") for name in server.sessions())
+
+    other.press("New session")
+    until(lambda: other.text and other.text[0][0] == "note")
+    assert "session=chat-" in until(lambda: "chat-" in other.driver.current_url and other.driver.current_url)
 
 
 def test_a_memory_is_exported_and_imported(server, browse, tmp_path):
@@ -398,7 +403,7 @@ def test_what_was_said_is_shown_again_where_it_is_kept_and_belongs_to_its_key(br
         tab = browse(server, "kept", waits=False)
         tab.fill("API key", "no such key\n")
         assert "key" in tab.complaint()
-        assert not tab.is_open
+        assert not tab.is_open and tab.box is None and not tab.shown(".names")
         tab.fill("API key", KEY + "\n")
         tab.ready().say("My name is Iris.")
         tab.press("Forget the text")

@@ -5,13 +5,12 @@ Everything comes from this server: the page asks no other one, and its Content-S
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.routing import Match, Mount
 
-if TYPE_CHECKING:
-    from .application import Server
+from .application import Server
 
 _ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#3b66a8"/>'

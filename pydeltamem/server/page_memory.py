@@ -84,7 +84,7 @@ def _chart(
         "xAxis": {"type": "category", "data": xs, **hidden},
         "yAxis": {"type": "category", "data": ys, "inverse": True, **hidden, "axisLabel": dict(hidden["axisLabel"])},
         "visualMap": {
-            "min": _short(low) if high else 0,
+            "min": _short(low) if high else -float(colors is _SIGNED),
             "max": _short(high) or 1,
             "inRange": {"color": colors},
             "orient": "horizontal",
@@ -92,7 +92,7 @@ def _chart(
             "bottom": 0,
             "itemWidth": 8,
             "itemHeight": 90,
-            "text": [f"{high:.3g}", f"{low:.3g}"],
+            "text": [f"{high:.3g}", f"{low + 0:.3g}"],  # no -0
             "textStyle": {"color": _INK, "fontSize": 11},
         },
         "series": [{"type": "heatmap", "data": cells, "progressive": 0, "itemStyle": {"borderWidth": 0}}],

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -18,12 +18,11 @@ from nicegui.events import UploadEventArguments
 from ..errors import DeltaMemError
 from ..formats.memory_file import MemorySnapshot
 from . import page_memory
+from .application import Server
+from .logs import log
 from .page_talk import FORGOTTEN, NOTE, Talk
 from .service import Answer, AsyncDeltaMem, SessionUnknown, checked_name
 from .store import Record
-
-if TYPE_CHECKING:
-    from .application import Server
 
 _HERE = Path(__file__).parent
 N_LISTED = 100  # sessions in the drawer
@@ -55,6 +54,7 @@ class View:
         self.listed: list[Record] = []
         self.answer: Answer | None = None
         self.editing = False
+        self.is_open = self.is_changing = False  # whether the session can be used; whether a button changes it
         self.layer: int | None = None  # whose states are shown; None: of the layer that changed most
         self.temperature, self.max_tokens = 0.7, 512
         self._drawn: Any = None  # the state that the heat map shows
@@ -102,24 +102,34 @@ class View:
             await asyncio.sleep(0.5)
         if self.client.is_deleted:
             return
-        self.out.set_visibility(bool(self.server.settings.keys))
-        has_memory = self.service.has_memory
-        for element in (self.sessions, self.forget_button, self.memory_part):
-            element.set_visibility(has_memory)
-        self.no_memory.set_visibility(not has_memory)
         try:
-            if has_memory:
+            if self.service.has_memory:
                 await self._list()
                 if not self.name and self.listed:
                     self.name = self.listed[0].name
                 await self._show(self.name or self._free_name())
             else:
+                self.name = ""
                 self._draw_talk()
-        except DeltaMemError as error:
+        except DeltaMemError as error:  # a name that cannot be one, or the store fails
             _complain(error)
-        self.gate.set_visibility(False)
-        self.stage.set_visibility(True)
+            self.name = self._free_name()
+            self.heading.text = self.name
+            self._draw_talk()
+        self._let_in(True)
         self.input.run_method("focus")
+
+    def _let_in(self, is_open: bool) -> None:
+        """Shows the conversation and what belongs to it, or hides it."""
+        self.is_open = is_open
+        has_memory = is_open and self.service.has_memory
+        for element in (self.stage, self.foot, self.options):
+            element.set_visibility(is_open)
+        for element in (self.sessions, self.forget_button, self.memory_part):
+            element.set_visibility(has_memory)
+        self.gate.set_visibility(not is_open)
+        self.no_memory.set_visibility(is_open and not has_memory)
+        self.out.set_visibility(is_open and bool(self.server.settings.keys))
 
     #
     # the frame
@@ -149,9 +159,9 @@ class View:
             self._wait("Connecting …")
         with ui.element("div").classes("center") as self.stage:
             self.said = ui.element("div").classes("said").props('role=log aria-live=polite aria-label="Conversation"')
-        self.stage.set_visibility(False)
-        with ui.footer(fixed=True).classes("bar foot"):
+        with ui.footer(fixed=True).classes("bar") as self.foot:
             self._build_input()
+        self._let_in(False)
 
     def _build_sessions(self) -> None:
         with ui.column().classes("side") as self.sessions:
@@ -161,7 +171,6 @@ class View:
             self.more = ui.label("").classes("faint")
         with ui.column().classes("side") as self.out:
             ui.button("Forget the key", icon="logout", on_click=self._leave).props("flat no-caps")
-        self.out.set_visibility(False)
 
     def _build_memory(self) -> None:
         with ui.column().classes("side") as self.memory_part:
@@ -188,8 +197,7 @@ class View:
             ).classes("away")
             self.import_button.on_click(lambda: self.upload.run_method("pickFiles"))
         self.no_memory = ui.label("No adapter is attached, so there is no memory.").classes("side faint")
-        self.no_memory.set_visibility(False)
-        with ui.column().classes("side"):
+        with ui.column().classes("side") as self.options:
             ui.label("Answers").classes("title").props("role=heading aria-level=2")
             with ui.row().classes("full pair"):
                 ui.number("Temperature", min=0, max=2, step=0.1).classes("grow").props("dense").bind_value(
@@ -243,7 +251,6 @@ class View:
             app.storage.tab["owner"] = owner  # its digest, not the key
             await self._enter()
 
-        self.stage.set_visibility(False)
         self.gate.clear()
         self._waits_for = ""
         with self.gate, ui.column().classes("wait"):
@@ -293,7 +300,8 @@ class View:
                 ui.label(about).classes("faint cut")
             if here:
                 with ui.row().classes("tools"):
-                    _icon("call_split", "Fork", lambda: self._doing(self._fork)).props("size=sm")
+                    if self.record is not None:
+                        _icon("call_split", "Fork", lambda: self._doing(self._fork)).props("size=sm")
                     _icon("edit", "Rename", lambda: self._doing(self._rename)).props("size=sm")
                     _icon("delete", "Delete", lambda: self._doing(self._delete)).props("size=sm")
 
@@ -388,14 +396,20 @@ class View:
         await self._doing(bring)
 
     async def _doing(self, what: Callable[[], Awaitable[None]]) -> None:
-        """Does something with a session; one sentence if it fails."""
+        """Does something with a session, one thing at a time; one sentence if it fails."""
+        if not self.is_open or self.is_changing:
+            return
         if self.busy:
             _complain("The model is answering: stop it first.")
             return
+        self.is_changing = True
         try:
+            self.server.count(self.owner)
             await what()
         except DeltaMemError as error:
             _complain(error)
+        finally:
+            self.is_changing = False
 
     #
     # turns
@@ -403,7 +417,7 @@ class View:
 
     async def _send(self) -> None:
         text = (self.input.value or "").strip()
-        if not text or self.busy or not self.stage.visible:
+        if not text or self.busy or self.is_changing or not self.is_open:
             return
         self.input.value = ""
         before = list(self.talk.messages)
@@ -425,7 +439,7 @@ class View:
 
     async def _answered(self, messages: list[dict[str, Any]]) -> bool:
         """Lets the model answer. False if the turn does not count; text and memory are then as before."""
-        if self.busy:
+        if self.busy or self.is_changing or not self.is_open:
             return False
         before = self.talk.messages
         self.talk.messages = messages
@@ -442,9 +456,13 @@ class View:
             self._draw_input()
             self._draw_talk()
             await self._stream(answer)
-            counts = answer.finish_reason is not None
+            # stopped before its first token, it does not count
+            counts = answer.finish_reason is not None and (answer.n_generated > 0 or not answer.cancelled)
         except DeltaMemError as error:
             _complain(error)
+        except Exception:
+            log.exception("an answer of the page fails")
+            _complain("The server failed: its log says why.")
         finally:
             if self.answer is not None:
                 self.server.metrics.answered(self.answer)
@@ -454,8 +472,11 @@ class View:
             self.answer = None
         if not self.client.is_deleted:
             self._draw_talk()
-            if self.service.has_memory:
-                await self._refresh()
+            try:
+                if self.service.has_memory:
+                    await self._refresh()
+            except DeltaMemError as error:
+                _complain(error)
             self._draw_input()
         return counts
 
@@ -625,7 +646,7 @@ def _icon(icon: str, label: str, do: Callable[[], Any]) -> ui.button:
 
 def _complain(error: object) -> None:
     text = str(error)
-    ui.notify(f"{text[:1].upper()}{text[1:]}", type="negative", close_button="Close", timeout=8000, multi_line=True)
+    ui.notify(f"{text[:1].upper()}{text[1:]}", type="negative", position="top", close_button="Close", timeout=8000)
 
 
 async def _asked_name(text: str, action: str, name: str) -> str | None:
