@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -334,15 +335,16 @@ def test_which_messages_are_known():
 
 def test_a_second_turn_of_a_session_waits_or_is_refused(serving):
     async def run():
-        async with serving(turn_timeout=0.01) as service:
-            slow = service.chat([user("hello there")], session="ada", max_tokens=400, **LETTERS)
-            await slow.start()
+        async with serving(turn_timeout=0.1) as service:
+            hold = threading.Event()
+            service.worker.call(hold.wait)  # nothing is decoded meanwhile
+            first = service.chat([user("hello there")], session="ada", **GREEDY)
+            await first.start()
             with pytest.raises(SessionBusy):
-                for _ in range(50):
-                    await say(service, [user("me too")], max_tokens=1)
-            slow.cancel()
-            async for _ in slow:
-                pass
+                await say(service, [user("me too")])
+            hold.set()
+            await first.whole()
+            assert (await say(service, [user("me too")])).committed.version == 2
 
     asyncio.run(run())
 
@@ -568,7 +570,7 @@ def test_a_store_that_fails_leaves_the_turn_out(serving, monkeypatch):
             before = await service.get("ada")
             commit = service.store.commit
 
-            def fail(record):
+            def fail(record, before=None):
                 raise StoreError("disk full")
 
             monkeypatch.setattr(service.store, "commit", fail)

@@ -509,7 +509,7 @@ class Answer:
                 return
             begin = time.monotonic()
             try:
-                committed = await asyncio.to_thread(service.store.commit, self._record)
+                committed = await asyncio.to_thread(service.store.commit, self._record, self._live.record)
                 self.commit_seconds = time.monotonic() - begin
             except BaseException:  # the text is ahead of the store
                 await service._forget(self.owner, self.session)

@@ -5,6 +5,7 @@ Everything here runs in the thread of the worker, which alone touches texts.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -149,7 +150,8 @@ def _go_on(live: Live, prompt: Sequence[int], n: int, digests: Sequence[str] | N
     else:
         read = [digest for turn in mine for digest in turn.digests]
         m = next((i for i, (one, other) in enumerate(zip(read, digests)) if one != other), min(len(read), len(digests)))
-        replaced = [turn for i, turn in enumerate(mine) if sum(len(each.digests) for each in mine[: i + 1]) > m]
+        ends = itertools.accumulate(len(turn.digests) for turn in mine)
+        replaced = [turn for turn, after in zip(mine, ends) if after > m]
     kept = live.turns[: len(live.turns) - len(replaced)]
     first = replaced[0] if replaced else _turn_after(live, live.chat, end, kept)
     if n < end:

@@ -247,17 +247,15 @@ class Store:
     # writing
     #
 
-    def commit(self, record: Record) -> Record:
+    def commit(self, record: Record, before: Record | None = None) -> Record:
         """Writes a session in place of the version before it. Returns it with its new version.
 
-        `record.history` holds all of its turns. Raises Conflict if the store has another version than `record`.
+        `record.history` holds all of its turns. `before`: the session as it was committed, if that is known; then only
+        the turns that differ are looked at. Raises Conflict if the store has another version than `record`.
         """
         keep = record.turns - self.n_undo
-        history = [
-            replace(turn, state=turn.state if turn.number > keep else None,
-                    messages=turn.messages if self.keep_messages else None)
-            for turn in record.history
-        ]  # fmt: skip
+        history = [self._kept(turn, turn.number > keep) for turn in record.history]
+        known = before.history if before is not None and before.version == record.version else None
         record = replace(record, updated=now(), history=tuple(history))
         values = {
             key: getattr(record, key)
@@ -290,31 +288,46 @@ class Store:
                 )
                 if changed.rowcount != 1:
                     raise Conflict(f"session {record.name}: another process has changed it")
-            self._write_turns(connection, id, history)
+            self._write_turns(connection, id, history, known)
         return replace(record, version=record.version + 1)
 
-    def _write_turns(self, connection: sa.Connection, id: int, history: Sequence[Turn]) -> None:
+    def _kept(self, turn: Turn, with_state: bool) -> Turn:
+        """A turn without what is not kept of it."""
+        drops_state = turn.state is not None and not with_state
+        drops_messages = turn.messages is not None and not self.keep_messages
+        if not drops_state and not drops_messages:
+            return turn
+        return replace(
+            turn,
+            state=None if drops_state else turn.state,
+            messages=None if drops_messages else turn.messages,
+        )
+
+    def _write_turns(
+        self, connection: sa.Connection, id: int, history: Sequence[Turn], before: Sequence[Turn] | None
+    ) -> None:
         """Replaces the turns that differ: a turn changes by its position, and when its state is dropped."""
-        here = {
-            row.number: row
-            for row in connection.execute(
-                sa.select(
-                    _turns.c.number, _turns.c.created, _turns.c.position, _turns.c.state.is_not(None).label("kept")
-                ).where(_turns.c.session == id)
-            )
-        }
+        if before is not None:
+            pairs = enumerate(zip(before, history))
+            n = next((i for i, (one, other) in pairs if one is not other), min(len(before), len(history)))
+            before, history = before[n:], history[n:]
+            here = {turn.number: (turn.created, turn.position, turn.state is not None) for turn in before}
+        else:
+            columns = _turns.c.number, _turns.c.created, _turns.c.position, _turns.c.state.is_not(None)
+            rows = connection.execute(sa.select(*columns).where(_turns.c.session == id))
+            here = {number: (created, position, kept) for number, created, position, kept in rows}
         there = {turn.number: turn for turn in history}
         gone = [
             number
-            for number, row in here.items()
-            if number not in there or (there[number].created, there[number].position) != (row.created, row.position)
+            for number, (created, position, _) in here.items()
+            if number not in there or (there[number].created, there[number].position) != (created, position)
         ]
         if gone:
             connection.execute(_turns.delete().where(_turns.c.session == id, _turns.c.number.in_(gone)))
         spent = [
             number
-            for number, row in here.items()
-            if row.kept and number in there and number not in gone and there[number].state is None
+            for number, (_, _, kept) in here.items()
+            if kept and number in there and number not in gone and there[number].state is None
         ]
         if spent:
             connection.execute(
