@@ -336,15 +336,16 @@ def test_which_messages_are_known():
 def test_a_second_turn_of_a_session_waits_or_is_refused(serving):
     async def run():
         async with serving(turn_timeout=0.1) as service:
+            await say(service, [user("hello there")])
             hold = threading.Event()
             service.worker.call(hold.wait)  # nothing is decoded meanwhile
-            first = service.chat([user("hello there")], session="ada", **GREEDY)
+            first = service.chat([user("and yours")], session="ada", **GREEDY)
             await first.start()
             with pytest.raises(SessionBusy):
                 await say(service, [user("me too")])
             hold.set()
             await first.whole()
-            assert (await say(service, [user("me too")])).committed.version == 2
+            assert (await say(service, [user("me too")])).committed.version == 3
 
     asyncio.run(run())
 
