@@ -15,8 +15,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
 
+import servers
 from pydeltamem import AdapterError, FetchError, InputError, ModelError, hub
 from pydeltamem.cli.main import SUBCOMMANDS
 from pydeltamem.formats.description import describe
@@ -362,7 +364,7 @@ def test_every_command_that_takes_a_model_is_below():
         parsers = [parser, *parser_children(parser)]
         if any({"-m", "--deltamem"} & set(action.option_strings) for of in parsers for action in of._actions):
             taking.add(name)
-    assert taking == set(COMMANDS)
+    assert taking == {*COMMANDS, "serve"}  # which has a test of its own
 
 
 def parser_children(parser):
@@ -384,6 +386,16 @@ def test_names_are_taken_where_files_are(command, standing):
         assert results[-1].returncode == 0, results[-1].stderr
     if command != "bench":  # which prints times
         assert results[0].stdout == results[1].stdout
+
+
+def test_the_server_takes_names(standing, tmp_path):
+    model, memories = default_files()
+    standing.repository("us/model", {"small.gguf": model, "adapters/msw.gguf": memories["msw"]})
+    with servers.process(
+        tmp_path, "--no-page", "-m", "hf:us/model:small.gguf", "--deltamem", "hf:us/model:*msw*"
+    ) as server:
+        served = httpx.get(f"{server.address}/v1/models").json()["data"][0]
+    assert served["base"] == "small.gguf" and "msw" in served["adapter"]
 
 
 def test_other_commands_take_names_too(standing, tmp_path):

@@ -13,6 +13,14 @@ from pydeltamem.runtime.interrupt import uninterrupted
 GREEDY = {"n_predict": 12, "temp": 0.0}
 
 
+@pytest.fixture(autouse=True)
+def python_handles_it():
+    """A shell starts what runs in its background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_it_waits_for_the_end():
     done = []
     with pytest.raises(KeyboardInterrupt):

@@ -447,9 +447,12 @@ def test_cancelled_before_its_first_token_it_does_not_count(serving):
         async with serving() as service:
             await say(service, [user("hello there")])
             before = await service.get("ada")
+            hold = threading.Event()
+            service.worker.call(hold.wait)  # nothing is decoded meanwhile
             answer = service.chat([user("word " * 120)], session="ada", **GREEDY)
             await answer.start()
             answer.cancel()
+            hold.set()
             assert await answer.whole() == ""
             assert await service.get("ada") == before
             await say(service, [user("hello there"), assistant("x"), user("go on")])
