@@ -589,6 +589,26 @@ def test_a_store_that_fails_leaves_the_turn_out(serving, monkeypatch):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("how", ["said", "undone", "refused"])
+def test_a_lease_ends_with_its_use(serving, monkeypatch, how):
+    """However the use of a session ends, another process need not wait for the lease to expire."""
+    monkeypatch.setattr(Store, "is_local", False)
+
+    async def run():
+        async with serving() as service:
+            messages = [user("hello there")]
+            await say(service, messages)
+            if how == "undone":
+                await service.undo("ada")
+            elif how == "refused":
+                with pytest.raises(InputError):
+                    await service.chat(messages, session="ada", logit_bias={-1: 1}).whole()
+                await say(service, messages, write=False)
+            assert service.store.lease("", "ada", "another", 60)
+
+    asyncio.run(run())
+
+
 def test_another_process_has_changed_the_session(serving):
     async def run():
         async with serving() as service:

@@ -211,7 +211,10 @@ class AsyncDeltaMem:
 
     async def snapshot(self, name: str, owner: str = "") -> MemorySnapshot:
         """The memory of a session, as a memory file holds it."""
-        record = await self.get(name, owner)
+        return await self.snapshot_of(await self.get(name, owner))
+
+    async def snapshot_of(self, record: Record) -> MemorySnapshot:
+        """The memory of a session that `get` returned."""
         return await asyncio.to_thread(sessions.snapshot_of, record, self.about, self.llm._engine.slots.shape)
 
     async def replace(self, name: str, snapshot: MemorySnapshot, owner: str = "") -> Record:
@@ -320,7 +323,10 @@ class AsyncDeltaMem:
                 raise SessionBusy(f"session {name}: another turn is running and did not end in time") from None
             try:
                 await self._lease(owner, name)
-                yield
+                try:
+                    yield
+                finally:
+                    await self._release(owner, name)
             finally:
                 entry.lock.release()
         finally:
@@ -336,6 +342,10 @@ class AsyncDeltaMem:
             if time.monotonic() > end:
                 raise SessionBusy(f"session {name}: another process runs a turn that did not end in time")
             await asyncio.sleep(0.1)
+
+    async def _release(self, owner: str, name: str) -> None:
+        if not self.store.is_local:
+            await asyncio.to_thread(self.store.release, owner, name, self.holder)
 
     async def _live_session(self, owner: str, name: str) -> Live:
         """The session, as the store has it."""
@@ -516,8 +526,6 @@ class Answer:
                 raise
             assert self._begun is not None
             self._live.record, self._live.turns, self._live.chat = committed, committed.history, self._begun.chat
-            if not service.store.is_local:
-                await asyncio.to_thread(service.store.release, self.owner, self.session, service.holder)
             self.committed = Committed(self.session, committed.version, committed.tokens)
 
     async def _decode(self) -> None:
