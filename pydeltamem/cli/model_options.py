@@ -121,7 +121,6 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
     n_ctx = -(-args.ctx_size // 256) * 256  # llama.cpp pads it likewise
 
     from ..llama import DeltaMemLlama
-    from ..runtime import library
 
     llm = DeltaMemLlama(
         args.model,
@@ -129,14 +128,10 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
         lora_path=args.lora,
         n_ctx=n_ctx,
         n_batch=args.batch_size,
-        n_ubatch=args.ubatch_size,
         n_threads=args.threads,
         n_threads_batch=args.threads_batch or args.threads,
-        n_gpu_layers=args.gpu_layers,
         rpc_servers=args.rpc,
-        flash_attn=args.flash_attn == "on",
-        type_k=getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
-        type_v=getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
+        **context_options(args),
         use_mmap=not args.no_mmap,
         use_mlock=args.mlock,
         last_n_tokens_size=args.repeat_last_n,
@@ -155,6 +150,19 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
     if args.no_write:
         llm.memory.write = False
     return llm
+
+
+def context_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_context_arguments` took, but for the batch, as keywords of DeltaMemLlama."""
+    from ..runtime import library
+
+    return {
+        "n_ubatch": args.ubatch_size,
+        "n_gpu_layers": args.gpu_layers,
+        "flash_attn": args.flash_attn == "on",
+        "type_k": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
+        "type_v": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
+    }
 
 
 def memory_attached(llm: DeltaMemLlama, args: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ import os
 import signal
 
 from ..errors import InputError
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, note
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, context_options, note
 from .parser import count, positive, positive_number
 
 
@@ -86,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
 
     def load() -> AsyncDeltaMem:
         from ..llama import DeltaMemLlama
-        from ..runtime import library
 
         llm = DeltaMemLlama(
             model,
@@ -95,13 +94,9 @@ def run(args: argparse.Namespace) -> int:
             n_ctx=args.ctx_size,
             n_seq_max=args.parallel,
             n_batch=max(args.batch_size, args.parallel),
-            n_ubatch=args.ubatch_size,
             n_threads=args.threads,
             n_threads_batch=args.threads_batch,
-            n_gpu_layers=args.gpu_layers,
-            flash_attn=args.flash_attn == "on",
-            type_k=getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
-            type_v=getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
+            **context_options(args),
             use_mmap=not args.no_mmap,
         )
         return AsyncDeltaMem(

@@ -18,6 +18,7 @@ from ..conversation import Conversation, chat_prompt, say_together
 from ..llama import DeltaMemLlama
 from ..runtime.cpus import usable
 from ..runtime.history import n_common
+from .reader import attach
 
 MARGIN = 16  # tokens that pieces may take together beyond what they take one by one
 
@@ -88,10 +89,7 @@ class Asker:
     def attach(self, adapter: str | os.PathLike[str] | None) -> None:
         """Attaches an adapter; None: leaves the model without a memory."""
         self.forget()
-        if adapter is not None:
-            self.llm.memory.attach(adapter)
-        elif self.llm.memory.attached:
-            self.llm.memory.detach()
+        attach(self.llm, adapter)
 
     def forget(self) -> None:
         """Drops the shared text, so that what follows does not depend on what was asked before."""

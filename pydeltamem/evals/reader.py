@@ -160,6 +160,14 @@ class NativeReader:
             yield first.fork()
 
 
+def attach(llm: DeltaMemLlama, adapter: str | os.PathLike[str] | None) -> None:
+    """Attaches an adapter; None: leaves the model without a memory."""
+    if adapter is not None:
+        llm.memory.attach(adapter)
+    elif llm.memory.attached:
+        llm.memory.detach()
+
+
 def messages_of(turns: Iterable[Turn]) -> Messages:
     return [{"role": role, "content": content} for turn in turns for role, content in zip(("user", "assistant"), turn)]
 

@@ -333,7 +333,8 @@ def _remembering(server: Server) -> APIRouter:
     @router.get("/{id}")
     async def metadata(request: Request, id: str) -> Any:
         owner, service = server.owner(request), server.service
-        record, snapshot = await service.get(id, owner), await service.snapshot(id, owner)
+        record = await service.get(id, owner)
+        snapshot = await service.snapshot_of(record)
         layers = [
             {"layer": layer, "norm": [float(x) for x in norms], "singular_values": values.tolist()}
             for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values)

@@ -222,7 +222,7 @@ def packed_text(position: Position) -> bytes:
     if (log.segment[:n] != TOKEN).any():
         arrays |= {"segment": log.segment[:n], "begins": log.begins[:n].astype(np.uint8)}
     first = next(iter(position.checkpoints), None)
-    about = {"floor": position.floor, "fresh": position.fresh, "written": position.n_written}
+    about = {"floor": position.floor, "fresh": position.fresh}
     if first is not None:
         arrays["first"] = first.state
         about |= {"first_position": first.position, "first_written": first.n_written}
@@ -231,7 +231,7 @@ def packed_text(position: Position) -> bytes:
 
 
 def live_session(llm: DeltaMemLlama, record: Record, adapter: str) -> Live:
-    """A session from the store. Its text is decoded again, without writing, when it is needed.
+    """A session from the store. Its text is decoded again, as the first time, when it is needed.
 
     Raises InputError if its memory belongs to another adapter, StoreError if the record is damaged.
     """
@@ -349,7 +349,7 @@ def taken_back(record: Record) -> Record:
         raise InputError(f"session {record.name}: the memory before turn {last.number} is no longer kept")
     text, chat = b"", ""
     if kept and kept[-1].chat == last.chat == record.chat and last.position >= 0:
-        chat, text = last.chat, _cut_text(record.text, last.position, last.tokens)
+        chat, text = last.chat, _cut_text(record.text, last.position)
     now = MemorySnapshot.from_bytes(record.memory)
     state = np.frombuffer(last.state, np.float32).reshape(now.state.shape)
     memory = MemorySnapshot(state, {**now.metadata, "tokens_written": str(last.tokens)}).to_bytes()
@@ -364,10 +364,10 @@ def taken_back(record: Record) -> Record:
     )
 
 
-def _cut_text(data: bytes, n: int, n_written: int) -> bytes:
+def _cut_text(data: bytes, n: int) -> bytes:
     arrays, about = safetensors.numpy.load(data), _metadata(data)
     for key in ("tokens", "wrote", "segment", "begins"):
         if key in arrays:
             arrays[key] = np.ascontiguousarray(arrays[key][:n])
-    about |= {"written": str(n_written), "floor": str(min(int(about["floor"]), n))}
+    about["floor"] = str(min(int(about["floor"]), n))
     return safetensors.numpy.save(arrays, about)
