@@ -7,11 +7,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import LogitsProcessorList
 
 from pydeltamem import Conversation, DecodeError, say_together, stream_together
+from pydeltamem.runtime import library
 from pydeltamem.runtime.engine import Request
 
 TIMEOUT = 300  # seconds; a run takes a few
@@ -106,6 +108,25 @@ def test_a_long_prompt_delays_no_reply(make, recorded):
     n = of_ada.index(None)
     assert n >= 5 and of_ada == [1] * n + [None] * (len(of_ada) - n)
     assert [decode[other] for decode in decodes[begun : begun + 3]] == [15] * 3
+
+
+def test_a_common_decode_is_one_graph(make):
+    """llama.cpp computes sequences together only if their numbers ascend by one."""
+    llm = make()
+    slots, texts = llm._engine.slots, [llm._engine.text() for _ in range(4)]
+
+    def n_graphs():
+        """Graphs computed: those that were built, and those that were used again."""
+        return library.llama_deltamem_n_graphs(llm.ctx) + llama_cpp.llama_perf_context(llm.ctx).n_reused
+
+    for turn in range(4):
+        requests = [Request(text) for text in (texts if turn % 2 else reversed(texts))]
+        for request in requests:
+            request.ask([7])
+        n = n_graphs(), slots.n_decodes
+        llm._engine.wait(requests)
+        assert all(request.is_over for request in requests) and slots.n_decodes == n[1] + 1
+        assert n_graphs() == n[0] + 1
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(make, recorded):

@@ -3,13 +3,15 @@
     python tools/server_soak.py [--minutes 60] [--clients 16] [--sessions 10000]
 
 Clients say, regenerate, edit, fork, forget, go away in the middle and send wrong requests, over HTTP. The store begins
-with many sessions. Once a minute it prints what the process occupies and how long things take. It fails if an answer
-has an error that no client caused.
+with many sessions. Once a minute it prints what the process occupies, and how long requests and the server's steps
+take: half of them at most p50, all but a hundredth at most p99. It fails if an answer has an error that no client
+caused.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import subprocess
@@ -21,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from pydeltamem.formats.memory_file import MemorySnapshot
 from pydeltamem.models import default_files
@@ -118,6 +121,39 @@ def resident(pid: int) -> float:
     return int(fields["VmRSS"].split()[0]) / 1024
 
 
+class Steps:
+    """How long the server's steps take, by its metrics."""
+
+    def __init__(self) -> None:
+        self._before = self._read()
+
+    def quantiles(self, *shares: float) -> list[float]:
+        """Milliseconds that these shares of the steps since the last call took at most; within a bucket of the
+        histogram by its length.
+        """
+        now = self._read()
+        counts = {end: n - self._before[end] for end, n in now.items()}
+        self._before = now
+        return [self._quantile(counts, share) for share in shares]
+
+    def _read(self) -> dict[float, float]:
+        """Steps that took at most as many seconds."""
+        text = httpx.get(f"http://127.0.0.1:{PORT}/metrics", timeout=60).text
+        return {
+            float(sample.labels["le"]): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == "deltamem_step_seconds_bucket"
+        }
+
+    def _quantile(self, counts: dict[float, float], share: float) -> float:
+        wanted = share * max(counts.values())
+        for (low, n_low), (high, n_high) in itertools.pairwise([(0.0, 0.0), *sorted(counts.items())]):
+            if n_high >= wanted and n_high > n_low:
+                return 1000 * (low + (min(high, 60) - low) * (wanted - n_low) / (n_high - n_low))
+        return 0.0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
@@ -140,10 +176,12 @@ def main() -> int:
                     time.sleep(0.1)
             fill(Store(url), str(base), args.sessions)
             until = time.time() + 60 * args.minutes
+            steps = Steps()
             threads = [threading.Thread(target=client, args=(i, until, counts)) for i in range(args.clients)]
             for thread in threads:
                 thread.start()
-            print("minute  resident MB  requests  p50 ms  p99 ms  errors")
+            print(" " * 21 + "------ requests ------  --- steps ----")
+            print("minute  resident MB   number  p50 ms  p99 ms  p50 ms  p99 ms  errors", flush=True)
             while any(thread.is_alive() for thread in threads):
                 time.sleep(60)
                 with counts.lock:
@@ -152,10 +190,9 @@ def main() -> int:
                     p50, p99 = 1000 * statistics.median(seconds), 1000 * seconds[int(0.99 * len(seconds))]
                     minute = args.minutes - (until - time.time()) / 60
                     size = resident(server.pid)
-                    row = (
-                        f"{minute:6.1f}  {size:11.1f}  {len(seconds):8}  {p50:6.0f}  {p99:6.0f}  {len(counts.wrong):6}"
-                    )
-                    print(row, flush=True)
+                    step50, step99 = steps.quantiles(0.5, 0.99)
+                    row = f"{minute:6.1f}  {size:11.1f}  {len(seconds):7}  {p50:6.0f}  {p99:6.0f}"
+                    print(f"{row}  {step50:6.1f}  {step99:6.1f}  {len(counts.wrong):6}", flush=True)
         finally:
             server.terminate()
             server.wait(60)

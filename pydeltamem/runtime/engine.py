@@ -193,6 +193,7 @@ class Engine:
     Attributes:
         lock: that of the slots. It is held for one decode and the use of its logits.
         patience: how long a decode waits for the requests of the one before: seconds at most, and share of its time.
+        stepped: called after each step (one decode, with what is planned before and sampled after it) with its seconds.
     """
 
     patience = (0.005, 0.25)
@@ -211,6 +212,7 @@ class Engine:
         # texts whose callers should come back: thread, and time of leaving
         self._left: weakref.WeakKeyDictionary[Text, tuple[int, float]] = weakref.WeakKeyDictionary()
         self._slow: weakref.WeakSet[Text] = weakref.WeakSet()  # texts whose callers came back late
+        self.stepped: Callable[[float], object] = lambda seconds: None
 
     def text(self, home: int | None = None) -> Text:
         """A text of this context."""
@@ -310,6 +312,7 @@ class Engine:
         )
 
     def _decode_batch(self, wanted: Sequence[Request], staying: list[Text]) -> bool:
+        begin = time.perf_counter()
         planned = self._plan(wanted, staying)
         planned.sort(key=lambda request: -1 if request.only_sampled else request.n_served)
         self._n_steps += 1
@@ -325,6 +328,7 @@ class Engine:
             return False
         with uninterrupted():  # else a token that is decoded, or what the next decode was told, might get lost
             self._decode_planned(batch)
+        self.stepped(time.perf_counter() - begin)
         return True
 
     def _decode_planned(self, batch: Sequence[tuple[Request, Piece, Job]]) -> None:

@@ -329,6 +329,8 @@ class Slots:
 
         Raises DecodeError if llama.cpp fails; the states are then unknown.
         """
+        given = jobs
+        jobs = sorted(jobs, key=lambda job: job.slot)  # llama.cpp computes them together only if their numbers ascend
         ctx, batch = self.ctx, self._batch.batch
         n_tokens = sum(len(job.piece.tokens) for job in jobs)
         wanted = self._wanted[:n_tokens]
@@ -359,7 +361,7 @@ class Slots:
             self._context.decode(self._batch)
 
         kept = {mark: self._checkpoint(i) for i, mark in enumerate(marks[-library.LLAMA_DELTAMEM_MAX_CHECKPOINTS :])}
-        results = []
+        results = {}
         for (slot, _, piece, has_state, _, scores), end in zip(jobs, ends):
             at = end + 1 - len(piece.tokens)
             self._used[slot] = self.n_decodes
@@ -370,8 +372,8 @@ class Slots:
                 first = int(wanted[:at].sum())
                 scores[:] = rows[first : first + len(piece.tokens)]
             states = {i - at + 1: state for i, state in kept.items() if at <= i <= end}
-            results.append(Result(end, states, self._fault(end, kept.get(end))))
-        return results
+            results[slot] = Result(end, states, self._fault(end, kept.get(end)))
+        return [results[job.slot] for job in given]
 
     @holding("lock")
     def empty_kv(self) -> None:

@@ -145,6 +145,7 @@ class Server:
         try:
             self._service = await asyncio.to_thread(self.settings.load)
             self.embedder = Embedder(self._service)
+            self.metrics.watch(self._service)
         except BaseException as error:
             self.failure = error
             log.error("the model cannot be loaded: %s", error)

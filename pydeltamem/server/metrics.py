@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from .service import Answer, AsyncDeltaMem
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+# close enough to tell a median and a 99th percentile from
+_STEPS = (*(round(x * 10**e, 4) for e in (-3, -2, -1, 0) for x in (1, 1.5, 2, 3, 5, 7)), 10)
 
 
 class Metrics:
@@ -35,6 +39,9 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.steps = Histogram(
+            "deltamem_step_seconds", "One decode for all slots, with its sampling", buckets=_STEPS, registry=registry
+        )
         self.commits = Histogram(
             "deltamem_store_commit_seconds", "To commit a turn", buckets=_SECONDS, registry=registry
         )
@@ -51,7 +58,11 @@ class Metrics:
         gauge("deltamem_queue", "Requests that wait for a slot", lambda s: s.worker.n_waiting)
         gauge("deltamem_sessions", "Sessions in the store", lambda s: s.n_stored)
         gauge("deltamem_sessions_ready", "Sessions kept ready in memory", lambda s: s.n_ready)
-        gauge("deltamem_evictions", "Sessions that left memory for others", lambda s: s.n_evicted)
+        registry.register(_Evictions(service))
+
+    def watch(self, service: AsyncDeltaMem) -> None:
+        """Measures what a service does between requests."""
+        service.worker.llm._engine.stepped = self.steps.observe
 
     def answered(self, answer: Answer) -> None:
         """Counts an answer."""
@@ -68,3 +79,15 @@ class Metrics:
     def text(self) -> bytes:
         """All of them, in Prometheus' format."""
         return generate_latest(self.registry)
+
+
+class _Evictions(Collector):
+    """A counter that the service keeps."""
+
+    def __init__(self, service: Callable[[], AsyncDeltaMem | None]) -> None:
+        self._service = service
+
+    def collect(self) -> Iterable[Metric]:
+        service = self._service()
+        n = 0 if service is None else service.n_evicted
+        yield CounterMetricFamily("deltamem_evictions", "Sessions that left memory for others", value=n)
