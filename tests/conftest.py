@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pydeltamem  # noqa: F401 - before any test imports llama_cpp: it names the library folder
@@ -67,6 +68,20 @@ def make_llm(base, adapter):
 def llm(make_llm):
     """The golden Qwen3 with the TSW adapter."""
     return make_llm()
+
+
+@pytest.fixture
+def read_once(make_llm):
+    """read_once(tokens, state=None): the state of a memory that read these tokens once, from that state."""
+    fresh = make_llm(type_k=0, type_v=0)
+
+    def read(tokens, state=None):
+        fresh.reset()
+        fresh.memory.state = np.zeros(fresh.memory.shape) if state is None else state
+        fresh.eval(list(tokens))
+        return fresh.memory.state
+
+    return read
 
 
 @pytest.fixture

@@ -42,19 +42,6 @@ def llm(make):
     return make(n_seq_max=3)
 
 
-@pytest.fixture
-def read_once(make):
-    fresh = make()
-
-    def read(tokens, state=None):
-        fresh.reset()
-        fresh.memory.state = np.zeros(fresh.memory.shape) if state is None else state
-        fresh.eval(list(tokens))
-        return fresh.memory.state
-
-    return read
-
-
 def tokens(conversation):
     return conversation._text.tokens.tolist()
 

@@ -59,20 +59,6 @@ def make_hybrid(hybrid_files):
         llm.close()
 
 
-@pytest.fixture
-def read_once(make):
-    """read_once(tokens, state=None): the state of a model that read these tokens once, from that state."""
-    fresh = make()
-
-    def read(tokens, state=None):
-        fresh.reset()
-        fresh.memory.state = np.zeros(fresh.memory.shape) if state is None else state
-        fresh.eval(list(tokens))
-        return fresh.memory.state
-
-    return read
-
-
 def texts(llm):
     return llm._input_ids.tolist()
 

@@ -49,20 +49,6 @@ def serving(make_llm, tmp_path):
     return serve
 
 
-@pytest.fixture
-def read_once(make_llm):
-    """The state of a memory that read these tokens once."""
-    fresh = make_llm(**F32)
-
-    def read(tokens, state=None):
-        fresh.reset()
-        fresh.memory.state = np.zeros(fresh.memory.shape) if state is None else state
-        fresh.eval(list(tokens))
-        return fresh.memory.state
-
-    return read
-
-
 async def say(service, messages, session="ada", **options):
     """Adds the answer to the messages."""
     answer = service.chat(messages, session=session, **{**GREEDY, **options})
@@ -456,6 +442,28 @@ def test_cancelled_before_its_first_token_it_does_not_count(serving):
             assert await answer.whole() == ""
             assert await service.get("ada") == before
             await say(service, [user("hello there"), assistant("x"), user("go on")])
+
+    asyncio.run(run())
+
+
+def test_a_session_that_joins_waits_for_no_step(serving):
+    """It is in the queue while another step runs, whether it was ready in memory or not."""
+
+    async def run():
+        async with serving() as service:
+            await say(service, [user("hello there")], session="ready")
+            held, hold = threading.Event(), threading.Event()
+            service.worker.call(lambda: (held.set(), hold.wait(60)))  # in place of a step
+            assert held.wait(60)
+            try:
+                answers = [service.chat([user("hello there")], session=name, **GREEDY) for name in ("ready", "new")]
+                for answer in answers:
+                    await asyncio.wait_for(answer.start(), 30)
+                assert service.worker.n_waiting == 2
+            finally:
+                hold.set()
+            assert all([await answer.whole() for answer in answers])
+            assert {record.name: record.version for record in await service.list()} == {"ready": 2, "new": 1}
 
     asyncio.run(run())
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pydeltamem.formats.memory_file import MemorySnapshot
 from pydeltamem.server.keys import Keys
@@ -587,6 +589,37 @@ def test_a_body_that_is_too_large(narrow):
     assert said(ask(narrow))
 
 
+def counted(api, name, **labels):
+    """A metric of the server; 0 if there is none yet."""
+    families = text_string_to_metric_families(api.http.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+
+def test_what_never_reaches_an_endpoint_is_counted(narrow):
+    before = counted(narrow, "deltamem_errors_total", code="body_too_large")
+    narrow.http.post("/v1/chat/completions", content=b"x" * 9000)
+    narrow.http.post("/v1/chat/completions", content=iter([b"x" * 9000]))
+    assert counted(narrow, "deltamem_errors_total", code="body_too_large") == before + 2
+
+
+def test_steps_are_measured(narrow):
+    before = counted(narrow, "deltamem_step_seconds_count")
+    answer = ask(narrow, max_tokens=8, grammar="root ::= [a-z ] root")
+    assert answer["usage"]["completion_tokens"] == 8
+    assert counted(narrow, "deltamem_step_seconds_count") >= before + 8
+    assert counted(narrow, "deltamem_step_seconds_bucket", le="+Inf") == counted(narrow, "deltamem_step_seconds_count")
+
+
+def test_evictions_are_a_counter():
+    with in_thread(lambda: service(slots=1, n_live=1)) as api:
+        for i in range(5):  # at least two stay for each slot
+            ask(api, path=f"/sessions/s{i}")
+        assert counted(api, "deltamem_evictions_total") == 3
+        kinds = {f.name: f.type for f in text_string_to_metric_families(api.http.get("/metrics").text)}
+        assert kinds["deltamem_evictions"] == "counter"
+
+
 def test_a_queue_that_is_full(narrow):
     with ThreadPoolExecutor() as threads:
         with narrow.stalled():
@@ -631,13 +664,28 @@ def test_a_silent_stream_says_that_it_is_alive(narrow):
         assert len(comments) >= 2
 
 
-def test_a_client_that_goes_away(narrow):
-    long = {"messages": HELLO, "stream": True, "max_tokens": 400, "grammar": "root ::= [a-z ] root"}
-    with narrow.http.stream("POST", "/sessions/gone/v1/chat/completions", json=long) as stream:
-        next(line for line in stream.iter_lines() if '"content"' in line and '"role"' not in line)
-    until(lambda: narrow.service.worker.n_active == 0 and not narrow.service._turns)
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_goes_away(narrow, monkeypatch, streams):
+    """Its decode ends within one step, and what was said counts."""
+    worker, steps, late = narrow.service.worker, [], []
+    decode = worker.llm._engine.slots.decode
+
+    def decoded(jobs):
+        steps.append(jobs)
+        late.extend(job for job, _ in worker._active if job.cancelled)
+        return decode(jobs)
+
+    monkeypatch.setattr(worker.llm._engine.slots, "decode", decoded)
+    long = {"messages": HELLO, "stream": streams, "max_tokens": 400, "grammar": "root ::= [a-z ] root"}
+    body = json.dumps(long).encode()
+    head = f"POST /sessions/gone/v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((narrow.http.base_url.host, narrow.http.base_url.port)) as client:
+        client.sendall(head.encode() + body)
+        until(lambda: len(steps) > 5)
+    until(lambda: worker.n_active == 0 and not narrow.service._turns)
+    assert len(late) <= 1 and len(steps) < 400
     one = about(narrow, "gone")
-    assert one["turns"] == 1 and one["tokens"] < 400  # what was said counts
+    assert one["turns"] == 1 and one["tokens"] < 400
     narrow.http.delete("/v1/memories/gone")
 
 

@@ -520,6 +520,11 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     return JSONResponse(_error_body(error), status, headers)
 
 
+async def _refuse(error: Exception, scope: Any, receive: Any, send: Any) -> None:
+    """Answers a request with an error before it reaches its endpoint."""
+    await (await _answer_error(Request(scope), error))(scope, receive, send)
+
+
 class _Logged:
     """Gives each request an id, and logs a line when its answer is over."""
 
@@ -575,7 +580,7 @@ class _Private:
             await send({"type": "websocket.close", "code": 1008})
         else:
             error = HTTPException(403, "without keys, only programs and pages of this machine may use the server")
-            await JSONResponse(_error_body(error), 403)(scope, receive, send)
+            await _refuse(error, scope, receive, send)
 
     def _may(self, headers: Headers) -> bool:
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -604,7 +609,7 @@ class _BodyLimit:
         n, error = 0, BodyTooLarge(f"the body of a request has at most {self.n_max} bytes")
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.n_max:
-            await JSONResponse(_error_body(error), 413)(scope, receive, send)
+            await _refuse(error, scope, receive, send)
             return
 
         async def limited() -> Any:

@@ -597,7 +597,7 @@ class View:
             self.facts.text = "Nothing is written yet."
             self._draw_state(_zeros(*shape))
             return
-        snapshot = await self.service.snapshot(self.name, self.owner)
+        snapshot = await self.service.snapshot_of(self.record)
         self.facts.text = (
             f"{_count(self.record.tokens, 'token')} written in {_count(self.record.turns, 'turn')}; "
             f"{self.record.size / 1000:.1f} kB"

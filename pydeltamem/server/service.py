@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..conversation import PromptCatcher, caught_prompt
-from ..errors import DeltaMemError, InputError
+from ..errors import DeltaMemError, InputError, ModelError
 from ..formats.memory_file import MemorySnapshot
 from ..llama import DeltaMemLlama
 from ..runtime.completion import biased
@@ -291,7 +291,10 @@ class AsyncDeltaMem:
         return Record(owner, name, adapter=self.adapter) if record is None else record
 
     async def _check_limit(self, owner: str, name: str) -> None:
-        if await asyncio.to_thread(self.store.count, owner) >= self.n_sessions:
+        await asyncio.to_thread(self._require_room, owner, name)
+
+    def _require_room(self, owner: str, name: str) -> None:
+        if self.store.count(owner) >= self.n_sessions:
             raise SessionLimit(f"session {name}: {self.n_sessions} sessions are there already: delete one first")
 
     async def _commit(self, record: Record) -> Record:
@@ -347,27 +350,43 @@ class AsyncDeltaMem:
         if not self.store.is_local:
             await asyncio.to_thread(self.store.release, owner, name, self.holder)
 
-    async def _live_session(self, owner: str, name: str) -> Live:
-        """The session, as the store has it."""
+    async def _session(self, owner: str, name: str) -> Live | Record:
+        """The session as the store has it: ready in memory; else its record, which the worker makes ready when the turn
+        begins, because it may be in the middle of a step now.
+        """
         key = owner, name
         live = self._live.pop(key, None)
-        version = await asyncio.to_thread(self.store.version, owner, name)
-        if live is not None and (live.record is None or live.record.version != version):
-            old, live = live, None
-            await self._in_worker(lambda: self._leave(old))
-        if live is None:
-            record = await self._record(owner, name)
-            if record.version == 0:
-                await self._check_limit(owner, name)
-            live = await self._in_worker(lambda: sessions.live_session(self.llm, record, self.adapter))
+        known = None if live is None or live.record is None else live.record.version
+        record = await asyncio.to_thread(self._newer, owner, name, known)
+        if live is not None and record is None:
+            self._live[key] = live
+            return live
+        if live is not None:
+            self.worker.call(functools.partial(self._leave, live))
+        assert record is not None  # nothing is known
+        sessions.check_adapter(record, self.adapter)
+        return record
+
+    def _newer(self, owner: str, name: str, known: int | None) -> Record | None:
+        """The session if the store has another version of it than this one. Raises SessionLimit for one too many."""
+        if known is not None and self.store.version(owner, name) == known:
+            return None
+        record = self.store.get(owner, name)
+        if record is None:
+            self._require_room(owner, name)
+            record = Record(owner, name, adapter=self.adapter)
+        return record
+
+    def _keep(self, key: tuple[str, str], live: Live) -> None:
+        """Keeps a session ready, in place of the one that was used longest ago."""
         self._live[key] = live
         while len(self._live) > self._n_live:
             idle = next((key for key in self._live if key not in self._locks), None)
             if idle is None:
                 break
             self.n_evicted += 1
-            await self._forget(*idle)
-        return live
+            with contextlib.suppress(ModelError):  # the server is stopping
+                self.worker.call(functools.partial(self._leave, self._live.pop(idle)))
 
     def _nameless_text(self, owner: str, prompt: Sequence[int]) -> Live:
         """A text that begins as the prompt, of an earlier request of this owner without a session; or a new one. Its
@@ -434,6 +453,7 @@ class Answer:
         self.to_message: Callable[[str], Message] = lambda content: {"role": "assistant", "content": content}
         self.begun_at = self.first_at = self.ended_at = 0.0  # by time.monotonic: asked, first token, end
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stored: Record | None = None  # the session, if it is not ready in memory
         self._live: Live | None = None
         self._used: Live | None = None  # what it is decoded in
         self._begun: Begun | None = None
@@ -506,17 +526,19 @@ class Answer:
             await self._decode()
             return
         async with service._held(self.owner, self.session):
-            self._live = await service._live_session(self.owner, self.session)
+            found = await service._session(self.owner, self.session)
+            self._live, self._stored = (found, None) if isinstance(found, Live) else (None, found)
             try:
                 await self._decode()
             except BaseException:  # the text may be anywhere
                 await service._forget(self.owner, self.session)
                 raise
             if self._record is None:
-                record = self._live.record
+                record = self._stored if self._live is None else self._live.record
                 assert record is not None  # of a session
                 self.committed = Committed(self.session, record.version, record.tokens)
                 return
+            assert self._live is not None and self._begun is not None  # it was decoded
             begin = time.monotonic()
             try:
                 committed = await asyncio.to_thread(service.store.commit, self._record, self._live.record)
@@ -524,7 +546,6 @@ class Answer:
             except BaseException:  # the text is ahead of the store
                 await service._forget(self.owner, self.session)
                 raise
-            assert self._begun is not None
             self._live.record, self._live.turns, self._live.chat = committed, committed.history, self._begun.chat
             self.committed = Committed(self.session, committed.version, committed.tokens)
 
@@ -580,7 +601,11 @@ class Answer:
         service, llm, tokens, options = self.service, self.service.llm, self._tokens, self.options
         with llm._engine.lock:
             sampler = self._make_sampler()
-        if self._live is None:
+        if self._stored is not None:
+            key = self._stored.owner, self._stored.name
+            self._live, self._stored = sessions.live_session(llm, self._stored, service.adapter), None
+            self._soon(service._keep, key, self._live)
+        elif self._live is None:
             self._live = (
                 service._nameless_text(self.owner, tokens) if self.write else Live(None, sessions.new_text(llm))
             )

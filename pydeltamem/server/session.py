@@ -238,11 +238,7 @@ def live_session(llm: DeltaMemLlama, record: Record, adapter: str) -> Live:
     text = new_text(llm)
     if record.version == 0:
         return Live(record, text)
-    if record.adapter != adapter:
-        raise InputError(
-            f"session {record.name}: its memory belongs to another adapter than the attached one: serve that one, or "
-            "export and delete the session"
-        )
+    check_adapter(record, adapter)
     try:
         state = _state(record, text.slots.shape)
         if record.text:
@@ -253,6 +249,15 @@ def live_session(llm: DeltaMemLlama, record: Record, adapter: str) -> Live:
     except (ValueError, KeyError, safetensors.SafetensorError) as error:
         raise StoreError(f"session {record.name}: what the store has of it is damaged: {error}") from error
     return Live(record, text, record.chat, record.history)
+
+
+def check_adapter(record: Record, adapter: str) -> None:
+    """Raises InputError if the memory of a session belongs to another adapter."""
+    if record.version > 0 and record.adapter != adapter:
+        raise InputError(
+            f"session {record.name}: its memory belongs to another adapter than the attached one: serve that one, or "
+            "export and delete the session"
+        )
 
 
 def _state(record: Record, shape: tuple[int, ...]) -> Any:
