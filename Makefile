@@ -43,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format docs wheel check-wheel clean help
+.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format docs wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -180,6 +180,19 @@ server-schedules: $(INSTALLED) ## 2,000 random turns of 16 clients in 4 slots of
 
 server-soak: $(INSTALLED) ## an hour of mixed load on the server, 10,000 sessions in its store
 	$(BIN)/python tools/server_soak.py $(SOAK_ARGS)
+
+server-compare: llama-server ## the server beside llama-server: tokens a second, first tokens, a client that leaves, one that comes back (COMPARE_ARGS)
+	$(BIN)/python tools/server_compare.py --llama-server build/llama-server/bin/llama-server $(COMPARE_ARGS)
+
+# with the options of our build; the source, unpatched, as the package's build has downloaded it
+llama-server: $(INSTALLED) ## build llama.cpp's own server, to compare with, in build/llama-server/bin
+	@mkdir -p build/llama-server/source
+	tar -xzf $(BUILD)/download/llama_cpp_python-$(RELEASE).tar.gz -C build/llama-server/source --strip-components=3 \
+		llama_cpp_python-$(RELEASE)/vendor/llama.cpp
+	cmake -S build/llama-server/source -B build/llama-server -G Ninja -DCMAKE_BUILD_TYPE=Release \
+		-DCMAKE_PROJECT_INCLUDE=$(CURDIR)/cmake/stock.cmake -DGGML_OPENMP=OFF -DLLAMA_OPENSSL=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_NUMBER=0 -DLLAMA_BUILD_COMMIT=$(RELEASE) $(CMAKE_ARGS)
+	cmake --build build/llama-server --target llama-server
 
 server-kills: $(INSTALLED) ## kills a server 200 times under load, and looks what its store has (`make test` kills 3)
 	DELTAMEM_SERVER_KILLS=200 $(BIN)/python -m pytest tests/test_server.py -k killed

@@ -125,7 +125,13 @@ def run(args: argparse.Namespace) -> int:
         f"http://{args.host}:{args.port}: {'sessions belong to keys' if keys else 'no keys, so for this machine only'}"
     )
     config = uvicorn.Config(
-        app, host=args.host, port=args.port, log_config=None, access_log=False, timeout_graceful_shutdown=30
+        app,
+        host=args.host,
+        port=args.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=30,
+        timeout_keep_alive=75,  # longer than clients and proxies keep theirs: who closes first is not asked meanwhile
     )
     server = uvicorn.Server(config)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends in order, and raises the signal again afterwards
