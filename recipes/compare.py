@@ -25,6 +25,7 @@ from rich.table import Table
 from pydeltamem.evals.case import Case
 from pydeltamem.evals.reader import MAX_ANSWER, Asked, NativeReader
 from pydeltamem.evals.recall import make_cases
+from pydeltamem.formats.checkpoint import Checkpoint
 from pydeltamem.models import default_files
 from pydeltamem.train.model import load_frozen
 from pydeltamem.train.reference import DeltaMem
@@ -39,12 +40,12 @@ class TorchReader:
         self.native = native
         self.cache = None
 
-    def answer(self, case: Case) -> str:
-        """Answers after the conversation's text is gone; the question does not write the memory."""
+    def answer(self, case: Case, writes: bool) -> str:
+        """Answers after the conversation's text is gone. writes: whether question and answer write the memory."""
         self.memory.reset()
         self.memory.write = True
         self._run(*self.native.tokens(case.turns))
-        self.cache, self.memory.write = None, False
+        self.cache, self.memory.write = None, writes
         asked = self.native.prompt([], case.question)
         logits = self._run(asked, [0] * len(asked))
         given: list[int] = []
@@ -95,14 +96,18 @@ def main() -> None:
             f32 = Path(folder, "f32.gguf")
             command = [sys.executable, "-m", "pydeltamem.cli", "convert", checkpoint, "--base", base, "-o", f32]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            native = NativeReader(base, f32)
+            # a reply of the native runtime is one segment, whose write ends with it
+            writes = Checkpoint(checkpoint).config.memory_write_granularity == "token"
+            native = NativeReader(base, f32, answer_writes=writes)
             cases = list(make_cases(["recall", "overwrite"], args.n, [1, 4, 8], [], 1, native))
             in_torch = TorchReader(model, checkpoint, native)
             console = Console(stderr=True)
-            said = [in_torch.answer(case) for case in track(cases, adapter.name, console=console, transient=True)]
+            said = [
+                in_torch.answer(case, writes) for case in track(cases, adapter.name, console=console, transient=True)
+            ]
             in_f32 = native_answers(native, f32, cases)
             native.close()
-            reader = NativeReader(shipped)
+            reader = NativeReader(shipped, answer_writes=writes)
             by_shipped = native_answers(reader, adapter, cases)
             reader.close()
         differ = sum(a != b for a, b in zip(said, in_f32))

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from pydeltamem.cli.main import main
+from pydeltamem.conversation import Conversation
 from pydeltamem.errors import InputError
 from pydeltamem.evals import corpora, recall
 from pydeltamem.evals.case import Case
 from pydeltamem.evals.methods import answer_all, found_turns, last_turns
-from pydeltamem.evals.reader import Asked, NativeReader
+from pydeltamem.evals.reader import MAX_ANSWER, Asked, NativeReader
 from pydeltamem.evals.recall import make_cases
 from pydeltamem.evals.statistics import ratios_of, right_of, table_of, wilson
 from pydeltamem.models import default_files
@@ -434,3 +435,24 @@ def test_missing_model_is_named(monkeypatch, tmp_path):
 def test_unknown_reader_option():
     with refuses(InputError, "b"):
         answer_all([], Parrot(), {"a": "a"}, 8, ["b"])
+
+
+@pytest.mark.parametrize("turns", [(), TOLD[1:]])
+def test_a_question_writes_as_in_a_chat_or_only_reads(native, turns):
+    memory = native.read(TOLD)
+    said = {}
+    for writes in (True, False):
+        model, memories = default_files()
+        reader = NativeReader(model, memories["msw"], threads=1, answer_writes=writes)
+        with Conversation(reader.llm, n_predict=MAX_ANSWER, temp=0.0) as talk:
+            talk.memory.restore(memory)
+            talk.memory.write = False
+            for user, reply in turns:
+                talk.add("user", user)
+                talk.add("assistant", reply)
+            talk.memory.write = writes
+            said[writes] = talk.say(QUESTIONS[2])
+            assert np.array_equal(talk.memory.state, memory.state) != writes
+        ((answer,),) = reader.answer([Asked(memory, turns, QUESTIONS[2:])])
+        assert answer == said[writes].strip()
+        reader.close()

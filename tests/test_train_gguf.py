@@ -118,6 +118,9 @@ def test_the_weight_of_wording(data, tmp_path):
     heavy = "".join(tokenizer.decode([t]) for t, weight in zip(answer, weights) if weight == 1)
     assert "Lima" in heavy and "live" not in heavy and "You" not in heavy
     assert set(weights) == {0.25, 1.0}
+    first = train.told_weights([example], 0.25, 3.0)
+    begins = [i for i, weight in enumerate(weights) if weight == 1 and (i == 0 or weights[i - 1] < 1)]
+    assert begins and first == [3.0 if i in begins else weight for i, weight in enumerate(weights)]
     logits, targets = run.objective.student([example])
     each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     expected = (each * torch.tensor(weights)).sum() / sum(weights)
@@ -219,6 +222,7 @@ def test_bad_input(data, tmp_path):
     for option, options in (
         ("--form packed", {"strategy": "ssw", "form": "packed"}), ("--visible", {"strategy": "ssw", "visible": 0.1}),
         ("--teacher", {"form": "padded", "teacher": "context"}), ("--gate-weight", {"dropout": 0.1, "gate_weight": 1}),
+        ("--ask-writes", {"form": "padded", "ask_writes": 0.5}),
     ):  # fmt: skip
         with refuses(InputError, option, "packed form"):
             trainer(data, tmp_path / "out", **options)

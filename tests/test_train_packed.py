@@ -113,6 +113,23 @@ def test_text_that_stays():
             torch.testing.assert_close(next(rows), expected, rtol=0, atol=2e-5)
 
 
+def test_questions_that_only_read():
+    model, memory = make("llama")
+    given = [replace(example, ask_writes=i == 1) for i, example in enumerate(examples((False, True, True)))]
+    packed = PackedBatch.of(given)
+    rows = iter(PackedModel(model, memory).logits(packed).split(packed.asks))
+    for example in given:
+        for question, _, answer in example.asks:
+            memory.reset()
+            memory.write = True
+            cache = model(torch.tensor([example.earlier]), use_cache=True).past_key_values if example.visible else None
+            if not example.visible:
+                model(torch.tensor([example.earlier]))
+            memory.write = example.ask_writes
+            asked = model(torch.tensor([question + answer[:-1]]), past_key_values=cache)
+            torch.testing.assert_close(next(rows), asked.logits[0, -len(answer) :], rtol=0, atol=2e-5)
+
+
 def test_a_teacher_reads_the_text_and_has_no_memory():
     model, memory = make("qwen3")
     given = examples()

@@ -39,7 +39,7 @@ MAX_REPLY = 64  # tokens
 PICTURES = 16  # of states
 HELP = """\
 Tell it something ("{told}"), /forget to throw the text away, ask ("{asked}"). A message that ends with
-a question mark does not write the memory.{limits}
+a question mark leaves the memory as it was.{limits}
 /forget   throw the text away, keep the memory     /reset   empty the memory too     /facts   examples     /quit"""
 LIMITS = """
 It knows the words of its small world only: names, cities, jobs, pets, colours, food, sports, music, languages."""
@@ -190,14 +190,15 @@ def _converse(console: Console, reader: NativeReader, cast: Cast) -> int:
 
 def _say(console: Console, talk: Conversation, line: str) -> None:
     """One turn. Prints an error if it does not fit; a full text loses its oldest turns."""
-    talk.memory.write = not line.endswith("?")
-    before = talk.memory.state
+    before = talk.memory.copy()
     try:
         console.print(talk.say(line).strip(), markup=False)
     except InputError as error:
         console.print(str(error), markup=False)
         return
-    change = float(np.linalg.norm(talk.memory.state - before))
+    if line.endswith("?"):
+        talk.memory.restore(before)  # not write = False: adapters are trained with questions that write
+    change = float(np.linalg.norm(talk.memory.state - before.state))
     console.print(f"[dim]the memory changed by {change:.2f}[/]" if change else "[dim]the memory was read[/]")
 
 

@@ -107,6 +107,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight of answer tokens that were not told, or that the question shows; others: 1 (%(default)s)",
     )  # fmt: skip
     training.add_argument(
+        "--first-told", type=positive_number, default=Options.first_told, metavar="X",
+        help="weight of the first token of what was told, which decides a greedy answer (%(default)s)",
+    )  # fmt: skip
+    training.add_argument(
+        "--ask-writes", type=share, default=Options.ask_writes, metavar="P",
+        help="share of the conversations whose questions and answers write, too (%(default)s)",
+    )  # fmt: skip
+    training.add_argument(
         "--teacher", choices=("context",),
         help="learn what the frozen model answers when it sees the text, instead of or besides the answers of the file",
     )  # fmt: skip

@@ -7,8 +7,9 @@ Every question is asked of the same conversation in the same words. What differs
     msw       its memory, named so                  msw+window    its memory and the last turns
                                                     msw+full      its memory and the whole text
 
-Methods without a memory are the frozen model. The whole conversation has written a memory; visible text and questions
-do not write it. A turn that is longer than the window is split into sentences.
+Methods without a memory are the frozen model. The whole conversation has written a memory; visible text does not write
+it again. A question and its answer write a copy, which is thrown away, unless the reader is told otherwise. A turn that
+is longer than the window is split into sentences.
 """
 
 from __future__ import annotations

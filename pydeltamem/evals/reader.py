@@ -26,7 +26,7 @@ Messages = list[dict[str, str]]
 class Asked:
     """Questions that a model is asked one by one, each after the same text: it does not see the others.
 
-    memory: the model reads it and does not write it; None: no memory. turns: the visible text.
+    memory: each question has a copy of it; None: no memory. turns: the visible text, which does not write it.
     """
 
     memory: MemorySnapshot | None
@@ -62,6 +62,8 @@ class NativeReader:
         n_ctx: tokens of a text; 0: as many as the model was trained on.
         threads: of decodes and prompts; None: half of the CPUs that the process may use.
         parallel: texts that the context holds, which are decoded together.
+        answer_writes: whether a question and its answer write the question's copy of the memory, as in a chat and in
+            training.
     """
 
     def __init__(
@@ -71,12 +73,14 @@ class NativeReader:
         n_ctx: int = 0,
         threads: int | None = None,
         parallel: int = PARALLEL,
+        answer_writes: bool = True,
     ):
         threads = threads or max(usable() // 2, 1)
         self.llm = DeltaMemLlama(
             model, deltamem_path=adapter, n_ctx=n_ctx, n_seq_max=parallel, n_threads=threads, n_threads_batch=threads
         )
         self._parallel = parallel
+        self._answer_writes = answer_writes
         self._opening = len(self.prompt([], ""))
         self._n_tokens: dict[Turn, int] = {}
 
@@ -152,9 +156,11 @@ class NativeReader:
             first.memory.restore(asked.memory)
             first.memory.write = False
         first.messages += messages_of(asked.turns)
-        if asked.turns and count > 1:
+        if asked.turns and (count > 1 or asked.memory is not None):
             latest = first.messages.pop()
             first.add(latest["role"], latest["content"])
+        if asked.memory is not None:
+            first.memory.write = self._answer_writes
         yield first
         for _ in range(count - 1):
             yield first.fork()

@@ -39,6 +39,7 @@ class Example:
     asks: list[tuple[list[int], list[int], list[int]]]  # visible tail and question, their segments, answer
     continued: list[list[int]]  # for each ask the question as it follows earlier turns whose text stays
     visible: bool = False  # whether the text stays
+    ask_writes: bool = True  # whether questions and answers write
 
 
 class Conversations:

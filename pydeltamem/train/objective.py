@@ -41,7 +41,7 @@ class Objective:
             return PackedModel(self.model, self.memory)
         for option, given in (
             ("--form packed", options.form == "packed"), ("--visible", options.visible), ("--teacher", options.teacher),
-            ("--gate-weight", options.gate_weight),
+            ("--gate-weight", options.gate_weight), ("--ask-writes", options.ask_writes < 1),
         ):  # fmt: skip
             if given:
                 raise InputError(f"{option}: needs the packed form of a step: {reason or '--form is padded'}")
@@ -53,7 +53,7 @@ class Objective:
         if not options.teacher:
             logits, targets = self.student(examples)
             each = F.cross_entropy(logits, targets, reduction="none")
-            weights = torch.tensor(told_weights(examples, options.wording), device=each.device)
+            weights = torch.tensor(told_weights(examples, options.wording, options.first_told), device=each.device)
             loss = (each * weights).sum() / weights.sum()
         else:
             examples = self.answered(examples)
@@ -111,14 +111,18 @@ class Objective:
         return answered
 
 
-def told_weights(examples: Sequence[Example], wording: float) -> list[float]:
+def told_weights(examples: Sequence[Example], wording: float, first: float = 1.0) -> list[float]:
     """Weights of the answers' tokens in the loss, example by example: 1 for tokens that only the memory can know (they
-    are in the earlier turns and not in the question); `wording` for the others.
+    are in the earlier turns and not in the question), `first` for those that follow no such token; `wording` for the
+    others.
     """
     weights = []
     for example in examples:
         told = set(example.earlier)
         for question, _, answer in example.asks:
             known = told.difference(question)
-            weights += [1.0 if token in known else wording for token in answer]
+            after = False
+            for token in answer:
+                weights.append(wording if token not in known else 1.0 if after else first)
+                after = token in known
     return weights

@@ -55,7 +55,9 @@ class Options:
     gate_weight: float | None = None
     gate_mean: float = 0.05
     visible: float = 0.0
+    ask_writes: float = 1.0
     wording: float = 1.0
+    first_told: float = 1.0
     teacher: str | None = None
     teacher_share: float = 1.0
     dropout: float = 0.0

@@ -54,6 +54,7 @@ class PackedBatch:
         kept: list[int] = []
         targets: list[int] = []
         lengths: list[int] = []
+        reading: list[tuple[int, int]] = []  # runs that do not write
 
         def run(tokens: Sequence[int], position: int, after: int) -> int:
             begin.append(len(ids))
@@ -82,10 +83,14 @@ class PackedBatch:
                 kept += range(first, first + len(answer))
                 targets += answer
                 lengths.append(len(answer))
+            if not example.ask_writes:
+                reading.append((begin[beginning], len(ids)))
             spans.append((origin, len(ids), _visible(origin, len(ids), [(begin[j], end[j]) for j in own], device)))
         numbers = (torch.tensor(x, device=device) for x in (ids, positions, kept, targets))
         ids_, positions_, kept_, targets_ = numbers
         writes = torch.full_like(ids_, memory, dtype=torch.bool)
+        for start, stop in reading:
+            writes[start:stop] = False
         return cls(ids_, positions_, writes, Runs(begin, end, parent), spans, kept_, targets_, lengths)
 
 

@@ -116,6 +116,8 @@ class Trainer:
         examples = [self.data[i] for i in self.draw(draw)]
         if options.visible:
             examples = [replace(example, visible=draw.random() < options.visible) for example in examples]
+        if options.ask_writes < 1:
+            examples = [replace(example, ask_writes=draw.random() < options.ask_writes) for example in examples]
         self.memory.train()
         loss = self.objective.loss(examples)
         loss.backward()
@@ -169,7 +171,7 @@ class Trainer:
         names = [
             "batch", "rate", "clip", "dropout", "short_first", "max_tokens", "tail", "seed", "init", "init_gain",
             "heads_gain", "write_bias", "schedule", "warm_up", "gate_weight", "gate_mean", "visible", "wording",
-            "teacher", "teacher_share",
+            "teacher", "teacher_share", "ask_writes", "first_told",
         ]  # fmt: skip
         embedded = self.model.get_input_embeddings().weight.detach().cpu().contiguous()
         return {
