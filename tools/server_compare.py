@@ -2,13 +2,15 @@
 
     python tools/server_compare.py --llama-server build/llama-server/bin/llama-server [--parts load,leave,return]
 
-- load: clients ask at once, each in a session of its own here; tokens a second, and the time to the first token.
+- load: clients ask at once, each in a session of its own here; tokens a second, the time to the first token, and the
+  server's processor time a token, which other processes of the machine hardly change (Linux).
 - leave: one of four clients goes away in the middle; what the others get before and after. Here alone.
 - return: somebody comes back after a long history. Here the memory knows it, and the question is sent alone;
   llama-server gets the history again, and has to read it.
 
-Ratios are ours to theirs, round by round: the median, and its interval. Prompts are random words, which neither server
-has seen. Without -m it is the random model of `deltamem bench --synthetic qwen3-0.6b`.
+Ratios are ours to theirs, round by round: the median, and its interval. Cut (Ctrl-C, SIGTERM), it shows what it has.
+Prompts are random words, which neither server has seen. Without -m it is the random model of
+`deltamem bench --synthetic qwen3-0.6b`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
+import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -38,7 +43,7 @@ from pydeltamem.runtime.cpus import usable
 
 OURS, THEIRS = "deltamem serve", "llama-server"
 WORDS = "time people way water day part number sound most over new work place year live back give name good sentence"
-N_PROMPT, N_TURN = 48, 400  # words of a prompt, and of a turn of a long history
+N_TURN = 400  # words of a turn of a long history
 
 
 @dataclass
@@ -60,10 +65,17 @@ class Stream:
 class Server:
     """A running server. `session`: whether it has sessions."""
 
-    def __init__(self, address: str, session: bool) -> None:
-        self.session = session
+    def __init__(self, address: str, pid: int, session: bool) -> None:
+        self.pid, self.session = pid, session
         no_reuse = httpx.Limits(max_keepalive_connections=0)  # a server may end one just when it is used again
         self.http = httpx.Client(base_url=address, timeout=3600, limits=no_reuse)
+
+    def cpu(self) -> float:
+        """Processor time that it has used, in seconds."""
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return math.nan
 
     def stream(self, prompt: str, n: int, session: str, until: Callable[[Stream], bool] | None = None) -> Stream:
         """Asks, and reads the answer; goes away when `until` says so."""
@@ -98,7 +110,7 @@ def running(command: Sequence[object], session: bool) -> Iterator[Server]:
         port = one.getsockname()[1]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([*map(str, command), "--port", str(port)], stdout=log, stderr=log)
-        server = Server(f"http://127.0.0.1:{port}", session)
+        server = Server(f"http://127.0.0.1:{port}", process.pid, session)
         try:
             while True:
                 with contextlib.suppress(httpx.TransportError):
@@ -145,35 +157,38 @@ def ratio(values: Sequence[float]) -> str:
 
 
 def load(args: argparse.Namespace, folder: str) -> None:
-    """Clients at once: tokens a second of all, and the time to the first token, the mean of theirs."""
+    """Clients at once: tokens a second of all, the mean time to the first token, and processor time a token."""
     draw = random.Random(0)
-    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    found: dict[tuple[str, int], list[tuple[float, ...]]] = {}
     with both(args, max(args.clients), 1024, folder) as servers, ThreadPoolExecutor(max(args.clients)) as pool:
 
-        def run(name: str, prompts: Sequence[str], label: str) -> tuple[float, float]:
-            begin = time.perf_counter()
+        def run(name: str, prompts: Sequence[str], label: str) -> tuple[float, ...]:
+            server, cpu, begin = servers[name], servers[name].cpu(), time.perf_counter()
             asked = [
-                pool.submit(servers[name].stream, prompt, args.tokens, f"{label}-{i}")
-                for i, prompt in enumerate(prompts)
+                pool.submit(server.stream, prompt, args.tokens, f"{label}-{i}") for i, prompt in enumerate(prompts)
             ]
             streams = [each.result() for each in asked]
-            seconds = time.perf_counter() - begin
-            return sum(s.n_generated for s in streams) / seconds, sum(s.first for s in streams) / len(streams)
+            seconds, n = time.perf_counter() - begin, sum(seen.n_generated for seen in streams)
+            first = sum(seen.first for seen in streams) / len(streams)
+            return n / seconds, first, 1000 * (server.cpu() - cpu) / n
 
-        for name in servers:
-            run(name, [words(draw, N_PROMPT) for _ in range(max(args.clients))], "warm")
-        for i in range(args.rounds):
-            for n in args.clients:
-                prompts = [words(draw, N_PROMPT) for _ in range(n)]
+        with contextlib.suppress(KeyboardInterrupt):
+            for name in servers:
+                run(name, [words(draw, args.prompt) for _ in range(max(args.clients))], "warm")
+            for i, n in itertools.product(range(args.rounds), args.clients):
+                prompts = [words(draw, args.prompt) for _ in range(n)]
                 for name in (OURS, THEIRS) if i % 2 else (THEIRS, OURS):
                     found.setdefault((name, n), []).append(run(name, prompts, f"{i}-{n}"))
-    print(f"\n{args.tokens} tokens after prompts of {N_PROMPT} words, {args.rounds} rounds")
-    print("clients  tokens/s here  there  ratio; seconds to the first token here  there  ratio")
+    print(f"\n{args.tokens} tokens after prompts of {args.prompt} words")
+    print(f"{'clients':7}  {'':25}  {'here':>8}  {'there':>8}  here / there")
     for n in args.clients:
-        here, there = found[OURS, n], found[THEIRS, n]
-        speed, first = (ratio([a[k] / b[k] for a, b in zip(here, there)]) for k in (0, 1))
-        middle = [median(run[k] for run in side) for k in (0, 1) for side in (here, there)]
-        print(f"{n}  {middle[0]:.2f}  {middle[1]:.2f}  {speed};  {middle[2]:.3f}  {middle[3]:.3f}  {first}", flush=True)
+        here, there = found.get((OURS, n)), found.get((THEIRS, n))
+        if here is None or there is None:
+            continue
+        for k, what in enumerate(("tokens a second", "first token, seconds", "processor, ms a token")):
+            one, other = (median(run[k] for run in side) for side in (here, there))
+            ratios = ratio([a[k] / b[k] for a, b in zip(here, there)])
+            print(f"{n:7}  {what:25}  {one:8.3f}  {other:8.3f}  {ratios}", flush=True)
 
 
 def leave(args: argparse.Namespace, folder: str) -> None:
@@ -236,11 +251,13 @@ def main() -> int:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8], metavar="N", help="(1 4 8)")
     parser.add_argument("--rounds", type=int, default=6, metavar="N", help="(%(default)s)")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of an answer (%(default)s)")
+    parser.add_argument("--prompt", type=int, default=48, metavar="WORDS", help="of a question (%(default)s)")
     parser.add_argument("--history", type=int, default=8000, metavar="TOKENS", help="(%(default)s)")
     parser.add_argument("--returns", type=int, default=2, metavar="N", help="(%(default)s)")
     parser.add_argument("-t", "--threads", type=int, default=usable(), metavar="N", help="(%(default)s)")
     parser.add_argument("-fa", "--flash-attn", choices=("on", "off"), default="off", help="(%(default)s)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the servers end with it
     if not Path(args.llama_server).is_file():
         parser.error(f"--llama-server {args.llama_server}: no such file: make llama-server builds it")
     if (args.model is None) != (args.deltamem is None):
