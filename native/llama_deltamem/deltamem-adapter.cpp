@@ -2,6 +2,7 @@
 
 #include "deltamem-adapter.h"
 
+#include "deltamem-composite.h"
 #include "gguf.h"
 #include "llama-arch.h"
 #include "llama-impl.h"
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 
@@ -248,6 +250,27 @@ bool supports_operator(ggml_backend_dev_t dev, const ggml_deltamem_params & para
     return ggml_backend_dev_supports_op(dev, node);
 }
 
+// What computes the memory of a layer, by the environment variable DELTAMEM_OPERATOR: the operator where the layer's
+// device has it, else the composite of ggml's own operations; the operator alone, on the CPU if need be; the composite
+// alone.
+enum operator_choice {
+    AUTO,
+    KERNEL,
+    COMPOSITE
+};
+
+operator_choice choose_operator() {
+    const char *      value  = getenv("DELTAMEM_OPERATOR");
+    const std::string choice = value ? value : "auto";
+    const char *      all[]  = { "auto", "kernel", "composite" };
+    for (const operator_choice each : { AUTO, KERNEL, COMPOSITE }) {
+        if (choice == all[each]) {
+            return each;
+        }
+    }
+    throw std::runtime_error("DELTAMEM_OPERATOR is '" + choice + "': set it to auto, kernel or composite, or unset it");
+}
+
 // Collects tensors per buffer type, then allocates and fills them.
 class loader {
 public:
@@ -456,9 +479,10 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
     meta = file.meta();
 
     // the weights, layer by layer
-    const int64_t n_read   = (int64_t) n_head * rank;
-    bool          fallback = false;
-    loader        load(file, *this, file.n_tensors() + n_layer);
+    const int64_t         n_read   = (int64_t) n_head * rank;
+    const operator_choice choice   = choose_operator();
+    bool                  fallback = false, composite = false;
+    loader                load(file, *this, file.n_tensors() + n_layer);
 
     for (const uint32_t il : file.u32s("deltamem.layers")) {
         if (il >= n_layer || (!layers.empty() && (int) il <= layers.back().il)) {
@@ -477,8 +501,12 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         llama_deltamem_layer_weights lw;
         lw.il                   = (int) il;
         lw.device               = model.dev_layer((int) il);
-        const bool has_operator = lw.device && supports_operator(lw.device, params);
-        if (!has_operator) {
+        const bool has_operator = choice != COMPOSITE && lw.device && supports_operator(lw.device, params);
+        if (!has_operator && choice != KERNEL && lw.device) {
+            lw.composite_width = ggml_deltamem_composite_width(lw.device, params);
+            composite |= lw.composite_width > 0;
+        }
+        if (!has_operator && !lw.composite_width) {
             lw.device = cpu_device();
             fallback  = true;
         }
@@ -527,6 +555,9 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
 
     load.finish();
 
+    if (composite) {
+        LLAMA_LOG_INFO("%s: operations of ggml compute the memory where a device has no δ-mem operator\n", __func__);
+    }
     if (fallback) {
         LLAMA_LOG_WARN(
                 "%s: a device of this model has no δ-mem operator, so the CPU computes the memory of its layers\n",

@@ -23,9 +23,9 @@ struct llama_deltamem_correction {
 
 // the weights of one layer with memory
 struct llama_deltamem_layer_weights {
-    int                il = -1; // the model's layer
-    ggml_backend_dev_t device =
-            nullptr; // where its operator runs: the layer's device if that has the operator, else the CPU
+    int                il     = -1;      // the model's layer
+    ggml_backend_dev_t device = nullptr; // where its state is: the layer's device if that can compute it, else the CPU
+    int composite_width = 0; // of the composite that computes it (deltamem-composite.h), 0 for the operator itself
 
     ggml_tensor * in        = nullptr; // [n_embd, n_proj]
     ggml_tensor * gate_bias = nullptr; // [n_gates]

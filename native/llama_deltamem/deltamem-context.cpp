@@ -143,6 +143,25 @@ uint32_t llama_deltamem_context::checkpoint_slot(int32_t i) const {
     return n_seqs() + i;
 }
 
+void llama_deltamem_context::preview_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan) {
+    const bool has_tokens = ubatch.n_tokens > 0 && ubatch.seq_id && ubatch.seq_id[0];
+    if (has_tokens) {
+        const std::vector<sequence> before = sequences;
+        make_plan(ubatch, plan);
+        sequences = before;
+        return;
+    }
+    const int32_t n_seqs = (int32_t) std::max(1u, ubatch.n_seqs_unq);
+    plan.clear();
+    for (int32_t s = 0; s < n_seqs; ++s) {
+        const int32_t first = (int32_t) ((int64_t) ubatch.n_tokens * s / n_seqs);
+        plan.insert(plan.end(), { s, first, (int32_t) ((int64_t) ubatch.n_tokens * (s + 1) / n_seqs) - first });
+    }
+    for (int32_t i = 0; i < (int32_t) ubatch.n_tokens; ++i) {
+        plan.insert(plan.end(), { i, GGML_DELTAMEM_TOKEN_WRITE });
+    }
+}
+
 void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan) {
     const uint32_t n_seqs = std::max(1u, ubatch.n_seqs_unq);
 

@@ -74,6 +74,10 @@ struct llama_deltamem_context {
     // The plan (ggml-deltamem.h) of a micro-batch of the current batch; called in the order of computation.
     void make_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan);
 
+    // The plan that make_plan will make of it. A micro-batch for which llama.cpp only reserves memory has no tokens: its
+    // plan has as many writes.
+    void preview_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan);
+
 private:
     // tokens that read the state as it was before the first of them, and write it when the last one ends
     struct ingest {

@@ -1,9 +1,11 @@
 // Builds the memory's part of llama.cpp's graphs: per layer one packed projection, one read, and one node for each
-// corrected projection (a product and an addition if the device has no operator, or if Δo is normalised).
+// corrected projection (a product and an addition if the device has no operator, or if Δo is normalised). A device
+// without the operator gets the composite instead of the read.
 
 #include "deltamem-graph.h"
 
 #include "deltamem-api.h"
+#include "deltamem-composite.h"
 #include "deltamem-context.h"
 #include "llama-batch.h"
 #include "llama-graph.h"
@@ -13,10 +15,13 @@
 #include <stdexcept>
 #include <type_traits>
 
-// the plan of the micro-batch, one tensor for all layers
+// the plan of the micro-batch, for all layers: a tensor for the operator, and the schedule for composites
 class llm_graph_input_deltamem : public llm_graph_input_i {
 public:
-    llm_graph_input_deltamem(llama_deltamem_context & deltamem, ggml_tensor * plan) : deltamem(deltamem), plan(plan) {}
+    explicit llm_graph_input_deltamem(llama_deltamem_context & deltamem) : deltamem(deltamem) {}
+
+    ggml_tensor * plan = nullptr; // I32, see ggml-deltamem.h; null if nothing needs it
+    std::unique_ptr<ggml_deltamem_composite_inputs> composite;
 
     // a whole number of cache lines: docs/explanation/where-time-goes.md, "Alignment"
     static int64_t size(const llama_ubatch & ubatch) {
@@ -24,21 +29,41 @@ public:
                         CACHE_LINE / sizeof(int32_t));
     }
 
+    // of the micro-batch that the graph is built for
+    static ggml_deltamem_schedule schedule(llama_deltamem_context & deltamem, const llama_ubatch & ubatch) {
+        std::vector<int32_t> plan;
+        deltamem.preview_plan(ubatch, plan);
+        return ggml_deltamem_make_schedule(params_of(deltamem, ubatch), plan.data(), ubatch.n_tokens);
+    }
+
+    static ggml_deltamem_params params_of(const llama_deltamem_context & deltamem, const llama_ubatch & ubatch) {
+        ggml_deltamem_params params = deltamem.weights->params;
+        params.n_seqs               = std::max(1u, ubatch.n_seqs_unq);
+        return params;
+    }
+
     void set_input(const llama_ubatch * ubatch) override {
         deltamem.make_plan(*ubatch, values);
-        values.resize(plan->ne[0]);
-        ggml_backend_tensor_set(plan, values.data(), 0, ggml_nbytes(plan));
+        if (composite) {
+            ggml_deltamem_set_composite_inputs(
+                    *composite,
+                    ggml_deltamem_make_schedule(params_of(deltamem, *ubatch), values.data(), ubatch->n_tokens));
+        }
+        if (plan) {
+            values.resize(plan->ne[0]);
+            ggml_backend_tensor_set(plan, values.data(), 0, ggml_nbytes(plan));
+        }
     }
 
     bool can_reuse(const llm_graph_params & params) override {
-        return params.deltamem == &deltamem && size(params.ubatch) == plan->ne[0];
+        return params.deltamem == &deltamem && (!plan || size(params.ubatch) == plan->ne[0]) &&
+               (!composite || composite->shape.has_shape_of(schedule(deltamem, params.ubatch)));
     }
 
 private:
     static constexpr size_t CACHE_LINE = 64; // bytes
 
     llama_deltamem_context & deltamem;
-    ggml_tensor *            plan; // I32, see ggml-deltamem.h
     std::vector<int32_t>     values;
 };
 
@@ -52,7 +77,7 @@ struct llama_deltamem_graph {
 
     const llama_ubatch & ubatch;
 
-    ggml_tensor *              plan = nullptr;
+    llm_graph_input_deltamem * input = nullptr;
     std::vector<ggml_tensor *> reads; // per memory layer, F32 [H*r, n_tokens]
 
     llama_deltamem_graph(const llm_graph_params & params) :
@@ -76,14 +101,32 @@ struct llama_deltamem_graph {
         return known.empty();
     }
 
+    llm_graph_input_deltamem & get_input() {
+        if (!input) {
+            auto made = std::make_unique<llm_graph_input_deltamem>(deltamem);
+            input     = made.get();
+            res->add_input(std::move(made));
+        }
+        return *input;
+    }
+
     ggml_tensor * get_plan() {
+        ggml_tensor *& plan = get_input().plan;
         if (!plan) {
             plan = ggml_new_tensor_1d(ctx0, GGML_TYPE_I32, llm_graph_input_deltamem::size(ubatch));
             ggml_set_input(plan);
             ggml_set_name(plan, "deltamem_plan");
-            res->add_input(std::make_unique<llm_graph_input_deltamem>(deltamem, plan));
         }
         return plan;
+    }
+
+    const ggml_deltamem_composite_inputs & get_composite_inputs() {
+        auto & composite = get_input().composite;
+        if (!composite) {
+            composite = std::make_unique<ggml_deltamem_composite_inputs>(
+                    ggml_deltamem_new_composite_inputs(ctx0, llm_graph_input_deltamem::schedule(deltamem, ubatch)));
+        }
+        return *composite;
     }
 
     // The name contains the type of the weights. CUDA launches a captured graph again if names, shapes and addresses
@@ -115,19 +158,30 @@ struct llama_deltamem_graph {
             return;
         }
 
-        ggml_deltamem_params params = deltamem.weights->params;
-        params.n_seqs               = std::max(1u, ubatch.n_seqs_unq);
+        const ggml_deltamem_params params = llm_graph_input_deltamem::params_of(deltamem, ubatch);
 
         ggml_tensor * proj = ggml_deltamem_mul_mat(ctx0, lw.in, cur);
         name(proj, "in", lw.in->type, lw.il);
 
-        reads[i] = ggml_deltamem(ctx0, proj, lw.gate_bias, deltamem.state.tensor(i), get_plan(), params);
+        ggml_tensor * written = nullptr;
+        if (lw.composite_width) {
+            const auto composite = ggml_deltamem_composite(ctx0, proj, lw.gate_bias, deltamem.state.tensor(i),
+                                                           get_composite_inputs(), params, lw.composite_width);
+            reads[i]             = composite.reads;
+            written              = composite.written;
+        } else {
+            reads[i] = ggml_deltamem(ctx0, proj, lw.gate_bias, deltamem.state.tensor(i), get_plan(), params);
+        }
         ggml_format_name(reads[i], "deltamem_read-%d", lw.il);
 
-        if (!expect(i, pin(reads[i], lw.device), "the context does not compute on the device of its memory")) {
+        if (!expect(i, pin(written ? written : reads[i], lw.device),
+                    "the context does not compute on the device of its memory")) {
             return;
         }
-        if (!lw.q && !lw.qkv) {
+        if (written) {
+            ggml_build_forward_expand(gf, reads[i]);
+            ggml_build_forward_expand(gf, written);
+        } else if (!lw.q && !lw.qkv) {
             ggml_build_forward_expand(gf, reads[i]); // it writes the state, even if nothing depends on its read
         } // else the graph places it right before the correction, and the CPU may fuse the two
 
@@ -231,6 +285,11 @@ template bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr &,
                                          const decltype(batch_type_of(&llama_batch_allocr::init)) &);
 
 uint32_t llama_deltamem_n_nodes(const llama_deltamem_context_ptr & deltamem) {
-    // projection, operator, then product and addition for each of q, k, v, o, and the norm of o
-    return deltamem ? (uint32_t) deltamem->weights->layers.size() * (2 + 4 * 2 + 2) : 0;
+    // projection, operator or composite, then product and addition for each of q, k, v, o, and the norm of o
+    uint32_t n = 0;
+    for (size_t i = 0; deltamem && i < deltamem->weights->layers.size(); ++i) {
+        n += 2 + 4 * 2 + 2;
+        n += deltamem->weights->layers[i].composite_width ? GGML_DELTAMEM_COMPOSITE_NODES : 0;
+    }
+    return n;
 }

@@ -1,0 +1,439 @@
+// Tests the composite of deltamem-composite.h against the naive reference and, on the CPU, against the operator.
+//
+//     test-composite        the CPU
+//     test-composite gpu    every GPU that computes all nodes of the composite; exits with 77 if there is none
+
+#include "deltamem-composite.h"
+#include "reference.h"
+#include "testing.h"
+
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+
+#include <functional>
+#include <memory>
+#include <stdexcept>
+
+struct shape {
+    int rank, n_head, n_seqs, n_tokens, lambda, flags, n_checkpoints;
+};
+
+struct freeing {
+    void operator()(ggml_context * c) const { ggml_free(c); }
+    void operator()(ggml_backend_buffer * b) const { ggml_backend_buffer_free(b); }
+    void operator()(ggml_gallocr * g) const { ggml_gallocr_free(g); }
+};
+
+using context_ptr = std::unique_ptr<ggml_context, freeing>;
+using buffer_ptr  = std::unique_ptr<ggml_backend_buffer, freeing>;
+using galloc_ptr  = std::unique_ptr<ggml_gallocr, freeing>;
+
+static std::vector<float> values(const ggml_tensor * t) {
+    std::vector<float> x(ggml_nelements(t));
+    ggml_backend_tensor_get(t, x.data(), 0, ggml_nbytes(t));
+    return x;
+}
+
+static void set(ggml_tensor * t, const void * data) {
+    ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
+}
+
+// Several batches in a row over the same slots. With segments, ingests begin and end anywhere, also in another batch than
+// they began in, and some sequences write token by token.
+class conversation {
+public:
+    conversation(ggml_backend_t backend, const shape & s, int width, double tol, bool with_kernel) :
+        backend(backend),
+        s(s),
+        width(width),
+        tol(tol),
+        random(s.rank + 100 * s.n_head + 1000 * s.n_seqs + s.n_tokens + s.flags + 64 * s.lambda + width),
+        with_kernel(with_kernel) {
+        p.rank   = s.rank;
+        p.n_head = s.n_head;
+        p.n_seqs = s.n_seqs;
+        p.lambda = s.lambda;
+        p.flags  = s.flags;
+
+        snprintf(name, sizeof(name), "%s, rank %d, heads %d, sequences %d, tokens %d, lambda %d, flags %d, width %d",
+                 ggml_backend_name(backend), s.rank, s.n_head, s.n_seqs, s.n_tokens, s.lambda, s.flags, width);
+
+        n_slots = s.n_seqs + s.n_checkpoints + 2;
+        n_row   = s.n_head * ggml_deltamem_n_record(&p);
+
+        ctx.reset(ggml_init({ 8 * ggml_tensor_overhead(), nullptr, true }));
+        for (ggml_tensor *& t : state) {
+            t = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_row + PADDING, n_slots);
+        }
+        buffer.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
+
+        now.assign(n_slots * (n_row + PADDING), guard_value());
+        for (int slot = 0; slot < n_slots; ++slot) {
+            float * row = &now[slot * (n_row + PADDING)];
+            std::fill(row, row + n_row, 0.0f);
+            for (int head = 0; head < s.n_head; ++head) {
+                for (int i = 0; i < s.rank * s.rank; ++i) {
+                    row[head * ggml_deltamem_n_record(&p) + i] = 0.5f * random.normal();
+                }
+            }
+        }
+        set_states();
+        open.assign(s.n_seqs, false);
+        filled.assign(s.n_seqs, false);
+        for (int i = 0; i < n_slots; ++i) {
+            slots.push_back(i);
+        }
+        random.shuffle(slots);
+    }
+
+    void batch(int n_tokens) {
+        const std::vector<int32_t> plan = make_plan(n_tokens);
+
+        std::vector<float> proj_data(ggml_deltamem_n_proj(&p) * n_tokens), bias_data(ggml_deltamem_n_gates(&p));
+        const int64_t      n_qk = 2 * s.n_head * s.rank;
+        for (size_t i = 0; i < proj_data.size(); ++i) {
+            const bool raw = (int64_t) i % ggml_deltamem_n_proj(&p) < n_qk && !(s.flags & GGML_DELTAMEM_NORMALIZE_QK);
+            proj_data[i]   = raw ? random.normal() / sqrtf((float) s.rank) / 2 : random.normal();
+        }
+        for (float & b : bias_data) {
+            b = random.normal();
+        }
+        if (s.n_tokens > 60) { // gates that are all but closed or open
+            for (int64_t i = 3 * s.n_head * s.rank; i < ggml_deltamem_n_proj(&p); ++i) {
+                proj_data[i] = 90.0f * random.sign();
+            }
+        }
+
+        const ggml_deltamem_schedule schedule = ggml_deltamem_make_schedule(p, plan.data(), n_tokens);
+
+        context_ptr nodes(
+                ggml_init({ (GGML_DELTAMEM_COMPOSITE_NODES + 64) * ggml_tensor_overhead() + ggml_graph_overhead(),
+                            nullptr, true }));
+        const auto input = [&](ggml_type type, int64_t n, int64_t rows) {
+            ggml_tensor * t = ggml_new_tensor_2d(nodes.get(), type, n, rows);
+            ggml_set_input(t);
+            return t;
+        };
+        ggml_tensor * proj   = input(GGML_TYPE_F32, ggml_deltamem_n_proj(&p), n_tokens);
+        ggml_tensor * bias   = input(GGML_TYPE_F32, (int64_t) bias_data.size(), 1);
+        ggml_tensor * plan_t = input(GGML_TYPE_I32, (int64_t) plan.size(), 1);
+
+        const auto inputs = ggml_deltamem_new_composite_inputs(nodes.get(), schedule);
+        const auto rows   = [&](ggml_tensor * t) { return ggml_view_2d(nodes.get(), t, n_row, n_slots, t->nb[1], 0); };
+        const auto result = ggml_deltamem_composite(nodes.get(), proj, bias, rows(state[0]), inputs, p, width);
+        ggml_set_output(result.reads);
+
+        ggml_cgraph * graph = ggml_new_graph(nodes.get());
+        ggml_build_forward_expand(graph, result.reads);
+        ggml_build_forward_expand(graph, result.written);
+        n_nodes = ggml_graph_n_nodes(graph);
+        check(n_nodes <= GGML_DELTAMEM_COMPOSITE_NODES, "%s: %d nodes, more than was promised", name, n_nodes);
+
+        ggml_tensor * kernel = nullptr;
+        if (with_kernel) {
+            kernel = ggml_deltamem(nodes.get(), proj, bias, rows(state[1]), plan_t, p);
+            ggml_set_output(kernel);
+            ggml_build_forward_expand(graph, kernel);
+        }
+
+        galloc_ptr galloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
+        check(ggml_gallocr_alloc_graph(galloc.get(), graph), "%s: the graph cannot be allocated", name);
+        set(proj, proj_data.data());
+        set(bias, bias_data.data());
+        if (kernel) {
+            set(plan_t, plan.data());
+        }
+        ggml_deltamem_set_composite_inputs(inputs, schedule);
+        check(ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS, "%s: computing failed", name);
+
+        compare(plan, n_tokens, proj_data, bias_data, values(result.reads),
+                kernel ? values(kernel) : std::vector<float>());
+    }
+
+    void report() const { printf("%-92s NMSE %.1e, %d nodes\n", name, worst, n_nodes); }
+
+    int nodes() const { return n_nodes; }
+
+private:
+    static constexpr int PADDING = 7; // floats between the slots' rows
+
+    ggml_backend_t       backend;
+    shape                s;
+    int                  width;
+    double               tol, worst = 0.0;
+    random_source        random;
+    bool                 with_kernel;
+    ggml_deltamem_params p = {};
+    char                 name[200];
+    int                  n_slots, n_nodes = 0;
+    int64_t              n_row;
+    context_ptr          ctx;
+    buffer_ptr           buffer;
+    ggml_tensor *        state[2]; // the composite's, the operator's
+    std::vector<float>   now;      // what the composite's holds
+    std::vector<int32_t> slots;
+    std::vector<bool>    open, filled; // of each sequence: an ingest, a segment with tokens in it
+
+    void set_states() {
+        set(state[0], in_order(now, true).data());
+        set(state[1], now.data());
+    }
+
+    // Slots with their sums in the composite's order, or from that in the operator's, which has a head's in its record.
+    std::vector<float> in_order(const std::vector<float> & x, bool composite) const {
+        if (!(s.flags & GGML_DELTAMEM_SEGMENTS)) {
+            return x;
+        }
+        const int64_t n_record = ggml_deltamem_n_record(&p);
+        const int64_t n_gate   = s.flags & GGML_DELTAMEM_RANKWISE_GATES ? s.rank : 1;
+        const int64_t first    = 2 * s.rank * s.rank;
+        const int64_t n_sum    = n_record - first - 1;
+
+        std::vector<float> y = x;
+        for (int slot = 0; slot < n_slots; ++slot) {
+            int64_t flat = 0; // row of the packed projections
+            int64_t part = 0; // row of a head's
+            while (part < n_sum) {
+                const int64_t n = part < 3 * s.rank ? s.rank : n_gate;
+                for (int64_t head = 0; head < s.n_head; ++head) {
+                    for (int64_t i = 0; i < n; ++i, ++flat) {
+                        const int64_t row    = slot * (n_row + PADDING) + first;
+                        const int64_t a      = row + flat / n_sum * n_record + flat % n_sum;
+                        const int64_t b      = row + head * n_record + part + i;
+                        y[composite ? a : b] = x[composite ? b : a];
+                    }
+                }
+                part += n;
+            }
+        }
+        return y;
+    }
+
+    std::vector<int32_t> make_plan(int n_tokens) {
+        const bool segments = (s.flags & GGML_DELTAMEM_SEGMENTS) != 0;
+
+        std::vector<int32_t> columns, plan;
+        for (int i = 0; i < n_tokens; ++i) {
+            columns.push_back(i);
+        }
+        random.shuffle(columns);
+
+        std::vector<int> counts(s.n_seqs, 0);
+        for (int i = 0; i < n_tokens; ++i) {
+            counts[i < s.n_seqs ? i : random.below(1 + random.below(s.n_seqs))]++;
+        }
+        for (int seq = 0, first = 0; seq < s.n_seqs; first += counts[seq++]) {
+            plan.insert(plan.end(), { slots[seq], first, counts[seq] });
+        }
+        int n_left = s.n_checkpoints;
+        for (int seq = 0, at = 0; seq < s.n_seqs; ++seq) {
+            const bool by_token = segments && !open[seq] && random.chance(0.2f);
+            for (int i = 0; i < counts[seq]; ++i, ++at) {
+                int32_t bits = 0;
+                if (!segments || by_token) {
+                    bits = random.chance(0.8f) ? GGML_DELTAMEM_TOKEN_WRITE : 0;
+                } else {
+                    if (!open[seq]) {
+                        bits |= GGML_DELTAMEM_TOKEN_BEGIN;
+                        open[seq]   = true;
+                        filled[seq] = false;
+                    }
+                    if (filled[seq] && random.chance(0.2f)) {
+                        bits |= GGML_DELTAMEM_TOKEN_SEGMENT;
+                        filled[seq] = false;
+                    }
+                    if (random.chance(0.7f)) {
+                        bits |= GGML_DELTAMEM_TOKEN_ACCUMULATE;
+                        filled[seq] = true;
+                    }
+                    if (random.chance(0.15f)) {
+                        bits |= GGML_DELTAMEM_TOKEN_COMMIT;
+                        open[seq] = filled[seq] = false;
+                    }
+                }
+                if (n_left > 0 && random.chance(0.4f)) {
+                    bits |= GGML_DELTAMEM_TOKEN_CHECKPOINT(slots[s.n_seqs + --n_left]);
+                }
+                plan.insert(plan.end(), { columns[at], bits });
+            }
+        }
+        return plan;
+    }
+
+    void compare(const std::vector<int32_t> & plan, int n_tokens, const std::vector<float> & proj_data,
+                 const std::vector<float> & bias_data, const std::vector<float> & reads,
+                 const std::vector<float> & kernel_reads) {
+        const bool   segments = (s.flags & GGML_DELTAMEM_SEGMENTS) != 0;
+        const size_t n_record = ggml_deltamem_n_record(&p), n_state = (size_t) s.rank * s.rank;
+        const size_t stride = n_row + PADDING, n_read = (size_t) s.n_head * s.rank;
+
+        std::vector<float> after = in_order(values(state[0]), false), others = after, kernel_after = values(state[1]);
+        nmse               e_reads, e_states, e_kernel;
+
+        std::vector<double> expected(n_read * n_tokens);
+        const int32_t *     entries = plan.data() + GGML_DELTAMEM_PLAN_SEQ * s.n_seqs;
+        const auto          same    = [&](size_t at, size_t n, const double * record) {
+            for (size_t i = 0; i < n; ++i) {
+                e_states.add(after[at + i], record[i]);
+                others[at + i] = now[at + i];
+            }
+        };
+        for (int seq = 0; seq < s.n_seqs; ++seq) {
+            const int32_t * range = plan.data() + GGML_DELTAMEM_PLAN_SEQ * seq;
+            for (int head = 0; head < s.n_head; ++head) {
+                const size_t   at = range[0] * stride + head * n_record;
+                reference_head ref(p, head, &now[at]);
+                for (int e = range[1]; e < range[1] + range[2]; ++e) {
+                    const int32_t * entry = entries + GGML_DELTAMEM_PLAN_TOKEN * e;
+                    ref.forward(proj_data.data(), ggml_deltamem_n_proj(&p), bias_data.data(), entry, 1, expected.data(),
+                                n_read);
+                    if (const int slot = GGML_DELTAMEM_TOKEN_CHECKPOINT_SLOT(entry[1]); slot >= 0) {
+                        const size_t kept = slot * stride + head * n_record;
+                        same(kept, n_state, ref.record.data());
+                        std::copy(&now[kept], &now[kept] + n_record, &others[kept]);
+                    }
+                }
+                same(at, n_state, ref.record.data());
+                for (size_t i = 0; i < n_state && with_kernel; ++i) {
+                    e_kernel.add(after[at + i], kernel_after[at + i]);
+                }
+                if (segments && open[seq]) { // what the next batch needs
+                    same(at + n_state, n_record - n_state, ref.record.data() + n_state);
+                }
+                std::copy(&now[at], &now[at] + n_record, &others[at]);
+                // all go on from what the reference has computed
+                for (size_t i = 0; i < n_record; ++i) {
+                    after[at + i] = (float) ref.record[i];
+                }
+            }
+        }
+        for (size_t i = 0; i < reads.size(); ++i) {
+            e_reads.add(reads[i], expected[i]);
+            if (with_kernel) {
+                e_kernel.add(reads[i], kernel_reads[i]);
+            }
+        }
+        check(e_reads.value() <= tol, "%s: NMSE of reads is %g, allowed %g", name, e_reads.value(), tol);
+        check(e_states.value() <= tol, "%s: NMSE of states is %g, allowed %g", name, e_states.value(), tol);
+        check(e_kernel.value() <= tol, "%s: NMSE against the operator is %g, allowed %g", name, e_kernel.value(), tol);
+        check(same_bits(others, now), "%s: another slot or the space between slots was written", name);
+        worst = std::max({ worst, e_reads.value(), e_states.value(), e_kernel.value() });
+
+        now = after;
+        set_states();
+    }
+};
+
+static void test_device(ggml_backend_dev_t device, ggml_backend_t backend, bool cpu) {
+    const int norm = GGML_DELTAMEM_NORMALIZE_QK, rows = GGML_DELTAMEM_RANKWISE_GATES;
+    const int outside = GGML_DELTAMEM_LAMBDA_OUTSIDE, segments = GGML_DELTAMEM_SEGMENTS;
+
+    std::vector<shape> shapes = {
+        { 8, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, norm | rows, 0 },
+        { 8, 1, 1, 48, GGML_DELTAMEM_LAMBDA_COUPLED, norm | rows, 3 },
+        { 8, 1, 1, 200, GGML_DELTAMEM_LAMBDA_COUPLED, norm | rows, 0 },
+        { 1, 1, 2, 20, GGML_DELTAMEM_LAMBDA_COUPLED, norm | rows, 0 },
+        { 64, 2, 2, 20, GGML_DELTAMEM_LAMBDA_SEPARATE, norm, 2 },
+    };
+    for (const int lambda :
+         { GGML_DELTAMEM_LAMBDA_COUPLED, GGML_DELTAMEM_LAMBDA_SEPARATE, GGML_DELTAMEM_LAMBDA_NONE }) {
+        for (const int flags : { 0, norm, rows, norm | rows, norm | outside, rows | outside }) {
+            for (const int n_head : { 1, 3 }) {
+                shapes.push_back({ n_head == 1 ? 8 : 5, n_head, 3, 31, lambda, flags, 4 });
+                shapes.push_back({ n_head == 1 ? 8 : 5, n_head, 3, 31, lambda, flags | segments, 4 });
+            }
+        }
+    }
+    for (const shape & s : shapes) {
+        ggml_deltamem_params p = {};
+        p.rank                 = s.rank;
+        p.n_head               = s.n_head;
+        p.n_seqs               = s.n_seqs;
+        p.lambda               = s.lambda;
+        p.flags                = s.flags;
+
+        const int width = ggml_deltamem_composite_width(device, p);
+        if (!check(width >= s.rank, "a device that has a composite has none of rank %d, flags %d", s.rank, s.flags)) {
+            continue;
+        }
+        std::vector<int> widths = { width };
+        if (cpu && s.rank < 16) {
+            widths.push_back(16); // as on other devices
+        }
+        for (const int w : widths) {
+            // of a GPU, which may multiply in half precision, for the means of segments
+            const double tol = cpu ? 1e-11 : s.flags & segments ? 1e-5 : 1e-10;
+
+            conversation c(backend, s, w, tol, cpu);
+            for (const int n_tokens : { s.n_tokens, s.n_seqs, s.n_tokens, 2 * s.n_seqs }) {
+                c.batch(n_tokens);
+            }
+            c.report();
+        }
+    }
+
+    // as many nodes for a long prompt as for a token
+    const shape  one = shapes.front();
+    conversation c(backend, one, std::max(16, one.rank), 1.0, false);
+    c.batch(1);
+    const int n = c.nodes();
+    c.batch(512);
+    check(c.nodes() == n, "%d nodes for a prompt, %d for a token", c.nodes(), n);
+}
+
+// plans that no context makes
+static void test_refusals() {
+    ggml_deltamem_params p = {};
+    p.rank                 = 8;
+    p.n_head               = 1;
+    p.n_seqs               = 1;
+    p.flags                = GGML_DELTAMEM_SEGMENTS;
+
+    const auto refuses = [&](const std::vector<int32_t> & plan, const char * what) {
+        try {
+            ggml_deltamem_make_schedule(p, plan.data(), 2);
+            check(false, "%s was not refused", what);
+        } catch (const std::runtime_error & error) {
+            check(error.what()[0] != '\0', "%s was refused without a reason", what);
+        }
+    };
+    const int write = GGML_DELTAMEM_TOKEN_WRITE;
+    const int begin = GGML_DELTAMEM_TOKEN_BEGIN | GGML_DELTAMEM_TOKEN_ACCUMULATE;
+    refuses({ 0, 0, 2, 0, write, 2, write }, "a token that there is not");
+    refuses({ 0, 0, 2, -1, write, 1, write }, "a negative token");
+    refuses({ 0, 1, 2, 0, write, 1, write }, "an entry that there is not");
+    refuses({ 0, 0, 2, 0, begin | write, 1, GGML_DELTAMEM_TOKEN_COMMIT }, "a token write within an ingest");
+}
+
+int main(int argc, char ** argv) {
+    ggml_backend_load_all();
+
+    const bool gpu = argc > 1 && std::string(argv[1]) == "gpu";
+    int        n   = 0;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t device = ggml_backend_dev_get(i);
+        const bool         cpu    = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+        if (cpu == gpu || (!cpu && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_ACCEL)) {
+            continue;
+        }
+        ggml_deltamem_params p = {};
+        p.rank                 = 8;
+        p.n_head               = 1;
+        p.n_seqs               = 1;
+        if (!ggml_deltamem_composite_width(device, p)) {
+            continue;
+        }
+        ggml_backend_t backend = ggml_backend_dev_init(device, nullptr);
+        if (check(backend, "%s cannot be used", ggml_backend_dev_name(device))) {
+            test_device(device, backend, cpu);
+            ggml_backend_free(backend);
+            n++;
+        }
+    }
+    if (n == 0) {
+        printf("no device computes a composite\n");
+        return gpu ? EXIT_SKIPPED : 1;
+    }
+    test_refusals();
+    return finish("composite");
+}
