@@ -43,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile upstream-check patch-count lint format docs wheel check-wheel clean help
+.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -233,6 +233,16 @@ cuda-compile: $(INSTALLED) ## compile the whole CUDA backend for Ampere and Hopp
 
 upstream-check: $(DEMO)/adapter.gguf ## build and test against the three newest llama-cpp-python (UPSTREAM_RELEASES)
 	$(BIN)/python cmake/upstream.py check $(UPSTREAM_RELEASES) -- $(NATIVE_TESTS) $(CMAKE_ARGS)
+
+# Debian's packages: mesa-vulkan-drivers libvulkan-dev glslc spirv-headers. Device 0 may be Mesa's software driver, which
+# ggml-vulkan takes only if it is named (VULKAN_DEVICE). 6 minutes of building on two cores.
+VULKAN_DEVICE ?= 0
+vulkan-check: $(INSTALLED) ## build ggml-vulkan, and compute golden cases there by the composite (VULKAN_ARGS: CMake options)
+	cmake -S . -B build/vulkan $(OTHER_BUILD) -DGGML_VULKAN=ON -DDELTAMEM_BUILD_TESTS=ON $(VULKAN_ARGS)
+	cmake --build build/vulkan
+	GGML_VK_VISIBLE_DEVICES=$(VULKAN_DEVICE) build/vulkan/bin/test-composite gpu
+	GGML_VK_VISIBLE_DEVICES=$(VULKAN_DEVICE) LLAMA_CPP_LIB_PATH=$(CURDIR)/build/vulkan/bin \
+		$(BIN)/python -m pytest -q -s tests/test_vulkan.py
 
 patch-count: ## count the lines and files of llama.cpp that our patches change, and check their limits
 	@$(PYTHON) cmake/patch_count.py

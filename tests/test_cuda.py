@@ -18,8 +18,8 @@ from test_golden import F32, errors_of, expected_of, nmse, read_one_by_one, read
 BOUND = 1e-5  # TF32 products, and sums in another order; the backbone's own figure is printed with it
 
 
-def gpu_names() -> list[str]:
-    """The GPUs of the loaded library. RPC devices are none."""
+def gpu_names(backend: str = "CUDA") -> list[str]:
+    """The devices of one backend in the loaded library."""
     ggml = ctypes.CDLL(library.llama_cpp.llama_cpp._lib._name)  # also finds functions of the libraries that it links to
     for name in ("ggml_backend_dev_get", "ggml_backend_dev_name"):
         getattr(ggml, name).restype = ctypes.c_void_p
@@ -28,7 +28,7 @@ def gpu_names() -> list[str]:
     ggml.ggml_backend_dev_name.argtypes = [ctypes.c_void_p]
     devices = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
     names = [ctypes.string_at(ggml.ggml_backend_dev_name(device)).decode() for device in devices]
-    return [name for name in names if name.startswith("CUDA")]
+    return [name for name in names if name.startswith(backend)]
 
 
 pytestmark = pytest.mark.skipif(not gpu_names(), reason="no CUDA device: run `make cuda-check` where there is one")

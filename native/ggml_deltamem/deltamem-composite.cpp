@@ -96,7 +96,7 @@ ggml_deltamem_schedule ggml_deltamem_make_schedule(const ggml_deltamem_params & 
         s.n_means += (bits & GGML_DELTAMEM_TOKEN_COMMIT) != 0;
     }
     if (segments) {
-        s.n_means = std::max<int64_t>(s.n_means, 1);
+        s.n_means = GGML_PAD(std::max<int64_t>(s.n_means, 1), 16); // so that graphs are reused
     }
     const int32_t none = (int32_t) (n_tokens + s.n_means);
 

@@ -19,7 +19,7 @@ struct ggml_deltamem_schedule {
     int64_t n_tokens  = 0;
     int64_t n_seqs    = 0;
     int64_t n_records = 0; // that change: sequences, then checkpoints
-    int64_t n_means   = 0; // segments that end; at least 1 with GGML_DELTAMEM_SEGMENTS, 0 without
+    int64_t n_means   = 0; // segments that end, rounded up to 16; without GGML_DELTAMEM_SEGMENTS 0
     int64_t n_runs    = 0;
     int64_t n_steps   = 0; // of the longest run
 

@@ -2,6 +2,7 @@
 //
 //     test-composite        the CPU
 //     test-composite gpu    every GPU that computes all nodes of the composite; exits with 77 if there is none
+//     test-composite time   tests nothing: how much longer than the operator it takes on one core
 
 #include "deltamem-composite.h"
 #include "reference.h"
@@ -10,6 +11,7 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -381,6 +383,65 @@ static void test_device(ggml_backend_dev_t device, ggml_backend_t backend, bool 
     check(c.nodes() == n, "%d nodes for a prompt, %d for a token", c.nodes(), n);
 }
 
+// Pairs of runs, one of the composite and one of the operator: their median ratio, and its quartiles.
+static void print_times(ggml_backend_t backend, int n_head, int n_tokens) {
+    random_source        random(1);
+    ggml_deltamem_params p = {};
+    p.rank                 = 8;
+    p.n_head               = n_head;
+    p.n_seqs               = 1;
+    p.flags                = GGML_DELTAMEM_NORMALIZE_QK | GGML_DELTAMEM_RANKWISE_GATES;
+
+    std::vector<int32_t> plan = { 0, 0, n_tokens };
+    for (int i = 0; i < n_tokens; ++i) {
+        plan.insert(plan.end(), { i, GGML_DELTAMEM_TOKEN_WRITE });
+    }
+    const ggml_deltamem_schedule schedule = ggml_deltamem_make_schedule(p, plan.data(), n_tokens);
+
+    context_ptr ctx(
+            ggml_init({ (GGML_DELTAMEM_COMPOSITE_NODES + 64) * ggml_tensor_overhead() + 2 * ggml_graph_overhead(),
+                        nullptr, true }));
+    ggml_tensor * proj   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_proj(&p), n_tokens);
+    ggml_tensor * bias   = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_gates(&p));
+    ggml_tensor * state  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_head * ggml_deltamem_n_record(&p), 1);
+    ggml_tensor * plan_t = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, (int64_t) plan.size());
+    const auto    inputs = ggml_deltamem_new_composite_inputs(ctx.get(), schedule);
+    const auto    result = ggml_deltamem_composite(ctx.get(), proj, bias, state, inputs, p, p.rank);
+    ggml_tensor * kernel = ggml_deltamem(ctx.get(), proj, bias, state, plan_t, p);
+    buffer_ptr    buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
+
+    ggml_cgraph * graphs[] = { ggml_new_graph(ctx.get()), ggml_new_graph(ctx.get()) };
+    ggml_build_forward_expand(graphs[0], result.reads);
+    ggml_build_forward_expand(graphs[0], result.written);
+    ggml_build_forward_expand(graphs[1], kernel);
+
+    std::vector<float> x(ggml_nelements(proj)), b(ggml_nelements(bias)), s(ggml_nelements(state), 0.0f);
+    for (float & value : x) {
+        value = random.normal();
+    }
+    set(proj, x.data());
+    set(bias, b.data());
+    set(state, s.data());
+    set(plan_t, plan.data());
+    ggml_deltamem_set_composite_inputs(inputs, schedule);
+
+    std::vector<double> ratios, times[2];
+    for (int pair = 0; pair < 400; ++pair) {
+        for (int i = 0; i < 2; ++i) {
+            const auto begin = std::chrono::steady_clock::now();
+            ggml_backend_graph_compute(backend, graphs[i]);
+            times[i].push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+        }
+        ratios.push_back(times[0].back() / times[1].back());
+    }
+    for (std::vector<double> * each : { &ratios, &times[0], &times[1] }) {
+        std::sort(each->begin(), each->end());
+    }
+    printf("heads %d, tokens %3d: %.1f times (quartiles %.1f, %.1f); fastest %.1f and %.1f us, %d nodes\n", n_head,
+           n_tokens, ratios[200], ratios[100], ratios[300], 1e6 * times[0][0], 1e6 * times[1][0],
+           ggml_graph_n_nodes(graphs[0]));
+}
+
 // plans that no context makes
 static void test_refusals() {
     ggml_deltamem_params p = {};
@@ -407,6 +468,20 @@ static void test_refusals() {
 
 int main(int argc, char ** argv) {
     ggml_backend_load_all();
+
+    if (argc > 1 && std::string(argv[1]) == "time") {
+        ggml_backend_t backend     = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, "1");
+        const auto     set_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+                ggml_backend_dev_backend_reg(ggml_backend_get_device(backend)), "ggml_backend_set_n_threads");
+        set_threads(backend, 1);
+        for (const int n_head : { 1, 4 }) {
+            for (const int n_tokens : { 1, 32, 512 }) {
+                print_times(backend, n_head, n_tokens);
+            }
+        }
+        ggml_backend_free(backend);
+        return 0;
+    }
 
     const bool gpu = argc > 1 && std::string(argv[1]) == "gpu";
     int        n   = 0;

@@ -1,0 +1,111 @@
+"""On a Vulkan device, which has no δ-mem operator: golden cases by the composite with all layers there, graph splits,
+several sequences, files.
+
+Skipped without a device. `make vulkan-check` builds ggml-vulkan and runs these tests, on a machine without a GPU by
+Mesa's software driver. The device may multiply in half precision: the bound is 10 times the backbone's own error.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from golden_data import ARCHITECTURES, CASES
+from native_context import open_context
+from pydeltamem import DeltaMemLlama
+from test_cuda import gpu_names
+from test_golden import F32, errors_of, expected_of, nmse, read_prompt
+
+pytestmark = pytest.mark.skipif(not gpu_names("Vulkan"), reason="no Vulkan device: run `make vulkan-check`")
+
+LAYERS = {"all": -1, "half": 3}  # two of the golden models' four layers: llama.cpp counts the output layer too
+
+
+def on_device(golden_dir, arch, adapter, n_gpu_layers=-1, **kwargs):
+    return DeltaMemLlama(
+        golden_dir / arch / "base-f32.gguf", deltamem_path=adapter, n_gpu_layers=n_gpu_layers, **{**F32, **kwargs}
+    )
+
+
+@pytest.fixture(scope="module")
+def backbone(golden_dir):
+    """backbone(arch): the NMSE of the model's logits there, without a memory."""
+    known = {}
+
+    def measure(arch: str) -> float:
+        if arch not in known:
+            llm = on_device(golden_dir, arch, None)
+            with np.load(golden_dir / arch / "base_logits.npz") as arrays:
+                llm.eval(arrays["ids"].tolist())
+                known[arch] = nmse(llm.scores[: llm.n_tokens], arrays["logits"])
+            llm.close()
+        return known[arch]
+
+    return measure
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_golden(golden_dir, adapter, backbone, arch, case, layers):
+    llm = on_device(golden_dir, arch, adapter(arch, case), LAYERS[layers])
+    errors = errors_of(llm, expected_of(golden_dir, arch, case))
+    llm.close()
+    print(f"{arch} {case}, {layers}: backbone {backbone(arch):.1e},", {k: f"{v:.1e}" for k, v in errors.items()})
+    assert max(errors.values()) <= 10 * backbone(arch), (backbone(arch), errors)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_split_in_a_layer(golden_dir, adapter, arch, case, monkeypatch, capfd):
+    """With the memory, the graph has as many splits as without: nothing leaves the device."""
+    splits = {}
+    path = adapter(arch, case)
+    for name, used, operator in [("without", None, "auto"), ("composite", path, "auto"), ("on the CPU", path, "kernel")]:
+        monkeypatch.setenv("DELTAMEM_OPERATOR", operator)
+        capfd.readouterr()
+        on_device(golden_dir, arch, used, verbose=True).close()
+        splits[name] = int(re.findall(r"splits = (\d+)", capfd.readouterr().err)[-1])
+    print(f"{arch} {case}: splits", splits)
+    assert splits["composite"] == splits["without"] < splits["on the CPU"]
+
+
+@pytest.mark.parametrize("case", ["tsw_qo", "msw4_qo"])
+def test_several_sequences(golden_dir, adapter, backbone, case):
+    """Two sequences in one batch against each alone. None has 6 to 8 tokens: see the page on backends."""
+    base, path = golden_dir / "qwen3" / "base-f32.gguf", adapter("qwen3", case)
+    tokens = expected_of(golden_dir, "qwen3", case)["prompt_ids"].tolist()[:24]
+    texts = {0: tokens[:12], 1: tokens[12:]}
+    with open_context(base, path, n_seq=2, n_gpu_layers=-1) as context:
+        together = context.decode([(text[i], seq) for i in range(12) for seq, text in texts.items()])
+        states = [context.state(seq) for seq in texts]
+    for seq, text in texts.items():
+        with open_context(base, path, n_seq=2, n_gpu_layers=-1) as context:
+            alone = context.decode([(token, seq) for token in text])
+            assert nmse(context.state(seq), states[seq]) <= 10 * backbone("qwen3")
+        assert nmse(together[seq::2], alone) <= 10 * backbone("qwen3")
+
+
+@pytest.mark.parametrize("case", ["tsw_qo", "ssw_message", "msw4_qo"])
+def test_a_memory_crosses_devices(golden_dir, adapter, backbone, case, tmp_path):
+    """Saved on the device, loaded on the CPU, and back: the same bits, and the same recall."""
+    expected, path = expected_of(golden_dir, "qwen3", case), adapter("qwen3", case)
+    there, here = on_device(golden_dir, "qwen3", path), on_device(golden_dir, "qwen3", path, 0)
+    read_prompt(there, expected)
+    there.memory.save(tmp_path / "a.memory")
+    here.memory.load(tmp_path / "a.memory")
+    assert np.array_equal(here.memory.state, there.memory.state)
+    here.memory.save(tmp_path / "b.memory")
+    there.memory.reset()
+    assert not there.memory.state.any()
+    there.memory.load(tmp_path / "b.memory")
+    assert np.array_equal(here.memory.state, there.memory.state)
+    for llm in (there, here):
+        llm.reset()
+        llm.memory.write = False
+        llm.eval(expected["recall_ids"].tolist())
+    assert nmse(there.scores[: there.n_tokens], here.scores[: here.n_tokens]) <= 10 * backbone("qwen3")
+    there.close()
+    here.close()
