@@ -63,7 +63,8 @@ def test_no_split_in_a_layer(golden_dir, adapter, arch, case, monkeypatch, capfd
     """With the memory, the graph has as many splits as without: nothing leaves the device."""
     splits = {}
     path = adapter(arch, case)
-    for name, used, operator in [("without", None, "auto"), ("composite", path, "auto"), ("on the CPU", path, "kernel")]:
+    runs = {"without": (None, "auto"), "composite": (path, "auto"), "on the CPU": (path, "kernel")}
+    for name, (used, operator) in runs.items():
         monkeypatch.setenv("DELTAMEM_OPERATOR", operator)
         capfd.readouterr()
         on_device(golden_dir, arch, used, verbose=True).close()
