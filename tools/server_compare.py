@@ -91,8 +91,9 @@ class Server:
                 now, chunk = time.perf_counter(), json.loads(line.removeprefix("data: "))
                 if "error" in chunk:
                     raise RuntimeError(chunk["error"]["message"])
+                if any(choice.get("text") or choice.get("finish_reason") for choice in chunk["choices"]):
+                    seen.first = seen.first or now - begin  # the end comes alone if the answer is empty
                 if any(choice.get("text") for choice in chunk["choices"]):
-                    seen.first = seen.first or now - begin
                     seen.times.append(now)
                 if chunk.get("usage"):
                     seen.n_prompt = chunk["usage"]["prompt_tokens"]
@@ -221,15 +222,16 @@ def come_back(args: argparse.Namespace, folder: str) -> None:
     n_ctx = -(-(args.history + 512) // 256) * 256
     with both(args, 1, n_ctx, folder) as servers:
         here, there = servers[OURS], servers[THEIRS]
-        written, begin = 0, time.perf_counter()
+        written, n_words, begin = 0, 0, time.perf_counter()
         while written < args.history:  # each turn is a text of its own, which is gone with the next
             written += here.stream(words(draw, N_TURN), 1, "ada").n_prompt
+            n_words += N_TURN
         seconds = time.perf_counter() - begin
         here.stream(question, 1, "ada")
         by_memory, again = [], []
         for _ in range(args.returns):
             by_memory += [here.stream(f"{words(draw, 1)} {question}", 1, "ada").first for _ in range(6)]
-            seen = there.stream(f"{words(draw, args.history)} {question}", 1, "")  # a word is a token
+            seen = there.stream(f"{words(draw, n_words * args.history // written)} {question}", 1, "")
             again.append(seen.first)
     print(f"\nsomebody comes back after {args.history:,} tokens")
     print(f"here: {written:,} tokens in the memory, read in turns in {seconds:.0f} s; the question alone,")
