@@ -43,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel check-wheel clean help
+.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fleet-tools fleet-test fleet-kills fleet-turns fleet-skew fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -196,6 +196,21 @@ llama-server: $(INSTALLED) ## build llama.cpp's own server, to compare with, in 
 
 server-kills: $(INSTALLED) ## kills a server 200 times under load, and looks what its store has (`make test` kills 3)
 	DELTAMEM_SERVER_KILLS=200 $(BIN)/python -m pytest tests/test_server.py -k killed
+
+fleet-tools: ## install PostgreSQL and HAProxy, as Debian packages, for the tests of a fleet
+	tools/install_fleet_tools.sh
+
+fleet-test: $(INSTALLED) ## two replicas, PostgreSQL and HAProxy on this machine (after `make fleet-tools`)
+	$(BIN)/python -m pytest tests/test_fleet.py tests/test_fleet_store.py tests/test_fleet_deploy.py
+
+fleet-kills: $(INSTALLED) ## 20 minutes of kills under load, then compares each session with itself alone (FLEET_ARGS)
+	$(BIN)/python tools/fleet_kills.py $(FLEET_ARGS)
+
+fleet-turns: $(INSTALLED) ## turns a second with a model that costs nothing, 1 and 2 replicas, and where the time goes (FLEET_ARGS)
+	$(BIN)/python tools/fleet_turns.py $(FLEET_ARGS)
+
+fleet-skew: $(INSTALLED) ## a few busy sessions among many over the real leases: who waits, who is refused (FLEET_ARGS)
+	$(BIN)/python tools/fleet_skew.py $(FLEET_ARGS)
 
 fuzz-native: $(INSTALLED) ## libFuzzer on the adapter loader and on plans (FUZZ_NATIVE: inputs for each; installs clang)
 	tests/native/install-clang.sh

@@ -582,7 +582,7 @@ def test_a_store_that_fails_leaves_the_turn_out(serving, monkeypatch):
             before = await service.get("ada")
             commit = service.store.commit
 
-            def fail(record, before=None):
+            def fail(*arguments, **options):
                 raise StoreError("disk full")
 
             monkeypatch.setattr(service.store, "commit", fail)

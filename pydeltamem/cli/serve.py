@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import threading
+from typing import Any
 
 from ..errors import InputError
 from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, context_options, note
@@ -33,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     group.add_argument("--port", type=count, default=8080, metavar="N", help="port (%(default)s)")
     group.add_argument("--api-key-file", metavar="FILE", help="API keys, one a line; sessions belong to a key")
+    group.add_argument(
+        "--drain", type=count, default=0, metavar="SECONDS",
+        help="at SIGTERM, answer for so long while /health says 503, so that a balancer sends no more (%(default)s)",
+    )  # fmt: skip
     group.add_argument("--no-page", action="store_true", help="no page at /")
     group.add_argument(
         "--cors-origin", action="append", default=[], metavar="ORIGIN", help="let pages of this origin use the API"
@@ -82,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         )
     model = model_file(args.model)
     adapter = None if args.deltamem is None else adapter_file(args.deltamem, model)
-    store = Store(args.store, n_undo=args.undo, keep_messages=args.keep_messages)
+    store = Store(args.store, n_undo=args.undo, keep_messages=args.keep_messages, may_be_away=True)
 
     def load() -> AsyncDeltaMem:
         from ..llama import DeltaMemLlama
@@ -133,7 +139,21 @@ def run(args: argparse.Namespace) -> int:
         timeout_graceful_shutdown=30,
         timeout_keep_alive=75,  # longer than clients and proxies keep theirs: who closes first is not asked meanwhile
     )
-    server = uvicorn.Server(config)
+
+    class Draining(uvicorn.Server):
+        """At the first SIGTERM answers for a while, and tells balancers to send no more."""
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            state = app.state.server
+            if sig != signal.SIGTERM or not args.drain or state.is_draining:
+                super().handle_exit(sig, frame)
+                return
+            state.is_draining = True
+            timer = threading.Timer(args.drain, super().handle_exit, (sig, frame))
+            timer.daemon = True
+            timer.start()
+
+    server = Draining(config)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends in order, and raises the signal again afterwards
     server.run()
     failure = app.state.server.failure

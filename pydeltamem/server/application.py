@@ -123,12 +123,14 @@ class Server:
     Attributes:
         service: None while the model is loaded.
         failure: why it could not be loaded.
+        is_draining: it will end soon, and answers meanwhile; the balancer is to send no more.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._service: AsyncDeltaMem | None = None
         self.failure: BaseException | None = None
+        self.is_draining = False
         self.metrics = Metrics(lambda: self._service)
         self.embedder: Embedder | None = None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
@@ -173,6 +175,15 @@ class Server:
         n = self.settings.per_minute
         if n and not self._limiter.hit(RateLimitItemPerMinute(n), owner):
             raise RateLimited(f"more than {n} requests in a minute: try again later")
+
+    async def life(self) -> str:
+        """ "ok" if a token can be decoded, otherwise what is wrong."""
+        if self.failure is not None:
+            return "failed"
+        try:
+            return "ok" if await self.is_healthy() else "stuck"
+        except Loading:
+            return "loading model"
 
     async def is_healthy(self) -> bool:
         """Whether a token can be decoded; asked again after a second at the earliest."""
@@ -227,13 +238,18 @@ def _watching(server: Server) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
-        if server.failure is not None:
-            return JSONResponse({"status": "failed", "message": str(server.failure)}, 503)
-        try:
-            is_ok = await server.is_healthy()
-        except Loading:
-            return JSONResponse({"status": "loading model"}, 503)
-        return JSONResponse({"status": "ok"}) if is_ok else JSONResponse({"status": "stuck"}, 503)
+        """Whether requests are to come here."""
+        status = await server.life()
+        if status == "ok" and server.is_draining:
+            status = "draining"
+        elif status == "ok" and not await server.service.reaches_store():
+            status = "store unavailable"
+        return _health(server, status)
+
+    @router.get("/health/live")
+    async def live() -> Response:
+        """Whether it lives: a new process would do no better without the database."""
+        return _health(server, await server.life())
 
     @router.get("/metrics")
     async def metrics(request: Request) -> Response:
@@ -256,6 +272,13 @@ def _watching(server: Server) -> APIRouter:
         return {"object": "list", "data": [entry]}
 
     return router
+
+
+def _health(server: Server, status: str) -> Response:
+    body = {"status": status}
+    if server.failure is not None:
+        body["message"] = str(server.failure)
+    return JSONResponse(body, 200 if status == "ok" else 503)
 
 
 def _answering(server: Server) -> APIRouter:
@@ -552,7 +575,9 @@ class _Logged:
         finally:
             endpoint = getattr(scope.get("route"), "path", "other")
             self.server.metrics.requests.labels(endpoint, str(status)).inc()
-            if endpoint not in ("/health", "/metrics", "other") and not endpoint.startswith("/_nicegui"):
+            if endpoint not in ("/health", "/health/live", "/metrics", "other") and not endpoint.startswith(
+                "/_nicegui"
+            ):
                 seconds = time.monotonic() - begin
                 log.info(
                     "request",

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from .service import Answer, AsyncDeltaMem
+from .store import StoreError
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 # close enough to tell a median and a 99th percentile from
@@ -49,7 +50,10 @@ class Metrics:
         def gauge(name: str, text: str, value: Callable[[AsyncDeltaMem], int]) -> None:
             def now() -> float:
                 loaded = service()
-                return 0.0 if loaded is None else float(value(loaded))
+                try:
+                    return 0.0 if loaded is None else float(value(loaded))
+                except StoreError:
+                    return float("nan")
 
             Gauge(name, text, registry=registry).set_function(now)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -12,7 +13,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +29,12 @@ from ..runtime.names import nearest
 from ..runtime.stream import checked_grammar
 from . import session as sessions
 from .history import Message, checked_messages
+from .logs import log
 from .session import Begun, Live
-from .store import Conflict, Record, Store
+from .store import N_CONNECTIONS, Conflict, Record, Store, StoreAway, StoreError, now
 from .worker import QueueFull, Worker, taken
+
+T = TypeVar("T")
 
 NAME = re.compile(r"(?!\.\.?$)[\w.@:+=-]{1,128}")  # . and .. would not survive in the path of a URL
 
@@ -104,7 +108,9 @@ class AsyncDeltaMem:
         n_live: how many sessions stay ready in memory.
         n_sessions: how many sessions an owner may have.
         turn_timeout: seconds that a turn waits for another one of its session.
-        lease: seconds after which another process may take over a session whose turn did not end.
+        lease: seconds after which another process may take over a session of a process that was killed. A process that
+            lives prolongs its leases.
+        store_timeout: seconds that a turn which was decoded waits for a database that went away.
 
     Methods raise InputError, SessionBusy, SessionUnknown, SessionLimit, QueueFull, StoreError, DecodeError and
     NotFiniteError; ModelError after `aclose`.
@@ -119,11 +125,16 @@ class AsyncDeltaMem:
         n_live: int = 64,
         n_sessions: int = 100_000,
         turn_timeout: float = 10,
-        lease: float = 60,
+        lease: float = 6,
+        store_timeout: float = 30,
     ) -> None:
         self.llm = llm
         self.store = Store.temporary() if store is None else store
         self.turn_timeout, self.lease, self.n_sessions = turn_timeout, lease, n_sessions
+        self.store_timeout = store_timeout
+        self._storing = concurrent.futures.ThreadPoolExecutor(N_CONNECTIONS, "deltamem-store")
+        self._leased: set[_Held] = set()
+        self._prolonging: asyncio.Task[None] | None = None
         self.holder = uuid.uuid4().hex
         self.about = sessions.about_memories(llm) if llm.memory.attached else {}
         self.adapter = self.about.get("adapter", "")
@@ -148,6 +159,9 @@ class AsyncDeltaMem:
         await asyncio.to_thread(self.worker.stop, seconds)
         if self._turns:
             await asyncio.wait(self._turns, timeout=max(seconds, 10))
+        if self._prolonging is not None:
+            self._prolonging.cancel()
+        await asyncio.to_thread(self._storing.shutdown)
         self.store.close()
         self.llm.close()
 
@@ -200,11 +214,11 @@ class AsyncDeltaMem:
 
     async def list(self, owner: str = "") -> list[Record]:
         """The sessions of an owner, the latest first, without their memories."""
-        return await asyncio.to_thread(self.store.list, owner)
+        return await self._in_store(self.store.list, owner)
 
     async def get(self, name: str, owner: str = "") -> Record:
         """A session as it was committed."""
-        record = await asyncio.to_thread(self.store.get, owner, checked_name(name))
+        record = await self._in_store(self.store.get, owner, checked_name(name))
         if record is None:
             raise SessionUnknown(f"there is no session {name}")
         return record
@@ -219,12 +233,12 @@ class AsyncDeltaMem:
 
     async def replace(self, name: str, snapshot: MemorySnapshot, owner: str = "") -> Record:
         """Replaces the memory of a session, or makes one. Its text and turns are forgotten."""
-        async with self._held(owner, checked_name(name)):
+        async with self._held(owner, checked_name(name)) as held:
             record = await self._record(owner, name)
             if record.version == 0:
                 await self._check_limit(owner, name)
             new = await self._in_worker(lambda: sessions.with_memory(self.llm, record, snapshot))
-            return await self._commit(new)
+            return await self._commit(new, held)
 
     async def fork(self, name: str, new: str, owner: str = "") -> Record:
         """A second session that goes on from here. Raises Conflict if the name is taken."""
@@ -235,32 +249,32 @@ class AsyncDeltaMem:
 
     async def reset(self, name: str, owner: str = "") -> Record:
         """Empties the memory, and forgets text and turns."""
-        async with self._held(owner, checked_name(name)):
+        async with self._held(owner, checked_name(name)) as held:
             record = await self.get(name, owner)
             empty = Record(owner, record.name, record.version, record.created, adapter=self.adapter)
-            return await self._commit(empty)
+            return await self._commit(empty, held)
 
     async def undo(self, name: str, owner: str = "") -> Record:
         """Takes the latest turn back: text and memory are as before it."""
-        async with self._held(owner, checked_name(name)):
-            return await self._commit(await asyncio.to_thread(sessions.taken_back, await self.get(name, owner)))
+        async with self._held(owner, checked_name(name)) as held:
+            return await self._commit(await asyncio.to_thread(sessions.taken_back, await self.get(name, owner)), held)
 
     async def forget_text(self, name: str, owner: str = "") -> Record:
         """Forgets the text and keeps the memory. The latest turns can no longer be gone back to, but undone."""
-        async with self._held(owner, checked_name(name)):
-            return await self._commit(dataclasses.replace(await self.get(name, owner), text=b"", chat=""))
+        async with self._held(owner, checked_name(name)) as held:
+            return await self._commit(dataclasses.replace(await self.get(name, owner), text=b"", chat=""), held)
 
     async def rename(self, name: str, new: str, owner: str = "") -> None:
         """Gives a session another name. Raises Conflict if it is taken."""
         async with self._held(owner, checked_name(name)):
-            if not await asyncio.to_thread(self.store.rename, owner, name, checked_name(new)):
+            if not await self._in_store(self.store.rename, owner, name, checked_name(new)):
                 raise SessionUnknown(f"there is no session {name}")
             await self._forget(owner, name)
 
     async def delete(self, name: str, owner: str = "") -> None:
         """Deletes a session."""
         async with self._held(owner, checked_name(name)):
-            if not await asyncio.to_thread(self.store.delete, owner, name):
+            if not await self._in_store(self.store.delete, owner, name):
                 raise SessionUnknown(f"there is no session {name}")
             await self._forget(owner, name)
 
@@ -279,29 +293,62 @@ class AsyncDeltaMem:
             return False
         return True
 
+    async def reaches_store(self) -> bool:
+        """Whether the database answers."""
+        try:
+            await self._in_store(self.store.ping)
+        except StoreError:
+            return False
+        return True
+
     #
     # within
     #
+
+    async def _in_store(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Calls a method of the store in a thread: as many as it has connections, so that none waits for one."""
+        call = functools.partial(function, *arguments, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._storing, call)
 
     async def _in_worker(self, function: Any) -> Any:
         return await asyncio.wrap_future(self.worker.call(function))
 
     async def _record(self, owner: str, name: str) -> Record:
-        record = await asyncio.to_thread(self.store.get, owner, name)
+        record = await self._in_store(self.store.get, owner, name)
         return Record(owner, name, adapter=self.adapter) if record is None else record
 
     async def _check_limit(self, owner: str, name: str) -> None:
-        await asyncio.to_thread(self._require_room, owner, name)
+        await self._in_store(self._require_room, owner, name)
 
     def _require_room(self, owner: str, name: str) -> None:
         if self.store.count(owner) >= self.n_sessions:
             raise SessionLimit(f"session {name}: {self.n_sessions} sessions are there already: delete one first")
 
-    async def _commit(self, record: Record) -> Record:
+    async def _commit(self, record: Record, held: _Held | None = None) -> Record:
         """Commits a session that was changed otherwise than by a turn."""
-        committed = await asyncio.to_thread(self.store.commit, record)
+        committed = await self._in_store(self.store.commit, record, holder=self._holder(held))
+        if held is not None:
+            self._gave_back(held)
         await self._forget(record.owner, record.name)
         return committed
+
+    async def _commit_turn(self, record: Record, before: Record | None, held: _Held) -> Record:
+        """Commits a turn, which was decoded already, and ends its lease. Waits for a database that went away."""
+        at, end = now(), time.monotonic() + self.store_timeout
+        holder, held.ended = self._holder(held), time.time()
+        while True:
+            try:
+                committed = await self._in_store(self.store.commit, record, before, holder=holder, at=at)
+            except StoreAway:
+                if time.monotonic() > end:
+                    raise
+                await asyncio.sleep(0.2)
+            else:
+                self._gave_back(held)
+                return committed
+
+    def _holder(self, held: _Held | None) -> str:
+        return self.holder if held is not None and held in self._leased else ""
 
     async def _forget(self, owner: str, name: str) -> None:
         live = self._live.pop((owner, name), None)
@@ -314,7 +361,7 @@ class AsyncDeltaMem:
             slots.leave(live.text)
 
     @contextlib.asynccontextmanager
-    async def _held(self, owner: str, name: str) -> AsyncIterator[None]:
+    async def _held(self, owner: str, name: str) -> AsyncIterator[_Held]:
         """One at a time for a session, in this process and among others. Raises SessionBusy."""
         key = owner, name
         entry = self._locks.setdefault(key, _Lock())
@@ -325,11 +372,11 @@ class AsyncDeltaMem:
             except (TimeoutError, asyncio.TimeoutError):
                 raise SessionBusy(f"session {name}: another turn is running and did not end in time") from None
             try:
-                await self._lease(owner, name)
+                held = await self._lease(owner, name)
                 try:
-                    yield
+                    yield held
                 finally:
-                    await self._release(owner, name)
+                    await self._release(held)
             finally:
                 entry.lock.release()
         finally:
@@ -337,27 +384,55 @@ class AsyncDeltaMem:
             if entry.n == 0:
                 self._locks.pop(key, None)
 
-    async def _lease(self, owner: str, name: str) -> None:
+    async def _lease(self, owner: str, name: str) -> _Held:
+        """Holds a session among processes. Raises SessionBusy."""
         if self.store.is_local:
-            return
+            return _Held(owner, name, None)
         end = time.monotonic() + self.turn_timeout
-        while not await asyncio.to_thread(self.store.lease, owner, name, self.holder, self.lease):
+        while True:
+            version = await self._in_store(self.store.lease, owner, name, self.holder, self.lease)
+            if version is not None:
+                break
             if time.monotonic() > end:
                 raise SessionBusy(f"session {name}: another process runs a turn that did not end in time")
             await asyncio.sleep(0.1)
+        held = _Held(owner, name, version)
+        self._leased.add(held)
+        if self._prolonging is None:
+            self._prolonging = asyncio.create_task(self._prolong())
+        log.debug("a session is held", extra=held.shown)
+        return held
 
-    async def _release(self, owner: str, name: str) -> None:
-        if not self.store.is_local:
-            await asyncio.to_thread(self.store.release, owner, name, self.holder)
+    async def _prolong(self) -> None:
+        """Prolongs the leases of turns that go on. One that expires meanwhile loses nothing but its turn: its commit
+        finds another version, if another process made one.
+        """
+        while True:
+            await asyncio.sleep(self.lease / 3)
+            if self._leased:
+                with contextlib.suppress(StoreError):
+                    await self._in_store(self.store.prolong, self.holder, self.lease)
 
-    async def _session(self, owner: str, name: str) -> Live | Record:
+    def _gave_back(self, held: _Held) -> None:
+        if held in self._leased:
+            self._leased.discard(held)
+            log.debug("a session is given back", extra=held.shown)
+
+    async def _release(self, held: _Held) -> None:
+        if held not in self._leased:
+            return  # its commit gave it back
+        self._gave_back(held)
+        with contextlib.suppress(StoreError):  # it expires by itself
+            await self._in_store(self.store.release, held.owner, held.name, self.holder)
+
+    async def _session(self, held: _Held) -> Live | Record:
         """The session as the store has it: ready in memory; else its record, which the worker makes ready when the turn
         begins, because it may be in the middle of a step now.
         """
-        key = owner, name
+        key = held.owner, held.name
         live = self._live.pop(key, None)
         known = None if live is None or live.record is None else live.record.version
-        record = await asyncio.to_thread(self._newer, owner, name, known)
+        record = await self._in_store(self._newer, held, known)
         if live is not None and record is None:
             self._live[key] = live
             return live
@@ -367,9 +442,10 @@ class AsyncDeltaMem:
         sessions.check_adapter(record, self.adapter)
         return record
 
-    def _newer(self, owner: str, name: str, known: int | None) -> Record | None:
+    def _newer(self, held: _Held, known: int | None) -> Record | None:
         """The session if the store has another version of it than this one. Raises SessionLimit for one too many."""
-        if known is not None and self.store.version(owner, name) == known:
+        owner, name, version = held.owner, held.name, held.version
+        if known is not None and known == (self.store.version(owner, name) if version is None else version):
             return None
         record = self.store.get(owner, name)
         if record is None:
@@ -525,8 +601,8 @@ class Answer:
         if self.session is None:
             await self._decode()
             return
-        async with service._held(self.owner, self.session):
-            found = await service._session(self.owner, self.session)
+        async with service._held(self.owner, self.session) as held:
+            found = await service._session(held)
             self._live, self._stored = (found, None) if isinstance(found, Live) else (None, found)
             try:
                 await self._decode()
@@ -541,7 +617,7 @@ class Answer:
             assert self._live is not None and self._begun is not None  # it was decoded
             begin = time.monotonic()
             try:
-                committed = await asyncio.to_thread(service.store.commit, self._record, self._live.record)
+                committed = await service._commit_turn(self._record, self._live.record, held)
                 self.commit_seconds = time.monotonic() - begin
             except BaseException:  # the text is ahead of the store
                 await service._forget(self.owner, self.session)
@@ -700,6 +776,21 @@ class Answer:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(function, *arguments)
+
+
+@dataclasses.dataclass(eq=False)
+class _Held:
+    """A session in use by this process, and its version where a lease told it."""
+
+    owner: str
+    name: str
+    version: int | None
+    ended: float | None = None  # its use, before the commit
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """For the log: when, to the microsecond."""
+        return {"session": self.name, "time": self.ended or time.time()}
 
 
 class _Lock:

@@ -2,7 +2,10 @@
 
 One row a session, with its memory file and what is known of its text; one row a turn, with the memory before it, so
 that the turn can be taken back. A commit writes both in one transaction and compares the version: whoever was second
-gets `Conflict`. A lease makes one turn at a time of those of several processes.
+gets `Conflict`. A lease makes one turn at a time of those of several processes; whoever is killed loses it when it
+expires, by the clock of the database.
+
+A PostgreSQL that goes away gives `StoreAway` until it is back. Connections that broke are replaced.
 
 The memory before a turn is its state, [L, H, r, r] float32 as bytes. A text is its tokens, whether they wrote, and
 segments, as safetensors (`pydeltamem.server.session`).
@@ -14,18 +17,24 @@ import contextlib
 import datetime
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import platformdirs
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
 from ..errors import DeltaMemError, InputError
 
 FORMAT = 1  # of the tables
+N_CONNECTIONS = 8  # to a PostgreSQL, of one process
+_RESTS = 0.5  # seconds that a PostgreSQL that went away is not asked again
+
+T = TypeVar("T")
 
 _tables = sa.MetaData()
 
@@ -51,8 +60,6 @@ _sessions = sa.Table(
     sa.Column("memory", sa.LargeBinary, nullable=False),
     sa.Column("text", sa.LargeBinary, nullable=False),
     sa.Column("chat", sa.String(64), nullable=False),
-    sa.Column("lease", sa.String(64), nullable=False, server_default=""),
-    sa.Column("lease_ends", sa.Float, nullable=False, server_default="0"),
     sa.UniqueConstraint("owner", "name"),
 )
 
@@ -70,9 +77,23 @@ _turns = sa.Table(
     sa.Column("messages", sa.Text),
 )
 
+# apart from the sessions: one that was never committed can be leased, too, and these rows are small and change often
+_leases = sa.Table(
+    "leases",
+    _tables,
+    sa.Column("owner", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(128), primary_key=True),
+    sa.Column("holder", sa.String(64), nullable=False),
+    sa.Column("ends", sa.Double, nullable=False),  # seconds since 1970
+)
+
 
 class StoreError(DeltaMemError):
     """The store cannot be reached, is full, or is of another format."""
+
+
+class StoreAway(StoreError):
+    """The database cannot be reached now, and will be asked again."""
 
 
 class Conflict(DeltaMemError):
@@ -144,34 +165,44 @@ class Store:
         url: of SQLAlchemy; `sqlite:///FILE` or `postgresql+psycopg://…`. None: `default_url()`.
         n_undo: how many of the latest turns can be taken back.
         keep_messages: whether to keep the messages, or only their digests.
+        may_be_away: whether a PostgreSQL that is not there yet is no error: it is asked again at each use.
 
-    Methods raise StoreError if the database fails.
+    Methods raise StoreError if the database fails, StoreAway if it cannot be reached.
     """
 
-    def __init__(self, url: str | None = None, *, n_undo: int = 8, keep_messages: bool = False) -> None:
+    def __init__(
+        self, url: str | None = None, *, n_undo: int = 8, keep_messages: bool = False, may_be_away: bool = False
+    ) -> None:
         self.url = url or default_url()
         self.n_undo = n_undo
         self.keep_messages = keep_messages
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._away: tuple[float, str] = 0.0, ""  # until when it is not asked again, by time.monotonic, and why
+        self._is_open = False
         try:
-            options: dict[str, Any] = {"pool_pre_ping": True}
-            if self.url.startswith("sqlite"):
-                options = {"connect_args": {"timeout": 10, "check_same_thread": False}}
+            self._is_sqlite = sa.make_url(self.url).get_backend_name() == "sqlite"
+            options: dict[str, Any] = (
+                {"connect_args": {"timeout": 10, "check_same_thread": False}}
+                if self._is_sqlite
+                else _to_server(self.url)
+            )
             self._engine = sa.create_engine(self.url, **options)
-        except (sa.exc.ArgumentError, ImportError) as error:
+        except ImportError as error:
+            raise InputError(
+                f"--store {self.shown}: a package for it is missing ({error}): pip install 'pydeltamem[postgres]'"
+            ) from error
+        except sa.exc.ArgumentError as error:
             raise InputError(f"--store {self.url}: not a database that SQLAlchemy can open: {error}") from error
-        if self._engine.dialect.name == "sqlite":
+        if self._is_sqlite:
             sa.event.listen(self._engine, "connect", _set_up_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
+        self._insert: Any = (sqlite if self._is_sqlite else postgresql).insert
         self._writing = self._engine.execution_options(writes=True)
-        with self._errors():
-            _tables.create_all(self._engine)
-            with self._writing.begin() as connection:
-                found = connection.scalar(sa.select(_about.c.value).where(_about.c.key == "format"))
-                if found is None:
-                    connection.execute(_about.insert().values(key="format", value=str(FORMAT)))
-        if found is not None and found != str(FORMAT):
-            raise StoreError(f"{self.shown}: a store of format {found}, and this version reads format {FORMAT}")
+        try:
+            self.ping()
+        except StoreAway:
+            if not may_be_away:
+                raise
 
     @classmethod
     def temporary(cls, **options: Any) -> Store:
@@ -184,7 +215,7 @@ class Store:
     @property
     def is_local(self) -> bool:
         """Whether it is one file, which one server uses: then a session needs no lease."""
-        return self._engine.dialect.name == "sqlite"
+        return self._is_sqlite
 
     @property
     def shown(self) -> str:
@@ -195,9 +226,55 @@ class Store:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (DatabaseError, sa.exc.TimeoutError) as error:
-            reason = getattr(error, "orig", None) or error
-            raise StoreError(f"{self.shown}: the store fails: {reason}") from error
+        except (DatabaseError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+            reason = " ".join(str(getattr(error, "orig", None) or error).split())
+            if self._is_sqlite or not _is_away(error):
+                raise StoreError(f"{self.shown}: the store fails: {reason}") from error
+            self._away = time.monotonic() + _RESTS, f"{self.shown}: the store cannot be reached: {reason}"
+            raise StoreAway(self._away[1]) from error
+
+    def _transaction(self, work: Callable[[sa.Connection], T], *, writes: bool = False) -> T:
+        """What `work` returns, in a transaction. Where a connection broke, `work` is called again on a new one: it must
+        bear that its first transaction came through.
+        """
+        until, reason = self._away
+        if until > time.monotonic():
+            raise StoreAway(reason)
+        with self._errors():
+            if not self._is_open:
+                self._open()
+            engine = self._writing if writes else self._engine
+            try:
+                with engine.begin() as connection:
+                    return work(connection)
+            except sa.exc.DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+            with engine.begin() as connection:
+                return work(connection)
+
+    def _open(self) -> None:
+        """Makes the tables, unless they are there."""
+        with self._writing.begin() as connection:
+            if not self._is_sqlite:  # several servers may begin at once
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+            is_new = not sa.inspect(connection).has_table(_turns.name)
+            _tables.create_all(connection)
+            if is_new and not self._is_sqlite:  # states are random to a compressor, which would try each time
+                for column in (_sessions.c.memory, _turns.c.state):
+                    connection.exec_driver_sql(
+                        f"ALTER TABLE {column.table.name} ALTER COLUMN {column.name} SET STORAGE EXTERNAL"
+                    )
+            found = connection.scalar(sa.select(_about.c.value).where(_about.c.key == "format"))
+            if found is None:
+                connection.execute(_about.insert().values(key="format", value=str(FORMAT)))
+            elif found != str(FORMAT):
+                raise StoreError(f"{self.shown}: a store of format {found}, and this version reads format {FORMAT}")
+        self._is_open = True
+
+    def ping(self) -> None:
+        """Asks the database whether it is there."""
+        self._transaction(lambda connection: connection.execute(sa.select(1)))
 
     def close(self) -> None:
         """Closes its connections. Closing twice is fine."""
@@ -211,7 +288,8 @@ class Store:
 
     def get(self, owner: str, name: str) -> Record | None:
         """A session, None if there is none."""
-        with self._errors(), self._engine.connect() as connection:
+
+        def read(connection: sa.Connection) -> Record | None:
             row = connection.execute(sa.select(_sessions).where(*_is(owner, name))).mappings().first()
             if row is None:
                 return None
@@ -220,10 +298,11 @@ class Store:
             ).mappings()
             return _record(row, tuple(map(_turn, turns)))
 
+        return self._transaction(read)
+
     def version(self, owner: str, name: str) -> int:
         """The version of a session; 0 if there is none."""
-        with self._errors(), self._engine.connect() as connection:
-            return connection.scalar(sa.select(_sessions.c.version).where(*_is(owner, name))) or 0
+        return self._transaction(lambda connection: _version(connection, owner, name))
 
     def list(self, owner: str | None = None) -> list[Record]:
         """Sessions, of one owner or of all, the latest first: without memories, texts and turns."""
@@ -232,64 +311,89 @@ class Store:
         query = sa.select(*columns, size).order_by(_sessions.c.updated.desc(), _sessions.c.name)
         if owner is not None:
             query = query.where(_sessions.c.owner == owner)
-        with self._errors(), self._engine.connect() as connection:
-            return [_Listed(**_fields(row), listed_size=row["size"]) for row in connection.execute(query).mappings()]
+        rows = self._transaction(lambda connection: connection.execute(query).mappings().all())
+        return [_Listed(**_fields(row), listed_size=row["size"]) for row in rows]
 
     def count(self, owner: str | None = None) -> int:
         """Number of sessions, of one owner or of all."""
         query = sa.select(sa.func.count()).select_from(_sessions)
         if owner is not None:
             query = query.where(_sessions.c.owner == owner)
-        with self._errors(), self._engine.connect() as connection:
-            return connection.scalar(query) or 0
+        return self._transaction(lambda connection: connection.scalar(query)) or 0
 
     #
     # writing
     #
 
-    def commit(self, record: Record, before: Record | None = None) -> Record:
+    def commit(
+        self,
+        record: Record,
+        before: Record | None = None,
+        *,
+        holder: str = "",
+        at: datetime.datetime | None = None,
+    ) -> Record:
         """Writes a session in place of the version before it. Returns it with its new version.
 
-        `record.history` holds all of its turns. `before`: the session as it was committed, if that is known; then only
-        the turns that differ are looked at. Raises Conflict if the store has another version than `record`.
+        `record.history` holds all of its turns. Raises Conflict if the store has another version than `record`.
+
+        Args:
+            before: the session as it was committed, if that is known; then only the turns that differ are looked at.
+            holder: whose lease ends with the commit.
+            at: the time of the commit. A commit that is made again because nobody knows whether the first came through
+                gives the same, and is made once.
         """
         keep = record.turns - self.n_undo
         history = [self._kept(turn, turn.number > keep) for turn in record.history]
         known = before.history if before is not None and before.version == record.version else None
-        record = replace(record, updated=now(), history=tuple(history))
+        record = replace(record, updated=at or now(), history=tuple(history))
+
+        def write(connection: sa.Connection) -> None:
+            self._write_turns(connection, self._write_session(connection, record), history, known)
+            if holder:
+                connection.execute(
+                    _leases.delete().where(*_is(record.owner, record.name, _leases), _leases.c.holder == holder)
+                )
+
+        committed = replace(record, version=record.version + 1)
+        try:
+            self._transaction(write, writes=True)
+        except Conflict:
+            if not self._has(committed):
+                raise
+        return committed
+
+    def _has(self, record: Record) -> bool:
+        """Whether this commit was made: its time to the microsecond tells it from any other."""
+        query = sa.select(_sessions.c.version, _sessions.c.updated).where(*_is(record.owner, record.name))
+        row = self._transaction(lambda connection: connection.execute(query).first())
+        return row is not None and tuple(row) == (record.version, record.updated)
+
+    def _write_session(self, connection: sa.Connection, record: Record) -> int:
+        """Writes the row of a session, in place of the version before. Returns its id. Raises Conflict."""
         values = {
             key: getattr(record, key)
             for key in ("updated", "turns", "tokens", "adapter", "memory", "text", "chat")
         }  # fmt: skip
-        with self._errors(), self._writing.begin() as connection:
-            if record.version == 0:
-                try:
-                    made = connection.execute(
-                        _sessions.insert().values(
-                            owner=record.owner, name=record.name, version=1, created=record.created, **values
-                        )
-                    )
-                except IntegrityError as error:
-                    raise Conflict(f"session {record.name}: there is one of this name already") from error
-                id = int(made.inserted_primary_key[0])  # type: ignore[index]
-            else:
-                found = connection.scalar(
-                    sa.select(_sessions.c.id).where(
-                        *_is(record.owner, record.name), _sessions.c.version == record.version
+        if record.version == 0:
+            try:
+                made = connection.execute(
+                    _sessions.insert().values(
+                        owner=record.owner, name=record.name, version=1, created=record.created, **values
                     )
                 )
-                if found is None:
-                    raise Conflict(f"session {record.name}: another process has changed it")
-                id = int(found)
-                changed = connection.execute(
-                    _sessions.update()
-                    .where(_sessions.c.id == id, _sessions.c.version == record.version)
-                    .values(version=record.version + 1, **values)
-                )
-                if changed.rowcount != 1:
-                    raise Conflict(f"session {record.name}: another process has changed it")
-            self._write_turns(connection, id, history, known)
-        return replace(record, version=record.version + 1)
+            except IntegrityError as error:
+                raise Conflict(f"session {record.name}: there is one of this name already") from error
+            return int(made.inserted_primary_key[0])  # type: ignore[index]
+        changed = connection.scalar(
+            _sessions.update()
+            .where(*_is(record.owner, record.name), _sessions.c.version == record.version)
+            .values(version=record.version + 1, **values)
+            .returning(_sessions.c.id)
+        )
+        if changed is None:
+            raise Conflict(f"session {record.name}: another process has changed it")
+        return int(changed)
 
     def _kept(self, turn: Turn, with_state: bool) -> Turn:
         """A turn without what is not kept of it."""
@@ -339,47 +443,69 @@ class Store:
 
     def delete(self, owner: str, name: str) -> bool:
         """Deletes a session. False if there is none."""
-        with self._errors(), self._writing.begin() as connection:
-            return connection.execute(_sessions.delete().where(*_is(owner, name))).rowcount > 0
+        statement = _sessions.delete().where(*_is(owner, name))
+        return self._transaction(lambda connection: connection.execute(statement).rowcount, writes=True) > 0
 
     def rename(self, owner: str, name: str, new: str) -> bool:
         """Gives a session another name. False if there is none. Raises Conflict if the name is taken."""
-        with self._errors(), self._writing.begin() as connection:
+        statement = _sessions.update().where(*_is(owner, name)).values(name=new, version=_sessions.c.version + 1)
+
+        def write(connection: sa.Connection) -> int:
             try:
-                changed = connection.execute(
-                    _sessions.update().where(*_is(owner, name)).values(name=new, version=_sessions.c.version + 1)
-                )
+                return connection.execute(statement).rowcount
             except IntegrityError as error:
                 raise Conflict(f"session {new}: there is one of this name") from error
-            return changed.rowcount > 0
 
-    def lease(self, owner: str, name: str, holder: str, seconds: float) -> bool:
-        """Takes or prolongs the lease of a session. False if another holder has it. A session that was never committed
-        needs none: its first commit is a compare-and-set, too.
+        return self._transaction(write, writes=True) > 0
+
+    #
+    # leases
+    #
+
+    def lease(self, owner: str, name: str, holder: str, seconds: float) -> int | None:
+        """Takes or prolongs the lease of a session, which need not be there yet. Returns the version of the session,
+        0 if there is none; None if another holder has the lease.
         """
-        begin = now().timestamp()
-        with self._errors(), self._writing.begin() as connection:
-            if connection.scalar(sa.select(sa.func.count()).select_from(_sessions).where(*_is(owner, name))) == 0:
-                return True
-            free = sa.or_(_sessions.c.lease == holder, _sessions.c.lease == "", _sessions.c.lease_ends < begin)
-            return (
-                connection.execute(
-                    _sessions.update().where(*_is(owner, name), free).values(lease=holder, lease_ends=begin + seconds)
-                ).rowcount
-                > 0
-            )
+        new = {"holder": holder, "ends": self._clock + seconds}
+        statement = self._insert(_leases).values(owner=owner, name=name, **new)
+        statement = statement.on_conflict_do_update(
+            index_elements=["owner", "name"],
+            set_=new,
+            where=sa.or_(_leases.c.holder == holder, _leases.c.ends < self._clock),
+        ).returning(_leases.c.holder)
+
+        def take(connection: sa.Connection) -> int | None:
+            if connection.scalar(statement) is None:
+                return None
+            return _version(connection, owner, name)
+
+        return self._transaction(take, writes=True)
+
+    def prolong(self, holder: str, seconds: float) -> None:
+        """Prolongs all leases of a holder."""
+        statement = _leases.update().where(_leases.c.holder == holder).values(ends=self._clock + seconds)
+        self._transaction(lambda connection: connection.execute(statement), writes=True)
 
     def release(self, owner: str, name: str, holder: str) -> None:
         """Gives a lease back."""
-        with self._errors(), self._writing.begin() as connection:
-            connection.execute(
-                _sessions.update().where(*_is(owner, name), _sessions.c.lease == holder).values(lease="", lease_ends=0)
-            )
+        statement = _leases.delete().where(*_is(owner, name, _leases), _leases.c.holder == holder)
+        self._transaction(lambda connection: connection.execute(statement), writes=True)
+
+    @property
+    def _clock(self) -> Any:
+        """The present time, in seconds since 1970: the database's, because those of several machines differ."""
+        if self._is_sqlite:
+            return sa.literal(time.time())
+        return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
 
     def vacuum(self) -> None:
         """Gives the space of what was deleted back to the file system."""
-        with self._errors(), self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.exec_driver_sql("VACUUM")
+        ended = _leases.delete().where(_leases.c.ends < self._clock)  # of processes that were killed
+        self._transaction(lambda connection: connection.execute(ended), writes=True)
+        with self._errors(), contextlib.closing(self._engine.raw_connection()) as connection:
+            if not self._is_sqlite:
+                connection.driver_connection.autocommit = True  # type: ignore[union-attr]
+            connection.cursor().execute("VACUUM")
 
 
 @dataclass(frozen=True)
@@ -417,8 +543,40 @@ def _begin_sqlite(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _is(owner: str, name: str) -> tuple[Any, Any]:
-    return _sessions.c.owner == owner, _sessions.c.name == name
+_LOCK = 0x64656C74  # of PostgreSQL's advisory locks: who makes the tables
+
+
+def _to_server(url: str) -> dict[str, Any]:
+    """Options of the engine for a PostgreSQL: so many connections, and a database that fell silent is noticed. What the
+    URL says goes first.
+    """
+    patience = {
+        "connect_timeout": 5,
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 10_000,  # ms
+        # a server that fell silent in the middle of a commit must not hold its rows
+        "options": "-c idle_in_transaction_session_timeout=10s -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2",
+    }
+    given = sa.make_url(url).query
+    arguments = {key: value for key, value in patience.items() if key not in given}
+    return {"pool_size": N_CONNECTIONS, "max_overflow": 0, "connect_args": arguments}
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether a PostgreSQL may do later what failed now: it is down, begins, ends, is full, or broke a deadlock."""
+    return isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)) or (
+        isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
+    )
+
+
+def _is(owner: str, name: str, table: sa.Table = _sessions) -> tuple[Any, Any]:
+    return table.c.owner == owner, table.c.name == name
+
+
+def _version(connection: sa.Connection, owner: str, name: str) -> int:
+    return connection.scalar(sa.select(_sessions.c.version).where(*_is(owner, name))) or 0
 
 
 def _fields(row: Any) -> dict[str, Any]:
