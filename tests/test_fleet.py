@@ -11,6 +11,7 @@ import pytest
 
 import fleet_kills
 from fleet import fleet, haproxy_program, postgresql_folder, until
+from pydeltamem.server.store import Store
 
 pytestmark = pytest.mark.skipif(
     postgresql_folder() is None or haproxy_program() is None,
@@ -99,21 +100,31 @@ class Long:
         return self.last
 
 
-def test_a_turn_waits_for_that_of_another_replica(replicas, session):
-    one, two = replicas
-    long = Long(two, session)
-    second = say(one, session)
+@pytest.fixture
+def elsewhere(database, session):
+    """A third server, which has a turn of the session under way until this is called."""
+    store = Store(database.url)
+    assert store.lease("", session, "elsewhere", 60) == 0
+    yield lambda: store.release("", session, "elsewhere")
+    store.close()
+
+
+def test_a_turn_waits_for_that_of_another_server(replicas, session, elsewhere):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(say, replicas[0], session)
+        refused = say(replicas[1], session)  # it does not wait
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "session_busy")
+        assert not waits.done()
+        elsewhere()
+        assert version(waits.result()) == 1
+    assert version(say(replicas[1], session)) == 2
+
+
+def test_turns_at_two_replicas_come_one_after_the_other(replicas, session):
+    long = Long(replicas[1], session)
+    second = say(replicas[0], session)
     assert long.end()["memory"]["version"] == 1
     assert version(second) == 2
-
-
-def test_a_turn_that_may_not_wait_is_refused(replicas, session):
-    one, two = replicas
-    long = Long(one, session)
-    refused = say(two, session)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "session_busy")
-    assert long.end()["memory"]["version"] == 1
-    assert version(say(two, session)) == 2
 
 
 def test_each_replica_has_what_the_other_committed(replicas, session):
