@@ -1,6 +1,6 @@
 """Prints what a model's card shows of `deltamem eval recall --json FILE`: the table, in Markdown, and the ratios.
 
-    deltamem eval recall --seed 7 --json recall.json && python recipes/card.py recall.json
+    deltamem eval recall --seed 7 --answer-writes off --json recall.json && python recipes/card.py recall.json
 
 For several files (runs with other seeds) it prints the means.
 """
