@@ -17,6 +17,8 @@ from test_golden import (
     BOUND,
     F32,
     PIECES,
+    check_other_sequences,
+    check_pieces,
     each_case,
     errors_of,
     expected_of,
@@ -50,40 +52,14 @@ def test_cut_into_pieces(golden_dir, adapter, case, pieces):
     llm = DeltaMemLlama(
         golden_dir / "qwen3" / "base-f32.gguf", deltamem_path=adapter("qwen3", case), **{**F32, **PIECES[pieces]}
     )
-    assert nmse(read_prompt(llm, expected), expected["prompt_logits"]) <= BOUND
-    assert nmse(llm.memory.state, expected["prompt_state"]) <= BOUND
-    assert nmse(read_one_by_one(llm, expected["decode_ids"]), expected["decode_logits"]) <= BOUND
-    assert nmse(llm.memory.state, expected["decode_state"]) <= BOUND
-    llm.close()
+    check_pieces(llm, expected)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_other_sequences_in_the_batch(golden_dir, adapter, case):
-    """Two sequences interleaved, in micro-batches that cut both, and a third one that has nothing to say."""
+    """In micro-batches that cut both sequences, beside a third one."""
     expected = expected_of(golden_dir, "qwen3", case)
-    base, memory = golden_dir / "qwen3" / "base-f32.gguf", adapter("qwen3", case)
-    ours = expected["prompt_ids"].tolist()
-    other = ours[::-1][:50]
-    segments = segments_of(expected)
-    other_segments = None if segments is None else [i // 9 if i % 9 else -1 for i in range(len(other))]
-    with open_context(base, memory) as alone:
-        other_logits = alone.decode([(token, 0) for token in other], other_segments)
-        other_state = alone.state(0)
-
-    order = sorted([(2 * i, 0, i) for i in range(len(ours))] + [(2 * i + 1, 1, i) for i in range(len(other))])
-    tokens = [(ours[i] if seq == 0 else other[i], seq) for _, seq, i in order]
-    ids = None if segments is None else [segments[i] if seq == 0 else other_segments[i] for _, seq, i in order]
-    of = {seq: [row for row, (_, s, _) in enumerate(order) if s == seq] for seq in (0, 1)}
-    with open_context(base, memory, n_seq=3, n_ubatch=40) as both:
-        logits = both.decode(tokens, ids)
-        assert nmse(logits[of[0]], expected["prompt_logits"]) <= BOUND
-        assert nmse(logits[of[1]], other_logits) <= BOUND
-        assert nmse(both.state(0), expected["prompt_state"]) <= BOUND
-        assert nmse(both.state(1), other_state) <= BOUND
-        assert not both.state(2).any()
-        rows = [both.decode([(other[i], 1), (t, 0)])[1] for i, t in enumerate(expected["decode_ids"].tolist())]
-        assert nmse(rows, expected["decode_logits"]) <= BOUND
-        assert nmse(both.state(0), expected["decode_state"]) <= BOUND
+    check_other_sequences(golden_dir / "qwen3" / "base-f32.gguf", adapter("qwen3", case), expected, 3)
 
 
 @pytest.mark.parametrize("case", ["ssw_message", "ssw_sentence"])

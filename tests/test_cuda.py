@@ -61,29 +61,33 @@ def test_golden(golden_dir, adapter, arch, case, layers):
     assert max(errors.values()) <= BOUND, (backbone, errors)
 
 
+def check_that_a_memory_crosses(there, here, expected, folder, bound):
+    """Saved in one place, loaded in the other, and back: the same bits, and the same recall. Closes both models."""
+    read_prompt(there, expected)
+    there.memory.save(folder / "a.memory")
+    here.memory.load(folder / "a.memory")
+    assert np.array_equal(here.memory.state, there.memory.state)
+    here.memory.save(folder / "b.memory")
+    there.memory.reset()
+    assert not there.memory.state.any()
+    there.memory.load(folder / "b.memory")
+    assert np.array_equal(here.memory.state, there.memory.state)
+    for llm in (there, here):
+        llm.reset()
+        llm.memory.write = False
+        llm.eval(expected["recall_ids"].tolist())
+    assert nmse(there.scores[: there.n_tokens], here.scores[: here.n_tokens]) <= bound
+    there.close()
+    here.close()
+
+
 @pytest.mark.parametrize("case", ["tsw_qo", "ssw_message", "msw4_qo"])
 def test_a_memory_crosses_devices(golden_dir, adapter, case, tmp_path):
     """Saved on the GPU, loaded on the CPU, and back: the same bits, and the same recall."""
     expected = expected_of(golden_dir, "qwen3", case)
     path = adapter("qwen3", case)
     there, here = on_gpu(golden_dir, "qwen3", path), on_gpu(golden_dir, "qwen3", path, 0)
-    read_prompt(there, expected)
-    there.memory.save(tmp_path / "a.memory")
-    here.memory.load(tmp_path / "a.memory")
-    assert np.array_equal(here.memory.state, there.memory.state)
-    here.memory.save(tmp_path / "b.memory")
-    there.memory.reset()
-    assert not there.memory.state.any()
-    there.memory.load(tmp_path / "b.memory")
-    assert np.array_equal(here.memory.state, there.memory.state)
-    recall = expected["recall_ids"].tolist()
-    for llm in (there, here):
-        llm.reset()
-        llm.memory.write = False
-        llm.eval(recall)
-    assert nmse(there.scores[: there.n_tokens], here.scores[: here.n_tokens]) <= BOUND
-    there.close()
-    here.close()
+    check_that_a_memory_crosses(there, here, expected, tmp_path, BOUND)
 
 
 def test_rollback(golden_dir, adapter):

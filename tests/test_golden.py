@@ -125,6 +125,11 @@ def test_cut_into_pieces(golden_dir, adapter, arch, case, pieces):
     llm = DeltaMemLlama(
         model_path=golden_dir / arch / "base-f32.gguf", deltamem_path=adapter(arch, case), **{**F32, **pieces}
     )
+    check_pieces(llm, expected)
+
+
+def check_pieces(llm, expected):
+    """The prompt, then one token at a time: logits and states as published. Closes the model."""
     assert nmse(read_prompt(llm, expected), expected["prompt_logits"]) <= BOUND
     assert nmse(llm.memory.state, expected["prompt_state"]) <= BOUND
     assert nmse(read_one_by_one(llm, expected["decode_ids"]), expected["decode_logits"]) <= BOUND
@@ -132,12 +137,10 @@ def test_cut_into_pieces(golden_dir, adapter, arch, case, pieces):
     llm.close()
 
 
-@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
-@each_case
-def test_other_sequences_in_the_batch(golden_dir, adapter, arch, case, unified):
-    """Two sequences interleaved in one batch: each has the logits and the state of a separate run."""
-    expected = expected_of(golden_dir, arch, case)
-    base, memory = golden_dir / arch / "base-f32.gguf", adapter(arch, case)
+def check_other_sequences(base, memory, expected, n_seq, **options):
+    """Two sequences interleaved in one batch: each has the logits and the state of a separate run. Further sequences
+    have nothing to say.
+    """
     ours = expected["prompt_ids"].tolist()
     other = ours[::-1][:50]
     segments = segments_of(expected)
@@ -153,12 +156,13 @@ def test_other_sequences_in_the_batch(golden_dir, adapter, arch, case, unified):
     ids = None if segments is None else [segments[i] if seq == 0 else other_segments[i] for _, seq, i in order]
     of = {seq: [row for row, (_, s, _) in enumerate(order) if s == seq] for seq in (0, 1)}
 
-    with open_context(base, memory, n_seq=2, n_ubatch=40, unified=unified) as both:
+    with open_context(base, memory, n_seq=n_seq, n_ubatch=40, **options) as both:
         logits = both.decode(tokens, ids)
         assert nmse(logits[of[0]], expected["prompt_logits"]) <= BOUND
         assert nmse(logits[of[1]], other_logits) <= BOUND
         assert nmse(both.state(0), expected["prompt_state"]) <= BOUND
         assert nmse(both.state(1), other_state) <= BOUND
+        assert not any(both.state(seq).any() for seq in range(2, n_seq))
 
         # decode: one token of each per batch
         rows = []
@@ -166,6 +170,13 @@ def test_other_sequences_in_the_batch(golden_dir, adapter, arch, case, unified):
             rows.append(both.decode([(other[i], 1), (token, 0)])[1])
         assert nmse(rows, expected["decode_logits"]) <= BOUND
         assert nmse(both.state(0), expected["decode_state"]) <= BOUND
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+@each_case
+def test_other_sequences_in_the_batch(golden_dir, adapter, arch, case, unified):
+    base = golden_dir / arch / "base-f32.gguf"
+    check_other_sequences(base, adapter(arch, case), expected_of(golden_dir, arch, case), 2, unified=unified)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

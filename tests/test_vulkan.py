@@ -15,8 +15,8 @@ import pytest
 from golden_data import ARCHITECTURES, CASES
 from native_context import open_context
 from pydeltamem import DeltaMemLlama
-from test_cuda import gpu_names
-from test_golden import F32, errors_of, expected_of, nmse, read_prompt
+from test_cuda import check_that_a_memory_crosses, gpu_names
+from test_golden import F32, errors_of, expected_of, nmse
 
 pytestmark = pytest.mark.skipif(not gpu_names("Vulkan"), reason="no Vulkan device: run `make vulkan-check`")
 
@@ -94,19 +94,4 @@ def test_a_memory_crosses_devices(golden_dir, adapter, backbone, case, tmp_path)
     """Saved on the device, loaded on the CPU, and back: the same bits, and the same recall."""
     expected, path = expected_of(golden_dir, "qwen3", case), adapter("qwen3", case)
     there, here = on_device(golden_dir, "qwen3", path), on_device(golden_dir, "qwen3", path, 0)
-    read_prompt(there, expected)
-    there.memory.save(tmp_path / "a.memory")
-    here.memory.load(tmp_path / "a.memory")
-    assert np.array_equal(here.memory.state, there.memory.state)
-    here.memory.save(tmp_path / "b.memory")
-    there.memory.reset()
-    assert not there.memory.state.any()
-    there.memory.load(tmp_path / "b.memory")
-    assert np.array_equal(here.memory.state, there.memory.state)
-    for llm in (there, here):
-        llm.reset()
-        llm.memory.write = False
-        llm.eval(expected["recall_ids"].tolist())
-    assert nmse(there.scores[: there.n_tokens], here.scores[: here.n_tokens]) <= 10 * backbone("qwen3")
-    there.close()
-    here.close()
+    check_that_a_memory_crosses(there, here, expected, tmp_path, 10 * backbone("qwen3"))
