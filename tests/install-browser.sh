@@ -11,21 +11,7 @@ if works; then
     exit 0
 fi
 
-if ! command -v apt-get > /dev/null; then
-    echo "The tests of the page need chromium and chromedriver, and this system has no apt-get: install them with its own" \
-         "package manager." >&2
-    exit 1
-fi
-
-sudo=
-if [ "$(id -u)" != 0 ]; then
-    if ! command -v sudo > /dev/null; then
-        echo "Installing chromium needs root: run 'apt-get install chromium chromium-driver' as root, then this again." >&2
-        exit 1
-    fi
-    sudo=sudo
-fi
-
-$sudo apt-get update
-$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium chromium-driver fonts-dejavu-core
+. "$(dirname "$0")/../tools/apt_install.sh"
+require_apt "The tests of the page need chromium and chromedriver" chromium chromium-driver
+apt_install chromium chromium-driver fonts-dejavu-core
 works

@@ -14,20 +14,6 @@ if [ -z "$packages" ]; then
     exit 0
 fi
 
-if ! command -v apt-get > /dev/null; then
-    echo "The NEON and AVX-512 tests need packages that Debian calls$packages, and this system has no apt-get: install" \
-         "them with its own package manager." >&2
-    exit 1
-fi
-
-sudo=
-if [ "$(id -u)" != 0 ]; then
-    if ! command -v sudo > /dev/null; then
-        echo "Installing$packages needs root: run 'apt-get install$packages' as root, then this again." >&2
-        exit 1
-    fi
-    sudo=sudo
-fi
-
-$sudo apt-get update
-$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $packages
+. "$(dirname "$0")/../../tools/apt_install.sh"
+require_apt "The NEON and AVX-512 tests need a compiler, an emulator and SIMDe" $packages
+apt_install $packages
