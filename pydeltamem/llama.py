@@ -28,7 +28,7 @@ from .hub import HUB, adapter_file, model_file
 from .memory import Memory
 from .runtime import library
 from .runtime.completion import Completion
-from .runtime.cpus import usable
+from .runtime.cpus import MAX_THREADS, default_threads
 from .runtime.embedding import tokenized, vectors
 from .runtime.engine import Engine
 from .runtime.ggml import can_be_mapped
@@ -42,10 +42,9 @@ from .runtime.slots import Slots
 from .runtime.stream import checked_grammar
 from .runtime.text import Text
 from .runtime.tokenizer import Tokenizer
+from .tuned import kept
 
 HOME = 0  # the slot of the model's own text: the one that llama_cpp.Llama uses
-
-MAX_THREADS = 512  # GGML_MAX_N_THREADS: ggml has arrays of this length
 
 _llama = library.llama_cpp
 _GENERATE = inspect.signature(Llama.generate)
@@ -75,6 +74,10 @@ class DeltaMemLlama(Llama):
             all of them, unless n_gpu_layers says how many.
         n_threads, n_threads_batch: threads for a reply, and for prompts. None or 0: half of the CPUs that the process
             may use, and all of them.
+        repack: whether llama.cpp puts weights into the layout of this CPU's fastest products when it loads them (it is
+            not always the faster one). None: yes.
+        tuned: take what `deltamem tune` found fastest for this model on this machine, where no keyword says otherwise.
+            Where nothing was found, or for layers on other machines, the defaults stay, and no error says so.
         verbose: print llama.cpp's log at once. Otherwise it goes to the logger `pydeltamem.llama_cpp`.
         **kwargs: as `llama_cpp.Llama`.
 
@@ -88,6 +91,7 @@ class DeltaMemLlama(Llama):
     Attributes:
         finish_reason: why the latest `generate` ended, "length" or "stop"; None before its end, or if it was closed
             early.
+        tuned: the keywords and values that `tuned=True` took; empty if there were none.
 
     Memory and text are independent: `reset()` forgets the text and keeps the memory, `memory.reset()` the reverse.
 
@@ -113,12 +117,14 @@ class DeltaMemLlama(Llama):
         n_ctx: int = 512,
         n_seq_max: int = 1,
         rpc_servers: str | None = None,
+        repack: bool | None = None,
+        tuned: bool = False,
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
         for name in kwargs:  # llama_cpp ignores unknown ones
             if name not in _KEYWORDS:
-                known = ("model_path", "deltamem_path", "n_seq_max", "rpc_servers", *_KEYWORDS)
+                known = ("model_path", "deltamem_path", "n_seq_max", "rpc_servers", "repack", "tuned", *_KEYWORDS)
                 raise InputError(f"{name} is no keyword of DeltaMemLlama{nearest(name, known)}")
         if kwargs.get("lora_path") is not None:
             kwargs["lora_path"] = _Path(os.fsdecode(kwargs["lora_path"]))
@@ -132,12 +138,16 @@ class DeltaMemLlama(Llama):
         for name in ("n_threads", "n_threads_batch"):
             if not 0 <= (kwargs.get(name) or 0) <= MAX_THREADS:
                 raise InputError(f"{option(name)} is 1 to {MAX_THREADS}, not {kwargs[name]}")
-        n_cpus = min(usable(), MAX_THREADS)  # llama_cpp also counts CPUs that the process may not use
-        kwargs["n_threads"] = kwargs.get("n_threads") or max(n_cpus // 2, 1)
-        kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or n_cpus
         if kwargs.get("n_batch", n_seq_max) < n_seq_max:
             raise InputError(f"{option('n_batch')} is at least n_seq_max, {n_seq_max}, not {kwargs['n_batch']}")
         model_path = _Path(model_file(model_path))
+        self.tuned: dict[str, Any] = {}
+        if tuned and not rpc_servers and (record := kept(model_path, kwargs.get("n_gpu_layers", 0))) is not None:
+            self.tuned = record.settings.keywords({**kwargs, "repack": repack})
+        kwargs = {**kwargs, "repack": repack, **self.tuned}
+        self._repack = kwargs.pop("repack") is not False
+        for name, n in zip(("n_threads", "n_threads_batch"), default_threads()):
+            kwargs[name] = kwargs.get(name) or n
         self.deltamem_path = None if deltamem_path is None else adapter_file(deltamem_path, model_path)
         if rpc_servers:
             connect(rpc_servers)
@@ -292,6 +302,16 @@ class DeltaMemLlama(Llama):
     def input_ids(self, value: npt.NDArray[np.intc]) -> None:
         if self._text is not None:  # Llama.__init__ sets an array of its own
             raise InputError("input_ids cannot be set: eval sets them")
+
+    @property
+    def model_params(self) -> Any:
+        """llama_model_params, with `repack` as given."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, value: Any) -> None:
+        value.use_extra_bufts = self._repack
+        self._model_params = value
 
     @property
     def context_params(self) -> Any:
@@ -817,6 +837,7 @@ class DeltaMemLlama(Llama):
             n_ctx=state["n_ctx"] // self._n_seq_max,
             n_seq_max=self._n_seq_max,
             rpc_servers=self._rpc_servers,
+            repack=self._repack,
             tokenizer=None if isinstance(self.tokenizer_, Tokenizer) else self.tokenizer_,
         )
         state["memory"] = None

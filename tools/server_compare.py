@@ -36,10 +36,9 @@ from statistics import median
 
 import httpx
 
-from pydeltamem.bench.machine import cpu_name
 from pydeltamem.bench.models import synthetic_files
 from pydeltamem.bench.pairs import median_interval
-from pydeltamem.runtime.cpus import usable
+from pydeltamem.runtime.cpus import cpu_name, usable
 
 OURS, THEIRS = "deltamem serve", "llama-server"
 WORDS = "time people way water day part number sound most over new work place year live back give name good sentence"

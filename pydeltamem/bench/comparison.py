@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import DeltaMemError, LibraryError, ModelError
 from ..runtime import library
-from .machine import cpu_name
+from ..runtime.cpus import cpu_name
 from .nodes import Nodes
 from .nodes import measure as measure_nodes
 from .pairs import OFF, ON, OTHER, PLAIN, Side, measure
@@ -141,15 +141,23 @@ def _open(
     stack: contextlib.ExitStack, options: Options, adapter: str | None, nodes: dict[str, Nodes]
 ) -> dict[str, Runner]:
     """The two sides of this process; without an adapter they are alike."""
+    with reasons():
+        model = Model(library.llama_cpp, options)
+        stack.callback(model.close)
+        sides = {}
+        for name in (ON, OFF):
+            observer = nodes[name].callback if nodes else None
+            sides[name] = Runner(model, adapter if name == ON else None, observer)
+            stack.callback(sides[name].close)
+    return sides
+
+
+@contextlib.contextmanager
+def reasons() -> Iterator[None]:
+    """Ends the sentence of a ModelError with the reason that llama.cpp logs."""
     with library.errors_held() as log:
         try:
-            model = Model(library.llama_cpp, options)
-            stack.callback(model.close)
-            sides = {}
-            for name in (ON, OFF):
-                observer = nodes[name].callback if nodes else None
-                sides[name] = Runner(model, adapter if name == ON else None, observer)
-                stack.callback(sides[name].close)
+            yield
         except ModelError as error:
             reason = library.reason(log)
             log.clear()
@@ -157,7 +165,6 @@ def _open(
         except DeltaMemError:
             log.clear()
             raise
-    return sides
 
 
 def _resident(folder: str, options: Options, adapter: str, n_tokens: int, progress: Progress) -> dict[str, Any]:

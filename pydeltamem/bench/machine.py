@@ -1,21 +1,10 @@
-"""The machine that a benchmark runs on: its CPU, and what a process takes of its RAM."""
+"""What a process takes of the RAM."""
 
 from __future__ import annotations
 
-import contextlib
-import platform
 import re
 import sys
 from pathlib import Path
-
-
-def cpu_name() -> str:
-    """The CPU's name, or its architecture where the system does not tell."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def resident() -> dict[str, int]:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
+from ..runtime.cpus import cpu_name
 from .floor import cycle_ns, floor, per_cycle, simd_name
 from .ggml_graph import Params, floats, graph_of
 from .instructions import count_instructions
-from .machine import cpu_name
 
 F32, I32 = 0, 26  # enum ggml_type
 WRITE = 2  # GGML_DELTAMEM_TOKEN_WRITE

@@ -29,6 +29,8 @@ class Options:
     type_k: str
     type_v: str
     use_mmap: bool = True
+    n_threads_batch: int | None = None  # for prompts; None: n_threads
+    repack: bool = True
 
 
 class Model:
@@ -38,6 +40,7 @@ class Model:
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = options.n_gpu_layers
+        params.use_extra_bufts = options.repack
         if not options.use_mmap:
             params.load_mode = llama.LLAMA_LOAD_MODE_NONE
         self.llama, self.options = llama, options
@@ -69,24 +72,28 @@ class Runner:
     """One context of a model, with the adapter at the path `adapter` or without any.
 
     observer: called with every node of its graphs (ggml_backend_sched_eval_callback), see nodes.py.
+    options: of the context; None: the model's.
 
     Raises ModelError if the context cannot be made or a run fails, AdapterError if the adapter cannot be attached.
     """
 
-    def __init__(self, model: Model, adapter: str | None = None, observer: Any = None) -> None:
+    def __init__(
+        self, model: Model, adapter: str | None = None, observer: Any = None, options: Options | None = None
+    ) -> None:
         self.llama, self.model, self.adapter, self.observer = model.llama, model, adapter, observer
-        self._tokens: Any = (ctypes.c_int32 * model.options.n_ctx)()
+        self.options = options or model.options
+        self._tokens: Any = (ctypes.c_int32 * self.options.n_ctx)()
         choice = random.Random(0)
-        for i in range(model.options.n_ctx):
+        for i in range(self.options.n_ctx):
             self._tokens[i] = choice.randrange(model.n_vocab)
         self._batches: dict[int, list[Any]] = {}
         self._open()
 
     def _open(self) -> None:
-        llama, options = self.llama, self.model.options
+        llama, options = self.llama, self.options
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = options.n_ctx, options.n_batch, options.n_ubatch
-        params.n_threads = params.n_threads_batch = options.n_threads
+        params.n_threads, params.n_threads_batch = options.n_threads, options.n_threads_batch or options.n_threads
         params.flash_attn_type = (
             llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if options.flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
@@ -164,18 +171,18 @@ class Runner:
         synchronize(ctx)
         elapsed = perf_counter_ns() - start
         if status != 0:
-            raise DecodeError(f"{self.model.options.model}: llama_decode failed with status {status}")
+            raise DecodeError(f"{self.options.model}: llama_decode failed with status {status}")
         return elapsed, self.n_graphs - n_graphs
 
     def _prompt(self, n_tokens: int) -> list[Any]:
         """Batches of at most n_batch over the same random tokens; logits of a batch's last token only."""
         if n_tokens not in self._batches:
             size = ctypes.sizeof(ctypes.c_int32)
-            pieces = range(0, n_tokens, self.model.options.n_batch)
+            pieces = range(0, n_tokens, self.options.n_batch)
             self._batches[n_tokens] = [
                 self.llama.llama_batch_get_one(
                     ctypes.cast(ctypes.byref(self._tokens, start * size), ctypes.POINTER(ctypes.c_int32)),
-                    min(self.model.options.n_batch, n_tokens - start),
+                    min(self.options.n_batch, n_tokens - start),
                 )
                 for start in pieces
             ]
@@ -188,7 +195,7 @@ class Runner:
 
     def _cut(self, length: int) -> None:
         if not self.llama.llama_memory_seq_rm(self._memory, 0, length, -1):
-            raise ModelError(f"{self.model.options.model}: its KV cache cannot be shortened, so decode cannot be timed")
+            raise ModelError(f"{self.options.model}: its KV cache cannot be shortened, so decode cannot be timed")
 
     def renew(self) -> None:
         """Makes a new context like this one, with its buffers elsewhere in memory."""

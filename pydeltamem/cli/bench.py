@@ -83,7 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     context = parser.add_argument_group("context")
     context.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (all CPUs)")
+    context.add_argument("-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t)")
     add_context_arguments(context)
+    context.add_argument("--no-repack", action="store_true", help="leave weights in the layout of the file")
 
     parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
     parser.add_argument("--json", metavar="FILE", help="also write the results as JSON (-: standard output)")
@@ -140,7 +142,7 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
     library.logger.setLevel("DEBUG" if args.verbose else "ERROR")
     against = comparison.library_in(args.against) if args.against else None
     prompts = tuple(n for n in args.n_prompt if n)
-    with _progress(err) as show:
+    with progress_bar(err) as show:
         model, adapter = _synthetic(args, show) if args.synthetic else _files(args)
         if args.control:
             adapter = None
@@ -168,6 +170,8 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
             type_k=args.cache_type_k,
             type_v=args.cache_type_v,
             use_mmap=can_be_mapped(model),
+            n_threads_batch=args.threads_batch,
+            repack=not args.no_repack,
         )
         report = comparison.run(options, adapter, plan, against, show)
     _print(out, report)
@@ -195,7 +199,7 @@ def _bench_op(args: argparse.Namespace, out: Console, err: Console) -> dict[str,
     from ..bench import operator
 
     ranks = [args.rank] if args.rank else [8, 16]
-    with _progress(err) as show:
+    with progress_bar(err) as show:
         report = operator.run(ranks, args.heads or 1, args.op_tokens, max(args.pairs, 10), show)
     _print_op(out, report)
     return report
@@ -354,7 +358,7 @@ def _speed(n_tokens: int, nanoseconds: Sequence[int]) -> str:
 
 
 @contextmanager
-def _progress(err: Console) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(err: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on the terminal. Yields the function that moves it: (what runs, how much is done, of how much)."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

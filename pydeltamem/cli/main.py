@@ -37,6 +37,7 @@ SUBCOMMANDS = {
     "serve": ("pydeltamem.cli.serve", "serve OpenAI's API with a memory for each session"),
     "sessions": ("pydeltamem.cli.sessions", "list, export, import and delete what a server remembers"),
     "rpc-server": ("pydeltamem.cli.rpc_server", "run layers for other machines, which name this one with --rpc"),
+    "tune": ("pydeltamem.cli.tune", "find the settings by which a model is fastest on this machine"),
     "bench": ("pydeltamem.cli.bench", "time a model with and without its adapter"),
 }
 

@@ -27,7 +27,7 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Model and context."""
+    """Model and context; the defaults of what decides the speed are what `deltamem tune` found."""
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", required=True, metavar="FILE", help=MODEL_HELP)
     group.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF")
@@ -39,30 +39,44 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t, or all CPUs)"
     )
     group.add_argument("--rpc", metavar="HOST:PORT,...", help="run layers on these machines too (deltamem rpc-server)")
-    add_context_arguments(group)
+    add_context_arguments(group, tuned=True)
     group.add_argument("--no-mmap", action="store_true", help="load the model instead of mapping it")
     group.add_argument("--mlock", action="store_true", help="keep the model in RAM")
     group.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
 
 
-def add_context_arguments(group: argparse._ArgumentGroup) -> None:
-    """Options of a context, for every command that makes one."""
+def add_context_arguments(group: argparse._ArgumentGroup, tuned: bool = False) -> None:
+    """Options of a context, for every command that makes one.
+
+    tuned: those that decide the speed are None if they are not given, for what `deltamem tune` found.
+    """
+
+    def of(default: Any) -> Any:
+        return None if tuned else default
+
     group.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="batch (%(default)s)")
-    group.add_argument(
-        "-ub", "--ubatch-size", type=positive, default=512, metavar="N", help="micro-batch (%(default)s)"
-    )
+    group.add_argument("-ub", "--ubatch-size", type=positive, default=of(512), metavar="N", help="micro-batch (512)")
     group.add_argument(
         "-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layers, default=-1, metavar="N",
         help="layers on the GPU (all)",
     )  # fmt: skip
     group.add_argument(
-        "-fa", "--flash-attn", nargs="?", const="on", default="off", choices=("on", "off"), help="flash attention (off)"
-    )
+        "-fa", "--flash-attn", nargs="?", const="on", default=of("off"), choices=("on", "off"),
+        help="flash attention (off)",
+    )  # fmt: skip
     for letter in "kv":
         group.add_argument(
-            f"-ct{letter}", f"--cache-type-{letter}", choices=CACHE_TYPES, default="f16", metavar="TYPE",
+            f"-ct{letter}", f"--cache-type-{letter}", choices=CACHE_TYPES, default=of("f16"), metavar="TYPE",
             help=f"KV cache type of {letter.upper()} (f16): {', '.join(CACHE_TYPES)}",
         )  # fmt: skip
+    if tuned:
+        group.add_argument(
+            "--repack", action=argparse.BooleanOptionalAction,
+            help="put weights into the layout of this CPU's fastest products when they are loaded (yes)",
+        )  # fmt: skip
+        group.add_argument(
+            "--no-tune", action="store_true", help="leave out what deltamem tune found for this model and machine"
+        )
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -153,16 +167,17 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
 
 
 def context_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_context_arguments` took, but for the batch, as keywords of DeltaMemLlama."""
+    """What `add_context_arguments` took with `tuned`, but for the batch, as keywords of DeltaMemLlama."""
     from ..runtime import library
 
-    return {
-        "n_ubatch": args.ubatch_size,
-        "n_gpu_layers": args.gpu_layers,
-        "flash_attn": args.flash_attn == "on",
-        "type_k": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
-        "type_v": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
-    }
+    given: dict[str, Any] = {"n_ubatch": args.ubatch_size, "repack": args.repack}
+    if args.flash_attn is not None:
+        given["flash_attn"] = args.flash_attn == "on"
+    for letter in "kv":
+        if name := getattr(args, f"cache_type_{letter}"):
+            given[f"type_{letter}"] = getattr(library.llama_cpp, f"GGML_TYPE_{name.upper()}")
+    options = {name: value for name, value in given.items() if value is not None}
+    return {"n_gpu_layers": args.gpu_layers, "tuned": not args.no_tune, **options}
 
 
 def memory_attached(llm: DeltaMemLlama, args: argparse.Namespace) -> str:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
     group.add_argument("-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (all CPUs)")
-    add_context_arguments(group)
+    add_context_arguments(group, tuned=True)
     group.add_argument("--no-mmap", action="store_true", help="load the model instead of mapping it")
     group.add_argument("--alias", metavar="NAME", help="name of the model in answers (its file's)")
 

@@ -19,6 +19,7 @@ from . import library
 
 DEFAULT_PORT = 50052
 CPU = 0  # enum ggml_backend_dev_type
+GPUS = 1, 2  # discrete, integrated
 
 _connected: set[str] = set()
 
@@ -98,10 +99,20 @@ def _function(name: str, result: Any, arguments: list[Any]) -> Callable[..., Any
 
 def _local_devices() -> list[int]:
     """The GPUs, or the CPU if there are none. Accelerators like BLAS hold no buffers of their own."""
+    return _devices(*GPUS) or _devices(CPU)
+
+
+def _devices(*types: int) -> list[int]:
     ggml = _ggml()
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     ggml.ggml_backend_dev_get.restype, ggml.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     ggml.ggml_backend_dev_type.restype, ggml.ggml_backend_dev_type.argtypes = ctypes.c_int, [ctypes.c_void_p]
     devices = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
-    gpus = [device for device in devices if ggml.ggml_backend_dev_type(device) in (1, 2)]  # discrete, integrated
-    return gpus or [device for device in devices if ggml.ggml_backend_dev_type(device) == CPU]
+    return [device for device in devices if ggml.ggml_backend_dev_type(device) in types]
+
+
+def gpu_names() -> list[str]:
+    """The GPUs that the library can use, and the devices of other machines that it is connected to."""
+    describe = _ggml().ggml_backend_dev_description
+    describe.restype, describe.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    return [describe(device).decode("utf-8", errors="replace") for device in _devices(*GPUS)]
