@@ -124,6 +124,15 @@ def test_against_another_library(run_bench, tmp_path):
         assert "plain ÷ against" in alone.stdout and "on ÷ off" not in alone.stdout
 
 
+def test_threads_for_prompts_and_weights_as_they_are(run_bench, tmp_path):
+    path = tmp_path / "result.json"
+    options = ("-p", "8", "-n", "2", "--rss", "0", "--json", path)
+    for more, found in (((), (None, True)), (("-tb", "2", "--no-repack"), (2, False))):
+        assert run_bench(*options, *more).returncode == 0
+        setup = json.loads(path.read_text(encoding="utf-8"))["setup"]
+        assert (setup["n_threads"], setup["n_threads_batch"], setup["repack"]) == (1, *found)
+
+
 def test_control_has_no_adapter(run_bench):
     result = run_bench("-p", "8", "-n", "0", "--control", memory=False)
     assert result.returncode == 0, result.stderr
