@@ -664,8 +664,8 @@ def test_nothing_of_one_shows_in_another(make):
         mine, *rest = (Conversation(llm, temp=0.0, n_predict=12) for _ in range(1 + len(others)))
         decode, logits, states = llm._engine.slots.decode, [], []
 
-        def record(jobs):
-            results = decode(jobs)
+        def record(jobs, *meanwhile):
+            results = decode(jobs, *meanwhile)
             for job, result in zip(jobs, results):
                 if job.slot == mine._text.slot:
                     logits.append(llm._engine.slots.logits(result.row))

@@ -670,10 +670,10 @@ def test_a_client_that_goes_away(narrow, monkeypatch, streams):
     worker, steps, late = narrow.service.worker, [], []
     decode = worker.llm._engine.slots.decode
 
-    def decoded(jobs):
+    def decoded(jobs, *meanwhile):
         steps.append(jobs)
         late.extend(job for job, _ in worker._active if job.cancelled)
-        return decode(jobs)
+        return decode(jobs, *meanwhile)
 
     monkeypatch.setattr(worker.llm._engine.slots, "decode", decoded)
     long = {"messages": HELLO, "stream": streams, "max_tokens": 400, "grammar": "root ::= [a-z ] root"}
@@ -687,6 +687,29 @@ def test_a_client_that_goes_away(narrow, monkeypatch, streams):
     one = about(narrow, "gone")
     assert one["turns"] == 1 and one["tokens"] < 400
     narrow.http.delete("/v1/memories/gone")
+
+
+def test_a_piece_comes_while_the_next_is_computed(narrow, monkeypatch):
+    """The model does not wait for what passes its words on: it computes the next one meanwhile."""
+    slots = narrow.service.worker.llm._engine.slots
+    decode, n_decodes, got, waits = type(narrow.service.worker.llm._ctx).decode, [], [], []
+
+    def computed(context, batch):
+        n = len(n_decodes)
+        n_decodes.append(n)
+        if n > 1:  # the first has the prompt, and what it samples is passed on in the second
+            waits.append(n)
+            until(lambda: len(got) >= n, 20)
+        return decode(context, batch)
+
+    monkeypatch.setattr(type(narrow.service.worker.llm._ctx), "decode", computed)
+    monkeypatch.setattr(slots, "is_end", lambda token: False)
+    body = {"prompt": "one two", "stream": True, "max_tokens": 6, "temperature": 0, "grammar": "root ::= [a-z]+"}
+    with narrow.http.stream("POST", "/v1/completions", json=body) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["text"]:
+                got.append(line)
+    assert len(got) == 6 and waits == [2, 3, 4, 5]
 
 
 def test_requests_a_minute(tmp_path):

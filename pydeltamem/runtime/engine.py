@@ -193,6 +193,8 @@ class Engine:
     Attributes:
         lock: that of the slots. It is held for one decode and the use of its logits.
         patience: how long a decode waits for the requests of the one before: seconds at most, and share of its time.
+        computes: called in each step when llama.cpp begins to compute. What it wakes up runs beside that, and not between
+            two steps.
         stepped: called after each step (one decode, with what is planned before and sampled after it) with its seconds.
     """
 
@@ -212,6 +214,7 @@ class Engine:
         # texts whose callers should come back: thread, and time of leaving
         self._left: weakref.WeakKeyDictionary[Text, tuple[int, float]] = weakref.WeakKeyDictionary()
         self._slow: weakref.WeakSet[Text] = weakref.WeakSet()  # texts whose callers came back late
+        self.computes: Callable[[], object] = lambda: None
         self.stepped: Callable[[float], object] = lambda seconds: None
 
     def text(self, home: int | None = None) -> Text:
@@ -334,7 +337,7 @@ class Engine:
     def _decode_planned(self, batch: Sequence[tuple[Request, Piece, Job]]) -> None:
         begin = time.perf_counter()
         try:
-            results = self.slots.decode([job for _, _, job in batch])
+            results = self.slots.decode([job for _, _, job in batch], self.computes)
         except Exception as error:
             for request, _, _ in batch:
                 request.end(error)

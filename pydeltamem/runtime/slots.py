@@ -323,9 +323,10 @@ class Slots:
     #
 
     @holding("lock")
-    def decode(self, jobs: Sequence[Job]) -> list[Result]:
+    def decode(self, jobs: Sequence[Job], meanwhile: Callable[[], object] = lambda: None) -> list[Result]:
         """One llama_decode: one piece of each slot, at most n_batch tokens in all. Returns a result for each job. If
-        one is unusable (its fault), the caller must empty the KV cache (`empty_kv`).
+        one is unusable (its fault), the caller must empty the KV cache (`empty_kv`). `meanwhile` is called last before
+        llama.cpp computes, which other threads do not wait for.
 
         Raises DecodeError if llama.cpp fails; the states are then unknown.
         """
@@ -354,6 +355,7 @@ class Slots:
 
         if self.has_memory:
             self._describe(jobs, marks)
+        meanwhile()
         for job in jobs:
             self._states[job.slot] = self._records[job.slot] = None
         self.n_decodes += 1

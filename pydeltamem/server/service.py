@@ -139,7 +139,8 @@ class AsyncDeltaMem:
         self.about = sessions.about_memories(llm) if llm.memory.attached else {}
         self.adapter = self.about.get("adapter", "")
         self.has_memory = llm.memory.attached
-        self.worker = Worker(llm, n_queue)
+        self._outbox = _Outbox()
+        self.worker = Worker(llm, n_queue, self._outbox.send)
         self._n_live = max(n_live, 2 * self.worker.n_slots)
         self._live: collections.OrderedDict[tuple[str, str], Live] = collections.OrderedDict()
         self._nameless: list[tuple[str, Live]] = []  # texts of no session, with their owner, the latest last
@@ -712,7 +713,7 @@ class Answer:
             criteria=self._criteria,
             n_top=options.get("n_top"),
         )
-        generation.goes_on, generation.calls_back = self.streams, self._calls_back
+        generation.calls_back = self._calls_back
         segments = np.zeros(len(new), dtype=np.int32) if text.slots.writes_by_segment else None
         generation.ask(new, segments, known=known)
         return generation
@@ -724,7 +725,8 @@ class Answer:
         """As Job."""
         if self.first_at == 0 and generation.is_sampled_once:
             self.first_at = time.monotonic()
-        self._put(Piece(*taken(generation)))
+        if self.streams or generation.is_over:
+            self._put(Piece(*taken(generation)))
 
     def end(self, generation: Generation | None, error: BaseException | None) -> None:
         """As Job."""
@@ -774,8 +776,7 @@ class Answer:
     def _soon(self, function: Callable[..., object], *arguments: Any) -> None:
         """Calls a function in the caller's loop, unless that is gone."""
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(function, *arguments)
+            self.service._outbox.put(self._loop, function, *arguments)
 
 
 @dataclasses.dataclass(eq=False)
@@ -791,6 +792,29 @@ class _Held:
     def shown(self) -> dict[str, Any]:
         """For the log: when, to the microsecond."""
         return {"session": self.name, "time": self.ended or time.time()}
+
+
+class _Outbox:
+    """What the worker's thread has for event loops. Sent together, it wakes each loop once."""
+
+    def __init__(self) -> None:
+        self._calls: dict[asyncio.AbstractEventLoop, list[Callable[[], object]]] = {}
+
+    def put(self, loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: Any) -> None:
+        """Has a function called in a loop, after the next `send`, in the order of the calls of `put`."""
+        self._calls.setdefault(loop, []).append(functools.partial(function, *arguments))
+
+    def send(self) -> None:
+        """Sends what there is. A loop that is gone gets nothing."""
+        while self._calls:
+            loop, calls = self._calls.popitem()
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_call_all, calls)
+
+
+def _call_all(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
 
 
 class _Lock:

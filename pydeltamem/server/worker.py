@@ -1,7 +1,10 @@
 """The thread that decodes for all requests.
 
-It puts what is asked for into common batches (`Engine.wait`) and passes pieces on as they come. Requests join and
-leave between two decodes. At most as many go on as there are slots; the others wait, and owners take turns.
+It puts what is asked for into common batches (`Engine.wait`). Requests join and leave between two decodes. At most as
+many go on as there are slots; the others wait, and owners take turns.
+
+It passes the pieces of one step on when the model begins to compute the next. Whoever takes them then needs Python's
+lock while this thread does not.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ class Job(Protocol):
         """Prepares what the engine decodes. May raise DeltaMemError."""
 
     def news(self, generation: Generation) -> None:
-        """Takes the pieces that are there."""
+        """Takes the pieces that are there. It may be called often: in each step."""
 
     def end(self, generation: Generation | None, error: BaseException | None) -> None:
         """It is over, or never began."""
@@ -49,6 +52,7 @@ class Worker(threading.Thread):
     Args:
         llm: the model. While this thread runs, only `call` and jobs may touch its texts.
         n_queue: how many jobs may wait for a slot.
+        post: called after calls of jobs: sends what they have for other threads.
 
     Attributes:
         n_active: jobs that have a slot.
@@ -56,11 +60,12 @@ class Worker(threading.Thread):
         busy_since: when the present decode began, by `time.monotonic`; None between two.
     """
 
-    def __init__(self, llm: DeltaMemLlama, n_queue: int = 64) -> None:
+    def __init__(self, llm: DeltaMemLlama, n_queue: int = 64, post: Callable[[], object] = lambda: None) -> None:
         super().__init__(name="deltamem-decode", daemon=True)
         self.llm = llm
         self.n_slots = llm._engine.slots.n_seq_max
         self.n_queue = n_queue
+        self._post = post
         self.busy_since: float | None = None
         self._came = threading.Condition()
         self._queues: collections.OrderedDict[str, collections.deque[Job]] = collections.OrderedDict()
@@ -124,7 +129,9 @@ class Worker(threading.Thread):
     #
 
     def run(self) -> None:
+        self.llm._engine.computes = self._pass_on
         while True:
+            self._post()
             with self._came:
                 while not (self._calls or self._active or self._is_stopping or self.n_waiting):
                     self._came.wait()
@@ -136,6 +143,7 @@ class Worker(threading.Thread):
             if self._active:
                 self._step()
             elif self._is_stopping and not self._calls and not self.n_waiting:
+                self._post()
                 return
 
     def _admit(self) -> None:
@@ -184,6 +192,11 @@ class Worker(threading.Thread):
             else:
                 still.append((job, generation))
         self._active = still
+
+    def _pass_on(self) -> None:
+        for job, generation in self._active:
+            job.news(generation)
+        self._post()
 
     def _has_more(self) -> bool:
         """Whether there is something to do before the next decode."""
