@@ -193,8 +193,8 @@ class Engine:
     Attributes:
         lock: that of the slots. It is held for one decode and the use of its logits.
         patience: how long a decode waits for the requests of the one before: seconds at most, and share of its time.
-        computes: called in each step when llama.cpp begins to compute. What it wakes up runs beside that, and not between
-            two steps.
+        computes: called in each step when llama.cpp begins to compute. What it wakes up runs beside that, instead of
+            between two steps.
         stepped: called after each step (one decode, with what is planned before and sampled after it) with its seconds.
     """
 
