@@ -15,7 +15,7 @@ from ..bench.pairs import OFF, ON
 from ..bench.synthetic import SHAPES
 from ..errors import InputError
 from ..formats.gguf_header import Header
-from ..formats.kinds import json_of
+from ..formats.kinds import PNG, json_of
 from ..formats.outputs import output
 from ..hub import adapter_file, model_file
 from ..runtime.cpus import usable
@@ -76,6 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--nodes", action="store_true", help="time each kind of graph node, its least time, instead of whole runs"
     )
+    what.add_argument(
+        "--return", dest="returning", type=integers, metavar="N,...",
+        help="time the return to conversations of N tokens, by what is restored, and nothing else",
+    )  # fmt: skip
+    what.add_argument(
+        "--rereads", type=positive, default=1, metavar="N", help="how often --return reads the whole text (%(default)s)"
+    )
+    what.add_argument("--plot", metavar="FILE.png", help="draw what --return finds (needs matplotlib)")
     what.add_argument("--op", action="store_true", help="time the operator on one thread, with its floor and no model")
     what.add_argument(
         "--op-tokens", type=integers, default=[1, 512], metavar="N,...", help="tokens per call of --op (1,512)"
@@ -97,17 +105,28 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     err = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     out = err if args.json == "-" else Console(width=None if sys.stdout.isatty() else 120)
-    with output(args.json, REPORT) as write:
-        results = _bench_op(args, out, err) if args.op else _bench(args, out, err)
+    if args.plot:
+        from ..evals.plot import matplotlib_figure
+
+        figure_of = matplotlib_figure()
+    with output(args.json, REPORT) as write, output(args.plot, PNG) as write_plot:
+        bench = _bench_op if args.op else _bench_return if args.returning else _bench
+        results = bench(args, out, err)
+        if args.plot:
+            from ..bench.returning import picture
+
+            write_plot(picture(results["return"], figure_of))
         write(json.dumps({"version": __version__, **results}, indent=2) + "\n")
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     made = {"--ftype": args.ftype, "--outtype": args.outtype, "--vocab": args.vocab}  # by --synthetic
+    if args.plot and not args.returning:
+        raise InputError("--plot draws what --return finds: add --return, or drop --plot")
     if args.op:
         others = {"-m": args.model, "--synthetic": args.synthetic, "--deltamem": args.deltamem, **made}
-        others.update({"--against": args.against, "--nodes": args.nodes})
+        others.update({"--against": args.against, "--nodes": args.nodes, "--return": args.returning})
         if given := [name for name, value in others.items() if value]:
             raise InputError(f"--op runs without a model: drop {', '.join(given)}, or --op")
         if not all(args.op_tokens):
@@ -115,6 +134,12 @@ def _check(args: argparse.Namespace) -> None:
         if args.rank and args.rank > 64:
             raise InputError(f"--rank {args.rank}: the operator takes ranks up to 64")
         return
+    if args.returning:
+        others = {"--against": args.against, "--nodes": args.nodes, "--control": args.control}
+        if given := [name for name, value in others.items() if value]:
+            raise InputError(f"--return times one model with its memory: drop {', '.join(given)}, or --return")
+        if not all(args.returning):
+            raise InputError("--return: a conversation needs at least one token")
     if args.nodes and args.against:
         raise InputError("--nodes times the graphs of one library only: drop --against or --nodes")
     if not args.model and not args.synthetic:
@@ -129,7 +154,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--control runs without an adapter: drop --control or --deltamem")
     if args.cache_type_v not in ("f32", "f16", "bf16") and args.flash_attn == "off":
         raise InputError(f"-ctv {args.cache_type_v}: llama.cpp needs flash attention for it: add -fa on")
-    if not (any(args.n_prompt) or args.n_gen) and (not args.rss or args.control or args.nodes):
+    if not (any(args.n_prompt) or args.n_gen or args.returning) and (not args.rss or args.control or args.nodes):
         raise InputError("-p 0 and -n 0 leave nothing to time")
 
 
@@ -176,6 +201,36 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
         report = comparison.run(options, adapter, plan, against, show)
     _print(out, report)
     return report
+
+
+def _bench_return(args: argparse.Namespace, out: Console, err: Console) -> dict[str, Any]:
+    from ..bench import returning
+    from ..llama import DeltaMemLlama
+    from ..runtime import library
+
+    library.logger.setLevel("DEBUG" if args.verbose else "ERROR")
+    with progress_bar(err) as show:
+        model, adapter = _synthetic(args, show) if args.synthetic else _files(args)
+        if adapter is None:
+            raise InputError(f"{model}: has no memory to return to: add --deltamem ADAPTER")
+        options = {
+            "n_batch": args.batch_size,
+            "n_ubatch": args.ubatch_size,
+            "n_threads": args.threads or usable(),
+            "n_threads_batch": args.threads_batch or args.threads or usable(),
+            "n_gpu_layers": args.gpu_layers,
+            "flash_attn": args.flash_attn == "on",
+            "type_k": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
+            "type_v": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
+            "repack": not args.no_repack,
+        }
+
+        def load(n_ctx: int) -> DeltaMemLlama:
+            return DeltaMemLlama(model, deltamem_path=None if adapter == model else adapter, n_ctx=n_ctx, **options)
+
+        report = returning.run(load, args.returning, args.pairs, args.rereads, show)
+    _print_return(out, report)
+    return {"setup": {"model": model, "deltamem": adapter, **options}, "return": report}
 
 
 def _files(args: argparse.Namespace) -> tuple[str, str | None]:
@@ -238,6 +293,27 @@ def _print_op(out: Console, report: dict[str, Any]) -> None:
         )
     for floor in floors.values():
         _say(out, f"Floor, {floor['text']}")
+
+
+def _print_return(out: Console, report: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from ..bench.returning import MEMORY, TEXT, WINDOW, sooner
+
+    names = {MEMORY: "memory", WINDOW: f"memory, last {report['window']} tokens", TEXT: "whole text"}
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("history", "restored", "seconds to the first token", "interval", "as soon as by the text", "bytes"):
+        table.add_column(column, justify="left" if column == "restored" else "right", no_wrap=True)
+    for run in report["runs"]:
+        for way, one in run["ways"].items():
+            table.add_row(
+                f"{run['history']:,}", names.get(way, "memory and KV cache"), f"{one['seconds']:.3f}",
+                f"{one['low']:.3f}–{one['high']:.3f}" if len(one["times"]) > 1 else "one run",
+                f"{sooner(run, way):.1f} ×", f"{one['bytes']:,}",
+            )  # fmt: skip
+    out.print(table)
+    _say(out, f"What is said next has {report['said']} tokens. Medians, and their intervals by order statistics.")
 
 
 def _print(out: Console, results: dict[str, Any]) -> None:
