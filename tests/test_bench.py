@@ -332,6 +332,10 @@ def test_median_interval_covers_the_median():
         (("--synthetic", "qwen3-0.6b", "--deltamem", "x"), ("--synthetic", "--deltamem")),
         (("-m", "x", "--control", "--deltamem", "y"), ("--control", "--deltamem")),
         (("-m", "x", "-ctv", "q8_0"), ("-ctv q8_0", "-fa on")),
+        (("-m", "x", "--plot", "y.png"), ("--plot", "--return")),
+        (("-m", "x", "--return", "8", "--nodes"), ("--return", "--nodes")),
+        (("-m", "x", "--return", "8,0"), ("--return",)),
+        (("--op", "--return", "8"), ("--op", "--return")),
         (("-m", "x", "-p", "0", "-n", "0"), ("-p 0", "-n 0")),
         (("-m", "x", "-p", "0", "-n", "0", "--rss", "64", "--control"), ("-p 0", "-n 0")),
         (("-m", "x", "-p", "0", "-n", "0", "--rss", "64", "--nodes"), ("-p 0", "-n 0")),
@@ -363,6 +367,8 @@ def test_refused_by_the_library(run_bench, base, tmp_path):
     refused(run_bench(*short, "--deltamem", tmp_path / "none", memory=False), tmp_path / "none")
     refused(run_bench(*short, "--rss", "0", "--against", broken), broken)
     refused(run_bench(*short, "-m", cut), cut)
+    refused(run_bench("--return", "8", memory=False), base(), "--deltamem")
+    refused(run_bench("--return", "8", "-m", cut), cut)
     nothing = run_bench("-p", "0", "-n", "0", "--rss", "8", "--against", library.library_folder(), memory=False)
     refused(nothing, "-p 0", "-n 0", "--rss")
 

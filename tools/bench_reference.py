@@ -1,6 +1,6 @@
 """Compares the native speed with that of PyTorch, `pydeltamem.train.reference`, on one shape (`make bench-reference`).
 
-    python tools/bench_reference.py --shape qwen3-0.6b --pairs 10 [--ftype q4_k_m f16] [--flash-attn off on]
+    python tools/bench_reference.py --pairs 10 [--ftype q4_k_m f16] [--flash-attn off on] [--repack on off]
 
 Weights are random. PyTorch runs in bfloat16, with the KV cache and the fused attention of transformers. It computes the
 recurrence of a prompt both token by token, as published, and in chunks. The sides take turns: each decodes a prompt
@@ -60,9 +60,9 @@ class Reference:
         return middle - start, perf_counter() - middle
 
 
-def native(shape: str, ftype: str, flash_attn: bool, n_ctx: int, n_threads: int) -> Runner:
+def native(shape: str, ftype: str, flash_attn: bool, repack: bool, n_ctx: int, n_threads: int) -> Runner:
     path, adapter = synthetic_files(shape, ftype, "f16", 8, 1)
-    options = Options(path, n_ctx, 512, 512, n_threads, 0, flash_attn, "f16", "f16")
+    options = Options(path, n_ctx, 512, 512, n_threads, 0, flash_attn, "f16", "f16", repack=repack)
     return Runner(Model(library.llama_cpp, options), adapter)
 
 
@@ -71,6 +71,9 @@ def main() -> int:
     parser.add_argument("--shape", default="qwen3-0.6b", choices=[name for name in SHAPES if name.startswith("qwen3")])
     parser.add_argument("--ftype", nargs="+", default=["q4_k_m", "f16"])
     parser.add_argument("--flash-attn", nargs="+", default=["off", "on"], choices=("off", "on"))
+    parser.add_argument(
+        "--repack", nargs="+", default=["on"], choices=("on", "off"), help="weights when they are loaded"
+    )
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--decode", type=int, default=16)
@@ -82,9 +85,12 @@ def main() -> int:
     reference = Reference(args.shape)
     n_ctx = args.prompt + args.decode + 1
     runners = {
-        f"{ftype}, flash attention {choice}": native(args.shape, ftype, choice == "on", n_ctx, args.threads)
+        f"{ftype}, flash attention {choice}{', not repacked' * (repack == 'off')}": native(
+            args.shape, ftype, choice == "on", repack == "on", n_ctx, args.threads
+        )
         for ftype in args.ftype
         for choice in args.flash_attn
+        for repack in args.repack
     }
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"prefill": [], "decode": []} for name in (*FORMS, *runners)
@@ -110,7 +116,7 @@ def main() -> int:
                 ratios = [theirs / ours for theirs, ours in zip(seconds[form][what], seconds[name][what])]
                 low, high, _ = median_interval(ratios)
                 print(
-                    f"    {name:28} {n_tokens / median(seconds[name][what]):8.2f} tokens/s, {median(ratios):.2f} × as"
+                    f"    {name:42} {n_tokens / median(seconds[name][what]):8.2f} tokens/s, {median(ratios):.2f} × as"
                     f" fast ({low:.2f} to {high:.2f}, {args.pairs} pairs)"
                 )
                 found = {"ratio": median(ratios), "low": low, "high": high, "pairs": args.pairs}
