@@ -1,0 +1,126 @@
+"""deltamem sessions: list, export, import, delete and vacuum, on a store of this test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sqlite3
+import sys
+
+import numpy as np
+import pytest
+
+from pydeltamem import MemorySnapshot
+from pydeltamem.cli import main
+from pydeltamem.server.session import imported
+from pydeltamem.server.store import Record, Store
+from refusals import check_names
+
+
+def snapshot(seed, **metadata):
+    state = np.random.default_rng(seed).standard_normal((2, 1, 8, 8)).astype(np.float32)
+    return MemorySnapshot(state, {"adapter": "ab" * 32, "tokens_written": str(10 + seed), **metadata})
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store of ada and bo, without keys, and of a diary of each of two keys."""
+    store = Store(f"sqlite:///{tmp_path / 'sessions.db'}")
+    for seed, (owner, name) in enumerate([("", "ada"), ("", "bo"), ("1" * 64, "diary"), ("12" * 32, "diary")]):
+        store.commit(dataclasses.replace(imported(Record(owner, name), snapshot(seed)), turns=seed))
+    store.commit(Record("", "empty"))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def sessions(store, capsys):
+    """sessions(*arguments): exit code, standard output, standard error."""
+
+    def run(*arguments):
+        code = main.main(["sessions", "--store", store.url, *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_list(sessions, store):
+    code, out, _ = sessions("list", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [(each["session"], each["owner"]) for each in found] == [
+        ("empty", ""), ("diary", "121212121212"), ("diary", "111111111111"), ("bo", ""), ("ada", ""),
+    ]  # fmt: skip
+    size = len(store.get("", "bo").memory)
+    assert found[3] == {
+        "session": "bo", "owner": "", "version": 1, "turns": 1, "tokens": 11, "bytes": size,
+        "updated": f"{store.get('', 'bo').updated.isoformat(timespec='seconds')}Z",
+    }  # fmt: skip
+    code, out, _ = sessions("list")
+    assert code == 0
+    rows = [line for line in out.splitlines() if " bo " in line]
+    assert len(rows) == 1 and str(size) in rows[0]
+
+
+def test_a_memory_goes_out_and_into_another_session(sessions, store, tmp_path):
+    file = tmp_path / "bo.memory"
+    assert sessions("export", "bo", file)[0] == 0
+    assert np.array_equal(MemorySnapshot.load(file).state, snapshot(1).state)
+
+    for name, version in (("ada", 2), ("new", 1)):
+        assert sessions("import", name, file)[0] == 0
+        record = store.get("", name)
+        assert (record.version, record.tokens, record.turns) == (version, 11, 0)
+        assert np.array_equal(MemorySnapshot.from_bytes(record.memory).state, snapshot(1).state)
+
+    assert sessions("export", "diary", file, "--owner", "12")[0] == 0
+    assert np.array_equal(MemorySnapshot.load(file).state, snapshot(3).state)
+    assert sessions("import", "diary", file, "--owner", "11")[0] == 0
+    assert store.get("1" * 64, "diary").tokens == 13
+
+
+def test_delete_and_vacuum(sessions, store, tmp_path):
+    assert sessions("delete", "ada", "bo")[0] == 0
+    assert sessions("delete", "diary", "--owner", "12")[0] == 0
+    assert {(record.owner, record.name) for record in store.list()} == {("1" * 64, "diary"), ("", "empty")}
+    assert sessions("vacuum")[0] == 0
+    with sqlite3.connect(tmp_path / "sessions.db") as database:
+        assert database.execute("PRAGMA freelist_count").fetchone() == (0,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("export", "carl", "x.memory"), ("carl", "sessions.db")),
+        (("export", "empty", "x.memory"), ("empty",)),
+        (("export", "diary", "x.memory"), ("diary",)),  # of nobody: it belongs to a key
+        (("export", "diary", "x.memory", "--owner", "1"), ("--owner 1", "2")),  # two begin so
+        (("export", "diary", "x.memory", "--owner", "9"), ("--owner 9",)),
+        (("import", "ada", "other.memory"), ("ada", "other.memory")),  # of another adapter
+        (("import", "ada", "none.memory"), ("none.memory",)),
+        (("delete", "ada", "carl"), ("carl", "sessions.db")),
+    ],
+)
+def test_refused(sessions, store, tmp_path, monkeypatch, arguments, names):
+    monkeypatch.chdir(tmp_path)
+    snapshot(5, adapter="cd" * 32).save("other.memory")
+    code, out, error = sessions(*arguments)
+    assert (code, out) == (1, "")
+    check_names(error.rstrip("\n"), names)
+    assert not (tmp_path / "x.memory").exists()
+    assert store.count() == (4 if "delete" in arguments else 5)
+
+
+def test_the_store_of_the_user_is_the_default(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("platformdirs.user_data_dir", lambda name, **_: str(tmp_path / "data" / name))
+    assert main.main(["sessions", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert (tmp_path / "data" / "deltamem" / "sessions.db").is_file()
+
+
+def test_without_the_packages_of_the_server(sessions, monkeypatch):
+    monkeypatch.delitem(sys.modules, "pydeltamem.server.store")
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    code, _, error = sessions("list")
+    assert code == 1
+    check_names(error.rstrip("\n"), ["pydeltamem[server]"])
