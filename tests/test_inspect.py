@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import struct
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from pydeltamem.errors import AdapterError, MemoryFileError, ModelError
 from pydeltamem.formats.description import describe
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.formats.memory_file import write_memory_file
+from refusals import refuses
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def without_tensors(path, keys):
     """A GGUF of keys alone."""
     writer = gguf.GGUFWriter(path, "qwen3")
     for key, value in keys.items():
-        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add = {str: writer.add_string, list: writer.add_array}.get(type(value), writer.add_uint32)
         add(key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -259,6 +261,41 @@ def test_tables(printed, base, adapter, packed, memory):
     assert "state [L, H, r, r] 2 × 2 × 3 × 3" in lines and "adapter talker" in lines and "layer |S|" in lines
 
 
+def test_values_per_layer_are_a_span(printed, tmp_path):
+    """And a file type that this gguf package does not know is its number, and no tensors are no table."""
+    keys = {
+        "qwen3.attention.head_count": [4, 8, 4], "qwen3.attention.head_count_kv": [2, 2, 2], "general.file_type": 999,
+    }  # fmt: skip
+    path = without_tensors(tmp_path / "layers.gguf", keys)
+    out = printed(path)
+    assert "4 to 8" in out and "2 to 2" not in out and "999" in out and "Tensors" not in out
+    assert describe(path)["model"]["file_type"] == "999"
+
+
+def saved_at(path, date):
+    with safetensors.safe_open(path, framework="numpy") as file:
+        arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    safetensors.numpy.save_file(arrays, path, {**metadata, "saved": date})
+
+
+@pytest.mark.parametrize(
+    ("ago", "words"),
+    [({"days": 3}, "3 days"), ({"days": 1}, "1 day"), ({"hours": 5}, "5 hours"), ({"minutes": 2}, "2 minutes")],
+)
+def test_the_age_of_a_memory(printed, memory, ago, words):
+    saved = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(**ago)
+    saved_at(memory[0], saved.isoformat())
+    assert f", {words} ago" in printed(memory[0])
+
+
+@pytest.mark.parametrize("saved", ["yesterday", "2026-01-01T00:00:00"])
+def test_an_age_that_is_not_known(printed, memory, saved):
+    """No date, or one of an unknown time zone."""
+    saved_at(memory[0], saved)
+    assert describe(memory[0])["memory"]["age_seconds"] is None
+    assert " ago" not in printed(memory[0])
+
+
 def test_names_are_no_markup(printed, base, adapter, tmp_path):
     path = rewritten(tmp_path / "odd.gguf", adapter("qwen3", "tsw_qo"), general__name="[red]:smile: [/nothing]")
     assert "name [red]:smile: [/nothing]" in [words(line) for line in printed(path).splitlines()]
@@ -354,3 +391,35 @@ def test_no_language_model(adapter, tmp_path, capsys):
     assert describe(path)["kind"] == "base"
     path.write_bytes(path.read_bytes().replace(b"general.architecture", b"general.architecturf"))
     refused(path, ModelError, "has no key general.architecture", capsys)
+
+
+def string(text):
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def entry(name, n=32, kind=0, offset=0):
+    return string(name) + struct.pack("<IQIQ", 1, n, kind, offset)
+
+
+@pytest.mark.parametrize(
+    ("keys", "entries", "names"),
+    [
+        ([string("general.alignment") + struct.pack("<II", 4, 48)], [], ["general.alignment", "48"]),
+        ([string("odd") + struct.pack("<IIQIQ", 9, 9, 1, 4, 0)], [], []),  # a list of lists
+        ([], [entry("twice"), entry("twice", offset=128)], ["twice"]),
+        ([], [entry("rows", n=33, kind=8)], ["rows", "33", "Q8_0"]),  # blocks of 32
+    ],
+)
+def test_damaged_header(tmp_path, keys, entries, names):
+    path = tmp_path / "damaged.gguf"
+    start = b"GGUF" + struct.pack("<IQQ", 3, len(entries), len(keys))
+    path.write_bytes(start + b"".join([*keys, *entries]) + bytes(4096))
+    with refuses(ModelError, path, *names):
+        describe(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file of /proc that cannot be read")
+@pytest.mark.parametrize("read", [describe, Header])
+def test_a_file_that_cannot_be_read(read):
+    with refuses(ModelError, "/proc/self/mem"):
+        read("/proc/self/mem")

@@ -9,6 +9,10 @@ from pathlib import Path
 import gguf
 import pytest
 
+from pydeltamem.errors import ModelError
+from pydeltamem.formats.model_numbers import check_numbers
+from refusals import refuses
+
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny" / "base.gguf"  # Qwen3, 4 layers, heads of 32
 EXPERTS = {"expert_count": 4, "expert_used_count": 2}
 
@@ -110,6 +114,36 @@ def test_bad_numbers(write, tmp_path, changes, key):
 @pytest.mark.parametrize("changes", GOOD, ids=str)
 def test_good_numbers(write, tmp_path, changes):
     assert outcome(write(changes), tmp_path / "quantized.gguf") == ["works", "works"]
+
+
+HEADS = {"attention.head_count": 4, "embedding_length": 128}  # of 32
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "key"),
+    [
+        ("qwen3", {"attention.key_length": 32, "attention.value_length": 16}, "attention.value_length"),
+        ("gemma3", {"rope.dimension_count": 31}, "rope.dimension_count"),
+        ("gemma3", {"rope.dimension_count": 34}, "rope.dimension_count"),
+        ("hunyuan-moe", {"expert_count": 2, "expert_used_count": 3}, "expert_used_count"),
+    ],
+)
+def test_bad_numbers_of_an_architecture(architecture, changes, key):
+    keys = {f"{architecture}.{name}": value for name, value in {**HEADS, **changes}.items()}
+    with refuses(ModelError, "a.gguf", f"{architecture}.{key}", changes[key]):
+        check_numbers("a.gguf", {"general.architecture": architecture, **keys})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("gemma3", {"rope.dimension_count": 16}),
+        ("hunyuan-dense", {"expert_count": 1, "expert_used_count": 8}),  # one expert is none
+    ],
+)
+def test_good_numbers_of_an_architecture(architecture, changes):
+    keys = {f"{architecture}.{name}": value for name, value in {**HEADS, **changes}.items()}
+    check_numbers("a.gguf", {"general.architecture": architecture, **keys})
 
 
 def test_overrides(write):

@@ -16,7 +16,9 @@ from pydeltamem.convert.adapter import write_adapter
 from pydeltamem.convert.hf import convert_base
 from pydeltamem.formats.base_model import Base
 from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from pydeltamem.formats.kinds import CONVERSATIONS, PNG
 from pydeltamem.formats.memory_file import write_memory_file
+from pydeltamem.formats.outputs import output, writing
 from pydeltamem.formats.packed import pack, unpack
 from pydeltamem.runtime.quantize import quantize
 from refusals import refuses
@@ -28,6 +30,8 @@ SMALL = Shape("qwen3", 2, 64, 2, 1, 32, 64)
 KINDS = (
     "text",
     "json",
+    "damaged json",
+    "lines",
     "memory",
     "npz",
     "memory json",
@@ -51,6 +55,8 @@ def files(base, adapter, golden_dir, tmp_path_factory):
     made = {kind: folder / kind for kind in KINDS}
     made["text"].write_text("Dear diary")
     made["json"].write_text('{"of": "somebody else"}')
+    made["damaged json"].write_text('{"state": [')
+    made["lines"].write_text('{"turns": []}\n{"turns": []}\n')
     SNAPSHOT.save(made["memory"])
     SNAPSHOT.to_npz(made["npz"])
     SNAPSHOT.to_json(made["memory json"])
@@ -103,6 +109,22 @@ def test_memory_files(files, tmp_path, llm):
     saves = [SNAPSHOT.save, llm.memory.save, lambda path: write_memory_file(path, SNAPSHOT.state * 2, METADATA)]
     for save in saves:
         refused(lambda save=save: save(path), path, files, ["memory"], MemoryFileError)
+
+
+def test_conversations(files, tmp_path):
+    path = tmp_path / "a.jsonl"
+
+    def save():
+        with writing(path, CONVERSATIONS) as temporary:
+            temporary.write_text('{"turns": [1]}\n')
+
+    refused(save, path, files, ["lines", "json", "memory json"], OutputError)  # an object on one line is one of them
+
+
+def test_bytes_go_to_the_standard_output(capfdbinary):
+    with output("-", PNG) as write:
+        write(b"\x89PNG")
+    assert capfdbinary.readouterr().out == b"\x89PNG"
 
 
 def test_a_conversation_does_not_open_another_file(files, tmp_path, llm):

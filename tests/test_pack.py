@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 
@@ -379,6 +380,30 @@ def test_shards_that_are_not_whole(base, adapter, tmp_path):
     moved = files[0].rename(tmp_path / "model.gguf")
     with refuses(ModelError, moved, "...-00001-of-00004.gguf"):
         unpack(moved, tmp_path / "a", tmp_path / "b")
+
+
+def test_too_many_shards(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("pydeltamem.formats.packed.MAX_SHARDS", 3)
+    with refuses(InputError, tmp_path / "model.gguf", 3):
+        pack(base(), adapter("qwen3", "tsw_qo"), tmp_path / "model.gguf", max_tensors=10)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_of_a_type_that_is_too_new(base, adapter, tmp_path):
+    data, name = base().read_bytes(), b"output_norm.weight"
+    place = data.index(name) + len(name) + 4 + 8  # after the name: the number of dimensions, the one, the type
+    path = tmp_path / "new.gguf"
+    path.write_bytes(data[:place] + (99).to_bytes(4, "little") + data[place + 4 :])
+    with refuses(ModelError, path, name.decode()):
+        pack(path, adapter("qwen3", "tsw_qo"), tmp_path / "packed.gguf")
+
+
+def test_a_base_that_is_cut_while_it_is_packed(base, adapter, tmp_path):
+    path = tmp_path / "base.gguf"
+    shutil.copy(base(), path)
+    with refuses(ModelError, path):
+        pack(path, adapter("qwen3", "tsw_qo"), tmp_path / "packed.gguf", lambda n, total: os.truncate(path, 1000))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_packing_in_shards_that_fails_leaves_nothing(base, adapter, tmp_path):
