@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import json
 import math
 import random
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
+import tarfile
+import types
+from pathlib import Path
 
 import pytest
 
-from pydeltamem.bench import floor, ggml_graph, nodes, operator, pairs, runs, worker
+from pydeltamem.bench import floor, ggml_graph, instructions, machine, nodes, operator, pairs, runs, worker
 from pydeltamem.bench.pairs import median_interval
-from pydeltamem.errors import AdapterError, InputError, LibraryError, OutputError
+from pydeltamem.cli import main
+from pydeltamem.errors import AdapterError, DecodeError, InputError, LibraryError, ModelError, OutputError
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.runtime import library
 from pydeltamem.runtime.quantize import file_type
 from refusals import refused, refuses
 from test_cli import deltamem
+from test_unsupported import bitnet, rewrite  # noqa: F401 - a fixture
 
 SMALL = ["-t", "1", "--pairs", "2"]
 
@@ -134,8 +143,9 @@ def test_threads_for_prompts_and_weights_as_they_are(run_bench, tmp_path):
 
 
 def test_control_has_no_adapter(run_bench):
-    result = run_bench("-p", "8", "-n", "0", "--control", memory=False)
+    result = run_bench("-p", "8", "-n", "0", "--control", "--renew", "0", memory=False)
     assert result.returncode == 0, result.stderr
+    assert "which all share contexts" in result.stdout
     assert "no adapter either" in result.stdout and "on ÷ off" in result.stdout and "Adapter:" not in result.stdout
 
 
@@ -293,6 +303,48 @@ def test_worker_does_what_a_runner_does(options, adapter):
         worker.Worker(library.library_folder(), options, options.model)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_worker_that_does_not_end_is_killed(options, monkeypatch):
+    side = worker.Worker(library.library_folder(), options)
+    side.process.send_signal(signal.SIGSTOP)
+    wait = side.process.wait
+
+    def impatient(timeout=None):
+        if timeout is not None:
+            raise subprocess.TimeoutExpired("worker", timeout)
+        return wait()
+
+    monkeypatch.setattr(side.process, "wait", impatient)
+    side.close()
+    assert side.process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture
+def of_no_architecture(base, tmp_path):
+    """A file that our reader takes and llama.cpp does not load."""
+    return rewrite(base(), tmp_path / "qwen99.gguf", "qwen99")
+
+
+def test_what_cannot_be_run(options, runner, bitnet, adapter, of_no_architecture, tmp_path):  # noqa: F811
+    made = []
+
+    def model(**changed):
+        made.append(runs.Model(library.llama_cpp, dataclasses.replace(options, **changed)))
+        return made[-1]
+
+    with refuses(ModelError, of_no_architecture):
+        model(model=str(of_no_architecture))
+    with refuses(DecodeError, options.model):
+        runner().prefill(300)  # the context holds 256 tokens
+    with refuses(ModelError, options.model):
+        runs.Runner(model(type_v="q8_0"))  # needs flash attention
+    memory = str(rewrite(adapter("smollm3", "tsw_qo"), tmp_path / "adapter.gguf", "bitnet"))
+    with refuses(AdapterError, memory, "bitnet"):
+        runs.Runner(model(model=str(bitnet)), memory)  # the graph passes by its hooks
+    for one in made:
+        one.close()
+
+
 def test_median_interval_covers_the_median():
     """The stated confidence is that of the binomial distribution, and it holds on samples."""
     for n in range(1, 40):
@@ -354,12 +406,13 @@ def test_usage(args):
     assert result.returncode == 2 and "usage:" in result.stderr
 
 
-def test_refused_by_the_library(run_bench, base, tmp_path):
+def test_refused_by_the_library(run_bench, base, of_no_architecture, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "libllama.so").write_bytes(b"x")
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(base().read_bytes()[:100_000])
+    odd = of_no_architecture
     short = ["-p", "8", "-n", "0"]
     refused(run_bench(*short, memory=False), base(), "--deltamem", "--against")
     refused(run_bench(*short, "--deltamem", base(), memory=False), base())
@@ -367,6 +420,10 @@ def test_refused_by_the_library(run_bench, base, tmp_path):
     refused(run_bench(*short, "--deltamem", tmp_path / "none", memory=False), tmp_path / "none")
     refused(run_bench(*short, "--rss", "0", "--against", broken), broken)
     refused(run_bench(*short, "-m", cut), cut)
+    refused(run_bench(*short, "-m", odd, "--rss", "0"), odd, "qwen99")
+    refused(
+        run_bench(*short, "-m", odd, "--control", "--against", library.library_folder(), memory=False), odd, "qwen99"
+    )
     refused(run_bench("--return", "8", memory=False), base(), "--deltamem")
     refused(run_bench("--return", "8", "-m", cut), cut)
     nothing = run_bench("-p", "0", "-n", "0", "--rss", "8", "--against", library.library_folder(), memory=False)
@@ -384,6 +441,80 @@ def test_op(tmp_path):
         assert row["instructions"] is None or row["instructions"] > found["floor"][str(row["rank"])]["issue_cycles"]
     assert found["floor"]["8"]["text"] in result.stdout
     assert result.stdout.count("not available") == sum(row["instructions"] is None for row in found["op"])
+
+
+@pytest.mark.parametrize(
+    ("function", "returns"),
+    [("ggml_backend_dev_by_type", None), ("ggml_backend_alloc_ctx_tensors", None), ("ggml_backend_graph_compute", 1)],
+)
+def test_op_without_a_cpu_or_ram_or_a_result(monkeypatch, function, returns):
+    real = ggml_graph.ggml_library()
+
+    class Failing:
+        def __getattr__(self, name):
+            return (lambda *_: returns) if name == function else getattr(real, name)
+
+    monkeypatch.setattr(ggml_graph, "ggml_library", Failing)
+    with refuses(LibraryError, "--op"):
+        operator.measure(8, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("what", "option"), [(ggml_graph.ggml_library, "--op"), (nodes.Nodes, "--nodes")])
+def test_a_library_that_hides_ggml(monkeypatch, what, option):
+    monkeypatch.setattr(library.llama_cpp.llama_cpp, "_lib", types.SimpleNamespace(_name="libother.so"))
+    with refuses(LibraryError, "libother.so", option):
+        what()
+
+
+def test_a_kernel_that_cannot_be_called(monkeypatch):
+    """As in a build with a ggml-cpu per CPU: the floor has cycles only, for the widest vectors that any CPU has."""
+    monkeypatch.setattr(floor, "ggml_library", object)
+    assert floor.cycle_ns(1) is None and floor.per_cycle(1, 1.0) is None
+    assert floor.simd_name() == "unknown" and floor.lanes() == 16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's performance counters")
+@pytest.mark.parametrize("works", [True, False])
+def test_instructions_are_counted_while_it_works(monkeypatch, tmp_path, works):
+    """Counters that are allowed, as they are in few containers; and that fail later."""
+    import fcntl
+    import os
+
+    done = []
+    file = tmp_path / "counter"
+    file.write_bytes((1234).to_bytes(8, sys.byteorder))
+    counter = os.open(file, os.O_RDONLY)
+
+    def ioctl(fd, request, argument):
+        assert fd == counter
+        if not works:
+            raise OSError("no counter")
+        done.append({0x2400: "on", 0x2401: "off", 0x2403: "reset"}[request])
+
+    def syscall(*_):
+        return counter
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(instructions.ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace(syscall=syscall))
+    assert instructions.count_instructions(lambda: done.append("work")) == (1234 if works else None)
+    assert done == (["reset", "on", "work", "off"] if works else [])
+    with pytest.raises(OSError):
+        os.fstat(counter)  # it is closed
+
+
+def test_instructions_of_another_machine(monkeypatch):
+    monkeypatch.setattr(instructions.platform, "machine", lambda: "abacus")
+    assert instructions.count_instructions(lambda: pytest.fail("nothing counts")) is None
+
+
+def test_ram_where_the_system_tells_only_the_peak(monkeypatch):
+    known = machine.resident()["peak"]
+
+    def missing(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert machine.resident() == {"peak": pytest.approx(known, rel=0.2)}
 
 
 def test_op_computes_the_operator(monkeypatch):
@@ -457,3 +588,49 @@ def test_synthetic_files_are_kept(tmp_path, monkeypatch, golden_dir):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with refuses(OutputError, "--synthetic", models.cache_folder()):
         models.synthetic_files(*arguments)
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """--synthetic tiny, and an empty cache."""
+    from pydeltamem.bench import models, synthetic
+
+    shape = synthetic.Shape("qwen3", n_layer=2, n_embd=64, n_head=2, n_head_kv=1, head_dim=32, n_ff=64, n_ctx=512)
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", shape)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return models
+
+
+def test_the_vocabulary_of_the_build(tiny, golden_dir, monkeypatch, tmp_path, capsys):
+    """From the sources that the build unpacked, else from the download, of which a copy is kept."""
+    vocabulary, name = golden_dir / "qwen3" / "base-f32.gguf", tiny.VOCABULARIES["qwen3"]
+    monkeypatch.setattr(tiny, "__file__", str(tmp_path / "pydeltamem" / "bench" / "models.py"))
+    build, arguments = tmp_path / "build" / "native", ("tiny", "f16", "f16", 4, 1)
+    with refuses(InputError, "--vocab", build):
+        tiny.synthetic_files(*arguments)
+
+    (build / "download").mkdir(parents=True)
+    (build / "download" / "llama_cpp_python-0.cut.tar.gz").write_bytes(b"cut")
+    for release, add in (("1", lambda tar, member: tar.add(tmp_path / "build", member, recursive=False)),
+                         ("2", lambda tar, member: tar.add(vocabulary, member))):  # fmt: skip
+        with tarfile.open(build / "download" / f"llama_cpp_python-{release}.tar.gz", "w:gz") as tar:
+            add(tar, f"llama_cpp_python-{release}/vendor/llama.cpp/models/{name}")
+    files = {Path(path) for path in tiny.synthetic_files(*arguments)}
+    kept = tiny.cache_folder() / name
+    assert kept.read_bytes() == vocabulary.read_bytes()
+    assert set(tiny.cache_folder().iterdir()) == {*files, kept}
+
+    shutil.rmtree(build)  # the copy is enough
+    for file in files:
+        file.unlink()
+    assert (
+        main.main(["bench", "--synthetic", "tiny", "--ftype", "f16", *SMALL, "-p", "8", "-n", "0", "--rss", "0"]) == 0
+    )
+    assert "prefill 8" in capsys.readouterr().out
+
+    kept.unlink()
+    models = build / "llama.cpp" / "models"
+    models.mkdir(parents=True)
+    shutil.copy(vocabulary, models / name)
+    assert tiny.synthetic_files("tiny", "f32", *arguments[2:])[0].endswith("tiny-f32.gguf")
+    assert not kept.exists()

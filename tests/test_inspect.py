@@ -274,7 +274,7 @@ def test_values_per_layer_are_a_span(printed, tmp_path):
 
 def saved_at(path, date):
     with safetensors.safe_open(path, framework="numpy") as file:
-        arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        arrays, metadata = {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata()
     safetensors.numpy.save_file(arrays, path, {**metadata, "saved": date})
 
 

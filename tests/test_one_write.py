@@ -10,7 +10,7 @@ import pytest
 from llama_cpp import LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
-from pydeltamem import Conversation, DeltaMemLlama, InputError
+from pydeltamem import Conversation, DeltaMemLlama, InputError, ModelError
 from pydeltamem.runtime.engine import Request
 from refusals import refuses
 
@@ -267,6 +267,19 @@ def test_going_back_in_a_hybrid(make_hybrid):
     state, logits = once([*HYBRID[:4], 20, 21, 24])
     np.testing.assert_allclose(llm.memory.state, state, **SAME)
     np.testing.assert_allclose(llm.logits, logits, rtol=0, atol=1e-4)
+
+
+def test_decode_of_a_hybrid_cannot_be_timed(hybrid_files):
+    """The bench decodes at the same depth again and again."""
+    from pydeltamem.bench import runs
+    from pydeltamem.runtime import library
+
+    model = runs.Model(library.llama_cpp, runs.Options(str(hybrid_files[0]), 256, 64, 32, 1, 0, False, "f16", "f16"))
+    side = runs.Runner(model, None)
+    with refuses(ModelError, hybrid_files[0]):
+        side.decode(20, 2)
+    side.close()
+    model.close()
 
 
 def test_a_hybrid_goes_on(make_hybrid):

@@ -383,10 +383,8 @@ def _print(out: Console, results: dict[str, Any]) -> None:
 
 def _amount(n: int) -> str:
     """A number in thousands, millions or billions (of bytes: kB, MB, GB)."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= size:
-            return f"{n / size:.2f} {unit}"
-    return f"{n} "
+    unit, size = next((unit, size) for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if n >= size or unit == "k")
+    return f"{n / size:.2f} {unit}"
 
 
 def _sample(setup: dict[str, Any]) -> str:
