@@ -43,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fleet-tools fleet-test fleet-kills fleet-turns fleet-skew fuzz fuzz-native soak bench bench-reference cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel check-wheel clean help
+.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fleet-tools fleet-test fleet-kills fleet-turns fleet-skew fuzz fuzz-native soak bench bench-reference cuda-bundle cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -236,6 +236,10 @@ bench-reference: $(INSTALLED) ## compare the speed of the native runtime with Py
 
 cuda-check: $(INSTALLED) ## build for the GPU of this machine, test, and measure (CUDA_ARGS: CMake options)
 	$(BIN)/python tools/cuda_check.py -- $(CUDA_ARGS)
+
+# Its Python is that of the GPU machine (BUNDLE_ARGS).
+cuda-bundle: $(INSTALLED) ## pack cuda-check into one archive, for a GPU machine without a network (BUNDLE_ARGS: --python 3.12)
+	$(BIN)/python tools/cuda_bundle.py build/cuda-bundle $(BUNDLE_ARGS)
 
 # Nobody runs this build, so nvcc skips its optimisations if it can (since CUDA 12.9): minutes instead of hours.
 # `ctest -R cuda-compile` compiles our own sources with them.

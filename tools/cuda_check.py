@@ -3,7 +3,8 @@
     python tools/cuda_check.py [--build build/cuda] [--shape qwen3-4b] [--minutes 10] [-- CMake options]
 
 1. builds llama.cpp with the operator for this GPU alone, without flash attention (which takes most of a build's time),
-   and with cuBLAS from pip where the toolkit has none; the random models of step 4 are written meanwhile;
+   and with cuBLAS from pip where the toolkit has none; the random models of step 4 are written meanwhile, or from then
+   on where our package was not built (`make cuda-bundle`);
 2. runs the operator's tests on it, plain and under compute-sanitizer's memcheck and racecheck where that is installed;
 3. runs the golden cases, memory files, several sequences and the CUDA graph test (tests/test_cuda.py), with products of
    float32 as such, not as TF32;
@@ -118,8 +119,9 @@ def configure(check: Check, options: list[str]) -> bool:
         "cmake", "-S", ROOT, "-B", check.build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
         "-DDELTAMEM_BUILD_TESTS=ON", "-DGGML_CUDA=ON", "-DGGML_CUDA_FA=OFF", "-DGGML_CUDA_NO_VMM=ON",
         "-DCMAKE_CUDA_ARCHITECTURES=native",
-        # the source that the package was built from, if it was here
+        # the source that the package was built from, if it was here, or that of `make cuda-bundle`
         *(f"-DDELTAMEM_LLAMA_CPP_SOURCE={path}" for path in (ROOT / "build/native/download").glob("*.tar.gz")),
+        *(f"-DDELTAMEM_LLAMA_CPP_SOURCE={path.parent}" for path in ROOT.glob("llama.cpp/CMakeLists.txt")),
         *options,
     ]  # fmt: skip
     if check.run("configure", *command, timeout=120, counts=False) is not None:
@@ -269,9 +271,19 @@ def steps(check: Check, shape: str, options: list[str]) -> None:
         "import sys; from pydeltamem.bench.models import synthetic_files;"
         " synthetic_files(*sys.argv[1:4], 8, 1, sys.argv[4])"
     )
-    writers = [start([python, "-c", write, shape, ftype, "f16", vocab]) for ftype in ("f16", "q4_k_m")]
+    writers: list[subprocess.Popen] = []
+
+    def start_writers(**environment: str) -> None:
+        for ftype in ("f16", "q4_k_m"):
+            command = [python, "-c", write, shape, ftype, "f16", vocab]
+            writers.append(start(command, env={**os.environ, **environment}))
+
     try:
+        if is_built := any((ROOT / "pydeltamem" / "lib").glob("libllama*")):
+            start_writers()
         if check.run("build", "cmake", "--build", build, timeout=420) is not None:
+            if not is_built:
+                start_writers(LLAMA_CPP_LIB_PATH=str(build / "bin"))
             measure(check, shape, vocab, writers)
     finally:
         for writer in writers:
