@@ -46,6 +46,20 @@ SETTINGS = {
     "Gemma2": dict(query_pre_attn_scalar=16),
     "Gemma3Text": dict(query_pre_attn_scalar=16),
     "Phi": dict(num_key_value_heads=4, intermediate_size=192),
+    # gpt-oss says truncate=False, and llama.cpp rounds to whole dimensions: 3e-11 in the backbone, 2e-7 with a memory
+    # that sharpens its attention (docs/reference/architectures.md)
+    "GptOss": dict(
+        intermediate_size=64,
+        rope_parameters=dict(
+            rope_type="yarn",
+            factor=32.0,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            truncate=True,
+            rope_theta=150000.0,
+            original_max_position_embeddings=4096,
+        ),
+    ),
     "Lfm2": dict(block_auto_adjust_ff_dim=False, head_dim=12),
     "Qwen3Next": dict(norm_topk_prob=True),
 }

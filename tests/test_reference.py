@@ -429,6 +429,7 @@ ARCHITECTURES = {
     "SmolLM3": {},
     "Granite": dict(logits_scaling=3.0, attention_multiplier=0.2, embedding_multiplier=4.0, residual_multiplier=0.5),
     "Olmo2": {},
+    "GptOss": dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
     "OPT": dict(ffn_dim=64, word_embed_proj_dim=48),
     "GPTJ": dict(n_embd=48, n_layer=2, n_head=4, rotary_dim=8),
     "Lfm2": dict(HYBRID, layer_types=["conv", "full_attention", "conv", "full_attention"]),
