@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 
-from fleet import PostgreSQL, free_port, postgresql_folder
+from fleet import PostgreSQL, free_port, postgresql_folder, until
 from pydeltamem import InputError
 from pydeltamem.server.store import Conflict, Record, Store, StoreAway, StoreError, Turn, now
 
@@ -131,13 +133,72 @@ def test_one_holder_at_a_time(store):
 
 
 def test_a_lease_expires_unless_it_is_prolonged(store):
-    assert store.lease("", "ada", "one", -1) == 0 and store.lease("", "bo", "one", -1) == 0
-    store.prolong("one", 60)
-    assert store.lease("", "ada", "two", 60) is None
-    store.prolong("one", -1)
+    sessions = [("", "ada"), ("", "bo")]
+    for owner, name in (*sessions, ("", "carl")):
+        assert store.lease(owner, name, "one", -1) == 0
+    store.prolong("one", 60, sessions)
+    assert store.lease("", "ada", "two", 60) is None and store.lease("", "bo", "two", 60) is None
+    assert store.lease("", "carl", "two", 60) == 0  # was not named: nobody knows of it
+    store.prolong("one", -1, sessions)
     assert store.lease("", "ada", "two", 60) == 0
-    store.prolong("one", 60)  # lost
-    assert store.lease("", "ada", "one", 60) is None
+    store.prolong("one", 60, sessions)  # one is lost
+    assert store.lease("", "ada", "one", 60) is None and store.lease("", "bo", "two", 60) is None
+
+
+@needs_postgresql
+def test_whoever_waited_for_a_lease_gets_the_version_that_was_committed_meanwhile(database):
+    """Its statement began while the holder's commit was under way, and sees the sessions as they were then."""
+    store = Store(database.url)
+    name = "waited"
+    store.commit(after(Record("", name), turn(1)))
+    assert store.lease("", name, "one", 60) == 1
+    engine = sa.create_engine(database.url)
+    waits = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, engine.connect() as connection:
+        connection.execute(sa.text("UPDATE sessions SET version = 2 WHERE name = :name"), {"name": name})
+        connection.execute(sa.text("DELETE FROM leases WHERE name = :name"), {"name": name})
+        second = pool.submit(store.lease, "", name, "two", 60)
+        until(lambda: connection.scalar(waits) == 1)
+        connection.commit()
+        assert second.result() == 2
+    engine.dispose()
+    store.close()
+
+
+@needs_postgresql
+def test_a_turn_is_three_statements(database):
+    """The lease, the version, the commit: each is a transaction, which nothing begins and ends."""
+    store, said = Store(database.url), []
+    record, name = Record("", "three"), "three"
+
+    def note(connection, cursor, statement, parameters, context, executemany):
+        said.append((statement.split()[0], connection.connection.driver_connection.autocommit))
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        for number in range(1, 5):
+            said.clear()
+            assert store.lease("", name, "one", 60) == number - 1
+            record = store.commit(after(record, turn(number)), record, holder="one")
+            assert said == [("INSERT", True), ("SELECT", True), ("WITH", True)]
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+    assert store.get("", name) == record
+    assert store.lease("", name, "two", 60) == 4
+    store.close()
+
+
+@pytest.mark.parametrize("n_turns", [0, 3])
+def test_a_turn_that_comes_second_writes_nothing(store, n_turns):
+    record = Record("", "ada")
+    for number in range(1, n_turns + 1):
+        record = store.commit(after(record, turn(number)), record)
+    first = store.commit(after(record, turn(n_turns + 1, "first")), record)
+    assert store.lease("", "ada", "two", 60) == n_turns + 1
+    with pytest.raises(Conflict, match="ada"):
+        store.commit(after(record, turn(n_turns + 1, "second")), record, holder="two")
+    assert store.get("", "ada") == first
+    assert store.lease("", "ada", "one", 60) is None  # it is still held
 
 
 def test_of_many_holders_at_once_one_gets_the_lease(url):
@@ -160,8 +221,6 @@ def test_of_many_holders_at_once_one_gets_the_lease(url):
 
 
 def test_a_store_of_a_newer_format_is_refused(url):
-    import sqlalchemy as sa
-
     Store(url).close()
     engine = sa.create_engine(url)
     with engine.begin() as connection:

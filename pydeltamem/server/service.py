@@ -411,8 +411,9 @@ class AsyncDeltaMem:
         while True:
             await asyncio.sleep(self.lease / 3)
             if self._leased:
+                held = [(each.owner, each.name) for each in self._leased]
                 with contextlib.suppress(StoreError):
-                    await self._in_store(self.store.prolong, self.holder, self.lease)
+                    await self._in_store(self.store.prolong, self.holder, self.lease, held)
 
     def _gave_back(self, held: _Held) -> None:
         if held in self._leased:
@@ -433,7 +434,8 @@ class AsyncDeltaMem:
         key = held.owner, held.name
         live = self._live.pop(key, None)
         known = None if live is None or live.record is None else live.record.version
-        record = await self._in_store(self._newer, held, known)
+        is_current = known is not None and known == held.version
+        record = None if is_current else await self._in_store(self._newer, held, known)
         if live is not None and record is None:
             self._live[key] = live
             return live
@@ -445,8 +447,8 @@ class AsyncDeltaMem:
 
     def _newer(self, held: _Held, known: int | None) -> Record | None:
         """The session if the store has another version of it than this one. Raises SessionLimit for one too many."""
-        owner, name, version = held.owner, held.name, held.version
-        if known is not None and known == (self.store.version(owner, name) if version is None else version):
+        owner, name = held.owner, held.name
+        if known is not None and held.version is None and known == self.store.version(owner, name):
             return None
         record = self.store.get(owner, name)
         if record is None:

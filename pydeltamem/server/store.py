@@ -18,7 +18,7 @@ import datetime
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -196,8 +196,10 @@ class Store:
         if self._is_sqlite:
             sa.event.listen(self._engine, "connect", _set_up_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
-        self._insert: Any = (sqlite if self._is_sqlite else postgresql).insert
         self._writing = self._engine.execution_options(writes=True)
+        # a statement is a transaction by itself: BEGIN and COMMIT would be two more round trips to a PostgreSQL
+        self._alone = self._engine if self._is_sqlite else self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._take_lease, self._prolong_leases = _lease_statements(is_sqlite=self._is_sqlite)
         try:
             self.ping()
         except StoreAway:
@@ -233,9 +235,9 @@ class Store:
             self._away = time.monotonic() + _RESTS, f"{self.shown}: the store cannot be reached: {reason}"
             raise StoreAway(self._away[1]) from error
 
-    def _transaction(self, work: Callable[[sa.Connection], T], *, writes: bool = False) -> T:
+    def _transaction(self, work: Callable[[sa.Connection], T], *, writes: bool = False, alone: bool = False) -> T:
         """What `work` returns, in a transaction. Where a connection broke, `work` is called again on a new one: it must
-        bear that its first transaction came through.
+        bear that its first transaction came through. `alone`: each of its statements may be a transaction by itself.
         """
         until, reason = self._away
         if until > time.monotonic():
@@ -243,7 +245,7 @@ class Store:
         with self._errors():
             if not self._is_open:
                 self._open()
-            engine = self._writing if writes else self._engine
+            engine = self._alone if alone and not self._is_sqlite else self._writing if writes else self._engine
             try:
                 with engine.begin() as connection:
                     return work(connection)
@@ -274,7 +276,7 @@ class Store:
 
     def ping(self) -> None:
         """Asks the database whether it is there."""
-        self._transaction(lambda connection: connection.execute(sa.select(1)))
+        self._transaction(lambda connection: connection.execute(sa.select(1)), alone=True)
 
     def close(self) -> None:
         """Closes its connections. Closing twice is fine."""
@@ -302,7 +304,7 @@ class Store:
 
     def version(self, owner: str, name: str) -> int:
         """The version of a session; 0 if there is none."""
-        return self._transaction(lambda connection: _version(connection, owner, name))
+        return self._transaction(lambda connection: _version(connection, owner, name), alone=True)
 
     def list(self, owner: str | None = None) -> list[Record]:
         """Sessions, of one owner or of all, the latest first: without memories, texts and turns."""
@@ -311,7 +313,7 @@ class Store:
         query = sa.select(*columns, size).order_by(_sessions.c.updated.desc(), _sessions.c.name)
         if owner is not None:
             query = query.where(_sessions.c.owner == owner)
-        rows = self._transaction(lambda connection: connection.execute(query).mappings().all())
+        rows = self._transaction(lambda connection: connection.execute(query).mappings().all(), alone=True)
         return [_Listed(**_fields(row), listed_size=row["size"]) for row in rows]
 
     def count(self, owner: str | None = None) -> int:
@@ -319,7 +321,7 @@ class Store:
         query = sa.select(sa.func.count()).select_from(_sessions)
         if owner is not None:
             query = query.where(_sessions.c.owner == owner)
-        return self._transaction(lambda connection: connection.scalar(query)) or 0
+        return self._transaction(lambda connection: connection.scalar(query), alone=True) or 0
 
     #
     # writing
@@ -344,12 +346,17 @@ class Store:
                 gives the same, and is made once.
         """
         keep = record.turns - self.n_undo
-        history = [self._kept(turn, turn.number > keep) for turn in record.history]
+        history = [
+            turn if turn.state is None and turn.messages is None else self._kept(turn, turn.number > keep)
+            for turn in record.history
+        ]
         known = before.history if before is not None and before.version == record.version else None
+        changes = None if known is None else _changes_of(known, history)
         record = replace(record, updated=at or now(), history=tuple(history))
 
         def write(connection: sa.Connection) -> None:
-            self._write_turns(connection, self._write_session(connection, record), history, known)
+            id = self._write_session(connection, record)
+            _write_turns(connection, id, _changes_here(connection, id, history) if changes is None else changes)
             if holder:
                 connection.execute(
                     _leases.delete().where(*_is(record.owner, record.name, _leases), _leases.c.holder == holder)
@@ -357,7 +364,10 @@ class Store:
 
         committed = replace(record, version=record.version + 1)
         try:
-            self._transaction(write, writes=True)
+            if changes is not None and changes.is_a_turn and not self._is_sqlite:
+                self._transaction(lambda connection: _write_a_turn(connection, record, changes, holder), alone=True)
+            else:
+                self._transaction(write, writes=True)
         except Conflict:
             if not self._has(committed):
                 raise
@@ -371,10 +381,7 @@ class Store:
 
     def _write_session(self, connection: sa.Connection, record: Record) -> int:
         """Writes the row of a session, in place of the version before. Returns its id. Raises Conflict."""
-        values = {
-            key: getattr(record, key)
-            for key in ("updated", "turns", "tokens", "adapter", "memory", "text", "chat")
-        }  # fmt: skip
+        values = {key: getattr(record, key) for key in _CHANGE}
         if record.version == 0:
             try:
                 made = connection.execute(
@@ -407,44 +414,10 @@ class Store:
             messages=None if drops_messages else turn.messages,
         )
 
-    def _write_turns(
-        self, connection: sa.Connection, id: int, history: Sequence[Turn], before: Sequence[Turn] | None
-    ) -> None:
-        """Replaces the turns that differ: a turn changes by its position, and when its state is dropped."""
-        if before is not None:
-            pairs = enumerate(zip(before, history))
-            n = next((i for i, (one, other) in pairs if one is not other), min(len(before), len(history)))
-            before, history = before[n:], history[n:]
-            here = {turn.number: (turn.created, turn.position, turn.state is not None) for turn in before}
-        else:
-            columns = _turns.c.number, _turns.c.created, _turns.c.position, _turns.c.state.is_not(None)
-            rows = connection.execute(sa.select(*columns).where(_turns.c.session == id))
-            here = {number: (created, position, kept) for number, created, position, kept in rows}
-        there = {turn.number: turn for turn in history}
-        gone = [
-            number
-            for number, (created, position, _) in here.items()
-            if number not in there or (there[number].created, there[number].position) != (created, position)
-        ]
-        if gone:
-            connection.execute(_turns.delete().where(_turns.c.session == id, _turns.c.number.in_(gone)))
-        spent = [
-            number
-            for number, (_, _, kept) in here.items()
-            if kept and number in there and number not in gone and there[number].state is None
-        ]
-        if spent:
-            connection.execute(
-                _turns.update().where(_turns.c.session == id, _turns.c.number.in_(spent)).values(state=None)
-            )
-        new = [turn for number, turn in there.items() if number not in here or number in gone]
-        if new:
-            connection.execute(_turns.insert(), [{"session": id, **_row(turn)} for turn in new])
-
     def delete(self, owner: str, name: str) -> bool:
         """Deletes a session. False if there is none."""
         statement = _sessions.delete().where(*_is(owner, name))
-        return self._transaction(lambda connection: connection.execute(statement).rowcount, writes=True) > 0
+        return self._transaction(lambda connection: connection.execute(statement).rowcount, writes=True, alone=True) > 0
 
     def rename(self, owner: str, name: str, new: str) -> bool:
         """Gives a session another name. False if there is none. Raises Conflict if the name is taken."""
@@ -456,7 +429,7 @@ class Store:
             except IntegrityError as error:
                 raise Conflict(f"session {new}: there is one of this name") from error
 
-        return self._transaction(write, writes=True) > 0
+        return self._transaction(write, writes=True, alone=True) > 0
 
     #
     # leases
@@ -466,41 +439,31 @@ class Store:
         """Takes or prolongs the lease of a session, which need not be there yet. Returns the version of the session,
         0 if there is none; None if another holder has the lease.
         """
-        new = {"holder": holder, "ends": self._clock + seconds}
-        statement = self._insert(_leases).values(owner=owner, name=name, **new)
-        statement = statement.on_conflict_do_update(
-            index_elements=["owner", "name"],
-            set_=new,
-            where=sa.or_(_leases.c.holder == holder, _leases.c.ends < self._clock),
-        ).returning(_leases.c.holder)
+        new = {"owner": owner, "name": name, "holder": holder, "seconds": seconds}
 
         def take(connection: sa.Connection) -> int | None:
-            if connection.scalar(statement) is None:
+            if connection.scalar(self._take_lease, new) is None:
                 return None
+            # not in the same statement, which sees the sessions as they were when it began: whoever had the lease may
+            # have committed since
             return _version(connection, owner, name)
 
-        return self._transaction(take, writes=True)
+        return self._transaction(take, writes=True, alone=True)
 
-    def prolong(self, holder: str, seconds: float) -> None:
-        """Prolongs all leases of a holder."""
-        statement = _leases.update().where(_leases.c.holder == holder).values(ends=self._clock + seconds)
-        self._transaction(lambda connection: connection.execute(statement), writes=True)
+    def prolong(self, holder: str, seconds: float, sessions: Collection[tuple[str, str]]) -> None:
+        """Prolongs the leases that a holder has on sessions, which are given by owner and name."""
+        new = {"by": holder, "seconds": seconds, "sessions": list(sessions)}
+        self._transaction(lambda connection: connection.execute(self._prolong_leases, new), writes=True, alone=True)
 
     def release(self, owner: str, name: str, holder: str) -> None:
         """Gives a lease back."""
         statement = _leases.delete().where(*_is(owner, name, _leases), _leases.c.holder == holder)
-        self._transaction(lambda connection: connection.execute(statement), writes=True)
-
-    @property
-    def _clock(self) -> Any:
-        """The present time, in seconds since 1970: the database's, because those of several machines differ."""
-        if self._is_sqlite:
-            return sa.literal(time.time())
-        return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+        self._transaction(lambda connection: connection.execute(statement), writes=True, alone=True)
 
     def vacuum(self) -> None:
         """Gives the space of what was deleted back to the file system."""
-        ended = _leases.delete().where(_leases.c.ends < self._clock)  # of processes that were killed
+        # of processes that were killed
+        ended = _leases.delete().where(_leases.c.ends < _clock(is_sqlite=self._is_sqlite))
         self._transaction(lambda connection: connection.execute(ended), writes=True)
         with self._errors(), contextlib.closing(self._engine.raw_connection()) as connection:
             if not self._is_sqlite:
@@ -571,12 +534,156 @@ def _is_away(error: Exception) -> bool:
     )
 
 
-def _is(owner: str, name: str, table: sa.Table = _sessions) -> tuple[Any, Any]:
+def _is(owner: Any, name: Any, table: sa.Table = _sessions) -> tuple[Any, Any]:
     return table.c.owner == owner, table.c.name == name
 
 
+#
+# leases
+#
+
+
+def _clock(*, is_sqlite: bool) -> Any:
+    """The present time, in seconds since 1970: the database's, because those of several machines differ."""
+    if is_sqlite:
+        return sa.bindparam("now", callable_=time.time, type_=sa.Double)
+    return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+
+
+def _lease_statements(*, is_sqlite: bool) -> tuple[Any, Any]:
+    """How to take a lease, which returns its holder or nothing, and how to prolong several."""
+    clock = _clock(is_sqlite=is_sqlite)
+    ends = clock + sa.bindparam("seconds", type_=sa.Double)
+    new = (sqlite if is_sqlite else postgresql).insert(_leases).values(ends=ends)
+    take = new.on_conflict_do_update(
+        index_elements=["owner", "name"],
+        set_={"holder": new.excluded.holder, "ends": new.excluded.ends},
+        where=sa.or_(_leases.c.holder == new.excluded.holder, _leases.c.ends < clock),
+    ).returning(_leases.c.holder)
+    held = sa.tuple_(_leases.c.owner, _leases.c.name).in_(sa.bindparam("sessions", expanding=True))
+    return take, _leases.update().where(_leases.c.holder == sa.bindparam("by"), held).values(ends=ends)
+
+
+#
+# commits
+#
+
+_CHANGE = ("updated", "turns", "tokens", "adapter", "memory", "text", "chat")  # columns that each commit writes
+_CREATE = ("owner", "name", "created")  # and those that the first one writes besides
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What a commit does to the turns of a session.
+
+    Attributes:
+        gone: numbers of those that are taken back, or replaced.
+        spent: numbers of those whose state is no longer kept.
+        new: those that come.
+    """
+
+    gone: list[int]
+    spent: list[int]
+    new: list[Turn]
+
+    @property
+    def is_a_turn(self) -> bool:
+        """Whether the session goes on by a turn: nearly all commits."""
+        return not self.gone and len(self.new) == 1
+
+
+def _changes_of(before: Sequence[Turn], history: Sequence[Turn]) -> _Changes:
+    """From the turns as they were committed to these."""
+    pairs = enumerate(zip(before, history))
+    n = next((i for i, (one, other) in pairs if one is not other), min(len(before), len(history)))
+    here = {turn.number: (turn.created, turn.position, turn.state is not None) for turn in before[n:]}
+    return _changes(here, history[n:])
+
+
+def _changes_here(connection: sa.Connection, id: int, history: Sequence[Turn]) -> _Changes:
+    """From the turns in the database to these."""
+    columns = _turns.c.number, _turns.c.created, _turns.c.position, _turns.c.state.is_not(None)
+    rows = connection.execute(sa.select(*columns).where(_turns.c.session == id))
+    return _changes({number: (created, position, kept) for number, created, position, kept in rows}, history)
+
+
+def _changes(here: dict[int, tuple[datetime.datetime, int, bool]], history: Sequence[Turn]) -> _Changes:
+    """Turns differ by when they were made; one changes by its position, and when its state is dropped."""
+    there = {turn.number: turn for turn in history}
+    gone = [
+        number
+        for number, (created, position, _) in here.items()
+        if number not in there or (there[number].created, there[number].position) != (created, position)
+    ]
+    spent = [
+        number
+        for number, (_, _, kept) in here.items()
+        if kept and number in there and number not in gone and there[number].state is None
+    ]
+    return _Changes(gone, spent, [turn for number, turn in there.items() if number not in here or number in gone])
+
+
+def _write_turns(connection: sa.Connection, id: int, changes: _Changes) -> None:
+    if changes.gone:
+        connection.execute(_turns.delete().where(_turns.c.session == id, _turns.c.number.in_(changes.gone)))
+    if changes.spent:
+        spent = _turns.c.session == id, _turns.c.number.in_(changes.spent)
+        connection.execute(_turns.update().where(*spent).values(state=None))
+    if changes.new:
+        connection.execute(_turns.insert(), [{"session": id, **_row(turn)} for turn in changes.new])
+
+
+def _write_a_turn(connection: sa.Connection, record: Record, changes: _Changes, holder: str) -> None:
+    """A whole commit as one statement of PostgreSQL: its parts happen together, or, without the session, not at all."""
+    values = {f"session_{key}": getattr(record, key) for key in (*_CREATE, *_CHANGE, "version")}
+    values |= {f"turn_{key}": value for key, value in _row(changes.new[0]).items()}
+    values |= {"spent": changes.spent, "by": holder}
+    try:
+        if connection.scalar(_A_TURN if record.version else _FIRST_TURN, values) is None:
+            raise Conflict(f"session {record.name}: another process has changed it")
+    except IntegrityError as error:
+        raise Conflict(f"session {record.name}: there is one of this name already") from error
+
+
+def _commit_statement(*, is_first: bool) -> Any:
+    """What `_write_a_turn` sends."""
+
+    def given(table: sa.Table, prefix: str, *names: str) -> dict[str, Any]:
+        return {name: sa.bindparam(f"{prefix}_{name}", type_=table.c[name].type) for name in names}
+
+    known = given(_sessions, "session", "owner", "name", "version")
+    mine = _sessions.c.owner == known["owner"], _sessions.c.name == known["name"]
+    change: Any
+    if is_first:
+        change = _sessions.insert().values(version=1, **given(_sessions, "session", *_CREATE, *_CHANGE))
+    else:
+        new = {"version": _sessions.c.version + 1, **given(_sessions, "session", *_CHANGE)}
+        change = _sessions.update().where(*mine, _sessions.c.version == known["version"]).values(new)
+    session = change.returning(_sessions.c.id).cte("session")
+    id = sa.select(session.c.id).scalar_subquery()
+    numbers = sa.bindparam("spent", type_=postgresql.ARRAY(sa.Integer))
+    spent = _turns.update().where(_turns.c.session == id, _turns.c.number == sa.any_(numbers)).values(state=None)
+    turn = given(_turns, "turn", *(column.name for column in _turns.c if column.name != "session"))
+    come = _turns.insert().from_select(["session", *turn], sa.select(session.c.id, *turn.values()))
+    lease = _leases.c.owner == known["owner"], _leases.c.name == known["name"], _leases.c.holder == sa.bindparam("by")
+    given_back = _leases.delete().where(*lease, sa.exists(sa.select(session.c.id)))
+    parts = [part.cte(name) for part, name in ((spent, "spent"), (come, "come"), (given_back, "given_back"))]
+    return sa.select(session.c.id).add_cte(*parts)
+
+
+_A_TURN, _FIRST_TURN = _commit_statement(is_first=False), _commit_statement(is_first=True)
+
+
+#
+# rows
+#
+
+
 def _version(connection: sa.Connection, owner: str, name: str) -> int:
-    return connection.scalar(sa.select(_sessions.c.version).where(*_is(owner, name))) or 0
+    return connection.scalar(_VERSION, {"of": owner, "called": name}) or 0
+
+
+_VERSION = sa.select(_sessions.c.version).where(*_is(sa.bindparam("of"), sa.bindparam("called")))
 
 
 def _fields(row: Any) -> dict[str, Any]:
