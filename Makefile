@@ -43,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fleet-tools fleet-test fleet-kills fleet-turns fleet-skew fuzz fuzz-native soak bench bench-reference cuda-bundle cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel check-wheel clean help
+.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fleet-tools fleet-test fleet-kills fleet-turns fleet-skew rpc-kills fuzz fuzz-native soak bench bench-reference cuda-bundle cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -211,6 +211,9 @@ fleet-turns: $(INSTALLED) ## turns a second with a model that costs nothing, 1 a
 
 fleet-skew: $(INSTALLED) ## a few busy sessions among many over the real leases: who waits, who is refused (FLEET_ARGS)
 	$(BIN)/python tools/fleet_skew.py $(FLEET_ARGS)
+
+rpc-kills: $(INSTALLED) ## kills RPC servers under a server's load 20 times, then compares each session with itself alone (RPC_ARGS)
+	$(BIN)/python tools/rpc_kills.py $(RPC_ARGS)
 
 fuzz-native: $(INSTALLED) ## libFuzzer on the adapter loader and on plans (FUZZ_NATIVE: inputs for each; installs clang)
 	tests/native/install-clang.sh

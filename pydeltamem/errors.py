@@ -71,5 +71,9 @@ class TrainingError(DeltaMemError):
     """A training run cannot go on: its loss is no longer finite."""
 
 
+class RpcServerAway(InputError):
+    """Nobody listens where an RPC server is named."""
+
+
 class DecodeError(DeltaMemError, RuntimeError):
     """llama.cpp failed to compute a batch of tokens."""

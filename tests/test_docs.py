@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import re
@@ -65,7 +66,8 @@ def test_the_page_of_the_command_line_has_every_option(hooks):
     page = hooks.command_line()
     for name in SUBCOMMANDS:
         section = page.partition(f"## deltamem {name}\n")[2].partition("\n## ")[0]
-        options = {option for action in hooks.parser(name)._actions for option in action.option_strings} - {"--help"}
+        actions = [action for action in hooks.parser(name)._actions if action.help != argparse.SUPPRESS]
+        options = {option for action in actions for option in action.option_strings} - {"--help"}
         assert section and all(option in section for option in options), name
 
 

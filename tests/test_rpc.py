@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from golden_data import CASES
 from pydeltamem import DeltaMemLlama
-from pydeltamem.errors import InputError
+from pydeltamem.errors import InputError, RpcServerAway
 from pydeltamem.runtime.remote import connect
 from refusals import check_names, refuses
 from test_golden import BOUND, F32, expected_of, nmse
@@ -211,7 +211,7 @@ def test_split_by_tensors_is_refused(server, base, adapter):
 
 @pytest.mark.parametrize("endpoints", ["nowhere", "host:0", ":50052", "127.0.0.1:1"])
 def test_wrong_endpoints_are_named(endpoints):
-    with refuses(InputError, endpoints):
+    with refuses(RpcServerAway if endpoints == "127.0.0.1:1" else InputError, endpoints):
         connect(endpoints)
 
 

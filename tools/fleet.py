@@ -1,4 +1,4 @@
-"""PostgreSQL, HAProxy and replicas of `deltamem serve` as processes of a folder, for tests and tools.
+"""PostgreSQL, HAProxy, RPC servers and replicas of `deltamem serve` as processes of a folder, for tests and tools.
 
 PostgreSQL refuses to run as root: where we are root, it runs as an ordinary user. `make fleet-tools` installs both.
 """
@@ -200,6 +200,29 @@ class Replica(_Process):
         return self.health()[0] == 200
 
     def __enter__(self) -> Replica:
+        self.start()
+        return self
+
+
+class RpcServer(_Process):
+    """A `deltamem rpc-server` of this machine's CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.endpoint = f"127.0.0.1:{self.port}"
+        super().__init__(folder / f"rpc-{self.port}.log")
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "pydeltamem.cli", "rpc-server", "--port", str(self.port), "-t", "1"]
+
+    def is_ready(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def __enter__(self) -> RpcServer:
         self.start()
         return self
 

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,10 @@ class Client:
     errors: dict[str, int] = field(default_factory=dict)
     told: int = 0
 
-    def run(self, address: str, until: float, rest: float) -> None:
+    def run(self, address: str, is_over: Callable[[], bool], rest: float) -> None:
         draw, messages = random.Random(self.name), []
         with httpx.Client(base_url=address, timeout=60) as http:
-            while time.time() < until:
+            while not is_over():
                 if len(messages) >= 12:  # another chat; the memory goes on
                     messages = []
                 words = " ".join(draw.choices(WORDS, k=draw.randint(2, 10)))
@@ -207,6 +207,15 @@ def without_service(kills: Sequence[Kill], clients: Sequence[Client]) -> dict[st
     return found
 
 
+def sent_again(clients: Sequence[Client]) -> dict[str, int]:
+    """How often turns were sent again, by what came."""
+    errors: dict[str, int] = {}
+    for client in clients:
+        for kind, n in client.errors.items():
+            errors[kind] = errors.get(kind, 0) + n
+    return dict(sorted(errors.items()))
+
+
 async def alone(client: Client, model: Path, folder: Path) -> tuple[int, int, Any, float]:
     """Turns, tokens written and state of a session that plays the turns alone, and what the last one changed."""
     options = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0, "verbose": False}
@@ -243,27 +252,34 @@ def compare(client: Client, store: Store, model: Path, folder: Path) -> tuple[li
     return wrong, difference
 
 
+def print_without_service(kills: Sequence[Kill], clients: Sequence[Client]) -> None:
+    print("killed      times  nobody served: median, most   somebody waited: median, most (s)")
+    for what, times in without_service(kills, clients).items():
+        nobody, somebody = zip(*times)
+        figures = [f(each) for each in (nobody, somebody) for f in (statistics.median, max)]
+        print(f"{what:10} {len(times):6}   {figures[0]:20.2f} {figures[1]:6.2f} {figures[2]:22.2f} {figures[3]:6.2f}")
+
+
+def f32_model(folder: Path) -> Path:
+    """The package's model in F32: activations of a quantised one are rounded, which makes much of little."""
+    model = folder / "f32.gguf"
+    command = ["quantize", "--allow-requantize", default_files()[0], model, "f32"]
+    done = [sys.executable, "-m", "pydeltamem.cli", *map(str, command)]
+    subprocess.run(done, check=True, capture_output=True)
+    return model
+
+
 def play(args: argparse.Namespace, folder: Path) -> int:
     draw = random.Random(args.seed)
     plan = ["replica"] * args.kills + ["PostgreSQL"] * args.database_kills + ["HAProxy"] * args.balancer_kills
     draw.shuffle(plan)
-    model = folder / "f32.gguf"  # activations of a quantised one are rounded, which makes much of little
-    quantize = [
-        sys.executable,
-        "-m",
-        "pydeltamem.cli",
-        "quantize",
-        "--allow-requantize",
-        default_files()[0],
-        model,
-        "f32",
-    ]
-    subprocess.run(list(map(str, quantize)), check=True, capture_output=True)
+    model = f32_model(folder)
     options = ("-m", model, "-ctk", "f32", "-ctv", "f32", "-np", 4, "--log-level", "debug")
     with fleet(folder, *options) as (database, replicas, balancer):
-        until = time.time() + 60 * args.minutes
+        end = time.time() + 60 * args.minutes
+        talk = balancer.address, lambda: time.time() > end, args.rest
         clients = [Client(f"c{i}") for i in range(args.clients)]
-        threads = [threading.Thread(target=client.run, args=(balancer.address, until, args.rest)) for client in clients]
+        threads = [threading.Thread(target=client.run, args=talk) for client in clients]
         for thread in threads:
             thread.start()
         every = 60 * args.minutes / (len(plan) + 1)
@@ -279,20 +295,12 @@ def play(args: argparse.Namespace, folder: Path) -> int:
         store.close()
     wrong = [line for lines, _ in found for line in lines]
     wrong += [f"two at once: {line}" for line in two_at_once(*spans)]
-    errors: dict[str, int] = {}
-    for client in clients:
-        for kind, n in client.errors.items():
-            errors[kind] = errors.get(kind, 0) + n
-    print("sent again after:", dict(sorted(errors.items())))
+    print("sent again after:", sent_again(clients))
     print(
         f"sessions used {sum(map(len, spans))} times; largest difference of a state: "
         f"{max(d for _, d in found):.1e} of what a turn changes"
     )
-    print("killed      times  nobody served: median, most   somebody waited: median, most (s)")
-    for what, times in without_service(kills, clients).items():
-        nobody, somebody = zip(*times)
-        figures = [f(each) for each in (nobody, somebody) for f in (statistics.median, max)]
-        print(f"{what:10} {len(times):6}   {figures[0]:20.2f} {figures[1]:6.2f} {figures[2]:22.2f} {figures[3]:6.2f}")
+    print_without_service(kills, clients)
     for line in wrong:
         print(line)
     print("FAILED" if wrong else "nothing lost, nothing twice, never two at once")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import threading
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, RpcServerAway
 from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, context_options, note
 from .parser import count, positive, positive_number
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
     group.add_argument("-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (all CPUs)")
+    group.add_argument("--rpc", metavar="HOST:PORT,...", help="run layers on these machines too (deltamem rpc-server)")
     add_context_arguments(group, tuned=True)
     group.add_argument("--no-mmap", action="store_true", help="load the model instead of mapping it")
     group.add_argument("--alias", metavar="NAME", help="name of the model in answers (its file's)")
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cors-origin", action="append", default=[], metavar="ORIGIN", help="let pages of this origin use the API"
     )
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(info)")
+    group.add_argument("--supervised", metavar="FD,FD", help=argparse.SUPPRESS)  # by whom: `server/supervisor.py`
 
     group = parser.add_argument_group("sessions")
     group.add_argument("--store", metavar="URL", help="sqlite:///FILE or postgresql+psycopg://… (a file of the user's)")
@@ -73,19 +76,24 @@ def run(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from ..server import application, logs, page
+        from ..server import application, logs, page, supervisor
         from ..server.keys import Keys
         from ..server.service import AsyncDeltaMem
         from ..server.store import Store
     except ImportError as error:
         raise InputError(f"a package of the server is missing ({error}): pip install 'pydeltamem[server]'") from error
     from ..hub import adapter_file, model_file
+    from ..runtime.remote import parsed, watch_connections, when_lost
 
     keys = Keys(args.api_key_file)
     if not keys and not application.is_loopback(args.host):
         raise InputError(
             f"--host {args.host}: without keys the server listens to this machine only: give --api-key-file"
         )
+    if args.rpc and not args.supervised:
+        logs.set_up(args.log_level)
+        note(f"http://{args.host}:{args.port}: layers on {args.rpc}")
+        return supervisor.supervise(args.host, args.port, parsed(args.rpc))
     model = model_file(args.model)
     adapter = None if args.deltamem is None else adapter_file(args.deltamem, model)
     store = Store(args.store, n_undo=args.undo, keep_messages=args.keep_messages, may_be_away=True)
@@ -102,9 +110,12 @@ def run(args: argparse.Namespace) -> int:
             n_batch=max(args.batch_size, args.parallel),
             n_threads=args.threads,
             n_threads_batch=args.threads_batch,
+            rpc_servers=args.rpc,
             **context_options(args),
             use_mmap=not args.no_mmap,
         )
+        if args.rpc:
+            watch_connections(args.rpc)
         return AsyncDeltaMem(
             llm, store, n_queue=args.queue, n_sessions=args.max_sessions, turn_timeout=args.turn_timeout
         )
@@ -140,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         timeout_keep_alive=75,  # longer than clients and proxies keep theirs: who closes first is not asked meanwhile
     )
 
-    class Draining(uvicorn.Server):
+    class Draining(supervisor.Relay if args.supervised else uvicorn.Server):  # type: ignore[misc]
         """At the first SIGTERM answers for a while, and tells balancers to send no more."""
 
         def handle_exit(self, sig: int, frame: Any) -> None:
@@ -153,10 +164,26 @@ def run(args: argparse.Namespace) -> int:
             timer.daemon = True
             timer.start()
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            if app.state.server.lost is not None:
+                os._exit(supervisor.AGAIN)  # Python would wait for the thread that does not come back
+
+    def lost(reason: str) -> None:
+        supervisor.end_soon()
+        app.state.server.lose(reason)
+
     server = Draining(config)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends in order, and raises the signal again afterwards
-    server.run()
+    if args.supervised:
+        when_lost(lost)
+        with supervisor.supervised(args.supervised, server, lambda: app.state.server.is_loaded) as listener:
+            server.run(sockets=[listener])
+    else:
+        server.run()
     failure = app.state.server.failure
+    if isinstance(failure, RpcServerAway) and args.supervised:
+        return supervisor.AGAIN
     if failure is not None:
         raise failure
     return 0 if server.started else 1

@@ -8,13 +8,17 @@ llama.cpp's protocol has no password and no encryption: never run a server on a 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import signal
 import socket
+import stat
+import threading
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import InputError, LibraryError
+from ..errors import InputError, LibraryError, RpcServerAway
 from . import library
 
 DEFAULT_PORT = 50052
@@ -22,6 +26,9 @@ CPU = 0  # enum ggml_backend_dev_type
 GPUS = 1, 2  # discrete, integrated
 
 _connected: set[str] = set()
+_callbacks: list[Any] = []  # which ggml calls for good
+# of a connection: a machine that is gone without a word is noticed after 20 s, instead of never
+_PATIENCE = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 20_000}
 
 
 def connect(endpoints: str) -> None:
@@ -30,17 +37,13 @@ def connect(endpoints: str) -> None:
     Args:
         endpoints: `host:port`, several with commas. A connected one stays connected.
 
-    Raises InputError if an endpoint is malformed or nobody listens there, LibraryError if the library has no RPC.
+    Raises InputError if an endpoint is malformed, RpcServerAway if nobody listens there, LibraryError if the library
+    has no RPC.
     """
-    for endpoint in filter(None, (part.strip() for part in endpoints.split(","))):
+    for endpoint in parsed(endpoints):
         if endpoint in _connected:
             continue
-        host, port = _parse(endpoint)
-        try:
-            # llama.cpp aborts the process if nobody answers
-            socket.create_connection((host, port), timeout=5).close()
-        except OSError as error:
-            raise InputError(f"{endpoint}: no RPC server answers there: {error.strerror or error}") from error
+        require(endpoint)  # llama.cpp aborts the process if nobody answers
         add_server = _function("ggml_backend_rpc_add_server", ctypes.c_void_p, [ctypes.c_char_p])
         server = add_server(endpoint.encode())
         if not server:
@@ -49,6 +52,58 @@ def connect(endpoints: str) -> None:
         register.restype, register.argtypes = None, [ctypes.c_void_p]
         register(server)
         _connected.add(endpoint)
+
+
+def parsed(endpoints: str) -> list[str]:
+    """Each `host:port`. Raises InputError if one is malformed."""
+    found = [part.strip() for part in endpoints.split(",") if part.strip()]
+    for endpoint in found:
+        _parse(endpoint)
+    return found
+
+
+def require(endpoint: str) -> None:
+    """Raises RpcServerAway if nobody listens there."""
+    try:
+        socket.create_connection(_parse(endpoint), timeout=5).close()
+    except OSError as error:
+        raise RpcServerAway(f"{endpoint}: no RPC server answers there: {error.strerror or error}") from error
+
+
+def watch_connections(endpoints: str) -> int:
+    """Has the system notice when a machine is gone without a word, as by a cable: llama.cpp would wait for its answer
+    for ever. Call this once a model is loaded. Returns the number of connections.
+    """
+    n, peers = 0, set()
+    for host, port in map(_parse, parsed(endpoints)):
+        peers |= {about[4][:2] for about in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):  # closed by now, or no connection
+            fd = int(name)
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(fd)) as connection:
+                if connection.getpeername()[:2] in peers:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    for option, value in _PATIENCE.items():
+                        if hasattr(socket, option):
+                            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+                    n += 1
+    return n
+
+
+def when_lost(callback: Callable[[str], None]) -> None:
+    """Calls a function, with llama.cpp's reason, where llama.cpp would end this process: above all when it loses an RPC
+    server. The thread that called llama.cpp does not come back from there, so the process should end soon.
+    """
+
+    def lost(reason: bytes) -> None:
+        callback(reason.decode(errors="replace"))
+        threading.Event().wait()
+
+    function = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lost)
+    _callbacks.append(function)
+    _ggml().ggml_set_abort_callback(function)
 
 
 def serve(host: str, port: int, n_threads: int) -> None:

@@ -49,7 +49,7 @@ from .service import (
     checked_name,
 )
 from .store import Conflict, Record, StoreError
-from .worker import QueueFull
+from .worker import ModelLost, QueueFull
 
 
 @dataclass
@@ -107,6 +107,7 @@ _ERRORS: tuple[tuple[type[Exception], tuple[int, str, str]], ...] = (
     (SessionUnknown, (404, "not_found_error", "session_not_found")),
     (SessionLimit, (400, "invalid_request_error", "too_many_sessions")),
     (StoreError, (503, "unavailable_error", "store_unavailable")),
+    (ModelLost, (503, "unavailable_error", "rpc_unavailable")),
     (MemoryFileError, (400, "invalid_request_error", "memory_file")),
     (AdapterError, (400, "invalid_request_error", "no_adapter")),
     (PromptTooLong, (400, "invalid_request_error", "context_length_exceeded")),
@@ -123,6 +124,7 @@ class Server:
     Attributes:
         service: None while the model is loaded.
         failure: why it could not be loaded.
+        lost: why the model is gone, in the middle of its work.
         is_draining: it will end soon, and answers meanwhile; the balancer is to send no more.
     """
 
@@ -130,6 +132,7 @@ class Server:
         self.settings = settings
         self._service: AsyncDeltaMem | None = None
         self.failure: BaseException | None = None
+        self.lost: ModelLost | None = None
         self.is_draining = False
         self.metrics = Metrics(lambda: self._service)
         self.embedder: Embedder | None = None
@@ -137,8 +140,15 @@ class Server:
         self._healthy: tuple[float, bool] = (0.0, False)
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether the model was loaded."""
+        return self._service is not None
+
+    @property
     def service(self) -> AsyncDeltaMem:
-        """Raises Loading before it is there."""
+        """Raises Loading before it is there, ModelLost afterwards."""
+        if self.lost is not None:
+            raise self.lost
         if self._service is None:
             raise Loading("the model is being loaded: try again in a moment")
         return self._service
@@ -155,11 +165,19 @@ class Server:
             raise
         log.info("ready")
 
+    def lose(self, reason: str) -> None:
+        """llama.cpp gave the model up: requests fail, and the server ends. Any thread may call this."""
+        log.error("the model is lost: %s", reason)
+        self.lost = ModelLost("the connection to an RPC server is lost: try again in a moment")
+        if self._service is not None:
+            self._service.lose(self.lost)
+        self.settings.failed()
+
     async def close(self) -> None:
         """Ends what runs, and commits it."""
         if self._service is not None:
             await self._service.aclose()
-        if self.embedder is not None:
+        if self.embedder is not None and self.lost is None:
             self.embedder.close()
 
     def owner(self, request: Request) -> str:
@@ -181,9 +199,14 @@ class Server:
         if self.failure is not None:
             return "failed"
         try:
-            return "ok" if await self.is_healthy() else "stuck"
+            is_healthy = await self.is_healthy()
         except Loading:
             return "loading model"
+        except ModelLost:
+            is_healthy = False
+        if self.lost is not None:
+            return "rpc server away"
+        return "ok" if is_healthy else "stuck"
 
     async def is_healthy(self) -> bool:
         """Whether a token can be decoded; asked again after a second at the earliest."""
@@ -203,7 +226,8 @@ def application(settings: Settings) -> FastAPI:
         loading = asyncio.create_task(server.load())
         loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         yield
-        await asyncio.wait([loading])
+        if server.lost is None:  # whoever loads it does not come back otherwise
+            await asyncio.wait([loading])
         await server.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)

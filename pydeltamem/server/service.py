@@ -32,7 +32,7 @@ from .history import Message, checked_messages
 from .logs import log
 from .session import Begun, Live
 from .store import N_CONNECTIONS, Conflict, Record, Store, StoreAway, StoreError, now
-from .worker import QueueFull, Worker, taken
+from .worker import ModelLost, QueueFull, Worker, taken
 
 T = TypeVar("T")
 
@@ -155,6 +155,10 @@ class AsyncDeltaMem:
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
+    def lose(self, error: ModelLost) -> None:
+        """Fails what is decoded: the model is lost. What was decoded already is committed. Any thread may call this."""
+        self.worker.lose(error)
+
     async def aclose(self, seconds: float = 30) -> None:
         """Ends what runs, commits it, and closes store and model."""
         await asyncio.to_thread(self.worker.stop, seconds)
@@ -164,7 +168,8 @@ class AsyncDeltaMem:
             self._prolonging.cancel()
         await asyncio.to_thread(self._storing.shutdown)
         self.store.close()
-        self.llm.close()
+        if self.worker.lost is None:
+            self.llm.close()
 
     @property
     def n_ready(self) -> int:
@@ -464,7 +469,7 @@ class AsyncDeltaMem:
             if idle is None:
                 break
             self.n_evicted += 1
-            with contextlib.suppress(ModelError):  # the server is stopping
+            with contextlib.suppress(ModelError, ModelLost):  # the server is stopping
                 self.worker.call(functools.partial(self._leave, self._live.pop(idle)))
 
     def _nameless_text(self, owner: str, prompt: Sequence[int]) -> Live:
@@ -738,6 +743,12 @@ class Answer:
         except Exception as failure:
             error = error or failure
         self._soon(self._settle, error)
+
+    def fail(self, error: BaseException) -> None:
+        """As Job."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # that loop is gone
+                self._loop.call_soon_threadsafe(self._settle, error)  # nobody sends what is in the outbox
 
     def _settle(self, error: BaseException | None) -> None:
         if not self._over.done():

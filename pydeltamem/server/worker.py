@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,10 @@ from ..runtime.generation import Generation
 
 class QueueFull(DeltaMemError):
     """Too many requests wait for a slot."""
+
+
+class ModelLost(DeltaMemError):
+    """llama.cpp gave the model up in the middle of its work, as it does when it loses an RPC server."""
 
 
 class Job(Protocol):
@@ -45,6 +50,9 @@ class Job(Protocol):
     def end(self, generation: Generation | None, error: BaseException | None) -> None:
         """It is over, or never began."""
 
+    def fail(self, error: BaseException) -> None:
+        """It is over, and the thread of the worker with it: texts are not to be touched. Any thread may call this."""
+
 
 class Worker(threading.Thread):
     """Decodes until `stop`.
@@ -58,6 +66,7 @@ class Worker(threading.Thread):
         n_active: jobs that have a slot.
         n_waiting: jobs that wait for one.
         busy_since: when the present decode began, by `time.monotonic`; None between two.
+        lost: why this thread will never go on.
     """
 
     def __init__(self, llm: DeltaMemLlama, n_queue: int = 64, post: Callable[[], object] = lambda: None) -> None:
@@ -71,7 +80,9 @@ class Worker(threading.Thread):
         self._queues: collections.OrderedDict[str, collections.deque[Job]] = collections.OrderedDict()
         self._calls: collections.deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = collections.deque()
         self._active: list[tuple[Job, Generation]] = []
+        self._open: set[Job | concurrent.futures.Future[Any]] = set()  # what somebody waits for
         self._is_stopping = self._drains = False
+        self.lost: ModelLost | None = None
 
     @property
     def n_active(self) -> int:
@@ -88,22 +99,29 @@ class Worker(threading.Thread):
     def submit(self, job: Job) -> None:
         """Enters a job. Raises QueueFull, and ModelError after `stop`."""
         with self._came:
-            if self._is_stopping or not self.is_alive():
-                raise ModelError("the server is stopping")
+            self._require_life()
             if self.n_waiting + self.n_active >= self.n_queue + self.n_slots:
                 raise QueueFull(f"{self.n_waiting} requests wait already: try again later")
             self._queues.setdefault(job.owner, collections.deque()).append(job)
+            self._open.add(job)
             self._came.notify()
 
     def call(self, function: Callable[[], Any]) -> concurrent.futures.Future[Any]:
         """Calls a function in this thread, between two decodes."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         with self._came:
-            if self._is_stopping or not self.is_alive():
-                raise ModelError("the server is stopping")
+            self._require_life()
             self._calls.append((function, future))
+            self._open.add(future)
             self._came.notify()
+        future.add_done_callback(self._open.discard)
         return future
+
+    def _require_life(self) -> None:
+        if self.lost is not None:
+            raise self.lost
+        if self._is_stopping or not self.is_alive():
+            raise ModelError("the server is stopping")
 
     def drop(self, job: Job) -> None:
         """A job was cancelled: if it waits for a slot, it ends now."""
@@ -111,11 +129,26 @@ class Worker(threading.Thread):
             queue = self._queues.get(job.owner)
             if queue is not None and job in queue:
                 queue.remove(job)
-                self._calls.append((lambda: job.end(None, None), concurrent.futures.Future()))
+                self._calls.append((lambda: self._end(job, None, None), concurrent.futures.Future()))
             self._came.notify()
+
+    def lose(self, error: ModelLost) -> None:
+        """Fails everything: llama.cpp does not come back from what it does for this thread."""
+        with self._came:
+            self.lost = error
+            left = list(self._open)
+            self._open.clear()
+        for each in left:
+            if not isinstance(each, concurrent.futures.Future):
+                each.fail(error)
+                continue
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # it is done
+                each.set_exception(error)
 
     def stop(self, seconds: float = 30) -> None:
         """Takes no more jobs, and ends when those that run are over. After `seconds` they are cut."""
+        if self.lost is not None:
+            return
         with self._came:
             self._is_stopping = True
             self._came.notify()
@@ -139,6 +172,8 @@ class Worker(threading.Thread):
                 self._calls.clear()
             for function, future in calls:
                 _run(function, future)
+            if self.lost is not None:
+                return
             self._admit()
             if self._active:
                 self._step()
@@ -152,14 +187,18 @@ class Worker(threading.Thread):
             if job is None:
                 return
             if job.cancelled:
-                job.end(None, None)
+                self._end(job, None, None)
                 continue
             try:
                 generation = job.begin()
             except Exception as error:
-                job.end(None, error)
+                self._end(job, None, error)
             else:
                 self._active.append((job, generation))
+
+    def _end(self, job: Job, generation: Generation | None, error: BaseException | None) -> None:
+        job.end(generation, error)
+        self._open.discard(job)
 
     def _next(self) -> Job | None:
         """The oldest job of the owner that was served longest ago."""
@@ -188,7 +227,7 @@ class Worker(threading.Thread):
         for job, generation in self._active:
             job.news(generation)
             if generation.is_over or error is not None:
-                job.end(generation, generation.error or error)
+                self._end(job, generation, generation.error or error)
             else:
                 still.append((job, generation))
         self._active = still
@@ -207,11 +246,15 @@ class Worker(threading.Thread):
 
 
 def _run(function: Callable[[], Any], future: concurrent.futures.Future[Any]) -> None:
-    if future.set_running_or_notify_cancel():
+    if future.done() or not future.set_running_or_notify_cancel():
+        return
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # `lose` was first
         try:
-            future.set_result(function())
+            result = function()
         except BaseException as error:
             future.set_exception(error)
+        else:
+            future.set_result(result)
 
 
 def taken(generation: Generation) -> tuple[str, Sequence[Any]]:
