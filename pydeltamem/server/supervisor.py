@@ -163,7 +163,8 @@ def supervised(given: str, server: uvicorn.Server, is_loaded: Callable[[], bool]
 
     def watch() -> None:
         with contextlib.suppress(OSError):
-            for has_come in (lambda: server.started, is_loaded):
+            steps: list[Callable[[], bool]] = [lambda: server.started, is_loaded]
+            for has_come in steps:
                 while not has_come():
                     time.sleep(0.05)
                 its.sendall(b"1")
