@@ -25,23 +25,35 @@ from pydeltamem.server.store import Record, Turn
 KEY = "key-of-ada"
 BASE, ADAPTERS = default_files()
 
-# a server whose model is loaded when a file is there, and which babbles to the end of its context
+# a server whose model is loaded when a file is there, which says how, and which babbles to the end of its context
 BABBLES = f"""
-import functools, sys, time, uvicorn
+import signal, sys, time, uvicorn
 from pathlib import Path
-from pydeltamem import DeltaMemLlama
+from pydeltamem import DeltaMemLlama, ModelError
 from pydeltamem.server import AsyncDeltaMem, application, page
 
 def load():
     while not Path(sys.argv[2]).exists():
         time.sleep(0.05)
-    llm = DeltaMemLlama({str(BASE)!r}, deltamem_path={str(ADAPTERS["msw"])!r}, n_ctx=8192, n_threads=1, verbose=False)
+    how = Path(sys.argv[2]).read_text()
+    if how == "fail":
+        raise ModelError("no-such.gguf: it is missing")
+    adapter = None if how == "plain" else {str(ADAPTERS["msw"])!r}
+    llm = DeltaMemLlama({str(BASE)!r}, deltamem_path=adapter, n_ctx=8192, n_threads=1, verbose=False)
     service = AsyncDeltaMem(llm)
-    service.chat = functools.partial(service.chat, logit_bias={{llm.token_eos(): -100}})
+    service.chat = chat_of(service)
     return service
 
+def chat_of(service, real=AsyncDeltaMem.chat):
+    def chat(messages, **options):
+        if messages[-1]["content"] == "Break":
+            raise RuntimeError("it breaks")
+        return real(service, messages, logit_bias={{service.llm.token_eos(): -100}}, **options)
+    return chat
+
 app = application.application(application.Settings(load=load, page=page.mount))
-uvicorn.run(app, port=int(sys.argv[1]), log_config=None)
+signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again: this process ends in order, and is measured
+uvicorn.run(app, port=int(sys.argv[1]), log_config=None, timeout_graceful_shutdown=1)
 """
 
 
@@ -58,6 +70,9 @@ class Server:
 
     def get(self, path, **options):
         return httpx.get(self.url + path, timeout=60, **options)
+
+    def delete(self, path):
+        assert httpx.delete(self.url + path, timeout=60).status_code == 200
 
     def memory(self, session):
         """The memory of a session, by the API."""
@@ -109,11 +124,15 @@ def server(tmp_path_factory):
 
 
 def until(condition, seconds=60):
+    from selenium.common.exceptions import StaleElementReferenceException
+
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while True:
+        with contextlib.suppress(StaleElementReferenceException):  # the page was drawn again in between
+            if found := condition():
+                return found
         assert time.monotonic() < end, "it does not come true"
         time.sleep(0.05)
-    return found
 
 
 #
@@ -203,8 +222,15 @@ class Tab:
 
         return until(found)
 
-    def press(self, name):
-        self.js("arguments[0].click()", self.button(name))
+    def press(self, name, times=1):
+        self.click(lambda: self.button(name), times)
+
+    def click(self, find, times=1):
+        def clicked():
+            self.js("for (let i = 0; i < arguments[1]; i++) arguments[0].click()", find(), times)
+            return True
+
+        until(clicked)
 
     def field(self, label):
         return until(lambda: self.shown(f'input[aria-label="{label}"]'))
@@ -242,7 +268,7 @@ class Tab:
         return self.answered(n + 1)
 
     def complaint(self):
-        return until(lambda: self.shown(".q-notification")).text
+        return until(lambda: (shown := self.shown(".q-notification")) and shown.text)
 
     def choose(self, name):
         """Answers the dialog for a name, and waits until that session is shown."""
@@ -251,6 +277,16 @@ class Tab:
 
     def heading(self, name):
         until(lambda: any(each.text == name for each in self.find("[role=heading][aria-level='1']")))
+
+    def dialog(self, i):
+        """Presses the i-th button of the dialog, and waits until it is gone."""
+        until(lambda: self.shown("[role=dialog]"))
+        self.click(lambda: self.shown("[role=dialog]").find_elements("css selector", "button")[i])
+        until(lambda: not self.shown("[role=dialog]"))
+
+    def keeps(self, text):
+        """Waits until a message that was not taken is in the box again."""
+        until(lambda: self.box.get_attribute("value") == text)
 
     @property
     def map(self):
@@ -294,11 +330,13 @@ def test_it_is_used_by_keyboard(server, browse):
 
     tab = browse(server, "keyboard")
     until(lambda: tab.driver.switch_to.active_element.get_attribute("aria-label") == "Message")
+    tab.driver.switch_to.active_element.send_keys(Keys.ENTER)  # nothing is nothing
     tab.driver.switch_to.active_element.send_keys("My name", Keys.SHIFT, Keys.ENTER, Keys.NULL, "is Ben.")
     assert tab.box.get_attribute("value") == "My name\nis Ben."
     assert tab.answers == []
     tab.driver.switch_to.active_element.send_keys(Keys.ENTER)
     tab.answered(1)
+    assert [text for who, text in tab.text if who == "You"] == ["My name\nis Ben."]
     until(lambda: tab.driver.switch_to.active_element.get_attribute("aria-label") == "Message")
     unnamed = [
         each.get_attribute("outerHTML")
@@ -315,7 +353,7 @@ def test_the_last_turn_is_regenerated_edited_and_undone(server, browse):
     tab.say("I have a dog.")
     once = server.memory("turns")
 
-    tab.press("Regenerate the answer")
+    tab.press("Regenerate the answer", times=2)  # once is enough
     until(lambda: server.get("/v1/memories/turns").json()["version"] == 3)
     tab.answered(2)
     assert server.sessions()["turns"] == 2
@@ -329,6 +367,7 @@ def test_the_last_turn_is_regenerated_edited_and_undone(server, browse):
     tab.box.send_keys("I have a parrot.\n")
     until(lambda: ("You", "I have a parrot.") in tab.text)
     tab.answered(2)
+    assert server.get("/v1/memories/turns").json()["version"] == 5  # 3, the undo and this turn
     assert ("You", "I have a dog.") not in tab.text
     assert server.sessions()["turns"] == 2
 
@@ -339,6 +378,25 @@ def test_the_last_turn_is_regenerated_edited_and_undone(server, browse):
     tab.press("Undo the last turn")
     until(lambda: server.sessions()["turns"] == 0)
     assert not server.memory("turns").state.any()
+
+    until(lambda: not tab.find(".actions"))  # it is over
+
+    # what is not answered is in the box again: too long, and an edit of what is gone
+    long = "I have a dog and a cat and a parrot. " * 90
+    tab.js("arguments[0].focus()", tab.box)
+    tab.driver.execute_cdp_cmd("Input.insertText", {"text": long})
+    tab.box.send_keys("\n")
+    assert tab.complaint()
+    tab.keeps(long.strip())
+    assert tab.answers == [] and server.sessions()["turns"] == 0
+    tab.box.send_keys(Keys.CONTROL, "a")
+    tab.say("I live in Bonn.")
+    tab.press("Edit the last message")
+    tab.keeps("I live in Bonn.")
+    server.delete("/v1/memories/turns")
+    tab.box.send_keys(" No.\n")
+    until(lambda: "turn" in tab.complaint())
+    tab.keeps("I live in Bonn. No.")
 
 
 def test_sessions_are_made_forked_renamed_and_deleted(server, browse):
@@ -354,14 +412,20 @@ def test_sessions_are_made_forked_renamed_and_deleted(server, browse):
     tab.press("Rename")
     tab.choose("three")
     assert "two" not in server.sessions() and server.sessions()["three"] == 2
+    before = server.sessions()
+    tab.press("Rename")
+    tab.choose("three")  # as it is
+    until(lambda: not tab.shown("[role=dialog]"))
     tab.press("Rename")
     tab.fill("Name", "one\n")
     assert "one" in tab.complaint()
     assert server.sessions()["three"] == 2
 
     tab.press("Delete")
-    dialog = until(lambda: tab.shown("[role=dialog]"))
-    tab.js("arguments[0].click()", dialog.find_elements("css selector", "button")[-1])
+    tab.dialog(0)
+    assert server.sessions() == before
+    tab.press("Delete")
+    tab.dialog(-1)
     until(lambda: "three" not in server.sessions())
 
     other = browse(server, "no%20name")
@@ -369,9 +433,37 @@ def test_sessions_are_made_forked_renamed_and_deleted(server, browse):
     other.say("My name is Kate.")
     assert any(name.startswith("chat-") for name in server.sessions())
 
-    other.press("New session")
+    other.press("New session", times=2)  # one is enough
     until(lambda: other.text and other.text[0][0] == "note")
-    assert "session=chat-" in until(lambda: "chat-" in other.driver.current_url and other.driver.current_url)
+    other.heading("chat-2")
+    until(lambda: other.driver.current_url.endswith("session=chat-2"))
+    other.say("My name is Leo.")
+    assert {"chat-1", "chat-2"} <= set(server.sessions()) and "chat-3" not in server.sessions()
+    browse(server).heading("chat-2")  # the latest, where none is named
+
+
+def test_the_states_of_a_layer(server, browse):
+    tab = browse(server, "layers")
+    tab.say("My name is Mia.")
+
+    def drawn():
+        chart = "getElement(document.querySelectorAll('.nicegui-echart')[1].id.slice(1)).chart"
+        return tab.js(f"return JSON.stringify({chart}.getOption().series)")
+
+    def choose(i):
+        tab.js("arguments[0].click()", tab.find(".q-drawer--right .q-select input")[0])
+        until(lambda: len(tab.find(".q-menu .q-item")) == 5)  # the strongest, and four
+        tab.js("arguments[0].click()", tab.find(".q-menu .q-item")[i])
+        until(lambda: not tab.find(".q-menu .q-item"))
+
+    strongest = drawn()
+    layers = set()
+    for i in range(1, 5):
+        choose(i)
+        layers.add(until(lambda: (series := drawn()) not in layers and series))
+    assert strongest in layers
+    choose(0)
+    until(lambda: drawn() == strongest)
 
 
 def test_a_memory_is_exported_and_imported(server, browse, tmp_path):
@@ -418,11 +510,31 @@ def test_what_was_said_is_shown_again_where_it_is_kept_and_belongs_to_its_key(br
         other = browse(server, "kept", waits=False)
         other.fill("API key", "key-of-bo\n")
         assert other.ready().text[0][0] == "note" and len(other.text) == 1
+        other.press("Forget the key")
+        other.fill("API key", KEY + "\n")
+        until(lambda: other.box and "What is my name?" in [text for _, text in other.text])
         log = server.log.read_text()
         assert KEY not in log and "Iris" not in log and "tab_id" not in log
 
 
+@pytest.mark.parametrize("how", ["fail", "plain"])
+def test_a_model_that_fails_and_one_without_a_memory(browse, tmp_path, how):
+    go = tmp_path / "go"
+    go.write_text(how)
+    with running(tmp_path, lambda port: ["-c", BABBLES, str(port), str(go)], ready=False) as server:
+        tab = browse(server, waits=False)
+        if how == "fail":
+            until(lambda: "no-such.gguf" in tab.js("return document.body.innerText"))
+            assert not tab.is_open and tab.box is None
+        else:
+            tab.ready().fill("Tokens at most", "4")
+            assert tab.say("Hello")
+            assert not tab.shown(".names") and not tab.shown(".nicegui-echart")
+
+
 def test_it_waits_for_the_model_and_an_answer_can_be_stopped(browse, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
     go = tmp_path / "go"
     with running(tmp_path, lambda port: ["-c", BABBLES, str(port), str(go)], ready=False) as server:
         tab = browse(server, "long", waits=False)
@@ -435,6 +547,8 @@ def test_it_waits_for_the_model_and_an_answer_can_be_stopped(browse, tmp_path):
         tab.box.send_keys("Tell me about everything.\n")
         until(lambda: tab.answers and tab.answers[-1])
         until(lambda: tab.map != before)  # it changes while the model answers
+        tab.press("New session")  # not now
+        assert tab.complaint() and server.sessions() == {}
         tab.press("Stop")
         answer = tab.answered(1)
         tokens = server.get("/v1/memories/long").json()["tokens"]
@@ -443,7 +557,15 @@ def test_it_waits_for_the_model_and_an_answer_can_be_stopped(browse, tmp_path):
         until(lambda: tab.box.get_attribute("value"))
         tab.press("Cancel the edit")
         until(lambda: tab.box.get_attribute("value") == "")
+        tab.press("Edit the last message")
+        until(lambda: tab.box.get_attribute("value"))
+        tab.box.send_keys(Keys.ESCAPE)
+        until(lambda: tab.box.get_attribute("value") == "")
         assert tab.answers == [answer]
+        tab.box.send_keys("Break\n")
+        tab.keeps("Break")
+        assert tab.answers == [answer] and "it breaks" in server.log.read_text()
+        tab.box.send_keys(Keys.CONTROL, "a")
         # a tab that is closed ends its answer
         tab.box.send_keys("Go on.\n")
         until(lambda: len(tab.answers) == 2 and tab.answers[-1])

@@ -6,7 +6,6 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -93,14 +92,7 @@ class View:
             if not self.owner:
                 self._ask_key()
                 return
-        while self.server._service is None and not self.client.is_deleted:
-            failure = self.server.failure
-            text = "The model is being loaded …" if failure is None else f"The model cannot be loaded: {failure}"
-            self._wait(text, failure is None)
-            if failure is not None:
-                return
-            await asyncio.sleep(0.5)
-        if self.client.is_deleted:
+        if not await self._is_loaded():
             return
         try:
             if self.service.has_memory:
@@ -118,6 +110,17 @@ class View:
             self._draw_talk()
         self._let_in(True)
         self.input.run_method("focus")
+
+    async def _is_loaded(self) -> bool:
+        """Waits for the model. False if it cannot be loaded, or the tab is closed."""
+        while self.server._service is None and not self.client.is_deleted:
+            failure = self.server.failure
+            text = "The model is being loaded …" if failure is None else f"The model cannot be loaded: {failure}"
+            self._wait(text, failure is None)
+            if failure is not None:
+                return False
+            await asyncio.sleep(0.5)
+        return not self.client.is_deleted
 
     def _let_in(self, is_open: bool) -> None:
         """Shows the conversation and what belongs to it, or hides it."""
@@ -475,7 +478,7 @@ class View:
             try:
                 if self.service.has_memory:
                     await self._refresh()
-            except DeltaMemError as error:
+            except DeltaMemError as error:  # pragma: no cover - the store fails right after it took the turn
                 _complain(error)
             self._draw_input()
         return counts
@@ -495,8 +498,7 @@ class View:
                 wait = max(0.05, 10 * (since - begin))  # a long answer is drawn less often
         finally:
             watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
+            await asyncio.wait([watching])
 
     async def _watch(self, answer: Answer) -> None:
         """The heat map while the model reads and answers."""
@@ -618,8 +620,6 @@ class View:
 
     def _draw_layer(self) -> None:
         state = self._drawn
-        if state is None:
-            return
         n_head = state.shape[1]
         layer = int((state**2).sum((1, 2, 3)).argmax()) if self.layer is None else self.layer
         wide = math.ceil(math.sqrt(n_head))
