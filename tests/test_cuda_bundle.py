@@ -36,13 +36,21 @@ def test_backends_that_are_left_out(backend):
 
 def test_files_of_the_repository():
     """The sources, the tests and the golden data; neither the patches, which are applied, nor what only takes room."""
-    packed = cuda_bundle.our_files(
-        [path.relative_to(ROOT).as_posix() for name in ("native", "tests", "tools", "recipes", "docs", "pydeltamem")
-         for path in (ROOT / name).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    )  # fmt: skip
-    for path in ("native/ggml_deltamem/deltamem-cuda.cu", "tests/test_cuda.py", "tests/conftest.py",
-                 "tests/golden/checksums.json", "tests/native/CMakeLists.txt", "tools/cuda_check.py",
-                 "tools/cuda_bundle_run.py", "pydeltamem/runtime/library.py"):  # fmt: skip
+    folders = ("native", "tests", "tools", "recipes", "docs", "pydeltamem", "convert")
+    files = [path for name in folders for path in (ROOT / name).rglob("*") if path.is_file()]
+    packed = cuda_bundle.our_files([path.relative_to(ROOT).as_posix() for path in files])
+    for path in (
+        "native/ggml_deltamem/deltamem-cuda.cu",
+        "tests/test_cuda.py",
+        "tests/conftest.py",
+        "tests/golden/checksums.json",
+        "tests/native/CMakeLists.txt",
+        "tools/cuda_check.py",
+        "tools/cuda_bundle_run.py",
+        "tools/native_context.py",
+        "convert/adapter.py",
+        "pydeltamem/runtime/library.py",
+    ):
         assert path in packed
     assert not [path for path in packed if path.endswith(".patch") or path.startswith(("recipes/", "docs/"))]
 

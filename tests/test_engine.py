@@ -37,10 +37,10 @@ def recorded(monkeypatch):
     def record(llm, then=lambda n: None):
         decode, decodes = llm._engine.slots.decode, []
 
-        def decoded(jobs):
+        def decoded(jobs, *meanwhile):
             decodes.append({job.slot: len(job.piece.tokens) for job in jobs})
             then(len(decodes))
-            return decode(jobs)
+            return decode(jobs, *meanwhile)
 
         monkeypatch.setattr(llm._engine.slots, "decode", decoded)
         return decodes
@@ -225,9 +225,9 @@ def test_an_interrupt_in_a_decode_ends_one_request(make, monkeypatch):
     request = Request(texts[0])
     request.ask([9, 10])
 
-    def interrupted(jobs):
+    def interrupted(jobs, *meanwhile):
         monkeypatch.undo()
-        decode(jobs)
+        decode(jobs, *meanwhile)
         raise KeyboardInterrupt
 
     decode = llm._engine.slots.decode
@@ -349,7 +349,7 @@ def test_a_failure_before_the_memorys_floor_leaves_the_text(make, monkeypatch):
     text.n_tokens = 5
     before, state = text.position, text.state
 
-    def fail(jobs):
+    def fail(jobs, *meanwhile):
         raise DecodeError("no more")
 
     with monkeypatch.context() as patch:
@@ -386,3 +386,18 @@ def test_a_stream_that_was_left_leaves_nothing(make):
         pieces.close()
     gc.collect()
     assert len(llm._engine._left) <= 1
+
+
+def test_a_newcomer_sits_beside_those_that_are_decoded(make, recorded):
+    """llama.cpp computes slots in one graph only if no other slot lies between them."""
+    llm = make(n_seq_max=4)
+    talks = [Conversation(llm, temp=0.0, n_predict=4) for _ in range(4)]
+    for talk in [*talks, talks[1]]:  # all slots have a text, and the second's is not the one decoded longest ago
+        talk.say("hello")
+    held = {talk: talk._text.slot for talk in talks}
+    decodes = recorded(llm)
+    newcomers = [Conversation(llm, temp=0.0, n_predict=4) for _ in range(2)]
+    say_together({talk: "who are you?" for talk in newcomers})
+    slots = sorted(talk._text.slot for talk in newcomers)
+    assert slots[1] - slots[0] == 1 and max(map(len, decodes)) == 2
+    assert held[talks[0]] in slots  # the first had nobody to sit beside

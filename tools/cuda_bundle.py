@@ -33,7 +33,7 @@ import fetch_llama_cpp  # noqa: E402
 # what the check reads of the repository, as git names it
 OURS = re.compile(
     r"(CMakeLists\.txt|LICENSE|pyproject\.toml|_pydeltamem_startup\.py|cmake/.*|convert/.*|examples/tiny/.*|native/.*"
-    r"|pydeltamem/.*|tests/[^/]*\.py|tests/(golden|native)/.*|tools/(cuda_check|cuda_bundle_run)\.py)"
+    r"|pydeltamem/.*|tests/[^/]*\.py|tests/(golden|native)/.*|tools/(cuda_check|cuda_bundle_run|native_context)\.py)"
 )
 BACKENDS = ("ggml-cpu", "ggml-cuda", "ggml-rpc")  # that the check builds
 THERE = ("numpy", "torch")  # what comes with PyTorch
@@ -41,9 +41,7 @@ THERE = ("numpy", "torch")  # what comes with PyTorch
 
 def our_files(tracked: list[str]) -> list[str]:
     """The files that go into the archive. The patches do not: the sources have them already."""
-    return [
-        path for path in tracked if OURS.fullmatch(path) and not (path.startswith("native/patches/") and ".patch" in path)
-    ]
+    return [path for path in tracked if OURS.fullmatch(path) and not path.endswith(".patch")]
 
 
 def is_needed(path: str) -> bool:
@@ -94,17 +92,19 @@ def main() -> int:
     parser.add_argument("--python", default="3.12", metavar="X.Y", help="of the other machine (%(default)s)")
     parser.add_argument("--machine", default="x86_64", help="its processor (%(default)s)")
     args = parser.parse_args()
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as aside:
         bundle = Path(aside) / NAME
-        for path in our_files(tracked):
+        for path in our_files(listed.splitlines()):
             target = bundle / path
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / path, target)
             if target.stat().st_size > LARGEST:
                 raise SystemExit(f"{path}: larger than {LARGEST:,} bytes: leave it out of the archive")
         (bundle / "native" / "patches").mkdir(parents=True, exist_ok=True)
+        shutil.copytree(bundle / "convert", bundle / "pydeltamem" / "convert")  # as the package has it
         add_sources(bundle / "llama.cpp")
         add_wheels(bundle / "wheels", args.python, args.machine)
         (bundle / "tools" / "cuda_bundle_run.py").rename(bundle / "run.py")

@@ -2,8 +2,8 @@
 
     python3 run.py [--minutes 10] [-- CMake options]
 
-Its arguments are those of tools/cuda_check.py. The wheels are unpacked into the folder of this file, and nothing else is
-installed. The report is in build/cuda/report there, each step's result as soon as it is known.
+Its arguments are those of tools/cuda_check.py. The wheels are unpacked into the folder of this file, and nothing else
+is installed. The report is in build/cuda/report there, each step's result as soon as it is known.
 """
 
 from __future__ import annotations

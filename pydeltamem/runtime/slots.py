@@ -237,8 +237,8 @@ class Slots:
 
     @holding("lock")
     def take(self, text: Holder, staying: Sequence[Holder] = ()) -> int | None:
-        """Gives the text a slot: the one that it has, its home, a free one, or that of the text decoded longest ago.
-        Texts in `staying` keep theirs. None if they have all.
+        """Gives the text a slot: the one that it has, its home, a free one, or another text's: one beside those of the
+        texts `staying`, which keep theirs, and among these the one decoded longest ago. None if they have all.
         """
         if text.slot is not None:
             return text.slot
@@ -246,8 +246,15 @@ class Slots:
         places = [slot for slot in places if self.text(slot) is None or self.text(slot) not in staying]
         if not places:
             return None
-        # free ones from the last one on: llama_cpp.Llama evaluates its own text in the first
-        slot = min(places, key=lambda s: (0, 0, -s) if self.text(s) is None else (1, self._used[s], -s))
+        # llama.cpp computes slots together only if no other lies between them (`decode`)
+        near = {other.slot + i for other in staying if other.slot is not None for i in (-1, 1)}
+
+        def worth(slot: int) -> tuple[int, bool, int, int]:
+            is_free = self.text(slot) is None
+            # free ones from the last one on: llama_cpp.Llama evaluates its own text in the first
+            return (0 if is_free else 1, slot not in near, 0 if is_free else self._used[slot], -slot)
+
+        slot = min(places, key=worth)
         self.leave(self.text(slot))
         text.lost_kv()
         self._states[slot] = self._records[slot] = None
