@@ -183,3 +183,4 @@ def test_what_runs_fails_when_the_model_is_lost():
             with pytest.raises(ModelLost):
                 api.service.worker.call(lambda: None)
             assert api.http.get("/health").json() == {"status": "rpc server away"}
+            assert api.http.get("/health/live").status_code == 200

@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends in order, and raises the signal again afterwards
     if args.supervised:
         when_lost(lost)
-        with supervisor.supervised(args.supervised, server, lambda: app.state.server.is_loaded) as listener:
+        with supervisor.supervised(args.supervised, lambda: app.state.server.is_loaded) as listener:
             server.run(sockets=[listener])
     else:
         server.run()

@@ -59,15 +59,19 @@ class _Supervisor:
                 self._rest(_BACKOFF[min(n_failed, len(_BACKOFF) - 1)])
                 self._wait_for_rpc_servers()
                 if self.told is not None:
-                    return 128 + self.told
+                    return 0 if self.told == signal.SIGTERM else 128 + self.told
                 self.server, ours = self._begin()
-                ours.recv(1)  # it listens, or is over
+                ours.recv(1)  # it would listen, or is over
+            with contextlib.suppress(OSError):  # it is over
+                ours.sendall(b"1")  # this process accepts no more; who comes meanwhile waits in the socket's queue
             n_failed += 1
             if ours.recv(1):  # it has its model; nothing: it is over
                 n_failed = 0
                 ours.recv(1)
             status = self.server.wait()
             ours.close()
+            if self.told is not None and status == AGAIN:  # it lost its model at the end
+                return 0
             if self.told is not None or 0 <= status != AGAIN:
                 return status if status >= 0 else 128 - status
             log.warning("the server ended with status %d and begins again", status)
@@ -155,22 +159,23 @@ class Relay(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def supervised(given: str, server: uvicorn.Server, is_loaded: Callable[[], bool]) -> Iterator[socket.socket]:
-    """The socket that a server listens at which `_Supervisor` began. Tells it when the server listens and when the
+def supervised(given: str, is_loaded: Callable[[], bool]) -> Iterator[socket.socket]:
+    """The socket that a server is to listen at which `_Supervisor` began, once that one has left it. Tells it when the
     model is loaded, and ends the server when the supervisor is gone.
     """
     listener, its = (socket.socket(fileno=int(fd)) for fd in given.split(","))
 
     def watch() -> None:
         with contextlib.suppress(OSError):
-            steps: list[Callable[[], bool]] = [lambda: server.started, is_loaded]
-            for has_come in steps:
-                while not has_come():
-                    time.sleep(0.05)
-                its.sendall(b"1")
+            while not is_loaded():
+                time.sleep(0.05)
+            its.sendall(b"1")
             its.recv(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    with contextlib.suppress(OSError):  # `watch` ends this process
+        its.sendall(b"1")
+        its.recv(1)
     threading.Thread(target=watch, daemon=True).start()
     yield listener
 
