@@ -269,6 +269,18 @@ def f32_model(folder: Path) -> Path:
     return model
 
 
+def play_alone(clients: Sequence[Client], kills: Sequence[Kill], url: str, model: Path, folder: Path) -> list[str]:
+    """Plays each session alone, and prints what the kills did to the clients. Returns what is wrong in the store."""
+    print(f"{sum(len(client.turns) for client in clients)} turns, {len(kills)} kills; playing each alone", flush=True)
+    store = Store(url)
+    found = [compare(client, store, model, folder) for client in clients if client.turns]
+    store.close()
+    print("sent again after:", sent_again(clients))
+    print(f"largest difference of a state: {max(d for _, d in found):.1e} of what a turn changes")
+    print_without_service(kills, clients)
+    return [line for lines, _ in found for line in lines]
+
+
 def play(args: argparse.Namespace, folder: Path) -> int:
     draw = random.Random(args.seed)
     plan = ["replica"] * args.kills + ["PostgreSQL"] * args.database_kills + ["HAProxy"] * args.balancer_kills
@@ -287,20 +299,9 @@ def play(args: argparse.Namespace, folder: Path) -> int:
         for thread in threads:
             thread.join()
         spans = [held(replica, kills) for replica in replicas]
-        store = Store(database.url)
-        print(
-            f"{sum(len(client.turns) for client in clients)} turns, {len(kills)} kills; playing each alone", flush=True
-        )
-        found = [compare(client, store, model, folder) for client in clients if client.turns]
-        store.close()
-    wrong = [line for lines, _ in found for line in lines]
+        wrong = play_alone(clients, kills, database.url, model, folder)
     wrong += [f"two at once: {line}" for line in two_at_once(*spans)]
-    print("sent again after:", sent_again(clients))
-    print(
-        f"sessions used {sum(map(len, spans))} times; largest difference of a state: "
-        f"{max(d for _, d in found):.1e} of what a turn changes"
-    )
-    print_without_service(kills, clients)
+    print(f"sessions used {sum(map(len, spans))} times")
     for line in wrong:
         print(line)
     print("FAILED" if wrong else "nothing lost, nothing twice, never two at once")

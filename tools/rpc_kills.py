@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fleet import Replica, RpcServer, until
-from fleet_kills import Client, Kill, compare, f32_model, print_without_service, sent_again
-from pydeltamem.server.store import Store
+from fleet_kills import Client, Kill, f32_model, play_alone
 
 
 def kill_all(
@@ -62,14 +61,7 @@ def play(args: argparse.Namespace, folder: Path) -> int:
         for thread in threads:
             thread.join()
         serving.end()
-    print(f"{sum(len(client.turns) for client in clients)} turns, {len(kills)} kills; playing each alone", flush=True)
-    reading = Store(store)
-    found = [compare(client, reading, model, folder) for client in clients if client.turns]
-    reading.close()
-    wrong = [line for lines, _ in found for line in lines]
-    print("sent again after:", sent_again(clients))
-    print(f"largest difference of a state: {max(d for _, d in found):.1e} of what a turn changes")
-    print_without_service(kills, clients)
+    wrong = play_alone(clients, kills, store, model, folder)
     print(f"back after the RPC server began: {statistics.median(back):.1f} s, {max(back):.1f} at most")
     for line in wrong:
         print(line)
