@@ -1,6 +1,17 @@
-# Runs AMX instructions as ggml does, and sets DELTAMEM_AMX_FLAGS to disable AMX if they fail. GCC 12 drops the stores to all
-# but the first bytes that ldtilecfg loads, and some virtual machines report AMX but do not execute it: an illegal instruction
-# would end the first prompt of a quantised model. Only -march=native builds are tested: they run on this machine.
+# ggml's AMX code, compiled so that it works: deltamem_mend_amx(TARGET) puts amx-tile-config.h before it, which mends a bug of
+# GCC's. Then runs AMX instructions as ggml does, and sets DELTAMEM_AMX_FLAGS to disable AMX if they fail: some virtual machines
+# report AMX but do not execute it, and an illegal instruction would end the first prompt of a quantised model. Only
+# -march=native builds are tested: they run on this machine.
+set(DELTAMEM_AMX_HEADER ${CMAKE_CURRENT_LIST_DIR}/amx-tile-config.h)
+
+function(deltamem_mend_amx target)
+    if (CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+        get_target_property(dir ${target} SOURCE_DIR)
+        set_source_files_properties(${dir}/ggml-cpu/amx/mmq.cpp TARGET_DIRECTORY ${target}
+            PROPERTIES COMPILE_OPTIONS "-include;${DELTAMEM_AMX_HEADER}" OBJECT_DEPENDS ${DELTAMEM_AMX_HEADER})
+    endif()
+endfunction()
+
 if ((DEFINED GGML_NATIVE AND NOT GGML_NATIVE) OR CMAKE_CROSSCOMPILING OR NOT CMAKE_SYSTEM_NAME STREQUAL "Linux" OR
         NOT CMAKE_C_COMPILER_ID MATCHES "GNU|Clang" OR NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     return()
@@ -8,7 +19,7 @@ endif()
 
 include(CheckCXXSourceRuns)
 
-set(CMAKE_REQUIRED_FLAGS "-march=native -O3")
+set(CMAKE_REQUIRED_FLAGS "-march=native -O3 -include ${DELTAMEM_AMX_HEADER}")
 check_cxx_source_runs([[
 #ifdef __AMX_TILE__
 #include <cstdint>
@@ -33,10 +44,10 @@ int main() {
 #else
 int main() {}
 #endif
-]] DELTAMEM_AMX_RUNS)
+]] DELTAMEM_AMX_WORKS)
 unset(CMAKE_REQUIRED_FLAGS)
 
-if (NOT DELTAMEM_AMX_RUNS)
+if (NOT DELTAMEM_AMX_WORKS)
     message(STATUS "AMX is left out: this machine does not run AMX code of this compiler")
     set(DELTAMEM_AMX_FLAGS -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 endif()

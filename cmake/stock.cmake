@@ -1,5 +1,5 @@
-# For unpatched builds of llama.cpp with its own CMake files (`-DCMAKE_PROJECT_INCLUDE=cmake/stock.cmake`): leaves AMX out where
-# it does not run, as our build does.
+# For unpatched builds of llama.cpp with its own CMake files (`-DCMAKE_PROJECT_INCLUDE=cmake/stock.cmake`): compiles
+# AMX as our build does, or leaves it out where it does not run.
 
 cmake_minimum_required(VERSION 3.19) # cmake_language
 
@@ -13,6 +13,7 @@ include(${CMAKE_CURRENT_LIST_DIR}/amx.cmake)
 function(deltamem_without_amx)
     if (TARGET ggml-cpu)
         target_compile_options(ggml-cpu PRIVATE ${DELTAMEM_AMX_FLAGS})
+        deltamem_mend_amx(ggml-cpu)
     endif()
 endfunction()
 

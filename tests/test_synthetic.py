@@ -69,6 +69,14 @@ def test_runs(synthetic, tmp_path, arch, ftype):
     assert np.abs(corrected[-1] - plain[-1]).max() > 1e-3
 
 
+@pytest.mark.parametrize("ftype", [ftype for ftype in FTYPES if ftype.startswith("q")])
+def test_repacked_weights_give_the_same_logits(synthetic, ftype):
+    """Repacked weights run by other code (AMX, AVX-512), which rounds the activations to 8 bits per block as the plain one."""
+    base = synthetic("qwen3", ftype)
+    plain, repacked = (logits(base, repack=repack) for repack in (False, True))
+    assert np.square(repacked - plain).sum() < 1e-3 * np.square(plain).sum()
+
+
 def test_one_adapter_for_every_type_of_base(synthetic, tmp_path):
     write_adapter_checkpoint(tmp_path / "checkpoint", synthetic("qwen3", "f32"))
     adapter = converted(tmp_path / "checkpoint", synthetic("qwen3", "f32"), tmp_path / "adapter.gguf")
