@@ -37,7 +37,7 @@ from .runtime.library import BaseLlamaCache, Llama, LlamaState
 from .runtime.lock import holding
 from .runtime.names import nearest, option
 from .runtime.remote import connect
-from .runtime.sampling import Guard, Sampler
+from .runtime.sampling import Guard, Sampler, n_likeliest
 from .runtime.slots import Slots
 from .runtime.stream import checked_grammar
 from .runtime.text import Text
@@ -533,20 +533,23 @@ class DeltaMemLlama(Llama):
 
     def _seeded_sampler(self, seed: int, *args: Any, **kwargs: Any) -> Sampler:
         """As `_init_sampler`, with a seed that is not the model's."""
-        options = _SAMPLER.bind(self, *args, **kwargs).arguments
+        bound = _SAMPLER.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        options = bound.arguments
         del options["self"]
-        processors, guard = options.pop("logits_processor", None), None
-        if options.get("grammar") is not None:
+        processors, guard = options.pop("logits_processor"), None
+        if options["grammar"] is not None:
             options["grammar"] = checked_grammar(self, options["grammar"])
         if processors:
             guard = Guard(processors, functools.partial(_tokens_before, weakref.ref(self)))
-            options["logits_processor"] = [guard]
+        options["logits_processor"] = [guard] if guard else None
         # not self: a sampler with processors would keep it alive until the garbage collector runs
         names = ("_n_vocab", "_model", "last_n_tokens_size")
         owner: Any = types.SimpleNamespace(
             _input_ids=None, _seed=_checked_seed(seed), **{name: getattr(self, name) for name in names}
         )
-        return Sampler(Llama._init_sampler(owner, **options), self._candidates, guard)
+        sampler = Llama._init_sampler(owner, **options)
+        return Sampler(sampler, self._candidates, guard, n_likeliest(options, self.last_n_tokens_size))
 
     def set_seed(self, seed: int) -> None:
         """As `Llama.set_seed`; -1: a random seed each time. Raises InputError if it is no whole number."""

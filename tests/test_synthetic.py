@@ -71,7 +71,7 @@ def test_runs(synthetic, tmp_path, arch, ftype):
 
 @pytest.mark.parametrize("ftype", [ftype for ftype in FTYPES if ftype.startswith("q")])
 def test_repacked_weights_give_the_same_logits(synthetic, ftype):
-    """Repacked weights run by other code (AMX, AVX-512), which rounds the activations to 8 bits per block as the plain one."""
+    """Other code (AMX, AVX-512) runs them; it rounds the activations to 8 bits a block, as the plain code does."""
     base = synthetic("qwen3", ftype)
     plain, repacked = (logits(base, repack=repack) for repack in (False, True))
     assert np.square(repacked - plain).sum() < 1e-3 * np.square(plain).sum()

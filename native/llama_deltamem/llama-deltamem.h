@@ -151,6 +151,14 @@ LLAMA_API int32_t llama_deltamem_set_segments(struct llama_context * ctx, const 
 // the ingest. Returns 0 or -1.
 LLAMA_API int32_t llama_deltamem_abandon_ingest(struct llama_context * ctx, llama_seq_id seq_id);
 
+//
+// sampling
+//
+
+// Writes the k likeliest tokens of a row of logits, [n], to dst, [k], ascending by id, as a llama_sampler whose first
+// step keeps the k likeliest takes them; of equal logits the first. Leaves out -inf and NaN. Returns how many.
+LLAMA_API int32_t llama_deltamem_candidates(const float * logits, int32_t n, int32_t k, llama_token_data * dst);
+
 #ifdef __cplusplus
 }
 #endif

@@ -279,6 +279,15 @@ def llama_deltamem_set_segments(
 def llama_deltamem_abandon_ingest(ctx: llama_context_p, seq_id: int, /) -> int: ...
 
 
+# int32_t llama_deltamem_candidates(const float * logits, int32_t n, int32_t k, llama_token_data * dst);
+@ctypes_function(
+    "llama_deltamem_candidates",
+    [ctypes.POINTER(ctypes.c_float), ctypes.c_int32, ctypes.c_int32, llama_cpp.llama_token_data_p],
+    ctypes.c_int32,
+)
+def llama_deltamem_candidates(logits: Any, n: int, k: int, dst: Any, /) -> int: ...
+
+
 def last_error() -> str:
     """The reason of the last native failure, without the name of the function that reported it."""
     return _reason(llama_deltamem_last_error().decode("utf-8", errors="replace"))
