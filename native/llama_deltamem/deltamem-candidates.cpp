@@ -18,8 +18,8 @@ int32_t llama_deltamem_candidates(const float * logits, int32_t n, int32_t k, ll
     int32_t n_found = 0; // dst is a heap of the k likeliest so far, the least likely first
     float   bound   = -INFINITY;
     for (int32_t begin = 0; begin < n; begin += N_BLOCK) {
-        const int32_t end = std::min(begin + N_BLOCK, n);
-        int32_t n_above = 0;
+        const int32_t end     = std::min(begin + N_BLOCK, n);
+        int32_t       n_above = 0;
         for (int32_t i = begin; i < end; ++i) {
             n_above += logits[i] > bound;
         }
