@@ -95,21 +95,20 @@ class Sampler:
 
     def sample(self, context: Any, row: int | npt.NDArray[np.float32] = -1) -> int:
         """A token from a row of llama_cpp's context, as llama_decode left it, or from logits [n_vocab]."""
-        token = self._from_likeliest(context, row) if self._likeliest else None
+        token = self._from_likeliest(context, row, self._likeliest) if self._likeliest else None
         if token is None:
             token = self._sampler.sample(context, row) if isinstance(row, int) else self._from(row)
         if self._guard is not None:
             self._guard.check()
         return token
 
-    def _from_likeliest(self, context: Any, row: int | npt.NDArray[np.float32]) -> int | None:
-        """As llama_sampler_sample, of the likeliest tokens; None if no logit is a number."""
+    def _from_likeliest(self, context: Any, row: int | npt.NDArray[np.float32], likeliest: Any) -> int | None:
+        """As llama_sampler_sample, of the likeliest tokens, for which there is space; None if no logit is a number."""
         if isinstance(row, int):
             logits = _llama.llama_get_logits_ith(context.ctx, row)
         else:
             row = np.ascontiguousarray(row, np.float32)
             logits = row.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        likeliest = self._likeliest
         n = library.llama_deltamem_candidates(logits, self._candidates.n_vocab, len(likeliest), likeliest)
         return self._taken(_llama.llama_token_data_array(data=likeliest, size=n, sorted=False)) if n else None
 
