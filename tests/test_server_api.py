@@ -105,6 +105,16 @@ def test_chat(api):
     assert answer["memory"]["tokens_written"] >= used["prompt_tokens"]
 
 
+def test_options_under_other_names(api):
+    answer = ask(
+        api, max_tokens=None, max_completion_tokens=3, response_format={"type": "text"}, grammar="root ::= [a-z ] root"
+    )
+    assert answer["usage"]["completion_tokens"] == 3
+    forty = 'root ::= "' + "a b " * 20 + '"'
+    answer = ask(api, max_tokens=-1, grammar=forty, chat_template_kwargs={"enable_thinking": False}, top_k=None)
+    assert answer["choices"][0]["finish_reason"] == "stop"  # to its end, as with llama-server
+
+
 def test_content_in_parts(api):
     parts = [{"role": "user", "content": [{"type": "text", "text": "My name "}, {"type": "text", "text": "is Ada."}]}]
     assert said(ask(api, parts)) == said(ask(api))
@@ -183,6 +193,15 @@ def test_completions(api):
     assert echoed["choices"][0]["text"] == "My name" + choice["text"]
     parts = chunks(api, "/v1/completions", prompt="My name")
     assert "".join(part["choices"][0]["text"] for part in parts) == choice["text"]
+    parts = chunks(api, "/v1/completions", prompt="My name", echo=True, stream_options={"include_usage": True})
+    assert "".join(part["choices"][0]["text"] for part in parts[:-1]) == "My name" + choice["text"]
+    assert parts[-1]["choices"] == [] and parts[-1]["usage"] == answer["usage"]
+    scored = {"prompt": "My name", "echo": True, "logprobs": 2}
+    for body in (scored, {"prompt": tokens, "echo": True}):
+        refused(api.http.post("/v1/completions", json={**GREEDY, **body}), 400, "invalid_value", "echo")
+    ask(api, path="/sessions/completed")  # a session goes on with a text as with a chat
+    answer = api.http.post("/sessions/completed/v1/completions", json={"prompt": "My name", **GREEDY}).json()
+    assert answer["memory"]["version"] == 2
 
 
 WEATHER = {
@@ -216,6 +235,33 @@ def test_one_of_several_tools_must_be_called(api):
     answer = ask(api, tools=[WEATHER, CLOCK], tool_choice="required", max_tokens=60)
     (call,) = answer["choices"][0]["message"]["tool_calls"]
     assert call["function"]["name"] in ("weather", "clock") and json.loads(call["function"]["arguments"]) is not None
+
+
+CALL = '<tool_call>\\n{\\"name\\": \\"clock\\", \\"arguments\\": {}}\\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "names"),
+    [
+        (CALL, None, ["clock"]),
+        (f"At once. {CALL}", "At once.", ["clock"]),
+        ("1 < 2", "1 < 2", []),  # what might begin a call and does not
+        ("1 <", "1 <", []),
+        ("<tool_call>{no json}</tool_call>", "<tool_call>{no json}</tool_call>", []),
+    ],
+)
+def test_an_answer_may_call_a_tool(api, text, content, names):
+    """A stream holds back what may be a call, and passes on a call as a whole."""
+    body = {"tools": [CLOCK], "max_tokens": 80, "grammar": f'root ::= "{text}"'}
+    (choice,) = ask(api, **body)["choices"]
+    assert [call["function"]["name"] for call in choice["message"].get("tool_calls", ())] == names
+    assert choice["finish_reason"] == ("tool_calls" if names else "stop")
+    assert (choice["message"]["content"] or "").strip() == (content or "")
+    parts = chunks(api, messages=HELLO, **body)
+    deltas = [part["choices"][0]["delta"] for part in parts]
+    assert "".join(delta.get("content") or "" for delta in deltas).strip() == (content or "")
+    assert [c["function"]["name"] for delta in deltas for c in delta.get("tool_calls", ())] == names
+    assert parts[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
 
 
 def test_the_result_of_a_tool_goes_on(api):
