@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import random
 import signal
@@ -14,13 +15,13 @@ import threading
 import numpy as np
 import pytest
 
-from pydeltamem import DeltaMemLlama, InputError
+from pydeltamem import DeltaMemError, DeltaMemLlama, InputError, ModelError
 from pydeltamem.conversation import caught_prompt
 from pydeltamem.runtime.history import n_common
 from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server.history import digests, known_messages
 from pydeltamem.server.service import SessionBusy, SessionUnknown
-from pydeltamem.server.store import Conflict, Store, StoreError
+from pydeltamem.server.store import Conflict, Store, StoreAway, StoreError
 from pydeltamem.server.worker import QueueFull
 
 SAME = {"rtol": 0, "atol": 3e-6}  # float32 sums in another order
@@ -260,6 +261,78 @@ def test_undo_fork_reset_and_files(serving):
             await service.delete("carl")
             with pytest.raises(SessionUnknown):
                 await service.get("carl")
+            with pytest.raises(SessionUnknown, match="carl"):
+                await service.rename("carl", "dora")
+
+    asyncio.run(run())
+
+
+def test_a_session_that_was_emptied_is_as_a_new_one(serving):
+    async def run():
+        async with serving() as service:
+            await say(service, [user("my name is Ada")])
+            await service.reset("ada")
+            for name in ("ada", "new"):
+                await say(service, [user("and yours")], session=name)
+            np.testing.assert_allclose(await state_of(service), await state_of(service, "new"), **SAME)
+            assert (await service.get("ada")).tokens == (await service.get("new")).tokens
+
+    asyncio.run(run())
+
+
+def test_a_turn_whose_memory_is_no_longer_kept_cannot_be_taken_back(make_llm):
+    async def run():
+        async with AsyncDeltaMem(make_llm(n_seq_max=2, **F32), Store.temporary(n_undo=2)) as service:
+            messages = []
+            for i in range(4):
+                messages.append(user(f"this is number {i}"))
+                await say(service, messages)
+            for _ in range(2):
+                await service.undo("ada")
+            with pytest.raises(InputError, match="ada"):
+                await service.undo("ada")
+            assert (await service.get("ada")).turns == 2
+
+    asyncio.run(run())
+
+
+def test_a_text_that_does_not_fit_a_smaller_context_leaves_its_memory(make_llm, tmp_path):
+    async def run():
+        url = f"sqlite:///{tmp_path / 'sessions.db'}"
+        messages = [user("my name is Ada " * 30)]
+        async with AsyncDeltaMem(make_llm(n_seq_max=2, **F32), Store(url)) as service:
+            await say(service, messages)
+            before = await service.get("ada")
+            assert len(text_of(service)) > 256
+        async with AsyncDeltaMem(make_llm(n_seq_max=2, n_ctx=256, **F32), Store(url)) as service:
+            answer = await say(service, [user("and yours")], write=False)
+            assert await service.get("ada") == before
+            answer = await say(service, [user("and yours")])
+            assert answer.n_cached == 0
+            assert answer.committed.tokens_written == before.tokens + len(text_of(service))
+
+    asyncio.run(run())
+
+
+def test_a_text_that_was_written_in_segments_comes_back(make_llm, tmp_path):
+    """After a restart the memory is as it would be without one, forwards and backwards."""
+
+    async def run():
+        async def said(n_servers):
+            store, messages = f"sqlite:///{tmp_path / f'{n_servers}.db'}", []
+            told = ["hello there", "my name is Ada", "and yours"]
+            for i in range(n_servers):
+                async with AsyncDeltaMem(make_llm("ssw_message", **F32), Store(store)) as service:
+                    for text in told if n_servers == 1 else told[i : i + 1]:
+                        messages.append(user(text))
+                        await say(service, messages)
+                    if i + 1 == n_servers:
+                        await say(service, [*messages[:2], user("something else")])
+                        return await state_of(service), text_of(service)
+
+        (one, text), (three, other) = await said(1), await said(3)
+        assert text == other
+        np.testing.assert_allclose(three, one, **SAME)
 
     asyncio.run(run())
 
@@ -299,6 +372,18 @@ def test_names_that_are_refused(serving, name):
         async with serving() as service:
             with pytest.raises(InputError):
                 await service.chat([user("hello")], session=name, **GREEDY).whole()
+
+    asyncio.run(run())
+
+
+def test_options(serving):
+    async def run():
+        async with serving() as service:
+            with pytest.raises(InputError, match="temprature.*temperature"):
+                service.chat([user("hello")], temprature=0)
+            known = {"seed": 1, "max_tokens": 6, "grammar": LETTERS["grammar"]}
+            default = await service.chat([user("hello")], **known).whole()
+            assert await service.chat([user("hello")], temperature=None, stop=None, **known).whole() == default
 
     asyncio.run(run())
 
@@ -442,6 +527,38 @@ def test_cancelled_before_its_first_token_it_does_not_count(serving):
             assert await answer.whole() == ""
             assert await service.get("ada") == before
             await say(service, [user("hello there"), assistant("x"), user("go on")])
+
+            answer = service.chat([user("well then")], session="ada", **GREEDY)
+            before = await service.get("ada")
+            answer.cancel()  # before it began
+            assert await answer.whole() == ""
+            assert await service.get("ada") == before
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("chat", ["goes on", "begins"])
+def test_cancelled_while_its_prompt_is_decoded_it_does_not_count(make_llm, monkeypatch, chat):
+    async def run():
+        async with AsyncDeltaMem(make_llm(n_seq_max=2, n_batch=32, **F32)) as service:
+            messages = [user("hello there")]
+            await say(service, messages)
+            before, text = await service.get("ada"), text_of(service)
+            new = [user("word " * 120)]
+            answer = service.chat(new if chat == "begins" else messages + new, session="ada", **GREEDY)
+            slots = service.llm._engine.slots
+            decode = slots.decode
+
+            def decoded(*arguments):
+                answer.cancel()
+                return decode(*arguments)
+
+            monkeypatch.setattr(slots, "decode", decoded)
+            assert await answer.whole() == "" and answer.committed.version == before.version
+            monkeypatch.undo()
+            assert await service.get("ada") == before and text_of(service) == text
+            answer = await say(service, [*messages, user("go on")])
+            assert answer.committed.tokens_written == len(text_of(service))
 
     asyncio.run(run())
 
@@ -597,6 +714,84 @@ def test_a_store_that_fails_leaves_the_turn_out(serving, monkeypatch):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("patience", [60, 0])
+def test_a_turn_waits_for_a_store_that_went_away(serving, monkeypatch, patience):
+    async def run():
+        async with serving(store_timeout=patience) as service:
+            messages = [user("hello there")]
+            await say(service, messages)
+            before, commit, away = await service.get("ada"), service.store.commit, [1, 1]
+
+            def fail(*arguments, **options):
+                if away:
+                    away.pop()
+                    raise StoreAway("the database is away")
+                return commit(*arguments, **options)
+
+            monkeypatch.setattr(service.store, "commit", fail)
+            if patience:
+                answer = await say(service, [*messages, user("my name is Ada")])
+                assert not away and answer.committed.version == 2
+                assert (await service.get("ada")).tokens == len(text_of(service))
+            else:
+                with pytest.raises(StoreAway):
+                    await say(service, [*messages, user("my name is Ada")])
+                assert await service.get("ada") == before
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("what", ["memory", "text"])
+def test_a_damaged_session_is_named(serving, what):
+    async def run():
+        async with serving() as service:
+            await say(service, [user("hello there")])
+            await say(service, [user("hello there")], session="bob")
+            service.store.commit(dataclasses.replace(service.store.get("", "ada"), **{what: b"damaged"}))
+            with pytest.raises(StoreError, match="ada"):
+                await say(service, [user("hello there")])
+            assert (await service.get("ada")).version == 2
+            await say(service, [user("hello there")], session="bob")
+
+    asyncio.run(run())
+
+
+def test_a_turn_that_cannot_be_packed_fails_alone(serving, monkeypatch):
+    """What fails after the last decode fails the turn, not the thread that decodes for all."""
+
+    async def run():
+        async with serving() as service:
+            await say(service, [user("hello there")])
+            before = await service.get("ada")
+
+            def fail(*arguments):
+                raise MemoryError("full")
+
+            monkeypatch.setattr("pydeltamem.server.session.finished", fail)
+            with pytest.raises(MemoryError):
+                await say(service, [user("and yours")])
+            monkeypatch.undo()
+            assert await service.get("ada") == before
+            assert (await say(service, [user("and yours")])).committed.version == 2
+
+    asyncio.run(run())
+
+
+def test_a_model_that_is_closed_in_the_middle_fails_what_runs(serving):
+    async def run():
+        service = serving()
+        answer = service.chat([user("hello there")], session="ada", max_tokens=450, **LETTERS)
+        pieces = aiter(answer)
+        await anext(pieces)
+        service.worker.call(service.llm.close)
+        with pytest.raises(DeltaMemError):
+            async for _ in pieces:
+                pass
+        await service.aclose()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("how", ["said", "undone", "refused"])
 def test_a_lease_ends_with_its_use(serving, monkeypatch, how):
     """However the use of a session ends, another process need not wait for the lease to expire."""
@@ -726,6 +921,14 @@ def test_it_needs_nothing_of_a_stopped_worker(make_llm):
     async def run():
         service = AsyncDeltaMem(make_llm(**F32))
         assert await service.can_decode()
+        await say(service, [user("hello there")])
+        snapshot = await service.snapshot("ada")
+        service.worker.stop()
+        with pytest.raises(ModelError):
+            await say(service, [user("and yours")])
+        with pytest.raises(ModelError):
+            await service.replace("bob", snapshot)
+        assert [record.version for record in await service.list()] == [1]
         await service.aclose()
         assert not await service.can_decode()
 

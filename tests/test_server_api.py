@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import socket
@@ -12,9 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
+from pydeltamem import InputError
 from pydeltamem.formats.memory_file import MemorySnapshot
+from pydeltamem.server.application import Settings, application
 from pydeltamem.server.keys import Keys
+from pydeltamem.server.store import StoreError
 from servers import in_thread, service, until
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
@@ -601,6 +607,15 @@ def test_without_a_key(two_keys, headers):
     assert two_keys.http.get("/health").status_code == 200  # for balancers
 
 
+@pytest.mark.parametrize("content", [None, b"# nobody yet\n\n", b"\xff"])
+def test_a_file_without_keys_is_named(tmp_path, content):
+    """Otherwise the server would let everybody in."""
+    if content is not None:
+        (tmp_path / "keys.txt").write_bytes(content)
+    with pytest.raises(InputError, match=r"keys\.txt"):
+        Keys(tmp_path / "keys.txt")
+
+
 def test_sessions_of_another_key_are_invisible(two_keys):
     ada, bo = with_key("key-of-ada"), with_key("key-of-bo")
     ask(two_keys, path="/sessions/diary", headers=ada)
@@ -664,6 +679,40 @@ def test_evictions_are_a_counter():
         assert counted(api, "deltamem_evictions_total") == 3
         kinds = {f.name: f.type for f in text_string_to_metric_families(api.http.get("/metrics").text)}
         assert kinds["deltamem_evictions"] == "counter"
+
+
+def test_a_store_that_fails(api, monkeypatch, caplog):
+    """A stream says why it ends; balancers send nothing here any more; nothing is counted that is not known."""
+    ask(api, path="/sessions/unlucky")
+    before, n = about(api, "unlucky"), counted(api, "deltamem_errors_total", code="store_unavailable")
+
+    def fail(*arguments, **options):
+        raise StoreError("no space left on the device")
+
+    with monkeypatch.context() as patch:
+        for name in ("commit", "ping", "count"):
+            patch.setattr(api.service.store, name, fail)
+        *parts, last = chunks(api, "/sessions/unlucky/v1/chat/completions", messages=HELLO)
+        assert (
+            parts and set(last) == {"error"} and last["error"]["code"] == "store_unavailable" and "space" in caplog.text
+        )
+        answer = api.http.get("/health")
+        assert answer.status_code == 503 and answer.json() == {"status": "store unavailable"}
+        assert api.http.get("/health/live").status_code == 200  # a new process would do no better
+        assert np.isnan(counted(api, "deltamem_sessions"))
+    assert counted(api, "deltamem_errors_total", code="store_unavailable") == n + 1
+    assert about(api, "unlucky") == before and api.http.get("/health").status_code == 200
+
+
+def test_an_error_of_the_server_is_for_its_log_only(api, monkeypatch, caplog):
+    async def fail(*arguments):
+        raise RuntimeError("a detail of /home/ada")
+
+    monkeypatch.setattr(api.service, "list", fail)
+    n = counted(api, "deltamem_requests_total", status="500")
+    answer = refused(api.http.get("/v1/memories"), 500, "internal")
+    assert counted(api, "deltamem_requests_total", status="500") == n + 1
+    assert "ada" not in answer.text and "a detail of /home/ada" in caplog.text
 
 
 def test_a_queue_that_is_full(narrow):
@@ -733,6 +782,43 @@ def test_a_client_that_goes_away(narrow, monkeypatch, streams):
     one = about(narrow, "gone")
     assert one["turns"] == 1 and one["tokens"] < 400
     narrow.http.delete("/v1/memories/gone")
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_request_of_an_asgi_server(cancelled):
+    """It may say that there is no more of the body, which does not end the answer, and may end the request itself."""
+    body = {"messages": HELLO, **GREEDY, "max_tokens": 300, "grammar": "root ::= [a-z ] root"}
+
+    async def run():
+        app = application(Settings(load=service))
+        async with app.router.lifespan_context(app):
+            server, came, sent = app.state.server, asyncio.Queue(), []
+            while await server.life() != "ok":
+                await asyncio.sleep(0.05)
+            for data in (json.dumps(body).encode(), b""):
+                came.put_nowait({"type": "http.request", "body": data, "more_body": False})
+
+            async def send(message):
+                sent.append(message)
+
+            path = "/sessions/asgi/v1/chat/completions"
+            scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+            request = asyncio.create_task(app(scope, came.get, send))
+            while came.qsize() or not server.service.worker.n_active:
+                await asyncio.sleep(0.01)
+            if cancelled:
+                request.cancel()
+            await asyncio.wait([request])
+            while server.service._turns:
+                await asyncio.sleep(0.01)
+            return request.cancelled(), sent, (await server.service.get("asgi")).tokens
+
+    is_cancelled, sent, n_written = asyncio.run(run())
+    assert is_cancelled == cancelled
+    if cancelled:
+        assert 0 < n_written < 300  # it was cut, and counts
+    else:
+        assert json.loads(sent[1]["body"])["usage"]["completion_tokens"] == 300
 
 
 def test_a_piece_comes_while_the_next_is_computed(narrow, monkeypatch):
@@ -846,6 +932,20 @@ def test_pages_of_others_cannot_write_either(private, headers):
     """Browsers send a page's POST of text without asking first, and a page's name may lead to this machine."""
     refused(blind_post(private, headers), 403, "origin_not_allowed")
     refused(private.http.get("/v1/memories/blind"), 404, "session_not_found", "blind")
+
+
+def test_pages_of_others_open_no_websocket():
+    async def echo(websocket):
+        await websocket.accept()
+        await websocket.send_text(await websocket.receive_text())
+
+    with in_thread(is_private=True, page=lambda app, server: app.router.add_websocket_route("/echo", echo)) as api:
+        address = f"{api.http.base_url.netloc.decode()}"
+        with connect(f"ws://{address}/echo", origin=f"http://{address}") as own:
+            own.send("hello")
+            assert own.recv() == "hello"
+        with pytest.raises(InvalidStatus), connect(f"ws://{address}/echo", origin="https://page.example"):
+            pass
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "[::1]"])

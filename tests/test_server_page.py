@@ -31,6 +31,7 @@ import signal, sys, time, uvicorn
 from pathlib import Path
 from pydeltamem import DeltaMemLlama, ModelError
 from pydeltamem.server import AsyncDeltaMem, application, page
+from pydeltamem.server.store import StoreError
 
 def load():
     while not Path(sys.argv[2]).exists():
@@ -45,9 +46,15 @@ def load():
     return service
 
 def chat_of(service, real=AsyncDeltaMem.chat):
+    async def lost(owner):
+        del service.list  # once
+        raise StoreError("the store is away")
+
     def chat(messages, **options):
         if messages[-1]["content"] == "Break":
             raise RuntimeError("it breaks")
+        if messages[-1]["content"] == "Lose":
+            service.list = lost
         return real(service, messages, logit_bias={{service.llm.token_eos(): -100}}, **options)
     return chat
 
@@ -562,15 +569,21 @@ def test_it_waits_for_the_model_and_an_answer_can_be_stopped(browse, tmp_path):
         tab.box.send_keys(Keys.ESCAPE)
         until(lambda: tab.box.get_attribute("value") == "")
         assert tab.answers == [answer]
+        tab.fill("Tokens at most", "4")
+        tab.box.send_keys("Lose\n")  # the store, right after it has taken the turn
+        until(lambda: any("away" in each.text for each in tab.find(".q-notification")))
+        answers = [answer, tab.answered(2)]
+        assert server.sessions() == {"long": 2}
+        tab.fill("Tokens at most", "8000")
         tab.box.send_keys("Break\n")
         tab.keeps("Break")
-        assert tab.answers == [answer] and "it breaks" in server.log.read_text()
+        assert tab.answers == answers and "it breaks" in server.log.read_text()
         tab.box.send_keys(Keys.CONTROL, "a")
         # a tab that is closed ends its answer
         tab.box.send_keys("Go on.\n")
-        until(lambda: len(tab.answers) == 2 and tab.answers[-1])
+        until(lambda: len(tab.answers) == 3 and tab.answers[-1])
         tab.driver.get("about:blank")
-        until(lambda: server.get("/v1/memories/long").json()["version"] == 2)
+        until(lambda: server.get("/v1/memories/long").json()["version"] == 3)
         assert server.get("/v1/memories/long").json()["tokens"] < 8000
 
 

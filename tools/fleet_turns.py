@@ -56,7 +56,7 @@ class StandIn(Answer):
     async def _decode(self) -> None:
         if self._stored is not None:
             key = self._stored.owner, self._stored.name
-            self._live, self._stored = live_session(self.service.llm, self._stored, self.service.adapter), None
+            self._live, self._stored = live_session(self.service.llm, self._stored), None
             self.service._keep(key, self._live)
         assert self._live is not None and self._live.record is not None  # of a session
         record, turns = self._live.record, self._live.turns

@@ -245,7 +245,7 @@ def application(settings: Settings) -> FastAPI:
     app.include_router(_answering(server), prefix="/sessions/{session}")
     app.include_router(_remembering(server))
     app.include_router(_remembering(server), prefix="/sessions/{session}")
-    for kind in (DeltaMemError, HTTPException, Exception):
+    for kind in (DeltaMemError, HTTPException):
         app.add_exception_handler(kind, _answer_error)
     if settings.page is not None:
         settings.page(app, server)
@@ -570,12 +570,12 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 async def _refuse(error: Exception, scope: Any, receive: Any, send: Any) -> None:
-    """Answers a request with an error before it reaches its endpoint."""
+    """Answers a request with an error outside its endpoint."""
     await (await _answer_error(Request(scope), error))(scope, receive, send)
 
 
 class _Logged:
-    """Gives each request an id, and logs a line when its answer is over."""
+    """Gives each request an id, answers what nobody expected, and logs a line when its answer is over."""
 
     def __init__(self, app: Any, server: Server) -> None:
         self.app, self.server = app, server
@@ -598,6 +598,10 @@ class _Logged:
 
         try:
             await self.app(scope, receive, answer)
+        except Exception as error:
+            if status:  # the answer has begun
+                raise
+            await _refuse(error, scope, receive, answer)
         finally:
             endpoint = getattr(scope.get("route"), "path", "other")
             self.server.metrics.requests.labels(endpoint, str(status)).inc()

@@ -337,7 +337,8 @@ class View:
         return f"{base}-{n}"
 
     async def _new(self) -> None:
-        await self._doing(lambda: self._show(self._free_name()))
+        if self.record is not None or self.talk.messages:  # this one is not new
+            await self._doing(lambda: self._show(self._free_name()))
         self.input.run_method("focus")
 
     async def _fork(self) -> None:
@@ -478,7 +479,7 @@ class View:
             try:
                 if self.service.has_memory:
                     await self._refresh()
-            except DeltaMemError as error:  # pragma: no cover - the store fails right after it took the turn
+            except DeltaMemError as error:  # the turn counts all the same
                 _complain(error)
             self._draw_input()
         return counts

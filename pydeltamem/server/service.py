@@ -240,9 +240,7 @@ class AsyncDeltaMem:
     async def replace(self, name: str, snapshot: MemorySnapshot, owner: str = "") -> Record:
         """Replaces the memory of a session, or makes one. Its text and turns are forgotten."""
         async with self._held(owner, checked_name(name)) as held:
-            record = await self._record(owner, name)
-            if record.version == 0:
-                await self._check_limit(owner, name)
+            record = await self._in_store(self._record, owner, name)
             new = await self._in_worker(lambda: sessions.with_memory(self.llm, record, snapshot))
             return await self._commit(new, held)
 
@@ -250,7 +248,7 @@ class AsyncDeltaMem:
         """A second session that goes on from here. Raises Conflict if the name is taken."""
         record = await self.get(name, owner)
         checked_name(new)
-        await self._check_limit(owner, new)
+        await self._in_store(self._require_room, owner, new)
         return await self._commit(dataclasses.replace(record, name=new, version=0))
 
     async def reset(self, name: str, owner: str = "") -> Record:
@@ -319,12 +317,13 @@ class AsyncDeltaMem:
     async def _in_worker(self, function: Any) -> Any:
         return await asyncio.wrap_future(self.worker.call(function))
 
-    async def _record(self, owner: str, name: str) -> Record:
-        record = await self._in_store(self.store.get, owner, name)
-        return Record(owner, name, adapter=self.adapter) if record is None else record
-
-    async def _check_limit(self, owner: str, name: str) -> None:
-        await self._in_store(self._require_room, owner, name)
+    def _record(self, owner: str, name: str) -> Record:
+        """The session as the store has it; else a new one. Raises SessionLimit for one too many."""
+        record = self.store.get(owner, name)
+        if record is None:
+            self._require_room(owner, name)
+            record = Record(owner, name, adapter=self.adapter)
+        return record
 
     def _require_room(self, owner: str, name: str) -> None:
         if self.store.count(owner) >= self.n_sessions:
@@ -455,11 +454,7 @@ class AsyncDeltaMem:
         owner, name = held.owner, held.name
         if known is not None and held.version is None and known == self.store.version(owner, name):
             return None
-        record = self.store.get(owner, name)
-        if record is None:
-            self._require_room(owner, name)
-            record = Record(owner, name, adapter=self.adapter)
-        return record
+        return self._record(owner, name)
 
     def _keep(self, key: tuple[str, str], live: Live) -> None:
         """Keeps a session ready, in place of the one that was used longest ago."""
@@ -585,11 +580,8 @@ class Answer:
         self.service._turns.discard(task)
         error = None if task.cancelled() else task.exception()
         if not self._started.done():
-            if error is None:
-                self._started.set_result(None)
-            else:
-                self._started.set_exception(error)
-                self._started.exception()  # somebody may have gone away
+            self._started.set_exception(error or asyncio.CancelledError())
+            self._started.exception()  # somebody may have gone away
         self._queue.put_nowait(None)
 
     async def _pieces(self) -> AsyncIterator[Piece]:
@@ -687,7 +679,7 @@ class Answer:
             sampler = self._make_sampler()
         if self._stored is not None:
             key = self._stored.owner, self._stored.name
-            self._live, self._stored = sessions.live_session(llm, self._stored, service.adapter), None
+            self._live, self._stored = sessions.live_session(llm, self._stored), None
             self._soon(service._keep, key, self._live)
         elif self._live is None:
             self._live = (
@@ -780,7 +772,7 @@ class Answer:
             self._record = sessions.finished(live, self._begun, service.about, self.messages or (), reply)
         elif not live.text.restore(self._before):
             service._leave(live)
-            live.text = sessions.live_session(service.llm, live.record, service.adapter).text
+            live.text = sessions.live_session(service.llm, live.record).text
 
     def _put(self, piece: Piece) -> None:
         if piece.text or piece.scored:

@@ -230,15 +230,15 @@ def packed_text(position: Position) -> bytes:
     return safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in arrays.items()}, metadata)
 
 
-def live_session(llm: DeltaMemLlama, record: Record, adapter: str) -> Live:
-    """A session from the store. Its text is decoded again, as the first time, when it is needed.
+def live_session(llm: DeltaMemLlama, record: Record) -> Live:
+    """A session from the store, of the attached adapter (`check_adapter`). Its text is decoded again, as the first time,
+    when it is needed.
 
-    Raises InputError if its memory belongs to another adapter, StoreError if the record is damaged.
+    Raises StoreError if the record is damaged.
     """
     text = new_text(llm)
     if record.version == 0:
         return Live(record, text)
-    check_adapter(record, adapter)
     try:
         state = _state(record, text.slots.shape)
         if record.text:
