@@ -379,7 +379,7 @@ def test_names_that_are_refused(serving, name):
 def test_options(serving):
     async def run():
         async with serving() as service:
-            with pytest.raises(InputError, match="temprature.*temperature"):
+            with pytest.raises(InputError, match=r"temprature.*temperature"):
                 service.chat([user("hello")], temprature=0)
             known = {"seed": 1, "max_tokens": 6, "grammar": LETTERS["grammar"]}
             default = await service.chat([user("hello")], **known).whole()
@@ -773,6 +773,20 @@ def test_a_turn_that_cannot_be_packed_fails_alone(serving, monkeypatch):
             monkeypatch.undo()
             assert await service.get("ada") == before
             assert (await say(service, [user("and yours")])).committed.version == 2
+
+    asyncio.run(run())
+
+
+def test_a_call_that_nobody_waits_for_any_more_is_not_made(serving):
+    async def run():
+        async with serving() as service:
+            hold, called = threading.Event(), []
+            service.worker.call(hold.wait)
+            calls = [service.worker.call(lambda i=i: called.append(i)) for i in range(2)]
+            assert calls[0].cancel()
+            hold.set()
+            await asyncio.wrap_future(calls[1])
+            assert called == [1]
 
     asyncio.run(run())
 

@@ -10,6 +10,7 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,6 +21,7 @@ from pydeltamem import InputError
 from pydeltamem.formats.memory_file import MemorySnapshot
 from pydeltamem.server.application import Settings, application
 from pydeltamem.server.keys import Keys
+from pydeltamem.server.openai import Chat
 from pydeltamem.server.store import StoreError
 from servers import in_thread, service, until
 
@@ -715,6 +717,23 @@ def test_an_error_of_the_server_is_for_its_log_only(api, monkeypatch, caplog):
     assert "ada" not in answer.text and "a detail of /home/ada" in caplog.text
 
 
+def test_a_stream_that_breaks_off(api, monkeypatch, caplog):
+    """An error of the server after its first words closes the connection: the client does not take it for the end."""
+    chunks_of = Chat.chunks
+
+    async def breaks(self, answer, pieces):
+        async for chunk in chunks_of(self, answer, pieces):
+            yield chunk
+            raise RuntimeError("it breaks off")
+
+    monkeypatch.setattr(Chat, "chunks", breaks)
+    with pytest.raises(httpx.RemoteProtocolError):
+        chunks(api, messages=HELLO)
+    until(lambda: "it breaks off" in caplog.text)
+    monkeypatch.undo()
+    assert said(ask(api))
+
+
 def test_a_queue_that_is_full(narrow):
     with ThreadPoolExecutor() as threads:
         with narrow.stalled():
@@ -784,9 +803,11 @@ def test_a_client_that_goes_away(narrow, monkeypatch, streams):
     narrow.http.delete("/v1/memories/gone")
 
 
-@pytest.mark.parametrize("cancelled", [False, True])
-def test_a_request_of_an_asgi_server(cancelled):
-    """It may say that there is no more of the body, which does not end the answer, and may end the request itself."""
+@pytest.mark.parametrize("how", ["complete", "cancelled", "gone"])
+def test_a_request_of_an_asgi_server(how):
+    """It may say that there is no more of the body, which does not end the answer; it may end the request itself; and
+    the client may go before its turn has begun.
+    """
     body = {"messages": HELLO, **GREEDY, "max_tokens": 300, "grammar": "root ::= [a-z ] root"}
 
     async def run():
@@ -801,24 +822,34 @@ def test_a_request_of_an_asgi_server(cancelled):
             async def send(message):
                 sent.append(message)
 
-            path = "/sessions/asgi/v1/chat/completions"
+            path = "/v1/chat/completions" if how == "gone" else "/sessions/asgi/v1/chat/completions"
             scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+            worker, hold = server.service.worker, threading.Event()
+            if how == "gone":
+                worker.call(hold.wait)
             request = asyncio.create_task(app(scope, came.get, send))
-            while came.qsize() or not server.service.worker.n_active:
+            while came.qsize() or not (worker.n_waiting if how == "gone" else worker.n_active):
                 await asyncio.sleep(0.01)
-            if cancelled:
+            if how == "cancelled":
                 request.cancel()
+            elif how == "gone":
+                came.put_nowait({"type": "http.disconnect"})
+                while worker.n_waiting:
+                    await asyncio.sleep(0.01)
+            hold.set()
             await asyncio.wait([request])
             while server.service._turns:
                 await asyncio.sleep(0.01)
-            return request.cancelled(), sent, (await server.service.get("asgi")).tokens
+            return request.cancelled(), sent, [record.tokens for record in await server.service.list()]
 
     is_cancelled, sent, n_written = asyncio.run(run())
-    assert is_cancelled == cancelled
-    if cancelled:
-        assert 0 < n_written < 300  # it was cut, and counts
-    else:
-        assert json.loads(sent[1]["body"])["usage"]["completion_tokens"] == 300
+    assert is_cancelled == (how == "cancelled")
+    if how == "cancelled":
+        assert len(n_written) == 1 and 0 < n_written[0] < 300  # it was cut, and counts
+        return
+    answer = json.loads(sent[1]["body"])
+    assert answer["usage"]["completion_tokens"] == (300 if how == "complete" else 0)
+    assert ("memory" in answer) == bool(n_written) == (how == "complete")
 
 
 def test_a_piece_comes_while_the_next_is_computed(narrow, monkeypatch):

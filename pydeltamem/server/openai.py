@@ -227,9 +227,6 @@ class Completion:
         if self.echo and (self.n_top is not None or not isinstance(prompt, str)):
             raise InputError("echo: goes with a prompt that is text, and without logprobs")
 
-    def message(self, content: str) -> dict[str, Any]:
-        return {"role": "assistant", "content": content}
-
     def whole(self, answer: Answer, scored: Sequence[Any]) -> dict[str, Any]:
         """The response."""
         text = (str(self.prompt) if self.echo else "") + answer.content

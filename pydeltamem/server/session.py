@@ -231,8 +231,8 @@ def packed_text(position: Position) -> bytes:
 
 
 def live_session(llm: DeltaMemLlama, record: Record) -> Live:
-    """A session from the store, of the attached adapter (`check_adapter`). Its text is decoded again, as the first time,
-    when it is needed.
+    """A session from the store, of the attached adapter (`check_adapter`). Its text is decoded again when it is needed,
+    as the first time.
 
     Raises StoreError if the record is damaged.
     """
