@@ -508,6 +508,10 @@ def test_unknown_attention_is_refused():
         DeltaMem(tiny("GPTNeoX"))
     with refuses(ModelError, "Lfm2ForCausalLM", "layer 0"):
         DeltaMem(tiny("Lfm2", **ARCHITECTURES["Lfm2"]), DeltaMemConfig(target_layers=(0,)))
+    model = tiny("Llama")
+    model.config.num_hidden_layers += 1  # no list of modules is that long
+    with refuses(ModelError, "LlamaForCausalLM", model.config.num_hidden_layers):
+        DeltaMem(model)
 
 
 #

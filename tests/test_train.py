@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from pydeltamem.cli import train as command
 from pydeltamem.cli.main import main
 from pydeltamem.errors import InputError, ModelError, OutputError, TrainingError
 from pydeltamem.formats.checkpoint import Checkpoint
+from pydeltamem.train.model import multiplies_bfloat16
 from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 from refusals import check_names, refuses
 
@@ -270,6 +273,56 @@ def test_other_bad_input(hf_dir, data, tmp_path):
         trainer(hf_dir, data, tmp_path / "init", init=str(tmp_path / "out"), update="no_lambda")
     with refuses(InputError, "rank", 65, 64):
         trainer(hf_dir, data, tmp_path / "rank", rank=65)
+    with refuses(InputError, "--corrections", "qx"):
+        trainer(hf_dir, data, tmp_path / "corrections", corrections="qx")
+    damaged = shutil.copytree(hf_dir, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"x" * 100)
+    with refuses(ModelError, damaged):
+        trainer(damaged, data, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,  # none
+        "{{ raise_exception('no ' + messages[0]['role']) }}",  # one that refuses
+        TEMPLATE.replace("<|assistant|> {% endif %}", "<|user|> {% endif %}"),  # another prompt than it goes on with
+    ],
+    ids=["none", "refuses", "differs"],
+)
+def test_a_chat_template_that_training_cannot_use(hf_dir, data, tmp_path, template):
+    other = shutil.copytree(hf_dir, tmp_path / "other")
+    (other / "chat_template.jinja").unlink()
+    if template is not None:
+        (other / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with refuses(ModelError, other):
+        trainer(other, data, tmp_path / "out", steps=1).train()
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_what_a_gpu_multiplies_fast(monkeypatch, is_there, is_fast):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: is_fast)
+    assert multiplies_bfloat16("cuda") == (is_there and is_fast)
+
+
+def test_without_matplotlib_there_is_no_picture(hf_dir, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert trainer(hf_dir, data, tmp_path / "out", steps=1).train().steps == 1
+    assert Checkpoint(tmp_path / "out") and not (tmp_path / "out" / "loss.png").exists()
+
+
+def test_the_command(hf_dir, data, tmp_path, capsys):
+    options = ["--steps", "3", "--batch", "4", "--rank", "4", "--layers", "1"]
+    assert main(["train", str(hf_dir), str(data), "-o", str(tmp_path / "out"), *options]) == 0
+    said = capsys.readouterr().out
+    assert Checkpoint(tmp_path / "out").config.target_layers == (1,)
+    n_held_out = trainer(hf_dir, data, tmp_path / "out", steps=3, layers=[1]).n_held_out
+    assert n_held_out > 0 and f"{n_held_out} held out" in said
+    assert main(["train", str(hf_dir), str(tmp_path / "none.jsonl"), "-o", str(tmp_path / "out")]) == 1
+    check_names(capsys.readouterr().err.strip(), [tmp_path / "none.jsonl"])
 
 
 @pytest.mark.parametrize("option", [("--rate", "-1"), ("--rate", "nan"), ("--clip", "0"), ("--heads-gain", "x")])

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from jinja2 import TemplateError
 from rich.console import Console
 
 from pydeltamem import DeltaMemLlama, train
-from pydeltamem.errors import InputError, ModelError
+from pydeltamem.errors import InputError, ModelError, OutputError
 from pydeltamem.formats.checkpoint import Checkpoint
 from pydeltamem.train.model import load_frozen
+from pydeltamem.train.tokenizer import GgufTokenizer
 from refusals import refuses
 
 ROOT = Path(__file__).parents[1]
@@ -212,6 +216,57 @@ def test_learning_from_a_teacher(data, tmp_path):
     before = distance()
     run.train()
     assert 0 <= distance() < 0.8 * before
+
+
+def test_a_teacher_counts_for_a_part_of_the_loss(tmp_path):
+    """The rest is the loss of the file's answers. A question without one gets the teacher's; the others keep theirs."""
+    records = [{"messages": say("It is red.", "Yes."), "asks": [say("What is it?", "red"), say("Yes?")]}] * 4
+    run = trainer(write(tmp_path / "x.jsonl", records), tmp_path / "out", teacher="context", teacher_share=0.25)
+    (example,) = given = run.objective.answered([run.data[0]])
+    assert example.asks[0] == run.data[0].asks[0] and example.asks[1][2] and not run.data[0].asks[1][2]
+    with torch.no_grad():
+        logits, targets = run.objective.student(given)
+        taught = run.objective.teacher(given).softmax(-1)
+        log = logits.log_softmax(-1)
+        distance = (taught * (taught.log() - log)).sum(-1).mean()
+        of_answers = -log.gather(1, targets[:, None]).mean()
+        found = run.objective.loss([run.data[0]])
+    assert found.item() == pytest.approx((0.25 * distance + 0.75 * of_answers).item(), rel=1e-4)
+    assert distance.item() != pytest.approx(of_answers.item(), rel=0.1)
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_share_of_the_questions_writes(data, tmp_path, share):
+    run = trainer(data, tmp_path / "out", steps=12, ask_writes=share)
+    seen, loss = [], run.objective.loss
+
+    def watched(examples):
+        seen.extend(example.ask_writes for example in examples)
+        return loss(examples)
+
+    run.objective.loss = watched
+    for _ in range(12):
+        run.update()
+    assert len(seen) == 36 and (8 <= sum(seen) <= 28 if share else not any(seen))
+
+
+def test_a_log_that_cannot_be_written(data, tmp_path):
+    run = trainer(data, tmp_path / "out", steps=1, eval_every=1)
+    (tmp_path / "out" / "log.jsonl").mkdir(parents=True)
+    with refuses(OutputError, tmp_path / "out" / "log.jsonl"):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [("{% for m in messages %}", ModelError), ("{{ raise_exception('no chat') }}", TemplateError)],
+)
+def test_a_chat_template_of_a_gguf(tmp_path, template, error):
+    path = tmp_path / "other.gguf"
+    script = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", template]
+    subprocess.run([*script, str(MODEL), str(path)], check=True, capture_output=True)
+    with pytest.raises(error, match=r"other\.gguf|no chat"):
+        GgufTokenizer(path).apply_chat_template(say("Hello."))
 
 
 def test_bad_input(data, tmp_path):

@@ -95,6 +95,17 @@ def test_packed_is_padded(family, config, plain, monkeypatch):
         torch.testing.assert_close(of_packed[name], gradient, rtol=0, atol=1e-4 * largest + 1e-9, msg=name)
 
 
+def test_answers_of_one_token():
+    """The padded form then decodes nothing after the question."""
+    model, memory = make("llama")
+    given = [replace(e, asks=[(question, of, answer[:1]) for question, of, answer in e.asks]) for e in examples()]
+    batch, packed = Batch.of(given, "cpu"), PackedBatch.of(given)
+    logits = answer_logits(model, memory, batch)
+    assert logits.shape[1] == 1 and batch.answer[batch.answer_mask].tolist() == packed.targets.tolist()
+    expected = PackedModel(model, memory).logits(packed)
+    torch.testing.assert_close(logits[batch.answer_mask], expected, rtol=0, atol=2e-5)
+
+
 def test_text_that_stays():
     """With the text visible the packed form is the model's own pass over all of it, the memory written as it reads."""
     model, memory = make("llama")
@@ -152,6 +163,14 @@ def test_what_cannot_be_packed_is_named():
     model, memory = make("llama")
     model.config.model_type = "gpt2"
     assert "gpt2" in PackedModel.refusal(model, memory)
+    for family, name, value, named in (
+        ("llama", "hidden_act", "gelu", "gelu"), ("mistral", "sliding_window", 8, "sliding"),
+        ("qwen3", "layer_types", ["full_attention", "sliding_attention", "full_attention"], "full attention"),
+    ):  # fmt: skip
+        model, memory = make(family)
+        assert PackedModel.refusal(model, memory) is None
+        setattr(model.config, name, value)
+        assert named in PackedModel.refusal(model, memory)
 
 
 #
@@ -179,6 +198,21 @@ def random(*shape, dtype=torch.float32, grad=True):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(11)
+
+
+def test_without_the_library_the_kernels_are_plain_pytorch(monkeypatch):
+    """As in a package that was built without it."""
+
+    def missing(path):
+        raise OSError(f"{path}: cannot open shared object file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.ctypes, "CDLL", missing)
+        patch.setattr(kernels, "library", kernels.library.__wrapped__)
+        assert kernels.library() is None
+        x, weight = torch.randn(3, 8), torch.rand(8)
+        found = kernels.rms_norm(x, weight, 1e-6)
+    torch.testing.assert_close(found, kernels.rms_norm(x, weight, 1e-6), rtol=0, atol=1e-6)
 
 
 def test_the_library_is_there():

@@ -29,7 +29,7 @@ from .heads import start_from_heads
 from .objective import told_weights
 from .options import STRATEGIES, Options
 from .packed import PackedBatch, PackedModel
-from .padded import Batch, answer_logits, answer_loss
+from .padded import Batch, answer_logits
 from .report import HeldOut, Report
 from .trainer import Trainer
 
@@ -45,7 +45,6 @@ __all__ = [
     "Report",
     "Trainer",
     "answer_logits",
-    "answer_loss",
     "start_from_heads",
     "told_weights",
 ]

@@ -308,8 +308,7 @@ def _call(name: str, *arguments: Any) -> None:
     given: list[Any] = []
     for x in arguments:
         if isinstance(x, Tensor):
-            if not x.is_contiguous():
-                raise ValueError(f"{name}: a tensor {tuple(x.shape)} is not contiguous")
+            assert x.is_contiguous(), name
             given.append(ctypes.c_void_p(x.data_ptr()))
         else:
             given.append(ctypes.c_int64(x) if isinstance(x, int) else x)

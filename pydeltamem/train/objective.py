@@ -84,9 +84,8 @@ class Objective:
 
     @torch.no_grad()
     def teacher(self, examples: Sequence[Example]) -> Tensor:
-        """Logits [K, vocab] of the frozen model with the text before it. Raises InputError in the padded form."""
-        if self.packed is None:
-            raise InputError("--teacher: needs the packed form of a step")
+        """Logits [K, vocab] of the frozen model with the text before it. For the packed form."""
+        assert self.packed is not None  # `_packed` refuses --teacher otherwise
         batch = PackedBatch.of(examples, self.options.device, memory=False)
         return self.packed.logits(batch, memory=False).float()
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .conversations import Example
 from .reference import DeltaMem
@@ -76,8 +75,3 @@ def answer_logits(model: Any, memory: DeltaMem, batch: Batch) -> Tensor:
         past_key_values=asked.past_key_values,
     )
     return torch.cat([asked.logits[:, -1:], answered.logits], 1)
-
-
-def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
-    losses = F.cross_entropy(logits.float().flatten(0, 1), batch.answer.flatten(), reduction="none")
-    return (losses * batch.answer_mask.flatten()).sum() / batch.answer_mask.sum()

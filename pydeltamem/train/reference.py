@@ -21,13 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-try:
-    import torch
-    from torch import Tensor, nn
-    from torch.nn import functional as F
-    from torch.utils.hooks import RemovableHandle
-except ImportError:
-    raise ImportError("pydeltamem.train.reference needs PyTorch: pip install 'pydeltamem[train]'") from None
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError, ModelError, OutputError
 from ..formats import kinds

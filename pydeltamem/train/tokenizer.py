@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
@@ -15,7 +15,7 @@ class GgufTokenizer:
     """The part of transformers' tokenizer interface that training needs. transformers' own tokenizer of a GGUF gives
     other tokens than llama.cpp for SentencePiece vocabularies.
 
-    Raises ModelError if the file has no vocabulary.
+    Raises ModelError if the file has no vocabulary, or a chat template that cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -26,6 +26,8 @@ class GgufTokenizer:
         self.name_or_path = os.fspath(path)
         try:
             self._vocabulary = Llama(self.name_or_path, vocab_only=True, verbose=False)
+        except TemplateError as error:
+            raise ModelError(f"{self.name_or_path}: its chat template cannot be read: {error}") from error
         except (ValueError, RuntimeError) as error:
             raise ModelError(f"{self.name_or_path}: its vocabulary cannot be read: {error}") from error
         self.chat_template: str | None = self._vocabulary.metadata.get("tokenizer.chat_template")
@@ -33,21 +35,16 @@ class GgufTokenizer:
         eos, bos = self._text(self.eos_token_id), self._text(self._vocabulary.token_bos())
         self._formatters: dict[bool, Any] = {}
         for asked in (False, True) if self.chat_template else ():
-            try:
-                self._formatters[asked] = Jinja2ChatFormatter(str(self.chat_template), eos, bos, asked)
-            except TemplateError as error:
-                raise ModelError(f"{self.name_or_path}: its chat template cannot be read: {error}") from error
+            self._formatters[asked] = Jinja2ChatFormatter(str(self.chat_template), eos, bos, asked)
 
     def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
         ids = self._vocabulary.tokenize(text.encode("utf-8"), add_bos=add_special_tokens, special=True)
         return {"input_ids": ids}
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], tokenize: bool = False, add_generation_prompt: bool = False
+        self, messages: list[dict[str, str]], tokenize: Literal[False] = False, add_generation_prompt: bool = False
     ) -> str:
         """The messages as text. Raises jinja2's TemplateError if the template refuses them."""
-        if tokenize:
-            raise NotImplementedError("the text only: call the tokenizer with it")
         try:
             return self._formatters[add_generation_prompt](messages=messages).prompt
         except ValueError as error:  # a template calls raise_exception
