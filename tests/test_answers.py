@@ -67,6 +67,8 @@ def test_a_value_is_known_however_it_is_written(answer, value):
         ("blue", "navy blue"),
         ("$17", "$170"),
         ("11:30", "1:30"),
+        ("from 10 to 13", "12:50"),
+        ("half to five", "4:30"),
     ],
 )
 def test_another_value_is_not(answer, value):

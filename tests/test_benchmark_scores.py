@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pydeltamem.evals import gpqa, ifeval, memory_agent_bench, metrics
+from pydeltamem.evals import gpqa, hotpotqa, ifeval, memory_agent_bench, metrics, qa
 from pydeltamem.evals.bootstrap import Sample, ratio
 from pydeltamem.evals.items import Item
 
@@ -33,6 +33,13 @@ def test_hotpotqa_wants_yes_and_no_as_a_whole():
     assert metrics.hotpot_f1("yes it is", "yes") == 0
     assert metrics.hotpot_f1("no", "the no name") == 0
     assert metrics.hotpot_f1("Arthur's Magazine, 1844", "Arthur's Magazine") == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("benchmark", [hotpotqa.HOTPOTQA, qa.QA])
+def test_only_the_first_line_of_an_answer_counts(benchmark):
+    item = Item("a", "", "Who?", ("Ada Lovelace",), 0)
+    assert benchmark.score(item, "\nAda\nLovelace") == {"exact": 0, "f1": pytest.approx(2 / 3)}
+    assert benchmark.score(item, "the Ada Lovelace.\nOr not.") == {"exact": 1, "f1": 1}
 
 
 @pytest.mark.parametrize(

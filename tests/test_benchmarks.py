@@ -20,7 +20,9 @@ from pydeltamem.errors import InputError
 from pydeltamem.evals import views
 from pydeltamem.evals.asker import Ask, Asker, Shared
 from pydeltamem.evals.benchmarks import BENCHMARKS
-from pydeltamem.evals.items import Context, Piece, chosen, items_of
+from pydeltamem.evals.items import Context, Item, Piece, chosen, items_of
+from pydeltamem.evals.results import results_of
+from pydeltamem.evals.run import Prompts
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.models import default_files
 from refusals import check_names
@@ -115,6 +117,40 @@ def test_missing_and_damaged_files_are_named(name, tmp_path, monkeypatch):
         with pytest.raises(InputError) as error:
             items_of(benchmark, str(path))
         check_names(str(error.value), [path, benchmark.source])
+
+
+def test_files_that_hold_no_question_or_cannot_be_read(tmp_path):
+    for name, data in (("empty", b"[]"), ("cut", gzip.compress(b"[]" * 500)[:-9]), ("binary", b"\xff\xfe")):
+        path = tmp_path / f"{name}.json"
+        path.write_bytes(data)
+        with pytest.raises(InputError) as error:
+            items_of(BENCHMARKS["hotpotqa"][0], str(path))
+        check_names(str(error.value), [path])
+
+
+def test_the_folder_of_the_data(tmp_path, monkeypatch):
+    """By --data or DELTAMEM_DATA: each benchmark knows its file in it."""
+    path = locomo(tmp_path)
+    benchmark = BENCHMARKS["locomo"][0]
+    expected = [item.id for item in items_of(benchmark, str(path))]
+    (tmp_path / benchmark.file).parent.mkdir(exist_ok=True)
+    path.rename(tmp_path / benchmark.file)
+    assert [item.id for item in items_of(benchmark, str(tmp_path))] == expected
+    monkeypatch.setenv("DELTAMEM_DATA", str(tmp_path))
+    assert [item.id for item in items_of(benchmark, None)] == expected
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    record = json.loads(FILES["memory-agent-bench"][0])
+    parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "x.parquet")
+    (tmp_path / "x.json").write_text(json.dumps(record))
+    one, other = (
+        items_of(BENCHMARKS["memory-agent-bench"][0], str(tmp_path / f"x.{ext}")) for ext in ("parquet", "json")
+    )
+    assert one == other and one[0].context == other[0].context
 
 
 def test_limits_and_shards_are_parts_of_the_questions(tmp_path):
@@ -375,6 +411,61 @@ def test_a_file_of_another_run_stays(whole, capsys):
     assert (folder / "locomo.jsonl").read_bytes() == before
 
 
+def test_what_stands_after_a_complete_run_goes(whole, tmp_path):
+    path, folder = whole
+    data = (folder / "locomo.jsonl").read_bytes()
+    (tmp_path / "locomo.jsonl").write_bytes(data + data.splitlines(keepends=True)[-1])
+    assert main(command(path, tmp_path)) == 0
+    assert (tmp_path / "locomo.jsonl").read_bytes() == data
+
+
+def test_a_file_that_is_none_or_cannot_be_written(whole, tmp_path, capsys, monkeypatch):
+    path, _ = whole
+    file = tmp_path / "locomo.jsonl"
+    for text in ("no answers\n", "[]\n"):
+        file.write_text(text)
+        assert main(command(path, tmp_path)) == 1
+        check_names(capsys.readouterr().err.strip(), [file, "--output"])
+        assert file.read_text() == text
+    assert main(command(path, file)) == 1
+    check_names(capsys.readouterr().err.strip(), [file / "locomo.jsonl"])
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(command(path, tmp_path / "new")) == 1
+    check_names(capsys.readouterr().err.strip(), [tmp_path / "new" / "locomo.jsonl"])
+
+
+def test_some_kinds_and_a_model_without_adapters(tmp_path):
+    model = default_files()[0]
+    options = ["--kinds", "temporal,open", "-m", str(model), "-t", "1"]
+    assert main(["eval", "locomo", "--data", str(locomo(tmp_path)), "-o", str(tmp_path), *options]) == 0
+    answers = [record for record in lines(tmp_path) if "answer" in record]
+    assert {record["kind"] for record in answers} == {"temporal", "open"}
+    assert {record["method"] for record in answers} == {"none", "backbone", "last", "bm25"}
+
+
+def test_a_text_that_is_longer_than_its_pieces():
+    """What is shown fits even where pieces have more tokens together than one by one."""
+
+    class Count:
+        n_ctx = 600
+
+        def n_prompt(self, text):
+            return self.count(text)
+
+        def count(self, text):
+            return len(text.split()) + 4 * text.count("\n")
+
+    pieces = tuple(Piece(f"{i} is here.\n") for i in range(300))
+    item = Item("a", "", "Which?", ("1",), 0, Context(pieces))
+    prompts = Prompts(BENCHMARKS["hotpotqa"][0], [item], Count(), 100, 1)
+    shown = prompts.shown(item, views.FULL)
+    assert shown and Count().count(shown) <= prompts.room
+
+
 def test_a_report_joins_shards(whole, tmp_path, capsys):
     path, _ = whole
     for i in (1, 2):
@@ -418,6 +509,42 @@ def test_ratios_in_a_report(tmp_path):
     assert len(found["notes"]) == 1
 
 
+def answers_of(path, benchmark="qa", model="m", method="a/memory", **scores):
+    """A file of answers: by id, the answer's score and text."""
+    record = {"benchmark": benchmark, "kind": "", "about": None, "method": method}
+    records = [{**record, "id": id, "answer": text, "scores": {"f1": s}} for id, (s, text) in scores.items()]
+    setup = {"setup": {"benchmark": benchmark, "model": model}}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (setup, *records)))
+    return path
+
+
+def test_a_report_of_several_benchmarks_has_their_mean(tmp_path):
+    """Of the methods that all of them have, each benchmark counting once."""
+    for benchmark, score in (("qa", 0.5), ("locomo", 0.1)):
+        scores = {str(i): (score, "x") for i in range(4 if benchmark == "qa" else 40)}
+        for method in ("a/memory", *(["b/memory"] if benchmark == "qa" else [])):
+            answers_of(tmp_path / f"{benchmark}-{method[0]}.jsonl", benchmark, method=method, **scores)
+        full = {id: (1.0, "x") for id in scores}
+        answers_of(tmp_path / f"{benchmark}-full.jsonl", benchmark, method="backbone", **full)
+    ratios = {(of.benchmark, of.method): of.ratio.value for of in results_of([tmp_path]).ratios}
+    assert ratios["average", "a/memory"] == pytest.approx(0.3) and ("average", "b/memory") not in ratios
+
+
+def test_files_that_do_not_fit_together(tmp_path):
+    one = answers_of(tmp_path / "1.jsonl", x=(1, "Lima"))
+    same, other = (answers_of(tmp_path / f"{name}.jsonl", x=(1, name)) for name in ("Lima", "Rome"))
+    assert len(results_of([one, same]).rows) == 1
+    with pytest.raises(InputError) as error:
+        results_of([one, other])
+    check_names(str(error.value), [other, "x"])
+    with pytest.raises(InputError) as error:
+        results_of([one, answers_of(tmp_path / "2.jsonl", model="another", y=(1, "Lima"))])
+    check_names(str(error.value), ["m", "another"])
+    with pytest.raises(InputError) as error:
+        results_of([answers_of(tmp_path / "3.jsonl")])
+    check_names(str(error.value), [tmp_path / "3.jsonl"])
+
+
 def test_a_report_of_nothing(tmp_path, capsys):
     assert main(["eval", "report", str(tmp_path)]) == 1
     check_names(capsys.readouterr().err.strip(), [tmp_path])
@@ -451,7 +578,7 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
     check_names(capsys.readouterr().err.strip(), ["-c", 1024, 1500])
 
 
-def test_a_benchmark_without_contexts_asks_once(tmp_path):
+def test_a_benchmark_without_contexts_asks_once(tmp_path, capsys):
     path = tmp_path / "gpqa.csv"
     path.write_text(GPQA)
     assert main(["eval", "gpqa", "--data", str(path), "-o", str(tmp_path), "-t", "1"]) == 0
@@ -459,3 +586,6 @@ def test_a_benchmark_without_contexts_asks_once(tmp_path):
     asked = [record["method"] for record in records if "answer" in record]
     assert asked == ["backbone", "tsw/context", "ssw/context", "msw/context"]
     assert os.path.basename(records[0]["setup"]["data"]) == "gpqa.csv"
+    options = ["eval", "gpqa", "--data", str(path), "-o", str(tmp_path / "none"), "-t", "1", "--methods", "none,last"]
+    assert main(options) == 1
+    check_names(capsys.readouterr().err.strip().splitlines()[-1], ["--methods"])

@@ -164,6 +164,17 @@ def test_an_overwritten_fact_comes_last():
     assert replaced > 25
 
 
+def test_what_has_no_other_value_is_not_overwritten(monkeypatch):
+    from pydeltamem.evals import world
+
+    values = world.FACTS["new_pair"]
+    few = {name: list(of)[: 1 + (i == 0)] for i, (name, of) in enumerate(v for v in values.items() if len(v[1]) > 1)}
+    few = dict(list(few.items())[:6])
+    monkeypatch.setitem(world.FACTS, "new_pair", few)
+    (two,) = (of for of in few.values() if len(of) > 1)
+    assert {value for c in make_cases(["overwrite"], 40, [4], [], 1, Parrot()) for value in c.values} == set(two)
+
+
 def test_intervals():
     p, low, high = wilson(95, 100)
     assert (p, round(low, 3), round(high, 3)) == (0.95, 0.888, 0.978)  # Wilson's, by hand
@@ -248,6 +259,7 @@ def data(tmp_path):
             ],
         },
         {"messages": talk("Hello.", "Hi."), "said": []},
+        {"messages": [*talk("A table in Rome.")] * 2, "said": [said(0, "location", "Rome")]},  # nobody replies
     )  # fmt: skip
     write(
         tmp_path / "train" / "persona.jsonl.gz",
@@ -277,6 +289,20 @@ def test_questions_about_conversations_of_people(data):
     }
 
 
+def test_no_more_of_a_file_is_read_than_is_asked(data):
+    class Counting(Parrot):
+        n_counted = 0
+
+        def n_tokens(self, turns):
+            self.n_counted += 1
+            return super().n_tokens(turns)
+
+    write(data / "train" / "persona.jsonl.gz",
+          *[{"messages": talk("I moved to Canada.", "Nice."), "user_persona": ["I live in canada."]}] * 20)  # fmt: skip
+    reader = Counting()
+    assert len(list(corpora.cases("personas", 3, 1, reader, data))) == reader.n_counted == 3
+
+
 def test_the_questions_that_the_package_has():
     cases = list(make_cases(["natural"], 1000, (), (), 1, Parrot()))
     assert len(cases) == 342 and len({c.turns for c in cases}) == 90
@@ -291,6 +317,8 @@ def test_missing_and_damaged_data_are_named(data, tmp_path, capsys, monkeypatch)
     assert main(["eval", "recall", "--tasks", "dialogues,personas"]) == 1
     said = capsys.readouterr().err
     assert "--data" in said and "Schema-Guided Dialogue" in said and "Synthetic-Persona-Chat" in said
+    with pytest.raises(InputError, match="DELTAMEM_DATA"):
+        list(corpora.cases("personas", 1, 1, Parrot(), None))
     (data / "eval" / "xquad_en.jsonl.gz").unlink()
     assert main(["eval", "recall", "--tasks", "paragraphs", "--data", str(data)]) == 1
     assert "xquad_en.jsonl.gz" in capsys.readouterr().err
@@ -330,6 +358,12 @@ def test_questions_do_not_meet_each_other(native):
         beside = native.answer([other] * 9 + [Asked(memory, turns, QUESTIONS)])[-1]
         assert together == turned[::-1] == [answer for (answer,) in alone] == beside
         assert "Oslo" in together[0] and "Anna" in together[1]
+
+
+def test_more_questions_than_the_context_has_slots(native):
+    """Those about one text stay together; which others are asked beside them changes nothing."""
+    asked = [Asked(native.read(TOLD[:i]), TOLD[i - 1 : i], QUESTIONS * 2) for i in (1, 2, 3)]
+    assert native.answer(asked) == [native.answer([one])[0] for one in asked]
 
 
 def test_questions_are_read_without_writing(native):
@@ -403,9 +437,14 @@ def test_the_package_model_remembers(tmp_path):
     path = tmp_path / "recall.json"
     result = deltamem(
         "eval", "recall", "-n", "20", "--facts", "1,4", "--distance", "64", "--json", path,
-        "--plot", tmp_path / "recall.png", timeout=600,
+        "--plot", tmp_path / "recall.png", "--show", "2", timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    shown = result.stdout.split("\n\n")[-2:]  # two questions, with what was told, and what each method says
+    methods = ("none", "window", "bm25", "full", "tsw", "msw", "ssw")
+    for text in shown:
+        assert text.count("\n> ") + text.startswith("> ") == 2, text
+        assert all(f" {method}: " in text for method in methods), text
     found = json.loads(path.read_text(encoding="utf-8"))
     accuracy = {(r["method"], r["task"], r["size"]): r["accuracy"] for r in found["rows"]}
     # 20 questions, so well below the figure of 200 questions (pydeltamem/models/README.md)

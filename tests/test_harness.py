@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pydeltamem import DeltaMemLlama
+from pydeltamem import DecodeError, DeltaMemLlama, InputError
 from pydeltamem.evals.harness import DeltaMemLM
 from pydeltamem.models import default_files
 
@@ -75,6 +75,28 @@ def test_probabilities_are_those_of_the_logits(lm):
     assert [value for value, _ in turned] == pytest.approx([value for value, _ in found[::-1]], abs=2e-3)
 
 
+def test_what_is_empty_and_what_does_not_fit(lm):
+    assert lm._loglikelihood_tokens([(None, [5, 6], [])], disable_tqdm=True) == [(0.0, True)]
+    with pytest.raises(InputError, match=r"256.*257"):
+        lm._loglikelihood_tokens([(None, [5], [6] * 257)], disable_tqdm=True)
+
+
+def test_a_text_begins_with_a_token_of_the_model(lm):
+    """The harness asks for the token before a text that has none, and names its cache after the tokenizer."""
+    bos, eos = lm.llm.token_bos(), lm.llm.token_eos()
+    assert lm.prefix_token_id == (bos if bos >= 0 else eos) and lm.eot_token_id == eos
+    assert lm.tokenizer_name == lm.llm.fingerprint
+
+
+def test_a_generation_that_fails_names_its_reason(lm, monkeypatch):
+    def fail(jobs, *meanwhile):
+        raise DecodeError("no room")
+
+    monkeypatch.setattr(lm.llm._engine.slots, "decode", fail)
+    with pytest.raises(DecodeError):
+        lm.generate_until(requests(("I live in", {"until": [], "max_gen_toks": 3})), disable_tqdm=True)
+
+
 def test_the_likeliest_continuation_is_greedy(lm):
     context = "My name is Anna. I live in"
     (said,) = lm.generate_until(requests((context, {"until": [], "max_gen_toks": 3})), disable_tqdm=True)
@@ -117,6 +139,18 @@ def test_the_chat_template(lm):
     prompt = lm.apply_chat_template([{"role": "user", "content": "Hello."}])
     shorter = lm.apply_chat_template([{"role": "user", "content": "Hello."}], add_generation_prompt=False)
     assert "Hello." in prompt and prompt.startswith(shorter) and len(shorter) < len(prompt)
+
+
+def test_a_model_without_a_chat_template(base, tmp_path):
+    bare = tmp_path / "bare.gguf"
+    script = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--force"]
+    script += ["--remove-metadata", "tokenizer.chat_template"]
+    subprocess.run([*script, str(base()), str(bare)], check=True, capture_output=True)
+    lm = DeltaMemLM(str(bare), n_ctx=64, n_threads=1)
+    assert lm.chat_template(True) is None
+    with pytest.raises(InputError, match=r"bare\.gguf"):
+        lm.apply_chat_template([{"role": "user", "content": "Hello."}])
+    lm.llm.close()
 
 
 CHOICE = """

@@ -92,10 +92,7 @@ class NativeReader:
         self.llm.close()
 
     def attach(self, adapter: str | os.PathLike[str] | None) -> None:
-        if adapter is not None:
-            self.llm.memory.attach(adapter)
-        elif self.llm.memory.attached:
-            self.llm.memory.detach()
+        attach(self.llm, adapter)
 
     def n_tokens(self, turns: Sequence[Turn]) -> int:
         for turn in turns:
@@ -119,9 +116,7 @@ class NativeReader:
         return whole, segments + [len(messages) - 1] * (len(whole) - len(segments))
 
     def _ended(self, messages: Messages) -> list[int]:
-        """What a text of these messages begins with, whatever follows."""
-        if not messages:
-            return []
+        """What a text of these messages, at least one, begins with, whatever follows."""
         follows = "assistant" if messages[-1]["role"] == "user" else "user"
         longer = chat_prompt(self.llm, [*messages, {"role": follows, "content": "?"}])[0]
         return longer[: n_common(chat_prompt(self.llm, messages)[0], longer)]

@@ -239,8 +239,6 @@ class AnswerFile:
                 if given == [(unit.method.name, item.id) for item in unit.items]:
                     self.n_done, self._n_bytes, given = self.n_done + 1, at, []
                     self.texts |= texts
-            if self.n_done == len(units):
-                return
 
     def _truncate(self) -> None:
         if self.path.exists() and self.path.stat().st_size != self._n_bytes:
