@@ -525,3 +525,17 @@ def test_ctrl_d_leaves(terminal, command):
     term.expect(PROMPT)
     term.send("\x04")
     assert term.wait() == 0
+
+
+def test_a_reply_that_the_context_cuts_is_told(make_llm, capsys, monkeypatch):
+    llm = make_llm(n_ctx=64, n_batch=64)
+    monkeypatch.setattr(llm._engine.slots, "is_end", lambda token: False)
+    options = {"n_predict": -1, "temp": 0.0}
+    with Conversation(llm, **options) as conversation:
+        Chat(conversation).say("hello there")
+        shown = capsys.readouterr()
+        assert conversation.finish_reason == "length" and "full" in shown.err and shown.out.strip()
+        Chat(conversation).say("")
+        conversation.clear()
+        Chat(Conversation(llm, **{**options, "n_predict": 3})).say("hello there")
+        assert "full" not in capsys.readouterr().err

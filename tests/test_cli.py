@@ -13,6 +13,8 @@ import pytest
 from llama_cpp import Llama
 
 from pydeltamem import __version__
+from pydeltamem.cli import rpc_server
+from pydeltamem.cli.main import main
 from pydeltamem.formats.memory_file import read_memory_file
 from pydeltamem.runtime.stream import TextStream
 from refusals import check_names, refused, refuses
@@ -426,3 +428,49 @@ def test_broken_pipe_is_quiet(base, adapter, tmp_path):
     assert process.wait(timeout=300) == 141
     assert err == b""
     assert read_memory_file(path)[0].any()
+
+
+def test_what_follows_two_dashes_is_no_option(tmp_path):
+    result = deltamem("inspect", "--", "--no-such-file", cwd=tmp_path)
+    refused(result, "--no-such-file")
+
+
+@pytest.mark.parametrize("share", ["1", "-0.1", "x"])
+def test_a_share_is_below_one(share):
+    result = deltamem("train", "model", "data", "-o", "out", "--short-first", share)
+    assert result.returncode == 2 and share in result.stderr.splitlines()[-1]
+
+
+def test_a_prompt_must_come_from_somewhere(base, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert main(["generate", "-m", str(base()), *PLAIN]) == 1
+    check_names(capsys.readouterr().err.strip(), ["-p", "-f"])
+
+
+def test_standard_input_that_is_no_text(generate):
+    result = generate(encoding=None, errors=None, input=b"\xff\xfe")
+    assert result.returncode == 1 and b"Traceback" not in result.stderr and b"UTF-8" in result.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
+def test_an_output_that_is_full(base):
+    with open("/dev/full", "w") as full:
+        result = deltamem("inspect", base(), capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    refused(result, "output")
+
+
+def test_a_packed_model_without_its_memory(base, adapter, generate, tmp_path):
+    packed = tmp_path / "packed.gguf"
+    assert deltamem("pack", base(), adapter("qwen3", "tsw_qo"), "-o", packed).returncode == 0
+    with_memory, without = (deltamem("generate", "-m", packed, *PLAIN, "-p", "hello", *more).stdout
+                            for more in ((), ("--no-memory",)))  # fmt: skip
+    assert without == generate("-p", "hello", memory=False).stdout != with_memory
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_an_rpc_server_that_others_reach_says_so(host, monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr(rpc_server, "serve", lambda *given: served.append(given))
+    assert main(["rpc-server", "--host", host, "--port", "50071", "-t", "1"]) == 1  # it does not start
+    assert served == [(host, 50071, 1)]
+    assert ("0.0.0.0:50071" in capsys.readouterr().out) == (host == "0.0.0.0")

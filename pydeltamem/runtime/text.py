@@ -204,8 +204,7 @@ class Text:
 
         Later tokens move up in the KV cache. If the model cannot do that, they are decoded again without writing.
         """
-        if not 0 <= start < end <= self.n_tokens:
-            raise InputError(f"cannot drop tokens {start} to {end} of a text of {self.n_tokens}")
+        assert 0 <= start < end <= self.n_tokens
         self.catch_up()
         with self.lock:
             self._shift(start, end)

@@ -99,6 +99,16 @@ def test_corrections_that_are_off(copy, convert, adapter):
     assert_equal(convert(copy("tsw_qo", change)), published)
 
 
+def test_a_norm_of_corrections_that_are_off(copy, convert):
+    """It goes with the corrections of o."""
+    directory = copy("o_rmsnorm_scale_head")
+    config = json.loads((directory / "delta_mem_config.json").read_text())
+    assert any("o_norm" in name for name in convert(directory))
+    (directory / "delta_mem_config.json").write_text(json.dumps({**config, "delta_heads": ["q"]}))
+    names = {name.partition(".deltamem_")[2] for name in convert(directory)}
+    assert names == {"in.weight", "gate.bias", "q.weight"}
+
+
 def test_float64(copy, convert):
     """Rounded to float32."""
     exact = np.linspace(-1, 1, 8)

@@ -433,6 +433,12 @@ def test_base_with_attention_in_other_layers(job, capsys):
     refused(job, capsys, ModelError, job.base, "layer")
 
 
+def test_layers_that_are_named_and_have_no_attention(job, capsys):
+    job.config(target_layers=[0, 1, 2, 3])
+    write_base(job.base, attention=(1, 2))
+    refused(job, capsys, CheckpointError, job.directory, "layer 0", job.base)
+
+
 def test_base_of_another_architecture(job, capsys):
     job.base = job.golden_dir / "smollm3" / "base-f32.gguf"
     refused(job, capsys, CheckpointError, job.directory / PT, "4 layers", job.base)

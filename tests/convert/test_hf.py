@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import safetensors.numpy
 
 from pydeltamem.cli.main import main
-from pydeltamem.convert.hf import convert_base
-from pydeltamem.errors import ModelError, OutputError
+from pydeltamem.convert.hf import convert_base, converter, errors
+from pydeltamem.errors import LibraryError, ModelError, OutputError
 from pydeltamem.formats.gguf_header import Header
+from pydeltamem.runtime.ggml import written
 from refusals import check_names, refuses
 from test_pack import on_a_full_disk
 
@@ -86,3 +88,27 @@ def test_what_the_converter_refuses(hf, tmp_path):
     (hf / "config.json").unlink()
     with refuses(ModelError, hf, "config.json"):
         convert_base(hf, tmp_path / "base.gguf")
+
+
+def test_a_folder_as_base_is_as_its_gguf(directories, tmp_path):
+    model, checkpoint = (tmp_path / name for name in ("MODEL_DIR", "CHECKPOINT_DIR"))
+    convert_base(model, tmp_path / "base.gguf", "q8_0")
+    for base, out in ((model, "a.gguf"), (tmp_path / "base.gguf", "b.gguf")):
+        assert main(["convert", str(checkpoint), "--base", str(base), "-o", str(tmp_path / out)]) == 0
+    one, other = (Header(tmp_path / name) for name in ("a.gguf", "b.gguf"))
+    assert one.keys == other.keys and one.tensors.keys() == other.tensors.keys()
+    for name in one.tensors:
+        np.testing.assert_array_equal(one.read(name), other.read(name))
+
+
+def test_a_package_without_the_converter(monkeypatch, tmp_path):
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "errors.py"))
+    with refuses(LibraryError, tmp_path / "lib" / "converter" / "convert_hf_to_gguf.py"):
+        converter()
+
+
+def test_an_output_that_cannot_be_read(tmp_path):
+    """It is the fault of what was converted: that is named."""
+    (tmp_path / "out.gguf").write_bytes(b"GGUF")
+    with refuses(ModelError, tmp_path / "MODEL"):
+        written(tmp_path / "out.gguf", tmp_path / "MODEL")
