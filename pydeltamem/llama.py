@@ -614,7 +614,7 @@ class DeltaMemLlama(Llama):
 
         Messages that begin as those of the latest call continue that conversation, or go back in it; the memory goes
         back with them. If nothing agrees, or only the system prompt, it is another conversation: the memory goes on,
-        and the common beginning is not read again.
+        and the common beginning is not decoded again.
 
         `logprobs=True` gives the log probability of each token of the reply; `top_logprobs` says how many of the
         likeliest tokens to list with it. Both need `logits_all=True`.

@@ -1,6 +1,6 @@
 """Parity with the published implementation: every golden case, cut into batches in several ways.
 
-The bound is the design's: NMSE at most 1e-9. The backbone alone reaches 1e-12 in float32.
+The bound is an NMSE of 1e-9, which leaves room for sums in another order: the backbone alone reaches 1e-12 in float32.
 """
 
 from __future__ import annotations

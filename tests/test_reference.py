@@ -223,7 +223,7 @@ def test_gradcheck(form):
     assert torch.autograd.gradcheck(form, arguments)
 
 
-def test_naive_is_the_design():
+def test_naive_is_the_equation():
     """One token by hand: read before write, S[i, j] with i the value and j the key."""
     state = torch.arange(4.0).reshape(1, 1, 2, 2)
     row = lambda *x: torch.tensor(x).reshape(1, 1, 1, 2)  # noqa: E731
@@ -306,7 +306,7 @@ def test_batch_equals_single_runs(attach, name, form):
 
 @torch.no_grad()
 def test_segments_write_their_mean_once(attach):
-    """Against the design in so many words: mean hidden states, one write each, in id order."""
+    """In so many words: the mean hidden state of each segment is written once, in the order of the ids."""
     model = tiny("Llama", num_hidden_layers=1)
     memory = randomise(attach(model, CONFIGS["ssw"]))
     ids = torch.tensor([7, 7, -1, 3, 3, 3, 7])

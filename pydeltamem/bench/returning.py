@@ -5,7 +5,7 @@ Somebody comes back to a conversation of N tokens and says something. What is re
     memory         the memory file; the text is gone
     memory+window  the memory file, and the last tokens of the text, which are decoded again without writing
     state          what `save_state` returned, pickled: memory and KV cache
-    text           nothing: the whole text is read again
+    text           nothing: the whole text is decoded again
 
 Timed is all from opening the files to the first token of the reply.
 """

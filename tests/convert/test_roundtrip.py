@@ -46,7 +46,7 @@ def interleaved(rows, n_head):
 
 
 class Published:
-    """A golden checkpoint, and what the design makes of it."""
+    """A golden checkpoint, and the adapter that docs/reference/formats.md makes of it."""
 
     def __init__(self, golden_dir, arch, case):
         self.directory, self.arch = golden_dir / arch / case, arch
