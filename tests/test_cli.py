@@ -452,7 +452,6 @@ def test_standard_input_that_is_no_text(generate):
     assert result.returncode == 1 and b"Traceback" not in result.stderr and b"UTF-8" in result.stderr
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
 def test_an_output_that_is_full(base):
     with open("/dev/full", "w") as full:
         result = deltamem("inspect", base(), capture_output=False, stdout=full, stderr=subprocess.PIPE)

@@ -152,3 +152,14 @@ def test_the_text_is_forgotten_and_the_memory_kept(embedder):
     np.testing.assert_array_equal(llm.memory.state, state)
     llm.eval([5, 6, 7])
     assert np.abs(llm.memory.state - state).max() > 0
+
+
+def test_a_text_is_read_beside_embeddings(make_llm):
+    """The model computes no logits then, but the memory reads as ever."""
+    states = []
+    for embedding in (True, False):
+        llm = make_llm(embedding=embedding, type_k=0, type_v=0)
+        llm.eval([5, 6, 7, 8])
+        states.append(llm.memory.state)
+    assert states[0].any()
+    np.testing.assert_allclose(*states, rtol=0, atol=1e-6)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ import pytest
 from conftest import ROOT
 from golden_data import CASES
 from pydeltamem import DeltaMemLlama
-from pydeltamem.errors import InputError, RpcServerAway
+from pydeltamem.errors import InputError, LibraryError, RpcServerAway
+from pydeltamem.runtime import remote
 from pydeltamem.runtime.remote import connect
 from refusals import check_names, refuses
 from test_golden import BOUND, F32, expected_of, nmse
@@ -226,3 +229,36 @@ def test_command_line(server, base):
     assert remote.stdout == plain.stdout
     gone = subprocess.run([*there, "--rpc", "127.0.0.1:1"], capture_output=True, text=True)
     assert gone.returncode == 1 and "127.0.0.1:1" in gone.stderr and "Traceback" not in gone.stderr
+
+
+@pytest.fixture
+def listening():
+    """An endpoint where somebody listens, who is no RPC server."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        yield f"127.0.0.1:{one.getsockname()[1]}"
+
+
+def ggml_with(monkeypatch, add_server):
+    """Puts a ggml in the library's place whose RPC backend is this function; None: it has no such backend."""
+    kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
+    callback = None if add_server is None else kind(add_server)
+    ggml = types.SimpleNamespace(
+        ggml_backend_reg_by_name=lambda name: 1 if callback else None,
+        ggml_backend_reg_get_proc_address=lambda backend, name: ctypes.cast(callback, ctypes.c_void_p).value,
+    )
+    monkeypatch.setattr(remote, "_ggml", lambda: ggml)
+
+
+def test_a_library_without_rpc(monkeypatch, listening):
+    ggml_with(monkeypatch, None)
+    with refuses(LibraryError, "-DGGML_RPC=ON"):
+        connect(listening)
+
+
+def test_a_server_without_devices_is_named(monkeypatch, listening):
+    asked = []
+    ggml_with(monkeypatch, lambda endpoint: asked.append(endpoint.decode()))
+    for n in (1, 2):  # it is no connected one
+        with refuses(InputError, listening):
+            connect(listening)
+        assert asked == [listening] * n

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import signal
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 
 from fleet import Replica, RpcServer, free_port, until
+from pydeltamem.errors import InputError
 from pydeltamem.formats.memory_file import MemorySnapshot
+from pydeltamem.server.supervisor import supervise
 from pydeltamem.server.worker import ModelLost
+from refusals import refuses
 from servers import command, in_thread, process
 
 # answers are given, so that nothing depends on the order in which floats are summed
@@ -184,3 +188,10 @@ def test_what_runs_fails_when_the_model_is_lost():
                 api.service.worker.call(lambda: None)
             assert api.http.get("/health").json() == {"status": "rpc server away"}
             assert api.http.get("/health/live").status_code == 200
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with refuses(InputError, f"127.0.0.1:{port}"):
+            supervise("127.0.0.1", port, [])
