@@ -110,23 +110,60 @@ def test_a_long_prompt_delays_no_reply(make, recorded):
     assert [decode[other] for decode in decodes[begun : begun + 3]] == [15] * 3
 
 
+def n_graphs(llm):
+    """Graphs computed: those that were built, and those that were used again."""
+    return library.llama_deltamem_n_graphs(llm.ctx) + llama_cpp.llama_perf_context(llm.ctx).n_reused
+
+
 def test_a_common_decode_is_one_graph(make):
     """llama.cpp computes sequences together only if their numbers ascend by one."""
     llm = make()
     slots, texts = llm._engine.slots, [llm._engine.text() for _ in range(4)]
 
-    def n_graphs():
-        """Graphs computed: those that were built, and those that were used again."""
-        return library.llama_deltamem_n_graphs(llm.ctx) + llama_cpp.llama_perf_context(llm.ctx).n_reused
-
     for turn in range(4):
         requests = [Request(text) for text in (texts if turn % 2 else reversed(texts))]
         for request in requests:
             request.ask([7])
-        n = n_graphs(), slots.n_decodes
+        n = n_graphs(llm), slots.n_decodes
         llm._engine.wait(requests)
         assert all(request.is_over for request in requests) and slots.n_decodes == n[1] + 1
-        assert n_graphs() == n[0] + 1
+        assert n_graphs(llm) == n[0] + 1
+
+
+@pytest.mark.parametrize("between", ["a text", "nothing", "a text without room"])
+def test_an_unused_slot_parts_no_decode(make, between):
+    """The slot between two gets a token, too, which is taken back: its text goes on as if there had been none."""
+    llm = make()
+    slots, texts = llm._engine.slots, [llm._engine.text() for _ in range(3)]
+    for text in texts:
+        text.eval([7, 8])
+    first, middle, last = sorted(texts, key=lambda text: text.slot)
+    assert [first.slot, last.slot] == [middle.slot - 1, middle.slot + 1]
+    if between == "nothing":
+        slots.leave(middle)
+    elif between == "a text without room":
+        middle.eval([9] * (middle.n_ctx - 2))
+    n, state = middle.n_tokens, middle.state
+
+    n_before = n_graphs(llm), slots.n_decodes
+    requests = [Request(first), Request(last)]
+    for request in requests:
+        request.ask([9])
+    llm._engine.wait(requests)
+    assert all(request.is_over for request in requests)
+    assert slots.n_decodes == n_before[1] + 1
+    assert n_graphs(llm) == n_before[0] + (2 if between == "a text without room" else 1)
+
+    assert middle.n_tokens == n and (middle.state == state).all()
+    if between == "a text":
+        assert (slots.get_state(middle.slot) == state).all()
+        middle.eval([9])
+    alone = make()._engine.text()
+    for tokens in ([7, 8], [9], [10]):
+        alone.eval(tokens)
+    for text in texts if between == "a text" else (first, last):
+        text.eval([10])
+        np.testing.assert_allclose(text.state, alone.state, rtol=0, atol=1e-6)
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(make, recorded):

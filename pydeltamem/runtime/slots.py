@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import threading
 import time
 import weakref
@@ -22,6 +23,9 @@ from .names import option
 _llama = library.llama_cpp
 
 _T = TypeVar("_T")
+
+# A graph of its own costs as much as six to eight more tokens in one: it reads the weights again (docs/lab/server.md).
+MAX_BETWEEN = 4
 
 
 def no_adapter() -> str:
@@ -92,8 +96,13 @@ class Slots:
         self.adapter_path = ""  # for errors
         self.n_attached = 0
         self.n_decodes = 0
-        self._n_vocab = _llama.llama_vocab_n_tokens(_llama.llama_model_get_vocab(_llama.llama_get_model(context.ctx)))
-        self._n_swa = _llama.llama_model_n_swa(_llama.llama_get_model(context.ctx))  # 0: no sliding window
+        model = _llama.llama_get_model(context.ctx)
+        self._n_vocab = _llama.llama_vocab_n_tokens(_llama.llama_model_get_vocab(model))
+        self._n_swa = _llama.llama_model_n_swa(model)  # 0: no sliding window
+        # whether removing a sequence's last token leaves its cache as it was
+        self._takes_back = not (
+            self._n_swa or _llama.llama_model_is_recurrent(model) or _llama.llama_model_is_hybrid(model)
+        )
         self._holders: list[weakref.ref[Any] | None] = [None] * self.n_seq_max
         self._used: list[int] = [0] * self.n_seq_max  # when last decoded, in decodes
         self._is_end: dict[int, bool] = {}
@@ -338,7 +347,10 @@ class Slots:
         Raises DecodeError if llama.cpp fails; the states are then unknown.
         """
         given = jobs
-        jobs = sorted(jobs, key=lambda job: job.slot)  # llama.cpp computes them together only if their numbers ascend
+        # llama.cpp computes them together only if their numbers ascend by one
+        between = self._between(jobs)
+        unused = {job.slot for job in between}
+        jobs = sorted([*jobs, *between], key=lambda job: job.slot)
         ctx, batch = self.ctx, self._batch.batch
         n_tokens = sum(len(job.piece.tokens) for job in jobs)
         wanted = self._wanted[:n_tokens]
@@ -357,21 +369,27 @@ class Slots:
             wanted[at : at + n] = scores is not None
             marks += [at + i for i in asked]
             at += n
-            wanted[at - 1] = 1
+            wanted[at - 1] = slot not in unused
             ends.append(at - 1)
 
         if self.has_memory:
             self._describe(jobs, marks)
         meanwhile()
-        for job in jobs:
+        for job in given:
             self._states[job.slot] = self._records[job.slot] = None
         self.n_decodes += 1
-        with library.decoding():
-            self._context.decode(self._batch)
+        try:
+            with library.decoding():
+                self._context.decode(self._batch)
+        finally:
+            for job in between:
+                _llama.llama_memory_seq_rm(_llama.llama_get_memory(ctx), job.slot, job.n_past, -1)
 
         kept = {mark: self._checkpoint(i) for i, mark in enumerate(marks[-library.LLAMA_DELTAMEM_MAX_CHECKPOINTS :])}
         results = {}
         for (slot, _, piece, has_state, _, scores), end in zip(jobs, ends):
+            if slot in unused:
+                continue
             at = end + 1 - len(piece.tokens)
             self._used[slot] = self.n_decodes
             if has_state and end not in kept and (piece.segments is None or piece.ends):
@@ -383,6 +401,24 @@ class Slots:
             states = {i - at + 1: state for i, state in kept.items() if at <= i <= end}
             results[slot] = Result(end, states, self._fault(end, kept.get(end)))
         return [results[job.slot] for job in given]
+
+    def _between(self, jobs: Sequence[Job]) -> list[Job]:
+        """A token for each unused slot between these jobs, so that one graph computes all. It writes no memory, nobody
+        wants its logits, and it is taken back after the decode. Only where each job has one token, too, and where few
+        slots lie between them.
+        """
+        used = sorted(job.slot for job in jobs)
+        memory = _llama.llama_get_memory(self.ctx)
+        if not self._takes_back or self._by_segment or memory is None or any(len(job.piece.tokens) > 1 for job in jobs):
+            return []
+        piece = Piece(np.zeros(1, dtype=np.intc), write=False)
+        found = []
+        for before, after in itertools.pairwise(used):
+            slots = range(before + 1, after)
+            ends = [_llama.llama_memory_seq_pos_max(memory, slot) + 1 for slot in slots]
+            if len(slots) <= MAX_BETWEEN and all(end < self.n_ctx for end in ends):
+                found += [Job(slot, end, piece, has_state=False) for slot, end in zip(slots, ends)]
+        return found if len(found) + len(used) <= self.n_batch else []
 
     @holding("lock")
     def empty_kv(self) -> None:
