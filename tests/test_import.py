@@ -87,6 +87,59 @@ def test_which_library(tmp_path, imported, version, library, takes):
         assert result.stdout == f"{LIB_DIR if takes == 'ours' else own}\n", result.stderr
 
 
+# stands for a library whose backends are modules, as in a wheel: functions of ctypes, which print what they are given
+MODULES = """
+from types import SimpleNamespace as Library
+
+def load_shared_library(name, folder):
+    if name == "llama":
+        return Library(llama_deltamem_adapter_load=None, **LINKED)
+    print(name, folder)
+    if name == "ggml-base":
+        return Library(ggml_log_set=lambda callback, data: print("log", callback is None))
+    return Library(
+        ggml_backend_load_all_from_path=lambda path: print("modules", path.decode()),
+        ggml_backend_dev_by_type=Function(),
+    )
+
+class Function:
+    def __call__(self, kind):
+        return CPU if kind == 0 else None
+"""
+
+
+def import_modules(tmp_path, cpu, linked):
+    fake(tmp_path, library.LLAMA_CPP_VERSION, False)
+    text = MODULES.replace("CPU", repr(cpu)).replace("LINKED", repr(linked))
+    (tmp_path / "llama_cpp" / "_ctypes_extensions.py").write_text(text)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path = f"{tmp_path}{os.pathsep}{LIB_DIR.parent.parent}"
+    command = [sys.executable, "-c", "import llama_cpp"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=elsewhere, env={**CLEAN, "PYTHONPATH": path})
+
+
+def test_backends_that_are_modules_are_loaded_from_the_folder_of_the_library(tmp_path):
+    """Wherever the program runs, and without ggml's lines on what it loads."""
+    result = import_modules(tmp_path, cpu=1, linked={})
+    assert result.returncode == 0, result.stderr
+    *loaded, first, modules, last = result.stdout.splitlines()
+    assert {line.split()[0] for line in loaded} == {"ggml", "ggml-base"}
+    assert all(line.endswith(f" {LIB_DIR}") for line in loaded)
+    assert (first, modules, last) == ("log False", f"modules {LIB_DIR}", "log True")
+
+
+def test_backends_that_are_linked_are_not_loaded(tmp_path):
+    result = import_modules(tmp_path, cpu=1, linked={"ggml_backend_cpu_reg": None})
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
+def test_no_module_for_this_processor(tmp_path):
+    result = import_modules(tmp_path, cpu=None, linked={})
+    assert result.returncode and str(LIB_DIR) in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("RuntimeError: ")
+
+
 def test_starting_python_loads_nothing():
     result = python("-c", "import sys; print(sorted({'pydeltamem', 'llama_cpp', 'numpy'} & set(sys.modules)))")
     assert result.stdout == "[]\n", result.stderr
