@@ -274,6 +274,8 @@ lint: $(TOOLS) $(INSTALLED) patch-count ## formatting, lint rules, doors between
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor -q --offline --pedantic .github/workflows
 	@# checks a copy of the package as it is installed, with convert inside; -S hides the editable install
 	@rm -rf build/imports && mkdir -p build/imports/pydeltamem
 	@cp -r pydeltamem/[!l]* pydeltamem/llama.py build/imports/pydeltamem && cp -r convert build/imports/pydeltamem/convert

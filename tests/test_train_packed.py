@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,6 +219,30 @@ def test_without_the_library_the_kernels_are_plain_pytorch(monkeypatch):
 
 def test_the_library_is_there():
     assert kernels.library() is not None
+
+
+@pytest.mark.parametrize(
+    ("capability", "held", "taken"),
+    [
+        ("AVX512", ("-x86-64-v3", "-x86-64-v4"), "-x86-64-v4"),
+        ("AVX512", ("-x86-64-v3",), "-x86-64-v3"),
+        ("AVX2", ("-x86-64-v3", "-x86-64-v4"), "-x86-64-v3"),
+        ("DEFAULT", ("-x86-64-v3", "-x86-64-v4"), ""),
+        ("AVX512", (), ""),
+    ],
+)
+def test_the_library_for_this_processor(monkeypatch, tmp_path, capability, held, taken):
+    """A wheel holds several."""
+    built = Path(kernels.library()._name)
+    for level in ("", *held):
+        shutil.copy(built, tmp_path / f"{built.stem.partition('-x86')[0]}{level}{built.suffix}")
+    monkeypatch.setattr(kernels, "LIB_DIR", tmp_path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    kernels.library.cache_clear()
+    try:
+        assert Path(kernels.library()._name).stem.endswith(f"deltamem-train{taken}")
+    finally:
+        kernels.library.cache_clear()
 
 
 # bfloat16 has 8 bits: results are rounded to them once, plain PyTorch's on the way too

@@ -13,3 +13,4 @@ cd "$1/nvidia/cu13/lib"
 for name in cudart cublas cublasLt; do # the names that a linker looks for
     ln -sf "lib$name.so.13" "lib$name.so"
 done
+ln -sfn lib ../lib64 # where nvcc looks

@@ -24,6 +24,8 @@ from .reference import chunked_recurrence
 
 FORCE_PLAIN = False
 
+LIB_DIR = Path(__file__).resolve().parent.parent / "lib"
+
 Span = tuple[int, int, "Tensor | None"]  # tokens [begin, end) of one text; who sees whom, None: all before and itself
 
 
@@ -276,16 +278,23 @@ class _CRuns(ctypes.Structure):
         return cls(n, *(ctypes.cast(x, ctypes.POINTER(ctypes.c_int32)) for x in arrays), n_head, rank)
 
 
+# A wheel holds the kernels for these processors too, by what PyTorch calls them; the best comes first.
+_LEVELS = {"AVX512": ("-x86-64-v4", "-x86-64-v3"), "AVX2": ("-x86-64-v3",)}
+
+
 @functools.cache
 def library() -> Any:
     """The kernels' library; None if the package was built without it."""
     suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
     prefix = "" if sys.platform == "win32" else "lib"
-    path = Path(__file__).resolve().parent.parent / "lib" / f"{prefix}deltamem-train{suffix}"
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:
-        return None
+    for level in (*_LEVELS.get(torch.backends.cpu.get_cpu_capability(), ()), ""):
+        path = LIB_DIR / f"{prefix}deltamem-train{level}{suffix}"
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:
+                return None
+    return None
 
 
 def _native(*tensors: Tensor) -> bool:
