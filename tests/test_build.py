@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -310,6 +311,18 @@ def test_libraries_find_each_other_by_their_own_folder(libraries):
         assert not any(folder.startswith(str(ROOT)) for folder in rpath)
         ours = [value for tag, value in values if tag == "NEEDED" and value.startswith(("libggml", "libllama"))]
         assert all((path.parent / name).exists() for name in ours)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("readelf") is None, reason="needs Linux and readelf")
+def test_nothing_of_ggml_cpu_runs_when_it_is_loaded(libraries):
+    """Where a wheel has one for each kind of processor, ggml loads all of them to ask which run here. A constructor of
+    one that does not may be an illegal instruction.
+    """
+    for path in libraries:
+        if "ggml-cpu" in path.name:
+            sections = subprocess.run(["readelf", "-SW", path], capture_output=True, text=True, check=True).stdout
+            size = re.search(r"\.init_array +INIT_ARRAY +\w+ \w+ (\w+)", sections)[1]
+            assert int(size, 16) == struct.calcsize("P"), path.name  # the compiler's own entry
 
 
 def test_metadata_and_licences():

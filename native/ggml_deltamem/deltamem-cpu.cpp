@@ -319,15 +319,15 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
     return 0;
 }
 
-static const bool omp_waits = [] {
-    for (const char * name : { "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY" }) {
-        if (std::getenv(name)) {
-            return true;
-        }
-    }
-    return false;
-}();
-
 bool ggml_cpu_deltamem_omp_waits(void) {
-    return omp_waits;
+    // not at load time: ggml loads modules for processors that this one is not, to ask them whether they run here
+    static const bool waits = [] {
+        for (const char * name : { "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY" }) {
+            if (std::getenv(name)) {
+                return true;
+            }
+        }
+        return false;
+    }();
+    return waits;
 }
