@@ -53,8 +53,8 @@ def _load(load: Callable[[str, Path], CDLL], name: str, folder: Path) -> CDLL:
 
 
 def _folder(name: str, folder: Path) -> Path:
-    """Where llama_cpp would look into its own folder, ours is taken: always once pydeltamem is imported, before that only
-    if llama_cpp brought no library. LLAMA_CPP_LIB_PATH is obeyed.
+    """Where llama_cpp would look into its own folder, ours is taken: always once pydeltamem is imported, before that
+    only if llama_cpp brought no library. LLAMA_CPP_LIB_PATH is obeyed.
     """
     from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
@@ -85,8 +85,8 @@ def _folder(name: str, folder: Path) -> Path:
 
 
 def _load_modules(load: Callable[[str, Path], CDLL], library: CDLL, folder: Path) -> None:
-    """Where ggml's backends are modules, as in a wheel, has ggml load the best for this machine from the folder. By itself
-    it would look beside Python and in the working directory.
+    """Where ggml's backends are modules, as in a wheel, has ggml load the best for this machine from the folder. By
+    itself it would look beside Python and in the working directory.
     """
     if hasattr(library, "ggml_backend_cpu_reg"):  # linked
         return

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Checks a built wheel: its tag and contents, then installs it in a fresh environment without a compiler and computes there.
+"""Checks a built wheel: its tag and contents; then installs it where there is no compiler, and computes there.
 
 python tools/check_wheel.py dist/pydeltamem-0.1.0-py3-none-manylinux_2_35_x86_64.whl
 
-pip takes dependencies as wheels only, from the folder of the wheel too: llama-cpp-python's lies there (`make wheel`). A wheel
-with a ggml-cpu for each kind of processor computes the golden cases by every one that runs here, from the best downwards. With
-qemu-x86_64 (Debian: qemu-user), processors that this one is not load it too.
+pip takes dependencies as wheels only, from the folder of the wheel too: llama-cpp-python's lies there (`make wheel`).
+A wheel with a ggml-cpu for each kind of processor computes the golden cases by every one that runs here, from the best
+downwards. With qemu-x86_64 (Debian: qemu-user), processors that this one is not load it too.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def show_sizes(archive: zipfile.ZipFile, total: int) -> None:
     entries = sorted(archive.infolist(), key=lambda entry: -entry.file_size)
     print(f"{total / 1e6:6.2f} MB, unpacked {sum(entry.file_size for entry in entries) / 1e6:.2f}:")
     for entry in entries:
-        if entry.filename.startswith("pydeltamem/lib/") and entry.file_size > 30_000 or entry.file_size > 1_000_000:
+        if (entry.filename.startswith("pydeltamem/lib/") and entry.file_size > 30_000) or entry.file_size > 1_000_000:
             print(f"{entry.compress_size / 1e6:6.2f} {entry.file_size / 1e6:6.2f}  {entry.filename}")
 
 
