@@ -157,15 +157,15 @@ def test_another_version_of_the_bindings_is_refused():
 
 
 LACKS = """
-import sys, types
+import importlib.machinery, sys, types
 llama_cpp = types.ModuleType("llama_cpp")
 llama_cpp.__path__, llama_cpp.__version__ = [], {version!r}
 llama_cpp.llama_cpp = types.SimpleNamespace(_lib=types.SimpleNamespace(_name="libllama.so"))
 
 class Finder:  # of a llama_cpp whose library is another llama.cpp
     def find_spec(name, path=None, target=None):
-        from importlib.machinery import ModuleSpec
-        return ModuleSpec(name, Finder) if name in ("llama_cpp", "llama_cpp.llama_cpp") else None
+        spec = importlib.machinery.ModuleSpec(name, Finder)
+        return spec if name in ("llama_cpp", "llama_cpp.llama_cpp") else None
 
     def create_module(spec):
         return llama_cpp if spec.name == "llama_cpp" else types.ModuleType(spec.name)
