@@ -154,11 +154,13 @@ def kill_all(
 #
 
 
-def held(replica: Replica, kills: Sequence[Kill]) -> list[tuple[str, float, float]]:
-    """From its log: the times in which a replica used a session. A kill ends those that go on."""
+def held(replica: Replica, kills: Sequence[Kill]) -> tuple[list[tuple[str, float, float]], list[str]]:
+    """From its log: the times in which a replica used a session, and what it cannot have done. A kill ends those that
+    go on.
+    """
     ended = sorted(kill.at for kill in kills if kill.name == replica.name)
     begun: dict[str, float] = {}
-    spans = []
+    spans, wrong = [], []
     for line in replica.log.read_text(errors="replace").splitlines():
         try:
             said = json.loads(line)
@@ -169,11 +171,15 @@ def held(replica: Replica, kills: Sequence[Kill]) -> list[tuple[str, float, floa
             if name in begun:
                 spans.append((name, begun[name], min(at for at in ended if at >= begun[name])))
             begun[name] = when
+        elif message == "a session is given back" and name not in begun:
+            wrong.append(
+                f"{replica.name} gave {name} back at {when:.3f}, and its log does not say since when it had it"
+            )
         elif message == "a session is given back":
             spans.append((name, begun.pop(name), when))
     for name, when in begun.items():
         spans.append((name, when, min((at for at in ended if at >= when), default=when)))
-    return spans
+    return spans, wrong
 
 
 def two_at_once(one: Sequence[tuple[str, float, float]], two: Sequence[tuple[str, float, float]]) -> list[str]:
@@ -298,8 +304,8 @@ def play(args: argparse.Namespace, folder: Path) -> int:
         kills = kill_all(plan, every, draw, database, replicas, balancer)
         for thread in threads:
             thread.join()
-        spans = [held(replica, kills) for replica in replicas]
-        wrong = play_alone(clients, kills, database.url, model, folder)
+        spans, odd = zip(*(held(replica, kills) for replica in replicas))
+        wrong = [*odd[0], *odd[1], *play_alone(clients, kills, database.url, model, folder)]
     wrong += [f"two at once: {line}" for line in two_at_once(*spans)]
     print(f"sessions used {sum(map(len, spans))} times")
     for line in wrong:
