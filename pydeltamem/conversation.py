@@ -602,8 +602,6 @@ def _speak(waiting: list[Reply], in_pieces: bool = True) -> Generator[tuple[Conv
                         reply.take_back()
                     elif reply.error is not None:
                         raise reply.error
-                    elif reply.finish_reason is None:  # cancelled
-                        reply.fail()
                     else:
                         try:
                             reply.finish()

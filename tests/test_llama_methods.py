@@ -442,6 +442,21 @@ def test_the_text_between_prompt_and_suffix(make_llm):
     assert plain["choices"][0]["text"].endswith(" there")
 
 
+def test_a_suffix_that_its_mark_joins(make_llm, monkeypatch):
+    """Where the tokenizer joins the mark before a suffix with it, the suffix stands as a text of its own would."""
+    llm = make_llm(kv_overrides=INFILL)
+    tokenize, mark = llm.tokenize, "☺".encode()
+
+    def joined(text, *args, **kwargs):
+        rest = text.removeprefix(mark)
+        return [30, *tokenize(rest, *args, **kwargs)] if rest and rest != text else tokenize(text, *args, **kwargs)
+
+    monkeypatch.setattr(llm, "tokenize", joined)
+    llm.create_completion("hello", suffix=" there", max_tokens=1, temperature=0)
+    read = llm.input_ids[: llm.n_tokens].tolist()
+    assert read[read.index(21) + 1 : read.index(22)] == tokenize(b" there", add_bos=False)
+
+
 def test_tokens_that_begin_and_end_a_prompt(make_llm, monkeypatch):
     (bos,) = make_llm(None).tokenize(b"<|im_end|>", add_bos=False, special=True)
     marks = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
