@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import gguf
 import numpy as np
 import pytest
 
 from pydeltamem import AdapterError, Conversation
 from pydeltamem.formats.gguf_header import Header
+from pydeltamem.models import default_files
 
 TOKENS = [14, 17, 40, 99, 7, 63, 120, 14, 17, 88]
+
+# prompts of a quantised model, and between them products of PyTorch in the same thread
+BESIDE = """
+import sys, numpy, torch
+from pydeltamem import DeltaMemLlama
+
+torch.set_num_threads(1)
+llm = DeltaMemLlama(sys.argv[1], n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
+logits = []
+for _ in range(3):
+    llm.reset()
+    llm.eval(list(range(5, 45)))
+    logits.append(llm.logits.copy())
+    for kind in (torch.bfloat16, torch.float32):
+        x = torch.ones(64, 512, dtype=kind)
+        torch.nn.functional.linear(x, torch.ones(256, 512, dtype=kind)).sum().item()
+assert all((each == logits[0]).all() for each in logits)
+"""
 
 
 def write_like(path, header, tensors=None, alignment=None, **options):
@@ -216,3 +238,9 @@ def test_an_adapter_that_does_not_fit_changes_nothing(adapter, make_llm, tmp_pat
     np.testing.assert_array_equal(llm.memory.state, state)
     llm.eval([3])
     assert capfd.readouterr().err == ""
+
+
+def test_beside_pytorch():
+    """Both may use the matrix unit of the processor, each with its own configuration of it: it ends no process."""
+    result = subprocess.run([sys.executable, "-c", BESIDE, str(default_files()[0])], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr or result.returncode
