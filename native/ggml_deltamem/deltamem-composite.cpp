@@ -432,6 +432,9 @@ private:
         // q, k <- norm(tanh(q)), norm(tanh(k)): [j, (q or k, h), rows]
         ggml_tensor * qk = ggml_view_3d(ctx, proj, r, 2 * n_head, n_rows(), r * f, proj->nb[1], 0);
         if (has(GGML_DELTAMEM_NORMALIZE_QK)) {
+            if (proj->ne[0] % 4 != 0) {
+                qk = ggml_cont(ctx, qk); // ggml-metal takes four floats of a row at once, wherever the row begins
+            }
             qk = ggml_l2_norm(ctx, ggml_tanh(ctx, qk), 1e-6f);
         }
         qk = ggml_pad(ctx, qk, width - r, 0, 1, 0);

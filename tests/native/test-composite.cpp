@@ -2,11 +2,17 @@
 //
 //     test-composite        the CPU
 //     test-composite gpu    every GPU that computes all nodes of the composite; exits with 77 if there is none
+//     test-composite metal  what a Metal device would get, on the CPU, each node by ggml-metal's rules; exits with 77 if
+//                           its source is not here
 //     test-composite time   tests nothing: how much longer than the operator it takes on one core
 
 #include "deltamem-composite.h"
 #include "reference.h"
 #include "testing.h"
+
+#ifdef DELTAMEM_METAL_RULES
+    #include "metal-device.h"
+#endif
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -19,6 +25,16 @@
 struct shape {
     int rank, n_head, n_seqs, n_tokens, lambda, flags, n_checkpoints;
 };
+
+static ggml_deltamem_params params_of(const shape & s) {
+    ggml_deltamem_params p = {};
+    p.rank                 = s.rank;
+    p.n_head               = s.n_head;
+    p.n_seqs               = s.n_seqs;
+    p.lambda               = s.lambda;
+    p.flags                = s.flags;
+    return p;
+}
 
 struct freeing {
     void operator()(ggml_context * c) const { ggml_free(c); }
@@ -40,25 +56,48 @@ static void set(ggml_tensor * t, const void * data) {
     ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
 }
 
-// Several batches in a row over the same slots. With segments, ingests begin and end anywhere, also in another batch than
-// they began in, and some sequences write token by token.
+// Whether the rows of a source begin where ggml-metal's kernels want them that take four floats at once: they are chosen by
+// the length of a row alone.
+static bool is_aligned_for_metal(const ggml_tensor * node) {
+    const bool binary = node->op == GGML_OP_ADD || node->op == GGML_OP_MUL || node->op == GGML_OP_DIV;
+    const bool unary  = node->op == GGML_OP_UNARY || node->op == GGML_OP_SCALE || node->op == GGML_OP_CLAMP ||
+                        node->op == GGML_OP_L2_NORM;
+    if (!binary && !unary) {
+        return true;
+    }
+    const int n = binary ? 2 : 1;
+    for (int i = 0; i < n; ++i) {
+        if (node->src[i]->ne[0] % 4 != 0) {
+            return true;
+        }
+    }
+    for (int i = 0; i < n; ++i) {
+        const ggml_tensor * src = node->src[i];
+        for (const size_t at : { src->view_offs, src->nb[1], src->nb[2], src->nb[3] }) {
+            if (at % (4 * sizeof(float)) != 0) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+// Several batches in a row over the same slots, computed by `backend`; `device` must take each node. With segments, ingests
+// begin and end anywhere, also in another batch than they began in, and some sequences write token by token.
 class conversation {
 public:
-    conversation(ggml_backend_t backend, const shape & s, int width, double tol, bool with_kernel) :
+    conversation(ggml_backend_t backend, ggml_backend_dev_t device, const shape & s, int width, double tol,
+                 bool with_kernel) :
         backend(backend),
+        device(device),
         s(s),
         width(width),
         tol(tol),
         random(s.rank + 100 * s.n_head + 1000 * s.n_seqs + s.n_tokens + s.flags + 64 * s.lambda + width),
-        with_kernel(with_kernel) {
-        p.rank   = s.rank;
-        p.n_head = s.n_head;
-        p.n_seqs = s.n_seqs;
-        p.lambda = s.lambda;
-        p.flags  = s.flags;
-
+        with_kernel(with_kernel),
+        p(params_of(s)) {
         snprintf(name, sizeof(name), "%s, rank %d, heads %d, sequences %d, tokens %d, lambda %d, flags %d, width %d",
-                 ggml_backend_name(backend), s.rank, s.n_head, s.n_seqs, s.n_tokens, s.lambda, s.flags, width);
+                 ggml_backend_dev_name(device), s.rank, s.n_head, s.n_seqs, s.n_tokens, s.lambda, s.flags, width);
 
         n_slots = s.n_seqs + s.n_checkpoints + 2;
         n_row   = s.n_head * ggml_deltamem_n_record(&p);
@@ -130,6 +169,13 @@ public:
         ggml_build_forward_expand(graph, result.written);
         n_nodes = ggml_graph_n_nodes(graph);
         check(n_nodes <= GGML_DELTAMEM_COMPOSITE_NODES, "%s: %d nodes, more than was promised", name, n_nodes);
+        for (int i = 0; i < n_nodes; ++i) {
+            const ggml_tensor * node = ggml_graph_node(graph, i);
+            check(ggml_backend_dev_supports_op(device, node), "%s: node %d, %s, is refused", name, i,
+                  ggml_op_desc(node));
+            check(is_aligned_for_metal(node), "%s: the rows of node %d, %s, begin anywhere", name, i,
+                  ggml_op_desc(node));
+        }
 
         ggml_tensor * kernel = nullptr;
         if (with_kernel) {
@@ -160,12 +206,13 @@ private:
     static constexpr int PADDING = 7; // floats between the slots' rows
 
     ggml_backend_t       backend;
+    ggml_backend_dev_t   device;
     shape                s;
     int                  width;
     double               tol, worst = 0.0;
     random_source        random;
     bool                 with_kernel;
-    ggml_deltamem_params p = {};
+    ggml_deltamem_params p;
     char                 name[200];
     int                  n_slots, n_nodes = 0;
     int64_t              n_row;
@@ -326,9 +373,11 @@ private:
     }
 };
 
-static void test_device(ggml_backend_dev_t device, ggml_backend_t backend, bool cpu) {
-    const int norm = GGML_DELTAMEM_NORMALIZE_QK, rows = GGML_DELTAMEM_RANKWISE_GATES;
-    const int outside = GGML_DELTAMEM_LAMBDA_OUTSIDE, segments = GGML_DELTAMEM_SEGMENTS;
+// The composite that `device` gets, computed by `backend`.
+static void test_device(ggml_backend_dev_t device, ggml_backend_t backend) {
+    const bool cpu  = ggml_backend_dev_type(ggml_backend_get_device(backend)) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    const int  norm = GGML_DELTAMEM_NORMALIZE_QK, rows = GGML_DELTAMEM_RANKWISE_GATES;
+    const int  outside = GGML_DELTAMEM_LAMBDA_OUTSIDE, segments = GGML_DELTAMEM_SEGMENTS;
 
     std::vector<shape> shapes = {
         { 8, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, norm | rows, 0 },
@@ -347,26 +396,19 @@ static void test_device(ggml_backend_dev_t device, ggml_backend_t backend, bool 
         }
     }
     for (const shape & s : shapes) {
-        ggml_deltamem_params p = {};
-        p.rank                 = s.rank;
-        p.n_head               = s.n_head;
-        p.n_seqs               = s.n_seqs;
-        p.lambda               = s.lambda;
-        p.flags                = s.flags;
-
-        const int width = ggml_deltamem_composite_width(device, p);
+        const int width = ggml_deltamem_composite_width(device, params_of(s));
         if (!check(width >= s.rank, "a device that has a composite has none of rank %d, flags %d", s.rank, s.flags)) {
             continue;
         }
         std::vector<int> widths = { width };
-        if (cpu && s.rank < 16) {
+        if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU && s.rank < 16) {
             widths.push_back(16); // as on other devices
         }
         for (const int w : widths) {
             // of a GPU, which may multiply in half precision, for the means of segments
             const double tol = cpu ? 1e-11 : s.flags & segments ? 1e-5 : 1e-10;
 
-            conversation c(backend, s, w, tol, cpu);
+            conversation c(backend, device, s, w, tol, cpu);
             for (const int n_tokens : { s.n_tokens, s.n_seqs, s.n_tokens, 2 * s.n_seqs }) {
                 c.batch(n_tokens);
             }
@@ -375,12 +417,14 @@ static void test_device(ggml_backend_dev_t device, ggml_backend_t backend, bool 
     }
 
     // as many nodes for a long prompt as for a token
-    const shape  one = shapes.front();
-    conversation c(backend, one, std::max(16, one.rank), 1.0, false);
-    c.batch(1);
-    const int n = c.nodes();
-    c.batch(512);
-    check(c.nodes() == n, "%d nodes for a prompt, %d for a token", c.nodes(), n);
+    const shape one = shapes.front();
+    if (const int width = ggml_deltamem_composite_width(device, params_of(one))) {
+        conversation c(backend, device, one, width, 1.0, false);
+        c.batch(1);
+        const int n = c.nodes();
+        c.batch(512);
+        check(c.nodes() == n, "%d nodes for a prompt, %d for a token", c.nodes(), n);
+    }
 }
 
 // Pairs of runs, one of the composite and one of the operator: their median ratio, and its quartiles.
@@ -466,6 +510,57 @@ static void test_refusals() {
     refuses({ 0, 0, 2, 0, begin | write, 1, GGML_DELTAMEM_TOKEN_COMMIT }, "a token write within an ingest");
 }
 
+#ifdef DELTAMEM_METAL_RULES
+// The rest of a layer's memory: the projection, the correction, its norm. And what a Metal device refuses.
+static void test_metal_device(ggml_backend_dev_t device) {
+    ggml_deltamem_params p = {};
+    p.rank                 = 8;
+    p.n_head               = 1;
+    p.n_seqs               = 1;
+    p.flags                = GGML_DELTAMEM_NORMALIZE_QK | GGML_DELTAMEM_RANKWISE_GATES;
+
+    check(ggml_deltamem_composite_width(device, p) == 32, "a Metal device has a width of %d, not 32",
+          ggml_deltamem_composite_width(device, p));
+    check(!ggml_deltamem_composite_width(metal_device(false), p),
+          "a GPU without SIMD-group reductions has a composite");
+
+    context_ptr ctx(ggml_init({ 64 * ggml_tensor_overhead(), nullptr, true }));
+
+    const int64_t n_tokens = 3;
+    ggml_tensor * state    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_record(&p), 2);
+    ggml_tensor * bias     = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_gates(&p));
+    ggml_tensor * plan     = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, ggml_deltamem_n_plan(1, n_tokens));
+    ggml_tensor * proj     = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ggml_deltamem_n_proj(&p), n_tokens);
+    check(!ggml_backend_dev_supports_op(device, ggml_deltamem(ctx.get(), proj, bias, state, plan, p)),
+          "a Metal device takes the operator");
+
+    for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
+        ggml_tensor * weight = ggml_new_tensor_2d(ctx.get(), type, 64, 128);
+        ggml_tensor * cur    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, 64, n_tokens);
+        ggml_tensor * delta  = ggml_deltamem_mul_mat(ctx.get(), weight, cur);
+        ggml_tensor * normed = ggml_rms_norm(ctx.get(), delta, 1e-6f);
+        ggml_tensor * sum    = ggml_add(ctx.get(), ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, 128, n_tokens), normed);
+        for (const ggml_tensor * node : { delta, normed, sum }) {
+            check(ggml_backend_dev_supports_op(device, node), "a Metal device refuses %s with weights of type %s",
+                  ggml_op_desc(node), ggml_type_name(type));
+        }
+    }
+}
+#endif
+
+static int test_metal() {
+#ifdef DELTAMEM_METAL_RULES
+    ggml_backend_t backend = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
+    test_metal_device(metal_device(true));
+    test_device(metal_device(true), backend);
+    ggml_backend_free(backend);
+    return finish("composite for Metal");
+#else
+    printf("the source of ggml-metal is not here\n");
+    return EXIT_SKIPPED;
+#endif
+}
+
 int main(int argc, char ** argv) {
     ggml_backend_load_all();
 
@@ -481,6 +576,10 @@ int main(int argc, char ** argv) {
         }
         ggml_backend_free(backend);
         return 0;
+    }
+
+    if (argc > 1 && std::string(argv[1]) == "metal") {
+        return test_metal();
     }
 
     const bool gpu = argc > 1 && std::string(argv[1]) == "gpu";
@@ -500,7 +599,7 @@ int main(int argc, char ** argv) {
         }
         ggml_backend_t backend = ggml_backend_dev_init(device, nullptr);
         if (check(backend, "%s cannot be used", ggml_backend_dev_name(device))) {
-            test_device(device, backend, cpu);
+            test_device(device, backend);
             ggml_backend_free(backend);
             n++;
         }
