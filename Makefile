@@ -260,12 +260,12 @@ upstream-check: $(DEMO)/adapter.gguf ## build and test against the three newest 
 # Debian's packages: mesa-vulkan-drivers libvulkan-dev glslc spirv-headers. Device 0 may be Mesa's software driver, which
 # ggml-vulkan takes only if it is named (VULKAN_DEVICE). 6 minutes of building on two cores.
 VULKAN_DEVICE ?= 0
+VULKAN         = GGML_VK_VISIBLE_DEVICES=$(VULKAN_DEVICE) LD_PRELOAD=$(CURDIR)/build/vulkan/bin/vulkan-preload.so
 vulkan-check: $(INSTALLED) ## build ggml-vulkan, and compute golden cases there by the composite (VULKAN_ARGS: CMake options)
 	cmake -S . -B build/vulkan $(OTHER_BUILD) -DGGML_VULKAN=ON -DDELTAMEM_BUILD_TESTS=ON $(VULKAN_ARGS)
 	cmake --build build/vulkan
-	GGML_VK_VISIBLE_DEVICES=$(VULKAN_DEVICE) build/vulkan/bin/test-composite gpu
-	GGML_VK_VISIBLE_DEVICES=$(VULKAN_DEVICE) LLAMA_CPP_LIB_PATH=$(CURDIR)/build/vulkan/bin \
-		$(BIN)/python -m pytest -q -s tests/test_vulkan.py
+	$(VULKAN) build/vulkan/bin/test-composite gpu
+	$(VULKAN) LLAMA_CPP_LIB_PATH=$(CURDIR)/build/vulkan/bin $(BIN)/python -m pytest -q -s tests/test_vulkan.py
 
 patch-count: ## count the lines and files of llama.cpp that our patches change, and check their limits
 	@$(PYTHON) cmake/patch_count.py
