@@ -2,8 +2,8 @@
 them, graph splits, what crosses and what is launched for a token, several sequences, files.
 
 Skipped without a device. `make vulkan-check` builds ggml-vulkan and runs these tests, on a machine without a GPU by
-Mesa's software driver. The device may multiply in half precision: the bound is 10 times the backbone's own error with as
-many layers there.
+Mesa's software driver. The device may multiply in half precision: the bound is 10 times the error of the backbone alone
+with as many layers there.
 """
 
 from __future__ import annotations
