@@ -23,7 +23,10 @@ from test_golden import F32, errors_of, expected_of, nmse
 pytestmark = pytest.mark.skipif(not gpu_names("Vulkan"), reason="no Vulkan device: run `make vulkan-check`")
 
 RUNS = {"without": "auto", "composite": "auto", "on the CPU": "kernel"}  # and DELTAMEM_OPERATOR
-INDICES = {f"deltamem_{name}" for name in ("slot", "source", "write", "read", "out", "weight", "carry", "count")}
+INDICES = {
+    f"deltamem_{name}"
+    for name in ("slot", "source", "write", "read", "out", "first", "weight", "carry", "one", "count")
+}
 
 LAYERS = {"all": -1, "half": 3}  # two of the golden models' four layers: llama.cpp counts the output layer too
 

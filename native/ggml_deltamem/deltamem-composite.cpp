@@ -267,15 +267,16 @@ ggml_deltamem_schedule ggml_deltamem_make_schedule(const ggml_deltamem_params & 
         const int64_t n_sums = s.n_means + s.n_records;
         s.weight.assign(n_sums * n_tokens, 0.0f);
         s.carry.assign(n_sums, (int32_t) s.n_seqs);
-        s.count.assign(n_tokens, 1.0f);
-        s.count.resize(n_tokens + n_sums, 0.0f);
+        s.first.assign(s.slot.begin(), s.slot.begin() + s.n_seqs);
+        s.one.assign(n_tokens, 1.0f);
+        s.count.assign(n_sums, 0.0f);
 
         const auto add = [&](int64_t at, const sum & of) {
             for (const int32_t token : of.tokens) {
                 s.weight[at * n_tokens + token] = 1.0f;
             }
-            s.carry[at]            = of.carry;
-            s.count[n_tokens + at] = (float) of.tokens.size();
+            s.carry[at] = of.carry;
+            s.count[at] = (float) of.tokens.size();
         };
         for (size_t i = 0; i < means.size(); ++i) {
             add((int64_t) i, means[i]);
@@ -302,23 +303,26 @@ ggml_deltamem_composite_inputs ggml_deltamem_new_composite_inputs(ggml_context *
     in.shape.n_runs    = schedule.n_runs;
     in.shape.n_steps   = schedule.n_steps;
 
-    const auto vector = [ctx](ggml_type type, int64_t n, const char * what) {
-        ggml_tensor * t = ggml_new_tensor_1d(ctx, type, n);
+    const auto matrix = [ctx](ggml_type type, int64_t n, int64_t rows, const char * what) {
+        ggml_tensor * t = ggml_new_tensor_2d(ctx, type, n, rows);
         ggml_set_input(t);
         ggml_format_name(t, "deltamem_%s", what);
         return t;
     };
-    in.slot   = vector(GGML_TYPE_I32, schedule.n_records, "slot");
-    in.source = vector(GGML_TYPE_I32, schedule.n_runs, "source");
-    in.write  = vector(GGML_TYPE_I32, schedule.n_runs * schedule.n_steps, "write");
-    in.read   = vector(GGML_TYPE_I32, schedule.n_runs * schedule.n_steps, "read");
-    in.out    = vector(GGML_TYPE_I32, schedule.n_tokens, "out");
+    const auto vector = [&](ggml_type type, int64_t n, const char * what) { return matrix(type, n, 1, what); };
+    in.slot           = vector(GGML_TYPE_I32, schedule.n_records, "slot");
+    in.source         = vector(GGML_TYPE_I32, schedule.n_runs, "source");
+    in.write          = vector(GGML_TYPE_I32, schedule.n_runs * schedule.n_steps, "write");
+    in.read           = vector(GGML_TYPE_I32, schedule.n_runs * schedule.n_steps, "read");
+    in.out            = vector(GGML_TYPE_I32, schedule.n_tokens, "out");
     if (schedule.n_means > 0) {
         const int64_t n_sums = schedule.n_means + schedule.n_records;
 
-        in.weight = vector(GGML_TYPE_F32, schedule.n_tokens * n_sums, "weight");
+        in.first  = vector(GGML_TYPE_I32, schedule.n_seqs, "first");
+        in.weight = matrix(GGML_TYPE_F32, schedule.n_tokens, n_sums, "weight");
         in.carry  = vector(GGML_TYPE_I32, n_sums, "carry");
-        in.count  = vector(GGML_TYPE_F32, schedule.n_tokens + n_sums, "count");
+        in.one    = matrix(GGML_TYPE_F32, 1, schedule.n_tokens, "one");
+        in.count  = matrix(GGML_TYPE_F32, 1, n_sums, "count");
     }
     return in;
 }
@@ -338,7 +342,9 @@ void ggml_deltamem_set_composite_inputs(const ggml_deltamem_composite_inputs & i
     set(inputs.read, schedule.read);
     set(inputs.out, schedule.out);
     set(inputs.weight, schedule.weight);
+    set(inputs.first, schedule.first);
     set(inputs.carry, schedule.carry);
+    set(inputs.one, schedule.one);
     set(inputs.count, schedule.count);
 }
 
@@ -483,8 +489,7 @@ private:
         }
         if (means_count) {
             // the mean of no token writes nothing
-            ggml_tensor * ones   = ggml_view_2d(ctx, in.count, 1, in.shape.n_tokens, f, 0);
-            ggml_tensor * factor = ggml_concat(ctx, ones, means_count, 1);
+            ggml_tensor * factor = ggml_concat(ctx, in.one, means_count, 1);
             g                    = ggml_mul(ctx, g, factor);
             b                    = ggml_mul(ctx, b, factor);
         }
@@ -561,12 +566,10 @@ private:
         const size_t  f        = sizeof(float);
         const int64_t n_seqs   = in.shape.n_seqs;
         const int64_t n_means  = in.shape.n_means;
-        const int64_t n_tokens = in.shape.n_tokens;
-        const int64_t n_sums   = n_means + in.shape.n_records;
         const int64_t n_record = ggml_deltamem_n_record(&p);
         const int64_t n_sum    = 3 * r + ggml_deltamem_n_gates_head(&p);
 
-        ggml_tensor * records = ggml_get_rows(ctx, state, ggml_view_1d(ctx, in.slot, n_seqs, 0));
+        ggml_tensor * records = ggml_get_rows(ctx, state, in.first);
 
         const auto part = [&](int64_t n, int64_t at) {
             return ggml_view_3d(ctx, records, n, n_head, n_seqs, n_record * f, records->nb[1], at * f);
@@ -581,10 +584,9 @@ private:
         count = ggml_get_rows(ctx, ggml_pad(ctx, count, 0, 1, 0, 0), in.carry);
 
         ggml_tensor * tokens = ggml_cont(ctx, ggml_transpose(ctx, proj)); // [n_tokens, n_proj]
-        ggml_tensor * weight = ggml_reshape_2d(ctx, in.weight, n_tokens, n_sums);
 
-        sum   = ggml_add(ctx, ggml_deltamem_mul_mat(ctx, tokens, weight), sum);
-        count = ggml_add(ctx, ggml_view_2d(ctx, in.count, 1, n_sums, f, n_tokens * f), count);
+        sum   = ggml_add(ctx, ggml_deltamem_mul_mat(ctx, tokens, in.weight), sum);
+        count = ggml_add(ctx, in.count, count);
 
         left_sum   = ggml_view_2d(ctx, sum, sum->ne[0], in.shape.n_records, sum->nb[1], n_means * sum->nb[1]);
         left_count = ggml_view_2d(ctx, count, 1, in.shape.n_records, f, n_means * f);

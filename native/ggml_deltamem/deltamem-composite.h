@@ -31,9 +31,11 @@ struct ggml_deltamem_schedule {
     std::vector<int32_t> out;    // [n_tokens] run * n_steps + step that reads for a token
 
     // with segments: sums of projections, for each mean, then for each record what its segment has so far
+    std::vector<int32_t> first;  // [n_seqs] where the records of the sequences are
     std::vector<float>   weight; // [n_means + n_records][n_tokens] 1 for a token in the sum
     std::vector<int32_t> carry;  // [n_means + n_records] the sequence whose record begins the sum, n_seqs for none
-    std::vector<float>   count;  // 1 for each token; [n_means + n_records] tokens in the sum, without the record's
+    std::vector<float>   one;    // [n_tokens] 1
+    std::vector<float>   count;  // [n_means + n_records] tokens in the sum, without the record's
 
     // whether a graph for one of the two is one for the other
     bool has_shape_of(const ggml_deltamem_schedule & other) const;
@@ -44,7 +46,7 @@ struct ggml_deltamem_schedule {
 GGML_API ggml_deltamem_schedule ggml_deltamem_make_schedule(const ggml_deltamem_params & params, const int32_t * plan,
                                                             int64_t n_tokens);
 
-// The schedule in a graph: one for all layers.
+// The schedule in a graph: one for all layers, which take no views of it: a view would cross to the device for each layer.
 struct ggml_deltamem_composite_inputs {
     ggml_deltamem_schedule shape; // its counts
 
@@ -53,8 +55,10 @@ struct ggml_deltamem_composite_inputs {
     ggml_tensor * write  = nullptr;
     ggml_tensor * read   = nullptr;
     ggml_tensor * out    = nullptr;
-    ggml_tensor * weight = nullptr; // with segments
+    ggml_tensor * first  = nullptr; // with segments
+    ggml_tensor * weight = nullptr;
     ggml_tensor * carry  = nullptr;
+    ggml_tensor * one    = nullptr;
     ggml_tensor * count  = nullptr;
 };
 
