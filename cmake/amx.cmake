@@ -1,7 +1,7 @@
 # ggml's AMX code, compiled so that it works: deltamem_mend_amx(TARGET) puts amx-tile-config.h before it, which mends a bug of
-# GCC's and one of ggml's. Then runs AMX instructions as ggml does, and sets DELTAMEM_AMX_FLAGS to disable AMX if they fail: some virtual machines
-# report AMX but do not execute it, and an illegal instruction would end the first prompt of a quantised model. Only
-# -march=native builds are tested: they run on this machine.
+# GCC's and one of ggml's. Then runs AMX instructions as ggml does, and sets DELTAMEM_AMX_FLAGS to disable AMX if they fail:
+# some virtual machines report AMX but do not execute it, and an illegal instruction would end the first prompt of a quantised
+# model. Only -march=native builds are tested: they run on this machine.
 set(DELTAMEM_AMX_HEADER ${CMAKE_CURRENT_LIST_DIR}/amx-tile-config.h)
 
 function(deltamem_mend_amx target)
