@@ -10,11 +10,11 @@ endif()
 include(${CMAKE_CURRENT_LIST_DIR}/amx.cmake)
 
 # at the end, when the targets are there: the option has to come after -march=native
-function(deltamem_without_amx)
+function(deltamem_amx)
     if (TARGET ggml-cpu)
         target_compile_options(ggml-cpu PRIVATE ${DELTAMEM_AMX_FLAGS})
         deltamem_mend_amx(ggml-cpu)
     endif()
 endfunction()
 
-cmake_language(DEFER CALL deltamem_without_amx)
+cmake_language(DEFER CALL deltamem_amx)

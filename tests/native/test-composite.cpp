@@ -8,6 +8,7 @@
 
 #include "deltamem-composite.h"
 #include "reference.h"
+#include "shape.h"
 #include "testing.h"
 
 #ifdef DELTAMEM_METAL_RULES
@@ -21,20 +22,6 @@
 #include <functional>
 #include <memory>
 #include <stdexcept>
-
-struct shape {
-    int rank, n_head, n_seqs, n_tokens, lambda, flags, n_checkpoints;
-};
-
-static ggml_deltamem_params params_of(const shape & s) {
-    ggml_deltamem_params p = {};
-    p.rank                 = s.rank;
-    p.n_head               = s.n_head;
-    p.n_seqs               = s.n_seqs;
-    p.lambda               = s.lambda;
-    p.flags                = s.flags;
-    return p;
-}
 
 struct freeing {
     void operator()(ggml_context * c) const { ggml_free(c); }

@@ -5,6 +5,7 @@
 
 #include "ggml-deltamem.h"
 #include "reference.h"
+#include "shape.h"
 #include "testing.h"
 
 #include "ggml-alloc.h"
@@ -26,10 +27,6 @@ struct tested {
     std::function<void(int)> set_way;
     double                   tol; // greatest NMSE of reads and states
     bool takes_float; // a packed projection of up to four tokens takes its activation as it is, not rounded to the weights' type
-};
-
-struct shape {
-    int rank, n_head, n_seqs, n_tokens, lambda, flags;
 };
 
 // A graph that the allocator of llama.cpp's has laid out, which may put a node in the place of a source of its shape.
@@ -62,11 +59,7 @@ private:
 class graph {
 public:
     graph(ggml_backend_t backend, const shape & s, uint64_t seed) : random(seed) {
-        p.rank   = s.rank;
-        p.n_head = s.n_head;
-        p.n_seqs = s.n_seqs;
-        p.lambda = s.lambda;
-        p.flags  = s.flags;
+        p = params_of(s);
 
         n_tokens = s.n_tokens;
         n_slots  = s.n_seqs + 2;
@@ -332,12 +325,7 @@ enum correction {
 static void test_projected_read(const tested & on, ggml_type type, int n_embd, const shape & s, correction corrected) {
     random_source random(n_embd + s.flags + 10 * s.n_seqs + 100 * s.rank);
 
-    ggml_deltamem_params p = {};
-    p.rank                 = s.rank;
-    p.n_head               = s.n_head;
-    p.n_seqs               = s.n_seqs;
-    p.lambda               = s.lambda;
-    p.flags                = s.flags;
+    const ggml_deltamem_params p = params_of(s);
 
     const int64_t n_proj = ggml_deltamem_n_proj(&p), n_record = ggml_deltamem_n_record(&p), n_slots = s.n_seqs + 1;
     const int64_t n_read = s.n_head * s.rank, n_slot = s.n_head * n_record;
