@@ -253,11 +253,13 @@ def test_a_run_is_what_it_says(runner):
         assert side.n_tokens == 51
 
 
-def test_what_is_computed_as_one_follows_each_other(options, adapter):
-    """A layer's projection, read and correction of q: only neighbours are computed together."""
+@pytest.mark.parametrize(("case", "outtype"), [("tsw_qo", "f32"), ("msw4_qo", "f16"), ("msw4_qo", "q8_0")])
+def test_what_is_computed_as_one_follows_each_other(options, adapter, case, outtype):
+    """A layer's projection, read and correction of q, one node each whatever the heads and types: only neighbours are
+    computed together."""
     watched = nodes.Nodes()
     model = runs.Model(library.llama_cpp, options)
-    side = runs.Runner(model, str(adapter("qwen3", "tsw_qo")), watched.callback)
+    side = runs.Runner(model, str(adapter("qwen3", case, outtype)), watched.callback)
     with watched.watch(alike=True):
         side.decode(0, 1)
     names = [name for _, name, _, _ in watched.least]

@@ -13,8 +13,47 @@
 #include <cstring>
 
 // Up to so many tokens, a correction takes weights as they are stored, and a projection is computed with its read. For
-// more, a correction converts its weights to float32 first, and a projection is left to ggml's product.
+// more, a correction converts its weights to float32 first, and a projection is left to ggml's product. With AMX, tiles
+// multiply more tokens and weights in Q8_0.
 static constexpr int64_t FEW_TOKENS = 4;
+
+static constexpr int64_t CACHE_LINE = 64 / sizeof(float);
+
+static bool takes_tiles(const struct ggml_tensor * weight) {
+    return weight->type == GGML_TYPE_Q8_0 && deltamem_has_tiles();
+}
+
+// weights by rows
+static struct deltamem_product_args product_args(const struct ggml_tensor * weight) {
+    struct deltamem_product_args args = {};
+    args.weight                       = weight->data;
+    args.weights                      = weight->type == GGML_TYPE_F32   ? DELTAMEM_WEIGHTS_F32
+                                        : weight->type == GGML_TYPE_F16 ? DELTAMEM_WEIGHTS_F16
+                                                                        : DELTAMEM_WEIGHTS_Q8_0;
+    args.weight_stride                = weight->nb[1] / weight->nb[0];
+    args.n_in                         = weight->ne[0];
+    return args;
+}
+
+// Computes a product: of few tokens, each thread has a range of whole units of outputs.
+static void forward_product(const struct ggml_compute_params * params, struct deltamem_product_args args,
+                            size_t weight_row, int64_t n_out, int64_t unit) {
+    args.n_out = n_out;
+    if (args.n_tokens > FEW_TOKENS) {
+        deltamem_tiles_forward(&args, params->ith, params->nth);
+        return;
+    }
+    const int64_t n_units = (n_out + unit - 1) / unit;
+    const int64_t begin   = unit * (n_units * params->ith / params->nth);
+    const int64_t end     = std::min(n_out, unit * (n_units * (params->ith + 1) / params->nth));
+
+    args.weight = (const char *) args.weight + begin * weight_row;
+    args.out    = args.out ? args.out + begin : nullptr;
+    args.added  = args.added ? args.added + begin : nullptr;
+    args.dst += begin;
+    args.n_out = end - begin;
+    deltamem_product_forward(&args);
+}
 
 static struct deltamem_head_args head_args(const struct ggml_tensor * dst, int64_t i_seq, int64_t head) {
     const struct ggml_tensor * proj      = dst->src[0];
@@ -61,8 +100,8 @@ static void forward_read(const struct ggml_compute_params * params, struct ggml_
 // the correction itself. `reads` are those of correction->src[2], rows read_stride floats apart.
 //
 // A thread has a range of outputs for all tokens, or, if there are many, a range of tokens for all outputs. It takes
-// the outputs in tiles: a tile's weights, as float32, stay in the first-level cache for all tokens. For a few tokens
-// the conversion costs more than it saves, and the kernel takes weights of half precision as they are.
+// the outputs in tiles: a tile's weights, as float32 and by columns, stay in the first-level cache for all tokens. For a
+// few tokens the conversion costs more than it saves, and the kernels take weights as they are.
 static void forward_correct(const struct ggml_compute_params * params, const struct ggml_tensor * correction,
                             const float * reads, size_t read_stride, const struct ggml_tensor * added,
                             struct ggml_tensor * dst) {
@@ -71,11 +110,28 @@ static void forward_correct(const struct ggml_compute_params * params, const str
 
     constexpr int64_t UNIT = 64;  // outputs that one thread has together: whole cache lines, whole blocks of vectors
     constexpr int64_t TILE = 256; // outputs
-    constexpr int64_t COLS = 16;  // columns of the correction at a time
+    constexpr int64_t COLS = 32;  // columns of the correction at a time: a block of Q8_0
+
+    const bool by_rows = weight->type == GGML_TYPE_Q8_0;
 
     const int64_t n_out    = out->ne[0];
-    const int64_t n_read   = weight->ne[1];
+    const int64_t n_read   = weight->ne[by_rows ? 0 : 1];
     const int64_t n_tokens = out->ne[1];
+
+    if (by_rows && (n_tokens <= FEW_TOKENS || takes_tiles(weight))) {
+        struct deltamem_product_args args = product_args(weight);
+        args.in                           = reads;
+        args.in_stride                    = read_stride;
+        args.out                          = (const float *) out->data;
+        args.out_stride                   = out->nb[1] / sizeof(float);
+        args.added                        = added ? (const float *) added->data : nullptr;
+        args.added_stride                 = added ? added->nb[1] / sizeof(float) : 0;
+        args.dst                          = (float *) dst->data;
+        args.dst_stride                   = dst->nb[1] / sizeof(float);
+        args.n_tokens                     = n_tokens;
+        forward_product(params, args, weight->nb[1], n_out, CACHE_LINE);
+        return;
+    }
 
     const bool by_tokens = n_tokens >= 4 * params->nth;
 
@@ -129,9 +185,21 @@ static void forward_correct(const struct ggml_compute_params * params, const str
         const int64_t ni = std::min(TILE, end - i0);
 
         for (int64_t j0 = 0; j0 < n_read; j0 += COLS) {
-            const int64_t nj      = std::min(COLS, n_read - j0);
-            const char *  columns = (const char *) weight->data + j0 * weight->nb[1] + i0 * weight->nb[0];
+            const int64_t nj = std::min(COLS, n_read - j0);
+            if (by_rows) {
+                const char * blocks = (const char *) weight->data + i0 * weight->nb[1] + j0 / COLS * weight->nb[0];
+                for (int64_t i = 0; i < ni; ++i) {
+                    float block[COLS];
+                    ggml_get_type_traits(weight->type)->to_float(blocks + i * weight->nb[1], block, COLS);
+                    for (int64_t j = 0; j < COLS; ++j) {
+                        scratch[j * TILE + i] = block[j];
+                    }
+                }
+                correct(i0, ni, j0, nj, scratch, TILE, false);
+                continue;
+            }
 
+            const char * columns = (const char *) weight->data + j0 * weight->nb[1] + i0 * weight->nb[0];
             if (weight->type == GGML_TYPE_F32) {
                 correct(i0, ni, j0, nj, columns, weight->nb[1] / sizeof(float), false);
                 continue;
@@ -167,27 +235,19 @@ void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, st
 // fused nodes
 //
 
-// dst = weight in: each thread has rows. `in` stays float32; ggml's product would convert it to the weights' type, and
+// dst = weight in. Of few tokens, `in` stays float32; ggml's product would convert it to the weights' type, and
 // synchronise the threads once more.
 static void forward_project(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * weight = dst->src[0];
     const struct ggml_tensor * in     = dst->src[1];
 
-    const int64_t begin = dst->ne[0] * params->ith / params->nth;
-    const int64_t end   = dst->ne[0] * (params->ith + 1) / params->nth;
-
-    struct deltamem_project_args args;
-    args.weight        = (const char *) weight->data + begin * weight->nb[1];
-    args.weight_stride = weight->nb[1] / weight->nb[0];
-    args.in            = (const float *) in->data;
-    args.in_stride     = in->nb[1] / sizeof(float);
-    args.dst           = (float *) dst->data + begin;
-    args.dst_stride    = dst->nb[1] / sizeof(float);
-    args.n_out         = end - begin;
-    args.n_in          = in->ne[0];
-    args.n_tokens      = dst->ne[1];
-    args.half          = weight->type == GGML_TYPE_F16;
-    deltamem_project_forward(&args);
+    struct deltamem_product_args args = product_args(weight);
+    args.in                           = (const float *) in->data;
+    args.in_stride                    = in->nb[1] / sizeof(float);
+    args.dst                          = (float *) dst->data;
+    args.dst_stride                   = dst->nb[1] / sizeof(float);
+    args.n_tokens                     = dst->ne[1];
+    forward_product(params, args, weight->nb[1], dst->ne[0], 1);
 }
 
 // Whether forward_project computes this product. Those that no constructor of ggml makes are left to ggml, which
@@ -198,11 +258,13 @@ static bool takes_projection(const struct ggml_tensor * mul_mat) {
     if (!weight || !in || !mul_mat->data || !weight->data || !in->data) {
         return false;
     }
-    return (weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_F32) && !weight->extra &&
+    const bool takes_type =
+            weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_F32 || weight->type == GGML_TYPE_Q8_0;
+    return takes_type && !weight->extra && (mul_mat->ne[1] <= FEW_TOKENS || takes_tiles(weight)) &&
            in->type == GGML_TYPE_F32 && mul_mat->type == GGML_TYPE_F32 && ggml_is_contiguous_rows(in) &&
            ggml_is_contiguous_rows(weight) && ggml_is_contiguous_rows(mul_mat) && ggml_is_matrix(in) &&
            ggml_is_matrix(weight) && ggml_is_matrix(mul_mat) && weight->ne[0] == in->ne[0] &&
-           weight->ne[1] == mul_mat->ne[0] && in->ne[1] == mul_mat->ne[1] && mul_mat->ne[1] <= FEW_TOKENS;
+           weight->ne[1] == mul_mat->ne[0] && in->ne[1] == mul_mat->ne[1];
 }
 
 static bool apart(const struct ggml_tensor * a, const struct ggml_tensor * b) {
@@ -227,7 +289,7 @@ static bool takes_addition(const struct ggml_tensor * correction, const struct g
 
 // A projection, its read and its correction, of one token. Each thread computes S q of all heads for its own
 // corrections, instead of waiting for the thread that has the head; only that one writes the state.
-static constexpr int64_t OWN_HEADS  = 4,
+static constexpr int64_t OWN_HEADS  = 8,
                          OWN_STATES = 1024; // the most heads, and floats of S, for which a thread does so
 
 static void forward_project_read_correct(const struct ggml_compute_params * params, struct ggml_tensor * proj,

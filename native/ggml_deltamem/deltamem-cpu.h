@@ -21,7 +21,7 @@ static inline bool ggml_cpu_deltamem_fuses(const struct ggml_tensor * node) {
 
 // Computes node i of the graph together with the nodes that follow it, where that saves a synchronisation of all
 // threads:
-//     packed projection, read [, correction]   up to four tokens; with the correction, one token
+//     packed projection, read [, correction]   up to four tokens, or more by AMX; with the correction, one token
 //     correction, addition
 // Returns the number of nodes computed besides i: 1 or 2, or 0 if nothing was done.
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i);

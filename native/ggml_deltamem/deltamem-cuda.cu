@@ -103,7 +103,8 @@ static void op_correct(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
 bool ggml_cuda_deltamem_supports(const ggml_tensor * node) {
     // the constructors have checked types, shapes and contiguous rows
     if (ggml_deltamem_get_kind(node) == GGML_DELTAMEM_CORRECT) {
-        return node->src[0]->ne[1] <= 65535; // blocks in y
+        return node->src[0]->ne[1] <= 65535 && // blocks in y
+               !ggml_is_quantized(node->src[1]->type);
     }
     return ggml_deltamem_get_params(node).n_seqs <= 65535;
 }

@@ -59,22 +59,40 @@ struct deltamem_correct_args {
 // A correction: dst = out + added + weight read.
 void deltamem_correct_forward(const struct deltamem_correct_args * args);
 
-struct deltamem_project_args {
-    const void *  weight; // [n_out][n_in] of float32, or of float16 if `half`; rows weight_stride values apart
-    size_t        weight_stride;
-    const float * in; // [n_tokens][n_in], rows in_stride floats apart
-    size_t        in_stride;
-    float *       dst; // [n_tokens][n_out], rows dst_stride floats apart
-    size_t        dst_stride;
-
-    int64_t n_out;
-    int64_t n_in;
-    int64_t n_tokens;
-    bool    half;
+enum deltamem_weights {
+    DELTAMEM_WEIGHTS_F32,
+    DELTAMEM_WEIGHTS_F16,
+    DELTAMEM_WEIGHTS_Q8_0, // ggml's blocks of 32
 };
 
-// A projection of a few tokens: dst = weight in, in float32.
-void deltamem_project_forward(const struct deltamem_project_args * args);
+struct deltamem_product_args {
+    const void *          weight; // [n_out][n_in], rows weight_stride values or blocks apart
+    enum deltamem_weights weights;
+    size_t                weight_stride;
+    const float *         in; // [n_tokens][n_in], rows in_stride floats apart
+    size_t                in_stride;
+    const float *         out; // [n_tokens][n_out], rows out_stride floats apart; or NULL for zero
+    size_t                out_stride;
+    const float *         added; // likewise
+    size_t                added_stride;
+    float *               dst; // [n_tokens][n_out], rows dst_stride floats apart; may be `out` or `added`
+    size_t                dst_stride;
+
+    int64_t n_out;
+    int64_t n_in; // whole blocks
+    int64_t n_tokens;
+};
+
+// A projection of a few tokens, or their correction by weights that lie by rows: dst = out + added + weight in, in
+// float32.
+void deltamem_product_forward(const struct deltamem_product_args * args);
+
+// The same for many tokens and weights in Q8_0, by AMX: inputs and weights are rounded to bfloat16, products are summed
+// in float32. A result depends on its own token and output alone. This is the share of thread ith of nth.
+void deltamem_tiles_forward(const struct deltamem_product_args * args, int ith, int nth);
+
+// whether this translation unit was compiled for AMX, and the system permits it
+bool deltamem_has_tiles(void);
 
 // "AVX-512", "AVX2", "NEON" or "scalar": what this translation unit was compiled for
 const char * deltamem_simd_name(void);

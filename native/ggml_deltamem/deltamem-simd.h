@@ -68,8 +68,20 @@ static inline float widen(float16 x) {
     return x.bits & 0x8000 ? -magnitude : magnitude;
 }
 
+static inline float widen(int8_t x) {
+    return x;
+}
+
+// 32 weights of ggml's Q8_0, as stored: d q_i
+struct q8_0 {
+    static constexpr int n = 32;
+
+    float16 d;
+    int8_t  q[n];
+};
+
 // for vectors that have no instruction for it
-template <typename V> static inline V load_widened(const float16 * p) {
+template <typename V, typename W> static inline V load_widened(const W * p) {
     float x[V::width];
     for (int i = 0; i < V::width; ++i) {
         x[i] = widen(p[i]);
@@ -77,9 +89,22 @@ template <typename V> static inline V load_widened(const float16 * p) {
     return V::load(x);
 }
 
+// asks for the cache lines of n bytes, which need not exist
+static inline void prefetch(const char * p, size_t n) {
+    for (size_t i = 0; i < n; i += 64) {
+#if defined(_MSC_VER) && !defined(__clang__)
+    #if defined(DELTAMEM_AVX2)
+        _mm_prefetch(p + i, _MM_HINT_T0);
+    #endif
+#else
+        __builtin_prefetch(p + i);
+#endif
+    }
+}
+
 // Members, for a vector v:
 //     width                     lanes
-//     load, store, splat        unaligned; load also of half precision
+//     load, store, splat        unaligned; load also of half precision and of signed bytes, splat of half precision
 //     + - * /, fma(a, b, c)     fma is a*b + c
 //     min, max                  (a, b): b where either is NaN, so a NaN in b survives
 //     round                     to nearest even
@@ -93,7 +118,9 @@ struct scalar {
 
     DELTAMEM_FN static scalar load(const float * p) { return { *p }; }
     static scalar             load(const float16 * p) { return { widen(*p) }; }
+    static scalar             load(const int8_t * p) { return { (float) *p }; }
     DELTAMEM_FN static scalar splat(float x) { return { x }; }
+    static scalar             splat(float16 x) { return { widen(x) }; }
     DELTAMEM_FN void          store(float * p) const { *p = v; }
 
     DELTAMEM_FN friend scalar operator+(scalar a, scalar b) { return { a.v + b.v }; }
@@ -143,8 +170,18 @@ struct avx2 {
         return load_widened<avx2>(p);
     #endif
     }
+    static avx2 load(const int8_t * p) {
+        return { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p))) };
+    }
     static avx2 splat(float x) { return { _mm256_set1_ps(x) }; }
-    void        store(float * p) const { _mm256_storeu_ps(p, v); }
+    static avx2 splat(float16 x) {
+    #if defined(__F16C__) || defined(_MSC_VER)
+        return { _mm256_cvtph_ps(_mm_set1_epi16((short) x.bits)) };
+    #else
+        return splat(widen(x));
+    #endif
+    }
+    void store(float * p) const { _mm256_storeu_ps(p, v); }
 
     friend avx2 operator+(avx2 a, avx2 b) { return { _mm256_add_ps(a.v, b.v) }; }
     friend avx2 operator-(avx2 a, avx2 b) { return { _mm256_sub_ps(a.v, b.v) }; }
@@ -185,8 +222,22 @@ struct avx512 {
         return { _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)) };
     #endif
     }
+    static avx512 load(const int8_t * p) {
+    #if defined(DELTAMEM_SIMDE)
+        return load_widened<avx512>(p);
+    #else
+        return { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))) };
+    #endif
+    }
     static avx512 splat(float x) { return { _mm512_set1_ps(x) }; }
-    void          store(float * p) const { _mm512_storeu_ps(p, v); }
+    static avx512 splat(float16 x) {
+    #if defined(DELTAMEM_SIMDE)
+        return splat(widen(x));
+    #else
+        return { _mm512_cvtph_ps(_mm256_set1_epi16((short) x.bits)) };
+    #endif
+    }
+    void store(float * p) const { _mm512_storeu_ps(p, v); }
 
     friend avx512 operator+(avx512 a, avx512 b) { return { _mm512_add_ps(a.v, b.v) }; }
     friend avx512 operator-(avx512 a, avx512 b) { return { _mm512_sub_ps(a.v, b.v) }; }
@@ -213,7 +264,14 @@ struct neon {
     static neon load(const float16 * p) {
         return { vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *) p))) };
     }
+    static neon load(const int8_t * p) {
+        int32_t four;
+        memcpy(&four, p, sizeof(four));
+        const int16x8_t x = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+        return { vcvtq_f32_s32(vmovl_s16(vget_low_s16(x))) };
+    }
     static neon splat(float x) { return { vdupq_n_f32(x) }; }
+    static neon splat(float16 x) { return { vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x.bits))) }; }
     void        store(float * p) const { vst1q_f32(p, v); }
 
     friend neon operator+(neon a, neon b) { return { vaddq_f32(a.v, b.v) }; }

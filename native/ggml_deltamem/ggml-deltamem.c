@@ -60,7 +60,8 @@ static void check_correct(const struct ggml_tensor * node) {
 
     GGML_ASSERT(node->type == GGML_TYPE_F32);
     GGML_ASSERT(out->type == GGML_TYPE_F32);
-    GGML_ASSERT(weight->type == GGML_TYPE_F32 || weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_BF16);
+    GGML_ASSERT(weight->type == GGML_TYPE_F32 || weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_BF16 ||
+                weight->type == GGML_TYPE_Q8_0);
     GGML_ASSERT(read->type == GGML_TYPE_F32);
 
     GGML_ASSERT(is_matrix_of_rows(node));
@@ -69,8 +70,9 @@ static void check_correct(const struct ggml_tensor * node) {
     GGML_ASSERT(is_matrix_of_rows(read));
 
     GGML_ASSERT(ggml_are_same_shape(node, out));
-    GGML_ASSERT(weight->ne[0] == out->ne[0]);
-    GGML_ASSERT(weight->ne[1] == read->ne[0]);
+    const int by_rows = weight->type == GGML_TYPE_Q8_0;
+    GGML_ASSERT(weight->ne[by_rows ? 1 : 0] == out->ne[0]);
+    GGML_ASSERT(weight->ne[by_rows ? 0 : 1] == read->ne[0]);
     GGML_ASSERT(read->ne[1] == out->ne[1]);
 }
 

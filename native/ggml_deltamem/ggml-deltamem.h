@@ -120,6 +120,7 @@ GGML_API struct ggml_tensor * ggml_deltamem_mul_mat(struct ggml_context * ctx, s
 //
 // out        F32 [n_out, n_tokens]          the result may take its memory
 // weight     F32, F16 or BF16 [n_out, H*r]  column-major (outputs contiguous), so that outputs are lanes
+//            or Q8_0 [H*r, n_out]           only on a CPU: its blocks of 32 lie along the reads
 // read       F32 [H*r, n_tokens]
 // returns    F32 [n_out, n_tokens]
 GGML_API struct ggml_tensor * ggml_deltamem_correct(struct ggml_context * ctx, struct ggml_tensor * out,

@@ -303,10 +303,10 @@ public:
         return t;
     }
 
-    // A correction whose rows are those of one or more parts in order, stored by columns if `by_columns` and its type
-    // has no blocks.
+    // A correction whose rows are those of one or more parts in order. `device` has the operator, null for none: it
+    // computes the correction as one node if it takes weights of this type.
     llama_deltamem_correction add_correction(ggml_backend_buffer_type_t buft, const std::string & name, int64_t n_read,
-                                             const std::vector<part> & parts, bool by_columns) {
+                                             const std::vector<part> & parts, ggml_backend_dev_t device) {
         int64_t   n_rows = 0;
         ggml_type type   = GGML_TYPE_COUNT;
         for (const part & p : parts) {
@@ -319,13 +319,17 @@ public:
                 type = part_type;
             }
         }
-        by_columns = by_columns && ggml_blck_size(type) == 1;
+        const bool has_blocks = ggml_blck_size(type) > 1;
+        const bool one_node =
+                device && (!has_blocks ||
+                           (type == GGML_TYPE_Q8_0 && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU));
+        const bool by_columns = one_node && !has_blocks;
 
         ggml_tensor * t = by_columns ? ggml_new_tensor_2d(context(buft), type, n_rows, n_read)
                                      : ggml_new_tensor_2d(context(buft), type, n_read, n_rows);
         ggml_set_name(t, name.c_str());
         fills.push_back({ t, parts, by_columns });
-        return { t, by_columns };
+        return { t, one_node, n_rows };
     }
 
     void finish() {
@@ -516,8 +520,10 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         lw.gate_bias = load.add_vector(ggml_backend_dev_buffer_type(lw.device), name("gate.bias"),
                                        ggml_deltamem_n_gates(&params));
 
-        const auto correction = [&](const char * what, int64_t n_out, bool by_columns) {
-            return load.add_correction(buft, name(what), n_read, { { name(what), n_out } }, by_columns);
+        const ggml_backend_dev_t operator_device = has_operator ? lw.device : nullptr;
+
+        const auto correction = [&](const char * what, int64_t n_out, ggml_backend_dev_t device) {
+            return load.add_correction(buft, name(what), n_read, { { name(what), n_out } }, device);
         };
         if (layer.wqkv && (q || k || v)) {
             const int64_t n_k = model.hparams.n_embd_k_gqa(il);
@@ -528,21 +534,21 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
                                                  { k ? name("k.weight") : "", n_k },
                                                  { v ? name("v.weight") : "", n_v },
                                          },
-                                         has_operator);
+                                         operator_device);
         } else {
             if (q) {
-                lw.q = correction("q.weight", layer.wq->ne[1], has_operator);
+                lw.q = correction("q.weight", layer.wq->ne[1], operator_device);
             }
             if (k) {
-                lw.k = correction("k.weight", layer.wk->ne[1], has_operator);
+                lw.k = correction("k.weight", layer.wk->ne[1], operator_device);
             }
             if (v) {
-                lw.v = correction("v.weight", layer.wv->ne[1], has_operator);
+                lw.v = correction("v.weight", layer.wv->ne[1], operator_device);
             }
         }
         if (o) {
             // a norm stands between the product and the addition
-            lw.o = correction("o.weight", layer.wo->ne[1], has_operator && !has_o_norm);
+            lw.o = correction("o.weight", layer.wo->ne[1], has_o_norm ? nullptr : operator_device);
         }
         if (has_o_norm) {
             lw.o_norm = load.add_vector(buft, name("o_norm.weight"), n_embd);

@@ -13,12 +13,11 @@
 
 // the low-rank correction of one projection's output, null if the adapter has none
 struct llama_deltamem_correction {
-    ggml_tensor * weight     = nullptr;
-    bool          by_columns = false; // [n_out, H*r] for ggml_deltamem_correct; else [H*r, n_out] for ggml_mul_mat
+    ggml_tensor * weight   = nullptr;
+    bool          one_node = false; // weights for ggml_deltamem_correct; else [H*r, n_out] for ggml_mul_mat
+    int64_t       n_out    = 0;
 
     explicit operator bool() const { return weight; }
-
-    int64_t n_out() const { return weight->ne[by_columns ? 0 : 1]; }
 };
 
 // the weights of one layer with memory

@@ -206,7 +206,7 @@ struct llama_deltamem_graph {
             return out; // read() has remembered why, so attaching refuses the adapter
         }
         if (!expect(i,
-                    out->ne[0] == correction.n_out() && out->ne[1] == ubatch.n_tokens &&
+                    out->ne[0] == correction.n_out && out->ne[1] == ubatch.n_tokens &&
                             ggml_nrows(out) == ubatch.n_tokens,
                     "a projection's output does not have one row per token")) {
             ggml_build_forward_expand(gf, reads[i]);
@@ -214,7 +214,7 @@ struct llama_deltamem_graph {
         }
         deltamem.covered[i].targets |= 1u << target;
 
-        if (correction.by_columns) {
+        if (correction.one_node) {
             ggml_tensor * corrected = ggml_deltamem_correct(ctx0, out, correction.weight, reads[i]);
             name(corrected, "corrected", correction.weight->type, lw.il);
             return corrected;

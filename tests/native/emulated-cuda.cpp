@@ -250,8 +250,16 @@ void deltamem_correct_forward(const deltamem_correct_args * args) {
 }
 
 // no kernel of its own: a part of the one that reads
-void deltamem_project_forward(const deltamem_project_args *) {
+void deltamem_product_forward(const deltamem_product_args *) {
     abort();
+}
+
+void deltamem_tiles_forward(const deltamem_product_args *, int, int) {
+    abort();
+}
+
+bool deltamem_has_tiles() {
+    return false;
 }
 
 const char * deltamem_simd_name(void) {

@@ -897,67 +897,198 @@ static void test_corrections() {
     printf("%-44s%s\n", "corrections", n_failed > before ? "  FAILED" : " within 50 u");
 }
 
-// dst = in weight^T, likewise
-static void test_projections() {
+// Weights in Q8_0, rows of n_blocks blocks: what is stored, and its values.
+class blocks_of_weights {
+public:
+    blocks_of_weights(random_source & random, int n_rows, int n_blocks) :
+        n(n_blocks * 32), bytes((size_t) n_rows * n_blocks * 34) {
+        for (size_t at = 0; at < bytes.size(); at += 34) {
+            uint16_t    bits;
+            const float d = random_half(random, bits);
+            memcpy(&bytes[at], &bits, sizeof(bits));
+            for (int i = 0; i < 32; ++i) {
+                const int8_t q    = (int8_t) (random.below(256) - 128);
+                bytes[at + 2 + i] = (uint8_t) q;
+                values.push_back(d * (float) q);
+            }
+        }
+    }
+
+    const float * data() const { return values.data(); }
+
+    const void * stored() const { return bytes.data(); }
+
+    const int n;
+
+private:
+    std::vector<uint8_t> bytes;
+    std::vector<float>   values;
+};
+
+// What a product gives, against double precision: relative to the sum of the terms' sizes, off by `tolerance` at most.
+static void test_product(const deltamem_product_args & args, guarded & dst, const float * weight, size_t weight_stride,
+                         double tolerance, const std::function<void()> & compute) {
+    const std::vector<float> out(args.out ? args.out : dst.data(), (args.out ? args.out : dst.data()) + dst.size());
+    const std::vector<float> added(args.added ? args.added : dst.data(),
+                                   (args.added ? args.added : dst.data()) + dst.size());
+    compute();
+
+    double worst  = 0.0;
+    bool   intact = dst.guards_intact();
+    for (int t = 0; t < args.n_tokens; ++t) {
+        for (size_t row = 0; row < args.dst_stride; ++row) {
+            const float got = dst.data()[t * args.dst_stride + row];
+            if (row >= (size_t) args.n_out) {
+                intact = intact && is_guard(got);
+                continue;
+            }
+            double expected = 0.0, size = 1e-30;
+            for (int i = 0; i < args.n_in; ++i) {
+                const double term = (double) weight[row * weight_stride + i] * args.in[t * args.in_stride + i];
+                expected += term;
+                size += std::fabs(term);
+            }
+            for (const auto & [base, more] : { std::pair(args.out, &out), std::pair(args.added, &added) }) {
+                if (base) {
+                    expected += (*more)[t * args.dst_stride + row];
+                    size += std::fabs((*more)[t * args.dst_stride + row]);
+                }
+            }
+            worst = greater(worst, std::fabs(got - expected) / size);
+        }
+    }
+    check(worst <= tolerance, "inputs %d, outputs %d, tokens %d: a product is off by %g", (int) args.n_in,
+          (int) args.n_out, (int) args.n_tokens, worst);
+    check(intact, "inputs %d, outputs %d, tokens %d: a product writes past its rows", (int) args.n_in, (int) args.n_out,
+          (int) args.n_tokens);
+}
+
+// inputs, what is corrected, and what is added, with gaps between rows
+struct product_problem {
+    deltamem_product_args args = {};
+    guarded               in, other, out, added;
+
+    product_problem(random_source & random, int n_in, int n_out, int n_tokens) :
+        in((size_t) n_tokens * (n_in + 1)),
+        other((size_t) n_tokens * (n_out + 2)),
+        out(other.size()),
+        added(other.size()) {
+        args.in         = in.data();
+        args.in_stride  = n_in + 1;
+        args.dst_stride = args.out_stride = args.added_stride = n_out + 2;
+
+        args.n_in     = n_in;
+        args.n_out    = n_out;
+        args.n_tokens = n_tokens;
+        for (int t = 0; t < n_tokens; ++t) {
+            for (int i = 0; i < n_in; ++i) {
+                in.data()[t * args.in_stride + i] = random.normal();
+            }
+            for (int i = 0; i < n_out; ++i) {
+                out.data()[t * args.out_stride + i]     = random.normal();
+                added.data()[t * args.added_stride + i] = random.normal();
+            }
+        }
+    }
+
+    // 0: a product; 1: a correction in place; 2: a correction and an addition, in the place of what is added
+    guarded & set(int way) {
+        args.out   = way > 0 ? out.data() : nullptr;
+        args.added = way > 1 ? added.data() : nullptr;
+
+        guarded & dst = way == 0 ? other : way == 1 ? out : added;
+        args.dst      = dst.data();
+        return dst;
+    }
+};
+
+// dst = out + added + in weight^T, for widths around every vector's
+static void test_products() {
     const int before = n_failed;
 
-    for (int n_in : { 1, 7, 8, 16, 31, 63, 64, 65, 100, 256, 2560 }) {
-        for (int n_out : { 1, 2, 13 }) {
-            for (int n_tokens : { 1, 3 }) {
-                for (bool half : { false, true }) {
-                    random_source random(1300 * n_in + 10 * n_out + n_tokens);
-                    const size_t  weight_stride = n_in + 3, in_stride = n_in + 1, dst_stride = n_out + 2;
-
-                    const random_weights weight(random, n_out, n_in, weight_stride, half);
-                    guarded              in(n_tokens * in_stride), dst(n_tokens * dst_stride);
-                    for (int t = 0; t < n_tokens; ++t) {
-                        for (int i = 0; i < n_in; ++i) {
-                            in.data()[t * in_stride + i] = random.normal();
-                        }
+    // a sum of n terms is off by n u at most
+    const auto test = [](product_problem & p, guarded & dst, const float * weight, size_t stride) {
+        test_product(p.args, dst, weight, stride, (p.args.n_in + 4) * 6e-8, [&] { deltamem_product_forward(&p.args); });
+    };
+    for (int n_out : { 1, 2, 13 }) {
+        for (int n_tokens : { 1, 3 }) {
+            for (int way = 0; way < 3; ++way) {
+                for (int n_in : { 1, 7, 8, 16, 31, 63, 64, 65, 100, 256, 2560 }) {
+                    for (bool half : { false, true }) {
+                        random_source        random(1300 * n_in + 10 * n_out + n_tokens);
+                        const random_weights weight(random, n_out, n_in, n_in + 3, half);
+                        product_problem      p(random, n_in, n_out, n_tokens);
+                        guarded &            dst = p.set(way);
+                        p.args.weight            = weight.stored();
+                        p.args.weights           = half ? DELTAMEM_WEIGHTS_F16 : DELTAMEM_WEIGHTS_F32;
+                        p.args.weight_stride     = n_in + 3;
+                        test(p, dst, weight.data(), n_in + 3);
                     }
-
-                    deltamem_project_args args = {};
-                    args.weight                = weight.stored();
-                    args.weight_stride         = weight_stride;
-                    args.in                    = in.data();
-                    args.in_stride             = in_stride;
-                    args.dst                   = dst.data();
-                    args.dst_stride            = dst_stride;
-                    args.n_out                 = n_out;
-                    args.n_in                  = n_in;
-                    args.n_tokens              = n_tokens;
-                    args.half                  = half;
-                    deltamem_project_forward(&args);
-
-                    // relative to the sum of the terms' sizes, a sum of n terms is off by n u at most
-                    double worst  = 0.0;
-                    bool   intact = dst.guards_intact();
-                    for (int t = 0; t < n_tokens; ++t) {
-                        for (size_t row = 0; row < dst_stride; ++row) {
-                            const float got = dst.data()[t * dst_stride + row];
-                            if (row >= (size_t) n_out) {
-                                intact = intact && is_guard(got);
-                                continue;
-                            }
-                            double expected = 0.0, size = 1e-30;
-                            for (int i = 0; i < n_in; ++i) {
-                                const double term =
-                                        (double) weight.data()[row * weight_stride + i] * in.data()[t * in_stride + i];
-                                expected += term;
-                                size += std::fabs(term);
-                            }
-                            worst = greater(worst, std::fabs(got - expected) / size);
-                        }
-                    }
-                    check(worst <= n_in * 6e-8, "inputs %d, outputs %d, tokens %d: a projection is off by %g", n_in,
-                          n_out, n_tokens, worst);
-                    check(intact, "inputs %d, outputs %d, tokens %d: a projection writes past its rows", n_in, n_out,
-                          n_tokens);
+                }
+                for (int n_blocks : { 1, 2, 3, 4, 5, 18, 80 }) {
+                    random_source           random(1400 * n_blocks + 10 * n_out + n_tokens);
+                    const blocks_of_weights weight(random, n_out, n_blocks);
+                    product_problem         p(random, weight.n, n_out, n_tokens);
+                    guarded &               dst = p.set(way);
+                    p.args.weight               = weight.stored();
+                    p.args.weights              = DELTAMEM_WEIGHTS_Q8_0;
+                    p.args.weight_stride        = n_blocks;
+                    test(p, dst, weight.data(), weight.n);
                 }
             }
         }
     }
-    printf("%-44s%s\n", "projections", n_failed > before ? "  FAILED" : " within n u");
+    printf("%-44s%s\n", "products", n_failed > before ? "  FAILED" : " within n u");
+}
+
+// The same by AMX. bfloat16 has eight digits, so a product of two is off by 2^-8 of itself. A token's results do not depend on
+// how many threads there are, nor on the other tokens.
+static void test_tiles() {
+    const int before = n_failed;
+
+    for (int n_out : { 1, 15, 16, 17, 33, 96, 129, 300 }) {
+        for (int n_blocks : { 1, 2, 12, 13, 40 }) {
+            for (int n_tokens : { 1, 5, 16, 17, 32, 33, 100 }) {
+                for (int way = 0; way < 3; ++way) {
+                    random_source           random(1500 * n_blocks + 10 * n_out + n_tokens);
+                    const blocks_of_weights weight(random, n_out, n_blocks);
+                    product_problem         p(random, weight.n, n_out, n_tokens);
+                    guarded &               dst = p.set(way);
+                    p.args.weight               = weight.stored();
+                    p.args.weights              = DELTAMEM_WEIGHTS_Q8_0;
+                    p.args.weight_stride        = n_blocks;
+
+                    const std::vector<float> given(dst.data(), dst.data() + dst.size());
+                    test_product(p.args, dst, weight.data(), weight.n, 0x1p-8,
+                                 [&] { deltamem_tiles_forward(&p.args, 0, 1); });
+                    const std::vector<float> all(dst.data(), dst.data() + dst.size());
+
+                    std::copy(given.begin(), given.end(), dst.data());
+                    for (int ith = 0; ith < 3; ++ith) {
+                        deltamem_tiles_forward(&p.args, ith, 3);
+                    }
+                    check(same_bits(std::vector<float>(dst.data(), dst.data() + dst.size()), all),
+                          "inputs %d, outputs %d, tokens %d: three threads change a product", weight.n, n_out,
+                          n_tokens);
+
+                    std::copy(given.begin(), given.end(), dst.data());
+                    deltamem_product_args last = p.args;
+                    const size_t          at   = (n_tokens - 1) * last.dst_stride;
+                    last.in += (n_tokens - 1) * last.in_stride;
+                    last.dst += at;
+                    last.out      = last.out ? last.out + at : nullptr;
+                    last.added    = last.added ? last.added + at : nullptr;
+                    last.n_tokens = 1;
+                    deltamem_tiles_forward(&last, 0, 1);
+                    check(same_bits(std::vector<float>(last.dst, last.dst + n_out),
+                                    std::vector<float>(all.begin() + at, all.begin() + at + n_out)),
+                          "inputs %d, outputs %d, tokens %d: the other tokens change the last one's product", weight.n,
+                          n_out, n_tokens);
+                }
+            }
+        }
+    }
+    printf("%-44s%s\n", "products by tiles", n_failed > before ? "  FAILED" : " within 2^-8");
 }
 
 // Plans that anybody may have sent: every number of one that fits is replaced by others.
@@ -1053,7 +1184,10 @@ int main(int argc, char ** argv) {
     test_nan();
     test_corrections();
     if (!is_cuda) {
-        test_projections();
+        test_products();
+        if (deltamem_has_tiles()) {
+            test_tiles();
+        }
     }
 
     return finish(argv[1]);
