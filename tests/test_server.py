@@ -497,6 +497,24 @@ def test_who_goes_away_ends_within_a_step(serving, read_once):
     asyncio.run(run())
 
 
+def test_pieces_that_nobody_took_in_time_come_together(serving):
+    """A loop that is behind sends less often, not ever later."""
+
+    async def run():
+        async with serving() as service:
+            answer = service.chat([user("hello there")], max_tokens=30, **LETTERS)
+            pieces = []
+            async for piece in answer:
+                pieces.append(piece.text)
+                while answer.finish_reason is None:
+                    await asyncio.sleep(0.001)
+            assert len(pieces) <= 2
+            assert "".join(pieces) == answer.content
+            assert answer.n_generated > 2
+
+    asyncio.run(run())
+
+
 def test_closing_cuts_what_runs_too_long_and_commits_it(serving, tmp_path):
     async def run():
         service = serving()

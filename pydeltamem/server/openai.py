@@ -17,6 +17,7 @@ _OPTIONS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
     "repeat_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta", "stop", "seed", "logit_bias", "grammar",
 )  # fmt: skip
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|$)", re.DOTALL)
 
 
@@ -148,34 +149,37 @@ class Chat:
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": self._logprobs(scored)}
         return {**self._about(), "choices": [choice], "usage": usage(answer), **memory(answer)}
 
-    async def chunks(self, answer: Answer, pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
-        """The response in pieces; the one with finish_reason comes once the turn is committed."""
-        yield self._chunk({"role": "assistant", "content": None if self.forced else ""})
-        held, is_first = "", True
+    async def chunks(self, answer: Answer, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+        """The response in pieces, as JSON; the one with finish_reason comes once the turn is committed."""
+        yield to_json(self._chunk({"role": "assistant", "content": None if self.forced else ""}))
+        held, is_first, plain = "", True, _Template(self._chunk({"content": _Template.MARK}))
         async for piece in pieces:
             if self.forced is not None:
                 call = _call(self.id, 0, self.forced, piece.text)
                 if not is_first:
                     call = {"function": {"arguments": piece.text}}
-                yield self._chunk({"tool_calls": [{"index": 0, **call}]})
+                yield to_json(self._chunk({"tool_calls": [{"index": 0, **call}]}))
             elif self._as_json or (self.calls and _may_call(held + piece.text)):
                 held += piece.text  # a call is passed on as a whole
             else:
-                yield self._chunk({"content": held + piece.text}, scored=piece.scored)
-                held = ""
+                text, held = held + piece.text, ""
+                if self.logprobs:
+                    yield to_json(self._chunk({"content": text}, scored=piece.scored))
+                else:
+                    yield plain.with_text(text)
             is_first = False
         reason = answer.finish_reason
         if held:
             message = self.message(held)
             if message["content"]:
-                yield self._chunk({"content": message["content"]})
+                yield to_json(self._chunk({"content": message["content"]}))
             for i, call in enumerate(message.get("tool_calls", ())):
-                yield self._chunk({"tool_calls": [{"index": i, **call}]})
+                yield to_json(self._chunk({"tool_calls": [{"index": i, **call}]}))
                 reason = "tool_calls"
         reason = "tool_calls" if self.forced is not None else reason
-        yield {**self._chunk({}, reason), **memory(answer)}
+        yield to_json({**self._chunk({}, reason), **memory(answer)})
         if self.with_usage:
-            yield {**self._about(".chunk"), "choices": [], "usage": usage(answer)}
+            yield to_json({**self._about(".chunk"), "choices": [], "usage": usage(answer)})
 
     def _about(self, suffix: str = "") -> dict[str, Any]:
         return {"id": self.id, "object": self.object + suffix, "created": self.created, "model": self.model}
@@ -232,15 +236,19 @@ class Completion:
         text = (str(self.prompt) if self.echo else "") + answer.content
         return {**self._choice(text, answer.finish_reason, scored), "usage": usage(answer), **memory(answer)}
 
-    async def chunks(self, answer: Answer, pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
-        """The response in pieces."""
+    async def chunks(self, answer: Answer, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+        """The response in pieces, as JSON."""
         if self.echo:
-            yield self._choice(str(self.prompt))
+            yield to_json(self._choice(str(self.prompt)))
+        plain = _Template(self._choice(_Template.MARK))
         async for piece in pieces:
-            yield self._choice(piece.text, None, piece.scored)
-        yield {**self._choice("", answer.finish_reason), **memory(answer)}
+            if self.n_top is None:
+                yield plain.with_text(piece.text)
+            else:
+                yield to_json(self._choice(piece.text, None, piece.scored))
+        yield to_json({**self._choice("", answer.finish_reason), **memory(answer)})
         if self.with_usage:
-            yield {**self._about(), "choices": [], "usage": usage(answer)}
+            yield to_json({**self._about(), "choices": [], "usage": usage(answer)})
 
     def _about(self) -> dict[str, Any]:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
@@ -256,6 +264,23 @@ class Completion:
             }
         choice = {"text": text, "index": 0, "logprobs": logprobs, "finish_reason": reason}
         return {**self._about(), "choices": [choice]}
+
+
+class _Template:
+    """JSON that differs in one text only. An object for each piece of a stream costs more than all else of the piece.
+
+    Args:
+        value: has MARK in place of the text, and nowhere else.
+    """
+
+    MARK = uuid.uuid4().hex
+
+    def __init__(self, value: Any) -> None:
+        self._before, self._after = to_json(value).split(to_json(self.MARK))
+
+    def with_text(self, text: str) -> str:
+        """The JSON with this text."""
+        return f"{self._before}{to_json(text)}{self._after}"
 
 
 def usage(answer: Answer) -> dict[str, Any]:

@@ -91,6 +91,10 @@ class Piece:
     scored: Sequence[Any] = ()
 
 
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    return Piece("".join(piece.text for piece in pieces), [each for piece in pieces for each in piece.scored])
+
+
 class AsyncDeltaMem:
     """Sessions on one model, for asyncio.
 
@@ -538,7 +542,8 @@ class Answer:
         self._begun: Begun | None = None
         self._tokens: list[int] = []
         self._record: Record | None = None
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._news: list[Piece] = []  # nobody has taken them yet
+        self._came: asyncio.Future[None] | None = None  # done when there are some, or the end
         self._task: asyncio.Task[None] | None = None
         self.streams = True  # False: the pieces come at the end, which is faster
         self.commit_seconds = 0.0
@@ -582,14 +587,19 @@ class Answer:
         if not self._started.done():
             self._started.set_exception(error or asyncio.CancelledError())
             self._started.exception()  # somebody may have gone away
-        self._queue.put_nowait(None)
+        self._wake()
 
     async def _pieces(self) -> AsyncIterator[Piece]:
         try:
             await self.start()
-            while (piece := await self._queue.get()) is not None:
-                yield piece
             assert self._task is not None  # it was started
+            while self._news or not self._task.done():
+                if not self._news:
+                    self._came = asyncio.get_running_loop().create_future()
+                    await self._came
+                    continue
+                news, self._news = self._news, []
+                yield news[0] if len(news) == 1 else _joined(news)
             await self._task
         finally:
             if self._task is not None and not self._task.done():
@@ -776,7 +786,16 @@ class Answer:
 
     def _put(self, piece: Piece) -> None:
         if piece.text or piece.scored:
-            self._soon(self._queue.put_nowait, piece)
+            self._soon(self._add, piece)
+
+    def _add(self, piece: Piece) -> None:
+        self._news.append(piece)
+        self._wake()
+
+    def _wake(self) -> None:
+        came, self._came = self._came, None
+        if came is not None and not came.done():
+            came.set_result(None)
 
     def _soon(self, function: Callable[..., object], *arguments: Any) -> None:
         """Calls a function in the caller's loop, unless that is gone."""
