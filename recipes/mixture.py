@@ -5,7 +5,8 @@
 Draws by weight from these sources. The last three are not ours to ship (../shared/data/README.md, or
 DELTAMEM_DATA):
 
-    natural      conversations written by hand (recipes/natural/train.jsonl.gz)
+    natural      conversations written by hand (recipes/natural/train.jsonl.gz), every other one with other
+                 values (swap.py)
     together     two of them, one after the other
     world, many  facts of the small world in its phrasings, with small talk and updates; four to eight facts
     ordinary     any of these before an ordinary request, whose answer stays the frozen model's (recipes/ordinary.py)
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations import conversation, messages
+from swap import Swap
 
 from pydeltamem.evals.world import World
 from pydeltamem.formats import kinds
@@ -44,6 +46,7 @@ WEIGHTS = {
     "dialogues": 2.0,
     "paragraphs": 0.8,
 }
+SWAPPED = 0.5  # share of the conversations written by hand whose values are exchanged
 ECHO = 0.7  # share of the conversations with questions for the person's own words
 MAX_CHARACTERS = 1_400  # of the messages of a conversation: about 350 tokens
 HELD_OUT = 60  # dialogues at the head of their file that are not drawn
@@ -120,6 +123,7 @@ class Mixture:
     def __init__(self, data: Path, ordinary: Path | None, seed: int):
         self.random = random.Random(seed)
         self.natural = lines(HERE / "natural" / "train.jsonl.gz")
+        self.swap = Swap((ask for one in self.natural for ask in one["asks"]), self.random)
         self.dialogues = [x for x in lines(data / "train" / "sgd.jsonl.gz") if x["said"]][HELD_OUT:]
         self.paragraphs = lines(data / "train" / "nq_oracle.jsonl.gz")
         self.requests = lines(ordinary) if ordinary else []
@@ -152,6 +156,8 @@ class Mixture:
 
     def _natural(self) -> Record:
         one = self.random.choice(self.natural)
+        if self.random.random() < SWAPPED:
+            return self.swap(one["messages"], one["asks"])
         return one["messages"], one["asks"]
 
     def _together(self) -> Record:
