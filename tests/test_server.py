@@ -267,6 +267,63 @@ def test_undo_fork_reset_and_files(serving):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_session_that_begins_as_another_one(serving, read_once, restart):
+    """It goes on with text, memory and turns of that, which stays: with its KV cache, or read again."""
+
+    async def run():
+        service = serving()
+        chat = [user("My name is Ada.")]
+        await say(service, chat)
+        before, origin = await state_of(service), await service.get("ada")
+        chat.append(user("and yours"))
+        if restart:
+            await service.aclose()
+            service = serving()
+        async with service:
+            first, second = list(chat), list(chat)
+            for n, (name, some) in enumerate((("bo", first), ("cy", second)), 1):
+                await say(service, some, name, origin=origin)
+                assert service.n_ready == n  # it took over what was ready of the other one
+            assert first == second
+            for name in ("bo", "cy"):
+                np.testing.assert_allclose(await state_of(service, name), read_once(text_of(service, name)), **SAME)
+                record = await service.get(name)
+                assert (record.version, record.turns, record.tokens) == (1, 2, len(text_of(service, name)))
+            np.testing.assert_array_equal(await state_of(service), before)
+            assert (await service.get("ada")).version == origin.version
+
+            await say(service, [*second, user("again")], "cy", origin=origin)  # which is there: it goes on by itself
+            assert (await service.get("cy")).turns == 3
+            await service.undo("bo")
+            np.testing.assert_array_equal(await state_of(service, "bo"), before)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_session_that_begins_as_one_in_use(serving, cut):
+    """It does not take the text of that from under it; and nothing is left of a turn that does not count."""
+
+    async def run():
+        async with serving() as service:
+            chat = [user("My name is Ada.")]
+            await say(service, chat)
+            origin = await service.get("ada")
+            long = service.chat(
+                [*chat, user("and yours")], session="ada", max_tokens=40, temperature=0, grammar="root ::= [qxz] root"
+            )
+            await long.start()
+            other = service.chat([*chat, user("and mine")], session="bo", origin=origin, **GREEDY)
+            if cut:
+                other.cancel()
+            await asyncio.gather(other.whole(), long.whole())
+            assert long.n_generated == 40 and (await service.get("ada")).turns == 2
+            assert [record.name for record in await service.list()].count("bo") == (not cut)
+
+    asyncio.run(run())
+
+
 def test_a_session_that_was_emptied_is_as_a_new_one(serving):
     async def run():
         async with serving() as service:

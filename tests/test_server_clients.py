@@ -15,6 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 from conftest import ROOT
+from pydeltamem.formats.memory_file import MemorySnapshot
 from refusals import check_names
 from servers import command, process
 
@@ -203,13 +204,13 @@ def test_a_key_has_its_own_sessions(client):
     assert memory(other)["version"] == 1 and "Anna" not in said(other)
 
 
-def test_the_programs_of_the_page(address):
+def test_the_programs_of_the_page(keeping):
     """docs/how-to/serve.md: its Python that speaks to a server runs as it stands."""
     page = (ROOT / "docs" / "how-to" / "serve.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "OpenAI(" in block]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
-        exec(block.replace("http://127.0.0.1:8080", address).replace('api_key="-"', f'api_key="{ANNA}"'), {})
+        exec(block.replace("http://127.0.0.1:8080", keeping).replace('api_key="-"', f'api_key="{ANNA}"'), {})
 
 
 #
@@ -294,3 +295,154 @@ def test_what_cannot_be_served(tmp_path, options, names):
     last = done.stderr.splitlines()[-1]
     assert last.startswith("deltamem: error: ")
     check_names(last, names)
+
+
+#
+# /v1/responses
+#
+
+SHORT = {"model": "default.gguf", "temperature": 0, "max_output_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def keeping(tmp_path_factory):
+    """A server that keeps messages, with two keys."""
+    folder = tmp_path_factory.mktemp("keeping")
+    (folder / "keys.txt").write_text(f"{ANNA}\n{BO}\n")
+    with process(folder, "--api-key-file", folder / "keys.txt", "-np", 2, "--keep-messages") as running:
+        yield running.address
+
+
+def state(address, session):
+    answer = httpx.get(f"{address}/v1/memories/{session}/file", headers={"Authorization": f"Bearer {ANNA}"})
+    return MemorySnapshot.from_bytes(answer.content).state
+
+
+def test_an_answer_to_go_on_from(keeping):
+    """As a chat whose history is sent again; and more than once from the same answer."""
+    with openai.OpenAI(base_url=f"{keeping}/v1", api_key=ANNA) as one:
+        first = one.responses.create(input=HELLO[0]["content"], instructions="Be brief.", **SHORT)
+        second = one.responses.create(input=QUESTION, previous_response_id=first.id, **SHORT)
+        again = one.responses.create(input=QUESTION, previous_response_id=first.id, **SHORT)
+        one.responses.create(input="Who?", previous_response_id=first.id, **SHORT)
+        third = one.responses.create(input="Who?", previous_response_id=second.id, **SHORT)
+
+    chat = [{"role": "system", "content": "Be brief."}, *HELLO]
+    with openai.OpenAI(base_url=f"{keeping}/sessions/as-chat/v1", api_key=ANNA) as as_chat:
+        for response, question in ((first, None), (second, QUESTION[0]), (third, {"role": "user", "content": "Who?"})):
+            chat += [] if question is None else [question]
+            answer = as_chat.chat.completions.create(messages=chat, **GREEDY)
+            chat.append({"role": "assistant", "content": said(answer)})
+            assert response.output_text == said(answer) and response.status in ("completed", "incomplete")
+            assert memory(response)["tokens_written"] == memory(answer)["tokens_written"]
+    np.testing.assert_allclose(state(keeping, third.id), state(keeping, "as-chat"), atol=0.02)  # a KV cache in F16
+    assert second.output_text == again.output_text and second.id != again.id
+    np.testing.assert_allclose(state(keeping, second.id), state(keeping, again.id), atol=0.02)
+    assert (second.previous_response_id, memory(second)["session"]) == (first.id, second.id)
+    assert second.usage.input_tokens_details.cached_tokens > 8
+    assert second.usage.total_tokens == second.usage.input_tokens + second.usage.output_tokens
+
+
+def test_instructions_replace_those_before(keeping):
+    with openai.OpenAI(base_url=f"{keeping}/v1", api_key=ANNA) as one:
+        first = one.responses.create(input="One.", instructions="Be brief.", **SHORT)
+        kept = one.responses.create(input="Two.", previous_response_id=first.id, **SHORT)
+        longer = one.responses.create(
+            input="Two.", previous_response_id=first.id, instructions="Be as long as you can, and polite.", **SHORT
+        )
+    assert longer.usage.input_tokens > kept.usage.input_tokens > first.usage.input_tokens
+
+
+def test_a_stream_of_an_answer(keeping):
+    async def run():
+        async with openai.AsyncOpenAI(base_url=f"{keeping}/v1", api_key=ANNA) as one:
+            first = await one.responses.create(input=HELLO, **SHORT)
+            whole = await one.responses.create(input=QUESTION, previous_response_id=first.id, **SHORT)
+            stream = await one.responses.create(input=QUESTION, previous_response_id=first.id, stream=True, **SHORT)
+            return whole, [event async for event in stream]
+
+    whole, events = asyncio.run(run())
+    kinds = [event.type.removeprefix("response.") for event in events]
+    before = ["created", "in_progress", "output_item.added", "content_part.added"]
+    after = ["output_text.done", "content_part.done", "output_item.done", whole.status]
+    assert kinds == [*before, *["output_text.delta"] * (len(kinds) - 8), *after]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in events if event.type.endswith("delta")) == whole.output_text
+    last = events[-1].response
+    assert last.output_text == events[-4].text == whole.output_text and last.id == events[0].response.id
+    with openai.OpenAI(base_url=f"{keeping}/v1", api_key=ANNA) as one:
+        assert one.responses.create(input="Go on.", previous_response_id=last.id, **SHORT).output_text
+
+
+def test_an_answer_as_an_object(keeping):
+    with openai.OpenAI(base_url=f"{keeping}/v1", api_key=ANNA) as one:
+        answer = one.responses.parse(input="A place?", text_format=Place, **{**SHORT, "max_output_tokens": 200})
+    assert isinstance(answer.output_parsed, Place)
+
+
+def test_an_answer_that_is_not_kept(keeping, client):
+    """Nothing of it is stored, so nobody goes on from it; it may go on from another one."""
+    with openai.OpenAI(base_url=f"{keeping}/v1", api_key=ANNA) as one:
+        first = one.responses.create(input=HELLO, **SHORT)
+        before = state(keeping, first.id)
+        left = one.responses.create(input=QUESTION, previous_response_id=first.id, store=False, **SHORT)
+        assert (
+            left.output_text == one.responses.create(input=QUESTION, previous_response_id=first.id, **SHORT).output_text
+        )
+        np.testing.assert_array_equal(state(keeping, first.id), before)
+        assert first.store and not left.store
+        with pytest.raises(openai.NotFoundError) as raised:
+            one.responses.create(input=QUESTION, previous_response_id=left.id, **SHORT)
+        check_names(raised.value.body["message"], ["previous_response_id", left.id])
+        one.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            one.responses.create(input=QUESTION, previous_response_id=first.id, **SHORT)
+    one = client()  # a server that keeps no messages
+    answer = one.responses.create(input=HELLO, **SHORT)
+    assert answer.output_text and not answer.store
+    with pytest.raises(openai.NotFoundError) as raised:
+        one.responses.create(input=QUESTION, previous_response_id=answer.id, **SHORT)
+    check_names(raised.value.body["message"], ["previous_response_id", answer.id, "--keep-messages"])
+
+
+def test_an_answer_of_a_session(client):
+    """The session goes on, by its name."""
+    one = client("of-responses")
+    one.responses.create(input=HELLO, **SHORT)
+    answer = one.responses.create(input=QUESTION, **SHORT)
+    assert (memory(answer)["session"], memory(answer)["version"], answer.store) == ("of-responses", 2, False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ({"input": []}, ["input"]),
+        ({"input": [{"type": "function_call_output", "output": "1"}]}, ["input", "function_call_output"]),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, ["input", "input_image"]),
+        ({"tools": [{"type": "web_search"}]}, ["tools"]),
+        ({"background": True}, ["background"]),
+        ({"instructions": 1}, ["instructions"]),
+        ({"text": {"format": {"type": "xml"}}}, ["text.format", "xml"]),
+        ({"text": 1}, ["text"]),
+        ({"max_output_tokens": -2}, ["max_output_tokens", "-2"]),
+        ({"store": 1}, ["store", "1"]),
+    ],
+)
+def test_what_responses_refuses(client, asked, names):
+    with pytest.raises(openai.BadRequestError) as raised:
+        client().post("/responses", cast_to=object, body={"input": "Hello", **asked})
+    check_names(raised.value.body["message"], names)
+
+
+def test_an_answer_of_somebody_else(keeping):
+    with openai.OpenAI(base_url=f"{keeping}/v1", api_key=ANNA) as anna:
+        first = anna.responses.create(input=HELLO, **SHORT)
+    for path, kind in (("/v1", openai.NotFoundError), ("/sessions/bo/v1", openai.BadRequestError)):
+        with openai.OpenAI(base_url=keeping + path, api_key=BO) as bo, pytest.raises(kind) as raised:
+            bo.responses.create(input=QUESTION, previous_response_id=first.id, **SHORT)
+        check_names(raised.value.body["message"], ["previous_response_id"])
+    with openai.OpenAI(base_url=f"{keeping}/v1", api_key=BO) as bo, pytest.raises(openai.NotFoundError):
+        bo.responses.delete(first.id)
+    with openai.OpenAI(base_url=f"{keeping}/v1", api_key=ANNA) as anna, pytest.raises(openai.NotFoundError) as raised:
+        anna.responses.delete("as-chat")
+    check_names(raised.value.body["message"], ["as-chat"])

@@ -6,6 +6,7 @@
     session        a session in use: its text on the engine
     service        `AsyncDeltaMem`: sessions, turns, commits
     openai         requests and answers as OpenAI's API words them
+    responses      those of /v1/responses
     application    endpoints, keys, limits, errors
     metrics, logs  what is watched
     page           the page at /

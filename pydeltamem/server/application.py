@@ -40,6 +40,7 @@ from .keys import Keys
 from .logs import log, request_id
 from .metrics import Metrics
 from .openai import Chat, Completion, options_of, to_json
+from .responses import Reply
 from .service import (
     Answer,
     AsyncDeltaMem,
@@ -319,6 +320,20 @@ def _answering(server: Server) -> APIRouter:
         answer = server.service.chat(asked.messages, session=session, owner=owner, write=write, **asked.options)
         return await _respond(server, request, asked, answer)
 
+    @router.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        owner, body = server.owner(request), await _body(request)
+        asked = Reply(body, server.settings.model)
+        session, write = _session(request, body)
+        answer = await asked.answer(server.service, session, owner, write)
+        return await _respond(server, request, asked, answer)
+
+    @router.delete("/v1/responses/{id}")
+    async def delete_response(request: Request, id: str) -> Any:
+        owner = server.owner(request)
+        await server.service.delete(Reply.checked_id(id), owner)
+        return {"id": id, "object": "response", "deleted": True}
+
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         owner, body = server.owner(request), await _body(request)
@@ -449,7 +464,7 @@ def about(record: Record) -> dict[str, Any]:
 #
 
 
-async def _respond(server: Server, request: Request, asked: Chat | Completion, answer: Answer) -> Response:
+async def _respond(server: Server, request: Request, asked: Chat | Completion | Reply, answer: Answer) -> Response:
     if isinstance(asked, Chat):
         answer.to_message = asked.message
     if asked.stream:
@@ -491,7 +506,7 @@ class _EventStream(EventSourceResponse):
         await send(message)
 
 
-async def _events(server: Server, asked: Chat | Completion, answer: Answer) -> AsyncIterator[bytes]:
+async def _events(server: Server, asked: Chat | Completion | Reply, answer: Answer) -> AsyncIterator[bytes]:
     pieces = aiter(answer)
     try:
         async with contextlib.aclosing(pieces):  # type: ignore[type-var]

@@ -54,13 +54,14 @@ class Chat:
         self.id, self.created, self.model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
         self.options = options_of(body)
         self.messages = body.get("messages")
-        self.stream = _flag(body, "stream")
+        self.stream = flag(body, "stream")
         self.with_usage = _with_usage(body)
-        self.logprobs = _flag(body, "logprobs")
+        self.logprobs = flag(body, "logprobs")
         if self.logprobs:
             self.options["n_top"] = body.get("top_logprobs") or 0
         self._set_tools(body)
-        self._set_format(body.get("response_format"))
+        if self.forced is None and not self._as_json:
+            self.options.update(format_options("response_format", body.get("response_format")))
 
     def _set_tools(self, body: Mapping[str, Any]) -> None:
         tools, choice = body.get("tools"), body.get("tool_choice")
@@ -105,23 +106,6 @@ class Chat:
             raise InputError(f'tool_choice is "none", "auto", "required" or a function, not {choice!r}')
         if self.forced is not None:
             self.options["tool_choice"] = {"type": "function", "function": {"name": self.forced}}
-
-    def _set_format(self, wanted: Any) -> None:
-        if wanted is None or self.forced is not None or self._as_json:
-            return
-        kind = wanted.get("type") if isinstance(wanted, Mapping) else None
-        if kind == "text":
-            return
-        if kind == "json_object":
-            self.options["response_format"] = dict(wanted)
-            if wanted.get("schema") is not None:
-                _checked_schema("response_format", wanted["schema"])
-        elif kind == "json_schema":
-            schema = wanted["json_schema"].get("schema") if isinstance(wanted.get("json_schema"), Mapping) else None
-            schema = _checked_schema("response_format", schema)
-            self.options["response_format"] = {"type": "json_object", "schema": schema}
-        else:
-            raise InputError(f'response_format: type is "text", "json_object" or "json_schema", not {kind!r}')
 
     #
     # the answer
@@ -221,7 +205,7 @@ class Completion:
         ):
             raise InputError("prompt is a text, or a list of token ids; one a request")
         self.prompt: str | list[int] = prompt
-        self.echo, self.stream = _flag(body, "echo"), _flag(body, "stream")
+        self.echo, self.stream = flag(body, "echo"), flag(body, "stream")
         self.with_usage = _with_usage(body)
         self.n_top = body.get("logprobs")
         if self.n_top is not None:
@@ -306,7 +290,23 @@ def _with_usage(body: Mapping[str, Any]) -> bool:
     options = body.get("stream_options") or {}
     if not isinstance(options, Mapping):
         raise InputError('stream_options is {"include_usage": true or false}')
-    return _flag(options, "include_usage")
+    return flag(options, "include_usage")
+
+
+def format_options(name: str, wanted: Any) -> dict[str, Any]:
+    """The options of an answer in a format. Raises InputError, which names it `name`."""
+    kind = wanted.get("type") if isinstance(wanted, Mapping) else None
+    if wanted is None or kind == "text":
+        return {}
+    if kind == "json_object":
+        if wanted.get("schema") is not None:
+            _checked_schema(name, wanted["schema"])
+        return {"response_format": dict(wanted)}
+    if kind == "json_schema":
+        given = wanted.get("json_schema", wanted)  # /v1/responses has no object of its own for it
+        schema = _checked_schema(name, given.get("schema") if isinstance(given, Mapping) else None)
+        return {"response_format": {"type": "json_object", "schema": schema}}
+    raise InputError(f'{name}: type is "text", "json_object" or "json_schema", not {kind!r}')
 
 
 def _checked_schema(name: str, schema: Any) -> dict[str, Any]:
@@ -320,7 +320,7 @@ def _checked_schema(name: str, schema: Any) -> dict[str, Any]:
     return schema
 
 
-def _flag(body: Mapping[str, Any], name: str) -> bool:
+def flag(body: Mapping[str, Any], name: str) -> bool:
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
         raise InputError(f"{name} is true or false, not {value!r}")

@@ -190,7 +190,14 @@ class AsyncDeltaMem:
     #
 
     def chat(
-        self, messages: Any, *, session: str | None = None, owner: str = "", write: bool = True, **options: Any
+        self,
+        messages: Any,
+        *,
+        session: str | None = None,
+        owner: str = "",
+        write: bool = True,
+        origin: Record | None = None,
+        **options: Any,
     ) -> Answer:
         """The answer to messages, whose history is sent each time; only what is new is written (docs/how-to/serve.md).
 
@@ -202,9 +209,12 @@ class AsyncDeltaMem:
             session: whose memory it is; None: the request's own.
             owner: sessions of one owner are invisible to others.
             write: False: the session stays as it is.
+            origin: a session of the same owner, as `get` returned it. If there is no `session` yet, it begins as this
+                one, which stays.
         """
-        checked = checked_messages(messages)
-        return Answer(self, checked, None, session, owner, write, _checked(options))
+        answer = Answer(self, checked_messages(messages), None, session, owner, write, _checked(options))
+        answer.origin = origin
+        return answer
 
     def complete(
         self,
@@ -453,6 +463,19 @@ class AsyncDeltaMem:
         sessions.check_adapter(record, self.adapter)
         return record
 
+    def _begun_as(self, record: Record, origin: Record) -> Live | Record:
+        """A new session that goes on from where another one is, in its text unless that is in use."""
+        sessions.check_adapter(origin, self.adapter)
+        new = dataclasses.replace(origin, name=record.name, version=0, created=record.created)
+        key = origin.owner, origin.name
+        live = self._live.get(key)
+        if key in self._locks or live is None or live.record is None or live.record.version != origin.version:
+            return new
+        del self._live[key]
+        live.record = new
+        self._live[new.owner, new.name] = live
+        return live
+
     def _newer(self, held: _Held, known: int | None) -> Record | None:
         """The session if the store has another version of it than this one. Raises SessionLimit for one too many."""
         owner, name = held.owner, held.name
@@ -532,6 +555,7 @@ class Answer:
         self.content = ""
         self.committed: Committed | None = None
         self.cancelled = False
+        self.origin: Record | None = None  # as `AsyncDeltaMem.chat`
         # the answer as the message that the caller sends back with the next turn
         self.to_message: Callable[[str], Message] = lambda content: {"role": "assistant", "content": content}
         self.begun_at = self.first_at = self.ended_at = 0.0  # by time.monotonic: asked, first token, end
@@ -613,6 +637,8 @@ class Answer:
             return
         async with service._held(self.owner, self.session) as held:
             found = await service._session(held)
+            if self.origin is not None and isinstance(found, Record) and found.version == 0:
+                found = service._begun_as(found, self.origin)
             self._live, self._stored = (found, None) if isinstance(found, Live) else (None, found)
             try:
                 await self._decode()
@@ -627,7 +653,8 @@ class Answer:
             assert self._live is not None and self._begun is not None  # it was decoded
             begin = time.monotonic()
             try:
-                committed = await service._commit_turn(self._record, self._live.record, held)
+                before = self._live.record if self.origin is None else None
+                committed = await service._commit_turn(self._record, before, held)
                 self.commit_seconds = time.monotonic() - begin
             except BaseException:  # the text is ahead of the store
                 await service._forget(self.owner, self.session)

@@ -237,7 +237,7 @@ def live_session(llm: DeltaMemLlama, record: Record) -> Live:
     Raises StoreError if the record is damaged.
     """
     text = new_text(llm)
-    if record.version == 0:
+    if record.version == 0 and not record.memory:  # begins as no other session
         return Live(record, text)
     try:
         state = _state(record, text.slots.shape)

@@ -1,0 +1,207 @@
+"""Requests and answers of OpenAI's /v1/responses: each answer is a checkpoint to go on from.
+
+An answer that is kept is a session, whose name is the id of the answer. Whoever goes on from it begins another session
+as that one was, so an id never means anything else than at first, and going on twice from one gives two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from ..errors import InputError
+from . import history
+from .openai import flag, format_options, memory, options_of, to_json
+from .service import Answer, AsyncDeltaMem, Piece, SessionUnknown
+from .store import Record
+
+_PREFIX = "resp_"
+_REFUSED = ("tools", "conversation", "background", "prompt")
+
+
+class Reply:
+    """One request of /v1/responses.
+
+    Args:
+        body: the request. Raises InputError if it does not fit.
+        model: the name to answer with.
+    """
+
+    def __init__(self, body: Mapping[str, Any], model: str) -> None:
+        self.id, self.message_id = f"{_PREFIX}{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
+        self.created, self.model = int(time.time()), model
+        for name in _REFUSED:
+            if body.get(name):
+                raise InputError(f"{name}: /v1/responses does not have this here; tools are at /v1/chat/completions")
+        self.messages = _messages(body.get("input"))
+        self.instructions = body.get("instructions")
+        if self.instructions is not None and not isinstance(self.instructions, str):
+            raise InputError(f"instructions is a text, not {self.instructions!r}")
+        self.previous = body.get("previous_response_id")
+        if self.previous is not None:
+            self.checked_id(self.previous)
+        self.max_tokens = n = body.get("max_output_tokens")
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+            raise InputError(f"max_output_tokens is a whole number from 1 on, not {n!r}")
+        self.options = options_of({**body, "max_completion_tokens": self.max_tokens})
+        text = body.get("text") or {}
+        if not isinstance(text, Mapping):
+            raise InputError('text is {"format": {"type": …}}')
+        self.format = text.get("format") or {"type": "text"}
+        self.options.update(format_options("text.format", self.format))
+        self.stream = flag(body, "stream")
+        self.keeps = body.get("store") is None or flag(body, "store")
+
+    @staticmethod
+    def checked_id(id: Any) -> str:
+        """The id of an answer. Raises SessionUnknown for what cannot be one."""
+        if not isinstance(id, str) or not id.startswith(_PREFIX):
+            raise SessionUnknown(f"there is no response {str(id)[:80]}")
+        return id
+
+    async def answer(self, service: AsyncDeltaMem, session: str | None, owner: str, write: bool) -> Answer:
+        """The turn. `session`, `write`: as the request says besides."""
+        messages, origin = self.messages, None
+        if self.previous is not None:
+            if session is not None:
+                raise InputError("previous_response_id: it says which memory to go on with: send no session")
+            origin = await self._origin(service, owner)
+            before = _said(origin)
+            if self.instructions is not None:  # in place of those before
+                before = before[history.n_system(before) :]
+            messages = [*before, *messages]
+        if self.instructions is not None:
+            messages = [{"role": "system", "content": self.instructions}, *messages]
+        self.keeps = self.keeps and write and session is None and service.has_memory and service.store.keep_messages
+        if self.keeps:
+            session = self.id
+        elif origin is not None:
+            session, write, origin = origin.name, False, None
+        return service.chat(messages, session=session, owner=owner, write=write, origin=origin, **self.options)
+
+    async def _origin(self, service: AsyncDeltaMem, owner: str) -> Record:
+        try:
+            return await service.get(str(self.previous), owner)
+        except SessionUnknown:
+            kept = "" if service.store.keep_messages else ": this server keeps none; --keep-messages does"
+            raise SessionUnknown(f"previous_response_id: there is no response {self.previous}{kept}") from None
+
+    #
+    # the answer
+    #
+
+    def whole(self, answer: Answer, scored: Sequence[Any] = ()) -> dict[str, Any]:
+        """The response."""
+        return self._response(_status(answer), answer)
+
+    async def chunks(self, answer: Answer, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+        """The events of a stream, as JSON; the last one comes once the turn is committed."""
+        number = itertools.count()
+
+        def event(kind: str, **fields: Any) -> str:
+            return to_json({"type": f"response.{kind}", "sequence_number": next(number), **fields})
+
+        item = {"output_index": 0}
+        part = {"item_id": self.message_id, "output_index": 0, "content_index": 0}
+        yield event("created", response=self._response("in_progress"))
+        yield event("in_progress", response=self._response("in_progress"))
+        yield event("output_item.added", **item, item=self._message("in_progress"))
+        yield event("content_part.added", **part, part=_text(""))
+        async for piece in pieces:
+            yield event("output_text.delta", **part, delta=piece.text, logprobs=[])
+        status = _status(answer)
+        yield event("output_text.done", **part, text=answer.content, logprobs=[])
+        yield event("content_part.done", **part, part=_text(answer.content))
+        yield event("output_item.done", **item, item=self._message(status, answer.content))
+        yield event(status, response=self._response(status, answer))
+
+    def _message(self, status: str, content: str | None = None) -> dict[str, Any]:
+        parts = [] if content is None else [_text(content)]
+        return {"id": self.message_id, "type": "message", "status": status, "role": "assistant", "content": parts}
+
+    def _response(self, status: str, answer: Answer | None = None) -> dict[str, Any]:
+        """The response as it is now; with the answer once that is complete."""
+        response = {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_tokens,
+            "metadata": {},
+            "model": self.model,
+            "output": [] if answer is None else [self._message(status, answer.content)],
+            "parallel_tool_calls": False,
+            "previous_response_id": self.previous,
+            "store": self.keeps,
+            "temperature": self.options.get("temperature"),
+            "text": {"format": dict(self.format)},
+            "tool_choice": "none",
+            "tools": [],
+            "top_p": self.options.get("top_p"),
+            "truncation": "disabled",
+            "usage": None if answer is None else _usage(answer),
+        }
+        return response if answer is None else {**response, **memory(answer)}
+
+
+def _status(answer: Answer) -> str:
+    return "incomplete" if answer.finish_reason == "length" else "completed"
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _usage(answer: Answer) -> dict[str, Any]:
+    n_prompt, n = answer.n_prompt, answer.n_generated
+    return {
+        "input_tokens": n_prompt,
+        "input_tokens_details": {"cached_tokens": answer.n_cached},
+        "output_tokens": n,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": n_prompt + n,
+    }
+
+
+def _said(record: Record) -> list[dict[str, Any]]:
+    """The messages of the session's present chat. Raises InputError if they were not kept."""
+    said: list[dict[str, Any]] = []
+    for turn in record.history:
+        if turn.chat == record.chat:
+            if turn.messages is None:
+                raise InputError(
+                    f"previous_response_id: the messages of {record.name} were not kept: send them as input"
+                )
+            said += map(dict, turn.messages)
+    return said
+
+
+def _messages(given: Any) -> list[dict[str, Any]]:
+    """The input as messages of a chat. Raises InputError."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if not isinstance(given, list) or not given:
+        raise InputError("input is a text, or a list of at least one message")
+    messages = []
+    for item in given:
+        kind = item.get("type", "message") if isinstance(item, Mapping) else None
+        if kind != "message":
+            raise InputError(f"input: an item is a message, not {kind!r}")
+        content = item.get("content")
+        if isinstance(content, list):
+            content = [_part(part) for part in content]
+        messages.append({"role": item.get("role"), "content": content})
+    return messages
+
+
+def _part(part: Any) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in ("input_text", "output_text") or not isinstance(part.get("text"), str):
+        raise InputError(f"input: this model reads text only, not {kind!r}")
+    return {"type": "text", "text": part["text"]}
