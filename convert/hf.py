@@ -17,8 +17,8 @@ from pydeltamem.errors import LibraryError, ModelError, named
 from pydeltamem.formats.kinds import MODEL
 from pydeltamem.formats.outputs import check_disk, files_of, refuse_inputs, writing
 
-# draft models use another model's embeddings; an audio decoder names its layers differently
-OTHERWISE = frozenset({"dflash", "eagle3", "gemma4-assistant", "wavtokenizer-dec"})
+# a draft model uses another model's embeddings; an audio decoder names its layers differently
+OTHERWISE = frozenset({"gemma4-assistant", "wavtokenizer-dec"})
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 

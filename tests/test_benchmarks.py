@@ -447,7 +447,8 @@ def test_some_kinds_and_a_model_without_adapters(tmp_path):
     assert {record["method"] for record in answers} == {"none", "backbone", "last", "bm25"}
 
 
-def test_a_text_that_is_longer_than_its_pieces():
+@pytest.mark.parametrize("more", [lambda n: 0, lambda n: n * n // 400, lambda n: 1000 * (n > 0)])
+def test_a_text_that_is_longer_than_its_pieces(more):
     """What is shown fits even where pieces have more tokens together than one by one."""
 
     class Count:

@@ -183,6 +183,15 @@ def test_refused(golden_dir, adapter, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_that_cannot_be_written(synthetic, tmp_path):
+    taken = tmp_path / "file"
+    taken.write_text("mine")
+    for folder in (taken, taken / "folder"):
+        with refuses(OutputError, folder):
+            write_adapter_checkpoint(folder, synthetic("qwen3", "f32"))
+    assert taken.read_text() == "mine"
+
+
 def test_gguf_reader_agrees(synthetic):
     """What is written is GGUF for others too."""
     for ftype in FTYPES:

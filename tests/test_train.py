@@ -325,11 +325,15 @@ def test_the_command(hf_dir, data, tmp_path, capsys):
     check_names(capsys.readouterr().err.strip(), [tmp_path / "none.jsonl"])
 
 
-@pytest.mark.parametrize("option", [("--rate", "-1"), ("--rate", "nan"), ("--clip", "0"), ("--heads-gain", "x")])
-def test_options_of_the_command(tmp_path, option):
+@pytest.mark.parametrize(
+    "option",
+    [("--rate", "-1"), ("--rate", "nan"), ("--clip", "0"), ("--heads-gain", "x"), ("--dropout", "1"), ("--visible", "-1")],
+)
+def test_options_of_the_command(tmp_path, option, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["train", "model", "data", "-o", str(tmp_path / "out"), *option])
     assert ended.value.code == 2 and not any(tmp_path.iterdir())
+    check_names(capsys.readouterr().err.splitlines()[-1], option)
 
 
 def test_a_loss_that_diverges(hf_dir, data, tmp_path):

@@ -202,8 +202,7 @@ def seed():
     torch.manual_seed(11)
 
 
-def test_without_the_library_the_kernels_are_plain_pytorch(monkeypatch):
-    """As in a package that was built without it."""
+def test_with_a_damaged_library_the_kernels_are_plain_pytorch(monkeypatch):
 
     def missing(path):
         raise OSError(f"{path}: cannot open shared object file")
@@ -215,6 +214,18 @@ def test_without_the_library_the_kernels_are_plain_pytorch(monkeypatch):
         x, weight = torch.randn(3, 8), torch.rand(8)
         found = kernels.rms_norm(x, weight, 1e-6)
     torch.testing.assert_close(found, kernels.rms_norm(x, weight, 1e-6), rtol=0, atol=1e-6)
+
+
+def test_a_package_without_the_library(monkeypatch, tmp_path):
+    x, weight = torch.randn(3, 8), torch.rand(8)
+    expected = kernels.rms_norm(x, weight, 1e-6)
+    monkeypatch.setattr(kernels, "LIB_DIR", tmp_path)
+    kernels.library.cache_clear()
+    try:
+        assert kernels.library() is None
+        torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-6), expected, rtol=0, atol=1e-6)
+    finally:
+        kernels.library.cache_clear()
 
 
 def test_the_library_is_there():

@@ -19,6 +19,7 @@ from pydeltamem.bench import tune
 from pydeltamem.bench.tune import COUNTS, DECODE, PROMPTS, SAME, Candidate, Gain, choose, halve, relevant
 from pydeltamem.cli import chat, generate, model_options, serve
 from pydeltamem.cli.parser import Parser
+from pydeltamem.formats.packed import pack
 from pydeltamem.runtime import library
 from pydeltamem.tuned import Record, Settings
 from refusals import refused
@@ -396,10 +397,15 @@ def test_the_server_takes_the_same_options(model):
 
 
 @pytest.mark.parametrize(
-    ("counts", "more"), [("both", ()), ("decode", ("--kv-types", "q8_0")), ("prompts", ("--deltamem", "ADAPTER"))]
+    ("counts", "more"), [("both", ()), ("decode", ("--kv-types", "q8_0")), ("prompts", ("--deltamem", "ADAPTER")), ("decode", ("packed",))]
 )
 def test_a_small_run(cache, model, counts, more):
     adapter = SMALL.with_name("default-tsw.gguf")
+    if more == ("packed",):
+        pack(SMALL, adapter, model)
+        adapter, more = model, ()
+    elif more[:1] != ("--deltamem",):
+        adapter = None
     more = [str(adapter) if word == "ADAPTER" else word for word in more]
     result = deltamem("tune", "-m", model, "--seconds", 1, "--for", counts, *more)
     assert result.returncode == 0, result.stderr
@@ -407,7 +413,7 @@ def test_a_small_run(cache, model, counts, more):
     record = tuned.kept(str(model), -1)
     found = record.found
     assert found["counts"] == counts and Settings.of(found["default"]) == Settings.default()
-    assert found["deltamem"] == (str(adapter) if more and more[0] == "--deltamem" else None)
+    assert found["deltamem"] == (None if adapter is None else str(adapter))
     measured = {kind: found["tokens_per_second"][kind] for kind in (PROMPTS, DECODE)}
     assert all(one["low"] <= one["ratio"] <= one["high"] and one["tuned"] > 0 for one in measured.values())
     assert all(measured[kind]["ratio"] >= 1 for kind in COUNTS[counts])

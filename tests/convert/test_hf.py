@@ -68,6 +68,21 @@ def test_half_of_a_split_model(hf, tmp_path, there, missing):
     assert not (tmp_path / "base.gguf").exists()
 
 
+def test_an_audio_decoder_has_no_block_of_a_language_model(tmp_path):
+    """It is whole without the weights whose absence makes another model incomplete."""
+    config = {"vocab_size": 16, "n_embd_features": 8, "n_ff": 8, "group_norm_epsilon": 1e-6, "group_norm_groups": 2}
+    config.update(architectures=["WavTokenizerDec"], posnet={"n_embd": 8, "n_layer": 1})
+    config.update(num_hidden_layers=1, convnext={"n_embd": 8, "n_layer": 1})
+    folder, out = tmp_path / "hf", tmp_path / "audio.gguf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {"backbone.norm.weight": np.ones(8, np.float32), "backbone.norm.bias": np.zeros(8, np.float32)}
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    convert_base(folder, out, "f32")
+    header = Header(out)
+    assert header.keys["general.architecture"] == "wavtokenizer-dec" and len(header.tensors) == len(weights)
+
+
 def test_where_it_cannot_be_written(hf, tmp_path):
     for out, says in ((tmp_path / "no" / "base.gguf", "No such file or directory"), (hf, "folder")):
         with refuses(OutputError, out, says):
