@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 
+import gguf
 import pytest
 
 from pydeltamem import AdapterError, DeltaMemLlama, InputError, LibraryError
@@ -122,6 +124,25 @@ def test_an_assertion_of_llama_cpp_is_not_the_end(rows):
     assert "do not make a model" in rows["plm"]["problem"] and rows["plm"]["status"] == "unknown"
     few = architectures.describe(["plm", "qwen3"])["architectures"]
     assert [(row["architecture"], row["status"]) for row in few] == [("qwen3", "verified"), ("plm", "unknown")]
+
+
+def test_a_model_without_a_context_is_told(monkeypatch, capsys):
+    """By the process that asks: a later llama.cpp may have such a model."""
+    defaults = library.llama_cpp.llama_context_default_params
+
+    def refused():
+        params = defaults()
+        params.type_v, params.flash_attn_type = gguf.GGMLQuantizationType.Q8_0, 0
+        return params
+
+    monkeypatch.setattr(library.llama_cpp, "llama_context_default_params", refused)
+    monkeypatch.setattr(sys, "argv", ["architectures", "qwen3", "llama"])
+    monkeypatch.delitem(sys.modules, architectures.__name__)
+    runpy.run_module(architectures.__name__, run_name="__main__")
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(answers) == 2
+    for answer in answers:
+        assert "V cache" in answer["problem"] and not answer["refused"] and not answer["layers"]
 
 
 def test_command_line(rows, tmp_path, capsys):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from pydeltamem import DeltaMemLlama
 from pydeltamem.cli.main import main
 from pydeltamem.errors import AdapterError, MemoryFileError, ModelError
 from pydeltamem.formats.description import describe
@@ -208,6 +209,14 @@ def test_memory(memory):
 
 
 # how it is printed
+
+
+def test_a_long_name_of_an_adapter_is_kept_whole(base, adapter, tmp_path):
+    name = "a long name, é " * 40
+    long = rewritten(tmp_path / "long.gguf", adapter("qwen3", "tsw_qo"), general__name=name)
+    with DeltaMemLlama(base(), deltamem_path=long, n_ctx=64, verbose=False) as llm:
+        llm.memory.save(tmp_path / "talk.memory")
+    assert describe(tmp_path / "talk.memory")["memory"]["adapter"] == name
 
 
 @pytest.fixture

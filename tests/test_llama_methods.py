@@ -21,6 +21,7 @@ from llama_cpp.llama_tokenizer import LlamaHFTokenizer, LlamaTokenizer
 from pydeltamem import DeltaMemLlama, InputError, ModelError
 from pydeltamem.formats.memory_file import MemorySnapshot
 from refusals import refuses
+from test_inspect import rewritten
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "llama-methods.md"
 TOKENS = [5, 17, 40, 99, 7, 63, 120, 5, 17, 88, 200, 31]
@@ -64,6 +65,16 @@ def test_tokens_and_bytes(llm):
     assert llm.tokenize(b"\xff\xfe")  # no UTF-8
     assert isinstance(llm.tokenizer(), LlamaTokenizer)
     assert llm.tokenizer().decode(llm.tokenizer().encode("hello")) in ("hello", " hello")
+
+
+@pytest.mark.parametrize("n", [32, 33, 64, 65, 300])
+def test_a_long_token_is_whole(base, tmp_path, n):
+    """One of many spaces or dashes, as vocabularies have."""
+    field = gguf.GGUFReader(base()).fields["tokenizer.ggml.tokens"]
+    tokens = [token if i != 300 else "-" * n for i, token in enumerate(field.contents())]
+    path = rewritten(tmp_path / "long.gguf", base(), tokenizer__ggml__tokens=tokens)
+    with DeltaMemLlama(path, n_ctx=64, verbose=False) as llm:
+        assert llm.detokenize([300, 300]) == b"-" * 2 * n
 
 
 def test_special_tokens(llm):

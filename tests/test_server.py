@@ -952,6 +952,19 @@ def test_a_store_of_a_newer_format_is_refused(tmp_path):
         Store(f"sqlite:///{tmp_path / 'text.db'}")
 
 
+def test_a_store_whose_table_is_gone_is_named(tmp_path):
+    import sqlalchemy as sa
+
+    store = Store(f"sqlite:///{tmp_path / 'sessions.db'}")
+    engine = sa.create_engine(store.url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE sessions")
+    engine.dispose()
+    with pytest.raises(StoreError, match=r"sessions\.db"):
+        store.get("", "ada")
+    store.close()
+
+
 def test_a_killed_server_has_what_it_told(tmp_path, base, adapter):
     """Killed under load, again and again: each session is at the last turn that was told, or one after it."""
     script = textwrap.dedent(

@@ -410,8 +410,12 @@ def test_sessions_are_made_forked_renamed_and_deleted(server, browse):
     tab = browse(server, "one")
     tab.say("My name is Hugo.")
     tab.press("Fork")
+    until(lambda: tab.shown("[role=dialog]"))
+    tab.press("New session")  # one thing at a time: not before the dialog is answered
+    tab.press("Regenerate the answer")
     tab.choose("two")
     assert [who for who, _ in tab.text] == ["You", "The model"]
+    assert server.get("/v1/memories/one").json()["version"] == 1
     tab.say("I have a cat.")
     here = server.sessions()
     assert (here["one"], here["two"]) == (1, 2)
@@ -547,6 +551,9 @@ def test_it_waits_for_the_model_and_an_answer_can_be_stopped(browse, tmp_path):
         tab = browse(server, "long", waits=False)
         until(lambda: "loaded" in tab.js("return document.body.innerText"))
         assert not tab.is_open
+        waits = tab.shown(".wait")
+        time.sleep(1.5)  # it looks for the model again meanwhile
+        assert "loaded" in waits.text  # and does not draw this again, which would be read aloud each time
         go.touch()
         tab.ready()
         tab.fill("Tokens at most", "8000")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -190,6 +192,19 @@ def test_a_checkpoint_that_cannot_be_written(synthetic, tmp_path):
         with refuses(OutputError, folder):
             write_adapter_checkpoint(folder, synthetic("qwen3", "f32"))
     assert taken.read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit of POSIX")
+def test_a_checkpoint_on_a_full_disk(synthetic, tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with refuses(OutputError, tmp_path / "folder"):
+            write_adapter_checkpoint(tmp_path / "folder", synthetic("qwen3", "f32"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_gguf_reader_agrees(synthetic):

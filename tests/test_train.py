@@ -315,11 +315,11 @@ def test_without_matplotlib_there_is_no_picture(hf_dir, data, tmp_path, monkeypa
 
 
 def test_the_command(hf_dir, data, tmp_path, capsys):
-    options = ["--steps", "3", "--batch", "4", "--rank", "4", "--layers", "1"]
+    options = ["--steps", "3", "--batch", "4", "--rank", "4", "--layers", "1", "--dropout", "0.25"]
     assert main(["train", str(hf_dir), str(data), "-o", str(tmp_path / "out"), *options]) == 0
     said = capsys.readouterr().out
     assert Checkpoint(tmp_path / "out").config.target_layers == (1,)
-    n_held_out = trainer(hf_dir, data, tmp_path / "out", steps=3, layers=[1]).n_held_out
+    n_held_out = trainer(hf_dir, data, tmp_path / "out", steps=3, layers=[1], dropout=0.25).n_held_out
     assert n_held_out > 0 and f"{n_held_out} held out" in said
     assert main(["train", str(hf_dir), str(tmp_path / "none.jsonl"), "-o", str(tmp_path / "out")]) == 1
     check_names(capsys.readouterr().err.strip(), [tmp_path / "none.jsonl"])
@@ -327,7 +327,14 @@ def test_the_command(hf_dir, data, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "option",
-    [("--rate", "-1"), ("--rate", "nan"), ("--clip", "0"), ("--heads-gain", "x"), ("--dropout", "1"), ("--visible", "-1")],
+    [
+        ("--rate", "-1"),
+        ("--rate", "nan"),
+        ("--clip", "0"),
+        ("--heads-gain", "x"),
+        ("--dropout", "1"),
+        ("--visible", "-1"),
+    ],
 )
 def test_options_of_the_command(tmp_path, option, capsys):
     with pytest.raises(SystemExit) as ended:

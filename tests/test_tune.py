@@ -397,7 +397,8 @@ def test_the_server_takes_the_same_options(model):
 
 
 @pytest.mark.parametrize(
-    ("counts", "more"), [("both", ()), ("decode", ("--kv-types", "q8_0")), ("prompts", ("--deltamem", "ADAPTER")), ("decode", ("packed",))]
+    ("counts", "more"),
+    [("both", ()), ("decode", ("--kv-types", "q8_0")), ("prompts", ("--deltamem", "ADAPTER")), ("decode", ("packed",))],
 )
 def test_a_small_run(cache, model, counts, more):
     adapter = SMALL.with_name("default-tsw.gguf")
