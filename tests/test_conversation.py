@@ -898,6 +898,24 @@ def test_going_back_is_saved(llm, tmp_path):
         assert not saved().state.any()
 
 
+def test_another_kind_of_adapter_comes_in_the_middle_of_a_message(make, adapter):
+    """One that writes token by token takes no message as a whole: what was read of it is taken back."""
+    llm = make("ssw_message", n_batch=16, n_ubatch=16)
+    conversation = Conversation(llm, **GREEDY)
+    conversation.say("my name is ada")
+    messages = list(conversation.messages)
+
+    def attach(_):
+        llm._engine.stepped = lambda seconds: None
+        llm.memory.attach(adapter("qwen3", "tsw_qo"))
+
+    llm._engine.stepped = attach
+    with refuses(InputError, "segments"):
+        conversation.say("a long message that needs many batches " * 3)
+    assert conversation.messages == messages and conversation.memory.n_written == 0
+    assert conversation.say("hello") and conversation.memory.n_written > 0
+
+
 @pytest.mark.parametrize("change", ["other", "again", "detach"])
 def test_a_memory_file_outlives_the_adapter(make, adapter, tmp_path, change):
     """The file is not overwritten by what another adapter, or none, made of the memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 from llama_cpp import (
@@ -11,7 +12,7 @@ from llama_cpp import (
     LLAMA_POOLING_TYPE_NONE,
 )
 
-from pydeltamem import InputError
+from pydeltamem import DeltaMemLlama, InputError
 from refusals import refuses
 
 TEXTS = ["hello there", "how are you today", "a", "one two three four five six seven", "hello there"]
@@ -163,3 +164,65 @@ def test_a_text_is_read_beside_embeddings(make_llm):
         states.append(llm.memory.state)
     assert states[0].any()
     np.testing.assert_allclose(*states, rtol=0, atol=1e-6)
+
+
+#
+# encoders
+#
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A tiny random BERT in PyTorch, and its GGUF."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = special + [f"\u2581{word}" for word in ("hello", "there", "how", "are", "you")]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=len(words), **sizes, max_position_embeddings=64, layer_norm_eps=1e-6)
+    model = transformers.BertModel(config).eval()
+    writer = gguf.GGUFWriter(tmp_path / "bert.gguf", "bert")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_layer_norm_eps(1e-6)
+    writer.add_causal_attention(False)
+    writer.add_tokenizer_model("bert")
+    writer.add_token_list(words)
+    writer.add_token_types([3] * 5 + [1] * 5)
+    writer.add_token_type_count(2)
+    for name, i in (("pad", 0), ("unk", 1), ("bos", 2), ("eos", 3), ("sep", 3), ("mask", 4)):
+        getattr(writer, f"add_{name}_token_id")(i)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, 2)
+    for name, weights in model.state_dict().items():
+        if (ours := names.get_name(name, try_suffixes=(".weight", ".bias"))) is not None:
+            writer.add_tensor(ours, weights.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model, tmp_path / "bert.gguf"
+
+
+def test_an_encoder_agrees_with_pytorch(bert):
+    """It has no KV cache and no logits: what evaluates tokens takes them all the same, and changes no vector."""
+    import torch
+
+    model, path = bert
+    texts = ["hello there", "how are you", "you"]
+    with DeltaMemLlama(path, embedding=True, pooling_type=MEAN, n_ctx=64, n_seq_max=2, verbose=False) as llm:
+        with torch.no_grad():
+            ids = [torch.tensor([llm.tokenize(text.encode())]) for text in texts]
+            expected = [model(each).last_hidden_state[0].mean(0).numpy() for each in ids]
+        assert len(set(map(tuple, expected))) == 3
+        for _ in range(2):
+            np.testing.assert_allclose(llm.embed(texts), expected, rtol=1e-3, atol=1e-3)
+            llm.reset()
+            llm.eval([5, 6, 7])
+            llm.n_tokens = 2
+            llm.eval([8])
+            assert llm.n_tokens == 3

@@ -438,3 +438,82 @@ def test_a_newcomer_sits_beside_those_that_are_decoded(make, recorded):
     slots = sorted(talk._text.slot for talk in newcomers)
     assert slots[1] - slots[0] == 1 and max(map(len, decodes)) == 2
     assert held[talks[0]] in slots  # the first had nobody to sit beside
+
+
+def test_a_text_without_a_slot_waits_for_one(make, recorded, monkeypatch):
+    """Another thread has the only one, and its request calls functions of that thread."""
+    llm = make(n_seq_max=1)
+    engine = llm._engine
+    holder, newcomer, once = engine.text(), engine.text(), make()._engine.text()
+    holder.eval([5, 6, 7])
+    request, tried, take = Request(holder), threading.Event(), engine.slots.take
+    request.calls_back = True
+    request.ask([9])
+    engine._wanted[request] = 0  # its thread has not come to the lock yet
+
+    def taken(*arguments):
+        slot = take(*arguments)
+        if slot is None:
+            tried.set()
+        return slot
+
+    monkeypatch.setattr(engine.slots, "take", taken)
+    decodes = recorded(llm)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(newcomer.eval, [7, 8])
+        assert tried.wait(TIMEOUT)
+        assert holder.slot == 0 and newcomer.slot is None and not decodes
+        engine.wait([request])
+        other.result(TIMEOUT)
+    assert decodes == [{0: 1}, {0: 2}]
+    once.eval([7, 8])
+    np.testing.assert_array_equal(newcomer.state, once.state)
+
+
+def test_nothing_to_decode_is_no_decode(make, recorded):
+    llm = make()
+    text = llm._engine.text()
+    text.eval([5, 6, 7])
+    decodes = recorded(llm)
+    assert text.eval([]).n_tokens == 3 and not decodes
+    text.lost_kv()  # now there is
+    assert text.eval([]).n_tokens == 3 and decodes == [{text.slot: 3}]
+
+
+def test_what_cannot_go_on_ends_alone(make):
+    """What one request asks for next fails: the other in the decode goes on."""
+
+    class Again(Request):
+        fails = None
+
+        def follow(self):
+            if self.fails is not None:
+                raise self.fails
+            if self.text.n_tokens < 4:
+                self.ask([9])
+
+    llm = make()
+    requests = [Again(llm._engine.text()) for _ in range(2)]
+    requests[0].fails = ValueError("no more")
+    for request in requests:
+        request.ask([5, 6])
+    while waiting := [request for request in requests if not request.is_over]:
+        llm._engine.wait(waiting)
+    assert [request.text.n_tokens for request in requests] == [2, 4]
+    assert [request.error for request in requests] == [requests[0].fails, None]
+
+
+def test_who_keeps_the_lock_waits_for_no_other_thread(make):
+    """Who could not come before it lets go."""
+    llm = make()
+    llm._engine.patience = (0.2, 10**9)
+    text, pieces = llm._engine.text(), Conversation(llm, n_predict=9).stream("hello")
+    text.eval([5, 6])
+    in_threads(lambda: next(pieces))
+    assert len(llm._engine._left) == 1
+    with llm._engine.lock:
+        text.eval([7])
+    assert len(llm._engine._left) == 1  # not given up as late
+    text.eval([8])
+    assert len(llm._engine._left) == 0
+    pieces.close()

@@ -460,9 +460,9 @@ class Slots:
         """What is wrong with the logits and the state after a token; None if nothing is."""
         if state is not None and not np.isfinite(state).all():
             return self.not_finite("the memory")
-        logits = _llama.llama_get_logits_ith(self.ctx, row)
-        if not logits:  # an embedding model
+        if _llama.llama_get_memory(self.ctx) is None:  # an encoder, which computes no logits
             return None
+        logits = _llama.llama_get_logits_ith(self.ctx, row)
         highest = np.ctypeslib.as_array(logits, (self._n_vocab,)).max()
         # a NaN in the model makes every logit NaN; a value beyond float32 becomes 0 in a norm
         if np.isfinite(highest) and (highest != 0 or np.ctypeslib.as_array(logits, (self._n_vocab,)).any()):
