@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
-import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -242,11 +243,50 @@ def ggml_with(monkeypatch, add_server):
     """Puts a ggml in the library's place whose RPC backend is this function; None: it has no such backend."""
     kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
     callback = None if add_server is None else kind(add_server)
-    ggml = types.SimpleNamespace(
+    ggml = SimpleNamespace(
         ggml_backend_reg_by_name=lambda name: 1 if callback else None,
         ggml_backend_reg_get_proc_address=lambda backend, name: ctypes.cast(callback, ctypes.c_void_p).value,
     )
     monkeypatch.setattr(remote, "_ggml", lambda: ggml)
+
+
+TWICE = """
+import sys
+from pydeltamem.runtime.remote import connect, gpu_names
+
+connect(sys.argv[1])
+once = gpu_names()
+connect(f"{sys.argv[1]},{sys.argv[1]}")
+print("devices", len(once), gpu_names() == once)
+"""
+
+
+def test_a_connected_server_is_not_connected_again(server):
+    assert "devices 1 True" in in_process(TWICE, server[0])
+
+
+@pytest.mark.parametrize("types", [(0, 3), (3, 0, 1), (2, 0, 1)])
+def test_what_a_machine_serves(monkeypatch, types):
+    """Its GPUs, or its CPU if it has none (enum ggml_backend_dev_type), at an address: llama.cpp knows no names."""
+    started, before, port = [], signal.getsignal(signal.SIGINT), free_port()
+    arguments = ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
+    start = ctypes.CFUNCTYPE(None, *arguments)(lambda *given: started.append((*given[:4], given[4][: given[3]])))
+    of_ggml = {
+        "reg_by_name": lambda name: 1,
+        "reg_get_proc_address": lambda backend, name: ctypes.cast(start, ctypes.c_void_p).value,
+        "dev_count": lambda: len(types),
+        "dev_get": lambda i: 100 + i,
+        "dev_type": lambda device: types[device - 100],
+    }
+    ggml = SimpleNamespace(**{f"ggml_backend_{name}": of_ggml[name] for name in of_ggml})
+    monkeypatch.setattr(remote, "_ggml", lambda: ggml)
+    try:
+        remote.serve("localhost", port, 3)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # Ctrl-C ends it
+    finally:
+        signal.signal(signal.SIGINT, before)
+    served = [100 + i for i, kind in enumerate(types) if kind in (1, 2)] or [100 + types.index(0)]
+    assert started == [(f"127.0.0.1:{port}".encode(), None, 3, len(served), served)]
 
 
 def test_a_library_without_rpc(monkeypatch, listening):

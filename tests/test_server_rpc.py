@@ -7,7 +7,9 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -17,7 +19,7 @@ import pytest
 from fleet import Replica, RpcServer, free_port, until
 from pydeltamem.errors import InputError
 from pydeltamem.formats.memory_file import MemorySnapshot
-from pydeltamem.server.supervisor import supervise
+from pydeltamem.server.supervisor import AGAIN, supervise
 from pydeltamem.server.worker import ModelLost
 from refusals import refuses
 from servers import command, in_thread, process
@@ -188,6 +190,8 @@ def test_what_runs_fails_when_the_model_is_lost():
                 api.service.worker.call(lambda: None)
             assert api.http.get("/health").json() == {"status": "rpc server away"}
             assert api.http.get("/health/live").status_code == 200
+            time.sleep(1.1)  # the model is asked at most once a second
+            assert api.http.get("/health").json() == {"status": "rpc server away"}
 
 
 def test_a_port_that_is_taken_is_named():
@@ -195,3 +199,85 @@ def test_a_port_that_is_taken_is_named():
         port = taken.getsockname()[1]
         with refuses(InputError, f"127.0.0.1:{port}"):
             supervise("127.0.0.1", port, [])
+
+
+def test_it_ends_while_it_waits_for_rpc_servers(running):
+    """And answers what it has read to its end."""
+    until(lambda: is_away(running))
+    body = (b" " * 100_000 for _ in range(20))
+    answer = httpx.post(f"{running.address}/v1/chat/completions", content=body, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "rpc_unavailable")
+    assert running.end() == 0
+
+
+def test_a_server_that_finds_no_rpc_server_is_to_begin_again(tmp_path):
+    """It was there when the supervisor looked."""
+    ours, its = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ours, its:
+        given = listener.fileno(), its.fileno()
+        options = "--rpc", f"127.0.0.1:{free_port()}", "--supervised", "{},{}".format(*given)
+        with subprocess.Popen(command(tmp_path, *options), pass_fds=given, stderr=subprocess.PIPE) as server:
+            its.close()
+            assert ours.recv(1) == b"1"
+            ours.sendall(b"1")
+            _, said = server.communicate(timeout=120)
+        assert server.returncode == AGAIN and b"Traceback" not in said
+
+
+#
+# the supervisor, with a program in the place of its server
+#
+
+
+@pytest.fixture
+def supervised(tmp_path, monkeypatch):
+    """supervised(code): what the supervisor of this server returns. `its` is the server's socket to the supervisor."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(code):
+        program = tmp_path / "server"
+        begin = f"#!{sys.executable}\nimport os, select, signal, socket, sys, time\nfrom pathlib import Path\n"
+        program.write_text(f"{begin}its = socket.socket(fileno=int(sys.argv[-1].split(',')[1]))\n{code}")
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+        return supervise("127.0.0.1", free_port(), [])
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_model_that_is_lost_at_the_end_does_not_begin_again(supervised):
+    code = f"""
+signal.signal(signal.SIGTERM, lambda *_: os._exit({AGAIN}))
+its.sendall(b"1")
+its.recv(1)
+its.sendall(b"1")
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    assert supervised(code) == 0
+
+
+def test_a_signal_while_a_server_begins_ends_that_one(supervised, monkeypatch):
+    begin = subprocess.Popen
+
+    def begun(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begin(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", begun)
+    assert supervised("time.sleep(60)") == 128 + signal.SIGTERM
+
+
+def test_a_server_that_ends_before_it_has_heard_begins_again(supervised, tmp_path):
+    """What it has not read breaks the connection."""
+    code = f"""
+if Path({str(tmp_path / "once")!r}).exists():
+    sys.exit(3)
+Path({str(tmp_path / "once")!r}).touch()
+its.sendall(b"1")
+select.select([its], [], [])
+os._exit({AGAIN})
+"""
+    assert supervised(code) == 3

@@ -115,6 +115,7 @@ def serve(host: str, port: int, n_threads: int) -> None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
+            address = probe.getsockname()[0]  # llama.cpp takes no names
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{host}:{port}: cannot listen there: {reason}") from error
@@ -125,7 +126,7 @@ def serve(host: str, port: int, n_threads: int) -> None:
         [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)],
     )
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the loop runs in C, where Python cannot see a Ctrl-C
-    start(f"{host}:{port}".encode(), None, n_threads, len(devices), (ctypes.c_void_p * len(devices))(*devices))
+    start(f"{address}:{port}".encode(), None, n_threads, len(devices), (ctypes.c_void_p * len(devices))(*devices))
 
 
 def _parse(endpoint: str) -> tuple[str, int]:

@@ -61,13 +61,13 @@ class _Supervisor:
                 if self.told is not None:
                     return 0 if self.told == signal.SIGTERM else 128 + self.told
                 self.server, ours = self._begin()
-                ours.recv(1)  # it would listen, or is over
+                _heard(ours)  # it would listen, or is over
             with contextlib.suppress(OSError):  # it is over
                 ours.sendall(b"1")  # this process accepts no more; who comes meanwhile waits in the socket's queue
             n_failed += 1
-            if ours.recv(1):  # it has its model; nothing: it is over
+            if _heard(ours):  # it has its model
                 n_failed = 0
-                ours.recv(1)
+                _heard(ours)
             status = self.server.wait()
             ours.close()
             if self.told is not None and status == AGAIN:  # it lost its model at the end
@@ -111,6 +111,14 @@ class _Supervisor:
         self.told = number
         if self.server is not None and self.server.poll() is None:
             self.server.send_signal(number)
+
+
+def _heard(ours: socket.socket) -> bool:
+    """Waits until the server says something. False if it is over."""
+    try:
+        return bool(ours.recv(1))
+    except OSError:  # it had not read all
+        return False
 
 
 @contextlib.contextmanager
