@@ -240,29 +240,39 @@ def listening():
 
 
 def ggml_with(monkeypatch, add_server):
-    """Puts a ggml in the library's place whose RPC backend is this function; None: it has no such backend."""
+    """Puts a ggml in the library's place whose RPC backend is this function; None: it has no such backend. Returns the
+    list of what is registered there.
+    """
     kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
     callback = None if add_server is None else kind(add_server)
+    registered = []
     ggml = SimpleNamespace(
+        ggml_backend_register=lambda server: registered.append(server),
         ggml_backend_reg_by_name=lambda name: 1 if callback else None,
         ggml_backend_reg_get_proc_address=lambda backend, name: ctypes.cast(callback, ctypes.c_void_p).value,
     )
     monkeypatch.setattr(remote, "_ggml", lambda: ggml)
+    return registered
 
 
-TWICE = """
-import sys
-from pydeltamem.runtime.remote import connect, gpu_names
+LOST = """
+import threading
+from pydeltamem.runtime import library, remote
 
-connect(sys.argv[1])
-once = gpu_names()
-connect(f"{sys.argv[1]},{sys.argv[1]}")
-print("devices", len(once), gpu_names() == once)
+told = threading.Event()
+remote.when_lost(lambda reason: (print(reason), told.set()))
+abort = library.llama_cpp.llama_cpp._lib.ggml_abort
+thread = threading.Thread(target=abort, args=(b"file.c", 7, b"%s is gone", b"the server"), daemon=True)
+thread.start()
+assert told.wait(60)
+thread.join(1)
+print("alive", thread.is_alive())
 """
 
 
-def test_a_connected_server_is_not_connected_again(server):
-    assert "devices 1 True" in in_process(TWICE, server[0])
+def test_where_llama_cpp_would_end_the_process_one_thread_stays():
+    said = in_process(LOST)
+    assert "the server is gone" in said and "alive True" in said
 
 
 @pytest.mark.parametrize("types", [(0, 3), (3, 0, 1), (2, 0, 1)])
@@ -302,3 +312,12 @@ def test_a_server_without_devices_is_named(monkeypatch, listening):
         with refuses(InputError, listening):
             connect(listening)
         assert asked == [listening] * n
+
+
+def test_a_connected_server_is_not_connected_again(monkeypatch, listening):
+    asked = []
+    monkeypatch.setattr(remote, "_connected", set())
+    registered = ggml_with(monkeypatch, lambda endpoint: asked.append(endpoint.decode()) or 7)
+    connect(f"{listening},{listening}")
+    connect(listening)
+    assert asked == [listening] and registered == [7]

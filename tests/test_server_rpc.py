@@ -224,6 +224,17 @@ def test_a_server_that_finds_no_rpc_server_is_to_begin_again(tmp_path):
         assert server.returncode == AGAIN and b"Traceback" not in said
 
 
+def test_a_server_that_hangs_at_its_end_ends():
+    code = """
+import time
+from pydeltamem.server import supervisor
+supervisor._ENDS = 0.1
+supervisor.end_soon()
+time.sleep(60)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == AGAIN
+
+
 #
 # the supervisor, with a program in the place of its server
 #
