@@ -322,8 +322,8 @@ class Conversation:
             role = following[0]["role"]
         else:
             role = "assistant" if messages and messages[-1]["role"] == "user" else "user"
-        # the common beginning of two continuations
-        ways = [chat_prompt(self.llm, [*messages, {"role": role, "content": content}])[0] for content in "01"]
+        # the common beginning of two continuations: a space before "a" may be a part of its token
+        ways = [chat_prompt(self.llm, [*messages, {"role": role, "content": content}])[0] for content in "0a"]
         return ways[0][: n_common(*ways)]
 
     def _said_last(self) -> int:

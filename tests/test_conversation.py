@@ -801,6 +801,28 @@ def test_embedding_beside_several_sequences(make):
     np.testing.assert_allclose(run(3), run(1), **SAME)
 
 
+@pytest.mark.parametrize("strategy", ["tsw", "ssw"])
+def test_messages_are_decoded_once(monkeypatch, strategy):
+    """Also by a tokenizer that joins the space after a header and the word that follows: no token of a message depends on
+    the next message. An ingest in segments would be read again as a whole.
+    """
+    model, memories = default_files()
+    llm = DeltaMemLlama(str(model), deltamem_path=str(memories[strategy]), n_ctx=256, verbose=False)
+    decode, n_decoded = type(llm._ctx).decode, []
+
+    def count(ctx, batch):
+        n_decoded.append(batch.n_tokens())
+        decode(ctx, batch)
+
+    monkeypatch.setattr(type(llm._ctx), "decode", count)
+    conversation = Conversation(llm)
+    for said, answer in [("my cat is Tom", "nice"), ("12 mice", "2"), ("so it is", "yes")]:
+        conversation.add("user", said)
+        conversation.add("assistant", answer)
+    assert sum(n_decoded) == conversation.n_tokens
+    llm.close()
+
+
 def test_saved_states_leave_them_alone(llm):
     conversation = Conversation(llm, **GREEDY)
     conversation.say("hello there")
