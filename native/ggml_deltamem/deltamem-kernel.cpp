@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <type_traits>
 
 #if defined(DELTAMEM_AVX512) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
     #define DELTAMEM_TILES
@@ -605,14 +606,17 @@ static float dot(const q8_0 * w, const float * x, int64_t n) {
     return sum_of(acc);
 }
 
-static constexpr size_t AHEAD = 2048; // bytes by which weights are prefetched
+static constexpr size_t AHEAD =
+        2048; // bytes by which blocks are prefetched; of other weights the processor does as well
 
 // dst = out + added + weight in, row by row: the first token loads a row's weights from memory, the others find them in
 // the cache.
 template <typename W> static void product(const deltamem_product_args & args) {
     for (int64_t row = 0; row < args.n_out; ++row) {
         const W * w = (const W *) args.weight + row * args.weight_stride;
-        prefetch((const char *) w + AHEAD, args.weight_stride * sizeof(W));
+        if constexpr (std::is_same_v<W, q8_0>) {
+            prefetch((const char *) w + AHEAD, args.weight_stride * sizeof(W));
+        }
         for (int64_t t = 0; t < args.n_tokens; ++t) {
             float sum = args.out ? args.out[t * args.out_stride + row] : 0.0f;
             if (args.added) {
