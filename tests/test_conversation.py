@@ -803,8 +803,8 @@ def test_embedding_beside_several_sequences(make):
 
 @pytest.mark.parametrize("strategy", ["tsw", "ssw"])
 def test_messages_are_decoded_once(monkeypatch, strategy):
-    """Also by a tokenizer that joins the space after a header and the word that follows: no token of a message depends on
-    the next message. An ingest in segments would be read again as a whole.
+    """Also by a tokenizer that joins the space after a header and the word that follows: no token of a message depends
+    on the next message. An ingest in segments would be read again as a whole.
     """
     model, memories = default_files()
     llm = DeltaMemLlama(str(model), deltamem_path=str(memories[strategy]), n_ctx=256, verbose=False)
