@@ -198,11 +198,11 @@ def test_a_checkpoint_that_cannot_be_written(synthetic, tmp_path):
 def test_a_checkpoint_on_a_full_disk(synthetic, tmp_path):
     import resource
 
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    base, limits = synthetic("qwen3", "f32"), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         with refuses(OutputError, tmp_path / "folder"):
-            write_adapter_checkpoint(tmp_path / "folder", synthetic("qwen3", "f32"))
+            write_adapter_checkpoint(tmp_path / "folder", base)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
