@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pydeltamem import DeltaMemError, DeltaMemLlama, InputError, ModelError
 from pydeltamem.conversation import caught_prompt
 from pydeltamem.runtime.history import n_common
 from pydeltamem.server import AsyncDeltaMem
-from pydeltamem.server.history import digests, known_messages
+from pydeltamem.server.history import begins, digests, known_messages
 from pydeltamem.server.service import SessionBusy, SessionUnknown
 from pydeltamem.server.store import Conflict, Store, StoreAway, StoreError
 from pydeltamem.server.worker import QueueFull
@@ -443,6 +444,19 @@ def test_options(serving):
             assert await service.chat([user("hello")], temperature=None, stop=None, **known).whole() == default
 
     asyncio.run(run())
+
+
+def test_a_message_begins_with_the_space_that_its_first_word_takes():
+    """Without it the first word of a new message would count as read, and not be written."""
+
+    def render(messages):
+        text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        return [hash(token) for token in re.findall(r" ?[A-Za-z]+|.|\n", text)]
+
+    messages = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Hi"}]
+    tokens = render(messages)
+    assert begins(render, messages, 0) == tokens.index(hash(" Hello"))
+    assert begins(render, messages, 1) == tokens.index(hash(" Hi"))
 
 
 def test_which_messages_are_known():

@@ -108,9 +108,12 @@ def known_tokens(
 
 
 def begins(render: Callable[[Sequence[Message]], Sequence[int]], messages: Sequence[Message], i: int) -> int:
-    """Where the content of message `i` begins, in tokens: up to there two contents have the same rendering."""
+    """Where the content of message `i` begins, in tokens: up to there two contents have the same rendering.
+
+    A space before "a" may be a part of its token, as before most first words.
+    """
     role = messages[i]["role"]
-    ways = [render([*messages[:i], {"role": role, "content": content}]) for content in "01"]
+    ways = [render([*messages[:i], {"role": role, "content": content}]) for content in "0a"]
     return n_common(*ways)
 
 
