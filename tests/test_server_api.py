@@ -880,10 +880,10 @@ def test_a_piece_comes_while_the_next_is_computed(narrow, monkeypatch):
     monkeypatch.setattr(type(narrow.service.worker.llm._ctx), "decode", computed)
     monkeypatch.setattr(slots, "is_end", lambda token: False)
     body = {"prompt": "one two", "stream": True, "max_tokens": 6, "temperature": 0, "grammar": "root ::= [a-z]+"}
-    with narrow.http.stream("POST", "/v1/completions", json=body) as stream:
+    with narrow.http.stream("POST", "/v1/completions", json={**body, "logprobs": 1}) as stream:
         for line in stream.iter_lines():
-            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["text"]:
-                got.append(line)
+            if line.startswith("data: {") and (choice := json.loads(line[6:])["choices"][0])["text"]:
+                got += choice["logprobs"]["tokens"]  # of two, if one line has what came together
     assert len(got) == 6 and waits == [2, 3, 4, 5]
 
 
