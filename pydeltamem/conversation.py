@@ -21,7 +21,7 @@ from .llama import DeltaMemLlama
 from .memory import Memory
 from .runtime import library
 from .runtime.generation import Generation
-from .runtime.history import n_common
+from .runtime.history import before_content, n_common
 from .runtime.lock import all_of, holding
 from .runtime.names import option
 from .runtime.stream import checked_grammar
@@ -322,9 +322,7 @@ class Conversation:
             role = following[0]["role"]
         else:
             role = "assistant" if messages and messages[-1]["role"] == "user" else "user"
-        # the common beginning of two continuations: a space before "a" may be a part of its token
-        ways = [chat_prompt(self.llm, [*messages, {"role": role, "content": content}])[0] for content in "0a"]
-        return ways[0][: n_common(*ways)]
+        return before_content(lambda chat: chat_prompt(self.llm, chat)[0], messages, role)
 
     def _said_last(self) -> int:
         """Index of the user's last message. Raises InputError if there is none."""

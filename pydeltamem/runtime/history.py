@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -359,6 +359,17 @@ class Position(NamedTuple):
             fresh=self.fresh if self.fresh <= start else max(start, self.fresh - (end - start)),
             checkpoints=checkpoints,
         )
+
+
+def before_content(
+    render: Callable[[list[Any]], Sequence[int]], messages: Sequence[Mapping[str, Any]], role: str
+) -> list[int]:
+    """Tokens of a chat up to where the content of one more message, of `role`, begins.
+
+    It is what two renderings have in common. A space before "a" may be a part of its token, as before most first words.
+    """
+    ways = [render([*messages, {"role": role, "content": content}]) for content in "0a"]
+    return list(ways[0][: n_common(*ways)])
 
 
 def n_common(a: Tokens, b: Tokens) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
-from ..runtime.history import n_common
+from ..runtime.history import before_content
 
 Message = Mapping[str, Any]
 
@@ -108,13 +108,8 @@ def known_tokens(
 
 
 def begins(render: Callable[[Sequence[Message]], Sequence[int]], messages: Sequence[Message], i: int) -> int:
-    """Where the content of message `i` begins, in tokens: up to there two contents have the same rendering.
-
-    A space before "a" may be a part of its token, as before most first words.
-    """
-    role = messages[i]["role"]
-    ways = [render([*messages[:i], {"role": role, "content": content}]) for content in "0a"]
-    return n_common(*ways)
+    """Where the content of message `i` begins, in tokens: up to there two contents have the same rendering."""
+    return len(before_content(render, messages[:i], messages[i]["role"]))
 
 
 def _canonical(message: Message) -> str:
