@@ -991,6 +991,14 @@ struct product_problem {
         }
     }
 
+    // by weights in Q8_0
+    product_problem(random_source & random, const blocks_of_weights & weight, int n_out, int n_tokens) :
+        product_problem(random, weight.n, n_out, n_tokens) {
+        args.weight        = weight.stored();
+        args.weights       = DELTAMEM_WEIGHTS_Q8_0;
+        args.weight_stride = weight.n / 32;
+    }
+
     // 0: a product; 1: a correction in place; 2: a correction and an addition, in the place of what is added
     guarded & set(int way) {
         args.out   = way > 0 ? out.data() : nullptr;
@@ -1028,11 +1036,8 @@ static void test_products() {
                 for (int n_blocks : { 1, 2, 3, 4, 5, 18, 80 }) {
                     random_source           random(1400 * n_blocks + 10 * n_out + n_tokens);
                     const blocks_of_weights weight(random, n_out, n_blocks);
-                    product_problem         p(random, weight.n, n_out, n_tokens);
+                    product_problem         p(random, weight, n_out, n_tokens);
                     guarded &               dst = p.set(way);
-                    p.args.weight               = weight.stored();
-                    p.args.weights              = DELTAMEM_WEIGHTS_Q8_0;
-                    p.args.weight_stride        = n_blocks;
                     test(p, dst, weight.data(), weight.n);
                 }
             }
@@ -1052,11 +1057,8 @@ static void test_tiles() {
                 for (int way = 0; way < 3; ++way) {
                     random_source           random(1500 * n_blocks + 10 * n_out + n_tokens);
                     const blocks_of_weights weight(random, n_out, n_blocks);
-                    product_problem         p(random, weight.n, n_out, n_tokens);
+                    product_problem         p(random, weight, n_out, n_tokens);
                     guarded &               dst = p.set(way);
-                    p.args.weight               = weight.stored();
-                    p.args.weights              = DELTAMEM_WEIGHTS_Q8_0;
-                    p.args.weight_stride        = n_blocks;
 
                     const std::vector<float> given(dst.data(), dst.data() + dst.size());
                     test_product(p.args, dst, weight.data(), weight.n, 0x1p-8,
