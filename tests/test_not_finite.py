@@ -13,7 +13,7 @@ from llama_cpp import LLAMA_POOLING_TYPE_MEAN, LogitsProcessorList, llama_vocab_
 
 from pydeltamem import Conversation, DeltaMemLlama, NotFiniteError, say_together
 from pydeltamem.cli.main import main
-from pydeltamem.runtime.slots import Slots
+from pydeltamem.runtime import library
 
 GREEDY = {"n_predict": 8, "temp": 0.0}
 TOKENS = [14, 17, 40, 99, 7, 63]
@@ -145,13 +145,13 @@ class Fails:
     """Makes everything not finite from the n-th decode on."""
 
     def __init__(self, monkeypatch, n):
-        self.n, fault = n, Slots._fault
+        self.n, take_result = n, library.llama_deltamem_take_result
 
-        def later(slots, *args):
+        def later(*args):
             self.n -= 1
-            return fault(slots, *args) if self.n > 0 else "absurd.gguf: not finite"
+            return take_result(*args) if self.n > 0 else library.LLAMA_DELTAMEM_LOGITS_NOT_FINITE
 
-        monkeypatch.setattr(Slots, "_fault", later)
+        monkeypatch.setattr(library, "llama_deltamem_take_result", later)
 
 
 @pytest.mark.parametrize("again", [False, True])

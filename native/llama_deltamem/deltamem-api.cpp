@@ -3,10 +3,12 @@
 #include "deltamem-api.h"
 
 #include "deltamem-context.h"
+#include "deltamem-logits.h"
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -228,6 +230,28 @@ int32_t llama_deltamem_state_get(llama_context * ctx, llama_seq_id seq_id, float
         ctx->synchronize();
         deltamem.state.get(seq_id, dst);
         return 0;
+    });
+}
+
+int32_t llama_deltamem_take_result(llama_context * ctx, llama_seq_id seq_id, int32_t i, float * dst, size_t n) {
+    return guarded([&]() -> int32_t {
+        if (dst) {
+            if (const int32_t status = llama_deltamem_state_get(ctx, seq_id, dst, n); status != 0) {
+                return status;
+            }
+            if (!std::all_of(dst, dst + n, [](float value) { return std::isfinite(value); })) {
+                return LLAMA_DELTAMEM_STATE_NOT_FINITE;
+            }
+        }
+        if (i < 0) {
+            return 0;
+        }
+        const float * logits = llama_get_logits_ith(ctx, i);
+        if (!logits) {
+            throw std::runtime_error(format("the batch has no logits of token %d", i));
+        }
+        const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(&ctx->get_model()));
+        return llama_deltamem_is_usable(logits, n_vocab) ? 0 : LLAMA_DELTAMEM_LOGITS_NOT_FINITE;
     });
 }
 

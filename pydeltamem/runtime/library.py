@@ -224,6 +224,20 @@ def llama_deltamem_state_set(
 def llama_deltamem_state_reset(ctx: llama_context_p, seq_id: int, /) -> int: ...
 
 
+LLAMA_DELTAMEM_STATE_NOT_FINITE = 1
+LLAMA_DELTAMEM_LOGITS_NOT_FINITE = 2
+
+
+# int32_t llama_deltamem_take_result(
+#     struct llama_context * ctx, llama_seq_id seq_id, int32_t i, float * dst, size_t n);
+@ctypes_function(
+    "llama_deltamem_take_result",
+    [llama_context_p_ctypes, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t],
+    ctypes.c_int32,
+)
+def llama_deltamem_take_result(ctx: llama_context_p, seq_id: int, i: int, dst: int | None, n: int, /) -> int: ...
+
+
 # int32_t llama_deltamem_state_copy(struct llama_context * ctx, llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
 @ctypes_function("llama_deltamem_state_copy", [llama_context_p_ctypes, ctypes.c_int32, ctypes.c_int32], ctypes.c_int32)
 def llama_deltamem_state_copy(ctx: llama_context_p, seq_id_src: int, seq_id_dst: int, /) -> int: ...

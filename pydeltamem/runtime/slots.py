@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import AdapterError, InputError, ModelError
+from ..errors import AdapterError, DecodeError, InputError, ModelError
 from . import library
 from .history import Piece, State
 from .lock import FairLock, holding
@@ -98,6 +98,7 @@ class Slots:
         self.n_decodes = 0
         model = _llama.llama_get_model(context.ctx)
         self._n_vocab = _llama.llama_vocab_n_tokens(_llama.llama_model_get_vocab(model))
+        self._has_logits = _llama.llama_get_memory(context.ctx) is not None  # an encoder computes none
         self._n_swa = _llama.llama_model_n_swa(model)  # 0: no sliding window
         # whether removing a sequence's last token leaves its cache as it was
         self._takes_back = not (
@@ -355,18 +356,20 @@ class Slots:
         n_tokens = sum(len(job.piece.tokens) for job in jobs)
         wanted = self._wanted[:n_tokens]
         batch.n_tokens = n_tokens
-        wanted[:] = 0
         marks: list[int] = []
         ends: list[int] = []
         at = 0
         for slot, n_past, piece, _, asked, scores in jobs:
             n = len(piece.tokens)
-            self._token[at : at + n] = piece.tokens
-            self._pos[at : at + n] = np.arange(n_past, n_past + n)
             for i in range(at, at + n):
                 if self._seq_id[i] != slot:
                     self._seq_id[i] = batch.seq_id[i][0] = slot
-            wanted[at : at + n] = scores is not None
+            if n == 1:  # most pieces: without what makes arrays
+                self._token[at], self._pos[at] = piece.tokens[0], n_past
+            else:
+                self._token[at : at + n] = piece.tokens
+                self._pos[at : at + n] = np.arange(n_past, n_past + n)
+                wanted[at : at + n] = scores is not None
             marks += [at + i for i in asked]
             at += n
             wanted[at - 1] = slot not in unused
@@ -385,28 +388,51 @@ class Slots:
             for job in between:
                 _llama.llama_memory_seq_rm(_llama.llama_get_memory(ctx), job.slot, job.n_past, -1)
 
-        kept = {mark: self._checkpoint(i) for i, mark in enumerate(marks[-library.LLAMA_DELTAMEM_MAX_CHECKPOINTS :])}
+        marks = marks[-library.LLAMA_DELTAMEM_MAX_CHECKPOINTS :]
+        kept = {mark: self._checkpoint(i) for i, mark in enumerate(marks) if mark not in ends}
         results = {}
-        for (slot, _, piece, has_state, _, scores), end in zip(jobs, ends):
-            if slot in unused:
+        for job, end in zip(jobs, ends):
+            if job.slot in unused:
                 continue
-            at = end + 1 - len(piece.tokens)
-            self._used[slot] = self.n_decodes
-            if has_state and end not in kept and (piece.segments is None or piece.ends):
-                kept[end] = self.get_state(slot)
-            if scores is not None:
+            self._used[job.slot] = self.n_decodes
+            if job.scores is not None:
+                at, n = end + 1 - len(job.piece.tokens), len(job.piece.tokens)
                 rows = np.ctypeslib.as_array(_llama.llama_get_logits(ctx), (int(wanted.sum()), self._n_vocab))
                 first = int(wanted[:at].sum())
-                scores[:] = rows[first : first + len(piece.tokens)]
-            states = {i - at + 1: state for i, state in kept.items() if at <= i <= end}
-            results[slot] = Result(end, states, self._fault(end, kept.get(end)))
+                job.scores[:] = rows[first : first + n]
+            results[job.slot] = self._result(job, end, kept)
         return [results[job.slot] for job in given]
+
+    def _result(self, job: Job, end: int, kept: dict[int, State]) -> Result:
+        """The result of a job whose last token is `end` of the batch. `kept`: checkpoints by their token there."""
+        piece, n = job.piece, len(job.piece.tokens)
+        states = {n - end + i: state for i, state in kept.items() if end - n < i < end}
+        state = None
+        if job.has_state and (piece.segments is None or piece.ends):
+            states[n] = state = np.empty(self.shape, dtype=np.float32)
+        status = library.llama_deltamem_take_result(
+            self._context.ctx,
+            job.slot,
+            end if self._has_logits else -1,
+            None if state is None else state.ctypes.data,
+            0 if state is None else state.size,
+        )
+        fault = None
+        if status == library.LLAMA_DELTAMEM_STATE_NOT_FINITE:
+            fault = self.not_finite("the memory")
+        elif status == library.LLAMA_DELTAMEM_LOGITS_NOT_FINITE:
+            fault = self.not_finite("what the model computes")
+        else:
+            check(status, DecodeError)
+        return Result(end, states, fault)
 
     def _between(self, jobs: Sequence[Job]) -> list[Job]:
         """A token for each unused slot between these jobs, so that one graph computes all. It writes no memory, nobody
         wants its logits, and it is taken back after the decode. Only where each job has one token, too, and where few
         slots lie between them.
         """
+        if len(jobs) == 1:
+            return []
         used = sorted(job.slot for job in jobs)
         memory = _llama.llama_get_memory(self.ctx)
         if not self._takes_back or self._by_segment or memory is None or any(len(job.piece.tokens) > 1 for job in jobs):
@@ -455,19 +481,6 @@ class Slots:
             self.put_state(slot, state)
         check(library.llama_deltamem_set_write(self.ctx, -1, False))
         self._forget()
-
-    def _fault(self, row: int, state: State | None) -> str | None:
-        """What is wrong with the logits and the state after a token; None if nothing is."""
-        if state is not None and not np.isfinite(state).all():
-            return self.not_finite("the memory")
-        if _llama.llama_get_memory(self.ctx) is None:  # an encoder, which computes no logits
-            return None
-        logits = _llama.llama_get_logits_ith(self.ctx, row)
-        highest = np.ctypeslib.as_array(logits, (self._n_vocab,)).max()
-        # a NaN in the model makes every logit NaN; a value beyond float32 becomes 0 in a norm
-        if np.isfinite(highest) and (highest != 0 or np.ctypeslib.as_array(logits, (self._n_vocab,)).any()):
-            return None
-        return self.not_finite("what the model computes")
 
     def not_finite(self, what: str) -> str:
         """The sentence of a NotFiniteError."""

@@ -289,10 +289,12 @@ class Text:
                 f"{len(tokens)} tokens do not fit after {self.n_tokens} in a context of {self.n_ctx}: "
                 f"raise {option('n_ctx')}"
             )
+        new = np.asarray(tokens, dtype=np.intc)
+        if len(new) == 1 and segments is None and known is None and self._is_ready():
+            return [Piece(new, self.write)]
         self.renew()
         if segments is not None and not self.slots.writes_by_segment:
             raise InputError("the adapter writes per token and takes no segments")
-        new = np.asarray(tokens, dtype=np.intc)
         slot = self.slot
         self._settle()
         if slot is None:
@@ -308,6 +310,11 @@ class Text:
             self.slots.put_state(slot, checkpoint.state)
         self.slots.follow(slot, position, None if checkpoint is None else checkpoint.state)
         return position.pieces(new, segments, known, self.write)
+
+    def _is_ready(self) -> bool:
+        """Whether its slot is as the last decode left it, at the end of the text: another token may follow at once."""
+        position = self.position
+        return position.n_tokens == position.n == position.n_kv and self.slots.follows(self.slot, position)
 
     def _cut(self, slot: int) -> None:
         """Cuts the KV cache to where the memory is, or before."""

@@ -1,4 +1,6 @@
-// The likeliest tokens of a row of logits, so that a sampler need not copy and sort the vocabulary.
+// A row of logits: whether it can be used, and its likeliest tokens, so that a sampler need not copy and sort the vocabulary.
+
+#include "deltamem-logits.h"
 
 #include "llama-deltamem.h"
 
@@ -7,6 +9,35 @@
 
 // values compared at once: most blocks have none above the bound, and their loop compiles to vector code
 static constexpr int32_t N_BLOCK = 64;
+
+// values looked at together: their loop compiles to vector code, which adds to several sums at once
+static constexpr size_t N_SUMS = 32;
+
+// Whether a row has neither NaN nor an infinite value.
+static bool is_finite(const float * logits, size_t n) {
+    float  sums[N_SUMS] = {};
+    size_t i            = 0;
+    for (; i + N_SUMS <= n; i += N_SUMS) {
+        for (size_t j = 0; j < N_SUMS; ++j) {
+            sums[j] += logits[i + j] * 0.0f; // NaN if the value is not finite
+        }
+    }
+    for (; i < n; ++i) {
+        sums[0] += logits[i] * 0.0f;
+    }
+    return std::all_of(sums, sums + N_SUMS, [](float sum) { return sum == 0.0f; });
+}
+
+bool llama_deltamem_is_usable(const float * logits, size_t n) {
+    const auto is_finite_other_than_zero = [](float value) { return std::isfinite(value) && value != 0.0f; };
+    if (!is_finite(logits, n)) { // -inf is a token that cannot be
+        const auto is_bad = [](float value) { return !(value < INFINITY); };
+        if (std::any_of(logits, logits + n, is_bad)) {
+            return false;
+        }
+    }
+    return std::any_of(logits, logits + n, is_finite_other_than_zero);
+}
 
 int32_t llama_deltamem_candidates(const float * logits, int32_t n, int32_t k, llama_token_data * dst) {
     if (k < 1 || n < 1) {
