@@ -2,8 +2,8 @@
 
     python recipes/mixture.py build/smollm2/train.jsonl --data ../shared/data --ordinary build/smollm2/ordinary.jsonl
 
-Draws by weight from these sources. The last three are not ours to ship (../shared/data/README.md, or
-DELTAMEM_DATA):
+Draws by weight from these sources. The last three are not ours to ship, but for the documents that we wrote
+(../shared/data/README.md, or DELTAMEM_DATA):
 
     natural      conversations written by hand (recipes/natural/train.jsonl.gz), every other one with other
                  values (swap.py)
@@ -12,6 +12,7 @@ DELTAMEM_DATA):
     ordinary     any of these before an ordinary request, whose answer stays the frozen model's (recipes/ordinary.py)
     dialogues    task dialogues; questions ask for the values of their slots (train/sgd.jsonl.gz)
     paragraphs   the sentences that answer a question, in a message (train/nq_oracle.jsonl.gz)
+    documents    longer texts about others, asked for in a few words (documents.py)
 
 Most conversations also have questions for the person's own words: their answers repeat all that was told.
 """
@@ -28,7 +29,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import documents
 from conversations import conversation, messages
+from documents import Documents
 from swap import Swap
 
 from pydeltamem.evals.world import World
@@ -44,11 +47,12 @@ WEIGHTS = {
     "many": 1.3,
     "ordinary": 0.5,
     "dialogues": 2.0,
-    "paragraphs": 0.8,
+    "paragraphs": 0.4,
+    "documents": 5.0,
 }
 SWAPPED = 0.5  # share of the conversations written by hand whose values are exchanged
 ECHO = 0.7  # share of the conversations with questions for the person's own words
-MAX_CHARACTERS = 1_400  # of the messages of a conversation: about 350 tokens
+MAX_CHARACTERS = 1_400  # of the messages of a conversation, not of a document: about 350 tokens
 HELD_OUT = 60  # dialogues at the head of their file that are not drawn
 
 Record = tuple[list[dict[str, str]], list[list[dict[str, str]]]]  # messages, questions with answers
@@ -126,6 +130,14 @@ class Mixture:
         self.swap = Swap((ask for one in self.natural for ask in one["asks"]), self.random)
         self.dialogues = [x for x in lines(data / "train" / "sgd.jsonl.gz") if x["said"]][HELD_OUT:]
         self.paragraphs = lines(data / "train" / "nq_oracle.jsonl.gz")
+        self.documents = Documents(
+            lines(HERE / "documents" / "train.jsonl.gz"),
+            self.paragraphs,
+            lines(data / "train" / "covidqa.jsonl.gz"),
+            lines(data / "train" / "hotpot_train_100.jsonl.gz"),
+            self.swap,
+            self.random,
+        )
         self.requests = lines(ordinary) if ordinary else []
         self.weights = {name: weight for name, weight in WEIGHTS.items() if name != "ordinary" or self.requests}
 
@@ -134,8 +146,11 @@ class Mixture:
             (kind,) = self.random.choices(list(self.weights), list(self.weights.values()))
             source: Callable[[], Record | None] = getattr(self, f"_{kind}")
             record = source()
-            if record and record[1] and sum(len(m["content"]) for m in record[0]) <= MAX_CHARACTERS:
+            longest = 2 * documents.MAX_CHARACTERS if kind == "documents" else MAX_CHARACTERS
+            if record and record[1] and sum(len(m["content"]) for m in record[0]) <= longest:
                 said, asks = record
+                if kind == "documents":
+                    return said, asks
                 if kind != "ordinary" and self.random.random() < ECHO:
                     return said, self.random.sample(asks, min(5, len(asks))) + self._echo(said)
                 return said, self.random.sample(asks, min(6, len(asks)))
@@ -204,6 +219,9 @@ class Mixture:
             answer = draw.choice(VALUES[:2] if draw.random() < 0.7 else VALUES).format(v=value)
             asks += [messages([(question, answer)])]
         return said, asks
+
+    def _documents(self) -> Record | None:
+        return self.documents.draw()
 
     def _paragraphs(self) -> Record | None:
         draw, item = self.random, self.random.choice(self.paragraphs)

@@ -71,13 +71,17 @@ class Swap:
         return put(said), [put(ask) for ask in asks]
 
     def _people(self, words: list[str], asks: list[Messages]) -> dict[str, str]:
-        """New names of people and places that an answer holds: half of them nobody has."""
+        """New names of the people and places that an answer holds."""
         draw, new = self.random, {}
         for name, kind in (found for ask in asks for found in _names(ask)):
             if name in words and name not in new and draw.random() < 0.7:
-                first, second = draw.choice(self.names[kind]), draw.choice(self.names[kind])
-                new[name] = first if draw.random() < 0.5 else self._joined(first, second)
+                new[name] = self.name(kind)
         return new
+
+    def name(self, kind: str) -> str:
+        """The name of a person or a place: one of the conversations', or one that nobody has."""
+        first, second = self.random.choice(self.names[kind]), self.random.choice(self.names[kind])
+        return first if self.random.random() < 0.5 else self._joined(first, second)
 
     def _joined(self, first: str, second: str) -> str:
         """The beginning of one name and the end of another."""
