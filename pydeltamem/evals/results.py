@@ -60,7 +60,7 @@ def results_of(folders: Iterable[str | Path]) -> Results:
     rows: list[Row] = []
     ratios: list[Ratio] = []
     notes: list[str] = []
-    means: dict[str, dict[str, Any]] = {}
+    pairs: dict[str, dict[tuple[str, str], tuple[Any, Any]]] = {}  # means of both methods
     for benchmark, by_method in answers.items():
         metrics = list(next(iter(next(iter(by_method.values())).values()))["scores"])
         everything = {id for of in by_method.values() for id in of}
@@ -73,35 +73,44 @@ def results_of(folders: Iterable[str | Path]) -> Results:
                 for metric in metrics:
                     sample = _sample({method: some}, metric)
                     rows.append(Row(benchmark, kind, metric, method, sample.n, sample.mean(method)))
-        common = {
-            method: {id: of[id] for id in of if all(id in other for other in by_method.values())}
-            for method, of in by_method.items()
-        }
-        if next(iter(common.values())):
-            sample = _sample(common, metrics[0])
-            means[benchmark] = {method: sample.means(method) for method in common}
-            ratios += _ratios(benchmark, means[benchmark], sample.n)
+        pairs[benchmark] = {}
+        for method, over in _compared(by_method):
+            ids = [id for id in by_method[method] if id in by_method[over]]
+            if not ids:
+                continue
+            both = {name: {id: by_method[name][id] for id in ids} for name in (method, over)}
+            sample = _sample(both, metrics[0])
+            pairs[benchmark][method, over] = sample.means(method), sample.means(over)
+            ratios += _ratio(benchmark, method, over, sample.n, *pairs[benchmark][method, over])
             if not sample.by_context:
-                contexts = {answer["about"] for answer in next(iter(common.values())).values()}
+                contexts = {answer["about"] for answer in both[method].values()}
                 if 1 <= len(contexts - {None}) < sample.n:
                     notes.append(f"{benchmark}: too few contexts ({len(contexts)}) to draw them: questions were drawn")
-    if len(means) > 1:
-        shared = [m for m in next(iter(means.values())) if all(m in of for of in means.values())]
-        average = {method: np.mean([of[method] for of in means.values()], axis=0) for method in shared}
-        ratios += _ratios("average", average, len(means))
+    if len(pairs) > 1:
+        for method, over in next(iter(pairs.values())):
+            if all((method, over) in of for of in pairs.values()):
+                means = [of[method, over] for of in pairs.values()]
+                above, below = (np.mean([of[i] for of in means], axis=0) for i in (0, 1))
+                ratios += _ratio("average", method, over, len(means), above, below)
+    notes = list(dict.fromkeys(notes))
     return Results(setups, rows, ratios, notes)
 
 
-def _ratios(benchmark: str, means: Mapping[str, Any], n: int) -> list[Ratio]:
-    """Of every method over the backbone, and of those without the text over no context."""
-    found = []
-    for method in means:
-        for over in ("backbone", "none"):
-            if over in means and method not in ("backbone", "none") and (over == "backbone" or "/memory" in method):
-                of = ratio(means[method], means[over])
-                if of is not None:
-                    found.append(Ratio(benchmark, method, over, n, of))
-    return found
+def _compared(methods: Iterable[str]) -> list[tuple[str, str]]:
+    """Every method over the backbone, and those without the text over no context."""
+    names = list(methods)
+    return [
+        (method, over)
+        for method in names
+        for over in ("backbone", "none")
+        if over in names and method not in ("backbone", "none") and (over == "backbone" or "/memory" in method)
+    ]
+
+
+def _ratio(benchmark: str, method: str, over: str, n: int, above: Any, below: Any) -> list[Ratio]:
+    """Empty if the second mean is 0."""
+    found = ratio(above, below)
+    return [] if found is None else [Ratio(benchmark, method, over, n, found)]
 
 
 def _sample(by_method: Mapping[str, Mapping[str, Any]], metric: str) -> Sample:
