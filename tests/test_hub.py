@@ -416,7 +416,10 @@ def test_other_commands_take_names_too(standing, tmp_path):
 
 
 def test_the_shipped_adapter_has_its_models_name(monkeypatch, tmp_path):
-    """`-m smollm2 --deltamem smollm2`: the second name is the adapter that this package ships."""
+    """`-m smollm2 --deltamem smollm2`: the second name is the adapter that this package ships; -tsw: another one."""
+    n_heads = {name: describe(adapter_file(name, "nobody-looks.gguf"))["adapter"]["heads"]
+               for name in ("smollm2", "smollm2-tsw")}  # fmt: skip
+    assert n_heads == {"smollm2": 8, "smollm2-tsw": 1}
     path = adapter_file("smollm2", "nobody-looks.gguf")
     assert Path(path) == real_adapter() and describe(path)["kind"] == "adapter"
     monkeypatch.setattr("pydeltamem.models.FOLDER", tmp_path)

@@ -25,8 +25,10 @@ def default_files() -> tuple[Path, dict[str, Path]]:
 
 
 def shipped_adapter(name: str) -> Path | None:
-    """The adapter for the model that hub.py fetches by this name; None if this package ships none."""
-    path = FOLDER / f"{name}-msw.gguf"
+    """The adapter that this package ships by this name: of a model that hub.py fetches the one with four or more heads,
+    NAME-tsw its published form; None if there is none.
+    """
+    path = FOLDER / (f"{name}.gguf" if name.endswith("-tsw") else f"{name}-msw.gguf")
     return path if path.is_file() else None
 
 
