@@ -103,17 +103,15 @@ def model_file(name: str | os.PathLike[str], also: Sequence[str] = (), **where: 
 def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **where: Any) -> str:
     """Path of the GGUF of an adapter for the model that is in the file `model`.
 
-    As `model_file`, but the name of a package's model stands for the adapter that we ship for it, and with -tsw after
-    it for the one of the published form. A directory as published (delta_mem_config.json and its weights) is converted
-    once for each model file.
+    As `model_file`, but the names of packages stand for what we ship (`models.ADAPTERS`). A directory as published
+    (delta_mem_config.json and its weights) is converted once for each model file.
 
     Raises CheckpointError if that fails or it is for another model; AdapterError if there is no such file.
     """
     path = title = os.fsdecode(name)
-    if path.removesuffix("-tsw") in PACKAGES and not os.path.exists(path):
-        shipped = shipped_adapter(path)
-        if shipped is not None:
-            return os.fspath(shipped)
+    shipped = shipped_adapter(path)
+    if shipped is not None and not os.path.exists(path):
+        return os.fspath(shipped)
     if is_name(path):
         if path in PACKAGES:
             raise AdapterError(f"{path}: this package ships no adapter for it: name a file, or {HUB}REPO")

@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import documents
 from conversations import conversation, messages
 from documents import Documents
 from swap import Swap
@@ -146,11 +145,10 @@ class Mixture:
             (kind,) = self.random.choices(list(self.weights), list(self.weights.values()))
             source: Callable[[], Record | None] = getattr(self, f"_{kind}")
             record = source()
-            longest = 2 * documents.MAX_CHARACTERS if kind == "documents" else MAX_CHARACTERS
-            if record and record[1] and sum(len(m["content"]) for m in record[0]) <= longest:
+            if kind == "documents" and record:  # as long, and asked as often, as documents.py says
+                return record
+            if record and record[1] and sum(len(m["content"]) for m in record[0]) <= MAX_CHARACTERS:
                 said, asks = record
-                if kind == "documents":
-                    return said, asks
                 if kind != "ordinary" and self.random.random() < ECHO:
                     return said, self.random.sample(asks, min(5, len(asks))) + self._echo(said)
                 return said, self.random.sample(asks, min(6, len(asks)))

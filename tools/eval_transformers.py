@@ -64,12 +64,12 @@ class Transformers:
         return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
     @torch.no_grad()
-    def answer(self, tokens: Sequence[int], n_predict: int, ends: set[int]) -> list[int]:
+    def answer(self, tokens: Sequence[int], n_predict: int, end: int) -> list[int]:
         given: list[int] = []
         done = self.model(torch.tensor([list(tokens)]), use_cache=True, logits_to_keep=1)
         while len(given) < n_predict:
             token = int(done.logits[0, -1].argmax())
-            if token in ends:
+            if token == end:
                 break
             given.append(token)
             done = self.model(torch.tensor([[token]]), past_key_values=done.past_key_values, use_cache=True)
@@ -102,8 +102,7 @@ def main() -> None:
             text = ask.shared.text + ask.text
             tokens = plain.tokens(text)
             n_same += tokens == asker._prompt(text)
-            n_predict = min(args.n_predict, ask.options["n_predict"])
-            given = plain.answer(tokens, n_predict, {asker.llm.token_eos()})
+            given = plain.answer(tokens, ask.options["n_predict"], asker.llm.token_eos())
             said = asker.llm.detokenize(given).decode("utf-8", errors="replace")
             if said.strip() == answer.strip():
                 n_answers += 1

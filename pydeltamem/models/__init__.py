@@ -12,6 +12,7 @@ from ..errors import ModelError
 FOLDER = Path(__file__).parent
 MEMORIES = ("tsw", "ssw", "msw")
 REAL_MODEL = "smollm2"  # its name in hub.py
+ADAPTERS = {REAL_MODEL: "smollm2-msw.gguf", "smollm2-tsw": "smollm2-tsw.gguf"}  # of it, by name
 
 
 def default_files() -> tuple[Path, dict[str, Path]]:
@@ -25,11 +26,9 @@ def default_files() -> tuple[Path, dict[str, Path]]:
 
 
 def shipped_adapter(name: str) -> Path | None:
-    """The adapter that this package ships by this name: of a model that hub.py fetches the one with four or more heads,
-    NAME-tsw its published form; None if there is none.
-    """
-    path = FOLDER / (f"{name}.gguf" if name.endswith("-tsw") else f"{name}-msw.gguf")
-    return path if path.is_file() else None
+    """The adapter that this package ships by this name; None if it ships none."""
+    path = FOLDER / ADAPTERS[name] if name in ADAPTERS else None
+    return path if path is not None and path.is_file() else None
 
 
 def real_adapter() -> Path | None:
