@@ -60,7 +60,8 @@ $(VENV)/.llama-cpp-python: | $(BIN)/python
 # No build isolation: pip would use a new folder each time, and CMake would start over.
 $(INSTALLED): pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.llama-cpp-python
 	@touch $@.begun # an edit during the build is newer than the stamp
-	$(BIN)/python -m pip install -q "scikit-build-core>=0.11"
+	@# setuptools, for those dependencies that PyPI has as source only (rouge-score): older ones cannot make a wheel alone
+	$(BIN)/python -m pip install -q "scikit-build-core>=0.11" "setuptools>=70.1"
 	@echo "Building llama.cpp and the package: the first time takes some minutes, later builds compile only what changed."
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,dev]'
 	@mv $@.begun $@
