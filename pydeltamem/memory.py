@@ -157,6 +157,18 @@ class Memory:
         self._end_reply()
         return self._text.back(position)
 
+    @holding("_text.turn")
+    def rehearse(self) -> None:
+        """Reads the text once more, from its beginning: each token that wrote writes a second time.
+
+        For the moment before the text goes (`DeltaMemLlama.reset`, `Conversation.clear`): more of it is recalled then.
+        It takes as long as reading the text took. The text stays; the memory cannot go back to before the
+        second reading. What did not write, because `write` was off, does not write now.
+        """
+        self._require_memory()
+        self._end_reply()
+        self._text.rehearse()
+
     @property
     def n_decoded_again(self) -> int:
         """Tokens that were decoded again with writing so far, because the text went back to where there was no

@@ -277,6 +277,16 @@ def test_protocols(asker):
         dropped.close()
 
 
+def test_a_text_that_is_read_twice(asker):
+    once, twice = (asker._read(Shared(TEXT, True, is_rehearsed=again)) for again in (False, True))
+    try:
+        assert (once.memory.state != twice.memory.state).any() and once.n_tokens == twice.n_tokens
+        assert twice.memory.n_written > 1.9 * once.memory.n_written
+    finally:
+        once.close()
+        twice.close()
+
+
 def test_one_prompt_is_one_message(asker):
     """Shared text and question are read as one user message, as if they had been asked at once."""
     conversation = asker._read(Shared(TEXT))
@@ -326,6 +336,17 @@ def test_every_prompt_answer_and_score_is_on_disk(whole):
         assert record["scores"].keys() == {"f1"}
         if record["method"] == "ssw/memory+last":
             assert "Goodbye." in record["question"]
+
+
+def test_only_a_memory_without_the_text_reads_twice(whole, tmp_path):
+    path, folder = whole
+    assert main([*command(path, tmp_path), "--rehearse"]) == 0
+    setup, *twice = lines(tmp_path)
+    assert setup["setup"]["rehearse"] is True
+    pairs = [(a, b) for a, b in zip(lines(folder)[1:], twice, strict=True) if "answer" in a]
+    assert {a["method"] for a, b in pairs if a["answer"] != b["answer"]} <= {"msw/memory", "ssw/memory+last"}
+    assert any(a["answer"] != b["answer"] for a, b in pairs)
+    assert main(command(path, tmp_path)) == 1  # another run is there
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.77, 0.999])

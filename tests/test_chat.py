@@ -244,8 +244,8 @@ def test_an_edit_of_several_lines(llm):
 # the chat as an object
 
 
-def chat_of(llm, system="be short", n_predict=8):
-    return Chat(Conversation(llm, system=system, n_predict=n_predict, temp=0.0))
+def chat_of(llm, system="be short", n_predict=8, **options):
+    return Chat(Conversation(llm, system=system, n_predict=n_predict, temp=0.0), **options)
 
 
 def test_a_full_context_is_told(make_llm, capsys):
@@ -272,6 +272,25 @@ def test_clear_forgets_the_text_only(llm):
     assert [m["role"] for m in chat.conversation.messages] == ["system"]
     assert chat.conversation.n_tokens == len(chat.conversation._ended_tokens())
     np.testing.assert_array_equal(chat.conversation.memory.state, state)
+
+
+@pytest.mark.parametrize("way", ["/rehearse", "--rehearse"])
+def test_a_text_is_rehearsed_before_it_goes(llm, make_llm, tmp_path, way):
+    chat, other = chat_of(llm, rehearses=way == "--rehearse"), make_llm()
+    chat.conversation.open(tmp_path / "a.memory")
+    chat.say("hello")
+    tokens = chat.conversation._text.tokens.tolist()
+    if way == "/rehearse":
+        assert chat.command(way)
+        assert chat.conversation.n_tokens == len(tokens)
+    chat.command("/clear")
+    for _ in range(2):
+        other.reset()
+        other.eval(tokens)
+    state = chat.conversation.memory.state
+    np.testing.assert_allclose(state, other.memory.state, rtol=0, atol=2e-3)  # F16 KV cache, batches of other sizes
+    np.testing.assert_array_equal(read_memory_file(tmp_path / "a.memory")[0], state)
+    chat.conversation.close()
 
 
 def test_a_file_that_failed_is_not_the_default(llm, tmp_path):

@@ -476,6 +476,20 @@ def test_unknown_reader_option():
         answer_all([], Parrot(), {"a": "a"}, 8, ["b"])
 
 
+def test_a_conversation_is_rehearsed(native):
+    model, memories = default_files()
+    reader = NativeReader(model, memories["msw"], threads=1, rehearses=True)
+    memory = reader.read(TOLD)
+    assert memory.tokens_written == 2 * native.read(TOLD).tokens_written
+    tokens, _ = reader.tokens(TOLD)
+    native.llm.memory.reset()
+    for _ in range(2):
+        native.llm.reset()
+        native.llm.eval(tokens)
+    np.testing.assert_allclose(memory.state, native.llm.memory.state, rtol=0, atol=1e-4)
+    reader.close()
+
+
 @pytest.mark.parametrize("turns", [(), TOLD[1:]])
 def test_a_question_writes_as_in_a_chat_or_only_reads(native, turns):
     memory = native.read(TOLD)

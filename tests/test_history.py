@@ -96,6 +96,10 @@ class Naive:
         self.base, self.n_base, self.floor = self.state(), self.n_written(), n
         del self.text[n:]
 
+    def rehearse(self):
+        self.base, self.n_base, self.floor = self.state(), self.n_written(), 0
+        self.text = [replace(entry, counts=True) for entry in self.text]
+
     def become(self, state, n_written):
         self.text = [replace(entry, counts=False) for entry in self.text]
         self.base, self.n_base, self.floor = state, n_written, len(self.text)
@@ -259,6 +263,14 @@ class Histories(RuleBasedStateMachine):
         n = self.at(memory, place)
         memory.position = memory.position.begun(n, memory.position.checkpoint)
         naive.begin(n)
+
+    @precondition(lambda self: self.pairs)
+    @rule(which=which, n_batch=batches)
+    def the_text_is_rehearsed(self, which, n_batch):
+        memory, naive = self.pair(which)
+        memory.position = memory.position.rehearsed()
+        assert memory.read([], None, True, n_batch)
+        naive.rehearse()
 
     @precondition(lambda self: self.pairs)
     @rule(which=which, state=st.integers(0, MODULUS - 1), n_written=st.integers(0, 5))

@@ -10,7 +10,7 @@ import pytest
 from llama_cpp import LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
-from pydeltamem import Conversation, DeltaMemLlama, InputError, ModelError
+from pydeltamem import AdapterError, Conversation, DeltaMemLlama, InputError, ModelError
 from pydeltamem.runtime.engine import Request
 from refusals import refuses
 
@@ -917,3 +917,101 @@ def test_an_interrupt_while_going_back(make, read_once, monkeypatch):
     llm.memory.rollback(len(TOKENS))
     llm.eval(OTHER)
     np.testing.assert_allclose(llm.memory.state, read_once(TOKENS + OTHER), **SAME)
+
+
+# rehearsal
+
+
+def read_twice(llm, *ingests):
+    """The memory of a model that read a text, forgot it and read it again. Each ingest: tokens, and options of eval."""
+    for _ in range(2):
+        llm.reset()
+        for tokens, options in ingests:
+            llm.eval(tokens, **options)
+    return llm.memory.state
+
+
+@pytest.mark.parametrize("n_batch", [512, 5])
+def test_a_rehearsed_text_is_read_twice(make, n_batch):
+    """It stays, with the logits of what may follow it."""
+    llm, other = make(n_batch=n_batch), make(n_batch=n_batch)
+    for tokens in (TOKENS, OTHER):
+        llm.eval(tokens)
+    llm.memory.rehearse()
+    twice = read_twice(other, (TOKENS + OTHER, {}))
+    np.testing.assert_allclose(llm.memory.state, twice, **SAME)
+    assert llm.memory.n_written == 2 * len(TOKENS + OTHER) and texts(llm)[: llm.n_tokens] == TOKENS + OTHER
+    np.testing.assert_allclose(llm.logits, other.logits, rtol=0, atol=1e-5)
+    llm.eval([14])
+    other.eval([14])
+    np.testing.assert_allclose(llm.memory.state, other.memory.state, **SAME)
+
+
+def test_rehearsal_writes_what_wrote(make):
+    llm, other = make(), make()
+    llm.eval(TOKENS)
+    llm.memory.write = False
+    llm.eval(OTHER)
+    llm.memory.rehearse()
+    assert llm.memory.n_written == 2 * len(TOKENS)
+    np.testing.assert_allclose(llm.memory.state, read_twice(other, (TOKENS, {})), **SAME)
+
+
+def test_rehearsal_in_segments(make):
+    llm, other = make("ssw_message"), make("ssw_message")
+    ids = np.array([0] * 5 + [1] * 7, dtype=np.int32)
+    llm.eval(TOKENS, ids)
+    llm.memory.rehearse()
+    np.testing.assert_allclose(llm.memory.state, read_twice(other, (TOKENS, {"segments": ids})), **SAME)
+
+
+def test_going_back_after_a_rehearsal(make, read_once):
+    """The text goes back, and the second reading with it; the first one stays."""
+    llm, other = make(), make()
+    llm.eval(TOKENS)
+    llm.eval(OTHER)
+    llm.memory.rehearse()
+    llm.memory.rollback(len(TOKENS))
+    other.eval(TOKENS + OTHER)
+    other.reset()
+    other.eval(TOKENS)
+    np.testing.assert_allclose(llm.memory.state, other.memory.state, **SAME)
+
+
+def test_a_rehearsal_that_fails(make, monkeypatch):
+    """Leaves text and memory as they were."""
+    llm, other = make(n_batch=4), make(n_batch=4)
+    llm.eval(TOKENS)
+    other.eval(TOKENS)
+    before, decode, left = llm.memory.state, type(llm._ctx).decode, [2]
+
+    def fail(ctx, batch):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("llama_decode returned 1")
+        return decode(ctx, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(type(llm._ctx), "decode", fail)
+        llm.memory.rehearse()
+    np.testing.assert_array_equal(llm.memory.state, before)
+    assert llm.memory.n_written == len(TOKENS) and texts(llm)[: llm.n_tokens] == TOKENS
+    llm.memory.rollback(5)
+    other.memory.rollback(5)
+    np.testing.assert_allclose(llm.memory.state, other.memory.state, **SAME)
+
+
+def test_rehearsal_of_a_hybrid(make_hybrid):
+    llm, other = make_hybrid(), make_hybrid()
+    llm.eval(HYBRID)
+    llm.memory.rehearse()
+    np.testing.assert_allclose(llm.memory.state, read_twice(other, (HYBRID, {})), **SAME)
+
+
+def test_nothing_to_rehearse(make):
+    llm = make()
+    llm.memory.rehearse()
+    assert not llm.memory.state.any() and llm.n_tokens == 0
+    llm.memory.detach()
+    with refuses(AdapterError):
+        llm.memory.rehearse()

@@ -250,6 +250,21 @@ def test_a_share_of_the_questions_writes(data, tmp_path, share):
     assert len(seen) == 36 and (8 <= sum(seen) <= 28 if share else not any(seen))
 
 
+@pytest.mark.parametrize("share", [1, 0.5])
+def test_a_share_of_the_conversations_is_rehearsed(data, tmp_path, share):
+    run = trainer(data, tmp_path / "out", steps=12, rehearse=share)
+    seen, loss = [], run.objective.loss
+
+    def watched(examples):
+        seen.extend(example.rehearsed for example in examples)
+        return loss(examples)
+
+    run.objective.loss = watched
+    for _ in range(12):
+        run.update()
+    assert len(seen) == 36 and (8 <= sum(seen) <= 28 if share < 1 else all(seen))
+
+
 def test_a_log_that_cannot_be_written(data, tmp_path):
     run = trainer(data, tmp_path / "out", steps=1, eval_every=1)
     (tmp_path / "out" / "log.jsonl").mkdir(parents=True)

@@ -75,17 +75,19 @@ def gradients(memory):
     ],
     ids=["published", "msw", "qkvo", "some_layers"],
 )
+@pytest.mark.parametrize("rehearsed", [(False, False, False), (True, False, True)], ids=["once", "rehearsed"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_packed_is_padded(family, config, plain, monkeypatch):
+def test_packed_is_padded(family, rehearsed, config, plain, monkeypatch):
     """Logits of the answers and gradients of every weight: the same, to float32's rounding."""
     monkeypatch.setattr(kernels, "FORCE_PLAIN", plain)
     model, memory = make(family, **config)
-    batch = Batch.of(examples(), "cpu")
+    given = [replace(example, rehearsed=twice) for example, twice in zip(examples(), rehearsed)]
+    batch = Batch.of(given, "cpu")
     expected = answer_logits(model, memory, batch)[batch.answer_mask]
     torch.nn.functional.cross_entropy(expected, batch.answer[batch.answer_mask]).backward()
     of_padded = gradients(memory)
 
-    packed = PackedBatch.of(examples())
+    packed = PackedBatch.of(given)
     logits = PackedModel(model, memory).logits(packed)
     assert packed.targets.tolist() == batch.answer[batch.answer_mask].tolist()
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
@@ -94,7 +96,7 @@ def test_packed_is_padded(family, config, plain, monkeypatch):
     assert of_packed.keys() == of_padded.keys()
     for name, gradient in of_padded.items():
         largest = gradient.abs().max().item()
-        torch.testing.assert_close(of_packed[name], gradient, rtol=0, atol=1e-4 * largest + 1e-9, msg=name)
+        torch.testing.assert_close(of_packed[name], gradient, rtol=0, atol=2e-4 * largest + 1e-9, msg=name)
 
 
 def test_answers_of_one_token():
@@ -141,6 +143,22 @@ def test_questions_that_only_read():
             memory.write = example.ask_writes
             asked = model(torch.tensor([question + answer[:-1]]), past_key_values=cache)
             torch.testing.assert_close(next(rows), asked.logits[0, -len(answer) :], rtol=0, atol=2e-5)
+
+
+def test_a_text_that_is_read_twice():
+    """The second time is a text of its own, and finds the memory of the first. A text that stays is read once."""
+    model, memory = make("llama")
+    given = [replace(example, rehearsed=i < 2) for i, example in enumerate(examples((True, False, False)))]
+    packed = PackedBatch.of(given)
+    rows = iter(PackedModel(model, memory).logits(packed).split(packed.asks))
+    for times, example in zip((1, 2, 1), given):
+        for question, _, answer in example.asks:
+            memory.reset()
+            for _ in range(times):
+                cache = model(torch.tensor([example.earlier]), use_cache=True).past_key_values
+            asked = torch.tensor([question + answer[:-1]])
+            expected = model(asked, past_key_values=cache if example.visible else None).logits[0, -len(answer) :]
+            torch.testing.assert_close(next(rows), expected, rtol=0, atol=2e-5)
 
 
 def test_a_teacher_reads_the_text_and_has_no_memory():

@@ -33,6 +33,7 @@ COMMANDS = {
     "/load": prompt.FILE,
     "/reset": (),
     "/clear": (),
+    "/rehearse": (),
     "/memory": (),
     "/write": ("on", "off"),
     "/help": (),
@@ -47,6 +48,7 @@ HELP = f"""\
 /load [FILE]     load a memory
 /reset           empty the memory, keep the text
 /clear           forget the text, keep the memory
+/rehearse        have the memory read the text once more: it then recalls more of it
 /memory          show what the memory holds, per layer
 /write on|off    write the memory, or only read it
 /help            this list
@@ -65,6 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-sys", "--system-prompt", "--system", type=text, default="", metavar="TEXT", help="system prompt"
     )
+    group.add_argument(
+        "--rehearse", action="store_true",
+        help="/clear and /quit have the memory read the text once more before it goes: it recalls more of it",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.memory)
 
     llm = load(args)
+    if args.rehearse and not llm.memory.attached:
+        raise InputError("--rehearse: there is no memory to read the text again: name an adapter by --deltamem")
     from ..conversation import Conversation
 
     conversation = Conversation(llm, system=args.system_prompt, **sampling(args, llm))
@@ -83,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         conversation.memory.write = llm.memory.write
     if args.memory:
         conversation.open(args.memory)
-    chat = Chat(conversation, args.memory or args.save_memory or args.load_memory)
+    chat = Chat(conversation, args.memory or args.save_memory or args.load_memory, args.rehearse)
     with contextlib.closing(conversation), memory_saved(conversation.memory, args.save_memory):
         note(memory_attached(llm, args))
         if sys.stdin.isatty():
@@ -96,15 +104,21 @@ def run(args: argparse.Namespace) -> int:
                     break
             except DeltaMemError as error:
                 note(str(error))
+        if args.rehearse:
+            chat.rehearse()
     return 0
 
 
 class Chat:
-    """A conversation at the terminal: prints replies, and runs the commands."""
+    """A conversation at the terminal: prints replies, and runs the commands.
 
-    def __init__(self, conversation: Any, memory_file: str | None = None) -> None:
+    rehearses: whether the memory reads the text once more before `/clear` forgets it.
+    """
+
+    def __init__(self, conversation: Any, memory_file: str | None = None, rehearses: bool = False) -> None:
         self.conversation = conversation
         self.memory_file = memory_file
+        self.rehearses = rehearses
 
     def say(self, said: str) -> None:
         """One turn."""
@@ -173,8 +187,13 @@ class Chat:
             conversation.save()
             note("the memory is empty")
         elif name == "clear":
+            if self.rehearses:
+                self.rehearse()
             conversation.clear()
             note("the text is forgotten, the memory stays")
+        elif name == "rehearse":
+            self.rehearse()
+            note(f"the memory has read {conversation.n_tokens} tokens once more")
         elif name == "memory":
             note(describe(memory))
         elif name == "write" and argument in ("on", "off"):
@@ -186,6 +205,11 @@ class Chat:
             near = nearest(f"/{name}", COMMANDS) or ": /help lists them."
             raise InputError(f"/{_readable(name)} is no command{near} Begin with a space to say it")
         return True
+
+    def rehearse(self) -> None:
+        """Has the memory read the text once more."""
+        self.conversation.memory.rehearse()
+        self.conversation.save()
 
     def _file(self, name: str) -> str:
         if name:

@@ -53,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answer-writes", choices=tuple(WRITES), default="published",
         help="whether question and answer write (%(default)s: on in context, off in memory)",
     )  # fmt: skip
+    parser.add_argument(
+        "--rehearse", action="store_true",
+        help="protocol memory: the memory reads the text twice before it is dropped",
+    )  # fmt: skip
     parser.add_argument("--kinds", metavar="NAME,...", help="only questions of these kinds")
     parser.add_argument("--limit", type=positive, metavar="N", help="at most so many questions, drawn by the seed")
     parser.add_argument("--seed", type=count, default=42, help="of sampling, and of what is drawn (%(default)s)")
@@ -95,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--shard {args.shard[0]}/{args.shard[1]}: has no question: there are fewer contexts")
     only = args.methods.split(",") if args.methods else None
     has_contexts = any(item.context for item in items)
-    methods = methods_of(adapters, protocols, WRITES[args.answer_writes], bool(args.lora), only, has_contexts)
+    methods = methods_of(
+        adapters, protocols, WRITES[args.answer_writes], bool(args.lora), only, has_contexts, args.rehearse
+    )
     for method in methods:
         if method.view in NEEDS:
             NEEDS[method.view]()
@@ -107,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         "lora": args.lora and os.path.basename(args.lora),
         "methods": [method.name for method in methods],
         "answer_writes": args.answer_writes,
+        "rehearse": args.rehearse or None,  # runs before there was the option have none
         "data": os.path.basename(args.data or "") or benchmark.file,
         "questions": len(items),
         "kinds": args.kinds,

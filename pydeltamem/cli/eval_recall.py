@@ -66,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answer-writes", choices=("on", "off"), default="on",
         help="whether a question and its answer write their copy of the memory, as in a chat (%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--rehearse", action="store_true", help="the memory reads each conversation twice before its text goes"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows, the ratios and all answers")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the accuracies (needs matplotlib)")
     parser.add_argument("--show", type=count, default=0, metavar="N", help="print N conversations with each answer")
@@ -85,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
         matplotlib_figure()
     n_ctx = args.ctx_size if args.ctx_size is not None else 0 if is_small else N_CTX
     with output(args.json, REPORT) as write, output(args.plot, PNG) as write_plot:
-        reader = NativeReader(model, n_ctx=n_ctx, threads=args.threads, answer_writes=args.answer_writes == "on")
+        reader = NativeReader(
+            model, n_ctx=n_ctx, threads=args.threads, answer_writes=args.answer_writes == "on", rehearses=args.rehearse
+        )
         try:
             for adapter in adapters.values():  # raises now if one does not fit
                 reader.attach(adapter)
@@ -110,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
             "model": os.path.basename(os.fspath(model)),
             "adapters": {name: os.path.basename(path) for name, path in adapters.items()},
             "n": args.n, "window": args.window, "seed": args.seed, "answer_writes": args.answer_writes,
+            "rehearse": args.rehearse,
         }  # fmt: skip
         write(as_json(setup, rows, ratios, cases, answers))
         if args.plot:

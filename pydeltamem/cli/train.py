@@ -115,6 +115,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the conversations whose questions and answers write, too (%(default)s)",
     )  # fmt: skip
     training.add_argument(
+        "--rehearse", type=share, default=Options.rehearse, metavar="P",
+        help="share of the conversations that the memory reads twice before their text goes (%(default)s)",
+    )  # fmt: skip
+    training.add_argument(
         "--teacher", choices=("context",),
         help="learn what the frozen model answers when it sees the text, instead of or besides the answers of the file",
     )  # fmt: skip

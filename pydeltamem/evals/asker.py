@@ -31,11 +31,13 @@ class Shared:
         text: read before the questions, written if there is a memory; "": nothing.
         is_dropped: the text leaves before the questions, and the memory stays.
         writes: whether questions and answers write the memory.
+        is_rehearsed: the memory reads the text a second time before it leaves.
     """
 
     text: str = ""
     is_dropped: bool = False
     writes: bool = True
+    is_rehearsed: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class Asker:
             tokens = self._begun(shared.text)
             segments = np.zeros(len(tokens), dtype=np.int32) if self.llm.memory.by_segment else None
             conversation._text.eval(tokens, segments)
+            if shared.is_rehearsed:
+                conversation.memory.rehearse()
             if shared.is_dropped:
                 conversation.clear()
         if self.llm.memory.attached:

@@ -64,6 +64,7 @@ class NativeReader:
         parallel: texts that the context holds, which are decoded together.
         answer_writes: whether a question and its answer write the question's copy of the memory, as in a chat and in
             training.
+        rehearses: whether the memory reads each conversation twice (`Memory.rehearse`).
     """
 
     def __init__(
@@ -74,13 +75,14 @@ class NativeReader:
         threads: int | None = None,
         parallel: int = PARALLEL,
         answer_writes: bool = True,
+        rehearses: bool = False,
     ):
         threads = threads or max(usable() // 2, 1)
         self.llm = DeltaMemLlama(
             model, deltamem_path=adapter, n_ctx=n_ctx, n_seq_max=parallel, n_threads=threads, n_threads_batch=threads
         )
         self._parallel = parallel
-        self._answer_writes = answer_writes
+        self._answer_writes, self._rehearses = answer_writes, rehearses
         self._opening = len(self.prompt([], ""))
         self._n_tokens: dict[Turn, int] = {}
 
@@ -128,6 +130,8 @@ class NativeReader:
         if turns:
             tokens, segments = self.tokens(turns)
             llm.eval(tokens, segments if llm.memory.by_segment else None)
+            if self._rehearses:
+                llm.memory.rehearse()
         return llm.memory.copy()
 
     def answer(self, asked: Sequence[Asked]) -> list[list[str]]:

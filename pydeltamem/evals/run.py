@@ -37,6 +37,7 @@ class Method:
         adapter: its file; None: no memory.
         reads: protocol `memory`: it has read all that fits, and that text is gone.
         writes: whether question and answer write the memory.
+        rehearses: protocol `memory`: it has read that text twice.
         lora: whether it has the LoRA adapter.
     """
 
@@ -45,6 +46,7 @@ class Method:
     adapter: str | None = None
     reads: bool = False
     writes: bool = True
+    rehearses: bool = False
     lora: bool = False
 
 
@@ -55,11 +57,13 @@ def methods_of(
     lora: bool,
     only: Sequence[str] | None,
     has_contexts: bool,
+    rehearses: bool = False,
 ) -> list[Method]:
     """The methods of a run. Raises InputError if there is no such method.
 
     Args:
         writes: by protocol, whether question and answer write.
+        rehearses: whether a memory reads twice what it is asked about without the text.
         only: names of the methods; None: those that need no other package and no summary.
     """
     known = {name: Method(name, view) for name, view in PLAIN.items()}
@@ -70,10 +74,11 @@ def methods_of(
         for protocol in protocols:
             reads = protocol == "memory"
             method = f"{name}/{protocol}"
+            twice = reads and rehearses
             usual.append(method)
-            known[method] = Method(method, views.NONE if reads else views.FULL, file, reads, writes[protocol])
+            known[method] = Method(method, views.NONE if reads else views.FULL, file, reads, writes[protocol], twice)
             for view in BESIDE if reads else ():
-                known[f"{method}+{view}"] = Method(f"{method}+{view}", view, file, reads, writes[protocol])
+                known[f"{method}+{view}"] = Method(f"{method}+{view}", view, file, reads, writes[protocol], twice)
     names = list(dict.fromkeys(only or usual))
     for name in names:
         if name not in known:
@@ -184,8 +189,8 @@ class Prompts:
         options = {"n_predict": self.benchmark.n_predict, **self.benchmark.sampling(item.index, self.seed)}
         if method.reads:
             read = self._under(title, self.shown(item, views.FULL))
-            return Ask(Shared(read, True, method.writes), visible + self._question(item), options)
-        return Ask(Shared(visible, False, method.writes), self._question(item), options)
+            return Ask(Shared(read, True, method.writes, method.rehearses), visible + self._question(item), options)
+        return Ask(Shared(visible, writes=method.writes), self._question(item), options)
 
 
 class AnswerFile:

@@ -245,6 +245,10 @@ class Position(NamedTuple):
         begun = self.begun(self.n_tokens, Checkpoint(0, state, n_written))
         return begun._replace(fresh=self.n_tokens, n_written=n_written, since=since, adapter=adapter)
 
+    def rehearsed(self) -> Position:
+        """The memory has to read the whole text again, each token as the first time. It cannot go back before that."""
+        return self.begun(0, self.checkpoint)._replace(n_tokens=self.n_tokens)
+
     def without_memory(self) -> Position:
         """The text goes on without a memory."""
         return self._replace(checkpoints=self.checkpoints.only())

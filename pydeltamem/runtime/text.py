@@ -179,6 +179,21 @@ class Text:
             self._decode(self, [])
         return n_again
 
+    def rehearse(self) -> None:
+        """Lets the memory read the whole text once more, as a text of its own: each token that wrote writes again. The
+        memory cannot go back to before that. If it fails, text and memory are as before.
+        """
+        self.catch_up()
+        before = self.position
+        with self.lock:
+            self.position = before.rehearsed()
+        try:
+            self.finish()
+        except BaseException:
+            with self.lock:
+                self.position = before._replace(n_kv=0)
+            raise
+
     def finish(self) -> None:
         """Lets the memory read the rest of the text, if that was interrupted after going back."""
         if self.slots.has_memory and self.position.n_tokens > self.position.n:

@@ -40,6 +40,7 @@ class Example:
     continued: list[list[int]]  # for each ask the question as it follows earlier turns whose text stays
     visible: bool = False  # whether the text stays
     ask_writes: bool = True  # whether questions and answers write
+    rehearsed: bool = False  # whether the text is read and written a second time before it goes
 
 
 class Conversations:

@@ -73,13 +73,12 @@ class Objective:
         """
         if self.packed:
             packed = PackedBatch.of(examples, self.options.device)
-            for begin, end, parent in zip(packed.runs.begin, packed.runs.end, packed.runs.parent):
-                if empty and parent < 0:  # earlier turns
-                    packed.writes[begin:end] = False
+            for begin, end in packed.told if empty else ():
+                packed.writes[begin:end] = False
             return self.packed.logits(packed).float(), packed.targets
         batch = Batch.of(examples, self.options.device)
         if empty:
-            batch = Batch(**{**vars(batch), "segments": torch.full_like(batch.segments, -1)})
+            batch = replace(batch, segments=torch.full_like(batch.segments, -1), again=torch.full_like(batch.again, -1))
         return answer_logits(self.model, self.memory, batch)[batch.answer_mask].float(), batch.answer[batch.answer_mask]
 
     @torch.no_grad()

@@ -56,6 +56,7 @@ class Options:
     gate_mean: float = 0.05
     visible: float = 0.0
     ask_writes: float = 1.0
+    rehearse: float = 0.0
     wording: float = 1.0
     first_told: float = 1.0
     teacher: str | None = None

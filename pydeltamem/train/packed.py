@@ -36,6 +36,7 @@ class PackedBatch:
     writes: Tensor  # [N]: which tokens write
     runs: Runs
     spans: list[Span]
+    told: list[tuple[int, int]]  # where earlier turns stand, once or twice
     kept: Tensor  # [K]: the tokens whose logits are needed
     targets: Tensor  # [K]: the tokens that should follow them
     asks: list[int]  # for each question, how many of those belong to its answer
@@ -51,6 +52,7 @@ class PackedBatch:
         end: list[int] = []
         parent: list[int] = []
         spans: list[Span] = []
+        told: list[tuple[int, int]] = []
         kept: list[int] = []
         targets: list[int] = []
         lengths: list[int] = []
@@ -67,12 +69,15 @@ class PackedBatch:
         for example in examples:
             visible = example.visible or not memory
             questions = [list(example.continued[i] if visible else ask[0]) for i, ask in enumerate(example.asks)]
-            origin = len(ids)
-            earlier = run(example.earlier, 0, -1)
-            position = len(example.earlier) if visible else 0
-            if not visible:
-                spans.append((origin, len(ids), None))
+            earlier = -1
+            for _ in range(2 if example.rehearsed and not visible else 1):
                 origin = len(ids)
+                earlier = run(example.earlier, 0, earlier)
+                told.append((origin, len(ids)))
+                if not visible:  # each time a text of its own
+                    spans.append((origin, len(ids), None))
+            position = len(example.earlier) if visible else 0
+            origin = origin if visible else len(ids)
             shared = min(_n_shared(questions), min(map(len, questions)) - 1)  # each keeps at least one token of its own
             beginning = run(questions[0][:shared], position, earlier)
             position += shared
@@ -91,7 +96,7 @@ class PackedBatch:
         writes = torch.full_like(ids_, memory, dtype=torch.bool)
         for start, stop in reading:
             writes[start:stop] = False
-        return cls(ids_, positions_, writes, Runs(begin, end, parent), spans, kept_, targets_, lengths)
+        return cls(ids_, positions_, writes, Runs(begin, end, parent), spans, told, kept_, targets_, lengths)
 
 
 def _n_shared(lists: Sequence[Sequence[int]]) -> int:

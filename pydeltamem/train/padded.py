@@ -21,6 +21,7 @@ class Batch:
 
     earlier: Tensor  # [B, T]
     segments: Tensor  # [B, T], -1: padding
+    again: Tensor  # [B, T], the segments of the texts that are read a second time, -1: not read
     owner: Tensor  # [A]: the example that each question belongs to
     question: Tensor  # [A, Q]
     question_segments: Tensor  # [A, Q], -1: padding
@@ -40,6 +41,7 @@ class Batch:
         return cls(
             fill([example.earlier for example in examples], 0),
             fill([example.segments for example in examples], -1),
+            fill([[s if example.rehearsed else -1 for s in example.segments] for example in examples], -1),
             torch.tensor([ask[0] for ask in asks], device=device),
             fill(questions, 0, left=True),
             fill(of_questions, -1, left=True),
@@ -51,8 +53,10 @@ class Batch:
 def answer_logits(model: Any, memory: DeltaMem, batch: Batch) -> Tensor:
     """Logits of each token of the answers, [A, N, vocab], with the earlier turns in the memory only."""
     memory.reset()
-    with memory.segments(batch.segments):
-        model(batch.earlier, use_cache=False, logits_to_keep=1)
+    for segments in (batch.segments, batch.again):
+        if segments is batch.segments or (segments >= 0).any():
+            with memory.segments(segments):
+                model(batch.earlier, use_cache=False, logits_to_keep=1)
     # if nothing was written there is one state for all
     memory.state = memory.state.expand(-1, len(batch.earlier), *memory.state.shape[2:])[:, batch.owner]
 

@@ -118,6 +118,8 @@ class Trainer:
             examples = [replace(example, visible=draw.random() < options.visible) for example in examples]
         if options.ask_writes < 1:
             examples = [replace(example, ask_writes=draw.random() < options.ask_writes) for example in examples]
+        if options.rehearse:
+            examples = [replace(example, rehearsed=draw.random() < options.rehearse) for example in examples]
         self.memory.train()
         loss = self.objective.loss(examples)
         loss.backward()
@@ -171,7 +173,7 @@ class Trainer:
         names = [
             "batch", "rate", "clip", "dropout", "short_first", "max_tokens", "tail", "seed", "init", "init_gain",
             "heads_gain", "write_bias", "schedule", "warm_up", "gate_weight", "gate_mean", "visible", "wording",
-            "teacher", "teacher_share", "ask_writes", "first_told",
+            "teacher", "teacher_share", "ask_writes", "first_told", "rehearse",
         ]  # fmt: skip
         embedded = self.model.get_input_embeddings().weight.detach().cpu().contiguous()
         return {
