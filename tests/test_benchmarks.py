@@ -277,6 +277,24 @@ def test_protocols(asker):
         dropped.close()
 
 
+def test_a_context_is_decoded_for_each_question_if_wanted(asker):
+    model, adapters = default_files()
+    other = Asker(model, threads=1, parallel=4, shares=False)
+    other.attach(adapters["msw"])
+    try:
+        asker.forget()
+        asked = [Ask(Shared(TEXT, True), question, OPTIONS) for question in ASKED[:3]]
+        said, n_decodes = [], []
+        for each in (asker, other):
+            slots = each.llm._engine.slots
+            before = slots.n_decodes
+            said.append(each.answer(asked))
+            n_decodes.append(slots.n_decodes - before)
+        assert said[0] == said[1] and n_decodes[0] + 2 == n_decodes[1]  # the text, twice more
+    finally:
+        other.close()
+
+
 def test_a_text_that_is_read_twice(asker):
     once, twice = (asker._read(Shared(TEXT, True, is_rehearsed=again)) for again in (False, True))
     try:

@@ -74,6 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parallel", type=at_least(2), default=8, metavar="N", help="texts that are decoded together (%(default)s)"
     )
+    parser.add_argument(
+        "--no-sharing", action="store_true",
+        help="decode a context again for each of its questions: the same answers, later",
+    )  # fmt: skip
     add_context_arguments(parser.add_argument_group("context"))
 
 
@@ -131,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     def open_model(lora: bool) -> Asker:
         return Asker(
             model, lora=args.lora if lora else None, n_ctx=n_ctx, threads=args.threads, parallel=args.parallel,
-            **_context(args),
+            shares=not args.no_sharing, **_context(args),
         )  # fmt: skip
 
     part = "" if args.shard[1] == 1 else f"-{args.shard[0]}of{args.shard[1]}"

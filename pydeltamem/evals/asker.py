@@ -58,6 +58,7 @@ class Asker:
         n_ctx: tokens of a text; 0: as many as the model was trained on.
         threads: None: half of the CPUs that the process may use.
         parallel: texts that are decoded together, a shared one among them.
+        shares: whether a context that several questions have is decoded once.
         **kwargs: as `DeltaMemLlama`.
     """
 
@@ -69,13 +70,14 @@ class Asker:
         n_ctx: int = 0,
         threads: int | None = None,
         parallel: int = 8,
+        shares: bool = True,
         **kwargs: Any,
     ):
         threads = threads or max(usable() // 2, 1)
         self.llm = DeltaMemLlama(
             model, lora_path=lora, n_ctx=n_ctx, n_seq_max=parallel, n_threads=threads, n_threads_batch=threads, **kwargs
         )
-        self.parallel = parallel
+        self.parallel, self.shares = parallel, shares
         with self.llm._engine.lock:
             self.llm._engine.slots.leave(self.llm._text)  # every slot is for questions
         self._kept: tuple[Shared, Conversation] | None = None  # the shared text of the latest questions
@@ -120,7 +122,7 @@ class Asker:
         Questions that share a text stand side by side.
         """
         shared = asked[0].shared
-        if len(asked) > 1 and shared.text and all(ask.shared == shared for ask in asked):
+        if self.shares and len(asked) > 1 and shared.text and all(ask.shared == shared for ask in asked):
             first = self._read_once(shared)
             conversations = [first.fork() for _ in asked]
         else:
