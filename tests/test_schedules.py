@@ -22,7 +22,7 @@ N_OPERATIONS = 12
 N_CONVERSATIONS = 4
 OPERATIONS = [
     "say", "say", "say together", "add", "regenerate", "edit", "undo", "clear", "fork", "save", "load", "reset", "set",
-    "drop", "leave", "own text", "own text",
+    "drop", "leave", "rehearse", "own text", "own text",
 ]  # fmt: skip
 CASES = [("tsw_qo", 512), ("tsw_qo", 16), ("ssw_message", 512), ("ssw_message", 16)]  # adapter and n_batch
 SYSTEMS = ["", "be short", "be kind"]
@@ -145,6 +145,18 @@ class Simple:
         self.tokens, self.states, self.floor = self.tokens[:n], [self.states[-1]] * (n + 1), n
         self.begun = self.begun[:n]
 
+    def rehearse(self):
+        """All is read once more as it was the first time, into the present memory."""
+        self.cut_kv(0)
+        self.floor, self.states = 0, [self.states[-1]]
+        starts = [i for i, begun in enumerate(self.begun) if begun == i]
+        for start, end in itertools.pairwise([*starts, len(self.tokens)]):
+            if self.by_segment:
+                self.decode_segment(self.tokens[start:end])
+            else:
+                self.decode(self.tokens[start], True)
+            self.states += self.states[-1:] * (end - start - 1) + [self.context.state(self.seq)]
+
     def copy_to(self, other, with_kv):
         other.cut_kv(0)
         other.tokens, other.states, other.floor = list(self.tokens), list(self.states), self.floor
@@ -264,6 +276,9 @@ class World:
             simple.become(state.astype(np.float32))
         elif operation == "leave":
             self.llm._engine.slots.leave(conversation._text)
+        elif operation == "rehearse":
+            conversation.memory.rehearse()
+            simple.rehearse()
         elif operation == "drop":
             self.drop(i)
         elif operation == "own text":
