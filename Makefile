@@ -154,8 +154,8 @@ default-tsw default-msw: default-%:
 default-ssw: default-tsw
 	$(BIN)/deltamem train $(DEFAULT)/hf $(DEFAULT)/train.jsonl -o $(DEFAULT)/ssw --strategy ssw $(SSW_ARGS)
 
-# The adapter of SmolLM2-135M. Resumes where it was interrupted; SMOLLM2_ARGS="--init recipes/smollm2/msw ..." starts from
-# those weights. ordinary.py and mixture.py read ../shared/data, or DELTAMEM_DATA.
+# The adapter of SmolLM2-135M. Resumes where it was interrupted. SMOLLM2_ARGS="--init recipes/smollm2/msw --rate 2.2e-3 --steps
+# 600 --schedule linear" goes on from the weights that are shipped. ordinary.py and mixture.py read ../shared/data, or DELTAMEM_DATA.
 SMOLLM2      := build/smollm2
 SMOLLM2_ARGS ?= --strategy msw --update no_lambda --write-bias -2 --heads-gain 0.5
 
@@ -168,7 +168,8 @@ $(SMOLLM2)/train.jsonl: recipes/mixture.py recipes/documents.py recipes/natural/
 smollm2-adapter: $(SMOLLM2)/train.jsonl ## train an adapter for SmolLM2-135M (hours on one core; SMOLLM2_ARGS)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
 		$(BIN)/deltamem train smollm2 $< -o $(SMOLLM2)/msw --steps 5000 --batch 8 --rate 3e-3 --short-first 0 \
-		--max-tokens 900 --visible 0.12 --wording 0.35 --ask-writes 0.5 --first-told 3 --eval-every 500 $(SMOLLM2_ARGS)
+		--max-tokens 1100 --visible 0.15 --wording 0.35 --ask-writes 0.5 --first-told 3 --rehearse 0.5 --eval-every 500 \
+		$(SMOLLM2_ARGS)
 
 architectures: $(INSTALLED) ## compare the hooks with PyTorch: prints the table of docs/reference/architectures.md, writes pydeltamem/runtime/architectures.json
 	DELTAMEM_ARCHITECTURES=$(CURDIR)/pydeltamem/runtime/architectures.json \
