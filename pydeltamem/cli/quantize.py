@@ -26,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
     before, after = Header.of_model(model).n_bytes / 1e6, os.path.getsize(args.outfile) / 1e6
     print(f"{args.outfile}: {args.type}, {after:,.2f} MB of {before:,.2f}")
     if after > before:
-        print(f"larger than before: as {args.type}, llama.cpp makes {grown(args.model, args.outfile)}")
+        print(f"larger than before: as {args.type}, llama.cpp makes {grown(model, args.outfile)}")
     return 0
