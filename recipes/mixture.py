@@ -8,6 +8,7 @@ Draws by weight from these sources. The last three are not ours to ship, but for
     natural      conversations written by hand (recipes/natural/train.jsonl.gz), every other one with other
                  values (swap.py)
     together     two of them, one after the other
+    replies      their turns as a chat: the beginning of a chat, with its text or without, and the reply that follows
     world, many  facts of the small world in its phrasings, with small talk and updates; four to eight facts
     ordinary     any of these before an ordinary request, whose answer stays the frozen model's (recipes/ordinary.py)
     dialogues    task dialogues; questions ask for the values of their slots (train/sgd.jsonl.gz)
@@ -42,14 +43,17 @@ DATA = Path(os.environ.get("DELTAMEM_DATA", HERE.parents[1] / "shared" / "data")
 WEIGHTS = {
     "natural": 6.0,
     "together": 1.0,
+    "replies": 3.0,
     "world": 2.0,
     "many": 1.3,
-    "ordinary": 0.5,
+    "ordinary": 1.0,
     "dialogues": 2.0,
     "paragraphs": 0.4,
     "documents": 5.0,
 }
 SWAPPED = 0.5  # share of the conversations written by hand whose values are exchanged
+FIRST = 0.35  # share of the replies to a first message that have an empty memory; others follow another chat
+VISIBLE = 0.75  # share of the replies that have the text before them
 ECHO = 0.7  # share of the conversations with questions for the person's own words
 MAX_CHARACTERS = 1_400  # of the messages of a conversation, not of a document: about 350 tokens
 HELD_OUT = 60  # dialogues at the head of their file that are not drawn
@@ -140,18 +144,24 @@ class Mixture:
         self.requests = lines(ordinary) if ordinary else []
         self.weights = {name: weight for name, weight in WEIGHTS.items() if name != "ordinary" or self.requests}
 
-    def draw(self) -> Record:
+    def draw(self) -> dict[str, Any]:
+        """One line of `deltamem train`."""
         while True:
             (kind,) = self.random.choices(list(self.weights), list(self.weights.values()))
             source: Callable[[], Record | None] = getattr(self, f"_{kind}")
             record = source()
-            if kind == "documents" and record:  # as long, and asked as often, as documents.py says
-                return record
-            if record and record[1] and sum(len(m["content"]) for m in record[0]) <= MAX_CHARACTERS:
-                said, asks = record
-                if kind != "ordinary" and self.random.random() < ECHO:
-                    return said, self.random.sample(asks, min(5, len(asks))) + self._echo(said)
-                return said, self.random.sample(asks, min(6, len(asks)))
+            if not record or not record[1]:
+                continue
+            said, asks = record
+            if kind == "documents":  # as long, and asked as often, as documents.py says
+                return {"messages": said, "asks": asks}
+            if sum(len(m["content"]) for m in said) > MAX_CHARACTERS:
+                continue
+            if kind == "replies":  # a chat that goes on has its text before it
+                return {"messages": said, "asks": asks, "visible": not said or self.random.random() < VISIBLE}
+            if kind != "ordinary" and self.random.random() < ECHO:
+                return {"messages": said, "asks": self.random.sample(asks, min(5, len(asks))) + self._echo(said)}
+            return {"messages": said, "asks": self.random.sample(asks, min(6, len(asks)))}
 
     def _echo(self, said: list[dict[str, str]]) -> list[list[dict[str, str]]]:
         """Questions for the person's own sentences: a target for every token of what was told."""
@@ -176,6 +186,14 @@ class Mixture:
     def _together(self) -> Record:
         (first, of_first), (second, of_second) = self._natural(), self._natural()
         return first + second, of_first + of_second
+
+    def _replies(self) -> Record:
+        said, _ = self._natural()
+        n = 2 * self.random.randrange(len(said) // 2)
+        before, ask = said[:n], said[n : n + 2]
+        if not before and self.random.random() > FIRST:
+            before, _ = self._natural()  # of another chat
+        return before, [ask]
 
     def _world(self) -> Record:
         turns, asks = conversation(self._new_world())
@@ -246,8 +264,7 @@ def _pattern(slot: str) -> str | None:
 
 def draw_all(mixture: Mixture, count: int) -> Iterator[str]:
     for _ in range(count):
-        said, asks = mixture.draw()
-        yield json.dumps({"messages": said, "asks": asks}, ensure_ascii=False) + "\n"
+        yield json.dumps(mixture.draw(), ensure_ascii=False) + "\n"
 
 
 def main() -> None:

@@ -250,6 +250,27 @@ def test_a_share_of_the_questions_writes(data, tmp_path, share):
     assert len(seen) == 36 and (8 <= sum(seen) <= 28 if share else not any(seen))
 
 
+def test_a_line_says_that_its_text_stays(tmp_path):
+    """Such a conversation may begin with what is asked."""
+    lines = [
+        {"messages": [], "asks": [say("It is red.", "I see.")], "visible": True},
+        {"messages": say("It is red.", "Yes."), "asks": [say("What?", "Red.")], "visible": True},
+        {"messages": say("It is red.", "Yes."), "asks": [say("What?", "Red.")]},
+    ]
+    path = write(tmp_path / "x.jsonl", lines)
+    run = trainer(path, tmp_path / "out", steps=2, batch=3)
+    assert [run.data[i].visible for i in range(3)] == [True, True, False]
+    assert run.data[0].earlier == [] and run.data[1].earlier == run.data[2].earlier != []
+    seen, loss = [], run.objective.loss
+    run.objective.loss = lambda given: seen.extend(given) or loss(given)
+    run.update()
+    assert len(seen) == 3 and all(example.visible for example in seen if not example.earlier)
+    with refuses(InputError, "visible", "packed form"):
+        trainer(path, tmp_path / "padded", steps=2, form="padded").objective.loss([run.data[0]])
+    with refuses(InputError, tmp_path / "y.jsonl"):
+        trainer(write(tmp_path / "y.jsonl", [{**lines[0], "visible": False}]), tmp_path / "other", steps=1).data[0]
+
+
 @pytest.mark.parametrize("share", [1, 0.5])
 def test_a_share_of_the_conversations_is_rehearsed(data, tmp_path, share):
     run = trainer(data, tmp_path / "out", steps=12, rehearse=share)

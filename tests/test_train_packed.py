@@ -128,6 +128,22 @@ def test_text_that_stays():
             torch.testing.assert_close(next(rows), expected, rtol=0, atol=2e-5)
 
 
+def test_a_chat_that_begins():
+    """No earlier turn: the memory is empty, and the question and its answer write it."""
+    model, memory = make("llama")
+    given = [replace(example, earlier=[], segments=[], visible=i != 1) for i, example in enumerate(examples())]
+    packed = PackedBatch.of(given)
+    logits = PackedModel(model, memory).logits(packed)
+    rows = iter(logits.split(packed.asks))
+    for example in given:
+        for question, _, answer in example.asks:
+            memory.reset()
+            expected = model(torch.tensor([question + answer[:-1]])).logits[0, -len(answer) :]
+            torch.testing.assert_close(next(rows), expected, rtol=0, atol=2e-5)
+    torch.nn.functional.cross_entropy(logits, packed.targets).backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(memory).values())
+
+
 def test_questions_that_only_read():
     model, memory = make("llama")
     given = [replace(example, ask_writes=i == 1) for i, example in enumerate(examples((False, True, True)))]

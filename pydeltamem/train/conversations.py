@@ -3,7 +3,8 @@
 A line is a JSON object, one of
 
     {"messages": [...]}                         a conversation that ends with the answer to learn
-    {"messages": [...], "asks": [[...], ...]}   several questions about the same messages, each asked on its own
+    {"messages": [...], "asks": [[...], ...]}   several questions about the same messages, each asked on its own;
+                                                with "visible": true their text stays, and there may be none
     {"document": "...", "questions": [{"question": "...", "answer": "..."}, ...]}
     {"text": "..."}                             its end is to be predicted from the memory of its beginning
 
@@ -99,7 +100,8 @@ class Conversations:
             messages, asks = _of_document(record) if "document" in record else _of_messages(record)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise InputError(f"{self.path}: conversation {i + 1} is no valid training line: {error!r}") from error
-        if not messages or not asks or not all(map(self._is_ask, asks)):
+        visible = record.get("visible") is True
+        if not (messages or visible) or not asks or not all(map(self._is_ask, asks)):
             raise InputError(
                 f"{self.path}: conversation {i + 1} must have earlier messages and end with the assistant's answer"
             )
@@ -111,6 +113,7 @@ class Conversations:
             segments[-self.max_tokens :],
             [self._ask(ask) for ask in whole],
             [self._continued(messages[:n_earlier], ids, ask) for ask in whole],
+            visible,
         )
 
     def _is_ask(self, ask: Messages) -> bool:

@@ -76,6 +76,8 @@ class Objective:
             for begin, end in packed.told if empty else ():
                 packed.writes[begin:end] = False
             return self.packed.logits(packed).float(), packed.targets
+        if any(example.visible for example in examples):
+            raise InputError('"visible": true: needs the packed form of a step')
         batch = Batch.of(examples, self.options.device)
         if empty:
             batch = replace(batch, segments=torch.full_like(batch.segments, -1), again=torch.full_like(batch.again, -1))

@@ -74,7 +74,7 @@ class PackedBatch:
                 origin = len(ids)
                 earlier = run(example.earlier, 0, earlier)
                 told.append((origin, len(ids)))
-                if not visible:  # each time a text of its own
+                if example.earlier and not visible:  # each time a text of its own
                     spans.append((origin, len(ids), None))
             position = len(example.earlier) if visible else 0
             origin = origin if visible else len(ids)
