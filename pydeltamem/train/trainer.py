@@ -115,7 +115,8 @@ class Trainer:
         draw = random.Random(options.seed * 1_000_003 + self.step)
         examples = [self.data[i] for i in self.draw(draw)]
         if options.visible:
-            examples = [replace(example, visible=draw.random() < options.visible or example.visible) for example in examples]
+            stays = [draw.random() < options.visible for _ in examples]
+            examples = [replace(e, visible=e.visible or stay) for e, stay in zip(examples, stays)]
         if options.ask_writes < 1:
             examples = [replace(example, ask_writes=draw.random() < options.ask_writes) for example in examples]
         if options.rehearse:
