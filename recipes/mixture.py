@@ -10,7 +10,8 @@ Draws by weight from these sources. The last three are not ours to ship, but for
     together     two of them, one after the other
     replies      their turns as a chat: the beginning of a chat, with its text or without, and the reply that follows
     world, many  facts of the small world in its phrasings, with small talk and updates; four to eight facts
-    ordinary     any of these before an ordinary request, whose answer stays the frozen model's (recipes/ordinary.py)
+    ordinary     an ordinary request, whose answer stays the frozen model's (recipes/ordinary.py): as a first message, in a
+                 chat, or after any of these
     dialogues    task dialogues; questions ask for the values of their slots (train/sgd.jsonl.gz)
     paragraphs   the sentences that answer a question, in a message (train/nq_oracle.jsonl.gz)
     documents    longer texts about others, asked for in a few words (documents.py)
@@ -41,19 +42,19 @@ from pydeltamem.formats.atomic import replacing
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("DELTAMEM_DATA", HERE.parents[1] / "shared" / "data"))
 WEIGHTS = {
-    "natural": 6.0,
+    "natural": 5.0,
     "together": 1.0,
-    "replies": 3.0,
-    "world": 2.0,
+    "replies": 5.0,
+    "world": 1.6,
     "many": 1.3,
-    "ordinary": 1.0,
-    "dialogues": 2.0,
+    "ordinary": 2.5,
+    "dialogues": 1.6,
     "paragraphs": 0.4,
-    "documents": 5.0,
+    "documents": 3.0,
 }
 SWAPPED = 0.5  # share of the conversations written by hand whose values are exchanged
-FIRST = 0.35  # share of the replies to a first message that have an empty memory; others follow another chat
-VISIBLE = 0.75  # share of the replies that have the text before them
+FIRST = 0.35  # share of first messages that find an empty memory; others follow another chat
+VISIBLE = {"replies": 0.75, "ordinary": 0.4}  # share of those that have the text of the chat before them
 ECHO = 0.7  # share of the conversations with questions for the person's own words
 MAX_CHARACTERS = 1_400  # of the messages of a conversation, not of a document: about 350 tokens
 HELD_OUT = 60  # dialogues at the head of their file that are not drawn
@@ -157,9 +158,9 @@ class Mixture:
                 return {"messages": said, "asks": asks}
             if sum(len(m["content"]) for m in said) > MAX_CHARACTERS:
                 continue
-            if kind == "replies":  # a chat that goes on has its text before it
-                return {"messages": said, "asks": asks, "visible": not said or self.random.random() < VISIBLE}
-            if kind != "ordinary" and self.random.random() < ECHO:
+            if kind in ("replies", "ordinary"):  # a chat that goes on has its text before it
+                return {"messages": said, "asks": asks, "visible": not said or self.random.random() < VISIBLE[kind]}
+            if self.random.random() < ECHO:
                 return {"messages": said, "asks": self.random.sample(asks, min(5, len(asks))) + self._echo(said)}
             return {"messages": said, "asks": self.random.sample(asks, min(6, len(asks)))}
 
@@ -208,7 +209,8 @@ class Mixture:
         return World(self.random.randrange(1 << 40), part="seen", phrasings="seen")
 
     def _ordinary(self) -> Record:
-        said, _ = getattr(self, self.random.choice(("_natural", "_world", "_dialogues")))()
+        source = self.random.choice(("_natural", "_world", "_dialogues"))
+        said = [] if self.random.random() < FIRST else getattr(self, source)()[0]
         request = self.random.choice(self.requests)
         return said, [messages([(request["prompt"], request["answer"])])]
 
