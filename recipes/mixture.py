@@ -10,8 +10,8 @@ Draws by weight from these sources. The last three are not ours to ship, but for
     together     two of them, one after the other
     replies      their turns as a chat: the beginning of a chat, with its text or without, and the reply that follows
     world, many  facts of the small world in its phrasings, with small talk and updates; four to eight facts
-    ordinary     an ordinary request, whose answer stays the frozen model's (recipes/ordinary.py): as a first message, in a
-                 chat, or after any of these
+    ordinary     an ordinary request, whose answer stays the frozen model's (recipes/ordinary.py): as a first message,
+                 in a chat, or after any of these
     dialogues    task dialogues; questions ask for the values of their slots (train/sgd.jsonl.gz)
     paragraphs   the sentences that answer a question, in a message (train/nq_oracle.jsonl.gz)
     documents    longer texts about others, asked for in a few words (documents.py)
