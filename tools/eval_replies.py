@@ -1,11 +1,12 @@
-"""How an adapter replies in a chat: whether it ends, repeats itself, or says the message back. Recall asks questions only.
+"""How an adapter replies in a chat: whether it ends, repeats itself, or says the message back.
 
     python tools/eval_replies.py -m smollm2 --adapters msw=smollm2 tsw=smollm2-tsw
 
-The messages are the first two of each conversation in natural.jsonl, which no adapter was trained on. Each chat begins with an
-empty memory, its text stays, replies are greedy. Prints for the frozen model and each adapter, in % with a 95 % interval,
-how many replies end within --n-predict tokens, hold a run of four words twice, and have at least four fifths of their
-words (of three at least) from the message. --show N prints the first N chats.
+`deltamem eval recall` asks questions only. Here the messages are the first two of each conversation in natural.jsonl,
+which no adapter was trained on. Each chat begins with an empty memory, its text stays, replies are greedy. Prints for
+the frozen model and each adapter, in % with a 95 % interval, how many replies end within --n-predict tokens, hold a run
+of four words twice, and (of three words or more) have four fifths of their words from the message. --show N prints the
+first N replies.
 """
 
 from __future__ import annotations
