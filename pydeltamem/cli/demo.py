@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     cast = _cast(args)
     console = Console(highlight=False)
-    reader = NativeReader(cast.model, cast.adapter, n_ctx=N_CTX, parallel=1)
+    rehearses = not (cast.is_small or args.interactive)  # the small one was trained on what is read once
+    reader = NativeReader(cast.model, cast.adapter, n_ctx=N_CTX, parallel=1, rehearses=rehearses)
     try:
         return _converse(console, reader, cast) if args.interactive else _show(console, reader, cast, args)
     finally:
@@ -123,8 +124,8 @@ def _show(console: Console, reader: NativeReader, cast: Cast, args: argparse.Nam
     layers = reader.llm.memory.layers
     name = reader.llm.metadata.get("general.name", cast.model)
     console.print(
-        f"A frozen model, {name}, reads {len(turns)} messages and their replies, {n_token} tokens. Its memory:"
-        f" {memory.state.size} numbers in {len(layers)} layers.\n",
+        f"A frozen model, {name}, reads {len(turns)} messages and their replies, {n_token} tokens"
+        f"{'' if cast.is_small else ', twice'}. Its memory: {memory.state.size} numbers in {len(layers)} layers.\n",
         markup=False,
     )
     for user, reply in turns:
