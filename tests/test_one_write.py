@@ -965,7 +965,7 @@ def test_rehearsal_in_segments(make):
     np.testing.assert_allclose(llm.memory.state, read_twice(other, (TOKENS, {"segments": ids})), **SAME)
 
 
-def test_going_back_after_a_rehearsal(make, read_once):
+def test_going_back_after_a_rehearsal(make):
     """The text goes back, and the second reading with it; the first one stays."""
     llm, other = make(), make()
     llm.eval(TOKENS)

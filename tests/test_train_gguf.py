@@ -235,18 +235,24 @@ def test_a_teacher_counts_for_a_part_of_the_loss(tmp_path):
     assert distance.item() != pytest.approx(of_answers.item(), rel=0.1)
 
 
-@pytest.mark.parametrize("share", [0, 0.5])
-def test_a_share_of_the_questions_writes(data, tmp_path, share):
-    run = trainer(data, tmp_path / "out", steps=12, ask_writes=share)
+def trained_on(run, n_steps):
+    """The examples of so many steps."""
     seen, loss = [], run.objective.loss
 
     def watched(examples):
-        seen.extend(example.ask_writes for example in examples)
+        seen.extend(examples)
         return loss(examples)
 
     run.objective.loss = watched
-    for _ in range(12):
+    for _ in range(n_steps):
         run.update()
+    return seen
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_share_of_the_questions_writes(data, tmp_path, share):
+    run = trainer(data, tmp_path / "out", steps=12, ask_writes=share)
+    seen = [example.ask_writes for example in trained_on(run, 12)]
     assert len(seen) == 36 and (8 <= sum(seen) <= 28 if share else not any(seen))
 
 
@@ -261,9 +267,7 @@ def test_a_line_says_that_its_text_stays(tmp_path):
     run = trainer(path, tmp_path / "out", steps=2, batch=3)
     assert [run.data[i].visible for i in range(3)] == [True, True, False]
     assert run.data[0].earlier == [] and run.data[1].earlier == run.data[2].earlier != []
-    seen, loss = [], run.objective.loss
-    run.objective.loss = lambda given: seen.extend(given) or loss(given)
-    run.update()
+    seen = trained_on(run, 1)
     assert len(seen) == 3 and all(example.visible for example in seen if not example.earlier)
     with refuses(InputError, "visible", "packed form"):
         trainer(path, tmp_path / "padded", steps=2, form="padded").objective.loss([run.data[0]])
@@ -274,15 +278,7 @@ def test_a_line_says_that_its_text_stays(tmp_path):
 @pytest.mark.parametrize("share", [1, 0.5])
 def test_a_share_of_the_conversations_is_rehearsed(data, tmp_path, share):
     run = trainer(data, tmp_path / "out", steps=12, rehearse=share)
-    seen, loss = [], run.objective.loss
-
-    def watched(examples):
-        seen.extend(example.rehearsed for example in examples)
-        return loss(examples)
-
-    run.objective.loss = watched
-    for _ in range(12):
-        run.update()
+    seen = [example.rehearsed for example in trained_on(run, 12)]
     assert len(seen) == 36 and (8 <= sum(seen) <= 28 if share < 1 else all(seen))
 
 

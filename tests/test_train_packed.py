@@ -94,9 +94,10 @@ def test_packed_is_padded(family, rehearsed, config, plain, monkeypatch):
     torch.nn.functional.cross_entropy(logits, packed.targets).backward()
     of_packed = gradients(memory)
     assert of_packed.keys() == of_padded.keys()
+    relative = 2e-4 if any(rehearsed) else 1e-4  # sums over twice as many tokens
     for name, gradient in of_padded.items():
         largest = gradient.abs().max().item()
-        torch.testing.assert_close(of_packed[name], gradient, rtol=0, atol=2e-4 * largest + 1e-9, msg=name)
+        torch.testing.assert_close(of_packed[name], gradient, rtol=0, atol=relative * largest + 1e-9, msg=name)
 
 
 def test_answers_of_one_token():

@@ -16,13 +16,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-import pydeltamem.evals
 from pydeltamem import Conversation, DeltaMemLlama, say_together
+from pydeltamem.evals.corpora import file_of
 from pydeltamem.evals.reader import attach
 from pydeltamem.evals.statistics import wilson
 
@@ -54,7 +53,8 @@ def words_of(text: str) -> list[str]:
 
 def messages(n: int) -> list[list[str]]:
     """The user's first two messages of each conversation; some have one."""
-    path = Path(pydeltamem.evals.__file__).with_name("natural.jsonl")
+    path = file_of("natural", None)
+    assert path is not None  # it is in the package
     lines = path.read_text(encoding="utf-8").splitlines()
     chats = [json.loads(line)["messages"] for line in lines]
     return [[m["content"] for m in chat if m["role"] == "user"][:2] for chat in chats][:n]
