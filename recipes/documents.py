@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from chats import MAX_CHARACTERS as MAX_CHARACTERS_OF_CHAT
+from chats import Asked, Chats
 from conversations import messages
 from swap import Swap
 
@@ -114,19 +116,26 @@ class Documents:
         self.written, self.paragraphs, self.hops = written, paragraphs[:-HELD_OUT], hops
         self.articles = [(article["context"], _found(article)) for article in articles]
         self.articles = [(text, found) for text, found in self.articles if found]
+        self.chats = Chats(written, draw)
 
     def draw(self) -> Record | None:
         """None if what was drawn has no question, or is too long."""
         (kind,) = self.random.choices(list(WEIGHTS), list(WEIGHTS.values()))
-        source: Callable[[], tuple[str, str, list[tuple[str, str]]]] = getattr(self, f"_{kind}")
-        title, text, asked = source()
-        if not asked or not 0 < len(text) <= MAX_CHARACTERS:
+        source: Callable[[], tuple[str, str, Asked]] = getattr(self, f"_{kind}")
+        return self._record(*source(), MAX_CHARACTERS)
+
+    def draw_chat(self) -> Record | None:
+        """The same of a dated chat (chats.py)."""
+        return self._record(*self.chats.draw(), MAX_CHARACTERS_OF_CHAT)
+
+    def _record(self, title: str, text: str, asked: Asked, max_characters: int) -> Record | None:
+        if not asked or not 0 < len(text) <= max_characters:
             return None
         draw = self.random
         said = draw.choice(OPENINGS).format(t=title) + text
         form = draw.choice(FORMS) if draw.random() < 0.8 else "{q}"
         asks = []
-        for question, answer in draw.sample(asked, min(len(asked), 7)):
+        for question, answer in draw.sample(asked, min(len(asked), 8)):
             one = draw.choice(FORMS) if draw.random() < 0.15 else form
             asks.append(messages([(one.format(q=question, t=title), self._answer(answer, one != "{q}"))]))
         return messages([(said, draw.choice(READ))]), asks
@@ -138,11 +147,11 @@ class Documents:
             return answer
         return answer[0].upper() + answer[1:] + ("" if answer[-1] in ".!?" else ".")
 
-    def _written(self) -> tuple[str, str, list[tuple[str, str]]]:
+    def _written(self) -> tuple[str, str, Asked]:
         one = self.random.choice(self.written)
         return one["title"], one["text"], [(question, answer) for question, answer in one["questions"]]
 
-    def _passages(self) -> tuple[str, str, list[tuple[str, str]]]:
+    def _passages(self) -> tuple[str, str, Asked]:
         draw, parts, asked = self.random, [], []
         for item in draw.sample(self.paragraphs, draw.choice((1, 1, 2, 3, 4, 6))):
             passage, answer, question = item["ctxs"][0], min(item["answers"], key=len), item["question"]
@@ -151,7 +160,7 @@ class Documents:
                 asked.append((f"{question[0].upper()}{question[1:]}?" if draw.random() < 0.7 else question, answer))
         return "a paragraph" if len(parts) == 1 else f"{len(parts)} passages", "\n".join(parts), asked
 
-    def _article(self) -> tuple[str, str, list[tuple[str, str]]]:
+    def _article(self) -> tuple[str, str, Asked]:
         draw = self.random
         text, found = draw.choice(self.articles)
         _, answer, place = draw.choice(found)
@@ -162,7 +171,7 @@ class Documents:
         inside = [(q, a.rstrip(".")) for q, a, at in found if begin <= at and at + len(a) <= end]
         return "a part of an article", text[begin:end], inside
 
-    def _two_hops(self) -> tuple[str, str, list[tuple[str, str]]]:
+    def _two_hops(self) -> tuple[str, str, Asked]:
         draw, item = self.random, self.random.choice(self.hops)
         gold, share = {title for title, _ in item["supporting_facts"]}, draw.choice((0, 0.3, 0.6))
         shown = [passage for passage in item["context"] if passage[0] in gold or draw.random() < share]
@@ -170,7 +179,7 @@ class Documents:
         text = "\n".join(f"{title}: {' '.join(map(str.strip, sentences))}" for title, sentences in shown)
         return f"{len(shown)} passages", text, [(item["question"], item["answer"])]
 
-    def _facts(self) -> tuple[str, str, list[tuple[str, str]]]:
+    def _facts(self) -> tuple[str, str, Asked]:
         draw = self.random
         known: dict[str, list[str]] = {}
         facts: dict[tuple[Relation, str], str] = {}

@@ -15,6 +15,7 @@ Draws by weight from these sources. The last three are not ours to ship, but for
     dialogues    task dialogues; questions ask for the values of their slots (train/sgd.jsonl.gz)
     paragraphs   the sentences that answer a question, in a message (train/nq_oracle.jsonl.gz)
     documents    longer texts about others, asked for in a few words (documents.py)
+    chats        dated chats of two others, asked for in a few words, also for dates (chats.py)
 
 Most conversations also have questions for the person's own words: their answers repeat all that was told.
 """
@@ -42,15 +43,16 @@ from pydeltamem.formats.atomic import replacing
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("DELTAMEM_DATA", HERE.parents[1] / "shared" / "data"))
 WEIGHTS = {
-    "natural": 5.0,
+    "natural": 6.0,
     "together": 1.0,
-    "replies": 5.0,
-    "world": 1.6,
+    "replies": 4.0,
+    "world": 2.4,
     "many": 1.3,
     "ordinary": 2.5,
     "dialogues": 1.6,
     "paragraphs": 0.4,
-    "documents": 3.0,
+    "documents": 2.5,
+    "chats": 3.0,
 }
 SWAPPED = 0.5  # share of the conversations written by hand whose values are exchanged
 FIRST = 0.35  # share of first messages that find an empty memory; others follow another chat
@@ -154,7 +156,7 @@ class Mixture:
             if not record or not record[1]:
                 continue
             said, asks = record
-            if kind == "documents":  # as long, and asked as often, as documents.py says
+            if kind in ("documents", "chats"):  # as long, and asked as often, as documents.py says
                 return {"messages": said, "asks": asks}
             if sum(len(m["content"]) for m in said) > MAX_CHARACTERS:
                 continue
@@ -177,6 +179,9 @@ class Mixture:
         if 8 < sum(map(len, told)) < 160 and draw.random() < 0.3:
             asks.append(messages([(draw.choice(REPEAT), " ".join(told))]))
         return asks
+
+    def _chats(self) -> Record | None:
+        return self.documents.draw_chat()
 
     def _natural(self) -> Record:
         one = self.random.choice(self.natural)
