@@ -52,7 +52,7 @@ WEIGHTS = {
     "dialogues": 1.6,
     "paragraphs": 0.4,
     "documents": 2.5,
-    "chats": 3.0,
+    "chats": 2.2,
 }
 SWAPPED = 0.5  # share of the conversations written by hand whose values are exchanged
 FIRST = 0.35  # share of first messages that find an empty memory; others follow another chat
