@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
-from .errors import AdapterError, InputError, ModelError, NotFiniteError, naming
+from .errors import AdapterError, InputError, ModelError, NotFiniteError, naming, shown
 from .formats.gguf_header import Header
 from .formats.memory_file import MemorySnapshot
 from .formats.model_numbers import check_numbers
@@ -36,12 +36,13 @@ from .runtime.history import Position, Tokens, n_common
 from .runtime.library import BaseLlamaCache, Llama, LlamaState
 from .runtime.lock import holding
 from .runtime.names import nearest, option
-from .runtime.remote import connect
+from .runtime.remote import connect, gpu_names
 from .runtime.sampling import Guard, Sampler, n_likeliest
 from .runtime.slots import Slots
 from .runtime.stream import checked_grammar
 from .runtime.text import Text
 from .runtime.tokenizer import Tokenizer
+from .runtime.unpacking import NONE, REST, UNPACK, overrides
 from .tuned import kept
 
 HOME = 0  # the slot of the model's own text: the one that llama_cpp.Llama uses
@@ -76,14 +77,17 @@ class DeltaMemLlama(Llama):
             may use, and all of them.
         repack: whether llama.cpp puts weights into the layout of this CPU's fastest products when it loads them (it is
             not always the faster one). None: yes.
+        unpack: which quantised weights a prompt multiplies in BF16, where the processor has AVX512-BF16 and no AMX:
+            "none", "all", or "rest", those that llama.cpp does not repack. None: "rest"; "none" if repack is False.
+            Nothing is unpacked beside a GPU or for layers on other machines.
         tuned: take what `deltamem tune` found fastest for this model on this machine, where no keyword says otherwise.
             Where nothing was found, or for layers on other machines, the defaults stay, and no error says so.
         verbose: print llama.cpp's log at once. Otherwise it goes to the logger `pydeltamem.llama_cpp`.
         **kwargs: as `llama_cpp.Llama`.
 
     Raises:
-        InputError: a keyword is unknown, n_seq_max or a number of threads is out of range, or an RPC server does not
-            answer.
+        InputError: a keyword is unknown, n_seq_max, unpack or a number of threads is out of range, or an RPC server
+            does not answer.
         ModelError: the model file is missing or cannot be loaded.
         AdapterError: the adapter is missing, corrupt or made for another model.
         FetchError: a model or adapter given by name cannot be fetched.
@@ -92,6 +96,7 @@ class DeltaMemLlama(Llama):
         finish_reason: why the latest `generate` ended, "length" or "stop"; None before its end, or if it was closed
             early.
         tuned: the keywords and values that `tuned=True` took; empty if there were none.
+        unpack: which weights prompts multiply in BF16, if the processor does, as given or chosen.
 
     Memory and text are independent: `reset()` forgets the text and keeps the memory, `memory.reset()` the reverse.
 
@@ -118,13 +123,23 @@ class DeltaMemLlama(Llama):
         n_seq_max: int = 1,
         rpc_servers: str | None = None,
         repack: bool | None = None,
+        unpack: str | None = None,
         tuned: bool = False,
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
         for name in kwargs:  # llama_cpp ignores unknown ones
             if name not in _KEYWORDS:
-                known = ("model_path", "deltamem_path", "n_seq_max", "rpc_servers", "repack", "tuned", *_KEYWORDS)
+                known = (
+                    "model_path",
+                    "deltamem_path",
+                    "n_seq_max",
+                    "rpc_servers",
+                    "repack",
+                    "unpack",
+                    "tuned",
+                    *_KEYWORDS,
+                )
                 raise InputError(f"{name} is no keyword of DeltaMemLlama{nearest(name, known)}")
         if kwargs.get("lora_path") is not None:
             kwargs["lora_path"] = _Path(os.fsdecode(kwargs["lora_path"]))
@@ -143,15 +158,20 @@ class DeltaMemLlama(Llama):
         model_path = _Path(model_file(model_path))
         self.tuned: dict[str, Any] = {}
         if tuned and not rpc_servers and (record := kept(model_path, kwargs.get("n_gpu_layers", 0))) is not None:
-            self.tuned = record.settings.keywords({**kwargs, "repack": repack})
-        kwargs = {**kwargs, "repack": repack, **self.tuned}
+            self.tuned = record.settings.keywords({**kwargs, "repack": repack, "unpack": unpack})
+        kwargs = {**kwargs, "repack": repack, "unpack": unpack, **self.tuned}
         self._repack = kwargs.pop("repack") is not False
+        self.unpack = kwargs.pop("unpack") or (REST if self._repack else NONE)
+        if self.unpack not in UNPACK:
+            raise InputError(f"{option('unpack')} is one of {', '.join(UNPACK)}, not {shown(self.unpack)}")
         for name, n in zip(("n_threads", "n_threads_batch"), default_threads()):
             kwargs[name] = kwargs.get(name) or n
         self.deltamem_path = None if deltamem_path is None else adapter_file(deltamem_path, model_path)
         if rpc_servers:
             connect(rpc_servers)
             kwargs.setdefault("n_gpu_layers", -1)  # llama_cpp's default, 0, would leave the servers idle
+        elsewhere = kwargs.get("n_gpu_layers", 0) != 0 and bool(gpu_names())
+        self._overrides = None if elsewhere else overrides(model_path, self.unpack)
         if n_ctx == 0 and n_seq_max > 1:
             n_ctx = _trained_context(model_path)  # llama.cpp would divide it among the texts
         _check_numbers(model_path, kwargs.get("kv_overrides") or {})
@@ -305,12 +325,14 @@ class DeltaMemLlama(Llama):
 
     @property
     def model_params(self) -> Any:
-        """llama_model_params, with `repack` as given."""
+        """llama_model_params, with `repack` and `unpack` as given."""
         return self._model_params
 
     @model_params.setter
     def model_params(self, value: Any) -> None:
         value.use_extra_bufts = self._repack
+        if self._overrides is not None:
+            value.tensor_buft_overrides = ctypes.addressof(self._overrides)
         self._model_params = value
 
     @property
@@ -841,6 +863,7 @@ class DeltaMemLlama(Llama):
             n_seq_max=self._n_seq_max,
             rpc_servers=self._rpc_servers,
             repack=self._repack,
+            unpack=self.unpack,
             tokenizer=None if isinstance(self.tokenizer_, Tokenizer) else self.tokenizer_,
         )
         state["memory"] = None

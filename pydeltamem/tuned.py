@@ -20,9 +20,10 @@ from .hub import cache_folder
 from .runtime import library
 from .runtime.cpus import MAX_THREADS, cpu_name, default_threads, usable
 from .runtime.remote import gpu_names
+from .runtime.unpacking import REST, UNPACK
 from .version import __version__
 
-FORMAT, VERSION = "deltamem-tuned", 1
+FORMAT, VERSION = "deltamem-tuned", 2
 PLAIN_TYPES = ("f32", "f16", "bf16")  # of V without flash attention: llama.cpp takes no others
 
 _KIND = Kind("a record of deltamem tune", lambda path: True)  # a damaged one is replaced too
@@ -33,6 +34,7 @@ class Settings:
     """What decides the speed of a model on a machine; names as the keywords of `DeltaMemLlama`."""
 
     repack: bool  # of the weights, into the layout of the fastest products of this CPU
+    unpack: str  # which weights prompts multiply in BF16: of UNPACK
     flash_attn: bool
     type_k: str  # by ggml's name, as "f16"
     type_v: str
@@ -44,7 +46,7 @@ class Settings:
     def default(cls) -> Settings:
         """Those of `DeltaMemLlama` on this machine."""
         n_threads, n_threads_batch = default_threads()
-        return cls(True, False, "f16", "f16", n_threads, n_threads_batch, 512)
+        return cls(True, REST, False, "f16", "f16", n_threads, n_threads_batch, 512)
 
     @classmethod
     def of(cls, found: Any) -> Settings:
@@ -55,6 +57,8 @@ class Settings:
         if any(type(value).__name__ != kinds[name] for name, value in found.items()):
             raise ValueError("other types")
         settings = cls(**found)
+        if settings.unpack not in UNPACK:
+            raise ValueError("another choice of weights")
         numbers = (settings.n_threads, settings.n_threads_batch)
         if not all(1 <= n <= MAX_THREADS for n in numbers) or not 1 <= settings.n_ubatch < 2**31:
             raise ValueError("a number out of range")

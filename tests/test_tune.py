@@ -21,13 +21,23 @@ from pydeltamem.cli import chat, generate, model_options, serve
 from pydeltamem.cli.parser import Parser
 from pydeltamem.formats.packed import pack
 from pydeltamem.runtime import library
+from pydeltamem.runtime.unpacking import multiplies_bf16
 from pydeltamem.tuned import Record, Settings
 from refusals import refused
 from test_cli import deltamem
 
 SMALL = Path(__file__).resolve().parent.parent / "pydeltamem" / "models" / "default.gguf"
 
-FOUND = Settings(repack=False, flash_attn=True, type_k="f16", type_v="f16", n_threads=3, n_threads_batch=2, n_ubatch=64)
+FOUND = Settings(
+    repack=False,
+    unpack="none",
+    flash_attn=True,
+    type_k="f16",
+    type_v="f16",
+    n_threads=3,
+    n_threads_batch=2,
+    n_ubatch=64,
+)
 QUANTISED = replace(FOUND, type_k="q8_0", type_v="q8_0")
 RECORD = Record(FOUND, {"counts": "both"})
 
@@ -129,7 +139,7 @@ def test_halving_finds_the_fastest_on_a_machine_whose_speed_drifts(times, keep, 
 
 def test_choices_that_llama_cpp_does_not_take_are_not_tried():
     choices = tune.weights_and_attention(Settings.default(), ["q8_0"])
-    assert len(choices) == len(set(choices)) == 6
+    assert len(choices) == len(set(choices)) == (9 if multiplies_bf16() else 6)
     assert all(choice.flash_attn for choice in choices if choice.type_v == "q8_0")
     assert tune.thread_counts(1) == (1,) and tune.thread_counts(2) == (1, 2) and tune.thread_counts(64)[-1] == 64
 
@@ -244,13 +254,14 @@ def changed(*path, to):
         lambda text: "null",
         lambda text: "[" * 100_000,
         lambda text: "\0" + text,
-        changed("version", to=2),
+        changed("version", to=1),
         changed("format", to="another"),
         changed("for", "processor", to="Z80"),
         changed("settings", to=None),
         changed("found", to=[1]),
         changed("settings", "repack", to=None),
         changed("settings", "repack", to=1),
+        changed("settings", "unpack", to="some"),
         changed("settings", "n_threads", to=True),
         changed("settings", "n_threads", to=0),
         changed("settings", "n_threads_batch", to=100_000),
@@ -279,6 +290,7 @@ def of(llm):
     params = llm.context_params
     return Settings(
         llm.model_params.use_extra_bufts,
+        llm.unpack,
         params.flash_attn_type == library.llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
         names[params.type_k],
         names[params.type_v],
@@ -318,6 +330,7 @@ def test_what_was_found_is_used(cache, model, load, settings):
     ("name", "value"),
     [
         ("repack", True),
+        ("unpack", "all"),
         ("flash_attn", False),
         ("type_k", library.llama_cpp.GGML_TYPE_F16),
         ("n_threads", 1),
@@ -363,6 +376,7 @@ EXPLICIT = {
     ("-fa", "off"): {"flash_attn": False},
     ("-ub", "32"): {"n_ubatch": 32},
     ("--repack",): {"repack": True},
+    ("--unpack", "rest"): {"unpack": "rest"},
     ("-fa", "on", "-ctk", "q8_0", "-ctv", "q4_0"): {"type_k": "q8_0", "type_v": "q4_0"},
     (): {},
 }
@@ -382,7 +396,7 @@ def test_no_tune(cache, model, module):
     with model_options.load(arguments(module, "-m", model, "-c", 256, "--no-tune")) as llm:
         assert of(llm) == n_ctx_batch(Settings.default()) and llm.tuned == {}
     with model_options.load(arguments(module, "-m", model, "-c", 256, "--no-tune", "--no-repack")) as llm:
-        assert of(llm) == n_ctx_batch(replace(Settings.default(), repack=False))
+        assert of(llm) == n_ctx_batch(replace(Settings.default(), repack=False, unpack="none"))
 
 
 def test_the_server_takes_the_same_options(model):
@@ -420,7 +434,9 @@ def test_a_small_run(cache, model, counts, more):
     assert all(measured[kind]["ratio"] >= 1 for kind in COUNTS[counts])
     assert record.settings == Settings.default() or any(measured[kind]["low"] > 1 for kind in COUNTS[counts])
     weights = [Settings.of(row["settings"]) for row in found["tried"]["weights"]]
-    assert {(choice.repack, choice.flash_attn) for choice in weights} == {(a, b) for a in (0, 1) for b in (0, 1)}
+    layouts = {(True, "rest"), (False, "none"), *([(False, "all")] * multiplies_bf16())}
+    assert {(choice.repack, choice.unpack) for choice in weights} == layouts
+    assert {choice.flash_attn for choice in weights} == {False, True}
     assert {choice.type_k for choice in weights} == ({"f16", "q8_0"} if "q8_0" in more else {"f16"})
 
     path = str(tuned.record_path(tuned.circumstances(str(model), -1)))

@@ -31,6 +31,7 @@ class Options:
     use_mmap: bool = True
     n_threads_batch: int | None = None  # for prompts; None: n_threads
     repack: bool = True
+    unpack: str = "none"  # which weights prompts multiply in BF16 (runtime/unpacking.py); others need our library
 
 
 class Model:
@@ -41,6 +42,12 @@ class Model:
         params = llama.llama_model_default_params()
         params.n_gpu_layers = options.n_gpu_layers
         params.use_extra_bufts = options.repack
+        if options.unpack != "none":
+            from ..runtime.unpacking import overrides
+
+            self._overrides = overrides(options.model, options.unpack)
+            if self._overrides is not None:
+                params.tensor_buft_overrides = ctypes.addressof(self._overrides)
         if not options.use_mmap:
             params.load_mode = llama.LLAMA_LOAD_MODE_NONE
         self.llama, self.options = llama, options

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ..runtime import library
 from ..runtime.cpus import MAX_THREADS, cpu_name, usable
+from ..runtime.unpacking import ALL, NONE, REST, multiplies_bf16
 from ..tuned import PLAIN_TYPES, Settings
 from .comparison import reasons
 from .pairs import compare
@@ -118,10 +119,13 @@ def thread_counts(n_cpus: int) -> tuple[int, ...]:
 
 def weights_and_attention(settings: Settings, kv_types: Sequence[str]) -> list[Settings]:
     """The choices that concern prompts and decode both."""
+    layouts = [(True, REST), (False, NONE)]
+    if multiplies_bf16():
+        layouts.append((False, ALL))
     return [
-        replace(settings, repack=repack, flash_attn=flash_attn, type_k=kv_type, type_v=kv_type)
+        replace(settings, repack=repack, unpack=unpack, flash_attn=flash_attn, type_k=kv_type, type_v=kv_type)
         for kv_type in dict.fromkeys((settings.type_k, *kv_types))
-        for repack in (True, False)
+        for repack, unpack in layouts
         for flash_attn in (False, True)
         if flash_attn or kv_type in PLAIN_TYPES
     ]
@@ -130,7 +134,7 @@ def weights_and_attention(settings: Settings, kv_types: Sequence[str]) -> list[S
 def relevant(settings: Settings, kind: str) -> tuple[Any, ...]:
     """What of the settings decides the time of this kind."""
     own = (settings.n_threads,) if kind == DECODE else (settings.n_threads_batch, settings.n_ubatch)
-    return (settings.repack, settings.flash_attn, settings.type_k, settings.type_v, *own)
+    return (settings.repack, settings.unpack, settings.flash_attn, settings.type_k, settings.type_v, *own)
 
 
 def candidates_of(
@@ -245,7 +249,7 @@ def _search(bench: _Bench, counts: str, kv_types: Sequence[str]) -> tuple[Settin
 
 
 class _Bench:
-    """Times settings of one model. Loads the weights once as they are and once repacked, whichever is asked for."""
+    """Times settings of one model. Loads the weights once for each layout that is asked for."""
 
     def __init__(
         self, model: str, adapter: str | None, n_gpu_layers: int, use_mmap: bool, seconds: float, progress: Progress
@@ -254,7 +258,7 @@ class _Bench:
         self.n_gpu_layers, self.use_mmap, self.progress = n_gpu_layers, use_mmap, progress
         self.n_prompt, self.n_decode, self.n_rounds = 512, 32, 0
         self.begun, self.doing = perf_counter(), ""
-        self.models: dict[bool, Model] = {}
+        self.models: dict[tuple[bool, str], Model] = {}
         self.runners: dict[Settings, Runner] = {}
 
     def say(self, doing: str) -> None:
@@ -330,7 +334,8 @@ class _Bench:
                 **asdict(settings),
             )  # fmt: skip
             with reasons():
-                if settings.repack not in self.models:
-                    self.models[settings.repack] = Model(library.llama_cpp, options)
-                self.runners[settings] = Runner(self.models[settings.repack], self.adapter, options=options)
+                layout = settings.repack, settings.unpack
+                if layout not in self.models:
+                    self.models[layout] = Model(library.llama_cpp, options)
+                self.runners[settings] = Runner(self.models[layout], self.adapter, options=options)
         return self.runners[settings]

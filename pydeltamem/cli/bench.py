@@ -94,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     context.add_argument("-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t)")
     add_context_arguments(context)
     context.add_argument("--no-repack", action="store_true", help="leave weights in the layout of the file")
+    context.add_argument(
+        "--unpack", choices=("none", "rest", "all"), default="none", help="weights that prompts multiply in BF16 (none)"
+    )
 
     parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
     parser.add_argument("--json", metavar="FILE", help="also write the results as JSON (-: standard output)")
@@ -197,6 +200,7 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
             use_mmap=can_be_mapped(model),
             n_threads_batch=args.threads_batch,
             repack=not args.no_repack,
+            unpack=args.unpack,
         )
         report = comparison.run(options, adapter, plan, against, show)
     _print(out, report)
@@ -223,6 +227,7 @@ def _bench_return(args: argparse.Namespace, out: Console, err: Console) -> dict[
             "type_k": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
             "type_v": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
             "repack": not args.no_repack,
+            "unpack": args.unpack,
         }
 
         def load(n_ctx: int) -> DeltaMemLlama:

@@ -75,6 +75,10 @@ def add_context_arguments(group: argparse._ArgumentGroup, tuned: bool = False) -
             help="put weights into the layout of this CPU's fastest products when they are loaded (yes)",
         )  # fmt: skip
         group.add_argument(
+            "--unpack", choices=("none", "rest", "all"),
+            help="weights that prompts multiply in BF16, if the CPU can: none, all, or what is not repacked (rest)",
+        )  # fmt: skip
+        group.add_argument(
             "--no-tune", action="store_true", help="leave out what deltamem tune found for this model and machine"
         )
 
@@ -170,7 +174,7 @@ def context_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_context_arguments` took with `tuned`, but for the batch, as keywords of DeltaMemLlama."""
     from ..runtime import library
 
-    given: dict[str, Any] = {"n_ubatch": args.ubatch_size, "repack": args.repack}
+    given: dict[str, Any] = {"n_ubatch": args.ubatch_size, "repack": args.repack, "unpack": args.unpack}
     if args.flash_attn is not None:
         given["flash_attn"] = args.flash_attn == "on"
     for letter in "kv":

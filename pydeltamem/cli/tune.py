@@ -132,6 +132,7 @@ def _value(settings: Settings, name: str) -> str:
     if name != "weights":
         return str(getattr(settings, name))
     parts = ["repacked" if settings.repack else "not repacked"]
+    parts += [f"{settings.unpack} in BF16"] * (settings.unpack != "none")
     parts += ["flash attention"] * settings.flash_attn
     parts += [f"KV cache {settings.type_k}"] * (settings.type_k != "f16")
     return " + ".join(parts)

@@ -16,6 +16,7 @@ _OPTIONS = {
     "n_batch": "--batch-size",
     "n_threads": "--threads",
     "n_threads_batch": "--threads-batch",
+    "unpack": "--unpack",
     "grammar": "--grammar",
 }
 _on_the_command_line = False

@@ -1,0 +1,376 @@
+// Products of many tokens in BF16 (deltamem-bf16.h). Compiled into ggml-cpu, so once per CPU variant, with its flags.
+//
+//     dst[token][row] = sum over i of weight[row][i] * x[token][i]
+//
+// Every thread takes panels of 32 rows. It unpacks a panel to BF16, two elements of a row beside each other,
+//
+//     panel[i / 2][row][i % 2]
+//
+// and multiplies it with twelve tokens at a time: 24 registers of sums, which stay there for all of n_in. One product
+// instruction adds 16 rows' products of two elements, and the processor begins one per cycle: that is the floor, at
+// 32 multiply-adds. Loads (two of the panel, twelve of pairs of x) and unpacking go on beside it.
+
+#include "deltamem-bf16.h"
+
+#include "ggml-backend-impl.h"
+#include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
+#include "ggml-impl.h"
+
+#define GGML_COMMON_DECL_CPP
+#include "ggml-common.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+
+    #ifdef __GNUC__
+        #pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // GCC 12 finds some in its own header
+    #endif
+    #include <immintrin.h>
+
+static constexpr int64_t LANES  = 16;        // float32 of a register: rows of half a panel
+static constexpr int64_t ROWS   = 2 * LANES; // of a panel
+static constexpr int64_t TOKENS = 12;        // multiplied at a time
+static constexpr int64_t CHUNK  = 256;       // elements of a row unpacked at a time: whole blocks of every type
+static constexpr size_t  LINE   = 64;
+
+static size_t lines(size_t n_bytes) {
+    return (n_bytes + LINE - 1) / LINE * LINE;
+}
+
+// Bytes from one token of x to the next: an odd number of lines, so that twelve tokens do not share a set of the cache.
+static size_t x_stride(int64_t n_in) {
+    return lines(n_in * sizeof(ggml_bf16_t)) | LINE;
+}
+
+static size_t x_size(const struct ggml_tensor * dst) {
+    return x_stride(dst->src[0]->ne[0]) * dst->ne[1];
+}
+
+static size_t panel_size(int64_t n_in) {
+    return ROWS * n_in * sizeof(ggml_bf16_t);
+}
+
+// Tokens from which on unpacking pays; 0: ggml's product is as fast (K-quants, by tiles of integers), or more exact.
+static int64_t least_tokens(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q6_K: return 8;
+        case GGML_TYPE_BF16: return 64;
+        default:             return 0;
+    }
+}
+
+static bool takes(const struct ggml_tensor * dst) {
+    const struct ggml_tensor *  weight = dst->src[0];
+    const struct ggml_tensor *  x      = dst->src[1];
+    const ggml_backend_buffer_t buffer = weight->view_src ? weight->view_src->buffer : weight->buffer;
+    if (!buffer || buffer->buft != ggml_backend_deltamem_bf16_buffer_type()) {
+        return false;
+    }
+    const int64_t least = least_tokens(weight->type);
+    return least > 0 && x->ne[1] >= least && weight->ne[0] % ROWS == 0 &&
+           weight->nb[0] == ggml_type_size(weight->type) && ggml_is_matrix(weight) && x->type == GGML_TYPE_F32 &&
+           x->nb[0] == sizeof(float) && ggml_is_matrix(x) && dst->nb[0] == sizeof(float);
+}
+
+// Transposes 16 x 16 pairs of elements.
+static void transpose(__m512i (&rows)[LANES]) {
+    __m512i t[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        t[i]     = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4) {
+        for (int j = 0; j < 2; j++) {
+            rows[i + 2 * j]     = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    }
+    for (int half = 0; half < LANES; half += 8) {
+        for (int i = 0; i < 4; i++) {
+            t[half + i]     = _mm512_shuffle_i32x4(rows[half + i], rows[half + i + 4], 0x88);
+            t[half + i + 4] = _mm512_shuffle_i32x4(rows[half + i], rows[half + i + 4], 0xdd);
+        }
+    }
+    for (int i = 0; i < 8; i++) {
+        rows[i]     = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+//
+// unpacking: 32 elements of a row at a time, to a register of BF16
+//
+
+static __m512i to_bf16(__m512 first, __m512 second) {
+    return (__m512i) _mm512_cvtne2ps_pbh(second, first);
+}
+
+static __m512 first_numbers() {
+    return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+// The values of codes 0 to 15, d * code + m, twice.
+static __m512i values_of_4_bits(float d, float m) {
+    const __m512 values = _mm512_fmadd_ps(_mm512_set1_ps(d), first_numbers(), _mm512_set1_ps(m));
+    return to_bf16(values, values);
+}
+
+// The values of codes 0 to 31.
+static __m512i values_of_5_bits(float d, float m) {
+    const __m512 low = _mm512_fmadd_ps(_mm512_set1_ps(d), first_numbers(), _mm512_set1_ps(m));
+    const __m512 high =
+            _mm512_fmadd_ps(_mm512_set1_ps(d), _mm512_add_ps(first_numbers(), _mm512_set1_ps(16)), _mm512_set1_ps(m));
+    return to_bf16(low, high);
+}
+
+static __m512i look_up(__m256i codes, __m512i values) {
+    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), values);
+}
+
+static __m256i low_nibbles(__m256i bytes) {
+    return _mm256_and_si256(bytes, _mm256_set1_epi8(15));
+}
+
+static __m256i high_nibbles(__m256i bytes) {
+    return low_nibbles(_mm256_srli_epi16(bytes, 4));
+}
+
+// Two bits of each byte, from bit `from` on, as bits 4 and 5; one bit with `mask` 1, as bit 4.
+static __m256i as_bit_4(__m256i bytes, int from, char mask) {
+    return _mm256_slli_epi16(_mm256_and_si256(_mm256_srli_epi16(bytes, from), _mm256_set1_epi8(mask)), 4);
+}
+
+// 16 bytes of which the low nibbles come first
+static __m256i nibbles(const uint8_t * bytes) {
+    const __m128i both = _mm_loadu_si128((const __m128i *) bytes);
+    return low_nibbles(_mm256_inserti128_si256(_mm256_castsi128_si256(both), _mm_srli_epi16(both, 4), 1));
+}
+
+// bit 4 of 32 codes
+static __m256i fifth_bits(const uint8_t * bits) {
+    uint32_t mask;
+    memcpy(&mask, bits, sizeof(mask));
+    return _mm256_maskz_set1_epi8(mask, 16);
+}
+
+static float half(ggml_half h) {
+    return _cvtsh_ss(h);
+}
+
+// The scale and the minimum that a block begins with; their names differ between C and C++.
+template <typename Block> static const ggml_half * first_two(const Block & b) {
+    return (const ggml_half *) &b;
+}
+
+static void unpack_block(const block_q4_0 & b, __m512i * to) {
+    const float d = half(b.d);
+    *to           = look_up(nibbles(b.qs), values_of_4_bits(d, -8 * d));
+}
+
+static void unpack_block(const block_q4_1 & b, __m512i * to) {
+    *to = look_up(nibbles(b.qs), values_of_4_bits(half(first_two(b)[0]), half(first_two(b)[1])));
+}
+
+static void unpack_block(const block_q5_0 & b, __m512i * to) {
+    const float d = half(b.d);
+    *to           = look_up(_mm256_or_si256(nibbles(b.qs), fifth_bits(b.qh)), values_of_5_bits(d, -16 * d));
+}
+
+static void unpack_block(const block_q5_1 & b, __m512i * to) {
+    *to = look_up(_mm256_or_si256(nibbles(b.qs), fifth_bits(b.qh)),
+                  values_of_5_bits(half(first_two(b)[0]), half(first_two(b)[1])));
+}
+
+// 32 signed bytes, the first 16 times d, the others times e
+static __m512i scaled(__m256i bytes, float d, float e) {
+    const __m512 low  = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+    return to_bf16(_mm512_mul_ps(low, _mm512_set1_ps(d)), _mm512_mul_ps(high, _mm512_set1_ps(e)));
+}
+
+static void unpack_block(const block_q8_0 & b, __m512i * to) {
+    const float d = half(b.d);
+    *to           = scaled(_mm256_loadu_si256((const __m256i *) b.qs), d, d);
+}
+
+static void unpack_block(const block_q6_K & b, __m512i * to) {
+    const float d = half(b.d);
+    for (int i = 0; i < 8; i++) {
+        // four blocks of 32 share 64 bytes of low bits and 32 of high ones
+        const uint8_t * low   = b.ql + 64 * (i / 4) + 32 * (i % 2);
+        const __m256i   codes = _mm256_loadu_si256((const __m256i *) low);
+        const __m256i   four  = i % 4 < 2 ? low_nibbles(codes) : high_nibbles(codes);
+        const __m256i   two   = as_bit_4(_mm256_loadu_si256((const __m256i *) (b.qh + 32 * (i / 4))), 2 * (i % 4), 3);
+        const __m256i   bytes = _mm256_sub_epi8(_mm256_or_si256(four, two), _mm256_set1_epi8(32));
+        to[i]                 = scaled(bytes, d * b.scales[2 * i], d * b.scales[2 * i + 1]);
+    }
+}
+
+template <typename Block, int N> static void unpack_row(const void * row, int64_t n, __m512i * to) {
+    const Block * blocks = (const Block *) row;
+    for (int64_t i = 0; i < n / N; i++) {
+        unpack_block(blocks[i], to + i * (N / ROWS));
+    }
+}
+
+// Unpacks n elements, whole blocks and at most CHUNK, to n / 32 registers.
+static void unpack_elements(ggml_type type, const void * row, int64_t n, __m512i * to) {
+    switch (type) {
+        case GGML_TYPE_BF16: memcpy(to, row, n * sizeof(ggml_bf16_t)); break;
+        case GGML_TYPE_Q4_0: unpack_row<block_q4_0, QK4_0>(row, n, to); break;
+        case GGML_TYPE_Q4_1: unpack_row<block_q4_1, QK4_1>(row, n, to); break;
+        case GGML_TYPE_Q5_0: unpack_row<block_q5_0, QK5_0>(row, n, to); break;
+        case GGML_TYPE_Q5_1: unpack_row<block_q5_1, QK5_1>(row, n, to); break;
+        case GGML_TYPE_Q8_0: unpack_row<block_q8_0, QK8_0>(row, n, to); break;
+        case GGML_TYPE_Q6_K: unpack_row<block_q6_K, QK_K>(row, n, to); break;
+        default:             GGML_ABORT("%s is not unpacked", ggml_type_name(type));
+    }
+}
+
+// Unpacks rows [begin, end) of a weight, at most 32, to a panel; rows that are missing are zero.
+static void unpack(const struct ggml_tensor * weight, int64_t begin, int64_t end, uint32_t * panel) {
+    alignas(LINE) __m512i chunk[LANES][CHUNK / ROWS];
+
+    const int64_t n_in = weight->ne[0];
+    for (int64_t half = 0; half < ROWS; half += LANES) {
+        const int64_t first = begin + half;
+        const int64_t n     = std::min(std::max<int64_t>(end - first, 0), LANES);
+        memset(chunk, 0, sizeof(chunk));
+        for (int64_t i = 0; i < n_in; i += CHUNK) {
+            const int64_t n_elements = std::min(CHUNK, n_in - i);
+            const char *  from = (const char *) weight->data + first * weight->nb[1] + ggml_row_size(weight->type, i);
+            for (int64_t row = 0; row < n; row++) {
+                unpack_elements(weight->type, from + row * weight->nb[1], n_elements, chunk[row]);
+            }
+            for (int64_t j = 0; j < n_elements / ROWS; j++) {
+                __m512i pairs[LANES];
+                for (int64_t row = 0; row < LANES; row++) {
+                    pairs[row] = chunk[row][j];
+                }
+                transpose(pairs);
+                uint32_t * to = panel + (i / 2 + j * LANES) * ROWS + half;
+                for (int64_t pair = 0; pair < LANES; pair++) {
+                    _mm512_store_si512(to + pair * ROWS, pairs[pair]);
+                }
+            }
+        }
+    }
+}
+
+// Converts x of a token to BF16, rounded to nearest even.
+static void convert(const float * x, int64_t n_in, ggml_bf16_t * to) {
+    for (int64_t i = 0; i < n_in; i += 2 * LANES) {
+        _mm512_store_si512(to + i, to_bf16(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + LANES)));
+    }
+}
+
+// Multiplies a panel with N tokens of x.
+template <int N>
+static void multiply(const uint32_t * panel, const char * x, size_t x_stride, int64_t n_in, float * dst,
+                     size_t dst_stride, int64_t n_rows) {
+    __m512 low[N], high[N];
+    for (int t = 0; t < N; t++) {
+        low[t] = high[t] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < n_in / 2; i++, panel += ROWS, x += sizeof(uint32_t)) {
+        const __m512bh a = (__m512bh) _mm512_load_si512(panel);
+        const __m512bh b = (__m512bh) _mm512_load_si512(panel + LANES);
+    #pragma GCC unroll 12
+        for (int t = 0; t < N; t++) {
+            const __m512bh pair = (__m512bh) _mm512_set1_epi32(*(const int32_t *) (x + t * x_stride));
+            low[t]              = _mm512_dpbf16_ps(low[t], a, pair);
+            high[t]             = _mm512_dpbf16_ps(high[t], b, pair);
+        }
+    }
+    const uint32_t mask = n_rows < ROWS ? (1u << n_rows) - 1 : ~0u;
+    for (int t = 0; t < N; t++, dst = (float *) ((char *) dst + dst_stride)) {
+        _mm512_mask_storeu_ps(dst, (__mmask16) mask, low[t]);
+        _mm512_mask_storeu_ps(dst + LANES, (__mmask16) (mask >> LANES), high[t]);
+    }
+}
+
+// Multiplies a panel with all tokens.
+static void multiply_all(const uint32_t * panel, const char * x, size_t x_stride, int64_t n_in, int64_t n_tokens,
+                         float * dst, size_t dst_stride, int64_t n_rows) {
+    for (int64_t n; n_tokens > 0; n_tokens -= n, x += n * x_stride, dst = (float *) ((char *) dst + n * dst_stride)) {
+        n = std::min(n_tokens, TOKENS);
+        switch (n) {
+    #define CASE(N)                                                                                                    \
+        case N: multiply<N>(panel, x, x_stride, n_in, dst, dst_stride, n_rows); break
+            CASE(1);
+            CASE(2);
+            CASE(3);
+            CASE(4);
+            CASE(5);
+            CASE(6);
+            CASE(7);
+            CASE(8);
+            CASE(9);
+            CASE(10);
+            CASE(11);
+            CASE(12);
+    #undef CASE
+        }
+    }
+}
+
+size_t ggml_cpu_deltamem_bf16_size(int n_tasks, const struct ggml_tensor * dst) {
+    return takes(dst) ? x_size(dst) + n_tasks * panel_size(dst->src[0]->ne[0]) + LINE : 0;
+}
+
+bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    if (params->use_ref || !takes(dst)) {
+        return false;
+    }
+    const struct ggml_tensor * weight   = dst->src[0];
+    const struct ggml_tensor * x        = dst->src[1];
+    const int64_t              n_in     = weight->ne[0];
+    const int64_t              n_out    = weight->ne[1];
+    const int64_t              n_tokens = x->ne[1];
+    const size_t               stride   = x_stride(n_in);
+
+    GGML_ASSERT(params->wsize >= ggml_cpu_deltamem_bf16_size(params->nth, dst));
+
+    char *     all   = (char *) lines((size_t) params->wdata);
+    uint32_t * panel = (uint32_t *) (all + x_size(dst) + params->ith * panel_size(n_in));
+
+    for (int64_t t = params->ith; t < n_tokens; t += params->nth) {
+        convert((const float *) ((const char *) x->data + t * x->nb[1]), n_in, (ggml_bf16_t *) (all + t * stride));
+    }
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    for (int64_t i = params->ith; i * ROWS < n_out; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t begin = i * ROWS, end = std::min(n_out, begin + ROWS);
+        unpack(weight, begin, end, panel);
+        multiply_all(panel, all, stride, n_in, n_tokens, (float *) dst->data + begin, dst->nb[1], end - begin);
+    }
+    return true;
+}
+
+#else
+
+size_t ggml_cpu_deltamem_bf16_size(int n_tasks, const struct ggml_tensor * dst) {
+    GGML_UNUSED(n_tasks);
+    GGML_UNUSED(dst);
+    return 0;
+}
+
+bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    GGML_UNUSED(params);
+    GGML_UNUSED(dst);
+    return false;
+}
+
+#endif

@@ -1,0 +1,210 @@
+// Tests the products of deltamem-bf16.h through ggml: every type of weights, uneven shapes, 1 to 4 threads, which must not
+// change a bit.
+//
+//     test-bf16         exits with 77 if the processor does not multiply BF16
+//     test-bf16 time    tests nothing: times of a product, beside ggml's own
+
+#include "deltamem-bf16.h"
+#include "testing.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+
+// BF16 has 8 bits of mantissa: rounding changes an operand by 2^-8 of itself at most, and by the square of that over three
+// on average of squares. Two operands; half as much again for sums of few products.
+static constexpr double ROUNDED_TOL = 1.5 * 2 / (3 * 65536.0);
+
+// Beside operands rounded as the kernel rounds them: float32 sums, and a weight in 2^15 whose float32 value, which ggml
+// rounds once more than the kernel, lies at the edge between two in BF16.
+static constexpr double EXACT_TOL = 1e-8;
+
+struct freeing {
+    void operator()(ggml_context * c) const { ggml_free(c); }
+    void operator()(ggml_backend * b) const { ggml_backend_free(b); }
+    void operator()(ggml_backend_buffer * b) const { ggml_backend_buffer_free(b); }
+};
+
+template <typename T> using owned = std::unique_ptr<T, freeing>;
+
+static float as_bf16(float x) {
+    return ggml_bf16_to_fp32(ggml_fp32_to_bf16(x));
+}
+
+// dst = weight * x, with the weight in memory of a buffer type
+class product {
+public:
+    product(ggml_type type, int64_t n_in, int64_t n_out, int64_t n_tokens, ggml_backend_buffer_type_t buft,
+            uint64_t seed) {
+        random_source random(seed);
+        const auto    fill = [&](std::vector<float> & v) {
+            for (float & f : v) {
+                f = random.normal();
+            }
+        };
+        weights.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+        others.reset(ggml_init({ 4 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+        weight = ggml_new_tensor_2d(weights.get(), type, n_in, n_out);
+        x      = ggml_new_tensor_2d(others.get(), GGML_TYPE_F32, n_in, n_tokens);
+        dst    = ggml_mul_mat(others.get(), weight, x);
+        graph  = ggml_new_graph(others.get());
+        ggml_build_forward_expand(graph, dst);
+        weight_buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), buft));
+        other_buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(others.get(), ggml_backend_cpu_buffer_type()));
+
+        std::vector<float> w(n_in * n_out);
+        fill(w);
+        std::vector<char>  stored(ggml_nbytes(weight));
+        std::vector<float> importance(n_in, 1.0f); // some types ask for it
+        if (type == GGML_TYPE_F32) {
+            memcpy(stored.data(), w.data(), stored.size());
+        } else {
+            ggml_quantize_chunk(type, w.data(), stored.data(), 0, n_out, n_in, importance.data());
+        }
+        ggml_backend_tensor_set(weight, stored.data(), 0, stored.size());
+        w_values.resize(w.size());
+        if (type == GGML_TYPE_F32) {
+            w_values = w;
+        } else {
+            for (int64_t row = 0; row < n_out; row++) {
+                ggml_get_type_traits(type)->to_float(stored.data() + row * weight->nb[1], &w_values[row * n_in], n_in);
+            }
+        }
+        x_values.resize(n_in * n_tokens);
+        fill(x_values);
+        ggml_backend_tensor_set(x, x_values.data(), 0, ggml_nbytes(x));
+    }
+
+    std::vector<float> compute(ggml_backend_t cpu, int n_threads) {
+        const std::vector<float> guards(ggml_nelements(dst), guard_value());
+        ggml_backend_tensor_set(dst, guards.data(), 0, ggml_nbytes(dst));
+        ggml_backend_cpu_set_n_threads(cpu, n_threads);
+        check(ggml_backend_graph_compute(cpu, graph) == GGML_STATUS_SUCCESS, "the graph is not computed");
+        std::vector<float> y(ggml_nelements(dst));
+        ggml_backend_tensor_get(dst, y.data(), 0, ggml_nbytes(dst));
+        return y;
+    }
+
+    // The normalised mean square error of y; rounded: beside operands that are rounded to BF16.
+    double error(const std::vector<float> & y, bool rounded) const {
+        const int64_t n_in = weight->ne[0], n_out = weight->ne[1];
+        double        wrong = 0.0, all = 0.0;
+        for (int64_t t = 0; t < x->ne[1]; t++) {
+            for (int64_t row = 0; row < n_out; row++) {
+                double sum = 0.0;
+                for (int64_t i = 0; i < n_in; i++) {
+                    const float w = w_values[row * n_in + i], v = x_values[t * n_in + i];
+                    sum += rounded ? (double) as_bf16(w) * as_bf16(v) : (double) w * v;
+                }
+                wrong += (y[t * n_out + row] - sum) * (y[t * n_out + row] - sum);
+                all += sum * sum;
+            }
+        }
+        return wrong / all;
+    }
+
+private:
+    owned<ggml_context>        weights, others;
+    owned<ggml_backend_buffer> weight_buffer, other_buffer;
+    ggml_tensor *              weight;
+    ggml_tensor *              x;
+    ggml_tensor *              dst;
+    ggml_cgraph *              graph;
+    std::vector<float>         w_values, x_values;
+};
+
+static bool is_same(const std::vector<float> & a, const std::vector<float> & b) {
+    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+static constexpr ggml_type TYPES[] = { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
+                                       GGML_TYPE_Q8_0, GGML_TYPE_Q6_K, GGML_TYPE_BF16 };
+
+static void test_type(ggml_backend_t cpu, ggml_type type) {
+    static const struct {
+        int64_t n_in, n_out, n_tokens;
+    } shapes[] = {
+        { 8, 1, 8 },    { 2, 31, 9 },     { 3, 32, 12 },  { 8, 33, 13 },
+        { 9, 100, 24 }, { 10, 192, 131 }, { 16, 65, 37 }, { 1, 64, 66 },
+    };
+    uint64_t seed = 1000 * type;
+    for (const auto & s : shapes) {
+        // blocks of 32 also in rows that are no multiple of 256
+        const int64_t n_in = s.n_in * std::max<int64_t>(ggml_blck_size(type), 32);
+        product       ours(type, n_in, s.n_out, s.n_tokens, ggml_backend_deltamem_bf16_buffer_type(), ++seed);
+        const auto    y    = ours.compute(cpu, 1);
+        const double  near = ours.error(y, true), far = ours.error(y, false);
+        check(near < EXACT_TOL, "%s [%d, %d] x %d: NMSE %g beside operands in BF16", ggml_type_name(type), (int) n_in,
+              (int) s.n_out, (int) s.n_tokens, near);
+        check(far < ROUNDED_TOL, "%s [%d, %d] x %d: NMSE %g", ggml_type_name(type), (int) n_in, (int) s.n_out,
+              (int) s.n_tokens, far);
+        for (int n_threads = 2; n_threads <= 4; n_threads++) {
+            check(is_same(ours.compute(cpu, n_threads), y), "%s: %d threads change a bit", ggml_type_name(type),
+                  n_threads);
+        }
+    }
+}
+
+// What is left to ggml is ggml's to the last bit: few tokens, and types that are no blocks.
+static void test_left(ggml_backend_t cpu) {
+    static const struct {
+        ggml_type type;
+        int64_t   n_tokens;
+    } left[] = {
+        { GGML_TYPE_Q4_1, 1 },  { GGML_TYPE_Q6_K, 7 }, { GGML_TYPE_Q8_0, 2 },    { GGML_TYPE_BF16, 63 },
+        { GGML_TYPE_Q4_K, 40 }, { GGML_TYPE_F32, 40 }, { GGML_TYPE_IQ4_XS, 40 }, { GGML_TYPE_F16, 40 },
+    };
+    for (const auto & l : left) {
+        product ours(l.type, 256, 48, l.n_tokens, ggml_backend_deltamem_bf16_buffer_type(), 7);
+        product plain(l.type, 256, 48, l.n_tokens, ggml_backend_cpu_buffer_type(), 7);
+        check(is_same(ours.compute(cpu, 2), plain.compute(cpu, 2)), "%s, %d tokens: is not ggml's",
+              ggml_type_name(l.type), (int) l.n_tokens);
+    }
+    product ours(GGML_TYPE_Q4_1, 256, 48, 40, ggml_backend_deltamem_bf16_buffer_type(), 7);
+    product plain(GGML_TYPE_Q4_1, 256, 48, 40, ggml_backend_cpu_buffer_type(), 7);
+    check(!is_same(ours.compute(cpu, 2), plain.compute(cpu, 2)), "40 tokens are left to ggml");
+}
+
+static void time(ggml_backend_t cpu) {
+    printf("%8s %6s %6s %6s %14s %14s %8s\n", "type", "in", "out", "tokens", "ours GFLOP/s", "ggml GFLOP/s", "ratio");
+    for (const ggml_type type : TYPES) {
+        for (const int64_t n_tokens : { 8, 32, 128, 512 }) {
+            const int64_t n_in = 2048, n_out = 2048;
+            double        rate[2] = { 0.0, 0.0 }; // the best of alternating runs
+            product       both[2] = {
+                { type, n_in, n_out, n_tokens, ggml_backend_deltamem_bf16_buffer_type(), 1 },
+                { type, n_in, n_out, n_tokens, ggml_backend_cpu_buffer_type(), 1 },
+            };
+            for (int i = 0; i < 7; i++) {
+                for (int j = 0; j < 2; j++) {
+                    const auto begin = std::chrono::steady_clock::now();
+                    both[j].compute(cpu, 1);
+                    const std::chrono::duration<double> s = std::chrono::steady_clock::now() - begin;
+                    rate[j] = std::max(rate[j], 2e-9 * n_in * n_out * n_tokens / s.count());
+                }
+            }
+            printf("%8s %6d %6d %6d %14.0f %14.0f %8.2f\n", ggml_type_name(type), (int) n_in, (int) n_out,
+                   (int) n_tokens, rate[0], rate[1], rate[0] / rate[1]);
+        }
+    }
+}
+
+int main(int argc, char ** argv) {
+    if (!ggml_cpu_has_avx512_bf16()) {
+        printf("skipped: the processor does not multiply BF16\n");
+        return EXIT_SKIPPED;
+    }
+    owned<ggml_backend> cpu(ggml_backend_cpu_init());
+    if (argc > 1 && strcmp(argv[1], "time") == 0) {
+        time(cpu.get());
+        return 0;
+    }
+    for (const ggml_type type : TYPES) {
+        test_type(cpu.get(), type);
+    }
+    test_left(cpu.get());
+    return finish("bf16");
+}
