@@ -42,7 +42,7 @@ from .runtime.slots import Slots
 from .runtime.stream import checked_grammar
 from .runtime.text import Text
 from .runtime.tokenizer import Tokenizer
-from .runtime.unpacking import NONE, REST, UNPACK, overrides
+from .runtime.unpacking import NONE, UNPACK, overrides
 from .tuned import kept
 
 HOME = 0  # the slot of the model's own text: the one that llama_cpp.Llama uses
@@ -78,8 +78,9 @@ class DeltaMemLlama(Llama):
         repack: whether llama.cpp puts weights into the layout of this CPU's fastest products when it loads them (it is
             not always the faster one). None: yes.
         unpack: which quantised weights a prompt multiplies in BF16, where the processor has AVX512-BF16 and no AMX:
-            "none", "all", or "rest", those that llama.cpp does not repack. None: "rest"; "none" if repack is False.
-            Nothing is unpacked beside a GPU or for layers on other machines.
+            "none", "all", or "rest", those that llama.cpp does not repack. None: "none". Tokens that are decoded beside
+            seven others, of whatever text, are then rounded otherwise than alone. Nothing is unpacked beside a GPU or
+            for layers on other machines.
         tuned: take what `deltamem tune` found fastest for this model on this machine, where no keyword says otherwise.
             Where nothing was found, or for layers on other machines, the defaults stay, and no error says so.
         verbose: print llama.cpp's log at once. Otherwise it goes to the logger `pydeltamem.llama_cpp`.
@@ -161,7 +162,7 @@ class DeltaMemLlama(Llama):
             self.tuned = record.settings.keywords({**kwargs, "repack": repack, "unpack": unpack})
         kwargs = {**kwargs, "repack": repack, "unpack": unpack, **self.tuned}
         self._repack = kwargs.pop("repack") is not False
-        self.unpack = kwargs.pop("unpack") or (REST if self._repack else NONE)
+        self.unpack = kwargs.pop("unpack") or NONE
         if self.unpack not in UNPACK:
             raise InputError(f"{option('unpack')} is one of {', '.join(UNPACK)}, not {shown(self.unpack)}")
         for name, n in zip(("n_threads", "n_threads_batch"), default_threads()):

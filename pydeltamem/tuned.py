@@ -20,7 +20,7 @@ from .hub import cache_folder
 from .runtime import library
 from .runtime.cpus import MAX_THREADS, cpu_name, default_threads, usable
 from .runtime.remote import gpu_names
-from .runtime.unpacking import REST, UNPACK
+from .runtime.unpacking import NONE, UNPACK
 from .version import __version__
 
 FORMAT, VERSION = "deltamem-tuned", 2
@@ -46,7 +46,7 @@ class Settings:
     def default(cls) -> Settings:
         """Those of `DeltaMemLlama` on this machine."""
         n_threads, n_threads_batch = default_threads()
-        return cls(True, REST, False, "f16", "f16", n_threads, n_threads_batch, 512)
+        return cls(True, NONE, False, "f16", "f16", n_threads, n_threads_batch, 512)
 
     @classmethod
     def of(cls, found: Any) -> Settings:

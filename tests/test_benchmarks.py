@@ -22,7 +22,7 @@ from pydeltamem.evals.asker import Ask, Asker, Shared
 from pydeltamem.evals.benchmarks import BENCHMARKS
 from pydeltamem.evals.items import Context, Item, Piece, chosen, items_of
 from pydeltamem.evals.results import results_of
-from pydeltamem.evals.run import Prompts
+from pydeltamem.evals.run import Prompts, methods_of, units_of
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.models import default_files
 from refusals import check_names
@@ -293,6 +293,31 @@ def test_a_context_is_decoded_for_each_question_if_wanted(asker):
         assert said[0] == said[1] and n_decodes[0] + 2 == n_decodes[1]  # the text, twice more
     finally:
         other.close()
+
+
+def test_more_questions_than_slots(asker):
+    """Where an answer ends, the next question begins: not when the longest of as many as fit has ended."""
+    lengths = [40, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+    asked = [Ask(Shared(), f"{ASKED[0]} ({n})", {**OPTIONS, "n_predict": length}) for n, length in enumerate(lengths)]
+    slots = asker.llm._engine.slots
+    before = slots.n_decodes
+    together = asker.answer(asked)
+    n_decodes = slots.n_decodes - before
+    assert together == [asker.answer([ask])[0] for ask in asked]
+    first = asker.llm._engine.slots.n_decodes
+    asker.answer(asked[:1])
+    assert n_decodes <= slots.n_decodes - first + 3  # about as many as the longest alone
+
+
+def test_what_is_asked_together():
+    """As many as fit, four times as many where a question has nothing before it; never two contexts."""
+    talks = [Context((Piece("Ann: I keep bees.", "[1 May]"),), f"talk {i}") for i in range(2)]
+    items = [Item(f"{i}", "k", "q", ("a",), i, talks[i % 2]) for i in range(10)]
+    alone = [Item(f"{i}", "k", "q", ("a",), i, None) for i in range(40)]
+    none, backbone = methods_of({}, (), {}, False, ["none", "backbone"], True)
+    sizes = {method.name: [len(unit.items) for unit in units_of(items, [method], 4)] for method in (none, backbone)}
+    assert sizes == {"none": [10], "backbone": [3, 2, 3, 2]}
+    assert [len(unit.items) for unit in units_of(alone, [backbone], 4)] == [16, 16, 8]
 
 
 def test_a_text_that_is_read_twice(asker):

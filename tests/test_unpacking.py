@@ -101,7 +101,7 @@ def test_less_is_lost_than_by_ggml(synthetic):
 
 
 def test_defaults(synthetic):
-    for given, expected in (({}, REST), ({"repack": False}, NONE), ({"repack": False, "unpack": ALL}, ALL)):
+    for given, expected in (({}, NONE), ({"unpack": REST}, REST), ({"repack": False, "unpack": ALL}, ALL)):
         with DeltaMemLlama(synthetic("q8_0"), n_ctx=256, **given) as llm:
             assert llm.unpack == expected
     with refuses(InputError, "unpack", "some"):

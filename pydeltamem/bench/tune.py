@@ -119,9 +119,9 @@ def thread_counts(n_cpus: int) -> tuple[int, ...]:
 
 def weights_and_attention(settings: Settings, kv_types: Sequence[str]) -> list[Settings]:
     """The choices that concern prompts and decode both."""
-    layouts = [(True, REST), (False, NONE)]
+    layouts = [(True, NONE), (False, NONE)]
     if multiplies_bf16():
-        layouts.append((False, ALL))
+        layouts += [(True, REST), (False, ALL)]
     return [
         replace(settings, repack=repack, unpack=unpack, flash_attn=flash_attn, type_k=kv_type, type_v=kv_type)
         for kv_type in dict.fromkeys((settings.type_k, *kv_types))

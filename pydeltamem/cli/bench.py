@@ -94,9 +94,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     context.add_argument("-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t)")
     add_context_arguments(context)
     context.add_argument("--no-repack", action="store_true", help="leave weights in the layout of the file")
-    context.add_argument(
-        "--unpack", choices=("none", "rest", "all"), default="none", help="weights that prompts multiply in BF16 (none)"
-    )
 
     parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
     parser.add_argument("--json", metavar="FILE", help="also write the results as JSON (-: standard output)")

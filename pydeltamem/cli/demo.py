@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     cast = _cast(args)
     console = Console(highlight=False)
     rehearses = not (cast.is_small or args.interactive)  # the small one was trained on what is read once
-    reader = NativeReader(cast.model, cast.adapter, n_ctx=N_CTX, parallel=1, rehearses=rehearses)
+    reader = NativeReader(cast.model, cast.adapter, n_ctx=N_CTX, parallel=1, rehearses=rehearses, unpack="rest")
     try:
         return _converse(console, reader, cast) if args.interactive else _show(console, reader, cast, args)
     finally:

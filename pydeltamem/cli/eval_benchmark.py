@@ -130,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         "batch": [args.batch_size, args.ubatch_size],
         "flash_attn": args.flash_attn,
         "cache": [args.cache_type_k, args.cache_type_v],
+        "unpack": None if args.unpack == "none" else args.unpack,  # as above
     }
 
     def open_model(lora: bool) -> Asker:
@@ -190,4 +191,5 @@ def _context(args: argparse.Namespace) -> dict[str, Any]:
         "flash_attn": args.flash_attn == "on",
         "type_k": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
         "type_v": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
+        "unpack": args.unpack,
     }

@@ -21,7 +21,7 @@ from ..evals.statistics import ratios_of, right_of, table_of
 from ..formats.kinds import PNG
 from ..formats.outputs import output
 from ..models import default_files
-from .model_options import ADAPTER_HELP, MODEL_HELP
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_unpack
 from .parser import count, integers, positive
 
 DATA = "DELTAMEM_DATA"
@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rehearse", action="store_true", help="the memory reads each conversation twice before its text goes"
     )
+    add_unpack(parser, "none")
     parser.add_argument("--json", metavar="FILE", help="write the rows, the ratios and all answers")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the accuracies (needs matplotlib)")
     parser.add_argument("--show", type=count, default=0, metavar="N", help="print N conversations with each answer")
@@ -89,8 +90,9 @@ def run(args: argparse.Namespace) -> int:
     n_ctx = args.ctx_size if args.ctx_size is not None else 0 if is_small else N_CTX
     with output(args.json, REPORT) as write, output(args.plot, PNG) as write_plot:
         reader = NativeReader(
-            model, n_ctx=n_ctx, threads=args.threads, answer_writes=args.answer_writes == "on", rehearses=args.rehearse
-        )
+            model, n_ctx=n_ctx, threads=args.threads, answer_writes=args.answer_writes == "on",
+            rehearses=args.rehearse, unpack=args.unpack,
+        )  # fmt: skip
         try:
             for adapter in adapters.values():  # raises now if one does not fit
                 reader.attach(adapter)

@@ -69,18 +69,23 @@ def add_context_arguments(group: argparse._ArgumentGroup, tuned: bool = False) -
             f"-ct{letter}", f"--cache-type-{letter}", choices=CACHE_TYPES, default=of("f16"), metavar="TYPE",
             help=f"KV cache type of {letter.upper()} (f16): {', '.join(CACHE_TYPES)}",
         )  # fmt: skip
+    add_unpack(group, of("none"))
     if tuned:
         group.add_argument(
             "--repack", action=argparse.BooleanOptionalAction,
             help="put weights into the layout of this CPU's fastest products when they are loaded (yes)",
         )  # fmt: skip
         group.add_argument(
-            "--unpack", choices=("none", "rest", "all"),
-            help="weights that prompts multiply in BF16, if the CPU can: none, all, or what is not repacked (rest)",
-        )  # fmt: skip
-        group.add_argument(
             "--no-tune", action="store_true", help="leave out what deltamem tune found for this model and machine"
         )
+
+
+def add_unpack(group: argparse._ActionsContainer, default: str | None) -> None:
+    """The option `--unpack`."""
+    group.add_argument(
+        "--unpack", choices=("none", "rest", "all"), default=default,
+        help="weights that prompts multiply in BF16, if the CPU can: all, what is not repacked (rest), or none (none)",
+    )  # fmt: skip
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

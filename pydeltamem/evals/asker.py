@@ -117,7 +117,8 @@ class Asker:
             return alone.say(text)
 
     def answer(self, asked: Sequence[Ask]) -> list[str]:
-        """The answers, in their order. At most `parallel` questions, one less if they share a text.
+        """The answers, in their order. At most `parallel` questions, one less if they share a text, or any number that
+        have none before them.
 
         Questions that share a text stand side by side.
         """

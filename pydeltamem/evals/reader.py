@@ -65,6 +65,7 @@ class NativeReader:
         answer_writes: whether a question and its answer write the question's copy of the memory, as in a chat and in
             training.
         rehearses: whether the memory reads each conversation twice (`Memory.rehearse`).
+        unpack: which weights are multiplied in BF16, as `DeltaMemLlama` takes it.
     """
 
     def __init__(
@@ -76,11 +77,13 @@ class NativeReader:
         parallel: int = PARALLEL,
         answer_writes: bool = True,
         rehearses: bool = False,
+        unpack: str = "none",
     ):
         threads = threads or max(usable() // 2, 1)
         self.llm = DeltaMemLlama(
-            model, deltamem_path=adapter, n_ctx=n_ctx, n_seq_max=parallel, n_threads=threads, n_threads_batch=threads
-        )
+            model, deltamem_path=adapter, n_ctx=n_ctx, n_seq_max=parallel, n_threads=threads, n_threads_batch=threads,
+            unpack=unpack,
+        )  # fmt: skip
         self._parallel = parallel
         self._answer_writes, self._rehearses = answer_writes, rehearses
         self._opening = len(self.prompt([], ""))

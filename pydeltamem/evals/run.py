@@ -24,6 +24,7 @@ PLAIN = {
 }  # fmt: skip
 LORA = "lora"
 PROTOCOLS = ("context", "memory")
+WAVES = 4  # questions without a text before them that are asked together, for each slot
 BESIDE = ("last", "bm25", "dense", "summary")  # text that a memory may have besides: NAME/memory+bm25
 
 
@@ -100,7 +101,9 @@ class Unit:
 
 
 def units_of(items: Sequence[Item], methods: Sequence[Method], parallel: int) -> Iterator[Unit]:
-    """The work of a run, in order."""
+    """The work of a run, in order. Questions that need no text before them are more than fit at once: where an answer
+    ends, the next question begins, so that a long answer is not waited for alone.
+    """
     groups: dict[object, list[Item]] = {}
     for item in items:
         groups.setdefault(item.id if item.context is None else id(item.context), []).append(item)
@@ -113,7 +116,9 @@ def units_of(items: Sequence[Item], methods: Sequence[Method], parallel: int) ->
                 yield from (Unit(method, tuple(group[i : i + step])) for i in range(0, len(group), step))
             else:
                 alone += group
-        yield from (Unit(method, tuple(alone[i : i + parallel])) for i in range(0, len(alone), parallel))
+        reads_nothing = not method.reads and (method.view == views.NONE or all(item.context is None for item in alone))
+        step = WAVES * parallel if reads_nothing else parallel
+        yield from (Unit(method, tuple(alone[i : i + step])) for i in range(0, len(alone), step))
 
 
 class Prompts:

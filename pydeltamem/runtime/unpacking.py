@@ -1,9 +1,11 @@
 """Which weights prompts multiply in BF16: llama.cpp gets them in a buffer type of ours (deltamem-bf16.h).
 
-Where the processor multiplies BF16 that is up to seven times as fast as ggml's products of weights in Q4_0 to Q8_0,
-from eight tokens on. Replies are computed as ever, from the weights as they are in the file. What llama.cpp repacks
-into a layout of its own it cannot take from there, and its replies are faster so. By default only the rest is
-unpacked; `deltamem tune` measures whether all is faster.
+Where the processor multiplies BF16 that is up to seven times as fast as ggml's products of weights in Q4_0 to Q8_0.
+Replies are computed as ever, from the weights as they are in the file. What llama.cpp repacks into a layout of its own
+cannot be taken from there, and its replies are faster so: REST leaves it out. `deltamem tune` measures what is faster.
+
+Nothing is unpacked unless asked for. A product of eight tokens or more rounds otherwise than one of fewer, so what is
+decoded in the same batch would decide the last bits of a text.
 """
 
 from __future__ import annotations
