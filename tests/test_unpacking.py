@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from pydeltamem import DeltaMemLlama
-from pydeltamem.bench.synthetic import Shape, write_model
+from pydeltamem.bench.synthetic import Shape, write_adapter_checkpoint, write_model
+from pydeltamem.convert.adapter import write_adapter
 from pydeltamem.errors import InputError
+from pydeltamem.formats.base_model import Base
+from pydeltamem.formats.checkpoint import Checkpoint
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.runtime.quantize import quantize
 from pydeltamem.runtime.unpacking import ALL, NONE, REST, multiplies_bf16, overrides, patterns
@@ -91,6 +94,16 @@ def test_a_prompt_gives_the_same_logits(synthetic, ftype, unpack):
     assert np.square(ours - plain).sum() < 1e-3 * np.square(plain).sum()
     assert np.array_equal(ours, logits(path, unpack=unpack, repack=False, n_threads_batch=1))
     assert np.array_equal(ours, plain) == (overrides(path, unpack) is None or not multiplies_bf16())
+
+
+def test_an_adapter_lies_where_its_layer_does(synthetic, tmp_path):
+    """Its projection is multiplied in BF16 too, and one token at a time as ever."""
+    base = synthetic("q8_0")
+    write_adapter_checkpoint(tmp_path / "checkpoint", base, seed=2)
+    write_adapter(Checkpoint(tmp_path / "checkpoint"), Base(base), tmp_path / "adapter.gguf", "q8_0")
+    plain, ours = (logits(base, deltamem_path=tmp_path / "adapter.gguf", unpack=name) for name in (NONE, REST))
+    assert np.square(ours - plain).sum() < 1e-3 * np.square(plain).sum()
+    assert np.square(plain - logits(base)).sum() > 1e-3 * np.square(plain).sum()
 
 
 def test_less_is_lost_than_by_ggml(synthetic):

@@ -1,6 +1,7 @@
 """Compares the native speed with that of PyTorch, `pydeltamem.train.reference`, on one shape (`make bench-reference`).
 
     python tools/bench_reference.py --pairs 10 [--ftype q4_k_m f16] [--flash-attn off on] [--repack on off]
+                                    [--unpack none all]
 
 Weights are random. PyTorch runs in bfloat16, with the KV cache and the fused attention of transformers. It computes the
 recurrence of a prompt both token by token, as published, and in chunks. The sides take turns: each decodes a prompt
@@ -24,6 +25,7 @@ from pydeltamem.bench.pairs import median_interval
 from pydeltamem.bench.runs import Model, Options, Runner
 from pydeltamem.bench.synthetic import SHAPES
 from pydeltamem.runtime import library
+from pydeltamem.runtime.unpacking import NONE, UNPACK
 from pydeltamem.train.reference import DeltaMem, chunked_recurrence, recurrence
 
 FORMS = {"token by token": recurrence, "in chunks": chunked_recurrence}
@@ -60,10 +62,14 @@ class Reference:
         return middle - start, perf_counter() - middle
 
 
-def native(shape: str, ftype: str, flash_attn: bool, repack: bool, n_ctx: int, n_threads: int) -> Runner:
+def native(shape: str, ftype: str, flash_attn: bool, repack: bool, unpack: str, n_ctx: int, n_threads: int) -> Runner:
     path, adapter = synthetic_files(shape, ftype, "f16", 8, 1)
-    options = Options(path, n_ctx, 512, 512, n_threads, 0, flash_attn, "f16", "f16", repack=repack)
+    options = Options(path, n_ctx, 512, 512, n_threads, 0, flash_attn, "f16", "f16", repack=repack, unpack=unpack)
     return Runner(Model(library.llama_cpp, options), adapter)
+
+
+def in_bf16(unpack: str) -> str:
+    return "" if unpack == NONE else f", {unpack} in BF16"
 
 
 def main() -> int:
@@ -73,6 +79,9 @@ def main() -> int:
     parser.add_argument("--flash-attn", nargs="+", default=["off", "on"], choices=("off", "on"))
     parser.add_argument(
         "--repack", nargs="+", default=["on"], choices=("on", "off"), help="weights when they are loaded"
+    )
+    parser.add_argument(
+        "--unpack", nargs="+", default=["none"], choices=UNPACK, help="weights that prompts multiply in BF16"
     )
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--prompt", type=int, default=512)
@@ -85,12 +94,13 @@ def main() -> int:
     reference = Reference(args.shape)
     n_ctx = args.prompt + args.decode + 1
     runners = {
-        f"{ftype}, flash attention {choice}{', not repacked' * (repack == 'off')}": native(
-            args.shape, ftype, choice == "on", repack == "on", n_ctx, args.threads
+        f"{ftype}, flash attention {choice}{', not repacked' * (repack == 'off')}{in_bf16(unpack)}": native(
+            args.shape, ftype, choice == "on", repack == "on", unpack, n_ctx, args.threads
         )
         for ftype in args.ftype
         for choice in args.flash_attn
         for repack in args.repack
+        for unpack in args.unpack
     }
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"prefill": [], "decode": []} for name in (*FORMS, *runners)
