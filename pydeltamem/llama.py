@@ -36,7 +36,7 @@ from .runtime.history import Position, Tokens, n_common
 from .runtime.library import BaseLlamaCache, Llama, LlamaState
 from .runtime.lock import holding
 from .runtime.names import nearest, option
-from .runtime.remote import connect, gpu_names
+from .runtime.remote import connect
 from .runtime.sampling import Guard, Sampler, n_likeliest
 from .runtime.slots import Slots
 from .runtime.stream import checked_grammar
@@ -78,9 +78,9 @@ class DeltaMemLlama(Llama):
         repack: whether llama.cpp puts weights into the layout of this CPU's fastest products when it loads them (it is
             not always the faster one). None: yes.
         unpack: which quantised weights a prompt multiplies in BF16, where the processor has AVX512-BF16 and no AMX:
-            "none", "all", or "rest", those that llama.cpp does not repack. None: "none". Tokens that are decoded beside
-            seven others, of whatever text, are then rounded otherwise than alone. Nothing is unpacked beside a GPU or
-            for layers on other machines.
+            "none", "all", or "rest", those that llama.cpp does not repack. None: "none". Of Q4_0 to Q8_0, Q6_K and
+            (all) BF16; others stay as `repack` says. Tokens that are decoded beside seven others, of whatever text, are
+            then rounded otherwise than alone, and the weights are a copy in memory. Nothing is unpacked beside a GPU.
         tuned: take what `deltamem tune` found fastest for this model on this machine, where no keyword says otherwise.
             Where nothing was found, or for layers on other machines, the defaults stay, and no error says so.
         verbose: print llama.cpp's log at once. Otherwise it goes to the logger `pydeltamem.llama_cpp`.
@@ -171,8 +171,7 @@ class DeltaMemLlama(Llama):
         if rpc_servers:
             connect(rpc_servers)
             kwargs.setdefault("n_gpu_layers", -1)  # llama_cpp's default, 0, would leave the servers idle
-        elsewhere = kwargs.get("n_gpu_layers", 0) != 0 and bool(gpu_names())
-        self._overrides = None if elsewhere else overrides(model_path, self.unpack)
+        self._overrides = overrides(model_path, self.unpack)
         if n_ctx == 0 and n_seq_max > 1:
             n_ctx = _trained_context(model_path)  # llama.cpp would divide it among the texts
         _check_numbers(model_path, kwargs.get("kv_overrides") or {})

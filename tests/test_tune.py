@@ -21,7 +21,7 @@ from pydeltamem.cli import chat, generate, model_options, serve
 from pydeltamem.cli.parser import Parser
 from pydeltamem.formats.packed import pack
 from pydeltamem.runtime import library
-from pydeltamem.runtime.unpacking import multiplies_bf16
+from pydeltamem.runtime.unpacking import layouts
 from pydeltamem.tuned import Record, Settings
 from refusals import refused
 from test_cli import deltamem
@@ -138,8 +138,8 @@ def test_halving_finds_the_fastest_on_a_machine_whose_speed_drifts(times, keep, 
 
 
 def test_choices_that_llama_cpp_does_not_take_are_not_tried():
-    choices = tune.weights_and_attention(Settings.default(), ["q8_0"])
-    assert len(choices) == len(set(choices)) == (12 if multiplies_bf16() else 6)
+    choices = tune.weights_and_attention(Settings.default(), ["q8_0"], [(True, "none"), (False, "none")])
+    assert len(choices) == len(set(choices)) == 6
     assert all(choice.flash_attn for choice in choices if choice.type_v == "q8_0")
     assert tune.thread_counts(1) == (1,) and tune.thread_counts(2) == (1, 2) and tune.thread_counts(64)[-1] == 64
 
@@ -434,10 +434,7 @@ def test_a_small_run(cache, model, counts, more):
     assert all(measured[kind]["ratio"] >= 1 for kind in COUNTS[counts])
     assert record.settings == Settings.default() or any(measured[kind]["low"] > 1 for kind in COUNTS[counts])
     weights = [Settings.of(row["settings"]) for row in found["tried"]["weights"]]
-    layouts = {(True, "none"), (False, "none")}
-    if multiplies_bf16():
-        layouts |= {(True, "rest"), (False, "all")}
-    assert {(choice.repack, choice.unpack) for choice in weights} == layouts
+    assert {(choice.repack, choice.unpack) for choice in weights} == set(layouts(model))
     assert {choice.flash_attn for choice in weights} == {False, True}
     assert {choice.type_k for choice in weights} == ({"f16", "q8_0"} if "q8_0" in more else {"f16"})
 

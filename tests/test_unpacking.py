@@ -14,8 +14,9 @@ from pydeltamem.errors import InputError
 from pydeltamem.formats.base_model import Base
 from pydeltamem.formats.checkpoint import Checkpoint
 from pydeltamem.formats.gguf_header import Header
+from pydeltamem.runtime import unpacking
 from pydeltamem.runtime.quantize import quantize
-from pydeltamem.runtime.unpacking import ALL, NONE, REST, multiplies_bf16, overrides, patterns
+from pydeltamem.runtime.unpacking import ALL, NONE, REST, layouts, multiplies_bf16, overrides, patterns
 from refusals import refuses
 
 TINY = Shape("qwen3", n_layer=3, n_embd=256, n_head=4, n_head_kv=2, head_dim=64, n_ff=512, n_ctx=512)
@@ -59,7 +60,7 @@ def test_every_weight_in_a_type_that_gains_and_no_other(synthetic):
     """`rest` leaves out what llama.cpp repacks, and what it maps from the file."""
     for ftype, unpack, expected in (
         ("q8_0", REST, {"Q8_0"}), ("q8_0", ALL, {"Q8_0"}), ("q8_0", NONE, set()), ("f32", ALL, set()),
-        ("q4_1", REST, {"Q4_1", "Q6_K"}), ("q4_0", REST, {"Q6_K"}), ("q4_0", ALL, {"Q4_0", "Q6_K"}),
+        ("q4_1", REST, {"Q4_1"}), ("q4_0", REST, set()), ("q4_0", ALL, {"Q4_0"}),
         ("q4_k_m", REST, {"Q6_K"}), ("q4_k_m", ALL, {"Q6_K"}), ("bf16", REST, set()), ("bf16", ALL, {"BF16"}),
     ):  # fmt: skip
         types = types_of(synthetic(ftype))
@@ -69,13 +70,18 @@ def test_every_weight_in_a_type_that_gains_and_no_other(synthetic):
         assert not left
 
 
-def test_an_embedding_that_is_not_multiplied_stays(synthetic):
-    tensors = dict(Header.of_model(synthetic("q8_0")).tensors)
-    tied = {**tensors}
-    tied.pop("output.weight", None)
-    assert "token_embd.weight" in named(tied, REST)
-    untied = {**tied, "output.weight": tied["token_embd.weight"]}
-    assert named(untied, REST) & {"token_embd.weight", "output.weight"} == {"output.weight"}
+def test_layouts_that_differ(synthetic, monkeypatch):
+    """`deltamem tune` tries no layout under two names, and none that a GPU would take the products of."""
+    usual = [(True, NONE), (False, NONE)]
+    monkeypatch.setattr(unpacking, "multiplies_bf16", lambda: True)
+    for ftype, more in (
+        ("f32", []), ("q8_0", [(True, REST)]), ("q4_0", [(False, ALL)]),
+        ("q4_k_m", [(True, REST), (False, ALL)]), ("bf16", [(False, ALL)]),
+    ):  # fmt: skip
+        assert layouts(synthetic(ftype)) == usual + more, ftype
+    monkeypatch.undo()
+    monkeypatch.setattr(unpacking, "gpu_names", lambda: ["a GPU"])
+    assert layouts(synthetic("q8_0")) == usual and overrides(synthetic("q8_0"), ALL) is None
 
 
 def test_a_model_that_cannot_be_read_is_left_to_the_loader(tmp_path):

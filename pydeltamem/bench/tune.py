@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ..runtime import library
 from ..runtime.cpus import MAX_THREADS, cpu_name, usable
-from ..runtime.unpacking import ALL, NONE, REST, multiplies_bf16
+from ..runtime.unpacking import layouts
 from ..tuned import PLAIN_TYPES, Settings
 from .comparison import reasons
 from .pairs import compare
@@ -117,11 +117,10 @@ def thread_counts(n_cpus: int) -> tuple[int, ...]:
     return tuple(sorted({1, *(max(1, n_cpus * quarters // 4) for quarters in (1, 2, 3, 4))}))
 
 
-def weights_and_attention(settings: Settings, kv_types: Sequence[str]) -> list[Settings]:
-    """The choices that concern prompts and decode both."""
-    layouts = [(True, NONE), (False, NONE)]
-    if multiplies_bf16():
-        layouts += [(True, REST), (False, ALL)]
+def weights_and_attention(
+    settings: Settings, kv_types: Sequence[str], layouts: Sequence[tuple[bool, str]]
+) -> list[Settings]:
+    """The choices that concern prompts and decode both. layouts: of the model's weights (`unpacking.layouts`)."""
     return [
         replace(settings, repack=repack, unpack=unpack, flash_attn=flash_attn, type_k=kv_type, type_v=kv_type)
         for kv_type in dict.fromkeys((settings.type_k, *kv_types))
@@ -210,7 +209,7 @@ def _search(bench: _Bench, counts: str, kv_types: Sequence[str]) -> tuple[Settin
     ):
         choices = [Settings(**{**asdict(best), name: value}) for value in dict.fromkeys(values)]
         best = tune(name, choices, (kind,))[0]
-    finalists = tune("weights", weights_and_attention(best, kv_types), COUNTS[counts], keep=2)
+    finalists = tune("weights", weights_and_attention(best, kv_types, layouts(bench.model)), COUNTS[counts], keep=2)
     finalists = [settings for settings in dict.fromkeys((*finalists, best)) if settings != default]
     bench.forget(())
 

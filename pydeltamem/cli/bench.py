@@ -140,6 +140,8 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--return times one model with its memory: drop {', '.join(given)}, or --return")
         if not all(args.returning):
             raise InputError("--return: a conversation needs at least one token")
+    if args.unpack != "none" and args.against:
+        raise InputError("--unpack: the library of --against has no such products: drop --against or --unpack")
     if args.nodes and args.against:
         raise InputError("--nodes times the graphs of one library only: drop --against or --nodes")
     if not args.model and not args.synthetic:

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
             "model": os.path.basename(os.fspath(model)),
             "adapters": {name: os.path.basename(path) for name, path in adapters.items()},
             "n": args.n, "window": args.window, "seed": args.seed, "answer_writes": args.answer_writes,
-            "rehearse": args.rehearse,
+            "rehearse": args.rehearse, "unpack": args.unpack,
         }  # fmt: skip
         write(as_json(setup, rows, ratios, cases, answers))
         if args.plot:

@@ -4,8 +4,9 @@ Where the processor multiplies BF16 that is up to seven times as fast as ggml's 
 Replies are computed as ever, from the weights as they are in the file. What llama.cpp repacks into a layout of its own
 cannot be taken from there, and its replies are faster so: REST leaves it out. `deltamem tune` measures what is faster.
 
-Nothing is unpacked unless asked for. A product of eight tokens or more rounds otherwise than one of fewer, so what is
-decoded in the same batch would decide the last bits of a text.
+Nothing is unpacked unless asked for, or chosen by `deltamem tune`. A product of eight tokens or more rounds otherwise
+than one of fewer, so what is decoded in the same batch decides the last bits of a text. The weights are a copy in
+memory of the process: a file is not mapped to a buffer type of ours.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..errors import ModelError
 from ..formats.gguf_header import Header, Tensor
 from . import library
 from .ggml import ctypes_function
+from .remote import gpu_names
 
 NONE, REST, ALL = UNPACK = ("none", "rest", "all")
 
@@ -30,7 +32,8 @@ _TYPES = {
     REST: {Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q6_K},
     ALL: {Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q6_K, Type.BF16},
 }
-_WEIGHT = re.compile(r"blk\.(\d+)\.(\w+\.weight)|(?:output|token_embd)\.weight")
+_REPACKED = {Type.Q4_0, Type.Q4_K, Type.Q2_K, Type.IQ4_NL, Type.MXFP4}  # by llama.cpp on x86: repack.cpp
+_WEIGHT = re.compile(r"blk\.(\d+)\.(\w+\.weight)")  # of a layer: a prompt asks for the logits of one token
 
 
 # ggml_backend_buffer_type_t ggml_backend_deltamem_bf16_buffer_type(void);
@@ -44,26 +47,37 @@ class llama_model_tensor_buft_override(ctypes.Structure):
 
 
 def multiplies_bf16() -> bool:
-    """Whether products in BF16 are faster on this processor: it has AVX512-BF16, and no tiles of integers."""
+    """Whether products in BF16 are faster here: the processor has AVX512-BF16 and no tiles of integers, and no GPU
+    would take a prompt's products from it.
+    """
     info = library.llama_cpp.llama_print_system_info().decode()
-    return "AVX512_BF16 = 1" in info and "AMX_INT8 = 1" not in info
+    return "AVX512_BF16 = 1" in info and "AMX_INT8 = 1" not in info and not gpu_names()
 
 
 def patterns(tensors: dict[str, Tensor], unpack: str) -> list[str]:
     """Regular expressions for the names of the weights that are unpacked: one for each kind of weight in a layer."""
     layers: dict[str, list[str]] = {}
-    found = []
     for name, tensor in tensors.items():
         weight = _WEIGHT.fullmatch(name)
-        if not weight or len(tensor.shape) != 2 or tensor.type not in _TYPES[unpack]:
-            continue
-        if name == "token_embd.weight" and "output.weight" in tensors:  # is not multiplied
-            continue
-        if weight[1]:
+        if weight and len(tensor.shape) == 2 and tensor.type in _TYPES[unpack]:
             layers.setdefault(weight[2], []).append(weight[1])
-        else:
-            found.append(f"^{re.escape(name)}$")
-    return found + [rf"^blk\.({'|'.join(numbers)})\.{re.escape(kind)}$" for kind, numbers in layers.items()]
+    return [rf"^blk\.({'|'.join(numbers)})\.{re.escape(kind)}$" for kind, numbers in layers.items()]
+
+
+def layouts(model: str | os.PathLike[str]) -> list[tuple[bool, str]]:
+    """In which ways a model may be loaded that differ, as (repack, unpack): as by default, as in the file, and with
+    weights that prompts multiply in BF16. Raises ModelError.
+    """
+    found = [(True, NONE), (False, NONE)]
+    if not multiplies_bf16():
+        return found
+    tensors = Header.of_model(model).tensors
+    rest, all_of = (patterns(tensors, unpack) for unpack in (REST, ALL))
+    if rest:
+        found.append((True, REST))
+    if all_of != rest or any(_WEIGHT.fullmatch(name) and t.type in _REPACKED for name, t in tensors.items()):
+        found.append((False, ALL))
+    return found
 
 
 def overrides(model: str | os.PathLike[str], unpack: str) -> Any:

@@ -34,48 +34,64 @@ static float as_bf16(float x) {
     return ggml_bf16_to_fp32(ggml_fp32_to_bf16(x));
 }
 
+// What of its tensors a product takes. x_gap: values between two tokens of x.
+struct parts {
+    int64_t first_row = 0, first_in = 0; // of a greater weight
+    int64_t x_gap = 0;
+};
+
 // dst = weight * x, with the weight in memory of a buffer type
 class product {
 public:
     product(ggml_type type, int64_t n_in, int64_t n_out, int64_t n_tokens, ggml_backend_buffer_type_t buft,
-            uint64_t seed) {
+            uint64_t seed, parts p = {}) :
+        n_in(n_in), n_out(n_out), n_tokens(n_tokens) {
         random_source random(seed);
         const auto    fill = [&](std::vector<float> & v) {
             for (float & f : v) {
                 f = random.normal();
             }
         };
+        const int64_t all_in = n_in + p.first_in, all_out = n_out + p.first_row, x_row = n_in + p.x_gap;
         weights.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
-        others.reset(ggml_init({ 4 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
-        weight = ggml_new_tensor_2d(weights.get(), type, n_in, n_out);
-        x      = ggml_new_tensor_2d(others.get(), GGML_TYPE_F32, n_in, n_tokens);
-        dst    = ggml_mul_mat(others.get(), weight, x);
-        graph  = ggml_new_graph(others.get());
+        others.reset(ggml_init({ 6 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+        ggml_tensor * all   = ggml_new_tensor_2d(weights.get(), type, all_in, all_out);
+        ggml_tensor * all_x = ggml_new_tensor_2d(others.get(), GGML_TYPE_F32, x_row, n_tokens);
+
+        const size_t  offset = p.first_row * all->nb[1] + ggml_row_size(type, p.first_in);
+        ggml_tensor * weight = ggml_view_2d(others.get(), all, n_in, n_out, all->nb[1], offset);
+        ggml_tensor * x      = ggml_view_2d(others.get(), all_x, n_in, n_tokens, all_x->nb[1], p.x_gap * sizeof(float));
+        dst   = ggml_mul_mat(others.get(), p.first_in || p.first_row ? weight : all, p.x_gap ? x : all_x);
+        graph = ggml_new_graph(others.get());
         ggml_build_forward_expand(graph, dst);
         weight_buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), buft));
         other_buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(others.get(), ggml_backend_cpu_buffer_type()));
 
-        std::vector<float> w(n_in * n_out);
+        std::vector<float> w(all_in * all_out), stored_values(w.size()), x_all(x_row * n_tokens);
+        std::vector<char>  stored(ggml_nbytes(all));
+        std::vector<float> importance(all_in, 1.0f); // some types ask for it
         fill(w);
-        std::vector<char>  stored(ggml_nbytes(weight));
-        std::vector<float> importance(n_in, 1.0f); // some types ask for it
+        fill(x_all);
         if (type == GGML_TYPE_F32) {
             memcpy(stored.data(), w.data(), stored.size());
+            stored_values = w;
         } else {
-            ggml_quantize_chunk(type, w.data(), stored.data(), 0, n_out, n_in, importance.data());
-        }
-        ggml_backend_tensor_set(weight, stored.data(), 0, stored.size());
-        w_values.resize(w.size());
-        if (type == GGML_TYPE_F32) {
-            w_values = w;
-        } else {
-            for (int64_t row = 0; row < n_out; row++) {
-                ggml_get_type_traits(type)->to_float(stored.data() + row * weight->nb[1], &w_values[row * n_in], n_in);
+            ggml_quantize_chunk(type, w.data(), stored.data(), 0, all_out, all_in, importance.data());
+            for (int64_t row = 0; row < all_out; row++) {
+                ggml_get_type_traits(type)->to_float(stored.data() + row * all->nb[1], &stored_values[row * all_in],
+                                                     all_in);
             }
         }
-        x_values.resize(n_in * n_tokens);
-        fill(x_values);
-        ggml_backend_tensor_set(x, x_values.data(), 0, ggml_nbytes(x));
+        ggml_backend_tensor_set(all, stored.data(), 0, stored.size());
+        ggml_backend_tensor_set(all_x, x_all.data(), 0, ggml_nbytes(all_x));
+        for (int64_t row = p.first_row; row < all_out; row++) {
+            const float * from = &stored_values[row * all_in + p.first_in];
+            w_values.insert(w_values.end(), from, from + n_in);
+        }
+        for (int64_t t = 0; t < n_tokens; t++) {
+            const float * from = &x_all[t * x_row + p.x_gap];
+            x_values.insert(x_values.end(), from, from + n_in);
+        }
     }
 
     std::vector<float> compute(ggml_backend_t cpu, int n_threads) {
@@ -90,9 +106,8 @@ public:
 
     // The normalised mean square error of y; rounded: beside operands that are rounded to BF16.
     double error(const std::vector<float> & y, bool rounded) const {
-        const int64_t n_in = weight->ne[0], n_out = weight->ne[1];
-        double        wrong = 0.0, all = 0.0;
-        for (int64_t t = 0; t < x->ne[1]; t++) {
+        double wrong = 0.0, all = 0.0;
+        for (int64_t t = 0; t < n_tokens; t++) {
             for (int64_t row = 0; row < n_out; row++) {
                 double sum = 0.0;
                 for (int64_t i = 0; i < n_in; i++) {
@@ -109,8 +124,7 @@ public:
 private:
     owned<ggml_context>        weights, others;
     owned<ggml_backend_buffer> weight_buffer, other_buffer;
-    ggml_tensor *              weight;
-    ggml_tensor *              x;
+    int64_t                    n_in, n_out, n_tokens;
     ggml_tensor *              dst;
     ggml_cgraph *              graph;
     std::vector<float>         w_values, x_values;
@@ -145,6 +159,65 @@ static void test_type(ggml_backend_t cpu, ggml_type type) {
             check(is_same(ours.compute(cpu, n_threads), y), "%s: %d threads change a bit", ggml_type_name(type),
                   n_threads);
         }
+    }
+}
+
+// Parts of a weight, tokens that do not follow each other, and more threads than panels of rows.
+static void test_parts(ggml_backend_t cpu, ggml_type type) {
+    const int64_t block = std::max<int64_t>(ggml_blck_size(type), 32);
+    const struct {
+        int64_t n_out;
+        parts   p;
+    } cases[] = { { 77, { 13, block, 0 } }, { 5, { 0, 0, 7 } }, { 40, { 1, 3 * block, 5 } } };
+    for (const auto & c : cases) {
+        product    ours(type, 3 * block, c.n_out, 68, ggml_backend_deltamem_bf16_buffer_type(), 11, c.p);
+        const auto y = ours.compute(cpu, 9);
+        check(ours.error(y, true) < EXACT_TOL, "%s, a part of %d rows: NMSE %g", ggml_type_name(type), (int) c.n_out,
+              ours.error(y, true));
+        check(is_same(ours.compute(cpu, 1), y), "%s: 9 threads change a bit", ggml_type_name(type));
+    }
+}
+
+// Products that follow each other share the work buffer and the counter of panels: each waits for the one before.
+static void test_chain(ggml_backend_t cpu) {
+    const int64_t       sizes[] = { 256, 96, 1024, 32, 512 }, n_tokens = 40;
+    owned<ggml_context> weights(ggml_init({ 4 * ggml_tensor_overhead(), nullptr, true }));
+    owned<ggml_context> others(ggml_init({ 8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+    ggml_tensor *       x = ggml_new_tensor_2d(others.get(), GGML_TYPE_F32, sizes[0], n_tokens);
+    ggml_tensor *       y = x;
+    for (int i = 0; i < 4; i++) {
+        ggml_tensor * w = ggml_new_tensor_2d(weights.get(), GGML_TYPE_Q8_0, sizes[i], sizes[i + 1]);
+        y               = ggml_mul_mat(others.get(), w, y);
+    }
+    ggml_cgraph * graph = ggml_new_graph(others.get());
+    ggml_build_forward_expand(graph, y);
+    owned<ggml_backend_buffer> a(
+            ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), ggml_backend_deltamem_bf16_buffer_type()));
+    owned<ggml_backend_buffer> b(
+            ggml_backend_alloc_ctx_tensors_from_buft(others.get(), ggml_backend_cpu_buffer_type()));
+    random_source random(5);
+    for (ggml_tensor * t = ggml_get_first_tensor(weights.get()); t; t = ggml_get_next_tensor(weights.get(), t)) {
+        std::vector<float> w(ggml_nelements(t));
+        for (float & f : w) {
+            f = random.normal();
+        }
+        std::vector<char> stored(ggml_nbytes(t));
+        ggml_quantize_chunk(t->type, w.data(), stored.data(), 0, t->ne[1], t->ne[0], nullptr);
+        ggml_backend_tensor_set(t, stored.data(), 0, stored.size());
+    }
+    std::vector<float> values(ggml_nelements(x)), first, now(ggml_nelements(y));
+    for (float & f : values) {
+        f = random.normal();
+    }
+    ggml_backend_tensor_set(x, values.data(), 0, ggml_nbytes(x));
+    for (int i = 0; i < 200; i++) {
+        ggml_backend_cpu_set_n_threads(cpu, 1 + i % 4);
+        ggml_backend_graph_compute(cpu, graph);
+        ggml_backend_tensor_get(y, now.data(), 0, ggml_nbytes(y));
+        if (i == 0) {
+            first = now;
+        }
+        check(is_same(now, first), "a chain of products, %d threads: other bits", 1 + i % 4);
     }
 }
 
@@ -204,7 +277,9 @@ int main(int argc, char ** argv) {
     }
     for (const ggml_type type : TYPES) {
         test_type(cpu.get(), type);
+        test_parts(cpu.get(), type);
     }
     test_left(cpu.get());
+    test_chain(cpu.get());
     return finish("bf16");
 }
