@@ -9,6 +9,7 @@ import socket
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -22,6 +23,7 @@ from pydeltamem.formats.memory_file import MemorySnapshot
 from pydeltamem.server.application import Settings, application
 from pydeltamem.server.keys import Keys
 from pydeltamem.server.openai import Chat
+from pydeltamem.server.service import Piece
 from pydeltamem.server.store import StoreError
 from servers import in_thread, service, until
 
@@ -281,6 +283,28 @@ def test_an_answer_may_call_a_tool(api, text, content, names):
     assert "".join(delta.get("content") or "" for delta in deltas).strip() == (content or "")
     assert [c["function"]["name"] for delta in deltas for c in delta.get("tool_calls", ())] == names
     assert parts[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+
+
+@pytest.mark.parametrize(
+    "pieces", [("At", " once. <", "tool_call>"), ("At", " ", "once. <tool_call>"), ("At once. <tool_call>",)]
+)
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_no_space_before_a_call_is_lost(pieces, logprobs):
+    """Found: a piece that ended in what may begin a call lost the space at its beginning."""
+    chat = Chat({"messages": HELLO, "tools": [CLOCK], "stream": True, "logprobs": logprobs}, "model")
+    called = '{"name": "clock", "arguments": {}}</tool_call>'
+    answer = SimpleNamespace(finish_reason="stop", n_prompt=1, n_cached=0, n_generated=1, committed=None)
+
+    async def stream():
+        for text in (*pieces, called):
+            yield Piece(text)
+
+    async def said():
+        return [json.loads(chunk)["choices"][0]["delta"] async for chunk in chat.chunks(answer, stream())]
+
+    deltas = asyncio.run(said())
+    assert "".join(delta.get("content") or "" for delta in deltas) == "At once. "
+    assert [c["function"]["name"] for delta in deltas for c in delta.get("tool_calls", ())] == ["clock"]
 
 
 def test_the_result_of_a_tool_goes_on(api):

@@ -143,13 +143,13 @@ class Chat:
                 if not is_first:
                     call = {"function": {"arguments": piece.text}}
                 yield to_json(self._chunk({"tool_calls": [{"index": 0, **call}]}))
-            elif self._as_json or (self.calls and _may_call(held + piece.text)):
-                held += piece.text  # a call is passed on as a whole
             else:
-                text, held = held + piece.text, ""
-                if self.logprobs:
+                text = held + piece.text
+                at = 0 if self._as_json else _where_calls_begin(text) if self.calls else len(text)
+                text, held = text[:at], text[at:]  # a call is passed on as a whole
+                if text and self.logprobs:
                     yield to_json(self._chunk({"content": text}, scored=piece.scored))
-                else:
+                elif text or not held:
                     yield plain.with_text(text)
             is_first = False
         reason = answer.finish_reason
@@ -357,7 +357,9 @@ def _called(id: str, texts: Sequence[str]) -> list[dict[str, Any]]:
     return calls
 
 
-def _may_call(text: str) -> bool:
-    """Whether a text holds a call, or may begin one at its end."""
+def _where_calls_begin(text: str) -> int:
+    """Where in a text its first call begins, or one that its end may begin; its length if there is none."""
     mark = "<tool_call>"
-    return mark in text or any(text.endswith(mark[:n]) for n in range(1, len(mark)))
+    if mark in text:
+        return text.index(mark)
+    return len(text) - max((n for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
