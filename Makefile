@@ -162,13 +162,13 @@ SMOLLM2_ARGS ?= --strategy msw --update no_lambda --write-bias -2 --heads-gain 0
 $(SMOLLM2)/ordinary.jsonl: | $(INSTALLED)
 	$(BIN)/python recipes/ordinary.py smollm2 $@
 
-$(SMOLLM2)/train.jsonl: recipes/mixture.py recipes/documents.py recipes/natural/train.jsonl.gz recipes/documents/train.jsonl.gz | $(SMOLLM2)/ordinary.jsonl
+$(SMOLLM2)/train.jsonl: recipes/mixture.py recipes/chats.py recipes/documents.py recipes/natural/train.jsonl.gz recipes/documents/train.jsonl.gz | $(SMOLLM2)/ordinary.jsonl
 	$(BIN)/python recipes/mixture.py $@ --ordinary $(SMOLLM2)/ordinary.jsonl
 
 smollm2-adapter: $(SMOLLM2)/train.jsonl ## train an adapter for SmolLM2-135M (hours on one core; SMOLLM2_ARGS)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
 		$(BIN)/deltamem train smollm2 $< -o $(SMOLLM2)/msw --steps 5000 --batch 8 --rate 3e-3 --short-first 0 \
-		--max-tokens 1100 --visible 0.15 --wording 0.35 --ask-writes 0.5 --first-told 3 --rehearse 0.5 --eval-every 500 \
+		--max-tokens 2100 --visible 0.15 --wording 0.35 --ask-writes 0.5 --first-told 3 --rehearse 0.5 --eval-every 500 \
 		$(SMOLLM2_ARGS)
 
 architectures: $(INSTALLED) ## compare the hooks with PyTorch: prints the table of docs/reference/architectures.md, writes pydeltamem/runtime/architectures.json
