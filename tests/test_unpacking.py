@@ -98,8 +98,9 @@ def test_a_prompt_gives_the_same_logits(synthetic, ftype, unpack):
     path = synthetic(ftype)
     plain, ours = (logits(path, unpack=name, repack=False) for name in (NONE, unpack))
     assert np.square(ours - plain).sum() < 1e-3 * np.square(plain).sum()
-    assert np.array_equal(ours, logits(path, unpack=unpack, repack=False, n_threads_batch=1))
-    assert np.array_equal(ours, plain) == (overrides(path, unpack) is None or not multiplies_bf16())
+    assert np.array_equal(ours, plain) == (not multiplies_bf16())
+    if multiplies_bf16():  # ggml's own products may round otherwise with other threads
+        assert np.array_equal(ours, logits(path, unpack=unpack, repack=False, n_threads_batch=1))
 
 
 def test_an_adapter_lies_where_its_layer_does(synthetic, tmp_path):

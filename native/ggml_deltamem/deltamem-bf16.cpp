@@ -7,8 +7,8 @@
 //     panel[i / 2][row][i % 2]
 //
 // and multiplies it with twelve tokens at a time: 24 registers of sums, which stay there for all of n_in. One product
-// instruction adds 16 rows' products of two elements, and the processor begins one per cycle: that is the floor, at
-// 32 multiply-adds. Loads (two of the panel, twelve of pairs of x) and unpacking go on beside it.
+// instruction adds 16 rows' products of two elements. Zen 5 begins two of them a cycle, which is the floor: 64
+// multiply-adds a cycle. Loads (two of the panel, twelve of pairs of x, for 24 products) go on beside it.
 
 #include "deltamem-bf16.h"
 
