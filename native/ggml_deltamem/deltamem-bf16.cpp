@@ -12,6 +12,7 @@
 
 #include "deltamem-bf16.h"
 
+#include "deltamem-pairs.h"
 #include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
@@ -26,10 +27,8 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 
-    #ifdef __GNUC__
-        #pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // GCC 12 finds some in its own header
-    #endif
-    #include <immintrin.h>
+using deltamem::pairs_of;
+using deltamem::transpose_pairs;
 
 static constexpr int64_t LANES  = 16;        // float32 of a register: rows of half a panel
 static constexpr int64_t ROWS   = 2 * LANES; // of a panel
@@ -81,38 +80,9 @@ static bool takes(const struct ggml_tensor * dst) {
            x->nb[0] == sizeof(float) && ggml_is_matrix(x) && dst->nb[0] == sizeof(float);
 }
 
-// Transposes 16 x 16 pairs of elements.
-static void transpose(__m512i (&rows)[LANES]) {
-    __m512i t[LANES];
-    for (int i = 0; i < LANES; i += 2) {
-        t[i]     = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < LANES; i += 4) {
-        for (int j = 0; j < 2; j++) {
-            rows[i + 2 * j]     = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-        }
-    }
-    for (int half = 0; half < LANES; half += 8) {
-        for (int i = 0; i < 4; i++) {
-            t[half + i]     = _mm512_shuffle_i32x4(rows[half + i], rows[half + i + 4], 0x88);
-            t[half + i + 4] = _mm512_shuffle_i32x4(rows[half + i], rows[half + i + 4], 0xdd);
-        }
-    }
-    for (int i = 0; i < 8; i++) {
-        rows[i]     = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
-}
-
 //
 // unpacking: 32 elements of a row at a time, to a register of BF16
 //
-
-static __m512i to_bf16(__m512 first, __m512 second) {
-    return (__m512i) _mm512_cvtne2ps_pbh(second, first);
-}
 
 static __m512 first_numbers() {
     return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -121,7 +91,7 @@ static __m512 first_numbers() {
 // The values of codes 0 to 15, d * code + m, twice.
 static __m512i values_of_4_bits(float d, float m) {
     const __m512 values = _mm512_fmadd_ps(_mm512_set1_ps(d), first_numbers(), _mm512_set1_ps(m));
-    return to_bf16(values, values);
+    return pairs_of(values, values);
 }
 
 // The values of codes 0 to 31.
@@ -129,7 +99,7 @@ static __m512i values_of_5_bits(float d, float m) {
     const __m512 low = _mm512_fmadd_ps(_mm512_set1_ps(d), first_numbers(), _mm512_set1_ps(m));
     const __m512 high =
             _mm512_fmadd_ps(_mm512_set1_ps(d), _mm512_add_ps(first_numbers(), _mm512_set1_ps(16)), _mm512_set1_ps(m));
-    return to_bf16(low, high);
+    return pairs_of(low, high);
 }
 
 static __m512i look_up(__m256i codes, __m512i values) {
@@ -144,9 +114,9 @@ static __m256i high_nibbles(__m256i bytes) {
     return low_nibbles(_mm256_srli_epi16(bytes, 4));
 }
 
-// Two bits of each byte, from bit `from` on, as bits 4 and 5; one bit with `mask` 1, as bit 4.
-static __m256i as_bit_4(__m256i bytes, int from, char mask) {
-    return _mm256_slli_epi16(_mm256_and_si256(_mm256_srli_epi16(bytes, from), _mm256_set1_epi8(mask)), 4);
+// Two bits of each byte, from bit `from` on, as bits 4 and 5.
+static __m256i as_bits_4_and_5(__m256i bytes, int from) {
+    return _mm256_slli_epi16(_mm256_and_si256(_mm256_srli_epi16(bytes, from), _mm256_set1_epi8(3)), 4);
 }
 
 // 16 bytes of which the low nibbles come first
@@ -194,7 +164,7 @@ static void unpack_block(const block_q5_1 & b, __m512i * to) {
 static __m512i scaled(__m256i bytes, float d, float e) {
     const __m512 low  = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-    return to_bf16(_mm512_mul_ps(low, _mm512_set1_ps(d)), _mm512_mul_ps(high, _mm512_set1_ps(e)));
+    return pairs_of(_mm512_mul_ps(low, _mm512_set1_ps(d)), _mm512_mul_ps(high, _mm512_set1_ps(e)));
 }
 
 static void unpack_block(const block_q8_0 & b, __m512i * to) {
@@ -209,7 +179,7 @@ static void unpack_block(const block_q6_K & b, __m512i * to) {
         const uint8_t * low   = b.ql + 64 * (i / 4) + 32 * (i % 2);
         const __m256i   codes = _mm256_loadu_si256((const __m256i *) low);
         const __m256i   four  = i % 4 < 2 ? low_nibbles(codes) : high_nibbles(codes);
-        const __m256i   two   = as_bit_4(_mm256_loadu_si256((const __m256i *) (b.qh + 32 * (i / 4))), 2 * (i % 4), 3);
+        const __m256i   two = as_bits_4_and_5(_mm256_loadu_si256((const __m256i *) (b.qh + 32 * (i / 4))), 2 * (i % 4));
         const __m256i   bytes = _mm256_sub_epi8(_mm256_or_si256(four, two), _mm256_set1_epi8(32));
         to[i]                 = scaled(bytes, d * b.scales[2 * i], d * b.scales[2 * i + 1]);
     }
@@ -256,7 +226,7 @@ static void unpack(const struct ggml_tensor * weight, int64_t begin, int64_t end
                 for (int64_t row = 0; row < LANES; row++) {
                     pairs[row] = chunk[row][j];
                 }
-                transpose(pairs);
+                transpose_pairs(pairs);
                 uint32_t * to = panel + (i / 2 + j * LANES) * ROWS + half;
                 for (int64_t pair = 0; pair < LANES; pair++) {
                     _mm512_store_si512(to + pair * ROWS, pairs[pair]);
@@ -269,7 +239,7 @@ static void unpack(const struct ggml_tensor * weight, int64_t begin, int64_t end
 // Converts x of a token to BF16, rounded to nearest even.
 static void convert(const float * x, int64_t n_in, ggml_bf16_t * to) {
     for (int64_t i = 0; i < n_in; i += 2 * LANES) {
-        _mm512_store_si512(to + i, to_bf16(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + LANES)));
+        _mm512_store_si512(to + i, pairs_of(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + LANES)));
     }
 }
 

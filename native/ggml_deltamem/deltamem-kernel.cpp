@@ -7,6 +7,7 @@
 
 #include "deltamem-kernel.h"
 
+#include "deltamem-pairs.h"
 #include "deltamem-simd.h"
 
 #include <algorithm>
@@ -687,28 +688,6 @@ private:
         __asm__ volatile("ldtilecfg\t%0" : : "m"(config));
     }
 
-    static __m512i pairs(__m512 lower, __m512 upper) { return (__m512i) _mm512_cvtne2ps_pbh(upper, lower); }
-
-    // Rows of a tile become columns: blocks of 8, 4, 2 and 1 beside the diagonal change places.
-    template <int size = N / 2> static void transpose(__m512i (&row)[N]) {
-        const __m512i   lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        const __mmask16 upper = _mm512_test_epi32_mask(lanes, _mm512_set1_epi32(size));
-
-        // lanes of two vectors, those of the second from N on
-        const __m512i first  = _mm512_mask_add_epi32(lanes, upper, lanes, _mm512_set1_epi32(N - size));
-        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(size));
-        for (int i = 0; i < N; ++i) {
-            if (!(i & size)) {
-                const __m512i a = row[i], b = row[i + size];
-                row[i]        = _mm512_permutex2var_epi32(a, first, b);
-                row[i + size] = _mm512_permutex2var_epi32(a, second, b);
-            }
-        }
-        if constexpr (size > 1) {
-            transpose<size / 2>(row);
-        }
-    }
-
     // tiles of outputs [i0, i1), with zeros after the last
     void pack_weights(const deltamem_product_args & args, int64_t i0, int64_t i1, int64_t k, int n_steps) {
         for (int at = 0; i0 + at * N < i1; ++at) {
@@ -720,10 +699,10 @@ private:
                     if (output < args.n_out) {
                         const q8_0 & w = ((const q8_0 *) args.weight)[output * args.weight_stride + k / K + step];
                         const wide   d = wide::splat(w.d);
-                        row[i]         = pairs((d * wide::load(w.q)).v, (d * wide::load(w.q + N)).v);
+                        row[i]         = pairs_of((d * wide::load(w.q)).v, (d * wide::load(w.q + N)).v);
                     }
                 }
-                transpose(row);
+                transpose_pairs(row);
                 for (int i = 0; i < N; ++i) {
                     _mm512_store_si512(weights[step][at][i], row[i]);
                 }
@@ -737,7 +716,7 @@ private:
             const float * x = args.in + std::min(t0 + t, args.n_tokens - 1) * args.in_stride + k;
             for (int step = 0; step < n_steps; ++step) {
                 _mm512_store_si512(inputs[step][t / N][t % N],
-                                   pairs(_mm512_loadu_ps(x + step * K), _mm512_loadu_ps(x + step * K + N)));
+                                   pairs_of(_mm512_loadu_ps(x + step * K), _mm512_loadu_ps(x + step * K + N)));
             }
         }
     }
