@@ -275,6 +275,18 @@ def test_a_line_says_that_its_text_stays(tmp_path):
         trainer(write(tmp_path / "y.jsonl", [{**lines[0], "visible": False}]), tmp_path / "other", steps=1).data[0]
 
 
+def test_a_line_says_that_its_answers_stay(tmp_path):
+    """At the frozen model's own weights nothing is lost, whatever the file answers; the padded form refuses."""
+    line = {"messages": say("It is red.", "Yes."), "asks": [say("What?", "Red."), say("Why?", "Zzyzx.")]}
+    path = write(tmp_path / "x.jsonl", [{**line, "keep": True}, line])
+    run = trainer(path, tmp_path / "out", steps=2, dtype="float32")
+    assert [run.data[i].keep for i in range(2)] == [True, False]
+    assert run.objective.loss([run.data[0]]).item() == pytest.approx(0, abs=1e-6)
+    assert run.objective.loss([run.data[1]]).item() > 1
+    with refuses(InputError, "keep", "packed form"):
+        trainer(path, tmp_path / "padded", steps=2, form="padded").objective.loss([run.data[0]])
+
+
 @pytest.mark.parametrize("share", [1, 0.5])
 def test_a_share_of_the_conversations_is_rehearsed(data, tmp_path, share):
     run = trainer(data, tmp_path / "out", steps=12, rehearse=share)

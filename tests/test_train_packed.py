@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from pydeltamem.train import Batch, Example, PackedBatch, PackedModel, answer_logits, kernels
+from pydeltamem import train
+from pydeltamem.train import Batch, Example, Objective, Options, PackedBatch, PackedModel, answer_logits, kernels
 from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 from pydeltamem.train.reference import recurrence as token_by_token
 
@@ -190,6 +191,33 @@ def test_a_teacher_reads_the_text_and_has_no_memory():
             torch.testing.assert_close(
                 next(rows), model(torch.tensor([whole])).logits[0, -len(answer) :], rtol=0, atol=2e-5
             )
+
+
+def test_answers_that_stay_are_those_of_the_frozen_model():
+    """The loss is the divergence from the frozen model, which sees what stays visible and has no memory."""
+    model, memory = make("llama")
+    given = [replace(e, keep=i != 1) for i, e in enumerate(examples((True, False, False)))]
+    objective = Objective(model, None, memory, Options("m", "d", "o", wording=0.25, gate_weight=0.5))
+    logits, _ = objective.student(given)
+    weights = train.told_weights(given, 0.25)
+    gates = torch.stack(objective.packed.gate_means)
+    loss = objective.loss(given)
+    memory.remove()
+    total, i = 0.0, 0
+    for example in given:
+        for question, _, answer in example.asks:
+            student = logits[i : i + len(answer)].log_softmax(-1)
+            seen = (example.earlier if example.visible else []) + question + answer[:-1]
+            frozen = model(torch.tensor([seen])).logits[0, -len(answer) :].log_softmax(-1)
+            for token, one, other in zip(answer, student, frozen):
+                each = (other.exp() * (other - one)).sum() if example.keep else -one[token]
+                total += each.item() * weights[i]
+                assert weights[i] == 0.25 or not example.keep
+                i += 1
+    expected = total / sum(weights) + 0.5 * (gates - objective.options.gate_mean).pow(2).mean().item()
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    loss.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(memory).values())
 
 
 def test_what_cannot_be_packed_is_named():

@@ -26,7 +26,7 @@ except ImportError:
 
 from .conversations import Conversations, Example
 from .heads import start_from_heads
-from .objective import told_weights
+from .objective import Objective, told_weights
 from .options import STRATEGIES, Options
 from .packed import PackedBatch, PackedModel
 from .padded import Batch, answer_logits
@@ -39,6 +39,7 @@ __all__ = [
     "Conversations",
     "Example",
     "HeldOut",
+    "Objective",
     "Options",
     "PackedBatch",
     "PackedModel",

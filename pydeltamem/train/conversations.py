@@ -4,7 +4,8 @@ A line is a JSON object, one of
 
     {"messages": [...]}                         a conversation that ends with the answer to learn
     {"messages": [...], "asks": [[...], ...]}   several questions about the same messages, each asked on its own;
-                                                with "visible": true their text stays, and there may be none
+                                                with "visible": true their text stays, and there may be none;
+                                                with "keep": true the answers stay as the frozen model gives them
     {"document": "...", "questions": [{"question": "...", "answer": "..."}, ...]}
     {"text": "..."}                             its end is to be predicted from the memory of its beginning
 
@@ -42,6 +43,7 @@ class Example:
     visible: bool = False  # whether the text stays
     ask_writes: bool = True  # whether questions and answers write
     rehearsed: bool = False  # whether the text is read and written a second time before it goes
+    keep: bool = False  # whether the answers are the frozen model's, whose distribution is to stay
 
 
 class Conversations:
@@ -114,6 +116,7 @@ class Conversations:
             [self._ask(ask) for ask in whole],
             [self._continued(messages[:n_earlier], ids, ask) for ask in whole],
             visible,
+            keep=record.get("keep") is True,
         )
 
     def _is_ask(self, ask: Messages) -> bool:

@@ -1,4 +1,4 @@
-"""The loss of one step: against answers of the file or of a teacher, in the packed or the padded form."""
+"""The loss of one step: against answers of the file, of a teacher or of the frozen model, packed or padded."""
 
 from __future__ import annotations
 
@@ -53,6 +53,10 @@ class Objective:
         if not options.teacher:
             logits, targets = self.student(examples)
             each = F.cross_entropy(logits, targets, reduction="none")
+            if any(example.keep for example in examples):
+                kept = torch.tensor([e.keep for e in examples for _, _, answer in e.asks for _ in answer])
+                kept = kept.to(each.device)
+                each = each.masked_scatter(kept, self.drift(logits[kept], [e for e in examples if e.keep]))
             weights = torch.tensor(told_weights(examples, options.wording, options.first_told), device=each.device)
             loss = (each * weights).sum() / weights.sum()
         else:
@@ -82,6 +86,21 @@ class Objective:
         if empty:
             batch = replace(batch, segments=torch.full_like(batch.segments, -1), again=torch.full_like(batch.again, -1))
         return answer_logits(self.model, self.memory, batch)[batch.answer_mask].float(), batch.answer[batch.answer_mask]
+
+    def drift(self, logits: Tensor, examples: Sequence[Example]) -> Tensor:
+        """Kullback-Leibler divergence [K] of each answer token's distribution from the frozen model's, which sees what
+        stays visible. logits: [K, vocab], of these examples.
+        """
+        if not self.packed:
+            raise InputError('"keep": true: needs the packed form of a step')
+        seen = [
+            # text that is gone does not matter to the frozen model, and is not read
+            e if e.visible else replace(e, earlier=[], segments=[], continued=[ask[0] for ask in e.asks], visible=True)
+            for e in examples
+        ]
+        with torch.no_grad():
+            frozen = self.packed.logits(PackedBatch.of(seen, self.options.device), memory=False).float().log_softmax(-1)
+        return F.kl_div(logits.log_softmax(-1), frozen, reduction="none", log_target=True).sum(-1)
 
     @torch.no_grad()
     def teacher(self, examples: Sequence[Example]) -> Tensor:
@@ -114,11 +133,11 @@ class Objective:
 def told_weights(examples: Sequence[Example], wording: float, first: float = 1.0) -> list[float]:
     """Weights of the answers' tokens in the loss, example by example: 1 for tokens that only the memory can know (they
     are in the earlier turns and not in the question), `first` for those that follow no such token; `wording` for the
-    others.
+    others, and for answers that stay the frozen model's.
     """
     weights = []
     for example in examples:
-        told = set(example.earlier)
+        told = set() if example.keep else set(example.earlier)
         for question, _, answer in example.asks:
             known = told.difference(question)
             after = False

@@ -156,7 +156,8 @@ class PackedModel:
         x = F.embedding(batch.ids, base.embed_tokens.weight)
         turns = base.rotary_emb(x[None], batch.positions[None])
         cosine, sine = (part[0, :, : self.size // 2].float().contiguous() for part in turns)
-        self.gate_means = []
+        if memory:
+            self.gate_means = []
         for i, layer in enumerate(self.layers):
             x = x + self._attention(i, layer.self_attn, _norm(layer.input_layernorm, x), batch, cosine, sine, memory)
             h, mlp = _norm(layer.post_attention_layernorm, x), layer.mlp
