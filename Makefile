@@ -159,7 +159,7 @@ default-ssw: default-tsw
 SMOLLM2      := build/smollm2
 SMOLLM2_ARGS ?= --strategy msw --update no_lambda --write-bias -2 --heads-gain 0.5
 
-$(SMOLLM2)/ordinary.jsonl: | $(INSTALLED)
+$(SMOLLM2)/ordinary.jsonl: recipes/ordinary.py recipes/ordinary/requests.jsonl.gz | $(INSTALLED)
 	$(BIN)/python recipes/ordinary.py smollm2 $@
 
 $(SMOLLM2)/train.jsonl: recipes/mixture.py recipes/chats.py recipes/documents.py recipes/natural/train.jsonl.gz recipes/documents/train.jsonl.gz | $(SMOLLM2)/ordinary.jsonl

@@ -10,8 +10,9 @@ Draws by weight from these sources. The last three are not ours to ship, but for
     together     two of them, one after the other
     replies      their turns as a chat: the beginning of a chat, with its text or without, and the reply that follows
     world, many  facts of the small world in its phrasings, with small talk and updates; four to eight facts
-    ordinary     an ordinary request, whose answer stays the frozen model's (recipes/ordinary.py): as a first message,
-                 in a chat, or after any of these
+    changed      two to six of them, of which one or two change later; questions for these first
+    ordinary     an ordinary request, whose answer stays the frozen model's (recipes/ordinary.py; "keep"): as a first
+                 message, in a chat, or after any of these
     dialogues    task dialogues; questions ask for the values of their slots (train/sgd.jsonl.gz)
     paragraphs   the sentences that answer a question, in a message (train/nq_oracle.jsonl.gz)
     documents    longer texts about others, asked for in a few words (documents.py)
@@ -45,17 +46,19 @@ DATA = Path(os.environ.get("DELTAMEM_DATA", HERE.parents[1] / "shared" / "data")
 WEIGHTS = {
     "natural": 6.0,
     "together": 1.0,
-    "replies": 4.0,
-    "world": 2.4,
+    "replies": 3.0,
+    "world": 1.8,
     "many": 1.3,
-    "ordinary": 2.5,
+    "changed": 1.3,
+    "ordinary": 4.5,
     "dialogues": 1.6,
     "paragraphs": 0.4,
-    "documents": 2.5,
-    "chats": 2.2,
+    "documents": 2.0,
+    "chats": 1.0,
 }
 SWAPPED = 0.5  # share of the conversations written by hand whose values are exchanged
 FIRST = 0.35  # share of first messages that find an empty memory; others follow another chat
+FIRST_REQUEST = 0.6  # share of the ordinary requests that are a chat's first message
 VISIBLE = {"replies": 0.75, "ordinary": 0.4}  # share of those that have the text of the chat before them
 ECHO = 0.7  # share of the conversations with questions for the person's own words
 MAX_CHARACTERS = 1_400  # of the messages of a conversation, not of a document: about 350 tokens
@@ -161,7 +164,8 @@ class Mixture:
             if sum(len(m["content"]) for m in said) > MAX_CHARACTERS:
                 continue
             if kind in ("replies", "ordinary"):  # a chat that goes on has its text before it
-                return {"messages": said, "asks": asks, "visible": not said or self.random.random() < VISIBLE[kind]}
+                visible = not said or self.random.random() < VISIBLE[kind]
+                return {"messages": said, "asks": asks, "visible": visible, "keep": kind == "ordinary"}
             if self.random.random() < ECHO:
                 return {"messages": said, "asks": self.random.sample(asks, min(5, len(asks))) + self._echo(said)}
             return {"messages": said, "asks": self.random.sample(asks, min(6, len(asks)))}
@@ -210,12 +214,28 @@ class Mixture:
         facts = world.facts(self.random.choice((4, 4, 6, 8, 8)))
         return messages([world.tell(fact) for fact in facts]), [messages([world.ask(fact)]) for fact in facts]
 
+    def _changed(self) -> Record | None:
+        draw, world = self.random, self._new_world()
+        facts = world.facts(draw.choice((2, 3, 4, 4, 6)))
+        turns = [world.tell(fact) for fact in facts]
+        can = [i for i, fact in enumerate(facts) if world.others(fact)]
+        changing = draw.sample(can, min(len(can), 1 + (draw.random() < 0.3)))
+        for i in changing:
+            facts[i] = world.another(facts[i])
+            turns.append(world.update(facts[i]))
+            if draw.random() < 0.4:
+                turns.append(world.chatter())
+        asked = changing + draw.sample([i for i in range(len(facts)) if i not in changing], min(2, len(facts) - 2))
+        asks = [world.ask(facts[i]) for i in asked]
+        asks += [world.ask(facts[i]) for i in changing]  # in other words
+        return messages(turns), [messages([ask]) for ask in asks]
+
     def _new_world(self) -> World:
         return World(self.random.randrange(1 << 40), part="seen", phrasings="seen")
 
     def _ordinary(self) -> Record:
         source = self.random.choice(("_natural", "_world", "_dialogues"))
-        said = [] if self.random.random() < FIRST else getattr(self, source)()[0]
+        said = [] if self.random.random() < FIRST_REQUEST else getattr(self, source)()[0]
         request = self.random.choice(self.requests)
         return said, [messages([(request["prompt"], request["answer"])])]
 

@@ -1,6 +1,10 @@
 """Writes ordinary requests and the frozen model's answers to them. Training keeps these answers unchanged.
 
-python recipes/ordinary.py smollm2 build/smollm2/ordinary.jsonl
+    python recipes/ordinary.py smollm2 build/smollm2/ordinary.jsonl
+
+The requests: those written by hand (recipes/ordinary/requests.jsonl.gz: letters, poems, plans, with demands on their
+form), questions of the published data, later messages of our chats, and a few made of parts. The answers are sampled.
+Training learns the frozen model's distribution along them, so it does not matter whether they are good, or cut.
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ from pathlib import Path
 
 from mixture import DATA, HERE, lines
 
-from pydeltamem import DeltaMemLlama
+from pydeltamem.evals.asker import Ask, Asker, Shared
 from pydeltamem.formats import kinds
 from pydeltamem.formats.atomic import replacing
 
-LONGEST = 128  # tokens: longer answers would be cut, and are left out
+LONGEST = 192  # tokens of an answer: longer ones are cut
+TOGETHER = 16  # answers that are decoded together
 SUBJECTS = (
     "the sea, photosynthesis, black holes, democracy, bread, bicycles, the printing press, gravity, volcanoes, coffee,"
     " honesty, the internet, whales, chess, antibiotics, rivers, autumn, mountains, robots, friendship, inflation,"
@@ -35,8 +40,9 @@ PHRASES = ("Good morning", "Where is the station?", "I like apples", "Thank you 
 
 def requests(data: Path, seed: int) -> list[str]:
     draw = random.Random(seed)
+    made = [item["prompt"] for item in lines(HERE / "ordinary" / "requests.jsonl.gz")]
     questions = [item["question"] for item in lines(data / "train" / "nq_oracle.jsonl.gz")]
-    made = [f"{question[0].upper()}{question[1:]}?" for question in draw.sample(questions, 220)]
+    made += [f"{question[0].upper()}{question[1:]}?" for question in draw.sample(questions, 220)]
     natural = lines(HERE / "natural" / "train.jsonl.gz")
     later = [m["content"] for x in natural for m in x["messages"][2:] if m["role"] == "user" and len(m["content"]) > 25]
     made += draw.sample(later, 200)
@@ -56,17 +62,18 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    llm = DeltaMemLlama(args.model, n_ctx=1024)
+    asked = requests(args.data, args.seed)
+    asker = Asker(args.model, n_ctx=1024, threads=args.threads, parallel=TOGETHER, unpack="rest")
     with replacing(args.out, kinds.CONVERSATIONS) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for request in requests(args.data, args.seed):
-            llm.reset()
-            asked = [{"role": "user", "content": request}]
-            choice = llm.create_chat_completion(asked, max_tokens=LONGEST, temperature=0)["choices"][0]
-            if choice["finish_reason"] == "stop":
-                answer = choice["message"]["content"].strip()
-                file.write(json.dumps({"prompt": request, "answer": answer}, ensure_ascii=False) + "\n")
+        for i in range(0, len(asked), 8 * TOGETHER):
+            some = asked[i : i + 8 * TOGETHER]
+            options = {"n_predict": LONGEST, "temp": 0.7, "top_p": 0.95, "seed": args.seed + i}
+            for request, answer in zip(some, asker.answer([Ask(Shared(), text, options) for text in some])):
+                file.write(json.dumps({"prompt": request, "answer": answer.strip()}, ensure_ascii=False) + "\n")
+    asker.close()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""Ordinary requests to train on (recipes/ordinary): each once, none of them IFEval's; their answers stay."""
+
+import gzip
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+import mixture
+
+WRITTEN = mixture.HERE / "ordinary" / "requests.jsonl.gz"
+DATA = os.environ.get("DELTAMEM_DATA")
+
+
+def written():
+    return [item["prompt"] for item in mixture.lines(WRITTEN)]
+
+
+def in_a_row(text, n=7):
+    words = re.findall(r"[a-z0-9']+", text.lower())
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def test_each_request_is_there_once():
+    assert len(written()) > 1000 and len(set(written())) == len(written())
+    assert all(3 <= len(text.split()) <= 140 for text in written())
+
+
+@pytest.mark.skipif(DATA is None, reason="needs the published data: DELTAMEM_DATA")
+def test_no_request_is_of_ifeval():
+    asked = [item["prompt"] for item in mixture.lines(Path(DATA) / "eval" / "ifeval.jsonl")]
+    theirs = set().union(*map(in_a_row, asked))
+    assert len(theirs) > 1000
+    assert [text for text in written() if in_a_row(text) & theirs] == []
+
+
+def test_answers_to_requests_stay(tmp_path, monkeypatch):
+    """A request is a chat's first message, or follows one; and its line says that the answer stays."""
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for name in ("sgd", "nq_oracle", "covidqa", "hotpot_train_100"):
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8"):
+            pass
+    requests = tmp_path / "ordinary.jsonl"
+    requests.write_text(json.dumps({"prompt": "Write a rhyme.", "answer": "Time, lime."}) + "\n", encoding="utf-8")
+    made = mixture.Mixture(tmp_path, requests, seed=1)
+    made.weights = {"ordinary": 1.0, "natural": 1.0}
+    monkeypatch.setattr(made, "_dialogues", made._natural)
+    drawn = [made.draw() for _ in range(60)]
+    kept = [line for line in drawn if line.get("keep")]
+    assert 10 < len(kept) < 50
+    assert all(line["asks"] == [mixture.messages([("Write a rhyme.", "Time, lime.")])] for line in kept)
+    assert all(line["visible"] for line in kept if not line["messages"])
+    assert any(line["messages"] and not line["visible"] for line in kept)
+    assert not any("Time, lime." in json.dumps(line) for line in drawn if not line.get("keep"))
