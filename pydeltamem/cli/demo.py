@@ -125,7 +125,7 @@ def _show(console: Console, reader: NativeReader, cast: Cast, args: argparse.Nam
     name = reader.llm.metadata.get("general.name", cast.model)
     console.print(
         f"A frozen model, {name}, reads {len(turns)} messages and their replies, {n_token} tokens"
-        f"{'' if cast.is_small else ', twice'}. Its memory: {memory.state.size} numbers in {len(layers)} layers.\n",
+        f"{', twice' if reader.rehearses else ''}. Its memory: {memory.state.size} numbers in {len(layers)} layers.\n",
         markup=False,
     )
     for user, reply in turns:

@@ -85,7 +85,7 @@ class NativeReader:
             unpack=unpack,
         )  # fmt: skip
         self._parallel = parallel
-        self._answer_writes, self._rehearses = answer_writes, rehearses
+        self._answer_writes, self.rehearses = answer_writes, rehearses
         self._opening = len(self.prompt([], ""))
         self._n_tokens: dict[Turn, int] = {}
 
@@ -133,7 +133,7 @@ class NativeReader:
         if turns:
             tokens, segments = self.tokens(turns)
             llm.eval(tokens, segments if llm.memory.by_segment else None)
-            if self._rehearses:
+            if self.rehearses:
                 llm.memory.rehearse()
         return llm.memory.copy()
 
