@@ -1,11 +1,11 @@
 """Compares PyTorch with the native runtime on the same questions: their answers in F32, and the cost of quantising.
 
     python recipes/compare.py build/default -n 50
-    python recipes/compare.py --model MODEL --base F32.gguf --shipped MODEL.gguf --memory CHECKPOINT ADAPTER.gguf
+    python recipes/compare.py --model smollm2 --base f32.gguf --shipped smollm2 --memory CHECKPOINT ADAPTER.gguf
 
-The first form needs what `make default-model` leaves in build/default. In the second, MODEL is the one that the
-adapter was trained on, a directory or a GGUF. Exits with 1 if an F32 answer differs, or if the recall of the shipped
-files is more than 2 points away.
+The first form needs what `make default-model` leaves in build/default. In the second, --model is the one that the
+adapter was trained on, a directory or a GGUF, and --base the same in F32. Exits with 1 if an F32 answer differs, or if
+the recall of the shipped files is more than 2 points away.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pydeltamem.evals.case import Case
 from pydeltamem.evals.reader import MAX_ANSWER, Asked, NativeReader
 from pydeltamem.evals.recall import make_cases
 from pydeltamem.formats.checkpoint import Checkpoint
+from pydeltamem.hub import is_name, model_file
 from pydeltamem.models import default_files
 from pydeltamem.train.model import load_frozen
 from pydeltamem.train.reference import DeltaMem
@@ -72,12 +73,16 @@ def native_answers(reader: NativeReader, adapter: Path, cases: Sequence[Case]) -
     return [answer for (answer,) in reader.answer(asked)]
 
 
+def found(name: str) -> Path:
+    """A file, or the one of a name (`deltamem pull`)."""
+    return Path(model_file(name) if is_name(name) else name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, nargs="?")
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--base", type=Path)
-    parser.add_argument("--shipped", type=Path)
+    for option in ("--model", "--base", "--shipped"):
+        parser.add_argument(option, type=found, metavar="MODEL")
     parser.add_argument("--memory", type=Path, nargs=2, action="append", metavar=("CHECKPOINT", "ADAPTER"))
     parser.add_argument("-n", type=int, default=50)
     args = parser.parse_args()

@@ -48,7 +48,7 @@ HELP = f"""\
 /load [FILE]     load a memory
 /reset           empty the memory, keep the text
 /clear           forget the text, keep the memory
-/rehearse        have the memory read the text once more: it then recalls more of it
+/rehearse        have the memory read the text once more, which may keep more of it
 /memory          show what the memory holds, per layer
 /write on|off    write the memory, or only read it
 /help            this list
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--rehearse", action="store_true",
-        help="/clear and /quit have the memory read the text once more before it goes: it recalls more of it",
+        help="/clear and /quit have the memory read the text once more before it goes, which may keep more of it",
     )  # fmt: skip
 
 
