@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from mixture import DATA, HERE, lines
@@ -22,6 +24,7 @@ from pydeltamem.formats.atomic import replacing
 
 LONGEST = 192  # tokens of an answer: longer ones are cut
 TOGETHER = 16  # answers that are decoded together
+ROW = 7  # words in a row that no request may share with IFEval
 SUBJECTS = (
     "the sea, photosynthesis, black holes, democracy, bread, bicycles, the printing press, gravity, volcanoes, coffee,"
     " honesty, the internet, whales, chess, antibiotics, rivers, autumn, mountains, robots, friendship, inflation,"
@@ -36,6 +39,18 @@ REQUESTS = (
     "Write a paragraph about {s} and end it with the words: That is all.", "Answer in JSON: name and category of {s}.",
 )  # fmt: skip
 PHRASES = ("Good morning", "Where is the station?", "I like apples", "Thank you very much", "It is raining")
+
+
+def in_a_row(text: str) -> set[tuple[str, ...]]:
+    """All runs of ROW words, in lower case."""
+    words = re.findall(r"[a-z0-9']+", text.lower())
+    return {tuple(words[i : i + ROW]) for i in range(len(words) - ROW + 1)}
+
+
+def quoting(made: Iterable[str], asked: Iterable[str]) -> list[str]:
+    """Those requests that have ROW words in a row with something that a benchmark asks."""
+    theirs: set[tuple[str, ...]] = set().union(*map(in_a_row, asked))
+    return [text for text in made if in_a_row(text) & theirs]
 
 
 def requests(data: Path, seed: int) -> list[str]:
@@ -66,6 +81,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     asked = requests(args.data, args.seed)
+    quoted = quoting(asked, (item["prompt"] for item in lines(args.data / "eval" / "ifeval.jsonl")))
+    if quoted:
+        raise SystemExit(f"{len(quoted)} requests quote IFEval, such as: {quoted[0]}")
     asker = Asker(args.model, n_ctx=1024, threads=args.threads, parallel=TOGETHER, unpack="rest")
     with replacing(args.out, kinds.CONVERSATIONS) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for i in range(0, len(asked), 8 * TOGETHER):

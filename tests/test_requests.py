@@ -2,27 +2,18 @@
 
 import gzip
 import json
-import os
-import re
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 import mixture
+import ordinary
 
 WRITTEN = mixture.HERE / "ordinary" / "requests.jsonl.gz"
-DATA = os.environ.get("DELTAMEM_DATA")
 
 
 def written():
     return [item["prompt"] for item in mixture.lines(WRITTEN)]
-
-
-def in_a_row(text, n=7):
-    words = re.findall(r"[a-z0-9']+", text.lower())
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
 def test_each_request_is_there_once():
@@ -30,12 +21,16 @@ def test_each_request_is_there_once():
     assert all(3 <= len(text.split()) <= 140 for text in written())
 
 
-@pytest.mark.skipif(DATA is None, reason="needs the published data: DELTAMEM_DATA")
-def test_no_request_is_of_ifeval():
-    asked = [item["prompt"] for item in mixture.lines(Path(DATA) / "eval" / "ifeval.jsonl")]
-    theirs = set().union(*map(in_a_row, asked))
-    assert len(theirs) > 1000
-    assert [text for text in written() if in_a_row(text) & theirs] == []
+def test_a_request_that_quotes_a_benchmark_is_found():
+    """`recipes/ordinary.py` compares all requests with IFEval's, which is not in this repository."""
+    asked = ["Write a long letter to the mayor of Springfield, now.", "Sing."]
+    mine = [
+        "Please: write a LONG letter, to the mayor of Springfield!",
+        "Write a long letter to the lord mayor of Bath.",
+        "Sing.",
+    ]
+    assert ordinary.quoting(mine, asked) == mine[:1]
+    assert ordinary.quoting(written(), asked) == []
 
 
 def test_answers_to_requests_stay(tmp_path, monkeypatch):

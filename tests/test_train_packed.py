@@ -215,7 +215,7 @@ def test_answers_that_stay_are_those_of_the_frozen_model():
                 assert weights[i] == 0.25 or not example.keep
                 i += 1
     expected = total / sum(weights) + 0.5 * (gates - objective.options.gate_mean).pow(2).mean().item()
-    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
     loss.backward()
     assert all(gradient.isfinite().all() for gradient in gradients(memory).values())
 
