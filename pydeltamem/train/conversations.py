@@ -10,7 +10,8 @@ A line is a JSON object, one of
     {"text": "..."}                             its end is to be predicted from the memory of its beginning
 
 where messages are {"role", "content"}. A question without an answer (an ask that ends with the user, a question
-without "answer") needs a teacher, which writes the answer (objective.py).
+without "answer") needs a teacher, which writes the answer (objective.py). With a teacher all answers are learned from
+it, "keep" or not.
 """
 
 from __future__ import annotations
