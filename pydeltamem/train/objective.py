@@ -53,10 +53,11 @@ class Objective:
         if not options.teacher:
             logits, targets = self.student(examples)
             each = F.cross_entropy(logits, targets, reduction="none")
-            if any(example.keep for example in examples):
-                kept = torch.tensor([e.keep for e in examples for _, _, answer in e.asks for _ in answer])
-                kept = kept.to(each.device)
-                each = each.masked_scatter(kept, self.drift(logits[kept], [e for e in examples if e.keep]))
+            staying = [example for example in examples if example.keep]
+            if staying:
+                stays = [e.keep for e in examples for _, _, answer in e.asks for _ in answer]
+                kept = torch.tensor(stays, device=each.device)
+                each = each.masked_scatter(kept, self.drift(logits[kept], staying))
             weights = torch.tensor(told_weights(examples, options.wording, options.first_told), device=each.device)
             loss = (each * weights).sum() / weights.sum()
         else:
