@@ -44,7 +44,7 @@ from pydeltamem.formats.atomic import replacing
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("DELTAMEM_DATA", HERE.parents[1] / "shared" / "data"))
 WEIGHTS = {
-    "natural": 6.0,
+    "natural": 7.0,
     "together": 1.0,
     "replies": 3.0,
     "world": 1.8,
