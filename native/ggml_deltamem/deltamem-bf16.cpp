@@ -9,9 +9,13 @@
 // and multiplies it with twelve tokens at a time: 24 registers of sums, which stay there for all of n_in. One product
 // instruction adds 16 rows' products of two elements. Zen 5 begins two of them a cycle, which is the floor: 64
 // multiply-adds a cycle. Loads (two of the panel, twelve of pairs of x, for 24 products) go on beside it.
+//
+// A correction has few elements in a row, and is bound by the memory that its tokens lie in. There eight panels are unpacked
+// at once, and a thread takes twelve tokens at a time through them.
 
 #include "deltamem-bf16.h"
 
+#include "deltamem-kernel.h"
 #include "deltamem-pairs.h"
 #include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"
@@ -34,7 +38,12 @@ static constexpr int64_t LANES  = 16;        // float32 of a register: rows of h
 static constexpr int64_t ROWS   = 2 * LANES; // of a panel
 static constexpr int64_t TOKENS = 12;        // multiplied at a time
 static constexpr int64_t CHUNK  = 256;       // elements of a row unpacked at a time: whole blocks of every type
+static constexpr int64_t FEW    = 8;         // fewer tokens are left to others
 static constexpr size_t  LINE   = 64;
+
+// Of a correction, whose panels lie on the stack: at most 32 KiB.
+static constexpr int64_t CORRECTED  = 8 * ROWS; // outputs at a time
+static constexpr int64_t MOST_READS = 64;       // columns
 
 static size_t lines(size_t n_bytes) {
     return (n_bytes + LINE - 1) / LINE * LINE;
@@ -53,6 +62,11 @@ static size_t panel_size(int64_t n_in) {
     return ROWS * n_in * sizeof(ggml_bf16_t);
 }
 
+static bool is_ours(const struct ggml_tensor * weight) {
+    const ggml_backend_buffer_t buffer = weight->view_src ? weight->view_src->buffer : weight->buffer;
+    return buffer && buffer->buft == ggml_backend_deltamem_bf16_buffer_type();
+}
+
 // Tokens from which on unpacking pays; 0: ggml's product is as fast (K-quants, by tiles of integers), or more exact.
 static int64_t least_tokens(ggml_type type) {
     switch (type) {
@@ -61,17 +75,16 @@ static int64_t least_tokens(ggml_type type) {
         case GGML_TYPE_Q5_0:
         case GGML_TYPE_Q5_1:
         case GGML_TYPE_Q8_0:
-        case GGML_TYPE_Q6_K: return 8;
+        case GGML_TYPE_Q6_K: return FEW;
         case GGML_TYPE_BF16: return 64;
         default:             return 0;
     }
 }
 
 static bool takes(const struct ggml_tensor * dst) {
-    const struct ggml_tensor *  weight = dst->src[0];
-    const struct ggml_tensor *  x      = dst->src[1];
-    const ggml_backend_buffer_t buffer = weight->view_src ? weight->view_src->buffer : weight->buffer;
-    if (!buffer || buffer->buft != ggml_backend_deltamem_bf16_buffer_type()) {
+    const struct ggml_tensor * weight = dst->src[0];
+    const struct ggml_tensor * x      = dst->src[1];
+    if (!is_ours(weight)) {
         return false;
     }
     const int64_t least = least_tokens(weight->type);
@@ -243,14 +256,42 @@ static void convert(const float * x, int64_t n_in, ggml_bf16_t * to) {
     }
 }
 
+// Floats of a panel's rows and of N tokens, `stride` bytes apart; zeros if there are none.
+struct summand {
+    const float * first;
+    size_t        stride;
+
+    summand after(int64_t n_tokens) const {
+        return { first ? (const float *) ((const char *) first + n_tokens * stride) : nullptr, stride };
+    }
+    template <int N> void add_to(__m512 (&low)[N], __m512 (&high)[N], uint32_t mask) const {
+        for (int t = 0; first && t < N; t++) {
+            const float * row = after(t).first;
+            low[t]            = _mm512_add_ps(low[t], _mm512_maskz_loadu_ps((__mmask16) mask, row));
+            high[t]           = _mm512_add_ps(high[t], _mm512_maskz_loadu_ps((__mmask16) (mask >> LANES), row + LANES));
+        }
+    }
+};
+
+// What a correction adds its product to.
+struct summands {
+    summand out, added;
+
+    summands after(int64_t n_tokens) const { return { out.after(n_tokens), added.after(n_tokens) }; }
+};
+
 // Multiplies a panel with N tokens of x.
 template <int N>
-static void multiply(const uint32_t * panel, const char * x, size_t x_stride, int64_t n_in, float * dst,
-                     size_t dst_stride, int64_t n_rows) {
+static void multiply(const uint32_t * panel, const char * x, size_t x_stride, int64_t n_in, const summands & to,
+                     float * dst, size_t dst_stride, int64_t n_rows) {
+    const uint32_t mask = n_rows < ROWS ? (1u << n_rows) - 1 : ~0u;
+
     __m512 low[N], high[N];
     for (int t = 0; t < N; t++) {
         low[t] = high[t] = _mm512_setzero_ps();
     }
+    to.out.add_to<N>(low, high, mask);
+    to.added.add_to<N>(low, high, mask);
     for (int64_t i = 0; i < n_in / 2; i++, panel += ROWS, x += sizeof(uint32_t)) {
         const __m512bh a = (__m512bh) _mm512_load_si512(panel);
         const __m512bh b = (__m512bh) _mm512_load_si512(panel + LANES);
@@ -261,7 +302,6 @@ static void multiply(const uint32_t * panel, const char * x, size_t x_stride, in
             high[t]             = _mm512_dpbf16_ps(high[t], b, pair);
         }
     }
-    const uint32_t mask = n_rows < ROWS ? (1u << n_rows) - 1 : ~0u;
     for (int t = 0; t < N; t++, dst = (float *) ((char *) dst + dst_stride)) {
         _mm512_mask_storeu_ps(dst, (__mmask16) mask, low[t]);
         _mm512_mask_storeu_ps(dst + LANES, (__mmask16) (mask >> LANES), high[t]);
@@ -270,12 +310,12 @@ static void multiply(const uint32_t * panel, const char * x, size_t x_stride, in
 
 // Multiplies a panel with all tokens.
 static void multiply_all(const uint32_t * panel, const char * x, size_t x_stride, int64_t n_in, int64_t n_tokens,
-                         float * dst, size_t dst_stride, int64_t n_rows) {
+                         summands to, float * dst, size_t dst_stride, int64_t n_rows) {
     for (int64_t n; n_tokens > 0; n_tokens -= n, x += n * x_stride, dst = (float *) ((char *) dst + n * dst_stride)) {
         n = std::min(n_tokens, TOKENS);
         switch (n) {
     #define CASE(N)                                                                                                    \
-        case N: multiply<N>(panel, x, x_stride, n_in, dst, dst_stride, n_rows); break
+        case N: multiply<N>(panel, x, x_stride, n_in, to, dst, dst_stride, n_rows); break
             CASE(1);
             CASE(2);
             CASE(3);
@@ -290,11 +330,12 @@ static void multiply_all(const uint32_t * panel, const char * x, size_t x_stride
             CASE(12);
     #undef CASE
         }
+        to = to.after(n);
     }
 }
 
 size_t ggml_cpu_deltamem_bf16_size(int n_tasks, const struct ggml_tensor * dst) {
-    return takes(dst) ? x_size(dst) + n_tasks * panel_size(dst->src[0]->ne[0]) + LINE : 0;
+    return takes(dst) ? x_size(dst) + n_tasks * panel_size(dst->src[0]->ne[0]) : 0;
 }
 
 bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
@@ -310,7 +351,7 @@ bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct gg
 
     GGML_ASSERT(params->wsize >= ggml_cpu_deltamem_bf16_size(params->nth, dst));
 
-    char *     all   = (char *) lines((size_t) params->wdata);
+    char *     all   = (char *) params->wdata; // at a cache line: the patch sees to it
     uint32_t * panel = (uint32_t *) (all + x_size(dst) + params->ith * panel_size(n_in));
 
     for (int64_t t = params->ith; t < n_tokens; t += params->nth) {
@@ -324,7 +365,44 @@ bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct gg
     for (int64_t i = params->ith; i * ROWS < n_out; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const int64_t begin = i * ROWS, end = std::min(n_out, begin + ROWS);
         unpack(weight, begin, end, panel);
-        multiply_all(panel, all, stride, n_in, n_tokens, (float *) dst->data + begin, dst->nb[1], end - begin);
+        multiply_all(panel, all, stride, n_in, n_tokens, {}, (float *) dst->data + begin, dst->nb[1], end - begin);
+    }
+    return true;
+}
+
+bool ggml_cpu_deltamem_bf16_correct(const struct ggml_compute_params * params, const struct ggml_tensor * weight,
+                                    const struct deltamem_product_args * args) {
+    const int64_t n_in = args->n_in, n_out = weight->ne[1];
+    if (params->use_ref || !is_ours(weight) || least_tokens(weight->type) == 0 || n_in % ROWS != 0 ||
+        n_in > MOST_READS || args->n_tokens < FEW) {
+        return false;
+    }
+    alignas(LINE) uint32_t    panels[CORRECTED / ROWS][MOST_READS / 2 * ROWS];
+    alignas(LINE) ggml_bf16_t reads[TOKENS][MOST_READS];
+
+    const auto at = [](const float * base, size_t row, int64_t t, int64_t i) {
+        return base ? base + t * row + i : base;
+    };
+    const auto bytes = [](size_t n_floats) { return n_floats * sizeof(float); };
+    const auto bound = [&](int64_t k) { return args->n_tokens * k / params->nth; };
+
+    for (int64_t i0 = 0; i0 < n_out; i0 += CORRECTED) {
+        const int64_t i1 = std::min(n_out, i0 + CORRECTED);
+        for (int64_t i = i0; i < i1; i += ROWS) {
+            unpack(weight, i, std::min(i1, i + ROWS), panels[(i - i0) / ROWS]);
+        }
+        for (int64_t t = bound(params->ith), n; t < bound(params->ith + 1); t += n) {
+            n = std::min(TOKENS, bound(params->ith + 1) - t);
+            for (int64_t j = 0; j < n; j++) {
+                convert(args->in + (t + j) * args->in_stride, n_in, reads[j]);
+            }
+            for (int64_t i = i0; i < i1; i += ROWS) {
+                const summands to = { { at(args->out, args->out_stride, t, i), bytes(args->out_stride) },
+                                      { at(args->added, args->added_stride, t, i), bytes(args->added_stride) } };
+                multiply_all(panels[(i - i0) / ROWS], (const char *) reads, sizeof(reads[0]), n_in, n, to,
+                             args->dst + t * args->dst_stride + i, bytes(args->dst_stride), std::min(i1 - i, ROWS));
+            }
+        }
     }
     return true;
 }
@@ -340,6 +418,14 @@ size_t ggml_cpu_deltamem_bf16_size(int n_tasks, const struct ggml_tensor * dst) 
 bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     GGML_UNUSED(params);
     GGML_UNUSED(dst);
+    return false;
+}
+
+bool ggml_cpu_deltamem_bf16_correct(const struct ggml_compute_params * params, const struct ggml_tensor * weight,
+                                    const struct deltamem_product_args * args) {
+    GGML_UNUSED(params);
+    GGML_UNUSED(weight);
+    GGML_UNUSED(args);
     return false;
 }
 

@@ -6,7 +6,8 @@
 // a block of 32 of them 8 bits and one scale). Weights in BF16 gain a quarter. Other K-quants gain nothing: ggml has tiles.
 //
 // Only for weights in the buffer type below, so that each model chooses when it is loaded. They stay as they are in the
-// file; a product of fewer than eight tokens is ggml's own.
+// file; a product of fewer than eight tokens is ggml's own. An adapter's weights in Q8_0 lie where its layer's do, and its
+// corrections are multiplied likewise.
 #pragma once
 
 #include "ggml-backend.h"
@@ -20,6 +21,7 @@ extern "C" {
 #endif
 
 struct ggml_compute_params;
+struct deltamem_product_args;
 
 // Host memory, named DELTAMEM_BF16. In ggml-base.
 GGML_API ggml_backend_buffer_type_t ggml_backend_deltamem_bf16_buffer_type(void);
@@ -29,6 +31,11 @@ size_t ggml_cpu_deltamem_bf16_size(int n_tasks, const struct ggml_tensor * dst);
 
 // Computes a GGML_OP_MUL_MAT; false: nothing was done, ggml computes it. All threads call it.
 bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+// Computes a correction by weights in Q8_0, [n_out][n_in] as args->weight; false: nothing was done. All threads call it
+// with the same arguments.
+bool ggml_cpu_deltamem_bf16_correct(const struct ggml_compute_params * params, const struct ggml_tensor * weight,
+                                    const struct deltamem_product_args * args);
 
 #ifdef __cplusplus
 }

@@ -3,6 +3,7 @@
 
 #include "deltamem-cpu.h"
 
+#include "deltamem-bf16.h"
 #include "deltamem-kernel.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
@@ -118,7 +119,7 @@ static void forward_correct(const struct ggml_compute_params * params, const str
     const int64_t n_read   = weight->ne[by_rows ? 0 : 1];
     const int64_t n_tokens = out->ne[1];
 
-    if (by_rows && (n_tokens <= FEW_TOKENS || takes_tiles(weight))) {
+    if (by_rows) {
         struct deltamem_product_args args = product_args(weight);
         args.in                           = reads;
         args.in_stride                    = read_stride;
@@ -129,8 +130,13 @@ static void forward_correct(const struct ggml_compute_params * params, const str
         args.dst                          = (float *) dst->data;
         args.dst_stride                   = dst->nb[1] / sizeof(float);
         args.n_tokens                     = n_tokens;
-        forward_product(params, args, weight->nb[1], n_out, CACHE_LINE);
-        return;
+        if (n_tokens <= FEW_TOKENS || takes_tiles(weight)) {
+            forward_product(params, args, weight->nb[1], n_out, CACHE_LINE);
+            return;
+        }
+        if (ggml_cpu_deltamem_bf16_correct(params, weight, &args)) {
+            return;
+        }
     }
 
     const bool by_tokens = n_tokens >= 4 * params->nth;

@@ -1,10 +1,11 @@
-// Tests the products of deltamem-bf16.h through ggml: every type of weights, uneven shapes, 1 to 4 threads, which must not
-// change a bit.
+// Tests the products of deltamem-bf16.h through ggml: every type of weights, uneven shapes, corrections, 1 to 4 threads,
+// which must not change a bit.
 //
 //     test-bf16         exits with 77 if the processor does not multiply BF16
 //     test-bf16 time    tests nothing: times of a product, beside ggml's own
 
 #include "deltamem-bf16.h"
+#include "ggml-deltamem.h"
 #include "testing.h"
 
 #include "ggml-backend.h"
@@ -141,8 +142,8 @@ static void test_type(ggml_backend_t cpu, ggml_type type) {
     static const struct {
         int64_t n_in, n_out, n_tokens;
     } shapes[] = {
-        { 8, 1, 8 },    { 2, 31, 9 },     { 3, 32, 12 },  { 8, 33, 13 },
-        { 9, 100, 24 }, { 10, 192, 131 }, { 16, 65, 37 }, { 1, 64, 66 },
+        { 8, 1, 8 },    { 2, 31, 9 },  { 3, 32, 12 },  { 8, 33, 13 }, { 9, 100, 24 }, { 10, 192, 131 },
+        { 16, 65, 37 }, { 1, 64, 66 }, { 2, 128, 50 }, { 2, 129, 8 }, { 4, 161, 13 }, { 1, 225, 70 },
     };
     uint64_t seed = 1000 * type;
     for (const auto & s : shapes) {
@@ -175,6 +176,92 @@ static void test_parts(ggml_backend_t cpu, ggml_type type) {
         check(ours.error(y, true) < EXACT_TOL, "%s, a part of %d rows: NMSE %g", ggml_type_name(type), (int) c.n_out,
               ours.error(y, true));
         check(is_same(ours.compute(cpu, 1), y), "%s: 9 threads change a bit", ggml_type_name(type));
+    }
+}
+
+// Corrections by weights in Q8_0, alone and with the addition that follows: beside operands in BF16, over 1 to 4 threads;
+// fewer than eight tokens, and more than 64 columns, are float32's.
+static void test_corrections(ggml_backend_t cpu) {
+    static const struct {
+        int64_t n_read, n_out, n_tokens;
+        bool    in_bf16;
+    } shapes[] = {
+        { 32, 576, 8, true }, { 32, 33, 13, true },  { 64, 256, 12, true }, { 64, 289, 41, true },
+        { 32, 1, 100, true }, { 64, 600, 25, true }, { 32, 576, 7, false }, { 96, 256, 12, false },
+    };
+    uint64_t seed = 77;
+    for (const auto & s : shapes) {
+        for (const bool with_addition : { false, true }) {
+            random_source random(++seed);
+            const auto    normal = [&](ggml_tensor * t) {
+                std::vector<float> v(ggml_nelements(t));
+                for (float & f : v) {
+                    f = random.normal();
+                }
+                ggml_backend_tensor_set(t, v.data(), 0, ggml_nbytes(t));
+                return v;
+            };
+            owned<ggml_context> weights(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+            owned<ggml_context> others(
+                    ggml_init({ 8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+            ggml_tensor * w      = ggml_new_tensor_2d(weights.get(), GGML_TYPE_Q8_0, s.n_read, s.n_out);
+            ggml_tensor * out    = ggml_new_tensor_2d(others.get(), GGML_TYPE_F32, s.n_out, s.n_tokens);
+            ggml_tensor * added  = ggml_new_tensor_2d(others.get(), GGML_TYPE_F32, s.n_out, s.n_tokens);
+            ggml_tensor * read   = ggml_new_tensor_2d(others.get(), GGML_TYPE_F32, s.n_read, s.n_tokens);
+            ggml_tensor * result = ggml_deltamem_correct(others.get(), out, w, read);
+            if (with_addition) {
+                result = ggml_add(others.get(), result, added);
+            }
+            ggml_cgraph * graph = ggml_new_graph(others.get());
+            ggml_build_forward_expand(graph, result);
+            owned<ggml_backend_buffer> a(
+                    ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), ggml_backend_deltamem_bf16_buffer_type()));
+            owned<ggml_backend_buffer> b(
+                    ggml_backend_alloc_ctx_tensors_from_buft(others.get(), ggml_backend_cpu_buffer_type()));
+
+            std::vector<float> values(ggml_nelements(w)), first;
+            for (float & f : values) {
+                f = random.normal();
+            }
+            std::vector<char> stored(ggml_nbytes(w));
+            ggml_quantize_chunk(w->type, values.data(), stored.data(), 0, s.n_out, s.n_read, nullptr);
+            ggml_backend_tensor_set(w, stored.data(), 0, stored.size());
+            ggml_get_type_traits(w->type)->to_float(stored.data(), values.data(), ggml_nelements(w));
+            const auto reads = normal(read), outs = normal(out), addeds = normal(added);
+
+            for (int n_threads = 1; n_threads <= 4; n_threads++) {
+                std::vector<float> y(ggml_nelements(result), guard_value());
+                ggml_backend_tensor_set(result, y.data(), 0, ggml_nbytes(result));
+                ggml_backend_cpu_set_n_threads(cpu, n_threads);
+                check(ggml_backend_graph_compute(cpu, graph) == GGML_STATUS_SUCCESS, "the graph is not computed");
+                ggml_backend_tensor_get(result, y.data(), 0, ggml_nbytes(result));
+                if (n_threads == 1) {
+                    first = y;
+                }
+                check(is_same(y, first), "a correction: %d threads change a bit", n_threads);
+            }
+            double in_bf16 = 0.0, in_float = 0.0, all = 0.0;
+            for (int64_t t = 0; t < s.n_tokens; t++) {
+                for (int64_t row = 0; row < s.n_out; row++) {
+                    const int64_t at      = t * s.n_out + row;
+                    const double  base    = outs[at] + (with_addition ? (double) addeds[at] : 0.0);
+                    double        rounded = 0.0, exact = 0.0;
+                    for (int64_t i = 0; i < s.n_read; i++) {
+                        const float x = values[row * s.n_read + i], r = reads[t * s.n_read + i];
+                        rounded += (double) as_bf16(x) * as_bf16(r);
+                        exact += (double) x * r;
+                    }
+                    in_bf16 += (first[at] - base - rounded) * (first[at] - base - rounded);
+                    in_float += (first[at] - base - exact) * (first[at] - base - exact);
+                    all += exact * exact;
+                }
+            }
+            check((s.in_bf16 ? in_bf16 : in_float) / all < EXACT_TOL, "a correction [%d, %d] x %d%s: NMSE %g",
+                  (int) s.n_read, (int) s.n_out, (int) s.n_tokens, with_addition ? " and an addition" : "",
+                  (s.in_bf16 ? in_bf16 : in_float) / all);
+            check(in_float / all < ROUNDED_TOL, "a correction [%d, %d] x %d: NMSE %g beside float32", (int) s.n_read,
+                  (int) s.n_out, (int) s.n_tokens, in_float / all);
+        }
     }
 }
 
@@ -280,6 +367,7 @@ int main(int argc, char ** argv) {
         test_parts(cpu.get(), type);
     }
     test_left(cpu.get());
+    test_corrections(cpu.get());
     test_chain(cpu.get());
     return finish("bf16");
 }
