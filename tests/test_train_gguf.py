@@ -94,6 +94,30 @@ def test_a_run_without_a_break_is_one_with(data, tmp_path):
         assert torch.equal(one, other)
 
 
+def test_what_is_saved_is_the_average(data, tmp_path):
+    """After N steps with D = 0.2: the weights of each step, the last one most. Training itself goes on from its own."""
+    options = {"short_first": 0, "schedule": "constant", "heads_gain": 0.5, "warm_up": 1}
+    plain = trainer(data, tmp_path / "plain", **options)
+    mean = None
+    for step in range(1, 5):
+        plain.update()
+        stays = min(0.2, (step - 1) / (step + 9))
+        now = [p.detach().double() for p in plain.parameters]
+        mean = now if mean is None else [stays * m + (1 - stays) * p for m, p in zip(mean, now)]
+    trainer(data, tmp_path / "mean", steps=2, average=0.2, **options).train()  # goes on below
+    run = trainer(data, tmp_path / "mean", steps=4, average=0.2, **options)
+    held_out = run.train().held_out
+    for one, other in zip(run.parameters, plain.parameters, strict=True):
+        assert torch.equal(one, other)
+    saved = trainer(data, tmp_path / "again", init=str(tmp_path / "mean"))
+    for one, other in zip(saved.parameters, mean, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(one, last) for one, last in zip(saved.parameters, plain.parameters))
+    assert saved.report().held_out.loss == pytest.approx(held_out.loss, rel=1e-5)
+    with refuses(InputError, tmp_path / "mean" / "checkpoint.pt", "--average"):
+        trainer(data, tmp_path / "mean", steps=6, **options)
+
+
 def test_packed_and_padded_learn_the_same(tmp_path):
     record = {"messages": say("It is red.", "Yes."), "asks": [say("What is it?", "red"), say("Yes?", "No.")]}
     data = write(tmp_path / "alike.jsonl", [record] * 24)  # a padded batch is drawn differently

@@ -138,6 +138,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest norm of a gradient (%(default)s)",
     )
     training.add_argument(
+        "--average", type=share, metavar="D",
+        help="save the moving average of the weights: after each step D of it stays (not averaged)",
+    )  # fmt: skip
+    training.add_argument(
         "--max-tokens",
         type=positive,
         default=Options.max_tokens,

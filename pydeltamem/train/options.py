@@ -63,6 +63,7 @@ class Options:
     teacher_share: float = 1.0
     dropout: float = 0.0
     clip: float = 1.0
+    average: float | None = None
     max_tokens: int = 1024
     tail: int = 0
     seed: int = 1

@@ -20,6 +20,7 @@ from ..formats.atomic import replacing
 from ..formats.checkpoint import CONFIG, WEIGHTS
 from ..formats.outputs import check_target, make_folder
 from ..hub import is_name, model_file
+from .average import Average
 from .conversations import Conversations
 from .heads import start_from_heads
 from .model import load_frozen
@@ -69,6 +70,7 @@ class Trainer:
         self.objective = Objective(self.model, self.tokenizer, self.memory, options)
         self.parameters = [p for p in self.memory.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0)
+        self.average = Average(self.parameters, options.average)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.curve: list[tuple[int, float]] = []  # steps and the loss
         self.mean: float | None = None  # moving average of the loss
@@ -128,6 +130,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.average.update(self.step)
         self.tokens += sum(len(example.earlier) for example in examples)
         return loss.item()
 
@@ -146,12 +149,14 @@ class Trainer:
         return [self.by_size[i] for i in candidates[begin : begin + n]]
 
     def _save(self) -> None:
-        self.memory.save_checkpoint(self.out)
+        with self.average.in_place():
+            self.memory.save_checkpoint(self.out)
         saved = {
             "run": self._identity(), "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
             "curve": self.curve, "mean": self.mean, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all(),
             "memory": self.memory.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "average": self.average.values,
         }  # fmt: skip
         try:
             with replacing(self.out / "checkpoint.pt", kinds.PYTORCH) as temporary:
@@ -175,6 +180,7 @@ class Trainer:
             "batch", "rate", "clip", "dropout", "short_first", "max_tokens", "tail", "seed", "init", "init_gain",
             "heads_gain", "write_bias", "schedule", "warm_up", "gate_weight", "gate_mean", "visible", "wording",
             "teacher", "teacher_share", "ask_writes", "first_told", "rehearse",
+            "average",
         ]  # fmt: skip
         embedded = self.model.get_input_embeddings().weight.detach().cpu().contiguous()
         return {
@@ -199,6 +205,7 @@ class Trainer:
                 raise InputError(f"{path}: is of another run, {differs[0]} differs: delete it or name another --out")
             self.memory.load_state_dict(saved["memory"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            self.average.load(saved.get("average", []))
             self.step, self.tokens, self.seconds = saved["step"], saved["tokens"], saved["seconds"]
             self.curve, self.mean = [tuple(point) for point in saved["curve"]], saved["mean"]
             torch.set_rng_state(saved["random"])
@@ -231,10 +238,10 @@ class Trainer:
 
     def report(self) -> Report:
         """The results so far."""
-        return Report(
-            os.fspath(self.out), sum(p.numel() for p in self.parameters), self.step, self.tokens, self.seconds,
-            measure(self.objective, [self.data[i] for i in range(self.n_held_out)]), self.curve,
-        )  # fmt: skip
+        with self.average.in_place():
+            held_out = measure(self.objective, [self.data[i] for i in range(self.n_held_out)])
+        n = sum(p.numel() for p in self.parameters)
+        return Report(os.fspath(self.out), n, self.step, self.tokens, self.seconds, held_out, self.curve)
 
     def _plot(self) -> None:
         try:
