@@ -1,18 +1,22 @@
-// Pairs of BF16, as the products of AVX512-BF16 and AMX take them: two elements of a row that follow each other.
+// Pairs of BF16, as the products of AVX512-BF16 and AMX take them: two elements of a row that follow each other. And how
+// blocks of 16 rows are transposed.
 #pragma once
 
 #include "deltamem-simd.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__) && !defined(DELTAMEM_SIMDE)
+#if defined(__AVX512F__) && !defined(DELTAMEM_SIMDE)
+    #define DELTAMEM_TRANSPOSES
 
 namespace deltamem {
 
+    #if defined(__AVX512BF16__)
 // 16 pairs of one row, each element rounded to the nearest, even of two
 static inline __m512i pairs_of(__m512 lower, __m512 upper) {
     return (__m512i) _mm512_cvtne2ps_pbh(upper, lower);
 }
+    #endif
 
-// 16 rows of 16 pairs become columns: first within each quarter of four lanes, then the quarters.
+// 16 rows of 16 pairs, or of 16 float32, become columns: first within each quarter of four lanes, then the quarters.
 static inline void transpose_pairs(__m512i (&row)[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
