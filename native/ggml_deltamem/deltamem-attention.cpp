@@ -141,8 +141,8 @@ private:
                 __m512i block[LANES];
                 for (int64_t j = 0; j < LANES; j++) {
                     const bool is_there = key + j < n_keys;
-                    block[j] =
-                            is_there ? (__m512i) load(first + (key + j) * k->nb[1], i, half) : _mm512_setzero_si512();
+                    block[j]            = is_there ? _mm512_castps_si512(load(first + (key + j) * k->nb[1], i, half))
+                                                   : _mm512_setzero_si512();
                 }
                 deltamem::transpose_pairs(block);
                 for (int64_t j = 0; j < LANES; j++) {
