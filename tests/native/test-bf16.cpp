@@ -35,6 +35,31 @@ static float as_bf16(float x) {
     return ggml_bf16_to_fp32(ggml_fp32_to_bf16(x));
 }
 
+static std::vector<float> normals(int64_t n, random_source & random) {
+    std::vector<float> values(n);
+    for (float & f : values) {
+        f = random.normal();
+    }
+    return values;
+}
+
+// Random values in a tensor of float32.
+static std::vector<float> fill(ggml_tensor * t, random_source & random) {
+    const std::vector<float> values = normals(ggml_nelements(t), random);
+    ggml_backend_tensor_set(t, values.data(), 0, ggml_nbytes(t));
+    return values;
+}
+
+// Random values in a weight of Q8_0. Returns them as they are stored.
+static std::vector<float> fill_q8_0(ggml_tensor * t, random_source & random) {
+    std::vector<float> values = normals(ggml_nelements(t), random);
+    std::vector<char>  stored(ggml_nbytes(t));
+    ggml_quantize_chunk(t->type, values.data(), stored.data(), 0, t->ne[1], t->ne[0], nullptr);
+    ggml_backend_tensor_set(t, stored.data(), 0, stored.size());
+    ggml_get_type_traits(t->type)->to_float(stored.data(), values.data(), ggml_nelements(t));
+    return values;
+}
+
 // What of its tensors a product takes. x_gap: values between two tokens of x.
 struct parts {
     int64_t first_row = 0, first_in = 0; // of a greater weight
@@ -48,11 +73,6 @@ public:
             uint64_t seed, parts p = {}) :
         n_in(n_in), n_out(n_out), n_tokens(n_tokens) {
         random_source random(seed);
-        const auto    fill = [&](std::vector<float> & v) {
-            for (float & f : v) {
-                f = random.normal();
-            }
-        };
         const int64_t all_in = n_in + p.first_in, all_out = n_out + p.first_row, x_row = n_in + p.x_gap;
         weights.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
         others.reset(ggml_init({ 6 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
@@ -68,11 +88,10 @@ public:
         weight_buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), buft));
         other_buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(others.get(), ggml_backend_cpu_buffer_type()));
 
-        std::vector<float> w(all_in * all_out), stored_values(w.size()), x_all(x_row * n_tokens);
-        std::vector<char>  stored(ggml_nbytes(all));
-        std::vector<float> importance(all_in, 1.0f); // some types ask for it
-        fill(w);
-        fill(x_all);
+        const std::vector<float> w = normals(all_in * all_out, random), x_all = normals(x_row * n_tokens, random);
+        std::vector<float>       stored_values(w.size());
+        std::vector<char>        stored(ggml_nbytes(all));
+        std::vector<float>       importance(all_in, 1.0f); // some types ask for it
         if (type == GGML_TYPE_F32) {
             memcpy(stored.data(), w.data(), stored.size());
             stored_values = w;
@@ -192,15 +211,7 @@ static void test_corrections(ggml_backend_t cpu) {
     uint64_t seed = 77;
     for (const auto & s : shapes) {
         for (const bool with_addition : { false, true }) {
-            random_source random(++seed);
-            const auto    normal = [&](ggml_tensor * t) {
-                std::vector<float> v(ggml_nelements(t));
-                for (float & f : v) {
-                    f = random.normal();
-                }
-                ggml_backend_tensor_set(t, v.data(), 0, ggml_nbytes(t));
-                return v;
-            };
+            random_source       random(++seed);
             owned<ggml_context> weights(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
             owned<ggml_context> others(
                     ggml_init({ 8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
@@ -219,16 +230,9 @@ static void test_corrections(ggml_backend_t cpu) {
             owned<ggml_backend_buffer> b(
                     ggml_backend_alloc_ctx_tensors_from_buft(others.get(), ggml_backend_cpu_buffer_type()));
 
-            std::vector<float> values(ggml_nelements(w)), first;
-            for (float & f : values) {
-                f = random.normal();
-            }
-            std::vector<char> stored(ggml_nbytes(w));
-            ggml_quantize_chunk(w->type, values.data(), stored.data(), 0, s.n_out, s.n_read, nullptr);
-            ggml_backend_tensor_set(w, stored.data(), 0, stored.size());
-            ggml_get_type_traits(w->type)->to_float(stored.data(), values.data(), ggml_nelements(w));
-            const auto reads = normal(read), outs = normal(out), addeds = normal(added);
-
+            const auto         values = fill_q8_0(w, random), reads = fill(read, random), outs = fill(out, random),
+                               addeds = fill(added, random);
+            std::vector<float> first;
             for (int n_threads = 1; n_threads <= 4; n_threads++) {
                 std::vector<float> y(ggml_nelements(result), guard_value());
                 ggml_backend_tensor_set(result, y.data(), 0, ggml_nbytes(result));
@@ -284,19 +288,10 @@ static void test_chain(ggml_backend_t cpu) {
             ggml_backend_alloc_ctx_tensors_from_buft(others.get(), ggml_backend_cpu_buffer_type()));
     random_source random(5);
     for (ggml_tensor * t = ggml_get_first_tensor(weights.get()); t; t = ggml_get_next_tensor(weights.get(), t)) {
-        std::vector<float> w(ggml_nelements(t));
-        for (float & f : w) {
-            f = random.normal();
-        }
-        std::vector<char> stored(ggml_nbytes(t));
-        ggml_quantize_chunk(t->type, w.data(), stored.data(), 0, t->ne[1], t->ne[0], nullptr);
-        ggml_backend_tensor_set(t, stored.data(), 0, stored.size());
+        fill_q8_0(t, random);
     }
-    std::vector<float> values(ggml_nelements(x)), first, now(ggml_nelements(y));
-    for (float & f : values) {
-        f = random.normal();
-    }
-    ggml_backend_tensor_set(x, values.data(), 0, ggml_nbytes(x));
+    fill(x, random);
+    std::vector<float> first, now(ggml_nelements(y));
     for (int i = 0; i < 200; i++) {
         ggml_backend_cpu_set_n_threads(cpu, 1 + i % 4);
         ggml_backend_graph_compute(cpu, graph);
