@@ -249,6 +249,11 @@ class Tab:
         self.field(label).send_keys(text)
 
     @property
+    def focused(self):
+        """The label of what takes the keys."""
+        return self.driver.switch_to.active_element.get_attribute("aria-label")
+
+    @property
     def box(self):
         return self.shown("textarea[aria-label=Message]")
 
@@ -336,7 +341,7 @@ def test_it_is_used_by_keyboard(server, browse):
     from selenium.webdriver.common.keys import Keys
 
     tab = browse(server, "keyboard")
-    until(lambda: tab.driver.switch_to.active_element.get_attribute("aria-label") == "Message")
+    until(lambda: tab.focused == "Message")
     tab.driver.switch_to.active_element.send_keys(Keys.ENTER)  # nothing is nothing
     tab.driver.switch_to.active_element.send_keys("My name", Keys.SHIFT, Keys.ENTER, Keys.NULL, "is Ben.")
     assert tab.box.get_attribute("value") == "My name\nis Ben."
@@ -344,7 +349,7 @@ def test_it_is_used_by_keyboard(server, browse):
     tab.driver.switch_to.active_element.send_keys(Keys.ENTER)
     tab.answered(1)
     assert [text for who, text in tab.text if who == "You"] == ["My name\nis Ben."]
-    until(lambda: tab.driver.switch_to.active_element.get_attribute("aria-label") == "Message")
+    until(lambda: tab.focused == "Message")
     unnamed = [
         each.get_attribute("outerHTML")
         for each in tab.find("button, input, textarea, [role=img]")
@@ -451,6 +456,18 @@ def test_sessions_are_made_forked_renamed_and_deleted(server, browse):
     other.say("My name is Leo.")
     assert {"chat-1", "chat-2"} <= set(server.sessions()) and "chat-3" not in server.sessions()
     browse(server).heading("chat-2")  # the latest, where none is named
+
+
+def test_a_dialog_that_opens_gets_the_keys(server, browse):
+    tab = browse(server, "modal")
+    tab.say("My name is Hugo.")
+    for behind in ("New session", "Regenerate the answer", "Undo the last turn", "Edit the last message"):
+        tab.press("Fork")
+        tab.press(behind)  # too late, and must not have the next keys go to the message
+        until(lambda: tab.focused == "Name")
+        tab.dialog(0)
+    assert tab.box.get_attribute("value") == ""
+    assert server.sessions()["modal"] == 1
 
 
 def test_the_states_of_a_layer(server, browse):

@@ -109,7 +109,7 @@ class View:
             self.heading.text = self.name
             self._draw_talk()
         self._let_in(True)
-        self.input.run_method("focus")
+        self._focus()
 
     async def _is_loaded(self) -> bool:
         """Waits for the model. False if it cannot be loaded, or the tab is closed."""
@@ -339,7 +339,7 @@ class View:
     async def _new(self) -> None:
         if self.record is not None or self.talk.messages:  # this one is not new
             await self._doing(lambda: self._show(self._free_name()))
-        self.input.run_method("focus")
+        self._focus()
 
     async def _fork(self) -> None:
         new = await _asked_name("A second session that goes on from here", "Fork", self._free_name(self.name))
@@ -376,7 +376,7 @@ class View:
             self._draw_talk()
 
         await self._doing(forget)
-        self.input.run_method("focus")
+        self._focus()
 
     async def _export(self) -> None:
         async def export() -> None:
@@ -436,7 +436,7 @@ class View:
             self._cancel_edit(keep=True)
         if not await self._answered([*before, {"role": "user", "content": text}]):
             self.input.value = text
-        self.input.run_method("focus")
+        self._focus()
 
     async def _regenerate(self) -> None:
         await self._answered(self.talk.messages[:-1])
@@ -515,6 +515,11 @@ class View:
         elif self.editing:
             self._cancel_edit()
 
+    def _focus(self) -> None:
+        """Lets the user type the next message, but not while a dialog waits: its own field would lose the keys."""
+        if not self.is_changing:
+            self.input.run_method("focus")
+
     async def _take_back(self) -> None:
         if self.name and self.service.has_memory:
             await self.service.undo(self.name, self.owner)
@@ -530,14 +535,14 @@ class View:
 
         self._cancel_edit()
         await self._doing(undo)
-        self.input.run_method("focus")
+        self._focus()
 
     def _edit(self) -> None:
-        if self.talk.last is not None:
+        if self.talk.last is not None and not self.is_changing:
             self.editing = True
             self.input.value = self.talk.last[0]
             self._draw_input()
-            self.input.run_method("focus")
+            self._focus()
 
     def _cancel_edit(self, keep: bool = False) -> None:
         if self.editing:
