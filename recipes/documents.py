@@ -6,6 +6,7 @@
     article     a part of an article (train/covidqa.jsonl.gz)
     two_hops    passages of which two answer a question together (train/hotpot_train_100.jsonl.gz)
     facts       numbered facts about people and places that nobody has; a later one replaces an earlier one
+    compared    passages about things of one kind, with questions that compare them (compared.py)
 
 The conversations of mixture.py are what one person says of themself. Benchmarks ask for what a text says of others, in
 forms of their own ("Short answer:"), and a memory that has met neither repeats the question.
@@ -20,10 +21,11 @@ from typing import Any
 
 from chats import MAX_CHARACTERS as MAX_CHARACTERS_OF_CHAT
 from chats import Asked, Chats
+from compared import Compared
 from conversations import messages
 from swap import Swap
 
-WEIGHTS = {"written": 8.0, "passages": 4.0, "article": 1.0, "two_hops": 1.0, "facts": 1.2}
+WEIGHTS = {"written": 8.0, "passages": 4.0, "article": 1.0, "two_hops": 1.0, "facts": 1.2, "compared": 2.5}
 MAX_CHARACTERS = 3_000  # of a text: about 750 tokens
 HELD_OUT = 150  # questions at the end of nq_oracle.jsonl.gz that are not drawn
 NOT_SAID = "not said"  # an answer of a written document
@@ -117,6 +119,7 @@ class Documents:
         self.articles = [(article["context"], _found(article)) for article in articles]
         self.articles = [(text, found) for text, found in self.articles if found]
         self.chats = Chats(written, draw)
+        self.compared = Compared(names, draw)
 
     def draw(self) -> Record | None:
         """None if what was drawn has no question, or is too long."""
@@ -200,6 +203,9 @@ class Documents:
         first_number = draw.choice((0, 1))
         lines = [f"{i}. {fact}" for i, fact in enumerate(said, first_number)]
         return "a list of numbered facts", "\n".join(lines), draw.sample(asked, min(len(asked), 8))
+
+    def _compared(self) -> tuple[str, str, Asked]:
+        return self.compared.draw()
 
     def _name(self, kind: str, known: dict[str, list[str]]) -> str:
         """A value of a kind; every other time one that was said, so that facts are about each other."""

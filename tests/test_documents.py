@@ -1,4 +1,4 @@
-"""Documents to train on (recipes/documents.py): answers that the text holds, the later of two facts, no text twice."""
+"""Documents to train on (recipes/documents.py, compared.py): right answers, the later of two facts, no text twice."""
 
 import gzip
 import json
@@ -79,6 +79,29 @@ def test_a_later_fact_replaces_an_earlier_one(monkeypatch):
                 assert answer["content"].rstrip(".").lower() == values[-1].lower()
                 n_replaced += len(set(values)) > 1
     assert n_replaced > 5
+
+
+def test_two_things_are_compared(monkeypatch):
+    """By their numbers: the larger one is named, by its name or by yes and no; neither place is right more often."""
+    found, n_first = [], 0
+    for said, asks in drawn(6, 900, {"compared": 1.0}, monkeypatch):
+        species = {name: int(n) for name, n in re.findall(r"(\w+): .* has (\d+) species\.", said[0]["content"])}
+        for question, answer in asks:
+            words = re.findall(r"\w+", question["content"])
+            two = [word for word in words if word in species]
+            if len(two) < 2 or not {"more", "fewer"} & set(words):
+                continue
+            is_more = species[two[0]] > species[two[1]]
+            if "Which" in words:
+                expected = two[not is_more]
+                n_first += is_more
+            else:
+                expected = "yes" if is_more == ("more" in words) else "no"
+            assert answer["content"].rstrip(".").lower() == expected.lower()
+            found.append(expected)
+    n = len(found) - found.count("yes") - found.count("no")
+    assert n > 40 and found.count("yes") > 40 and found.count("no") > 40
+    assert 0.35 < n_first / n < 0.65
 
 
 def test_written_documents():
