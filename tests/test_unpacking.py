@@ -103,12 +103,19 @@ def test_a_prompt_gives_the_same_logits(synthetic, ftype, unpack):
         assert np.array_equal(ours, logits(path, unpack=unpack, repack=False, n_threads_batch=1))
 
 
-def test_an_adapter_lies_where_its_layer_does(synthetic, tmp_path):
-    """Its projection is multiplied in BF16 too, and one token at a time as ever."""
-    base = synthetic("q8_0")
+@pytest.mark.parametrize("ftype", ["q8_0", "q4_k_m"])
+def test_an_adapter_is_unpacked_with_its_model(synthetic, tmp_path, capfd, ftype):
+    """Its projection is multiplied in BF16 too, and one token at a time as ever; also where no query weight is."""
+    base = synthetic(ftype)
     write_adapter_checkpoint(tmp_path / "checkpoint", base, seed=2)
     write_adapter(Checkpoint(tmp_path / "checkpoint"), Base(base), tmp_path / "adapter.gguf", "q8_0")
-    plain, ours = (logits(base, deltamem_path=tmp_path / "adapter.gguf", unpack=name) for name in (NONE, REST))
+    adapter = tmp_path / "adapter.gguf"
+    plain = logits(base, deltamem_path=adapter, unpack=NONE)
+    capfd.readouterr()
+    ours = logits(base, deltamem_path=adapter, unpack=REST, verbose=True)
+    if multiplies_bf16():
+        buffers = [line for line in capfd.readouterr().err.splitlines() if "δ-mem buffer size" in line]
+        assert sum("DELTAMEM_BF16" in line for line in buffers) == 1
     assert np.square(ours - plain).sum() < 1e-3 * np.square(plain).sum()
     assert np.square(plain - logits(base)).sum() > 1e-3 * np.square(plain).sum()
 

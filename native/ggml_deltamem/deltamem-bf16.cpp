@@ -10,6 +10,9 @@
 // instruction adds 16 rows' products of two elements. Zen 5 begins two of them a cycle, which is the floor: 64
 // multiply-adds a cycle. Loads (two of the panel, twelve of pairs of x, for 24 products) go on beside it.
 //
+// A narrow weight, such as an adapter's projection, has fewer panels than keep the threads busy. These unpack all of it
+// together, and then each has tokens of its own, which it converts on the way.
+//
 // A correction has few elements in a row, and is bound by the memory that its tokens lie in. There eight panels are unpacked
 // at once, and a thread takes twelve tokens at a time through them.
 
@@ -40,6 +43,7 @@ static constexpr int64_t TOKENS = 12;        // multiplied at a time
 static constexpr int64_t CHUNK  = 256;       // elements of a row unpacked at a time: whole blocks of every type
 static constexpr int64_t FEW    = 8;         // fewer tokens are left to others
 static constexpr size_t  LINE   = 64;
+static constexpr size_t  NARROW = 512 * 1024; // bytes of all panels: they share the second-level cache with twelve tokens
 
 // Of a correction, whose panels lie on the stack: at most 32 KiB.
 static constexpr int64_t CORRECTED  = 8 * ROWS; // outputs at a time
@@ -60,6 +64,14 @@ static size_t x_size(const struct ggml_tensor * dst) {
 
 static size_t panel_size(int64_t n_in) {
     return ROWS * n_in * sizeof(ggml_bf16_t);
+}
+
+static int64_t n_panels(const struct ggml_tensor * weight) {
+    return (weight->ne[1] + ROWS - 1) / ROWS;
+}
+
+static bool is_narrow(const struct ggml_tensor * weight) {
+    return n_panels(weight) * panel_size(weight->ne[0]) <= NARROW;
 }
 
 static bool is_ours(const struct ggml_tensor * weight) {
@@ -335,7 +347,44 @@ static void multiply_all(const uint32_t * panel, const char * x, size_t x_stride
 }
 
 size_t ggml_cpu_deltamem_bf16_size(int n_tasks, const struct ggml_tensor * dst) {
-    return takes(dst) ? x_size(dst) + n_tasks * panel_size(dst->src[0]->ne[0]) : 0;
+    if (!takes(dst)) {
+        return 0;
+    }
+    const struct ggml_tensor * weight = dst->src[0];
+    const int64_t              n_in   = weight->ne[0];
+    return is_narrow(weight) ? n_panels(weight) * panel_size(n_in) + n_tasks * TOKENS * x_stride(n_in)
+                             : x_size(dst) + n_tasks * panel_size(n_in);
+}
+
+// All panels, then each thread's tokens: every nth, as ggml shares out the rows of a norm, so that x is in its cache.
+static void multiply_narrow(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    const struct ggml_tensor * weight = dst->src[0];
+    const struct ggml_tensor * x      = dst->src[1];
+    const int64_t              n_in   = weight->ne[0];
+    const int64_t              n_out  = weight->ne[1];
+    const size_t               stride = x_stride(n_in);
+    const size_t               panel  = panel_size(n_in);
+
+    char * panels    = (char *) params->wdata;
+    char * converted = panels + n_panels(weight) * panel + params->ith * TOKENS * stride;
+
+    for (int64_t i = params->ith; i < n_panels(weight); i += params->nth) {
+        unpack(weight, i * ROWS, std::min(n_out, (i + 1) * ROWS), (uint32_t *) (panels + i * panel));
+    }
+    ggml_barrier(params->threadpool);
+
+    for (int64_t first = params->ith, n; first < x->ne[1]; first += n * params->nth) {
+        n = std::min(TOKENS, (x->ne[1] - first + params->nth - 1) / params->nth);
+        for (int64_t t = 0; t < n; t++) {
+            const char * token = (const char *) x->data + (first + t * params->nth) * x->nb[1];
+            convert((const float *) token, n_in, (ggml_bf16_t *) (converted + t * stride));
+        }
+        for (int64_t i = 0; i < n_panels(weight); i++) {
+            multiply_all((const uint32_t *) (panels + i * panel), converted, stride, n_in, n, {},
+                         (float *) ((char *) dst->data + first * dst->nb[1]) + i * ROWS, params->nth * dst->nb[1],
+                         std::min(n_out - i * ROWS, ROWS));
+        }
+    }
 }
 
 bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
@@ -350,6 +399,11 @@ bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct gg
     const size_t               stride   = x_stride(n_in);
 
     GGML_ASSERT(params->wsize >= ggml_cpu_deltamem_bf16_size(params->nth, dst));
+
+    if (is_narrow(weight)) {
+        multiply_narrow(params, dst);
+        return true;
+    }
 
     char *     all   = (char *) params->wdata; // at a cache line: the patch sees to it
     uint32_t * panel = (uint32_t *) (all + x_size(dst) + params->ith * panel_size(n_in));

@@ -6,8 +6,8 @@
 // a block of 32 of them 8 bits and one scale). Weights in BF16 gain a quarter. Other K-quants gain nothing: ggml has tiles.
 //
 // Only for weights in the buffer type below, so that each model chooses when it is loaded. They stay as they are in the
-// file; a product of fewer than eight tokens is ggml's own. An adapter's weights in Q8_0 lie where its layer's do, and its
-// corrections are multiplied likewise.
+// file; a product of fewer than eight tokens is ggml's own. An adapter's weights lie there where some of its model's do,
+// and its corrections by weights in Q8_0 are multiplied likewise.
 #pragma once
 
 #include "ggml-backend.h"

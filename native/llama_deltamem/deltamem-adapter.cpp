@@ -2,6 +2,7 @@
 
 #include "deltamem-adapter.h"
 
+#include "deltamem-bf16.h"
 #include "deltamem-composite.h"
 #include "gguf.h"
 #include "llama-arch.h"
@@ -213,9 +214,19 @@ ggml_backend_dev_t cpu_device() {
     return cpu;
 }
 
+// Whether some of the model's weights are unpacked to BF16 (deltamem-bf16.h): others are of types that gain nothing by it.
+bool has_unpacked(const llama_model & model) {
+    return std::any_of(model.tensors_by_name.begin(), model.tensors_by_name.end(), [](const auto & named) {
+        const ggml_backend_buffer_t buffer = named.second->buffer;
+        return buffer && ggml_backend_buffer_get_type(buffer) == ggml_backend_deltamem_bf16_buffer_type();
+    });
+}
+
 // The buffer type for the adapter's weights of a layer: that of the layer's own weights, unless it holds nothing else,
-// as those of weights repacked for the CPU, of rows split over GPUs, and of mapped files do.
-ggml_backend_buffer_type_t select_buft(const ggml_tensor * layer_weight, ggml_backend_dev_t layer_device) {
+// as those of weights repacked for the CPU, of rows split over GPUs, and of mapped files do. On a CPU that unpacks some
+// of the model's weights, these are, too.
+ggml_backend_buffer_type_t select_buft(const ggml_tensor * layer_weight, ggml_backend_dev_t layer_device,
+                                       bool unpacked) {
     ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(layer_weight->buffer);
 
     if (!ggml_backend_buft_is_host(buft) && layer_device &&
@@ -223,6 +234,9 @@ ggml_backend_buffer_type_t select_buft(const ggml_tensor * layer_weight, ggml_ba
         return ggml_backend_dev_buffer_type(layer_device);
     }
 
+    if (unpacked) {
+        return ggml_backend_deltamem_bf16_buffer_type();
+    }
     ggml_backend_dev_t cpu = cpu_device();
 
     auto get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
@@ -485,6 +499,7 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
     // the weights, layer by layer
     const int64_t         n_read   = (int64_t) n_head * rank;
     const operator_choice choice   = choose_operator();
+    const bool            unpacked = has_unpacked(model);
     bool                  fallback = false, composite = false;
     loader                load(file, *this, file.n_tensors() + n_layer);
 
@@ -499,7 +514,7 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
             llama_deltamem_refuse(model.arch, (int) il, "it has no attention projections of the common kind");
         }
 
-        const ggml_backend_buffer_type_t buft = select_buft(w, model.dev_layer((int) il));
+        const ggml_backend_buffer_type_t buft = select_buft(w, model.dev_layer((int) il), unpacked);
         const auto name = [il](const char * what) { return format("blk.%u.deltamem_%s", il, what); };
 
         llama_deltamem_layer_weights lw;
