@@ -127,10 +127,11 @@ def test_against_another_library(run_bench, tmp_path):
         assert set(run["ratios"]) == {"plain/against", "against/plain"}
         for name, ratio in run["ratios"].items():
             check_comparison(ratio, [run["ns"][side] for side in name.split("/")], 2)
-    for choice in ((), ("--control",)):
+    for choice in ((), ("--control",), ("--unpack", "all")):
         alone = run_bench("-p", "8", "-n", "0", "--against", other, *choice, memory=False)
         assert alone.returncode == 0, alone.stderr
         assert "plain ÷ against" in alone.stdout and "on ÷ off" not in alone.stdout
+        assert "llama_model_loader" not in alone.stderr
 
 
 def test_threads_for_prompts_and_weights_as_they_are(run_bench, tmp_path):
@@ -421,6 +422,7 @@ def test_refused_by_the_library(run_bench, base, of_no_architecture, tmp_path):
     refused(run_bench(*short, "--deltamem", base(), "--rss", "0", memory=False), base())
     refused(run_bench(*short, "--deltamem", tmp_path / "none", memory=False), tmp_path / "none")
     refused(run_bench(*short, "--rss", "0", "--against", broken), broken)
+    refused(run_bench(*short, "--rss", "0", "--against", broken, "--unpack", "all"), broken, "--unpack")
     refused(run_bench(*short, "-m", cut), cut)
     refused(run_bench(*short, "-m", odd, "--rss", "0"), odd, "qwen99")
     refused(

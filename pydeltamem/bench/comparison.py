@@ -137,6 +137,14 @@ def library_in(path: str) -> str:
     return str(folder.resolve())
 
 
+def unpacks(folder: str) -> bool:
+    """Whether the library there knows products in BF16 (runtime/unpacking.py): an unpatched or older one does not. Its
+    files are read, because two libraries of one name are not loaded together.
+    """
+    name = b"ggml_backend_deltamem_bf16_buffer_type"
+    return any(name in path.read_bytes() for path in Path(folder).glob("*ggml-base*") if path.is_file())
+
+
 def _open(
     stack: contextlib.ExitStack, options: Options, adapter: str | None, nodes: dict[str, Nodes]
 ) -> dict[str, Runner]:

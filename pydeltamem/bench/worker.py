@@ -104,7 +104,8 @@ def _serve(requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
     folder = os.environ.get("LLAMA_CPP_LIB_PATH")
     errors: list[str] = []
     try:
-        if request["ours"]:  # also without an adapter, so that RAM with and without one is comparable
+        # also without an adapter, so that RAM with and without one is comparable; and it takes llama.cpp's log
+        if request["ours"] or request["options"]["unpack"] != "none":
             from ..runtime import library  # noqa: F401 - before llama_cpp
         try:
             import llama_cpp.llama_cpp as llama

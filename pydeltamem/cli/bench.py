@@ -140,8 +140,6 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--return times one model with its memory: drop {', '.join(given)}, or --return")
         if not all(args.returning):
             raise InputError("--return: a conversation needs at least one token")
-    if args.unpack != "none" and args.against:
-        raise InputError("--unpack: the library of --against has no such products: drop --against or --unpack")
     if args.nodes and args.against:
         raise InputError("--nodes times the graphs of one library only: drop --against or --nodes")
     if not args.model and not args.synthetic:
@@ -168,6 +166,8 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
 
     library.logger.setLevel("DEBUG" if args.verbose else "ERROR")
     against = comparison.library_in(args.against) if args.against else None
+    if against and args.unpack != "none" and not comparison.unpacks(against):
+        raise InputError(f"--unpack: the library in {against} has no such products: drop --against or --unpack")
     prompts = tuple(n for n in args.n_prompt if n)
     with progress_bar(err) as show:
         model, adapter = _synthetic(args, show) if args.synthetic else _files(args)
