@@ -19,7 +19,7 @@ Asked = list[tuple[str, str]]  # questions with answers
 NATIONS = ["American", "British", "Canadian", "Danish", "French", "German", "Indian", "Irish", "Italian", "Japanese",
            "Mexican", "Norwegian", "Polish", "Swedish", "Australian", "Brazilian", "Turkish", "Kenyan"]  # fmt: skip
 NUMBERS = range(2, 400)
-HEIGHTS = range(12, 1_900)
+HEIGHTS = range(8, 320)
 YEARS = range(1780, 2021)
 
 
@@ -58,24 +58,25 @@ def _nation(what: str) -> Feature:
         NATIONS,
         ("{a} is a {v} " + what + ".",),
         ("What nationality is {a}?", "which nationality is {a}", "{a} is of what nationality?"),
-        same=("Are {a} and {c} both {v}?", "Are both {a} and {c} {v}?", "Were {a} and {c} both {v}?"),
+        same=("Are {a} and {c} both {v}?", "Are both {a} and {c} {v}?"),
         which=("Which is {v}, {a} or {c}?", "Of {a} and {c}, which is the {v} one?"),
         both=("What nationality are both {a} and {c}?", "{a} and {c} are both of what nationality?"),
     )
 
 
-def _year(said: str, verb: str) -> Feature:
+def _year(said: str, verb: str, years: range = YEARS, which: str = "Which") -> Feature:
+    done = f"was {verb}"
     return Feature(
-        YEARS,
+        years,
         (said, said.removesuffix(" in {v}.") + " in the year {v}."),
-        ("In what year was {a} " + verb + "?", "When was {a} " + verb + "?", "what year was {a} " + verb),
+        (f"In what year was {{a}} {verb}?", f"When was {{a}} {verb}?", f"what year was {{a}} {verb}"),
         less=(
-            "Which was " + verb + " first, {a} or {c}?", "Which was " + verb + " earlier, {a} or {c}?",
-            "Of {a} and {c}, which was " + verb + " first?",
+            f"{which} {done} first, {{a}} or {{c}}?", f"{which} {done} earlier, {{a}} or {{c}}?",
+            f"Of {{a}} and {{c}}, {which.lower()} {done} first?",
         ),
-        more=("Which was " + verb + " later, {a} or {c}?", "Which was " + verb + " more recently, {a} or {c}?"),
-        is_less=("Was {a} " + verb + " before {c}?",),
-        is_more=("Was {a} " + verb + " after {c}?",),
+        more=(f"{which} {done} later, {{a}} or {{c}}?", f"{which} {done} more recently, {{a}} or {{c}}?"),
+        is_less=(f"Was {{a}} {verb} before {{c}}?",),
+        is_more=(f"Was {{a}} {verb} after {{c}}?",),
     )  # fmt: skip
 
 
@@ -103,7 +104,7 @@ KINDS = [
         same=("Did {a} and {c} have the same profession?", "Were {a} and {c} both {v}s?"),
         which=("Who was a {v}, {a} or {c}?",),
         both=("What profession did {a} and {c} share?", "For what job are both {a} and {c} known?"),
-    ), (_year("{p} was born in {v}.", "born"), BORN_IN, _number(
+    ), (_year("{p} was born in {v}.", "born", range(1780, 1990), "Who"), BORN_IN, _number(
         range(2, 60), "{p} left {v} works.", "How many works did {a} leave?",
         ("Who left more works, {a} or {c}?",),
         "Did {a} leave more works than {c}?", "Did {a} leave fewer works than {c}?",
@@ -128,7 +129,7 @@ KINDS = [
                 "Does {a} have more members than {c}?", "Does {a} have fewer members than {c}?"),
     )),
     Kind("films", ("The {n} Affair", "A Winter in {p}", "Return to {p}", "{n}"), _nation("film"), (
-        _year("{p} was released in {v}.", "released"),
+        _year("{p} was released in {v}.", "released", range(1910, 2021)),
         _one_of("person", "{p} was directed by {v}.", "Who directed {a}?", "Who directed both {a} and {c}?",
                 "Did the same person direct {a} and {c}?", "Which film was directed by {v}, {a} or {c}?"),
         _one_of(["comedy", "drama", "western", "documentary", "thriller", "musical"], "Its genre is {v}.",
@@ -138,7 +139,7 @@ KINDS = [
     Kind("plants", ("{n}a", "{p}ium", "{n}ella"), Feature(
         ["shrub", "fern", "herb", "tree", "vine", "cactus", "moss"], ("{a} is a genus of {v}.", "{a} is a {v} genus."),
         ("What kind of plant is {a}?",),
-        same=("Are {a} and {c} both a {v}?", "Are {a} and {c} the same kind of plant?"),
+        same=("Are {a} and {c} the same kind of plant?",),
         which=("Which is a {v}, {a} or {c}?",), both=("{a} and {c} are both what kind of plant?",),
     ), (
         _number(NUMBERS, "{p} has {v} species.", "How many species does {a} have?",
@@ -148,9 +149,9 @@ KINDS = [
                 "Where is {a} native to?", "{a} and {c} are both native to which continent?",
                 "Are {a} and {c} native to the same continent?", "Which is native to {v}, {a} or {c}?"),
     )),
-    Kind("buildings", ("{p} Tower", "{n} House", "{p} Hall", "{n} Bridge"), Feature(
-        ["hotel", "museum", "bridge", "castle", "theatre", "library"], ("{a} is a {v}.",), ("What is {a}?",),
-        same=("Are {a} and {c} both a {v}?",), which=("Which is a {v}, {a} or {c}?",),
+    Kind("buildings", ("{p} Tower", "{n} House", "{p} Hall", "The {n}"), Feature(
+        ["hotel", "museum", "school", "castle", "theatre", "library"], ("{a} is a {v}.",), ("What is {a}?",),
+        same=("Are {a} and {c} buildings of the same kind?",), which=("Which is a {v}, {a} or {c}?",),
         both=("{a} and {c} are both what?", "What are both {a} and {c}?"),
     ), (
         _year("{p} was built in {v}.", "built"),
@@ -189,7 +190,10 @@ class Compared:
             for i, thing in enumerate(things)
         ]
         asked = [one for feature in features for one in self._asked(feature, things, values[feature])]
-        title = draw.choice((f"{len(things)} passages", f"{len(things)} passages about {kind.title}", "some passages"))
+        n = len(things)
+        title = draw.choice(
+            (f"a set of {n} passages", f"a set of {n} passages about {kind.title}", "a set of passages")
+        )
         return title, "\n".join(passages), draw.sample(asked, min(len(asked), 8))
 
     def _said(self, thing: str, kind: Kind, values: dict[Feature, str | int]) -> str:
@@ -205,10 +209,10 @@ class Compared:
         return self.random.choice(kind.names).format(n=person(), m=person(), p=place())
 
     def _values(self, feature: Feature, n: int) -> Sequence[str | int]:
-        """One value a thing. What is not a number has few values, so that some things share one."""
+        """One value a thing. Numbers differ; what is no number has few values, so that some things share one."""
         draw = self.random
         if isinstance(feature.values, range):
-            return draw.sample(feature.values, n) if n <= len(feature.values) else draw.choices(feature.values, k=n)
+            return draw.sample(feature.values, n)
         if isinstance(feature.values, str):
             few = [self.names.name(feature.values) for _ in range(max(1, n // 2) + 1)]
         else:
@@ -227,11 +231,10 @@ class Compared:
 
         ask(feature.ask, str(v), v)
         if isinstance(v, int) and isinstance(w, int):
-            if v != w:
-                ask(feature.less, a if v < w else c, v)
-                ask(feature.more, a if v > w else c, v)
-                ask(feature.is_less, _yes(v < w), v)
-                ask(feature.is_more, _yes(v > w), v)
+            ask(feature.less, a if v < w else c, v)
+            ask(feature.more, a if v > w else c, v)
+            ask(feature.is_less, _yes(v < w), v)
+            ask(feature.is_more, _yes(v > w), v)
             return asked
         ask(feature.same, _yes(v == w), draw.choice((v, w)))
         if v == w:

@@ -5,12 +5,14 @@ import json
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 import documents
+from compared import NATIONS
 from conversations import messages
 from documents import Documents
 from swap import Swap
@@ -81,27 +83,54 @@ def test_a_later_fact_replaces_an_earlier_one(monkeypatch):
     assert n_replaced > 5
 
 
+SAID = {  # what is said of a thing, and which of its questions it decides
+    "species": (r"has (\d+) species", r"species"),
+    "founded": (r"founded in (?:the year )?(\d+)", r"founded (?:first|earlier|later|more|before|after)|was founded$"),
+    "nation": (r"is an? (\w+) (?:magazine|band|film|company)", "|".join(["nationality", *NATIONS])),
+}
+
+
 def test_two_things_are_compared(monkeypatch):
-    """By their numbers: the larger one is named, by its name or by yes and no; neither place is right more often."""
-    found, n_first = [], 0
+    """By a number or by a word: what is asked for, yes or no, and the one of two; neither place is right more often."""
+    monkeypatch.setattr(documents, "FORMS", ["{q}"])
+    kinds, n_first, n_choices = Counter(), 0, 0
     for said, asks in drawn(6, 900, {"compared": 1.0}, monkeypatch):
-        species = {name: int(n) for name, n in re.findall(r"(\w+): .* has (\d+) species\.", said[0]["content"])}
+        passages = dict(line.split(": ", 1) for line in said[0]["content"].splitlines() if ": " in line)
         for question, answer in asks:
-            words = re.findall(r"\w+", question["content"])
-            two = [word for word in words if word in species]
-            if len(two) < 2 or not {"more", "fewer"} & set(words):
-                continue
-            is_more = species[two[0]] > species[two[1]]
-            if "Which" in words:
-                expected = two[not is_more]
-                n_first += is_more
-            else:
-                expected = "yes" if is_more == ("more" in words) else "no"
-            assert answer["content"].rstrip(".").lower() == expected.lower()
-            found.append(expected)
-    n = len(found) - found.count("yes") - found.count("no")
-    assert n > 40 and found.count("yes") > 40 and found.count("no") > 40
-    assert 0.35 < n_first / n < 0.65
+            text, right = question["content"], answer["content"].rstrip(".")
+            for said_of, asked in SAID.values():
+                values = {name: found[1] for name, about in passages.items() if (found := re.search(said_of, about))}
+                named = [name for name in values if re.search(rf"\b{name}\b", text)]
+                here = [name for name in named if not any(name in other != name for other in named)]
+                here.sort(key=text.index)
+                if len(here) != 2 or not re.search(asked, text):
+                    continue
+                a, c = here
+                kind, expected = compared(text, a, c, values[a], values[c])
+                assert right.lower() == expected.lower(), text
+                kinds[kind] += 1
+                if expected in here:
+                    n_choices += 1
+                    n_first += expected == a
+    assert min(kinds[kind] for kind in ("order", "is order", "same", "which", "both")) > 30, kinds
+    assert 0.4 < n_first / n_choices < 0.6
+
+
+def compared(text, a, c, of_a, of_c):
+    """The kind of a question and its answer, by the words of both."""
+    if of_a.isdigit():
+        is_less = int(of_a) < int(of_c)
+        wants_less = bool(re.search("first|earlier|before|fewer", text))
+        if re.search("Was|Does", text):
+            return "is order", "yes" if is_less == wants_less else "no"
+        return "order", a if is_less == wants_less else c
+    if "What nationality are" in text or "of what nationality" in text:
+        assert of_a == of_c
+        return "both", of_a
+    if text.startswith("Are"):
+        return "same", "yes" if of_a == of_c else "no"
+    assert of_a != of_c
+    return "which", a if re.search(rf"\b{of_a}\b", text.replace(a, "").replace(c, "")) else c
 
 
 def test_written_documents():

@@ -86,7 +86,7 @@ bool ggml_cpu_deltamem_norm(const struct ggml_compute_params * params, struct gg
     float         eps;
     memcpy(&eps, norm->op_params, sizeof(eps));
 
-    // every nth row, as ggml shares them out
+    // every nth row, as ggml shares out those of a matrix
     const int64_t own = n_rows > params->ith ? (n_rows - params->ith + params->nth - 1) / params->nth : 0;
     const auto    row = [&](int64_t k) { return params->ith + k * params->nth; };
 

@@ -214,7 +214,7 @@ ggml_backend_dev_t cpu_device() {
     return cpu;
 }
 
-// Whether some of the model's weights are unpacked to BF16 (deltamem-bf16.h): others are of types that gain nothing by it.
+// Whether some of the model's weights are unpacked to BF16 (deltamem-bf16.h): others gain nothing by it, or are repacked.
 bool has_unpacked(const llama_model & model) {
     return std::any_of(model.tensors_by_name.begin(), model.tensors_by_name.end(), [](const auto & named) {
         const ggml_backend_buffer_t buffer = named.second->buffer;

@@ -189,9 +189,12 @@ static void test_parts(ggml_backend_t cpu, ggml_type type) {
     const struct {
         int64_t n_out;
         parts   p;
-    } cases[] = { { 77, { 13, block, 0 } }, { 5, { 0, 0, 7 } }, { 40, { 1, 3 * block, 5 } } };
+        int64_t n_blocks = 3;
+    } cases[] = {
+        { 77, { 13, block, 0 } }, { 5, { 0, 0, 7 } }, { 40, { 1, 3 * block, 5 } }, { 205, { 13, block, 7 }, 67 },
+    };
     for (const auto & c : cases) {
-        product    ours(type, 3 * block, c.n_out, 68, ggml_backend_deltamem_bf16_buffer_type(), 11, c.p);
+        product    ours(type, c.n_blocks * block, c.n_out, 68, ggml_backend_deltamem_bf16_buffer_type(), 11, c.p);
         const auto y = ours.compute(cpu, 9);
         check(ours.error(y, true) < EXACT_TOL, "%s, a part of %d rows: NMSE %g", ggml_type_name(type), (int) c.n_out,
               ours.error(y, true));
@@ -270,14 +273,15 @@ static void test_corrections(ggml_backend_t cpu) {
     }
 }
 
-// Products that follow each other share the work buffer and the counter of panels: each waits for the one before.
+// Products that follow each other share the work buffer, and wide ones the counter of panels: each waits for the one before.
 static void test_chain(ggml_backend_t cpu) {
-    const int64_t       sizes[] = { 256, 96, 1024, 32, 512 }, n_tokens = 40;
-    owned<ggml_context> weights(ggml_init({ 4 * ggml_tensor_overhead(), nullptr, true }));
-    owned<ggml_context> others(ggml_init({ 8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+    const int64_t       sizes[] = { 256, 96, 2048, 256, 1056, 32, 512 }, n_tokens = 40; // the third and fourth are wide
+    const int           n_links = 6;
+    owned<ggml_context> weights(ggml_init({ n_links * ggml_tensor_overhead(), nullptr, true }));
+    owned<ggml_context> others(ggml_init({ 10 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
     ggml_tensor *       x = ggml_new_tensor_2d(others.get(), GGML_TYPE_F32, sizes[0], n_tokens);
     ggml_tensor *       y = x;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < n_links; i++) {
         ggml_tensor * w = ggml_new_tensor_2d(weights.get(), GGML_TYPE_Q8_0, sizes[i], sizes[i + 1]);
         y               = ggml_mul_mat(others.get(), w, y);
     }

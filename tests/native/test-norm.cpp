@@ -16,6 +16,7 @@ struct shape {
     int64_t w1 = 1, w2 = 1; // rows of weights, which repeat
     int64_t gap      = 0;   // values between two rows of x
     bool    in_place = false;
+    bool    w_first  = false; // w * norm
 };
 
 static const shape SHAPES[] = {
@@ -24,7 +25,7 @@ static const shape SHAPES[] = {
     { 16, 100, 2, 1, 1, 2 },   { 2560, 1, 1, 1 },
     { 128, 8, 1, 1 },          { 256, 3, 1, 2 },
     { 100, 20, 2, 1 }, // no whole vectors: ggml's
-    { 32, 21, 3, 1, 1, 1, 5 }, { 96, 50, 1, 1, 1, 1, 0, true },
+    { 32, 21, 3, 1, 1, 1, 5 }, { 96, 50, 1, 1, 1, 1, 0, true }, { 64, 37, 1, 1, 37, 1, 0, false, true },
 };
 
 static void fill(ggml_tensor * t, random_source & random) {
