@@ -470,6 +470,21 @@ def test_a_dialog_that_opens_gets_the_keys(server, browse):
     assert server.sessions()["modal"] == 1
 
 
+def test_a_dialog_outlives_the_row_that_opened_it(server, browse):
+    tab = browse(server, "row")
+    tab.say("My name is Hugo.")
+    for i in range(9):  # so many that they can be searched
+        assert httpx.post(f"{server.url}/v1/memories/row/fork", json={"id": f"row-{i}"}).status_code == 200
+    tab.reload()
+    tab.press("Fork")
+    until(lambda: tab.focused == "Name")
+    tab.js("""const find = document.querySelector('input[aria-label="Find"]');
+              getElement(find.id.slice(1)).$emit("update:value", "nothing is called so");""")
+    until(lambda: not tab.find(".names li"))
+    tab.choose("row-9")
+    assert server.sessions()["row-9"] == 1
+
+
 def test_the_states_of_a_layer(server, browse):
     tab = browse(server, "layers")
     tab.say("My name is Mia.")

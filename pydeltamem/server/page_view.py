@@ -409,7 +409,8 @@ class View:
         self.is_changing = True
         try:
             self.server.count(self.owner)
-            await what()
+            with self.client:  # a dialog outlives the row of the button that opened it
+                await what()
         except DeltaMemError as error:
             _complain(error)
         finally:
@@ -426,12 +427,15 @@ class View:
         self.input.value = ""
         before = list(self.talk.messages)
         if self.editing:
+            self.is_changing = True  # no other session is shown before the turn is taken back
             try:
                 await self._take_back()
             except DeltaMemError as error:
                 self.input.value = text
                 _complain(error)
                 return
+            finally:
+                self.is_changing = False
             before = list(self.talk.messages)
             self._cancel_edit(keep=True)
         if not await self._answered([*before, {"role": "user", "content": text}]):
@@ -533,7 +537,8 @@ class View:
                 await self._refresh()
             self._draw_talk()
 
-        self._cancel_edit()
+        if not self.is_changing:
+            self._cancel_edit()
         await self._doing(undo)
         self._focus()
 
