@@ -1,6 +1,6 @@
 """Timed runs over llama.cpp's C API: prompts and single tokens in one context.
 
-worker.py does the same over another llama library, so nothing here needs δ-mem unless an adapter is given.
+worker.py does the same over another llama library, so nothing here needs δ-mem without an adapter and `unpack`.
 """
 
 from __future__ import annotations

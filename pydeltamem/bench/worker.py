@@ -1,7 +1,7 @@
 """Timed runs in their own process, over any llama library: a line of JSON in, a line of JSON out.
 
-A process holds one llama library, and a worker's may not be ours: nothing here needs δ-mem unless an adapter is
-given. `python -m pydeltamem.bench.worker` is the worker; LLAMA_CPP_LIB_PATH names its library.
+A process holds one llama library, and a worker's may not be ours: nothing here needs δ-mem without an adapter and
+`unpack`. `python -m pydeltamem.bench.worker` is the worker; LLAMA_CPP_LIB_PATH names its library.
 """
 
 from __future__ import annotations
