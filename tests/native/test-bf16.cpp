@@ -191,7 +191,10 @@ static void test_parts(ggml_backend_t cpu, ggml_type type) {
         parts   p;
         int64_t n_blocks = 3;
     } cases[] = {
-        { 77, { 13, block, 0 } }, { 5, { 0, 0, 7 } }, { 40, { 1, 3 * block, 5 } }, { 205, { 13, block, 7 }, 67 },
+        { 77, { 13, block, 0 } },
+        { 5, { 0, 0, 7 } },
+        { 40, { 1, 3 * block, 5 } },
+        { 205, { 13, block, 7 }, 67 },
     };
     for (const auto & c : cases) {
         product    ours(type, c.n_blocks * block, c.n_out, 68, ggml_backend_deltamem_bf16_buffer_type(), 11, c.p);
