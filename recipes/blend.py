@@ -1,0 +1,73 @@
+"""Averages adapters' PyTorch checkpoints: what SmolLM2's adapter is. Averages of runs were better than each of them.
+
+    python recipes/blend.py build/blend recipes/smollm2/msw=2 run-b=1 run-c=1
+
+Each folder is followed by its weight, of which the sum need not be one. They must have one configuration. The result is
+in float16, as delta_mem_adapter.safetensors: `deltamem convert` and `deltamem train --init` take its folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from pydeltamem.errors import DeltaMemError, InputError, OutputError
+from pydeltamem.formats import kinds
+from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from pydeltamem.formats.outputs import check_target, make_folder, writing
+
+
+def blend(shares: Sequence[tuple[Path, float]], out: Path) -> None:
+    """Writes Σ share · weights / Σ share. Raises CheckpointError, InputError or OutputError."""
+    total = sum(share for _, share in shares)
+    if not shares or min(share for _, share in shares) < 0 or not np.isfinite(total) or total == 0:
+        raise InputError("shares must be numbers of at least 0, and not all 0")
+    first: Checkpoint | None = None
+    sums: dict[str, np.ndarray] = {}
+    for folder, share in shares:
+        one = Checkpoint(folder)
+        shapes = {name: tensor.shape for name, tensor in one.tensors.items()}
+        if first is None:
+            first = one
+            sums = {name: np.zeros(shape) for name, shape in shapes.items()}
+        elif one.config != first.config or shapes != {name: tensor.shape for name, tensor in first.tensors.items()}:
+            raise InputError(f"{folder}: its configuration is not that of {first.directory}")
+        for name, tensor in one.tensors.items():
+            sums[name] += share / total * tensor
+    assert first is not None  # there is a share
+    try:
+        make_folder(out)
+        check_target(out / WEIGHTS[1], kinds.WEIGHTS)
+        with writing(out / CONFIG, kinds.CONFIG) as temporary:
+            temporary.write_bytes((first.directory / CONFIG).read_bytes())
+        with writing(out / WEIGHTS[1], kinds.WEIGHTS) as temporary:
+            safetensors.numpy.save_file({name: each.astype(np.float16) for name, each in sums.items()}, temporary)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OutputError(f"{out}: cannot be written: {error}") from error
+
+
+def _share(text: str) -> tuple[Path, float]:
+    folder, equals, share = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text}: name its share: {text}=1")
+    return Path(folder), float(share)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Average PyTorch checkpoints of adapters.")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("shares", type=_share, nargs="+", metavar="DIR=SHARE")
+    args = parser.parse_args()
+    try:
+        blend(args.shares, args.out)
+    except DeltaMemError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Averages of checkpoints (recipes/blend.py)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pydeltamem.bench.synthetic import write_adapter_checkpoint
+from pydeltamem.errors import CheckpointError, InputError, OutputError
+from pydeltamem.formats.checkpoint import Checkpoint
+from refusals import refuses
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+sys.path.insert(0, str(RECIPES))
+from blend import blend  # noqa: E402
+
+
+@pytest.fixture
+def two(golden_dir, tmp_path):
+    """Checkpoints of one configuration."""
+    base = golden_dir / "qwen3" / "base-f32.gguf"
+    for seed, name in ((1, "a"), (2, "b")):
+        write_adapter_checkpoint(tmp_path / name, base, seed=seed)
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_weights_are_added_by_their_shares(two, tmp_path):
+    a, b = two
+    blend([(a, 3), (b, 1)], tmp_path / "out")
+    first, second, found = (Checkpoint(folder).tensors for folder in (a, b, tmp_path / "out"))
+    assert found.keys() == first.keys()
+    for name, tensor in found.items():
+        expected = 0.75 * first[name] + 0.25 * second[name]
+        assert np.abs(tensor - expected).max() <= 2.0**-11 * np.abs(expected).max()  # float16 rounds
+
+
+def test_the_command(two, tmp_path):
+    command = [sys.executable, RECIPES / "blend.py", tmp_path / "out", f"{two[0]}=1", f"{two[1]}=0"]
+    assert subprocess.run(command).returncode == 0
+    for name, tensor in Checkpoint(tmp_path / "out").tensors.items():
+        assert np.array_equal(tensor, Checkpoint(two[0]).tensors[name].astype(np.float16))
+
+
+def test_what_cannot_be_averaged(two, golden_dir, tmp_path):
+    write_adapter_checkpoint(tmp_path / "c", golden_dir / "qwen3" / "base-f32.gguf", alpha=8.0)
+    out = tmp_path / "out"
+    with refuses(InputError, tmp_path / "c", two[0]):
+        blend([(two[0], 1), (tmp_path / "c", 1)], out)
+    with refuses(CheckpointError, tmp_path / "none"):
+        blend([(two[0], 1), (tmp_path / "none", 1)], out)
+    for shares in ((0, 0), (1, -0.5), (1, float("nan"))):
+        with refuses(InputError):
+            blend(list(zip(two, shares)), out)
+    assert not out.exists()
+    out.mkdir()
+    (out / "delta_mem_adapter.safetensors").write_text("mine")
+    with refuses(OutputError, out):
+        blend([(two[0], 1)], out)
+    assert (out / "delta_mem_adapter.safetensors").read_text() == "mine"
