@@ -25,7 +25,7 @@ from compared import Compared
 from conversations import messages
 from swap import Swap
 
-WEIGHTS = {"written": 8.0, "passages": 4.0, "article": 1.0, "two_hops": 1.0, "facts": 1.2, "compared": 6.0}
+WEIGHTS = {"written": 8.0, "passages": 4.0, "article": 1.0, "two_hops": 1.0, "facts": 1.2, "compared": 2.5}
 MAX_CHARACTERS = 3_000  # of a text: about 750 tokens
 HELD_OUT = 150  # questions at the end of nq_oracle.jsonl.gz that are not drawn
 NOT_SAID = "not said"  # an answer of a written document

@@ -53,7 +53,7 @@ WEIGHTS = {
     "ordinary": 4.5,
     "dialogues": 1.6,
     "paragraphs": 0.4,
-    "documents": 3.5,
+    "documents": 2.0,
     "chats": 1.0,
 }
 SWAPPED = 0.5  # share of the conversations written by hand whose values are exchanged
