@@ -12,9 +12,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chats import Asked
 from swap import Swap
-
-Asked = list[tuple[str, str]]  # questions with answers
 
 NATIONS = ["American", "British", "Canadian", "Danish", "French", "German", "Indian", "Irish", "Italian", "Japanese",
            "Mexican", "Norwegian", "Polish", "Swedish", "Australian", "Brazilian", "Turkish", "Kenyan"]  # fmt: skip
@@ -181,7 +180,8 @@ class Compared:
         kind = draw.choice(KINDS)
         things: list[str] = []
         while len(things) < 2:  # two names may be the same
-            things = list({self._name(kind): None for _ in range(draw.choice((2, 2, 3, 4, 5, 7)))})
+            n = draw.choice((2, 2, 3, 4, 5, 7))
+            things = list({self.names.filled(draw.choice(kind.names)): None for _ in range(n)})
         others = draw.sample(kind.others, min(len(kind.others), draw.choice((1, 2, 3))))
         features = [kind.first, *others]
         values = {feature: self._values(feature, len(things)) for feature in features}
@@ -204,19 +204,16 @@ class Compared:
         ]
         return " ".join(sentences)
 
-    def _name(self, kind: Kind) -> str:
-        person, place = (lambda: self.names.name("person")), (lambda: self.names.name("place"))
-        return self.random.choice(kind.names).format(n=person(), m=person(), p=place())
-
     def _values(self, feature: Feature, n: int) -> Sequence[str | int]:
         """One value a thing. Numbers differ; what is no number has few values, so that some things share one."""
         draw = self.random
         if isinstance(feature.values, range):
             return draw.sample(feature.values, n)
+        n_few = n // 2 + 1
         if isinstance(feature.values, str):
-            few = [self.names.name(feature.values) for _ in range(max(1, n // 2) + 1)]
+            few = [self.names.name(feature.values) for _ in range(n_few)]
         else:
-            few = draw.sample(list(feature.values), min(len(feature.values), max(1, n // 2) + 1))
+            few = draw.sample(feature.values, n_few)
         return draw.choices(few, k=n)
 
     def _asked(self, feature: Feature, things: Sequence[str], values: Sequence[str | int]) -> Asked:

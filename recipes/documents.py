@@ -213,8 +213,7 @@ class Documents:
             return self.random.choice(VALUES[kind])
         if known.get(kind) and self.random.random() < 0.5:
             return self.random.choice(known[kind])
-        person, place = (lambda: self.names.name("person")), (lambda: self.names.name("place"))
-        name = self.random.choice(NAMES[kind]).format(n=person(), m=person(), p=place())
+        name = self.names.filled(self.random.choice(NAMES[kind]))
         known.setdefault(kind, []).append(name)
         return name
 

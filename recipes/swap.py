@@ -83,6 +83,10 @@ class Swap:
         first, second = self.random.choice(self.names[kind]), self.random.choice(self.names[kind])
         return first if self.random.random() < 0.5 else self._joined(first, second)
 
+    def filled(self, pattern: str) -> str:
+        """A pattern with names: {n} and {m} of persons, {p} of a place."""
+        return pattern.format(n=self.name("person"), m=self.name("person"), p=self.name("place"))
+
     def _joined(self, first: str, second: str) -> str:
         """The beginning of one name and the end of another."""
         cut = max(2, len(first) // 2 + self.random.choice((-1, 0, 1)))

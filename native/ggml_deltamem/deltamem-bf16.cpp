@@ -43,8 +43,9 @@ static constexpr int64_t TOKENS = 12;        // multiplied at a time
 static constexpr int64_t CHUNK  = 256;       // elements of a row unpacked at a time: whole blocks of every type
 static constexpr int64_t FEW    = 8;         // fewer tokens are left to others
 static constexpr size_t  LINE   = 64;
-static constexpr size_t  NARROW =
-        512 * 1024; // bytes of all panels: they share the second-level cache with twelve tokens
+
+// Bytes of all panels of a narrow weight: they share the second-level cache with twelve tokens.
+static constexpr size_t NARROW = 512 * 1024;
 
 // Of a correction, whose panels lie on the stack: at most 32 KiB.
 static constexpr int64_t CORRECTED  = 8 * ROWS; // outputs at a time

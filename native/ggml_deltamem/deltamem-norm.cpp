@@ -18,17 +18,11 @@
 static constexpr int64_t LANES = 16; // rows at a time, and float32 of a register
 static constexpr int64_t FEW   = 4;  // fewer rows are summed one by one
 
-// Row r of a tensor's rows in their order.
-static char * row_of(const struct ggml_tensor * t, int64_t r) {
-    const int64_t i1 = r % t->ne[1], i2 = r / t->ne[1] % t->ne[2], i3 = r / (t->ne[1] * t->ne[2]);
-    return (char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3];
-}
-
-// The row of the weights that ggml repeats for row r of x.
-static const float * weights_of(const struct ggml_tensor * w, const struct ggml_tensor * x, int64_t r) {
+// The row of t at row r of x, in their order; a smaller t repeats its rows, as ggml repeats weights.
+static float * row_of(const struct ggml_tensor * t, const struct ggml_tensor * x, int64_t r) {
     const int64_t i1 = r % x->ne[1], i2 = r / x->ne[1] % x->ne[2], i3 = r / (x->ne[1] * x->ne[2]);
-    return (const float *) ((const char *) w->data + i1 % w->ne[1] * w->nb[1] + i2 % w->ne[2] * w->nb[2] +
-                            i3 % w->ne[3] * w->nb[3]);
+    return (float *) ((char *) t->data + i1 % t->ne[1] * t->nb[1] + i2 % t->ne[2] * t->nb[2] +
+                      i3 % t->ne[3] * t->nb[3]);
 }
 
 // sums[k] = Σ_i rows[k][i]²: squares in float32, added in double in their order.
@@ -95,7 +89,7 @@ bool ggml_cpu_deltamem_norm(const struct ggml_compute_params * params, struct gg
         const float * rows[LANES];
         double        sums[LANES];
         for (int64_t k = 0; k < LANES; k++) { // those that are missing repeat the last one
-            rows[k] = (const float *) row_of(x, row(begin + std::min(k, n_here - 1)));
+            rows[k] = row_of(x, x, row(begin + std::min(k, n_here - 1)));
         }
         if (n_here < FEW) {
             for (int64_t k = 0; k < n_here; k++) {
@@ -107,8 +101,8 @@ bool ggml_cpu_deltamem_norm(const struct ggml_compute_params * params, struct gg
         for (int64_t k = 0; k < n_here; k++) {
             const float mean  = sums[k] / n;
             const float scale = 1.0f / sqrtf(mean + eps);
-            scale_row(rows[k], scale, weights ? weights_of(weights, x, row(begin + k)) : nullptr, n,
-                      (float *) row_of(dst, row(begin + k)));
+            scale_row(rows[k], scale, weights ? row_of(weights, x, row(begin + k)) : nullptr, n,
+                      row_of(dst, x, row(begin + k)));
         }
     }
     return true;
