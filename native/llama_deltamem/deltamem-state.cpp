@@ -103,7 +103,8 @@ void llama_deltamem_state::set(uint32_t slot, const float * src) {
 
 void llama_deltamem_state::reset(uint32_t slot) {
     for (const auto & d : devices) {
-        ggml_backend_tensor_memset(d.tensor, 0, slot * d.tensor->nb[1], d.tensor->nb[1]);
+        const std::vector<uint8_t> zeros(d.tensor->nb[1]); // not every backend can fill a part of a tensor
+        ggml_backend_tensor_set(d.tensor, zeros.data(), slot * d.tensor->nb[1], zeros.size());
     }
 }
 
