@@ -5,6 +5,7 @@
 
 #include "deltamem-bf16.h"
 #include "deltamem-kernel.h"
+#include "deltamem-norm.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
@@ -19,6 +20,7 @@
 static constexpr int64_t FEW_TOKENS = 4;
 
 static constexpr int64_t CACHE_LINE = 64 / sizeof(float);
+static constexpr int64_t UNIT       = 64; // outputs of a correction: whole cache lines, whole blocks of vectors
 
 static bool takes_tiles(const struct ggml_tensor * weight) {
     return weight->type == GGML_TYPE_Q8_0 && deltamem_has_tiles();
@@ -103,13 +105,14 @@ static void forward_read(const struct ggml_compute_params * params, struct ggml_
 // A thread has a range of outputs for all tokens, or, if there are many, a range of tokens for all outputs. It takes
 // the outputs in tiles: a tile's weights, as float32 and by columns, stay in the first-level cache for all tokens. For a
 // few tokens the conversion costs more than it saves, and the kernels take weights as they are.
+//
+// `together`: of a few tokens, a range begins and ends with so many outputs, a multiple of UNIT; 0: as is best.
 static void forward_correct(const struct ggml_compute_params * params, const struct ggml_tensor * correction,
                             const float * reads, size_t read_stride, const struct ggml_tensor * added,
-                            struct ggml_tensor * dst) {
+                            struct ggml_tensor * dst, int64_t together = 0) {
     const struct ggml_tensor * out    = correction->src[0];
     const struct ggml_tensor * weight = correction->src[1];
 
-    constexpr int64_t UNIT = 64;  // outputs that one thread has together: whole cache lines, whole blocks of vectors
     constexpr int64_t TILE = 256; // outputs
     constexpr int64_t COLS = 32;  // columns of the correction at a time: a block of Q8_0
 
@@ -131,7 +134,7 @@ static void forward_correct(const struct ggml_compute_params * params, const str
         args.dst_stride                   = dst->nb[1] / sizeof(float);
         args.n_tokens                     = n_tokens;
         if (n_tokens <= FEW_TOKENS || takes_tiles(weight)) {
-            forward_product(params, args, weight->nb[1], n_out, CACHE_LINE);
+            forward_product(params, args, weight->nb[1], n_out, together ? together : CACHE_LINE);
             return;
         }
         if (ggml_cpu_deltamem_bf16_correct(params, weight, &args)) {
@@ -144,11 +147,12 @@ static void forward_correct(const struct ggml_compute_params * params, const str
     // the first of range k, if n are divided into nth ranges
     const auto bound = [params](int64_t n, int64_t k) { return n * k / params->nth; };
 
-    const int64_t n_units = (n_out + UNIT - 1) / UNIT;
+    const int64_t unit    = together ? together : UNIT;
+    const int64_t n_units = (n_out + unit - 1) / unit;
     const int64_t t0      = by_tokens ? bound(n_tokens, params->ith) : 0;
     const int64_t t1      = by_tokens ? bound(n_tokens, params->ith + 1) : n_tokens;
-    const int64_t begin   = by_tokens ? 0 : UNIT * bound(n_units, params->ith);
-    const int64_t end     = by_tokens ? n_out : std::min(n_out, UNIT * bound(n_units, params->ith + 1));
+    const int64_t begin   = by_tokens ? 0 : unit * bound(n_units, params->ith);
+    const int64_t end     = by_tokens ? n_out : std::min(n_out, unit * bound(n_units, params->ith + 1));
 
     // adds columns [j0, j0 + nj) of the weights to outputs [i0, i0 + ni) of this thread's tokens; `weights` begins
     // there
@@ -293,44 +297,53 @@ static bool takes_addition(const struct ggml_tensor * correction, const struct g
            apart(add, correction->src[1]) && apart(add, correction->src[2]);
 }
 
-// A projection, its read and its correction, of one token. Each thread computes S q of all heads for its own
-// corrections, instead of waiting for the thread that has the head; only that one writes the state.
+// A read and its correction, of one token. Each thread computes S q of all heads for its own corrections, instead of
+// waiting for the thread that has the head; only that one writes the state.
 static constexpr int64_t OWN_HEADS  = 8,
                          OWN_STATES = 1024; // the most heads, and floats of S, for which a thread does so
 
-static void forward_project_read_correct(const struct ggml_compute_params * params, struct ggml_tensor * proj,
-                                         struct ggml_tensor * read, struct ggml_tensor * correction) {
+// a thread's copy of S from before the synchronisation after which it is written
+alignas(64) static thread_local float own_states[OWN_STATES];
+
+static void copy_states(const struct ggml_tensor * read) {
+    const struct ggml_deltamem_params p       = ggml_deltamem_get_params(read);
+    const int64_t                     n_state = (int64_t) p.rank * p.rank;
+    for (int64_t head = 0; head < p.n_head; ++head) {
+        memcpy(own_states + head * n_state, head_args(read, 0, head).record, n_state * sizeof(float));
+    }
+}
+
+// norm, mul: what follows the correction (following_norm), of which a thread then has the rows that it has corrected; or
+// NULL
+static void forward_read_correct(const struct ggml_compute_params * params, struct ggml_tensor * read,
+                                 struct ggml_tensor * correction, const struct ggml_tensor * norm,
+                                 struct ggml_tensor * mul) {
     const struct ggml_deltamem_params p = ggml_deltamem_get_params(read);
 
-    const int64_t n_state = (int64_t) p.rank * p.rank;
+    const int64_t n_state                             = (int64_t) p.rank * p.rank;
+    const int32_t only_read[GGML_DELTAMEM_PLAN_TOKEN] = { 0, 0 };
 
-    alignas(64) float states[OWN_STATES];
     alignas(64) float reads[OWN_HEADS * GGML_DELTAMEM_MAX_RANK];
 
-    struct deltamem_head_args heads[OWN_HEADS];
-
-    // a copy of S from before the barrier, after which it is written
     for (int64_t head = 0; head < p.n_head; ++head) {
-        heads[head] = head_args(read, 0, head);
-        memcpy(states + head * n_state, heads[head].record, n_state * sizeof(float));
-    }
-    forward_project(params, proj);
-    ggml_barrier(params->threadpool);
-
-    const int32_t only_read[GGML_DELTAMEM_PLAN_TOKEN] = { 0, 0 };
-    for (int64_t head = 0; head < p.n_head; ++head) {
-        struct deltamem_head_args & args = heads[head];
+        struct deltamem_head_args args = head_args(read, 0, head);
         if (head % params->nth == params->ith) {
             deltamem_head_forward(&args);
             memcpy(reads + head * p.rank, args.read + head * p.rank, p.rank * sizeof(float));
             continue;
         }
-        args.record  = states + head * n_state;
+        args.record  = own_states + head * n_state;
         args.read    = reads;
         args.entries = only_read;
         deltamem_head_forward(&args);
     }
-    forward_correct(params, correction, reads, p.n_head * p.rank, nullptr, correction);
+    const int64_t n_row = norm ? norm->ne[0] : 0;
+    forward_correct(params, correction, reads, p.n_head * p.rank, nullptr, correction, n_row);
+    if (norm) {
+        const int64_t n_rows = ggml_nrows(norm);
+        ggml_cpu_deltamem_norm_rows(norm, mul, n_rows * params->ith / params->nth,
+                                    n_rows * (params->ith + 1) / params->nth);
+    }
 }
 
 static bool takes_correction(const struct ggml_tensor * read, const struct ggml_tensor * correction) {
@@ -349,38 +362,124 @@ static bool takes_correction(const struct ggml_tensor * read, const struct ggml_
            p.n_head <= OWN_HEADS && p.n_head * p.rank * p.rank <= OWN_STATES;
 }
 
-int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
+// whether nodes [begin, end) are in the graph and have something to compute
+static bool are_computed(const struct ggml_cgraph * cgraph, int begin, int end) {
+    if (end > cgraph->n_nodes) {
+        return false;
+    }
+    return std::all_of(cgraph->nodes + begin, cgraph->nodes + end, [](const struct ggml_tensor * node) {
+        return (node->flags & GGML_TENSOR_FLAG_COMPUTE) && !ggml_is_empty(node);
+    });
+}
+
+// whether nodes i and i + 1 are a projection that forward_project computes, and its read
+static bool takes_projection(const struct ggml_cgraph * cgraph, int i) {
     if (i + 1 >= cgraph->n_nodes) {
+        return false;
+    }
+    const struct ggml_tensor * projection = cgraph->nodes[i];
+    const struct ggml_tensor * read       = cgraph->nodes[i + 1];
+    if (projection->op != GGML_OP_MUL_MAT || read->op != GGML_OP_DELTAMEM || read->src[0] != projection ||
+        !are_computed(cgraph, i, i + 2) || ggml_deltamem_get_kind(read) != GGML_DELTAMEM_READ ||
+        !takes_projection(projection)) {
+        return false;
+    }
+    ggml_deltamem_check(read);
+    return true;
+}
+
+// whether node i, the correction that follows a projection and its read, is computed with the read
+static bool takes_correction(const struct ggml_cgraph * cgraph, int i) {
+    return i < cgraph->n_nodes && takes_correction(cgraph->nodes[i - 1], cgraph->nodes[i]);
+}
+
+// Where the norm of the correction at node i is, whose rows lie one after the other in the correction, if it and the
+// multiplication by weights after it may be computed with a read and that correction; else 0.
+static int following_norm(const struct ggml_cgraph * cgraph, int i) {
+    const struct ggml_tensor * correction = cgraph->nodes[i];
+    const struct ggml_tensor * read       = correction->src[2];
+
+    int j = i + 1;
+    while (j < cgraph->n_nodes && ggml_op_is_empty(cgraph->nodes[j]->op)) { // the correction as rows
+        ++j;
+    }
+    if (j + 2 > cgraph->n_nodes || !are_computed(cgraph, j, j + 2) ||
+        !ggml_can_fuse(cgraph, j, { GGML_OP_RMS_NORM, GGML_OP_MUL })) {
         return 0;
     }
-    struct ggml_tensor * node = cgraph->nodes[i];
-    struct ggml_tensor * next = cgraph->nodes[i + 1];
-
-    const bool is_projection = node->op == GGML_OP_MUL_MAT && next->op == GGML_OP_DELTAMEM && next->src[0] == node;
-    const bool is_correction = node->op == GGML_OP_DELTAMEM && next->op == GGML_OP_ADD;
-    if (!(is_projection || is_correction) || !(node->flags & next->flags & GGML_TENSOR_FLAG_COMPUTE) ||
-        ggml_is_empty(node) || ggml_is_empty(next)) {
+    const struct ggml_tensor * norm    = cgraph->nodes[j];
+    const struct ggml_tensor * mul     = cgraph->nodes[j + 1];
+    const struct ggml_tensor * rows    = norm->src[0];
+    const struct ggml_tensor * weights = mul->src[mul->src[0] == norm ? 1 : 0];
+    if (rows->data != correction->data || !ggml_is_contiguous(rows) || !ggml_is_contiguous(correction) ||
+        !ggml_is_contiguous(mul) || ggml_nelements(rows) != ggml_nelements(correction) || rows->ne[0] % UNIT != 0 ||
+        !weights->data || !mul->data || weights->ne[0] != rows->ne[0] || !ggml_cpu_deltamem_takes_norm(norm, mul)) {
         return 0;
     }
+    // threads are at different nodes: the result may have the memory of its own rows, and of nothing else
+    bool sound = apart(mul, read) && apart(mul, weights) && apart(mul, correction->src[1]);
+    for (const struct ggml_tensor * of_rows : { correction, (const struct ggml_tensor *) correction->src[0] }) {
+        sound = sound && (mul->data == of_rows->data || apart(mul, of_rows));
+    }
+    for (int k = 0; k < 4; ++k) {
+        sound = sound && apart(mul, read->src[k]);
+    }
+    return sound ? j : 0;
+}
 
-    if (is_projection && ggml_deltamem_get_kind(next) == GGML_DELTAMEM_READ && takes_projection(node)) {
-        ggml_deltamem_check(next);
-        if (i + 2 < cgraph->n_nodes && takes_correction(next, cgraph->nodes[i + 2])) {
-            forward_project_read_correct(params, node, next, cgraph->nodes[i + 2]);
-            return 2;
+// Whether the projection at node i is computed ahead of the product at node i - 1, which has the same input: the
+// synchronisation after that product is then the projection's, too. Both nodes ask this, in turn.
+static bool joins_product(const struct ggml_cgraph * cgraph, int i) {
+    if (i < 1 || !takes_projection(cgraph, i)) {
+        return false;
+    }
+    const struct ggml_tensor * product    = cgraph->nodes[i - 1];
+    const struct ggml_tensor * projection = cgraph->nodes[i];
+    return product->op == GGML_OP_MUL_MAT && are_computed(cgraph, i - 1, i) && product->src[1] == projection->src[1] &&
+           projection->ne[1] <= FEW_TOKENS && apart(projection, product) && apart(projection, product->src[0]) &&
+           apart(projection, product->src[1]);
+}
+
+int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
+    struct ggml_tensor ** nodes = cgraph->nodes + i;
+
+    // a product, whose own computation is ggml's, and a projection
+    if (nodes[0]->op == GGML_OP_MUL_MAT && joins_product(cgraph, i + 1)) {
+        if (takes_correction(cgraph, i + 3)) {
+            copy_states(nodes[2]);
         }
-        forward_project(params, node);
-        ggml_barrier(params->threadpool);
-        forward_read(params, next);
+        forward_project(params, nodes[1]);
+        return 0;
+    }
+
+    // a projection, its read and perhaps a correction
+    if (takes_projection(cgraph, i)) {
+        const bool corrects = takes_correction(cgraph, i + 2);
+        if (!joins_product(cgraph, i)) {
+            if (corrects) {
+                copy_states(nodes[1]);
+            }
+            forward_project(params, nodes[0]);
+            ggml_barrier(params->threadpool);
+        }
+        if (corrects) {
+            const int norm = following_norm(cgraph, i + 2);
+            forward_read_correct(params, nodes[1], nodes[2], norm ? cgraph->nodes[norm] : nullptr,
+                                 norm ? cgraph->nodes[norm + 1] : nullptr);
+            return norm ? norm + 1 - i : 2;
+        }
+        forward_read(params, nodes[1]);
         return 1;
     }
 
-    if (is_correction && ggml_deltamem_get_kind(node) == GGML_DELTAMEM_CORRECT &&
+    // a correction and an addition
+    if (nodes[0]->op == GGML_OP_DELTAMEM && are_computed(cgraph, i, i + 2) && nodes[1]->op == GGML_OP_ADD &&
+        ggml_deltamem_get_kind(nodes[0]) == GGML_DELTAMEM_CORRECT &&
         ggml_can_fuse(cgraph, i, { GGML_OP_DELTAMEM, GGML_OP_ADD })) {
-        const struct ggml_tensor * added = next->src[next->src[0] == node ? 1 : 0];
-        ggml_deltamem_check(node);
-        if (takes_addition(node, next, added)) {
-            forward_correct(params, node, added, next);
+        const struct ggml_tensor * added = nodes[1]->src[nodes[1]->src[0] == nodes[0] ? 1 : 0];
+        ggml_deltamem_check(nodes[0]);
+        if (takes_addition(nodes[0], nodes[1], added)) {
+            forward_correct(params, nodes[0], added, nodes[1]);
             return 1;
         }
     }

@@ -21,9 +21,11 @@ static inline bool ggml_cpu_deltamem_fuses(const struct ggml_tensor * node) {
 
 // Computes node i of the graph together with the nodes that follow it, where that saves a synchronisation of all
 // threads:
-//     packed projection, read [, correction]   up to four tokens, or more by AMX; with the correction, one token
+//     product, packed projection               up to four tokens: the projection only, ahead of the product
+//     packed projection, read [, correction [, norm of its rows, weights]]
+//                                              up to four tokens, or more by AMX; with the correction, one token
 //     correction, addition
-// Returns the number of nodes computed besides i: 1 or 2, or 0 if nothing was done.
+// Returns the number of nodes besides i that are done, or 0 if node i itself is still to be computed.
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i);
 
 // Whether threads wait at OpenMP's barrier instead of deltamem-wait.h's: if the environment said how OpenMP waits when

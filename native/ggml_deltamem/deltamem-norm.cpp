@@ -68,24 +68,17 @@ static bool takes(const struct ggml_tensor * norm, const struct ggml_tensor * we
            (!weights || (weights->type == GGML_TYPE_F32 && weights->nb[0] == sizeof(float)));
 }
 
-bool ggml_cpu_deltamem_norm(const struct ggml_compute_params * params, struct ggml_tensor * norm,
-                            struct ggml_tensor * mul) {
-    const struct ggml_tensor * x       = norm->src[0];
-    const struct ggml_tensor * weights = mul ? mul->src[mul->src[0] == norm ? 1 : 0] : nullptr;
-    struct ggml_tensor *       dst     = mul ? mul : norm;
-    if (params->use_ref || !takes(norm, weights, dst)) {
-        return false;
-    }
-    const int64_t n = x->ne[0], n_rows = ggml_nrows(x);
-    float         eps;
+// the norms of n rows, from `first` on and `step` apart
+static void norm_rows(const struct ggml_tensor * norm, const struct ggml_tensor * weights, struct ggml_tensor * dst,
+                      int64_t first, int64_t step, int64_t n) {
+    const struct ggml_tensor * x = norm->src[0];
+
+    float eps;
     memcpy(&eps, norm->op_params, sizeof(eps));
+    const auto row = [&](int64_t k) { return first + k * step; };
 
-    // every nth row, as ggml shares out those of a matrix
-    const int64_t own = n_rows > params->ith ? (n_rows - params->ith + params->nth - 1) / params->nth : 0;
-    const auto    row = [&](int64_t k) { return params->ith + k * params->nth; };
-
-    for (int64_t begin = 0; begin < own; begin += LANES) {
-        const int64_t n_here = std::min(own - begin, LANES);
+    for (int64_t begin = 0; begin < n; begin += LANES) {
+        const int64_t n_here = std::min(n - begin, LANES);
         const float * rows[LANES];
         double        sums[LANES];
         for (int64_t k = 0; k < LANES; k++) { // those that are missing repeat the last one
@@ -93,19 +86,43 @@ bool ggml_cpu_deltamem_norm(const struct ggml_compute_params * params, struct gg
         }
         if (n_here < FEW) {
             for (int64_t k = 0; k < n_here; k++) {
-                sums[k] = sum_squares(rows[k], n);
+                sums[k] = sum_squares(rows[k], x->ne[0]);
             }
         } else {
-            sum_squares(rows, n, sums);
+            sum_squares(rows, x->ne[0], sums);
         }
         for (int64_t k = 0; k < n_here; k++) {
-            const float mean  = sums[k] / n;
+            const float mean  = sums[k] / x->ne[0];
             const float scale = 1.0f / sqrtf(mean + eps);
-            scale_row(rows[k], scale, weights ? row_of(weights, x, row(begin + k)) : nullptr, n,
+            scale_row(rows[k], scale, weights ? row_of(weights, x, row(begin + k)) : nullptr, x->ne[0],
                       row_of(dst, x, row(begin + k)));
         }
     }
+}
+
+static const struct ggml_tensor * weights_of(const struct ggml_tensor * norm, const struct ggml_tensor * mul) {
+    return mul ? mul->src[mul->src[0] == norm ? 1 : 0] : nullptr;
+}
+
+bool ggml_cpu_deltamem_norm(const struct ggml_compute_params * params, struct ggml_tensor * norm,
+                            struct ggml_tensor * mul) {
+    if (params->use_ref || !ggml_cpu_deltamem_takes_norm(norm, mul)) {
+        return false;
+    }
+    // every nth row, as ggml shares out those of a matrix
+    const int64_t n_rows = ggml_nrows(norm->src[0]);
+    const int64_t own    = n_rows > params->ith ? (n_rows - params->ith + params->nth - 1) / params->nth : 0;
+    norm_rows(norm, weights_of(norm, mul), mul ? mul : norm, params->ith, params->nth, own);
     return true;
+}
+
+bool ggml_cpu_deltamem_takes_norm(const struct ggml_tensor * norm, const struct ggml_tensor * mul) {
+    return takes(norm, weights_of(norm, mul), mul ? mul : norm);
+}
+
+void ggml_cpu_deltamem_norm_rows(const struct ggml_tensor * norm, struct ggml_tensor * mul, int64_t begin,
+                                 int64_t end) {
+    norm_rows(norm, weights_of(norm, mul), mul, begin, 1, end - begin);
 }
 
 #else
@@ -116,6 +133,21 @@ bool ggml_cpu_deltamem_norm(const struct ggml_compute_params * params, struct gg
     GGML_UNUSED(norm);
     GGML_UNUSED(mul);
     return false;
+}
+
+bool ggml_cpu_deltamem_takes_norm(const struct ggml_tensor * norm, const struct ggml_tensor * mul) {
+    GGML_UNUSED(norm);
+    GGML_UNUSED(mul);
+    return false;
+}
+
+void ggml_cpu_deltamem_norm_rows(const struct ggml_tensor * norm, struct ggml_tensor * mul, int64_t begin,
+                                 int64_t end) {
+    GGML_UNUSED(norm);
+    GGML_UNUSED(mul);
+    GGML_UNUSED(begin);
+    GGML_UNUSED(end);
+    GGML_ABORT("norms are not taken here");
 }
 
 #endif

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <stdbool.h>
+#include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -17,6 +18,12 @@ struct ggml_tensor;
 // done, ggml computes it. All threads call it.
 bool ggml_cpu_deltamem_norm(const struct ggml_compute_params * params, struct ggml_tensor * norm,
                             struct ggml_tensor * mul);
+
+// Whether it would compute these; mul may be NULL.
+bool ggml_cpu_deltamem_takes_norm(const struct ggml_tensor * norm, const struct ggml_tensor * mul);
+
+// Rows [begin, end) of those that ggml_cpu_deltamem_takes_norm takes, by the thread that calls it.
+void ggml_cpu_deltamem_norm_rows(const struct ggml_tensor * norm, struct ggml_tensor * mul, int64_t begin, int64_t end);
 
 #ifdef __cplusplus
 }

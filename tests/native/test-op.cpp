@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <numeric>
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -43,6 +44,8 @@ public:
     }
 
     bool compute() { return ggml_backend_graph_compute(backend, cgraph) == GGML_STATUS_SUCCESS; }
+
+    ggml_tensor * node(int i) { return ggml_graph_node(cgraph, i); }
 
 private:
     struct deleter {
@@ -325,15 +328,20 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
     ggml_free(ctx);
 }
 
+static constexpr float EPSILON = 1e-6f; // of norms
+
 // A packed projection, the read of its tokens, one of each sequence, and a correction by it, which a backend may compute as
 // one: against double precision, twice in a row; every number of threads gives the same bits. Where a backend may round, its
 // inputs are multiples of 1/32 and its weights of half precision, which no type of a product rounds. What is corrected is the
 // graph's own, so that the result takes its place, or it must stay and is as large as the projection, whose place the result
-// then takes: there the three cannot be computed as one.
+// then takes: there the three cannot be computed as one. Or it is a product of the same input, as in a layer: a backend may
+// compute the projection together with that.
 enum correction {
     NO_CORRECTION,
     CORRECTION,
-    CORRECTION_IN_THE_PLACE_OF_THE_PROJECTION
+    CORRECTION_IN_THE_PLACE_OF_THE_PROJECTION,
+    CORRECTION_OF_A_PRODUCT,
+    NORMED_CORRECTION_OF_A_PRODUCT, // in rows of 128 outputs, then multiplied by weights, like the queries of many models
 };
 
 static void test_projected_read(const tested & on, ggml_type type, int n_embd, const shape & s, correction corrected) {
@@ -350,16 +358,27 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
     ggml_tensor *  bias   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ggml_deltamem_n_gates(&p));
     ggml_tensor *  state  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_slot, n_slots);
     ggml_tensor *  plan   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_deltamem_n_plan(s.n_seqs, s.n_seqs));
-    const int64_t  n_out  = corrected == CORRECTION_IN_THE_PLACE_OF_THE_PROJECTION ? n_proj : 1000;
+    const int64_t  n_out  = corrected == CORRECTION_IN_THE_PLACE_OF_THE_PROJECTION ? n_proj
+                            : corrected == NORMED_CORRECTION_OF_A_PRODUCT          ? 1024
+                                                                                   : 1000;
     ggml_tensor *  out    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, s.n_seqs);
     const bool     rows   = ggml_is_quantized(type) && n_read % ggml_blck_size(type) == 0; // else no such weights exist
     ggml_tensor * delta = rows ? ggml_new_tensor_2d(ctx, type, n_read, n_out)
                                : ggml_new_tensor_2d(ctx, ggml_is_quantized(type) ? GGML_TYPE_F16 : type, n_out, n_read);
-    ggml_context * nodes  = ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true });
+    ggml_context * nodes  = ggml_init({ ggml_tensor_overhead() * 16 + ggml_graph_overhead(), nullptr, true });
     ggml_tensor *  proj_t = ggml_deltamem_mul_mat(nodes, weight, input);
     ggml_tensor *  node   = ggml_deltamem(nodes, proj_t, bias, state, plan, p);
-    ggml_tensor *  own    = corrected == CORRECTION ? ggml_cont(nodes, out) : out;
+    ggml_tensor *  wide   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd, n_out);
+    ggml_tensor *  own    = corrected == CORRECTION                ? ggml_cont(nodes, out)
+                            : corrected >= CORRECTION_OF_A_PRODUCT ? ggml_deltamem_mul_mat(nodes, wide, input)
+                                                                   : out;
     ggml_tensor *  last   = corrected ? ggml_deltamem_correct(nodes, own, delta, node) : node;
+    constexpr int  N_ROW  = 128;
+    ggml_tensor *  scales = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, N_ROW);
+    if (corrected == NORMED_CORRECTION_OF_A_PRODUCT) {
+        last = ggml_reshape_3d(nodes, last, N_ROW, n_out / N_ROW, s.n_seqs);
+        last = ggml_mul(nodes, ggml_rms_norm(nodes, last, EPSILON), scales);
+    }
     ggml_set_output(node);
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, on.backend);
     allocated_graph       graph(on.backend, nodes, last);
@@ -368,6 +387,9 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
         check(last->data == proj_t->data,
               "the correction has another place than the projection: the test tests nothing");
     }
+
+    check(corrected < CORRECTION_OF_A_PRODUCT || (graph.node(0) == own && graph.node(1) == proj_t),
+          "the product is not right before the projection: the test tests nothing");
 
     const auto set = [&](ggml_tensor * t, const std::vector<float> & x) {
         ggml_backend_tensor_set(t, x.data(), 0, ggml_nbytes(t));
@@ -406,9 +428,17 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
     }
     const int32_t * entries = plan_data.data() + GGML_DELTAMEM_PLAN_SEQ * s.n_seqs;
 
-    std::vector<float> outs(n_out * s.n_seqs), deltas(n_out * n_read);
-    for (float & value : outs) {
-        value = random.normal();
+    std::vector<float> outs(n_out * s.n_seqs), deltas(n_out * n_read), wides(n_embd * n_out);
+    for (float & value : wides) {
+        value = (random.below(65) - 32) / 256.0f;
+    }
+    for (int64_t i = 0; i < n_out * s.n_seqs; ++i) {
+        double sum = random.normal();
+        if (corrected >= CORRECTION_OF_A_PRODUCT) {
+            sum = std::inner_product(&x[i / n_out * n_embd], &x[i / n_out * n_embd] + n_embd,
+                                     &wides[i % n_out * n_embd], 0.0);
+        }
+        outs[i] = (float) sum;
     }
     for (float & value : deltas) {
         value = random.normal();
@@ -416,7 +446,14 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
 
     set(input, x);
     set(bias, biases);
+    std::vector<float> scale_data(N_ROW);
+    for (float & value : scale_data) {
+        value = random.normal();
+    }
+
     set(out, outs);
+    set(wide, wides);
+    set(scales, scale_data);
     set_weights(delta, deltas);
     ggml_backend_tensor_set(plan, plan_data.data(), 0, ggml_nbytes(plan));
     set_weights(weight, weights);
@@ -434,7 +471,12 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
 
     char name[128];
     snprintf(name, sizeof(name), "projection %s of %d, read%s: rank %d, heads %d, sequences %d, flags %d",
-             ggml_type_name(type), n_embd, corrected ? ", correction" : "", s.rank, s.n_head, s.n_seqs, s.flags);
+             ggml_type_name(type), n_embd,
+             corrected == NORMED_CORRECTION_OF_A_PRODUCT ? ", correction of a product, norm"
+             : corrected == CORRECTION_OF_A_PRODUCT      ? ", correction of a product"
+             : corrected                                 ? ", correction"
+                                                         : "",
+             s.rank, s.n_head, s.n_seqs, s.flags);
 
     nmse               error;
     std::vector<float> first[2];
@@ -467,13 +509,22 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
                 for (size_t i = 0; i < got.size(); ++i) {
                     error.add(got[i], read[i]);
                 }
-                for (int64_t i = 0; corrected && i < n_out * s.n_seqs; ++i) {
-                    double expected = outs[i];
+                std::vector<double> expected(corrected ? n_out * s.n_seqs : 0);
+                for (int64_t i = 0; i < (int64_t) expected.size(); ++i) {
+                    expected[i] = outs[i];
                     for (int64_t j = 0; j < n_read; ++j) {
-                        expected += (double) deltas[rows ? i % n_out * n_read + j : j * n_out + i % n_out] *
-                                    read[i / n_out * n_read + j];
+                        expected[i] += (double) deltas[rows ? i % n_out * n_read + j : j * n_out + i % n_out] *
+                                       read[i / n_out * n_read + j];
                     }
-                    error.add(got_outs[i], expected);
+                }
+                for (int64_t i = 0; i < (int64_t) expected.size(); ++i) {
+                    double scale = 1.0;
+                    if (corrected == NORMED_CORRECTION_OF_A_PRODUCT) {
+                        const double * row = &expected[i / N_ROW * N_ROW];
+                        scale = scale_data[i % N_ROW] /
+                                std::sqrt(std::inner_product(row, row + N_ROW, row, 0.0) / N_ROW + EPSILON);
+                    }
+                    error.add(got_outs[i], expected[i] * scale);
                 }
             }
             got.insert(got.end(), got_slots.begin(), got_slots.end());
@@ -700,7 +751,8 @@ static void test(const tested & on) {
         }
         for (int flags : { NORMALIZE | ROWS, NORMALIZE | ROWS | SEGMENTS }) {
             for (int n_embd : { 2560, ggml_is_quantized(type) ? 96 : 100 }) {
-                for (correction c : { NO_CORRECTION, CORRECTION, CORRECTION_IN_THE_PLACE_OF_THE_PROJECTION }) {
+                for (correction c : { NO_CORRECTION, CORRECTION, CORRECTION_IN_THE_PLACE_OF_THE_PROJECTION,
+                                      CORRECTION_OF_A_PRODUCT, NORMED_CORRECTION_OF_A_PRODUCT }) {
                     test_projected_read(on, type, n_embd, { 8, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, flags }, c);
                     test_projected_read(on, type, n_embd, { 8, 4, 1, 1, GGML_DELTAMEM_LAMBDA_SEPARATE, flags }, c);
                     test_projected_read(on, type, n_embd, { 7, 3, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, flags }, c);
