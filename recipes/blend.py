@@ -19,7 +19,7 @@ import safetensors.numpy
 from pydeltamem.errors import DeltaMemError, InputError, OutputError
 from pydeltamem.formats import kinds
 from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
-from pydeltamem.formats.outputs import check_target, make_folder, writing
+from pydeltamem.formats.outputs import check_target, make_folder, refuse_inputs, writing
 
 
 def blend(shares: Sequence[tuple[Path, float]], out: Path) -> None:
@@ -27,6 +27,9 @@ def blend(shares: Sequence[tuple[Path, float]], out: Path) -> None:
     total = sum(share for _, share in shares)
     if not shares or min(share for _, share in shares) < 0 or not np.isfinite(total) or total == 0:
         raise InputError("shares must be numbers of at least 0, and not all 0")
+    refuse_inputs(out, [folder for folder, _ in shares])
+    if (out / WEIGHTS[0]).exists():
+        raise InputError(f"{out / WEIGHTS[0]}: would be read instead of the blend beside it: name another folder")
     first: Checkpoint | None = None
     sums: dict[str, np.ndarray] = {}
     for folder, share in shares:

@@ -35,7 +35,8 @@ def main() -> None:
     for run in runs:
         for memory, ratios in run["ratios"].items():
             for name, of in ratios.items():
-                print(f"- {memory}: {RATIOS[name]}: {of['ratio']:.2f} ({of['low']:.2f}–{of['high']:.2f})")
+                high = "∞" if of["high"] is None else f"{of['high']:.2f}"
+                print(f"- {memory}: {RATIOS[name]}: {of['ratio']:.2f} ({of['low']:.2f}–{high})")
 
 
 if __name__ == "__main__":

@@ -97,6 +97,12 @@ NAMES = {
 }
 
 
+def drawable(paragraphs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The questions of nq_oracle.jsonl.gz but those held out, and others about the same texts."""
+    texts = {item["ctxs"][0]["text"] for item in paragraphs[-HELD_OUT:]}
+    return [item for item in paragraphs[:-HELD_OUT] if item["ctxs"][0]["text"] not in texts]
+
+
 class Documents:
     """Draws documents as conversations: the text in a message, its questions each on its own.
 
@@ -115,7 +121,7 @@ class Documents:
         draw: random.Random,
     ):
         self.random, self.names = draw, names
-        self.written, self.paragraphs, self.hops = written, paragraphs[:-HELD_OUT], hops
+        self.written, self.paragraphs, self.hops = written, drawable(paragraphs), hops
         self.articles = [(article["context"], _found(article)) for article in articles]
         self.articles = [(text, found) for text, found in self.articles if found]
         self.chats = Chats(written, draw)

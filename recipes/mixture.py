@@ -138,15 +138,15 @@ class Mixture:
         self.natural = lines(HERE / "natural" / "train.jsonl.gz")
         self.swap = Swap((ask for one in self.natural for ask in one["asks"]), self.random)
         self.dialogues = [x for x in lines(data / "train" / "sgd.jsonl.gz") if x["said"]][HELD_OUT:]
-        self.paragraphs = lines(data / "train" / "nq_oracle.jsonl.gz")
         self.documents = Documents(
             lines(HERE / "documents" / "train.jsonl.gz"),
-            self.paragraphs,
+            lines(data / "train" / "nq_oracle.jsonl.gz"),
             lines(data / "train" / "covidqa.jsonl.gz"),
             lines(data / "train" / "hotpot_train_100.jsonl.gz"),
             self.swap,
             self.random,
         )
+        self.paragraphs = self.documents.paragraphs  # without those held out
         self.requests = lines(ordinary) if ordinary else []
         self.weights = {name: weight for name, weight in WEIGHTS.items() if name != "ordinary" or self.requests}
 

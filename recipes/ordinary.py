@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from documents import drawable
 from mixture import DATA, HERE, lines
 
 from pydeltamem.evals.asker import Ask, Asker, Shared
@@ -56,7 +57,7 @@ def quoting(made: Iterable[str], asked: Iterable[str]) -> list[str]:
 def requests(data: Path, seed: int) -> list[str]:
     draw = random.Random(seed)
     made = [item["prompt"] for item in lines(HERE / "ordinary" / "requests.jsonl.gz")]
-    questions = [item["question"] for item in lines(data / "train" / "nq_oracle.jsonl.gz")]
+    questions = [item["question"] for item in drawable(lines(data / "train" / "nq_oracle.jsonl.gz"))]
     made += [f"{question[0].upper()}{question[1:]}?" for question in draw.sample(questions, 220)]
     natural = lines(HERE / "natural" / "train.jsonl.gz")
     later = [m["content"] for x in natural for m in x["messages"][2:] if m["role"] == "user" and len(m["content"]) > 25]

@@ -22,6 +22,11 @@ NATURAL = Path(scoring.__file__).with_name("natural.jsonl")
         ("Ines", "Inés"),
         ("Ben’s", "Ben"),
         ("You see The Who.", "the who"),
+        ("the who", "the who"),
+        ("Who?", "the who"),
+        ("It is the us.", "us"),
+        ("In the US.", "us"),
+        ("You live in US", "us"),
         ("Your noodles", "noodle"),
         ("You have 4 brothers.", "four"),
         ("four", "4"),
@@ -69,6 +74,9 @@ def test_a_value_is_known_however_it_is_written(answer, value):
         ("11:30", "1:30"),
         ("from 10 to 13", "12:50"),
         ("half to five", "4:30"),
+        ("I don't know who you are.", "the who"),
+        ("Who are you?", "the who"),
+        ("Please tell us more.", "us"),
     ],
 )
 def test_another_value_is_not(answer, value):

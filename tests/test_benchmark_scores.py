@@ -66,9 +66,18 @@ def test_memory_agent_bench_takes_a_substring():
 
 @pytest.mark.parametrize(
     ("answer", "letter"),
-    [("B", "B"), ("(C) 12 J", "C"), ("The correct answer is (D).", "D"), ("**Answer: A**", "A"), ("no idea", "")],
-)
+    [
+        ("B", "B"), ("(C) 12 J", "C"), ("The correct answer is (D).", "D"), ("**Answer: A**", "A"), ("no idea", ""),
+        ("The correct answer is: B", "B"), ("The answer is: **B**", "B"), ("The correct choice is B.", "B"),
+        ("The right option is (c)", "C"), ("The answer is option B.", "B"), ("answer: a", "A"), ("answer B", "B"),
+        ("The answer is a photon.", ""), ("A photon.", ""), ("I cannot answer a question like this", ""),
+        ("A close look shows the answer is C", "C"), ("The answer is A because of", "A"), ("A is right.", "A"),
+        ("A", "A"), ("a) 12 J", "A"), ("A 12 J", "A"), ("A\nthe first", "A"), ("**A**", "A"), ("D-glucose", ""),
+        ("C. 12 J, as the answer is C", "C"), ("Answer:\nD", "D"), ("C because (A) is wrong", "C"),
+    ],
+)  # fmt: skip
 def test_the_letter_of_a_choice(answer, letter):
+    """The article is no choice."""
     assert gpqa.letter_of(answer) == letter
 
 

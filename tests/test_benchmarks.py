@@ -153,6 +153,24 @@ def test_parquet(tmp_path):
     assert one == other and one[0].context == other[0].context
 
 
+@pytest.mark.parametrize("name", ["qa", "hotpotqa", "memory-agent-bench"])
+def test_only_a_line_feed_ends_a_line_of_json(name, tmp_path):
+    record = json.loads(FILES[name][1 if name == "qa" else 0])
+    record = {**(record[0] if name == "hotpotqa" else record), "note": "\u2028 \u2029 \x85 \x1c"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert len(items_of(BENCHMARKS[name][0], str(tmp_path / "x.jsonl"))) == 1
+
+
+def test_a_single_answer_is_one(tmp_path):
+    """Given as a plain string, where a list of right answers is usual."""
+    for name, record in (
+        ("qa", {"context": "Built in 1889.", "qa": [["When?", "1889"]]}),
+        ("memory-agent-bench", {"context": "0. Built in 1889.", "questions": ["When?"], "answers": ["1889"]}),
+    ):
+        (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n")
+        assert [item.answers for item in items_of(BENCHMARKS[name][0], str(tmp_path / "x.jsonl"))] == [("1889",)]
+
+
 def test_limits_and_shards_are_parts_of_the_questions(tmp_path):
     items = items_of(BENCHMARKS["locomo"][0], str(locomo(tmp_path, 3)))
     some = chosen(items, 7, 1, (1, 1))
@@ -500,6 +518,26 @@ def test_a_file_that_is_none_or_cannot_be_written(whole, tmp_path, capsys, monke
     check_names(capsys.readouterr().err.strip(), [tmp_path / "new" / "locomo.jsonl"])
 
 
+def test_an_unfinished_first_line(whole, tmp_path, capsys):
+    """The beginning of the run's own setup is gone on with; anything else stays, the questions themselves, too."""
+    path, folder = whole
+    data, file = (folder / "locomo.jsonl").read_bytes(), tmp_path / "locomo.jsonl"
+    for text in (b'{"my": "notes"}', b"one line\rand another", data.partition(b"\n")[0] + b"x"):
+        file.write_bytes(text)
+        assert main(command(path, tmp_path)) == 1
+        check_names(capsys.readouterr().err.strip(), [file, "--output"])
+        assert file.read_bytes() == text
+    questions = tmp_path / "qa.jsonl"
+    questions.write_text(FILES["qa"][1])  # which ends without a line feed
+    assert main(["eval", "qa", "--data", str(questions), "-o", str(tmp_path), "-t", "1"]) == 1
+    check_names(capsys.readouterr().err.strip(), [questions, "--output"])
+    assert questions.read_text() == FILES["qa"][1]
+    for n in (0, 20):
+        file.write_bytes(data[:n])
+        assert main(command(path, tmp_path)) == 0
+        assert file.read_bytes() == data
+
+
 def test_some_kinds_and_a_model_without_adapters(tmp_path):
     model = default_files()[0]
     options = ["--kinds", "temporal,open", "-m", str(model), "-t", "1"]
@@ -610,6 +648,25 @@ def test_files_that_do_not_fit_together(tmp_path):
     with pytest.raises(InputError) as error:
         results_of([answers_of(tmp_path / "3.jsonl")])
     check_names(str(error.value), [tmp_path / "3.jsonl"])
+
+
+def test_answers_with_separators_of_lines(tmp_path):
+    path = answers_of(tmp_path / "x.jsonl", x=(1, "Lima"), y=(0, "here"))
+    path.write_text(path.read_text().replace("here", "one\u2028two\x85three"), encoding="utf-8")
+    assert [(row.n, row.mean.value) for row in results_of([path]).rows] == [(2, 0.5)]
+
+
+def test_benchmarks_are_drawn_apart(tmp_path):
+    """Where one is right and the other wrong in the same row, their mean is no surer than where both are right."""
+    rights = {"qa": [1, 0] * 20, "locomo": [0, 1] * 20}
+    for benchmark, right in rights.items():
+        for method, scores in (("a/memory", right), ("backbone", [1] * 40)):
+            of = {f"{i:02}": (score, "x") for i, score in enumerate(scores)}
+            answers_of(tmp_path / f"{benchmark}-{method[0]}.jsonl", benchmark, method=method, **of)
+    (mean,) = [of.ratio for of in results_of([tmp_path]).ratios if of.benchmark == "average"]
+    error = 1.96 * 0.5 / 80**0.5  # of the mean of 80 rights and wrongs
+    assert mean.value == 0.5
+    assert mean.low == pytest.approx(0.5 - error, abs=0.03) and mean.high == pytest.approx(0.5 + error, abs=0.03)
 
 
 def test_a_report_of_nothing(tmp_path, capsys):

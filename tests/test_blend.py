@@ -61,3 +61,22 @@ def test_what_cannot_be_averaged(two, golden_dir, tmp_path):
     with refuses(OutputError, out):
         blend([(two[0], 1)], out)
     assert (out / "delta_mem_adapter.safetensors").read_text() == "mine"
+
+
+def test_a_checkpoint_that_is_there_stays(two, tmp_path):
+    """Weights that would be read instead of the blend, and what is averaged, under whatever name."""
+    a, b = two
+    (tmp_path / "link").symlink_to(a)
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    (trained / "delta_mem_adapter.pt").write_bytes(b"weights")
+    (trained / "delta_mem_config.json").write_text("{}")
+    for out, name in ((trained, trained / "delta_mem_adapter.pt"), (a, a), (tmp_path / "link", tmp_path / "link")):
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        with refuses(InputError, name):
+            blend([(a, 1), (b, 1)], out)
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
+    for shares in ((1, 1), (1, 0)):
+        blend(list(zip(two, shares)), tmp_path / "out")
+    for name, tensor in Checkpoint(tmp_path / "out").tensors.items():
+        assert np.array_equal(tensor, Checkpoint(a).tensors[name].astype(np.float16))

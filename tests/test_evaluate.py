@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pydeltamem.cli.main import main
 from pydeltamem.conversation import Conversation
@@ -20,10 +21,14 @@ from pydeltamem.evals.case import Case
 from pydeltamem.evals.methods import answer_all, found_turns, last_turns
 from pydeltamem.evals.reader import MAX_ANSWER, Asked, NativeReader
 from pydeltamem.evals.recall import make_cases
+from pydeltamem.evals.report import as_json, print_tables
 from pydeltamem.evals.statistics import ratios_of, right_of, table_of, wilson
 from pydeltamem.models import default_files
 from refusals import check_names, refuses
 from test_cli import deltamem
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+import card
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 
@@ -208,6 +213,26 @@ def test_ratios_are_paired():
     assert other.ratio == 1 and other.low < 0.85 and other.high > 1.15
 
 
+def test_a_ratio_to_what_may_be_nothing(monkeypatch, tmp_path, capsys):
+    """Resamples without a right answer of the other method make the bound infinite: ∞ in tables, null in JSON."""
+    cases = [case("?", "x", ((str(i), ""),)) for i in range(20)]
+    answers = {"window": ["x"] + ["no"] * 19, "a+window": ["x"] * 20}
+    right = right_of(cases, answers)
+    found = ratios_of(cases, right, ["a"])
+    assert found["a"]["average"].ratio == 20 and found["a"]["average"].high == float("inf")
+    assert np.isfinite(found["a"]["average"].low)
+    console = Console(record=True, width=200, quiet=False)
+    print_tables(console, table_of(cases, right), found)
+    assert "∞)" in console.export_text()
+    text = as_json({}, table_of(cases, right), found, cases, answers)
+    assert json.loads(text, parse_constant=pytest.fail)["ratios"]["a"]["average"]["high"] is None
+    (tmp_path / "recall.json").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["card.py", str(tmp_path / "recall.json")])
+    capsys.readouterr()
+    card.main()
+    assert "∞)" in capsys.readouterr().out
+
+
 def test_questions_about_one_conversation_are_drawn_together():
     def width(turns):
         cases = [case("?", "x", turns(i)) for i in range(40)]
@@ -269,6 +294,7 @@ def data(tmp_path):
     write(
         tmp_path / "eval" / "xquad_en.jsonl.gz",
         {"title": "T", "context": "The mill was built in 1850.", "qa": [["When was it built?", ["1850", "in 1850"]]]},
+        {"title": "T", "context": "It has 12 arms.", "qa": [["How many arms has it?", "12"]]},  # as a plain string
         {"title": "T", "context": "word " * 2000, "qa": [["Which word?", ["word"]]]},  # does not fit
     )
     return tmp_path
@@ -286,6 +312,7 @@ def test_questions_about_conversations_of_people(data):
         ("dialogues", ("Lalla's",), table, 2),
         ("personas", ("canada",), "I moved to Canada.", 1),  # the other fact was not told
         ("paragraphs", ("1850", "in 1850"), "The mill was built in 1850.", 1),
+        ("paragraphs", ("12",), "It has 12 arms.", 1),
     }
 
 

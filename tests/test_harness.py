@@ -153,6 +153,15 @@ def test_a_model_without_a_chat_template(base, tmp_path):
     lm.llm.close()
 
 
+def test_arguments_that_no_model_has():
+    """A misspelt name is refused; what lm-eval itself passes is not."""
+    with pytest.raises(InputError, match="adaptor"):
+        DeltaMemLM(str(MODEL), adaptor=str(ADAPTERS["msw"]), n_ctx=64, n_threads=1)
+    theirs = {"batch_size": 1, "max_batch_size": 4, "device": "cpu", "trust_remote_code": True}
+    lm = DeltaMemLM.create_from_arg_string(f"model={MODEL},n_ctx=64,n_threads=1", theirs)
+    lm.llm.close()
+
+
 CHOICE = """
 task: local_choice
 dataset_path: json

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+import documents
 import mixture
 import ordinary
 
@@ -52,3 +54,23 @@ def test_answers_to_requests_stay(tmp_path, monkeypatch):
     assert all(line["visible"] for line in kept if not line["messages"])
     assert any(line["messages"] and not line["visible"] for line in kept)
     assert not any("Time, lime." in json.dumps(line) for line in drawn if not line.get("keep"))
+
+
+def test_no_paragraph_that_is_held_out(tmp_path, monkeypatch):
+    """Nor another question about its text: not as paragraphs, passages or requests."""
+    folder, n = tmp_path / "train", documents.HELD_OUT + 240
+    folder.mkdir()
+    first = n - documents.HELD_OUT  # that is held out
+    texts = {0: f"It is Name {n - 1}."}  # the text of the last one
+    for name in ("sgd", "nq_oracle", "covidqa", "hotpot_train_100"):
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
+            for i in range(n if name == "nq_oracle" else 0):
+                passage = {"title": f"T{i}", "text": texts.get(i, f"It is Name {i}.")}
+                line = {"question": f"who is number {i}", "answers": [passage["text"][6:-1]], "ctxs": [passage]}
+                file.write(json.dumps(line) + "\n")
+    made = mixture.Mixture(tmp_path, None, seed=1)
+    monkeypatch.setattr(documents, "WEIGHTS", {"passages": 1.0})
+    made.weights = {"paragraphs": 1.0, "documents": 1.0}
+    text = json.dumps([made.draw() for _ in range(1500)]) + json.dumps(ordinary.requests(tmp_path, 1))
+    drawn = {int(i) for i in re.findall(r"(?:Name|number) (\d+)", text)}
+    assert drawn == set(range(1, first))

@@ -232,6 +232,18 @@ def test_segments_are_messages(hf_dir, data):
         ("{", ["conversation 1"]),
         ('{"messages": []}', ["conversation 1"]),
         (json.dumps({"messages": [*say("hello"), *say("hello")]}), ["conversation 1"]),
+        *((json.dumps(record), ["conversation 1"]) for record in (
+            {"messages": [*say("hello", None), *say("hello", "yours")]},
+            {"messages": say("hello", "yours", [{"type": "text", "text": "hello"}], "yours")},
+            {"messages": [{"role": 1, "content": "hello"}, *say("hello", "yours")]},
+            {"messages": say("hello", "yours"), "asks": [say("hello", 7)]},
+            {"messages": say("hello", "yours"), "asks": [[{"role": "assistant", "content": "yours"}]]},
+            {"messages": [], "asks": [say("hello", "yours")[1:]], "visible": True},
+            {"document": "hello", "questions": [{"question": None, "answer": "yours"}]},
+            {"document": "hello", "questions": [{"question": "hello", "answer": 42}]},
+            {"document": None, "questions": [{"question": "hello", "answer": "yours"}]},
+            {"text": ["hello there it is hello there"]},
+        )),
         ("", []),
     ],
 )  # fmt: skip
@@ -240,6 +252,28 @@ def test_bad_lines_are_named(hf_dir, tmp_path, line, names):
     path.write_text(line + "\n", encoding="utf-8")
     with refuses(InputError, path, *names):
         train.Conversations(path, transformers.AutoTokenizer.from_pretrained(hf_dir))[0]
+
+
+def test_options_without_effect_are_refused(hf_dir, data, tmp_path):
+    for options, names in (
+        ({"teacher": "context", "wording": 0.35}, ["--wording", "--teacher"]),
+        ({"teacher": "context", "first_told": 3.0}, ["--first-told", "--teacher"]),
+        ({"teacher_share": 0.5}, ["--teacher-share", "--teacher"]),
+        ({"init_gain": 10.0}, ["--init-gain", "--init"]),
+    ):
+        with refuses(InputError, *names):
+            trainer(hf_dir, data, tmp_path / "out", **options)
+
+
+def test_the_weights_that_a_run_begins_with_stay(hf_dir, data, tmp_path):
+    trainer(hf_dir, data, tmp_path / "first", steps=1).train()
+    (tmp_path / "first" / "checkpoint.pt").unlink()  # as where it was converted from
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
+    (tmp_path / "link").symlink_to(tmp_path / "first")
+    for out in ("first", "link"):
+        with refuses(InputError, tmp_path / out, "--init"):
+            trainer(hf_dir, data, tmp_path / out, steps=1, init=str(tmp_path / "first")).train()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()} == saved
 
 
 def test_other_bad_input(hf_dir, data, tmp_path):

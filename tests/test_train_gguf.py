@@ -318,6 +318,45 @@ def test_a_share_of_the_conversations_is_rehearsed(data, tmp_path, share):
     assert len(seen) == 36 and (8 <= sum(seen) <= 28 if share < 1 else all(seen))
 
 
+def test_only_what_is_gone_is_recalled(tmp_path):
+    """--eval-every asks no held-out question whose text stays, or whose answer is to stay the frozen model's."""
+    gone = {"messages": say("It is red.", "Yes."), "asks": [say("What is it?", "red"), say("And?", "red")]}
+    kept = {"messages": [], "asks": [say("Sing.", "La.")], "visible": True, "keep": True}
+    lines = [kept, {**gone, "visible": True}, gone, {**gone, "keep": True}]
+    path = write(tmp_path / "x.jsonl", lines + [gone] * 36)
+    run = trainer(path, tmp_path / "out", steps=1, eval_every=1)
+    assert run.n_held_out == len(lines)
+    run.train()
+    (row,) = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert row["questions"] == 2
+    with refuses(InputError, "--eval-every"):
+        trainer(write(tmp_path / "y.jsonl", [kept] * 20), tmp_path / "none", eval_every=1)
+
+
+def test_the_form_is_a_part_of_the_run(data, tmp_path):
+    """A checkpoint of before that was recorded goes on as it is."""
+    trainer(data, tmp_path / "out", steps=1).train()
+    file = tmp_path / "out" / "checkpoint.pt"
+    assert trainer(data, tmp_path / "out", steps=2, form="packed").step == 1  # what auto took
+    with refuses(InputError, file, "--form"):
+        trainer(data, tmp_path / "out", steps=2, form="padded")
+    saved = torch.load(file, weights_only=True)
+    del saved["run"]["--form"]
+    torch.save(saved, file)
+    assert trainer(data, tmp_path / "out", steps=2, form="packed").step == 1
+
+
+@pytest.mark.parametrize("flag", ["visible", "keep"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_line_that_only_the_packed_form_knows_is_refused_before_the_run(tmp_path, flag, place):
+    lines = [{"messages": say("It is red.", "Yes."), "asks": [say("What is it?", "red")]} for _ in range(20)]
+    lines[7] = {"text": "The river runs from the mountain to the sea.", flag: True}  # which says nothing of a text
+    trainer(write(tmp_path / "plain.jsonl", lines), tmp_path / "plain", form="padded")
+    lines[place][flag] = True
+    with refuses(InputError, tmp_path / "x.jsonl", f"conversation {1 + place % 20}", flag, "packed form"):
+        trainer(write(tmp_path / "x.jsonl", lines), tmp_path / "out", form="padded")
+
+
 def test_a_log_that_cannot_be_written(data, tmp_path):
     run = trainer(data, tmp_path / "out", steps=1, eval_every=1)
     (tmp_path / "out" / "log.jsonl").mkdir(parents=True)

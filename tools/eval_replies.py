@@ -55,8 +55,8 @@ def messages(n: int) -> list[list[str]]:
     """The user's first two messages of each conversation; some have one."""
     path = file_of("natural", None)
     assert path is not None  # it is in the package
-    lines = path.read_text(encoding="utf-8").splitlines()
-    chats = [json.loads(line)["messages"] for line in lines]
+    with open(path, encoding="utf-8") as file:
+        chats = [json.loads(line)["messages"] for line in file]
     return [[m["content"] for m in chat if m["role"] == "user"][:2] for chat in chats][:n]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import InputError
 from .case import Case
+from .items import answers_of
 from .questions import PERSONAS, SLOTS
 from .reader import MAX_ANSWER, Reader
 from .scoring import holds
@@ -150,7 +151,7 @@ def _persona(record: dict[str, Any]) -> Told:
 
 
 def _paragraph(record: dict[str, Any]) -> Told:
-    return ((record["context"], READ),), [("", question, tuple(answers)) for question, answers in record["qa"]]
+    return ((record["context"], READ),), [("", question, answers_of(answers)) for question, answers in record["qa"]]
 
 
 CORPORA = {

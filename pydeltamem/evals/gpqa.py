@@ -12,7 +12,18 @@ from pathlib import Path
 from .items import Benchmark, Item, records_of
 
 LETTERS = "ABCD"
-_SAID = re.compile(r"answer\s*(?:is|:)?\s*\**\(?([A-D])\b|^\W*([A-D])\b|\(([A-D])\)", re.IGNORECASE | re.MULTILINE)
+# A letter by itself: no "D-glucose", no article
+_LETTER = r"([A-Db-d]|a(?![ \t]+\w))\b(?![’'-]\w)"
+_SAID = [
+    re.compile(pattern + _LETTER, re.MULTILINE)
+    for pattern in (
+        # "The answer is B", "Answer: (B)", "the right choice is option B"
+        r"(?i:\b(?:answer|(?:choice|option)(?=\s*(?:is\b|:)))\b[\s:*]*(?:is\b)?[\s:*\"“(]*(?:(?:choice|option)\b[\s*(]*)?)",
+        # first in a line: "B", "(B) …", "A because …", no "A photon"
+        r"^[^\w\n]*(?!A[ \t]+(?!(?:is|because|since)\b)[^\W\d])",
+        r"\((?=\w\))",
+    )
+]
 
 
 def read(path: Path) -> list[Item]:
@@ -36,8 +47,8 @@ def read(path: Path) -> list[Item]:
 
 def letter_of(answer: str) -> str:
     """The choice that an answer names; "" if it names none."""
-    found = _SAID.search(answer)
-    return next((group.upper() for group in found.groups() if group), "") if found else ""
+    found = next(filter(None, (said.search(answer) for said in _SAID)), None)
+    return found[1].upper() if found else ""
 
 
 def score(item: Item, answer: str) -> dict[str, float | list[float]]:

@@ -28,6 +28,9 @@ except ImportError as missing:
     raise InputError(f"the harness needs {missing.name}: pip install 'pydeltamem[lm-eval]'") from None
 
 
+OF_THE_HARNESS = ("batch_size", "max_batch_size", "device", "trust_remote_code")
+
+
 @register_model("deltamem")
 class DeltaMemLM(TemplateLM):
     """A model for lm-evaluation-harness. Names are those of `--model_args`.
@@ -39,6 +42,9 @@ class DeltaMemLM(TemplateLM):
         n_ctx: tokens of a request at most. Logits of each are kept: n_ctx · vocabulary · 4 bytes.
         n_threads: for all decodes; None: as DeltaMemLlama.
         parallel: texts that are generated together.
+        **kwargs: what lm-eval itself passes, which has no effect.
+
+    Raises InputError if it is given another one.
     """
 
     def __init__(
@@ -51,6 +57,10 @@ class DeltaMemLM(TemplateLM):
         parallel: int = 4,
         **kwargs: Any,
     ) -> None:
+        unknown = [name for name in kwargs if name not in OF_THE_HARNESS]
+        if unknown:
+            known = "model, adapter, lora, n_ctx, n_threads, parallel"
+            raise InputError(f"--model_args: there is no {unknown[0]}: {known}")
         super().__init__()
         self.llm = DeltaMemLlama(
             model, deltamem_path=adapter, lora_path=lora, n_ctx=int(n_ctx), n_threads=n_threads,

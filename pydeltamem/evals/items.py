@@ -155,7 +155,17 @@ def records_of(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(io.StringIO(text)))
     if text.lstrip().startswith("["):
         return list(json.loads(text))
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return json_lines(text)
+
+
+def json_lines(text: str) -> list[Any]:
+    """The records of JSON lines. Only a line feed ends one: a string may hold other separators."""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def answers_of(given: Any) -> tuple[str, ...]:
+    """Right answers: a list of them, or a single one as a plain string."""
+    return (given,) if isinstance(given, str) else tuple(map(str, given))
 
 
 def chosen(items: Sequence[Item], limit: int | None, seed: int, shard: tuple[int, int]) -> list[Item]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .items import Benchmark, Context, Item, Piece, records_of
+from .items import Benchmark, Context, Item, Piece, answers_of, records_of
 from .metrics import exact, f1, holds
 
 
@@ -25,7 +25,7 @@ def read(path: Path) -> list[Item]:
                     name,
                     re.sub(r"_?no\d+$", "", name),
                     f"Question: {question}\nAnswer:",
-                    tuple(map(str, answers)),
+                    answers_of(answers),
                     len(items),
                     context,
                     query=question,

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .items import Benchmark, Context, Item, Piece, text_of
+from .items import Benchmark, Context, Item, Piece, answers_of, json_lines, text_of
 from .metrics import exact, f1, first_line
 
 
@@ -22,7 +22,7 @@ def read(path: Path) -> list[Item]:
                     str(len(items)),
                     "",
                     f"Question: {question}\nAnswer:",
-                    tuple(answers),
+                    answers_of(answers),
                     len(items),
                     of_items,
                     query=question,
@@ -39,8 +39,7 @@ def _paragraphs(text: str) -> list[tuple[str, list[tuple[str, list[str]]]]]:
             (p["context"], [(q["question"], [a["text"] for a in q["answers"]]) for q in p["qas"] if q["answers"]])
             for p in found
         ]
-    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-    return [(line["context"], [(question, answers) for question, answers in line["qa"]]) for line in lines]
+    return [(line["context"], [(question, answers) for question, answers in line["qa"]]) for line in json_lines(text)]
 
 
 def score(item: Item, answer: str) -> dict[str, float | list[float]]:

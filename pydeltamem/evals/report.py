@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -42,7 +43,7 @@ def as_json(
         }
         for i, case in enumerate(cases)
     ]
-    of_memories = {memory: {name: asdict(of) for name, of in found.items()} for memory, found in ratios.items()}
+    of_memories = {memory: {name: _plain(of) for name, of in found.items()} for memory, found in ratios.items()}
     report = {"setup": setup, "rows": [asdict(row) for row in rows], "ratios": of_memories, "answers": asked}
     return json.dumps(report, indent=1, ensure_ascii=False) + "\n"
 
@@ -79,8 +80,14 @@ def name_of(task: str, kind: str) -> str:
     return f"{task.replace('_', ' ')}, {kind}" if kind else task.replace("_", " ")
 
 
+def _plain(ratio: Ratio) -> dict[str, float | None]:
+    """null is infinite, which JSON does not have."""
+    return {name: value if math.isfinite(value) else None for name, value in asdict(ratio).items()}
+
+
 def _shown(ratio: Ratio) -> str:
-    return f"{ratio.ratio:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
+    high = f"{ratio.high:.2f}" if math.isfinite(ratio.high) else "∞"
+    return f"{ratio.ratio:.2f} ({ratio.low:.2f}–{high})"
 
 
 def show(case: Case, answers: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def results_of(folders: Iterable[str | Path]) -> Results:
             for kind in ("", *(kinds if len(kinds) > 1 else ())):
                 some = {id: answer for id, answer in of.items() if kind in ("", answer["kind"])}
                 for metric in metrics:
-                    sample = _sample({method: some}, metric)
+                    sample = _sample(benchmark, {method: some}, metric)
                     rows.append(Row(benchmark, kind, metric, method, sample.n, sample.mean(method)))
         pairs[benchmark] = {}
         for method, over in _compared(by_method):
@@ -79,7 +80,7 @@ def results_of(folders: Iterable[str | Path]) -> Results:
             if not ids:
                 continue
             both = {name: {id: by_method[name][id] for id in ids} for name in (method, over)}
-            sample = _sample(both, metrics[0])
+            sample = _sample(benchmark, both, metrics[0])
             pairs[benchmark][method, over] = sample.means(method), sample.means(over)
             ratios += _ratio(benchmark, method, over, sample.n, *pairs[benchmark][method, over])
             if not sample.by_context:
@@ -113,7 +114,8 @@ def _ratio(benchmark: str, method: str, over: str, n: int, above: Any, below: An
     return [] if found is None else [Ratio(benchmark, method, over, n, found)]
 
 
-def _sample(by_method: Mapping[str, Mapping[str, Any]], metric: str) -> Sample:
+def _sample(benchmark: str, by_method: Mapping[str, Mapping[str, Any]], metric: str) -> Sample:
+    """Methods of one benchmark are drawn together, those of another apart from them."""
     ids = sorted(next(iter(by_method.values())))
 
     def values(answer: Any) -> list[float]:
@@ -122,7 +124,7 @@ def _sample(by_method: Mapping[str, Mapping[str, Any]], metric: str) -> Sample:
 
     scores = {method: [values(of[id]) for id in ids] for method, of in by_method.items()}
     first = next(iter(by_method.values()))
-    return Sample(scores, [first[id]["about"] for id in ids])
+    return Sample(scores, [first[id]["about"] for id in ids], zlib.crc32(benchmark.encode()))
 
 
 def _read(
@@ -137,7 +139,7 @@ def _read(
         raise InputError(f"{', '.join(map(str, named))}: has no answers of deltamem eval (*.jsonl)")
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
             setup = json.loads(lines[0])["setup"]
             setups.append({**setup, "file": path.name})
             for line in lines[1:]:

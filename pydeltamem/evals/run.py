@@ -209,14 +209,17 @@ class AnswerFile:
         self.path, self.n_done, self.texts = path, 0, set[str]()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            data = path.read_bytes() if path.exists() else b""
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
         self._n_bytes = 0
-        if lines and lines[0].endswith(b"\n"):
-            self._check_setup(_line(lines[0]), setup)
-            self._n_bytes = len(lines[0])
-            self._find_end(lines[1:], units)
+        first, end, _ = data.partition(b"\n")
+        if end:
+            self._check_setup(_line(first), setup)
+            self._n_bytes = len(first) + 1
+            self._find_end(data[self._n_bytes :].splitlines(keepends=True), units)
+        elif not _encoded({"setup": setup}).startswith(first):  # killed while it wrote its setup
+            self._check_setup({}, setup)
         self._truncate()
         if self._n_bytes == 0:
             self.add([{"setup": setup}])
@@ -258,11 +261,15 @@ class AnswerFile:
         """Appends lines, and has them on disk when it returns."""
         try:
             with open(self.path, "ab") as file:
-                file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+                file.write(b"".join(map(_encoded, records)))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+
+def _encoded(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
 def _line(line: bytes) -> dict[str, Any]:

@@ -52,6 +52,7 @@ _ALIKE = {
 }
 _HALVES = ("am", "pm")
 _DROPPED = {"a", "an", "the", "o'clock", "oclock"}
+_PRONOUNS = {"he", "her", "him", "it", "me", "she", "them", "they", "us", "we", "who", "you"}
 _WORD = re.compile(
     r"\d+:\d\d:\d\d|\d{1,2}:\d\d(?!\d)|\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)+|\d+(?=(?:st|nd|rd|th|am|pm)\b)|\d+"
     r"|[ap]\.m\b|o'clock|[^\W\d_]+|[%&]"
@@ -74,6 +75,9 @@ def is_right(answer: str, values: Collection[str], rivals: Iterable[str] = ()) -
 def holds(text: str, value: str) -> bool:
     """Whether a text has a value in it, as a whole word or words."""
     words, wanted = normalised(text), normalised(value)
+    if len(wanted) == 1 and wanted[0] in _PRONOUNS:  # The Who, the US: by itself, after "the" or in capitals
+        name = wanted[0]
+        return words == wanted or re.search(rf"\b(?:(?i:the {name})|{name.upper()})\b", text) is not None
     return bool(wanted) and any(_begin_alike(words[i:], wanted) for i in range(len(words)))
 
 

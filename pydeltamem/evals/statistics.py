@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One accuracy over another; low and high: 95 % interval (bootstrap)."""
+    """One accuracy over another; low and high: 95 % interval (bootstrap), high may be infinite."""
 
     ratio: float
     low: float
@@ -95,8 +95,9 @@ def ratios_of(
                 over = np.max([means.of(other, of_tasks) for other in others], axis=0)
                 if over[0] > 0:
                     found = means.of(method, of_tasks)
-                    samples = found[1:][over[1:] > 0] / over[1:][over[1:] > 0]
-                    low, high = np.quantile(samples, (0.025, 0.975))
+                    with np.errstate(all="ignore"):
+                        drawn = found[1:] / over[1:]  # x / 0 is infinite, 0 / 0 says nothing
+                    low, high = np.quantile(drawn[~np.isnan(drawn)], (0.025, 0.975), method="nearest")
                     ratios.setdefault(memory, {})[name] = Ratio(float(found[0] / over[0]), float(low), float(high))
     return ratios
 

@@ -99,7 +99,7 @@ class Conversations:
         try:
             record = json.loads(line)
             if "text" in record:
-                return self._of_text(i, str(record["text"]))
+                return self._of_text(i, _string(record, "text"))
             messages, asks = _of_document(record) if "document" in record else _of_messages(record)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise InputError(f"{self.path}: conversation {i + 1} is no valid training line: {error!r}") from error
@@ -109,8 +109,10 @@ class Conversations:
                 f"{self.path}: conversation {i + 1} must have earlier messages and end with the assistant's answer"
             )
         n_earlier = max(1, len(messages) - self.tail)  # the tail is written once, where it is visible
-        ids, segments = self._segmented(messages[:n_earlier])
         whole = [messages[n_earlier:] + ask for ask in asks]
+        if any(len(ask) == 1 and ask[0]["role"] == "assistant" for ask in whole):
+            raise InputError(f"{self.path}: conversation {i + 1} has an answer without a question before it")
+        ids, segments = self._segmented(messages[:n_earlier])
         return Example(
             ids[-self.max_tokens :],
             segments[-self.max_tokens :],
@@ -119,6 +121,20 @@ class Conversations:
             visible,
             keep=record.get("keep") is True,
         )
+
+    def refuse_packed_only(self) -> None:
+        """Raises InputError if a line needs the packed form of a step."""
+        with open(self.path, "rb") as file:
+            for i, offset in enumerate(self._offsets):
+                file.seek(offset)
+                try:
+                    record = json.loads(file.readline())
+                except ValueError:
+                    continue  # refused when it is drawn
+                for flag in ("visible", "keep"):
+                    if isinstance(record, dict) and "text" not in record and record.get(flag) is True:
+                        said = f'conversation {i + 1} has "{flag}": true, which needs the packed form of a step'
+                        raise InputError(f"{self.path}: {said}")
 
     def _is_ask(self, ask: Messages) -> bool:
         return bool(ask) and (ask[-1]["role"] == "assistant" or (self.teacher and ask[-1]["role"] == "user"))
@@ -174,7 +190,15 @@ class Conversations:
 
 
 def _messages(given: Any) -> Messages:
-    return [{"role": m["role"], "content": m["content"]} for m in given]
+    return [{name: _string(m, name) for name in ("role", "content")} for m in given]
+
+
+def _string(record: Any, name: str) -> str:
+    """A field of a line. Raises TypeError if it is no string."""
+    value = record[name]
+    if not isinstance(value, str):
+        raise TypeError(f'"{name}" is {value!r}, no string')
+    return value
 
 
 def _of_messages(record: dict[str, Any]) -> tuple[Messages, list[Messages]]:
@@ -186,11 +210,11 @@ def _of_messages(record: dict[str, Any]) -> tuple[Messages, list[Messages]]:
 
 
 def _of_document(record: dict[str, Any]) -> tuple[Messages, list[Messages]]:
-    messages = [{"role": "user", "content": str(record["document"])}, {"role": "assistant", "content": READ}]
+    messages = [{"role": "user", "content": _string(record, "document")}, {"role": "assistant", "content": READ}]
     asks = []
     for item in record["questions"]:
-        ask = [{"role": "user", "content": item["question"]}]
+        ask = [{"role": "user", "content": _string(item, "question")}]
         if item.get("answer") is not None:
-            ask.append({"role": "assistant", "content": item["answer"]})
+            ask.append({"role": "assistant", "content": _string(item, "answer")})
         asks.append(ask)
     return messages, asks

@@ -81,6 +81,14 @@ class Options:
         corrections = tuple((self.corrections or "qo").lower())
         if self.teacher_share > 1:
             raise InputError(f"--teacher-share {self.teacher_share}: must be a share of the loss, at most 1")
+        for name in ("wording", "first_told") if self.teacher else ():
+            if getattr(self, name) != 1:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option}: weighs the answers of the file, which --teacher replaces: leave it out")
+        if self.teacher_share != 1 and not self.teacher:
+            raise InputError(f"--teacher-share {self.teacher_share}: there is no --teacher: name it")
+        if self.init_gain != 1 and not self.init:
+            raise InputError(f"--init-gain {self.init_gain}: there is no --init: name it")
         if not set(corrections) <= set(HEADS):
             raise InputError(f"--corrections {self.corrections}: must be letters of q, k, v, o")
         if self.init:

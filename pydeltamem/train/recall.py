@@ -24,15 +24,19 @@ class NativeRecall:
 
     Args:
         base: the GGUF that the adapter is for.
-        examples: conversations as tokens. The first `n` of their questions that have an answer are asked.
+        examples: conversations as tokens. Of those whose text goes, and whose answers are not the frozen model's, the
+            first `n` questions that have an answer are asked.
 
     Raises InputError if there is nothing to ask.
     """
 
     def __init__(self, base: str | os.PathLike[str], examples: Sequence[Example], n: int):
-        asked = [(example.earlier, example.segments, *ask) for example in examples for ask in example.asks if ask[2]]
+        gone = [example for example in examples if not (example.visible or example.keep)]
+        asked = [(example.earlier, example.segments, *ask) for example in gone for ask in example.asks if ask[2]]
         if not asked:
-            raise InputError("--eval-every: fewer than 10 conversations leave none to ask: give more")
+            raise InputError(
+                "--eval-every: the first tenth of the conversations has no answer to a text that is gone: give more"
+            )
         self.base, self.asked = os.fspath(base), asked[:n]
 
     def measure(self, checkpoint: str | os.PathLike[str]) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class Trainer:
         self.options, self.console = options, console
         config = options.adapter()
         self.out = Path(options.out)
+        if options.init and self.out.exists() and os.path.exists(options.init) and self.out.samefile(options.init):
+            raise InputError(f"{self.out}: holds the weights of --init, which stay: name another --out")
         make_folder(self.out)
         for name, kind in ((WEIGHTS[0], kinds.PYTORCH), (CONFIG, kinds.CONFIG), ("loss.png", kinds.PNG)):
             check_target(self.out / name, kind)
@@ -68,6 +70,8 @@ class Trainer:
             layer.dropout = options.dropout
         self.memory.to(options.device)
         self.objective = Objective(self.model, self.tokenizer, self.memory, options)
+        if self.objective.packed is None:
+            self.data.refuse_packed_only()
         self.parameters = [p for p in self.memory.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0)
         self.average = Average(self.parameters, options.average)
@@ -189,6 +193,7 @@ class Trainer:
                 for name, value in asdict(self.memory.config).items()
             },
             **{f"--{name.replace('_', '-')}": getattr(self.options, name) for name in names},
+            "--form": "packed" if self.objective.packed else "padded",
             "the conversations": self.data.checksum,
             "the model": zlib.crc32(embedded.view(torch.uint8).numpy()),
         }
@@ -200,6 +205,7 @@ class Trainer:
         try:
             saved = torch.load(path, weights_only=True, map_location="cpu")
             now = self._identity()
+            saved["run"].setdefault("--form", now["--form"])  # checkpoints of before have none
             differs = [name for name in now if saved["run"].get(name) != now[name]]
             if differs:
                 raise InputError(f"{path}: is of another run, {differs[0]} differs: delete it or name another --out")
