@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from .errors import AdapterError, InputError, ModelError, NotFiniteError, naming, shown
 from .formats.gguf_header import Header
 from .formats.memory_file import MemorySnapshot
-from .formats.model_numbers import check_numbers
+from .formats.model_numbers import MAX_CONTEXT, check_numbers
 from .hub import HUB, adapter_file, model_file
 from .memory import Memory
 from .runtime import library
@@ -69,6 +69,7 @@ class DeltaMemLlama(Llama):
         deltamem_path: an adapter GGUF for that model, a name of one, or a directory as published. None: the adapter of
             a packed model. Without an adapter there is no memory, and `llm.memory` raises AdapterError.
         n_ctx: tokens of a text, which llama.cpp rounds up to a multiple of 256; 0: as many as the model was trained on.
+            A batch (n_batch) is no larger than the context.
         n_seq_max: texts that the context holds at once: this object's own, and those of `Conversation`. The context is
             n_seq_max times as large.
         rpc_servers: `host:port` of machines that run `deltamem rpc-server`, several with commas. Layers go there first:
@@ -87,8 +88,8 @@ class DeltaMemLlama(Llama):
         **kwargs: as `llama_cpp.Llama`.
 
     Raises:
-        InputError: a keyword is unknown, n_seq_max, unpack or a number of threads is out of range, or an RPC server
-            does not answer.
+        InputError: a keyword is unknown, n_ctx, n_seq_max, unpack or a number of threads is out of range, there is no
+            memory for such batches, or an RPC server does not answer.
         ModelError: the model file is missing or cannot be loaded.
         AdapterError: the adapter is missing, corrupt or made for another model.
         FetchError: a model or adapter given by name cannot be fetched.
@@ -148,14 +149,21 @@ class DeltaMemLlama(Llama):
         self._adapters: list[library.llama_deltamem_adapter_p] = []  # the same, to be freed
         self._text = cast(Text, None)  # Llama.__init__ sets n_tokens before there is a text
         if not 1 <= n_seq_max <= _llama.llama_max_parallel_sequences():
-            raise InputError(f"n_seq_max is 1 to {_llama.llama_max_parallel_sequences()}, not {n_seq_max}")
+            raise InputError(f"{option('n_seq_max')} is 1 to {_llama.llama_max_parallel_sequences()}, not {n_seq_max}")
         self._n_seq_max = n_seq_max
         self._rpc_servers = rpc_servers
         for name in ("n_threads", "n_threads_batch"):
             if not 0 <= (kwargs.get(name) or 0) <= MAX_THREADS:
                 raise InputError(f"{option(name)} is 1 to {MAX_THREADS}, not {kwargs[name]}")
         if kwargs.get("n_batch", n_seq_max) < n_seq_max:
-            raise InputError(f"{option('n_batch')} is at least n_seq_max, {n_seq_max}, not {kwargs['n_batch']}")
+            raise InputError(
+                f"{option('n_batch')} is at least {option('n_seq_max')}, {n_seq_max}, not {kwargs['n_batch']}"
+            )
+        longest = min(MAX_CONTEXT, (2**31 - 1) // n_seq_max)  # llama.cpp's numbers are of 32 bits
+        if not 0 <= n_ctx <= longest:
+            raise InputError(f"{option('n_ctx')} is 0 to {longest}, not {n_ctx}")
+        if n_ctx and "n_batch" in kwargs:  # as llama.cpp does; llama_cpp would first make a row of logits for each
+            kwargs["n_batch"] = min(kwargs["n_batch"], n_ctx * n_seq_max)
         model_path = _Path(model_file(model_path))
         self.tuned: dict[str, Any] = {}
         if tuned and not rpc_servers and (record := kept(model_path, kwargs.get("n_gpu_layers", 0))) is not None:
@@ -183,6 +191,12 @@ class DeltaMemLlama(Llama):
             except TemplateError as error:
                 self.close()
                 raise ModelError(f"{model_path}: its chat template cannot be read: {error}") from error
+            except MemoryError as error:
+                self.close()
+                raise InputError(
+                    f"{model_path}: there is no memory for such a context: lower {option('n_ctx')} or "
+                    f"{option('n_batch')} ({error})"
+                ) from error
             except (RuntimeError, ValueError) as error:
                 self.close()
                 if str(error).startswith("Failed to "):

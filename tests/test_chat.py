@@ -110,6 +110,38 @@ def test_going_back(piped, tmp_path):
     assert nothing.returncode == 0 and len(nothing.stderr.splitlines()) == 4 and not nothing.stdout
 
 
+def test_again_says_something_else(piped):
+    """And the seed still decides all of it."""
+
+    def replies(*args):
+        result = piped(["hello there", "/again"], "--temp", "1.5", "-n", "24", *args)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    first, other = replies("--seed", "7"), replies()
+    for said in (first, other):
+        assert said[: len(said) // 2] != said[len(said) // 2 :]
+    assert replies("--seed", "7") == first != replies("--seed", "8") and replies() != other
+
+
+def test_each_reply_has_a_seed_of_its_own(llm):
+    def replies(seed):
+        conversation = Conversation(llm, n_predict=16, temp=1.5)
+        conversation.memory.write = False
+        chat, said = Chat(conversation, seed=seed), []
+        chat.say("hello there")
+        for command in ("/again", "/again", "/edit hello there"):
+            said.append(conversation.messages[-1]["content"])
+            chat.command(command)
+        said.append(conversation.messages[-1]["content"])
+        conversation.close()
+        return said
+
+    first = replies(7)
+    assert len(set(first)) == 4
+    assert replies(7) == first and replies(8) != first and replies(None) != replies(None)
+
+
 def test_reading_only(piped, tmp_path):
     path = tmp_path / "a.memory"
     result = piped(["hello there"], "-n", "0", "--save-memory", path)

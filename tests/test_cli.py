@@ -110,7 +110,8 @@ def test_help_as_a_command():
         ("--n-predict", ["-7"]),
         ("--seed", ["-2", str(2**32)]),
         ("--ctx-size", ["-1", str(2**32 + 512)]),
-        ("--batch-size", ["0", str(2**32 + 1)]),
+        ("--batch-size", ["0", "999999999", str(2**32 + 1)]),
+        ("--ubatch-size", ["0", "999999999"]),
         ("--gpu-layers", ["-3"]),
     ],
 )
@@ -124,11 +125,45 @@ def test_values_out_of_range_are_refused(option, values):
 
 @pytest.mark.parametrize(
     "args", [["quantize", "a", "b", "q8_0", "-t=-1"], ["rpc-server", "--port", "99999"], ["train", "a", "b", "-o", "c",
-    "--write-bias", "nan"]]
+    "--write-bias", "nan"], ["serve", "-m", "none.gguf", "--port", "99999"]]
 )  # fmt: skip
 def test_numbers_of_other_commands_too(args):
     result = deltamem(*args)
     assert result.returncode == 2 and args[-1].split("=")[-1] in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (["generate", "-p", "x", "-c", str(2**31 - 1)], "--ctx-size"),
+        (["generate", "-p", "x", "-c", "999999999"], "--ctx-size"),
+        (["chat", "-c", str(2**31 - 1)], "--ctx-size"),
+        (["eval", "recall", "-c", str(2**31 - 1)], "--ctx-size"),
+        (["serve", "-c", str(2**30), "-np", "4", "--port", "0"], "--ctx-size"),
+        (["serve", "-np", "999999999", "--port", "0"], "--parallel"),
+        (["bench", "-p", "999999999", "-n", "0"], "-p"),
+        (["bench", "-p", "8", "-n", str(2**31 - 1), "-d", str(2**31 - 1)], "-n"),
+        (["bench", "--return", "999999999"], "--return"),
+    ],
+)
+def test_a_context_that_nothing_holds_is_refused(base, adapter, tmp_path, args, name):
+    store = ["--store", f"sqlite:///{tmp_path / 'sessions.db'}"] if args[0] == "serve" else []
+    result = deltamem(*args, "-m", base(), "--deltamem", adapter("qwen3", "tsw_qo"), *store, "-t", "1", input="")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    check_names(result.stderr.splitlines()[-1], [name])
+
+
+def test_a_batch_is_no_larger_than_the_context(base):
+    from pydeltamem import DeltaMemLlama, InputError
+
+    llm = DeltaMemLlama(base(), n_ctx=512, n_batch=999_999_999, n_ubatch=999_999_999, n_threads=1)
+    assert llm.n_batch == 512
+    llm.close()
+    with refuses(InputError, "n_batch", base()):  # of the model's context, which is known when it is loaded
+        DeltaMemLlama(base(), n_ctx=0, n_batch=2**31 - 1, n_threads=1)
+    for n_ctx, n_seq_max in ((-1, 1), (2**30, 1), (2**23, 256)):
+        with refuses(InputError, "n_ctx", n_ctx):
+            DeltaMemLlama(base(), n_ctx=n_ctx, n_seq_max=n_seq_max)
 
 
 def test_a_context_that_is_rounded_up_is_told(generate):

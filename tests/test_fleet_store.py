@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
+import sqlite3
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -12,6 +16,7 @@ import sqlalchemy as sa
 from fleet import PostgreSQL, free_port, postgresql_folder, until
 from pydeltamem import InputError
 from pydeltamem.server.store import Conflict, Record, Store, StoreAway, StoreError, Turn, now
+from refusals import refuses
 
 needs_postgresql = pytest.mark.skipif(
     postgresql_folder() is None, reason="no PostgreSQL or HAProxy: `make fleet-tools` installs them"
@@ -230,9 +235,148 @@ def test_a_store_of_a_newer_format_is_refused(url):
         Store(url)
 
 
-def test_a_server_database_without_its_package(monkeypatch):
-    import sys
+# databases that are not ours
 
+FOREIGN = {
+    "bookmarks": "CREATE TABLE bookmarks (address TEXT)",
+    "sessions": "CREATE TABLE sessions (id TEXT, user TEXT)",
+    "about": "CREATE TABLE about (author TEXT)",
+    "marked otherwise": "CREATE TABLE about (key TEXT, value TEXT); INSERT INTO about VALUES ('author', 'Ada')",
+    "a view": "CREATE VIEW seven AS SELECT 7",
+}
+
+
+def contents(folder):
+    """All files, with their bytes. The index of a log is no part of a database."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith("-shm")}
+
+
+@pytest.mark.parametrize("made", FOREIGN.values(), ids=FOREIGN)
+def test_the_sqlite_database_of_another_program_stays_as_it_is(tmp_path, made):
+    connection = sqlite3.connect(tmp_path / "other.db")
+    connection.executescript(made)
+    connection.close()
+    before = contents(tmp_path)
+    for options in ({}, {"must_exist": True}):
+        with refuses(StoreError, tmp_path / "other.db"):
+            Store(f"sqlite:///{tmp_path / 'other.db'}", **options)
+    assert contents(tmp_path) == before
+
+
+def test_so_does_one_with_a_log(tmp_path):
+    """Its program was killed: what it wrote is in the log, which nobody but it may take into the database."""
+    script = (
+        "import os, sqlite3; connection = sqlite3.connect('other.db', isolation_level=None); "
+        "connection.execute('PRAGMA journal_mode=WAL'); connection.execute('CREATE TABLE bookmarks (a)'); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    before = contents(tmp_path)
+    assert before["other.db-wal"]
+    with refuses(StoreError, tmp_path / "other.db"):
+        Store(f"sqlite:///{tmp_path / 'other.db'}")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("data", [b"a", b"this is a text\n" * 1000, b"SQLite format 3\0" + b"x" * 5000])
+def test_a_file_that_is_no_database_stays_as_it_is(tmp_path, data):
+    (tmp_path / "some.file").write_bytes(data)
+    with refuses(StoreError, tmp_path / "some.file"):
+        Store(f"sqlite:///{tmp_path / 'some.file'}")
+    assert contents(tmp_path) == {"some.file": data}
+
+
+def test_a_folder_is_no_store(tmp_path):
+    with refuses(StoreError, tmp_path):
+        Store(f"sqlite:///{tmp_path}")
+
+
+def test_a_store_that_must_exist(tmp_path):
+    url = f"sqlite:///{tmp_path / 'sessions.db'}"
+    with refuses(StoreError, tmp_path / "sessions.db"):
+        Store(url, must_exist=True)
+    assert not os.listdir(tmp_path)
+    Store(url).close()
+    Store(url, must_exist=True).close()
+
+
+def test_an_empty_file_becomes_a_store(tmp_path):
+    (tmp_path / "sessions.db").touch()
+    store = Store(f"sqlite:///{tmp_path / 'sessions.db'}")
+    store.commit(after(Record("", "ada"), turn(1)))
+    store.close()
+
+
+def test_a_store_whose_server_was_killed_is_opened(tmp_path):
+    """With its log beside it, and by an address of another form."""
+    script = (
+        "import os; from pydeltamem.server.store import Record, Store; "
+        "Store('sqlite:///sessions.db').commit(Record('', 'ada')); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    assert (tmp_path / "sessions.db-wal").stat().st_size
+    for url in (f"sqlite:///{tmp_path / 'sessions.db'}", f"sqlite:///file:{tmp_path / 'sessions.db'}?uri=true"):
+        store = Store(url, must_exist=True)
+        assert [record.name for record in store.list()] == ["ada"]
+        store.close()
+
+
+@needs_postgresql
+@pytest.mark.parametrize("made", ["sessions (id text)", "about (author text)", "about (key text, value text)"])
+def test_a_postgresql_is_shared_unless_names_clash(database, made):
+    def tables():
+        engine = sa.create_engine(database.url)
+        with engine.connect() as connection:
+            names = sorted(sa.inspect(connection).get_table_names())
+        engine.dispose()
+        return names
+
+    database.sql("DROP SCHEMA public CASCADE")
+    database.sql("CREATE SCHEMA public")
+    database.sql("CREATE TABLE bookmarks (address text)")
+    database.sql(f"CREATE TABLE {made}")
+    before = tables()
+    with refuses(StoreError, made.split()[0]):
+        Store(database.url)
+    assert tables() == before
+    database.sql(f"DROP TABLE {made.split()[0]}")
+    for _ in range(2):
+        Store(database.url).close()
+    assert {"bookmarks", "sessions"} < set(tables())
+
+
+# in memory
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file::memory:?uri=true"])
+def test_threads_share_a_store_in_memory(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = Store(url, must_exist=True)
+    names = [f"{i}" for i in range(8)]
+
+    def turns(name):
+        record = Record("", name)
+        for number in range(1, 6):
+            assert store.lease("", name, "one", 60) == record.version
+            record = store.commit(after(record, turn(number)), record, holder="one")
+            assert store.get("", name) == record
+        return record
+
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as threads:
+        assert [record.version for record in threads.map(turns, names)] == [5] * len(names)
+    store.vacuum()
+    assert sorted(record.name for record in store.list()) == names
+    store.close()
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("url", ["mysql://me:secret@host/x", "mysql+pymysql://me:secret@host/x", "mssql://host/x"])
+def test_other_databases_are_not_supported(url):
+    with refuses(InputError, "sqlite:///FILE", "postgresql+psycopg://USER@HOST/NAME") as error:
+        Store(url)
+    assert "secret" not in str(error.value) and "pip" not in str(error.value)
+
+
+def test_a_server_database_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(InputError, match=r"pydeltamem\[postgres\]"):
         Store("postgresql+psycopg://user:secret@127.0.0.1/x")

@@ -98,6 +98,7 @@ def test_delete_and_vacuum(sessions, store, tmp_path):
         (("export", "diary", "x.memory", "--owner", "9"), ("--owner 9",)),
         (("import", "ada", "other.memory"), ("ada", "other.memory")),  # of another adapter
         (("import", "ada", "none.memory"), ("none.memory",)),
+        (("import", "a b/c", "other.memory"), ("a b/c",)),  # HTTP has no such name
         (("delete", "ada", "carl"), ("carl", "sessions.db")),
     ],
 )
@@ -113,9 +114,49 @@ def test_refused(sessions, store, tmp_path, monkeypatch, arguments, names):
 
 def test_the_store_of_the_user_is_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("platformdirs.user_data_dir", lambda name, **_: str(tmp_path / "data" / name))
+    file = tmp_path / "data" / "deltamem" / "sessions.db"
+    assert main.main(["sessions", "list", "--json"]) == 1
+    check_names(capsys.readouterr().err.rstrip("\n"), [file])
+    assert not (tmp_path / "data").exists()
+    snapshot(1).save(tmp_path / "a.memory")
+    assert main.main(["sessions", "import", "ada", str(tmp_path / "a.memory")]) == 0 and file.is_file()
+    capsys.readouterr()
     assert main.main(["sessions", "list", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == []
-    assert (tmp_path / "data" / "deltamem" / "sessions.db").is_file()
+    assert [each["session"] for each in json.loads(capsys.readouterr().out)] == ["ada"]
+
+
+ACTIONS = [["list"], ["export", "ada", "out.memory"], ["delete", "ada"], ["vacuum"]]
+
+
+@pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action[0])
+def test_a_store_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys, action):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["sessions", "--store", "sqlite:///mistyped.db", *action]) == 1
+    out, error = capsys.readouterr()
+    assert not out
+    check_names(error.rstrip("\n"), ["mistyped.db"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "file"), [("a b/c", "a.memory"), ("ada", "none.memory"), ("..", "a.memory")])
+def test_an_import_that_is_refused_makes_no_store(tmp_path, monkeypatch, capsys, name, file):
+    monkeypatch.chdir(tmp_path)
+    snapshot(1).save("a.memory")
+    assert main.main(["sessions", "--store", "sqlite:///new.db", "import", name, file]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.memory"]
+
+
+@pytest.mark.parametrize("action", [*ACTIONS, ["import", "ada", "a.memory"]], ids=lambda action: action[0])
+def test_the_database_of_another_program_stays_as_it_is(tmp_path, monkeypatch, capsys, action):
+    monkeypatch.chdir(tmp_path)
+    snapshot(1).save("a.memory")
+    connection = sqlite3.connect("other.db")
+    connection.execute("CREATE TABLE sessions (id TEXT, user TEXT)")
+    connection.close()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main.main(["sessions", "--store", f"sqlite:///{tmp_path / 'other.db'}", *action]) == 1
+    check_names(capsys.readouterr().err.rstrip("\n"), [tmp_path / "other.db"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_without_the_packages_of_the_server(sessions, monkeypatch):

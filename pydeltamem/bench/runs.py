@@ -89,12 +89,12 @@ class Runner:
     ) -> None:
         self.llama, self.model, self.adapter, self.observer = model.llama, model, adapter, observer
         self.options = options or model.options
+        self._batches: dict[int, list[Any]] = {}
+        self._open()  # first: it refuses a context that is too large
         self._tokens: Any = (ctypes.c_int32 * self.options.n_ctx)()
         choice = random.Random(0)
         for i in range(self.options.n_ctx):
             self._tokens[i] = choice.randrange(model.n_vocab)
-        self._batches: dict[int, list[Any]] = {}
-        self._open()
 
     def _open(self) -> None:
         llama, options = self.llama, self.options

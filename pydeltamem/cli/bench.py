@@ -16,6 +16,7 @@ from ..bench.synthetic import SHAPES
 from ..errors import InputError
 from ..formats.gguf_header import Header
 from ..formats.kinds import PNG, json_of
+from ..formats.model_numbers import MAX_CONTEXT
 from ..formats.outputs import output
 from ..hub import adapter_file, model_file
 from ..runtime.cpus import usable
@@ -156,6 +157,9 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"-ctv {args.cache_type_v}: llama.cpp needs flash attention for it: add -fa on")
     if not (any(args.n_prompt) or args.n_gen or args.returning) and (not args.rss or args.control or args.nodes):
         raise InputError("-p 0 and -n 0 leave nothing to time")
+    longest = max([*args.n_prompt, args.rss or 0, max(args.n_depth, default=0) + args.n_gen, *(args.returning or ())])
+    if longest > MAX_CONTEXT:
+        raise InputError(f"-p, -n, -d, --rss or --return: {longest} tokens, a context has {MAX_CONTEXT}: lower them")
 
 
 def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, Any]:

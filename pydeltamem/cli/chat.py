@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
 import sys
 from collections.abc import Generator
 from typing import Any
@@ -85,13 +86,15 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--rehearse: there is no memory to read the text again: name an adapter by --deltamem")
     from ..conversation import Conversation
 
-    conversation = Conversation(llm, system=args.system_prompt, **sampling(args, llm))
+    options = sampling(args, llm)
+    seed = options.pop("seed")
+    conversation = Conversation(llm, system=args.system_prompt, **options)
     if llm.memory.attached:
         conversation.memory.restore(llm.memory.copy())
         conversation.memory.write = llm.memory.write
     if args.memory:
         conversation.open(args.memory)
-    chat = Chat(conversation, args.memory or args.save_memory or args.load_memory, args.rehearse)
+    chat = Chat(conversation, args.memory or args.save_memory or args.load_memory, args.rehearse, seed)
     with contextlib.closing(conversation), memory_saved(conversation.memory, args.save_memory):
         note(memory_attached(llm, args))
         if sys.stdin.isatty():
@@ -113,17 +116,25 @@ class Chat:
     """A conversation at the terminal: prints replies, and runs the commands.
 
     rehearses: whether the memory reads the text once more before `/clear` forgets it.
+    seed: of the seeds of the replies: each has another one, so that `/again` says something else. None: random ones.
     """
 
-    def __init__(self, conversation: Any, memory_file: str | None = None, rehearses: bool = False) -> None:
+    def __init__(
+        self, conversation: Any, memory_file: str | None = None, rehearses: bool = False, seed: int | None = None
+    ) -> None:
         self.conversation = conversation
         self.memory_file = memory_file
         self.rehearses = rehearses
+        self._seeds = random.Random(seed)
+
+    def _seed(self) -> int:
+        """The seed of the next reply."""
+        return self._seeds.randrange(2**32 - 1)  # the last one means a random seed to llama.cpp
 
     def say(self, said: str) -> None:
         """One turn."""
         if said.strip():
-            self._print(self.conversation.stream(_readable(said)))
+            self._print(self.conversation.stream(_readable(said), seed=self._seed()))
 
     def _print(self, pieces: Generator[str]) -> None:
         """Streams a reply to standard output. Ctrl-C ends it; what was said so far counts."""
@@ -163,9 +174,9 @@ class Chat:
         if name == "help":
             note(HELP)
         elif name == "again":
-            self._print(conversation.stream_regenerate())
+            self._print(conversation.stream_regenerate(seed=self._seed()))
         elif name == "edit" and argument:
-            self._print(conversation.stream_edit(_readable(argument)))
+            self._print(conversation.stream_edit(_readable(argument), seed=self._seed()))
         elif name == "edit":
             raise InputError("/edit TEXT: say what you meant")
         elif name == "undo":

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MODEL_HELP = "model GGUF, plain or packed, or a name (deltamem pull)"
 ADAPTER_HELP = "adapter: GGUF, PyTorch directory or name (not needed for a packed model)"
 
+MOST_BATCH = 1 << 20  # tokens, more than any context has
+
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
 
@@ -54,8 +56,9 @@ def add_context_arguments(group: argparse._ArgumentGroup, tuned: bool = False) -
     def of(default: Any) -> Any:
         return None if tuned else default
 
-    group.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="batch (%(default)s)")
-    group.add_argument("-ub", "--ubatch-size", type=positive, default=of(512), metavar="N", help="micro-batch (512)")
+    size = at_least(1, MOST_BATCH)
+    group.add_argument("-b", "--batch-size", type=size, default=512, metavar="N", help="batch (%(default)s)")
+    group.add_argument("-ub", "--ubatch-size", type=size, default=of(512), metavar="N", help="micro-batch (512)")
     group.add_argument(
         "-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layers, default=-1, metavar="N",
         help="layers on the GPU (all)",

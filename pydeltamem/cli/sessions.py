@@ -43,10 +43,15 @@ def _add_owner(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
+        from ..server.service import checked_name
         from ..server.store import Store
     except ImportError as error:
         raise InputError(f"a package of the server is missing ({error}): pip install 'pydeltamem[server]'") from error
-    store = Store(args.store)
+    is_import = args.action == "import"
+    if is_import:  # checked before a store is made
+        checked_name(args.session)
+        args.snapshot = MemorySnapshot.load(args.file)
+    store = Store(args.store, must_exist=not is_import)
     try:
         actions = {"list": _list, "export": _export, "import": _import, "delete": _delete}
         if args.action == "vacuum":
@@ -113,7 +118,7 @@ def _import(store: Store, args: argparse.Namespace) -> None:
     from ..server.session import imported
     from ..server.store import Record
 
-    snapshot = MemorySnapshot.load(args.file)
+    snapshot = args.snapshot
     owner = _owner(store, args)
     record = store.get(owner, args.session) or Record(owner, args.session)
     adapter = snapshot.metadata.get("adapter", "")

@@ -10,6 +10,7 @@ from ..errors import ModelError, shown
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
+MAX_CONTEXT = 1 << 24  # tokens of a text: more than any model was trained on
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
 # architectures whose graphs rotate whole heads, with keys as long as values: GGML_ASSERT(n_embd_head == n_rot)

@@ -14,6 +14,7 @@ _OPTIONS = {
     "rpc_servers": "--rpc",
     "n_ctx": "--ctx-size",
     "n_batch": "--batch-size",
+    "n_seq_max": "--parallel",
     "n_threads": "--threads",
     "n_threads_batch": "--threads-batch",
     "unpack": "--unpack",

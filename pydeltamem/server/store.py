@@ -16,12 +16,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import platformdirs
 import sqlalchemy as sa
@@ -162,16 +166,24 @@ class Store:
     """Sessions, each under its owner and its name.
 
     Args:
-        url: of SQLAlchemy; `sqlite:///FILE` or `postgresql+psycopg://…`. None: `default_url()`.
+        url: of SQLAlchemy; `sqlite:///FILE`, `sqlite:///:memory:` or `postgresql+psycopg://…`. None: `default_url()`.
         n_undo: how many of the latest turns can be taken back.
         keep_messages: whether to keep the messages, or only their digests.
         may_be_away: whether a PostgreSQL that is not there yet is no error: it is asked again at each use.
+        must_exist: whether a SQLite file that is not there is an error; otherwise it is made.
 
-    Methods raise StoreError if the database fails, StoreAway if it cannot be reached.
+    Methods raise StoreError if the database fails or is that of another program, which stays as it is, StoreAway if it
+    cannot be reached.
     """
 
     def __init__(
-        self, url: str | None = None, *, n_undo: int = 8, keep_messages: bool = False, may_be_away: bool = False
+        self,
+        url: str | None = None,
+        *,
+        n_undo: int = 8,
+        keep_messages: bool = False,
+        may_be_away: bool = False,
+        must_exist: bool = False,
     ) -> None:
         self.url = url or default_url()
         self.n_undo = n_undo
@@ -180,16 +192,21 @@ class Store:
         self._away: tuple[float, str] = 0.0, ""  # until when it is not asked again, by time.monotonic, and why
         self._is_open = False
         try:
-            self._is_sqlite = sa.make_url(self.url).get_backend_name() == "sqlite"
-            options: dict[str, Any] = (
-                {"connect_args": {"timeout": 10, "check_same_thread": False}}
-                if self._is_sqlite
-                else _to_server(self.url)
-            )
+            backend = sa.make_url(self.url).get_backend_name()
+            if backend not in ("sqlite", "postgresql"):
+                raise InputError(f"--store {self.shown}: a store is {_SUPPORTED}: {backend} is not supported")
+            self._is_sqlite = backend == "sqlite"
+            self._file = _sqlite_file(self.url) if self._is_sqlite else None
+            options: dict[str, Any] = _to_server(self.url)
+            if self._is_sqlite:
+                options = {"connect_args": {"timeout": 10, "check_same_thread": False}}
+                if self._file is None:  # in memory, each connection has a database of its own: threads take turns
+                    options |= {"poolclass": sa.QueuePool, "pool_size": 1, "max_overflow": 0}
             self._engine = sa.create_engine(self.url, **options)
         except ImportError as error:
             raise InputError(
-                f"--store {self.shown}: a package for it is missing ({error}): pip install 'pydeltamem[postgres]'"
+                f"--store {self.shown}: a package for it is missing ({error}): pip install 'pydeltamem[postgres]', "
+                f"and give {_SUPPORTED}"
             ) from error
         except sa.exc.ArgumentError as error:
             raise InputError(f"--store {self.url}: not a database that SQLAlchemy can open: {error}") from error
@@ -200,10 +217,16 @@ class Store:
         # a statement is a transaction by itself: BEGIN and COMMIT would be two more round trips to a PostgreSQL
         self._alone = self._engine if self._is_sqlite else self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._take_lease, self._prolong_leases = _lease_statements(is_sqlite=self._is_sqlite)
+        if self._file is not None and not os.path.exists(self._file):
+            if must_exist:
+                raise StoreError(f"{self._file}: there is no such store: check the name (--store)")
+            if not url:
+                os.makedirs(os.path.dirname(self._file), exist_ok=True)
         try:
             self.ping()
-        except StoreAway:
-            if not may_be_away:
+        except StoreError as error:
+            if not may_be_away or not isinstance(error, StoreAway):
+                self._engine.dispose()
                 raise
 
     @classmethod
@@ -256,10 +279,13 @@ class Store:
                 return work(connection)
 
     def _open(self) -> None:
-        """Makes the tables, unless they are there."""
+        """Makes the tables, unless they are there. Raises StoreError if they, or the file, are another program's."""
+        if self._file is not None:
+            _check_file(self._file)
         with self._writing.begin() as connection:
             if not self._is_sqlite:  # several servers may begin at once
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+                self._check_schema(connection)
             is_new = not sa.inspect(connection).has_table(_turns.name)
             _tables.create_all(connection)
             if is_new and not self._is_sqlite:  # states are random to a compressor, which would try each time
@@ -273,6 +299,20 @@ class Store:
             elif found != str(FORMAT):
                 raise StoreError(f"{self.shown}: a store of format {found}, and this version reads format {FORMAT}")
         self._is_open = True
+
+    def _check_schema(self, connection: sa.Connection) -> None:
+        """Raises StoreError if another program has tables of our names in a PostgreSQL, where it may have others."""
+        inspector = sa.inspect(connection)
+        clash = sorted(set(inspector.get_table_names()) & set(_tables.tables))
+        is_ours = False
+        if _about.name in clash:
+            columns = {column["name"] for column in inspector.get_columns(_about.name)}
+            mark = sa.select(_about.c.value).where(_about.c.key == "format")
+            is_ours = columns == set(_about.c.keys()) and connection.scalar(mark) is not None
+        if clash and not is_ours:
+            raise StoreError(
+                f"{self.shown}: another program has a table {clash[0]} there, and nothing was changed: name another one"
+            )
 
     def ping(self) -> None:
         """Asks the database whether it is there."""
@@ -485,13 +525,64 @@ class _Listed(Record):
 def default_url() -> str:
     """The store in the user's data folder."""
     folder = Path(platformdirs.user_data_dir("deltamem", appauthor=False))
-    folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder / 'sessions.db'}"
 
 
 def now() -> datetime.datetime:
     """The present time, UTC, without a time zone, as databases keep it."""
     return datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
+
+
+_SQLITE = b"SQLite format 3\0"  # how its files begin
+_SUPPORTED = "sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME"
+
+
+def _sqlite_file(url: str) -> str | None:
+    """The file of a SQLite store; None: it is in memory."""
+    parsed = sa.make_url(url)
+    name = parsed.database or ":memory:"
+    if name.startswith("file:") and "uri" in parsed.query:
+        name = url2pathname(urlsplit(name).path)
+        if parsed.query.get("mode") == "memory":
+            return None
+    return None if name == ":memory:" else name
+
+
+def _check_file(path: str) -> None:
+    """Raises StoreError if a file is there that is no SQLite database, or that of another program. It stays as it is,
+    to the last byte, and no file comes beside it: so it is only read, and a journal left as it is.
+    """
+    if not os.path.exists(path):
+        return
+    if os.path.isfile(path) and os.access(path, os.R_OK):
+        with open(path, "rb") as file:
+            begins = file.read(len(_SQLITE))
+        if begins not in (b"", _SQLITE):  # SQLite takes a file of one byte for an empty one
+            raise StoreError(f"{path}: not a SQLite database, and was not changed: name another file")
+    # without a log, reading as if nobody wrote needs no other file; otherwise the log has to be read, too
+    ways = ["mode=ro", "mode=rw"] if os.path.exists(f"{path}-wal") else ["immutable=1", "mode=rw"]
+    for way in ways:
+        try:
+            uri = f"{Path(path).absolute().as_uri()}?{way}"
+            with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=10)) as connection:
+                is_ours = _is_ours(connection)
+            break
+        except sqlite3.Error as error:
+            if way == ways[-1]:
+                raise StoreError(
+                    f"{path}: cannot be read as a store, and was not changed: {error}: name another file"
+                ) from error
+    if not is_ours:
+        raise StoreError(f"{path}: the database of another program, which was not changed: name another file")
+
+
+def _is_ours(connection: sqlite3.Connection) -> bool:
+    """Whether a SQLite database has our mark, or is empty."""
+    names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    columns = {column[1] for column in connection.execute(f"PRAGMA table_info({_about.name})")}
+    if columns != set(_about.c.keys()):
+        return not names
+    return connection.execute(f"SELECT value FROM {_about.name} WHERE key = 'format'").fetchone() is not None
 
 
 def _set_up_sqlite(connection: Any, _: Any) -> None:
