@@ -267,7 +267,7 @@ def test_a_bad_snapshot(state, value):
         MemorySnapshot(state, METADATA)
 
 
-@pytest.mark.parametrize("count", ["-3", "many", "1.5", "9" * 5000])
+@pytest.mark.parametrize("count", ["-3", "many", "1.5", "9" * 5000, "9" * 19, str(2**63 - 1)])
 def test_odd_metadata(count):
     snapshot = MemorySnapshot(random_state(), {"layers": "x,y", "tokens_written": count})
     assert snapshot.layers == [0, 1] and snapshot.tokens_written == 0

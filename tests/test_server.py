@@ -596,8 +596,98 @@ def test_closing_cuts_what_runs_too_long_and_commits_it(serving, tmp_path):
         said += "".join([piece.text async for piece in pieces])
         store = Store(f"sqlite:///{tmp_path / 'sessions.db'}")
         assert store.get("", "ada").tokens == answer.committed.tokens_written
-        assert 0 < len(said) == answer.n_generated < 450
+        assert 0 < len(said) == answer.n_generated < 450 and answer.finish_reason == "length"
         store.close()
+
+    asyncio.run(run())
+
+
+def test_a_cut_ends_what_runs_and_fails_what_has_no_token(serving):
+    async def run():
+        async with serving(n_seq_max=1) as service:
+            answer = service.chat([user("hello there")], session="ada", max_tokens=450, **LETTERS)
+            waits = service.chat([user("hello there")], session="bo", **GREEDY)
+            pieces = aiter(answer)
+            said = (await anext(pieces)).text
+            await waits.start()
+            service.cut()
+            said += "".join([piece.text async for piece in pieces])
+            assert 0 < len(said) == answer.n_generated < 450 and answer.finish_reason == "length"
+            for late in (waits, service.chat([user("hello there")], session="carl", **GREEDY)):
+                with pytest.raises(ModelError):
+                    await late.whole()
+            (record,) = await service.list()
+            assert (record.name, record.version, record.tokens) == ("ada", 1, answer.committed.tokens_written)
+
+    asyncio.run(run())
+
+
+def test_a_cut_while_a_prompt_is_decoded_leaves_the_session(make_llm, monkeypatch):
+    async def run():
+        async with AsyncDeltaMem(make_llm(n_seq_max=2, n_batch=32, **F32)) as service:
+            await say(service, [user("hello there")])
+            before = await service.get("ada")
+            slots = service.llm._engine.slots
+            decode = slots.decode
+
+            def decoded(*arguments):
+                service.cut()
+                return decode(*arguments)
+
+            monkeypatch.setattr(slots, "decode", decoded)
+            with pytest.raises(ModelError):
+                await service.chat([user("word " * 120)], session="ada", **GREEDY).whole()
+            assert await service.get("ada") == before
+
+    asyncio.run(run())
+
+
+EMPTY = {
+    "the end at once": {"grammar": 'root ::= ""'},
+    "no tokens": {"max_tokens": 0},
+    "a stop string at once": {"stop": ["q", "x", "z"]},
+}
+
+
+@pytest.mark.parametrize("chat", ["goes on", "goes back", "begins"])
+@pytest.mark.parametrize("how", list(EMPTY))
+def test_an_empty_answer_leaves_the_session(serving, read_once, how, chat):
+    async def run():
+        async with serving() as service:
+            messages = []
+            for said in ["hello there", "my name is Ada"]:
+                messages.append(user(said))
+                await say(service, messages)
+            before, text = await service.get("ada"), text_of(service)
+            asked = {
+                "goes on": [*messages, user("go on")],
+                "goes back": [*messages[:2], user("something else")],
+                "begins": [user("quite another thing")],
+            }[chat]
+            empty = service.chat(asked, session="ada", **{**GREEDY, **EMPTY[how]})
+            assert await empty.whole() == "" and not empty.counts
+            assert empty.finish_reason == ("length" if how == "no tokens" else "stop")
+            assert (empty.committed.version, empty.committed.tokens_written) == (before.version, before.tokens)
+            assert await service.get("ada") == before and text_of(service) == text
+
+            messages.append(user("and yours"))
+            answer = await say(service, messages)
+            tokens = text_of(service)
+            assert answer.counts and answer.committed.tokens_written == len(tokens)
+            np.testing.assert_allclose(await state_of(service), read_once(tokens), **SAME)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", list(EMPTY))
+def test_an_empty_answer_begins_no_session(serving, how):
+    async def run():
+        async with serving() as service:
+            for session in ("ada", None):
+                answer = service.chat([user("hello there")], session=session, **{**GREEDY, **EMPTY[how]})
+                assert await answer.whole() == "" and not answer.counts
+            assert await service.list() == []
+            assert (await say(service, [user("hello there")])).committed.version == 1
 
     asyncio.run(run())
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import re
 import signal
+import socket
 import subprocess
+import sys
 from typing import Literal
 
 import httpx
@@ -17,7 +21,7 @@ from pydantic import BaseModel
 from conftest import ROOT
 from pydeltamem.formats.memory_file import MemorySnapshot
 from refusals import check_names
-from servers import command, process
+from servers import command, process, until
 
 HELLO = [{"role": "user", "content": "My name is Anna."}]
 QUESTION = [{"role": "user", "content": "What is my name?"}]
@@ -276,6 +280,61 @@ def test_a_restart_and_an_end_in_the_middle(tmp_path):
         assert memory(answer)["version"] == 2
 
 
+def test_answers_that_take_too_long_at_the_end_are_cut_in_order(tmp_path):
+    """SIGTERM: a stream and a whole answer end as after `max_tokens`, and count; who has waited is told so."""
+    imports = "from pydeltamem.cli.main import main; from pydeltamem.server import application"
+    at_once = f"{imports}; application.GRACE = 0; main()"
+    options = command(tmp_path, "--port", 0, "-np", 2)[3:]
+    popen = subprocess.Popen([sys.executable, "-c", at_once, *options], stderr=subprocess.PIPE, encoding="utf-8")
+    try:
+        address = next(line for line in popen.stderr if line.startswith("http://")).split(": ")[0]
+        until(lambda: httpx.get(f"{address}/health").status_code == 200)
+        asked = {"messages": HELLO, "model": "-", "max_tokens": 900, "extra_body": {"grammar": "root ::= [a-z ] root"}}
+        with concurrent.futures.ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as clients:
+
+            def create(session, **more):
+                one = openai.OpenAI(base_url=f"{address}/sessions/{session}/v1", api_key="-", max_retries=0)
+                return clients.enter_context(one).chat.completions.create(**asked, **more)
+
+            stream = create("ada", stream=True, stream_options={"include_usage": True})
+            next(part for part in stream if part.choices[0].delta.content)
+            whole = pool.submit(create, "bo")
+            until(lambda: "deltamem_slots_used 2.0" in httpx.get(f"{address}/metrics").text)
+            waits = pool.submit(create, "carl")
+            until(lambda: "deltamem_queue 1.0" in httpx.get(f"{address}/metrics").text)
+            popen.terminate()
+            *_, last, used = stream
+            answer = whole.result()
+            with pytest.raises(openai.InternalServerError) as info:
+                waits.result()
+        _, logged = popen.communicate(timeout=60)
+    finally:
+        popen.kill()
+        popen.wait()
+    assert info.value.status_code == 503 and info.value.code == "stopping"
+    assert "retry-after" in info.value.response.headers
+    assert last.choices[0].finish_reason == answer.choices[0].finish_reason == "length"
+    assert memory(last)["version"] == memory(answer)["version"] == 1
+    assert 0 < used.usage.completion_tokens < 900 and 0 < answer.usage.completion_tokens < 900
+    assert popen.returncode in (0, -signal.SIGTERM) and "Traceback" not in logged
+    with process(tmp_path) as running:
+        kept = httpx.get(f"{running.address}/v1/memories").json()["data"]
+    assert {one["id"]: one["tokens"] for one in kept} == {
+        "ada": memory(last)["tokens_written"],
+        "bo": memory(answer)["tokens_written"],
+    }
+
+
+def test_a_port_that_is_taken(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = command(tmp_path, "--port", port)
+        done = subprocess.run(refused, capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()  # nothing was loaded
+    assert line.startswith("deltamem: error: ") and f"127.0.0.1:{port}" in line
+
+
 @pytest.mark.parametrize(
     "options, names",
     [
@@ -288,9 +347,8 @@ def test_a_restart_and_an_end_in_the_middle(tmp_path):
 )
 def test_what_cannot_be_served(tmp_path, options, names):
     """The process ends with an error, so that whoever started it knows."""
-    done = subprocess.run(
-        command(tmp_path, *options, "--log-level", "error"), capture_output=True, encoding="utf-8", timeout=60
-    )
+    refused = command(tmp_path, "--port", 0, *options, "--log-level", "error")
+    done = subprocess.run(refused, capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("deltamem: error: ")
@@ -316,6 +374,14 @@ def keeping(tmp_path_factory):
 def state(address, session):
     answer = httpx.get(f"{address}/v1/memories/{session}/file", headers={"Authorization": f"Bearer {ANNA}"})
     return MemorySnapshot.from_bytes(answer.content).state
+
+
+def test_an_empty_answer_is_not_kept(keeping):
+    with openai.OpenAI(base_url=f"{keeping}/v1", api_key=ANNA) as one:
+        empty = one.responses.create(input="Hello.", extra_body={"grammar": "root ::= "}, **SHORT)
+        assert empty.output_text == "" and empty.store is False
+        with pytest.raises(openai.NotFoundError):
+            one.responses.create(input="Who?", previous_response_id=empty.id, **SHORT)
 
 
 def test_an_answer_to_go_on_from(keeping):

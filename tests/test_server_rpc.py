@@ -19,7 +19,7 @@ import pytest
 from fleet import Replica, RpcServer, free_port, until
 from pydeltamem.errors import InputError
 from pydeltamem.formats.memory_file import MemorySnapshot
-from pydeltamem.server.supervisor import AGAIN, supervise
+from pydeltamem.server.supervisor import AGAIN, listening, supervise
 from pydeltamem.server.worker import ModelLost
 from refusals import refuses
 from servers import command, in_thread, process
@@ -198,7 +198,7 @@ def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with refuses(InputError, f"127.0.0.1:{port}"):
-            supervise("127.0.0.1", port, [])
+            listening("127.0.0.1", port)
 
 
 def test_it_ends_while_it_waits_for_rpc_servers(running):
@@ -251,7 +251,7 @@ def supervised(tmp_path, monkeypatch):
         program.write_text(f"{begin}its = socket.socket(fileno=int(sys.argv[-1].split(',')[1]))\n{code}")
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(program))
-        return supervise("127.0.0.1", free_port(), [])
+        return supervise(listening("127.0.0.1", 0), [])
 
     yield run
     for number, handler in handlers.items():

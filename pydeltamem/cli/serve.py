@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ from typing import Any
 
 from ..errors import InputError, RpcServerAway
 from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, context_options, note
-from .parser import count, positive, positive_number
+from .parser import at_least, count, positive, positive_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
-    group.add_argument("--port", type=count, default=8080, metavar="N", help="port (%(default)s)")
+    group.add_argument("--port", type=at_least(0, 65535), default=8080, metavar="N", help="port (%(default)s; 0: any)")
     group.add_argument("--api-key-file", metavar="FILE", help="API keys, one a line; sessions belong to a key")
     group.add_argument(
         "--drain", type=count, default=0, metavar="SECONDS",
@@ -92,11 +93,13 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.rpc and not args.supervised:
         logs.set_up(args.log_level)
-        note(f"http://{args.host}:{args.port}: layers on {args.rpc}")
-        return supervisor.supervise(args.host, args.port, parsed(args.rpc))
+        endpoints, shared = parsed(args.rpc), supervisor.listening(args.host, args.port)
+        note(f"{_url(args.host, shared)}: layers on {args.rpc}")
+        return supervisor.supervise(shared, endpoints)
     model = model_file(args.model)
     adapter = None if args.deltamem is None else adapter_file(args.deltamem, model)
     store = Store(args.store, n_undo=args.undo, keep_messages=args.keep_messages, may_be_away=True)
+    listener = None if args.supervised else supervisor.listening(args.host, args.port)
 
     def load() -> AsyncDeltaMem:
         from ..llama import DeltaMemLlama
@@ -138,21 +141,18 @@ def run(args: argparse.Namespace) -> int:
     )
     logs.set_up(args.log_level)
     app = application.application(settings)
-    note(
-        f"http://{args.host}:{args.port}: {'sessions belong to keys' if keys else 'no keys, so for this machine only'}"
-    )
     config = uvicorn.Config(
         app,
-        host=args.host,
-        port=args.port,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=30,
+        timeout_graceful_shutdown=application.GRACE + application.LAST,
         timeout_keep_alive=75,  # longer than clients and proxies keep theirs: who closes first is not asked meanwhile
     )
 
     class Draining(supervisor.Relay if args.supervised else uvicorn.Server):  # type: ignore[misc]
-        """At the first SIGTERM answers for a while, and tells balancers to send no more."""
+        """At the first SIGTERM answers for a while, and tells balancers to send no more. At the end it cuts answers
+        before uvicorn cancels their requests, so that they end in order.
+        """
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             state = app.state.server
@@ -165,7 +165,9 @@ def run(args: argparse.Namespace) -> int:
             timer.start()
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            cut = asyncio.get_running_loop().call_later(application.GRACE, app.state.server.cut)
             await super().shutdown(sockets)
+            cut.cancel()
             if app.state.server.lost is not None:
                 os._exit(supervisor.AGAIN)  # Python would wait for the thread that does not come back
 
@@ -177,13 +179,17 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends in order, and raises the signal again afterwards
     if args.supervised:
         when_lost(lost)
-        with supervisor.supervised(args.supervised, lambda: app.state.server.is_loaded) as listener:
-            server.run(sockets=[listener])
-    else:
-        server.run()
+    with listener or supervisor.supervised(args.supervised, lambda: app.state.server.is_loaded) as given:
+        about = "sessions belong to keys" if keys else "no keys, so for this machine only"
+        note(f"{_url(args.host, given)}: {about}")
+        server.run(sockets=[given])
     failure = app.state.server.failure
     if isinstance(failure, RpcServerAway) and args.supervised:
         return supervisor.AGAIN
     if failure is not None:
         raise failure
     return 0 if server.started else 1
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

@@ -51,6 +51,7 @@ else:
     import fcntl
 
 FORMAT_VERSION = 1
+MAX_WRITTEN = 2**53  # tokens; a larger number is none that was counted, and stores could not hold it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +114,8 @@ class MemorySnapshot:
     def tokens_written(self) -> int:
         """Tokens written to the memory so far; 0 if unknown."""
         text = self.metadata.get("tokens_written", "")
-        return int(text) if text.isdecimal() and len(text) < 20 else 0
+        n = int(text) if text.isdecimal() and len(text) < 20 else 0
+        return n if n <= MAX_WRITTEN else 0
 
     @property
     def norms(self) -> npt.NDArray[np.float32]:

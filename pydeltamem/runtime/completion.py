@@ -289,7 +289,7 @@ def biased(logit_bias: Mapping[Any, float], n_vocab: int) -> Any:
     """A logits processor. Raises InputError if a token or a bias is invalid."""
     try:
         bias = {int(token): float(value) for token, value in logit_bias.items()}
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         raise InputError(f"logit_bias is a mapping of token ids to numbers, not {logit_bias!r}") from None
     for token in bias:
         if not 0 <= token < n_vocab:

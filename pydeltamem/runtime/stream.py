@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import re
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from .tokenizer import piece as _piece
 _llama = library.llama_cpp
 LlamaGrammar: Any = _llama.LlamaGrammar  # mypy does not know its type
 
+_MAX_NESTED = 2000
+_PARENTHESES = re.compile(r'"(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|#[^\n]*|([()])', re.DOTALL)
 _checked_grammars: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -132,6 +135,16 @@ class TextStream:
             yield piece
 
 
+def _n_nested(grammar: str) -> int:
+    """How deep the parentheses of a grammar are nested at most."""
+    depth = deepest = 0
+    for match in _PARENTHESES.finditer(grammar):
+        if match[1] is not None:
+            depth = depth + 1 if match[1] == "(" else max(depth - 1, 0)
+            deepest = max(deepest, depth)
+    return deepest
+
+
 def checked_grammar(llm: Model, text: Any, name: str = "grammar") -> Any:
     """A GBNF grammar, text or a LlamaGrammar, for sampling. Raises InputError, which names it `name`, if llama.cpp
     cannot use it.
@@ -144,11 +157,15 @@ def checked_grammar(llm: Model, text: Any, name: str = "grammar") -> Any:
         raise InputError(f"{name} is GBNF text or a LlamaGrammar, not {grammar!r}")
     if grammar in _checked_grammars:
         return grammar
+    if _n_nested(grammar._grammar) > _MAX_NESTED:  # llama.cpp's parser calls itself for each, until the stack ends
+        raise InputError(f"{name}: its parentheses are nested deeper than {_MAX_NESTED:,} levels")
+    try:
+        text = grammar._grammar.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: no UTF-8: {error.reason} at character {error.start}") from None
     with library.silencing, library.errors_held() as log, suppress_stdout_stderr(disable=llm.verbose):
         sampler = llm._engine.slots.call(
-            lambda: _llama.llama_sampler_init_grammar(
-                llm._model.vocab, grammar._grammar.encode(), grammar._root.encode()
-            )
+            lambda: _llama.llama_sampler_init_grammar(llm._model.vocab, text, grammar._root.encode())
         )
         reason = library.reason(log)
         log.clear()

@@ -345,6 +345,9 @@ class Text:
             n_kv = slots.truncate(slot, min(n_kv, position.n))
         elif slots.has_memory and self.exact and n_kv < position.n:
             position = position.memory_at(max(n_kv, position.floor))
+            n_kv = slots.truncate(slot, min(n_kv, position.n))
+            if n_kv < position.n:  # the model cannot cut its cache
+                position = position.memory_at(position.floor)
         if position is not self.position or n_kv != position.n_kv:
             self.position = position._replace(n_kv=n_kv)
 

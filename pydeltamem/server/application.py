@@ -53,6 +53,9 @@ from .service import (
 from .store import Conflict, Record, StoreError
 from .worker import ModelLost, QueueFull
 
+GRACE = 20  # seconds that answers have to end when the server is told to; then they are cut
+LAST = 10  # seconds until those that were cut are committed and sent; then their requests are cancelled
+
 
 @dataclass
 class Settings:
@@ -97,6 +100,8 @@ class BodyTooLarge(DeltaMemError):
 class RateLimited(DeltaMemError):
     """A key has sent too many requests."""
 
+
+_MAX_DEPTH = 200  # of a body
 
 # exception: status, type and code of OpenAI's error
 _ERRORS: tuple[tuple[type[Exception], tuple[int, str, str]], ...] = (
@@ -174,6 +179,11 @@ class Server:
         if self._service is not None:
             self._service.lose(self.lost)
         self.settings.failed()
+
+    def cut(self) -> None:
+        """Ends the answers that run: what was said so far counts. Any thread may call this."""
+        if self._service is not None:
+            self._service.cut()
 
     async def close(self) -> None:
         """Ends what runs, and commits it."""
@@ -354,14 +364,14 @@ def _answering(server: Server) -> APIRouter:
     async def tokenize(request: Request) -> Any:
         server.owner(request)
         body, llm = await _body(request), server.service.llm
-        text = body.get("content", "")
+        text = "" if body.get("content") is None else body["content"]
         if not isinstance(text, str):
             raise InputError("content is a text")
         tokens = await asyncio.to_thread(
             llm.tokenize,
             text.encode("utf-8", "surrogatepass"),
-            add_bos=bool(body.get("add_special", False)),
-            special=bool(body.get("parse_special", True)),
+            add_bos=bool(body.get("add_special")),
+            special=body.get("parse_special") is None or bool(body["parse_special"]),
         )
         if body.get("with_pieces"):
             return {"tokens": [{"id": token, "piece": _piece(llm, token)} for token in tokens]}
@@ -470,7 +480,10 @@ async def _respond(server: Server, request: Request, asked: Chat | Completion | 
     if asked.stream:
         await answer.start()  # what is wrong with the request has a status of its own
         return _EventStream(
-            _events(server, asked, answer), ping=server.settings.heartbeat, sep="\n", shutdown_grace_period=20
+            _events(server, asked, answer),
+            ping=server.settings.heartbeat,
+            sep="\n",
+            shutdown_grace_period=GRACE + LAST,
         )
     scored: list[Any] = []
 
@@ -528,12 +541,28 @@ def _event(line: str) -> bytes:
 
 async def _body(request: Request) -> dict[str, Any]:
     try:
-        body = json.loads(await request.body())
+        data = await request.body()
+        body = json.loads(data)
     except ValueError as error:
         raise InputError(f"the body is no JSON: {error}") from None
+    except RecursionError:
+        raise InputError(f"the body is nested deeper than {_MAX_DEPTH} levels") from None
     if not isinstance(body, dict):
         raise InputError("the body is a JSON object")
+    if data.count(b"[") + data.count(b"{") > _MAX_DEPTH:  # otherwise it cannot be
+        _check_depth(body)
     return body
+
+
+def _check_depth(body: Any) -> None:
+    """Raises InputError for a body that is nested deeper than what reads it can go."""
+    level = [body]
+    for _ in range(_MAX_DEPTH):
+        values = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for some in values for value in some if isinstance(value, (dict, list))]
+        if not level:
+            return
+    raise InputError(f"the body is nested deeper than {_MAX_DEPTH} levels")
 
 
 def _session(request: Request, body: Mapping[str, Any]) -> tuple[str | None, bool]:
@@ -543,7 +572,7 @@ def _session(request: Request, body: Mapping[str, Any]) -> tuple[str | None, boo
         raise InputError('memory is {"session": id, "write": true or false}')
     memory = memory or {}
     session = request.path_params.get("session") or request.headers.get("x-memory-session") or memory.get("session")
-    write = memory.get("write", True)
+    write = True if memory.get("write") is None else memory["write"]
     if not isinstance(write, bool):
         raise InputError(f"memory.write is true or false, not {write!r}")
     return (None if session is None else checked_name(session)), write
@@ -580,7 +609,7 @@ def _error_body(error: Exception) -> dict[str, Any]:
     elif status == 500 and code == "internal":
         message = "an error of the server: see its log"
     else:
-        message = str(error)
+        message = str(error).encode("utf-8", "backslashreplace").decode()  # JSON may have half a character
     return {"error": {"message": message, "type": kind, "code": code}}
 
 
@@ -667,8 +696,11 @@ class _Private:
 
     def _may(self, headers: Headers) -> bool:
         host, origin = headers.get("host", ""), headers.get("origin")
-        is_own = origin is None or origin in self.origins or urlsplit(origin).netloc == host
-        return is_own and is_loopback(urlsplit(f"//{host}").hostname or "")
+        try:
+            is_own = origin is None or origin in self.origins or urlsplit(origin).netloc == host
+            return is_own and is_loopback(urlsplit(f"//{host}").hostname or "")
+        except ValueError:  # no address
+            return False
 
 
 def is_loopback(host: str) -> bool:

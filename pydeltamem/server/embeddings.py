@@ -36,7 +36,7 @@ class Embedder:
             texts = [texts]
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
             raise InputError("input is a text, or a list of texts, none of them empty")
-        encoding = body.get("encoding_format", "float")
+        encoding = "float" if body.get("encoding_format") is None else body["encoding_format"]
         if encoding not in ("float", "base64"):
             raise InputError(f'encoding_format is "float" or "base64", not {encoding!r}')
         state = None if session is None else (await self._service.snapshot(session, owner)).state

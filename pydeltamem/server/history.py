@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..runtime.history import before_content
 
 Message = Mapping[str, Any]
+_ROLES = {"developer": "system", "function": "tool"}  # as templates name them
 
 
 def content_of(message: Message) -> str:
@@ -46,9 +47,24 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError('a message is an object with "role" and "content"')
-        role = "system" if message["role"] == "developer" else message["role"]
-        checked.append({**message, "role": role, "content": content_of(message)})
+        role = _ROLES.get(message["role"], message["role"])
+        one = {**message, "role": role, "content": content_of(message)}
+        called = one.pop("function_call", None)  # what `tool_calls` replaced
+        if called is not None and not one.get("tool_calls"):
+            one["tool_calls"] = [{"type": "function", "function": _checked_function("function_call", called)}]
+        calls = one.get("tool_calls")
+        if calls is not None and not isinstance(calls, list):
+            raise InputError(f"tool_calls of a message is a list, not {shown(repr(calls))}")
+        for call in calls or ():
+            _checked_function("tool_calls", call.get("function") if isinstance(call, Mapping) else None)
+        checked.append(one)
     return checked
+
+
+def _checked_function(name: str, function: Any) -> Mapping[str, Any]:
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InputError(f'{name} of a message: a call has a function, {{"name": …, "arguments": …}}')
+    return function
 
 
 def digests(messages: Sequence[Message]) -> list[str]:

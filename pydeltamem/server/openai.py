@@ -9,15 +9,18 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..runtime.stream import LlamaGrammar
-from .service import Answer, Piece
+from .service import Answer, Piece, checked_n_top, checked_template, checked_whole
 
 _OPTIONS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
     "repeat_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta", "stop", "seed", "logit_bias", "grammar",
 )  # fmt: skip
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_REPEATS = ("minLength", "maxLength", "minItems", "maxItems")
+_COUNT = re.compile(r"(?<=[{,])\s*([0-9]+)\s*(?=[,}])")  # in a pattern
+_MAX_REPEATED = 100_000
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|$)", re.DOTALL)
 
 
@@ -30,13 +33,11 @@ def options_of(body: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"{name}: one answer a request, not {body[name]!r}")
     options = {name: body[name] for name in _OPTIONS if body.get(name) is not None}
     if body.get("max_completion_tokens") is not None:
-        options["max_tokens"] = body["max_completion_tokens"]
+        options["max_tokens"] = checked_whole("max_completion_tokens", body["max_completion_tokens"], -1)
     if options.get("max_tokens") == -1:  # as llama-server
         del options["max_tokens"]
     if body.get("chat_template_kwargs") is not None:
-        if not isinstance(body["chat_template_kwargs"], dict):
-            raise InputError("chat_template_kwargs is an object")
-        options["template"] = body["chat_template_kwargs"]
+        options["template"] = checked_template("chat_template_kwargs", body["chat_template_kwargs"])
     return options
 
 
@@ -58,16 +59,23 @@ class Chat:
         self.with_usage = _with_usage(body)
         self.logprobs = flag(body, "logprobs")
         if self.logprobs:
-            self.options["n_top"] = body.get("top_logprobs") or 0
+            self.options["n_top"] = checked_n_top("top_logprobs", body.get("top_logprobs")) or 0
         self._set_tools(body)
         if self.forced is None and not self._as_json:
             self.options.update(format_options("response_format", body.get("response_format")))
 
     def _set_tools(self, body: Mapping[str, Any]) -> None:
-        tools, choice = body.get("tools"), body.get("tool_choice")
-        if isinstance(body.get("functions"), list):
-            tools = [{"type": "function", "function": function} for function in body["functions"]]
-            choice = body.get("function_call", choice)
+        tools, choice, name_tools, name_choice = body.get("tools"), body.get("tool_choice"), "tools", "tool_choice"
+        what = 'tools is a list of {"type": "function", "function": {"name": …}}'
+        # whether the request has the fields that `tools` and `tool_choice` replaced, and so has the answer
+        self.is_old = not tools and body.get("functions") is not None
+        if self.is_old:
+            tools, choice, name_tools, name_choice = (
+                body["functions"], body.get("function_call"), "functions", "function_call",
+            )  # fmt: skip
+            what = 'functions is a list of {"name": …}'
+            if isinstance(tools, list):
+                tools = [{"type": "function", "function": function} for function in tools]
             choice = {"type": "function", "function": choice} if isinstance(choice, Mapping) else choice
         self.forced: str | None = None  # the function that the answer calls
         self.calls = False  # whether the answer may call functions
@@ -77,13 +85,15 @@ class Chat:
         names = []
         for tool in tools if isinstance(tools, list) else ():
             function = tool.get("function") if isinstance(tool, Mapping) else None
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-                raise InputError('tools is a list of {"type": "function", "function": {"name": …}}')
-            function.setdefault("parameters", {"type": "object", "properties": {}})  # type: ignore[attr-defined]
-            _checked_schema(f"tools: {function['name']}", function["parameters"])
+            name = function.get("name") if isinstance(function, dict) else None
+            if not isinstance(function, dict) or not isinstance(name, str) or not name.isprintable():
+                raise InputError(what)
+            if function.get("parameters") is None:
+                function["parameters"] = {"type": "object", "properties": {}}
+            _checked_schema(f"{name_tools}: {shown(function['name'])}", function["parameters"])
             names.append(function["name"])
         if not names:
-            raise InputError('tools is a list of {"type": "function", "function": {"name": …}}')
+            raise InputError(what)
         if choice == "none":
             return
         self.options["tools"] = tools
@@ -92,7 +102,7 @@ class Chat:
             function = choice.get("function")
             name = function.get("name") if isinstance(function, Mapping) else None
             if name not in names:
-                raise InputError(f"tool_choice: {name} is none of the tools {', '.join(names)}")
+                raise InputError(f"{name_choice}: {shown(name)} is none of {shown(', '.join(names))}")
             self.forced = name
         elif choice == "required" and len(names) == 1:
             self.forced = names[0]
@@ -103,7 +113,7 @@ class Chat:
                 "schema": {"oneOf": [_call_schema(t) for t in tools]},
             }
         elif choice not in (None, "auto"):
-            raise InputError(f'tool_choice is "none", "auto", "required" or a function, not {choice!r}')
+            raise InputError(f'{name_choice} is "none", "auto", "required" or a function, not {shown(repr(choice))}')
         if self.forced is not None:
             self.options["tool_choice"] = {"type": "function", "function": {"name": self.forced}}
 
@@ -112,7 +122,7 @@ class Chat:
     #
 
     def message(self, content: str) -> dict[str, Any]:
-        """The answer as a message, with the functions that it calls."""
+        """The answer as a message of a chat, with the functions that it calls."""
         calls: list[dict[str, Any]] = []
         if self.forced is not None:
             calls = [_call(self.id, 0, self.forced, content)]
@@ -120,6 +130,7 @@ class Chat:
             calls = _called(self.id, [content])
         elif self.calls:
             calls = _called(self.id, _CALL.findall(content))
+            calls = calls[:1] if self.is_old else calls
             content = _CALL.sub("", content) if calls else content
         if not calls:
             return {"role": "assistant", "content": content}
@@ -129,41 +140,59 @@ class Chat:
     def whole(self, answer: Answer, scored: Sequence[Any]) -> dict[str, Any]:
         """The response."""
         message = self.message(answer.content)
-        reason = "tool_calls" if "tool_calls" in message else answer.finish_reason
+        reason = self._reason(answer, has_calls="tool_calls" in message)
+        if self.is_old and "tool_calls" in message:
+            message["function_call"] = message.pop("tool_calls")[0]["function"]
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": self._logprobs(scored)}
         return {**self._about(), "choices": [choice], "usage": usage(answer), **memory(answer)}
 
     async def chunks(self, answer: Answer, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
         """The response in pieces, as JSON; the one with finish_reason comes once the turn is committed."""
         yield to_json(self._chunk({"role": "assistant", "content": None if self.forced else ""}))
-        held, is_first, plain = "", True, _Template(self._chunk({"content": _Template.MARK}))
+        held, plain = "", _Template(self._chunk({"content": _Template.MARK}))
+        scored: list[Any] = []  # tokens whose text has not been sent yet
+        has_calls = self.forced is not None
+        if self.forced is not None:
+            yield to_json(self._chunk(self._delta(0, _call(self.id, 0, self.forced, ""))))
         async for piece in pieces:
+            scored += piece.scored
             if self.forced is not None:
-                call = _call(self.id, 0, self.forced, piece.text)
-                if not is_first:
-                    call = {"function": {"arguments": piece.text}}
-                yield to_json(self._chunk({"tool_calls": [{"index": 0, **call}]}))
+                text = piece.text
+                if text:
+                    yield to_json(self._chunk(self._delta(0, {"function": {"arguments": text}}), scored=scored))
             else:
                 text = held + piece.text
                 at = 0 if self._as_json else _where_calls_begin(text) if self.calls else len(text)
                 text, held = text[:at], text[at:]  # a call is passed on as a whole
                 if text and self.logprobs:
-                    yield to_json(self._chunk({"content": text}, scored=piece.scored))
-                elif text or not held:
+                    yield to_json(self._chunk({"content": text}, scored=scored))
+                elif text:
                     yield plain.with_text(text)
-            is_first = False
-        reason = answer.finish_reason
+            if text:
+                scored = []
         if held:
             message = self.message(held)
             if message["content"]:
-                yield to_json(self._chunk({"content": message["content"]}))
+                yield to_json(self._chunk({"content": message["content"]}, scored=scored))
+                scored = []
             for i, call in enumerate(message.get("tool_calls", ())):
-                yield to_json(self._chunk({"tool_calls": [{"index": i, **call}]}))
-                reason = "tool_calls"
-        reason = "tool_calls" if self.forced is not None else reason
-        yield to_json({**self._chunk({}, reason), **memory(answer)})
+                yield to_json(self._chunk(self._delta(i, call), scored=scored))
+                has_calls, scored = True, []
+        if scored:  # of a stop string, or of half a character
+            yield to_json(self._chunk({}, scored=scored))
+        yield to_json({**self._chunk({}, self._reason(answer, has_calls=has_calls)), **memory(answer)})
         if self.with_usage:
             yield to_json({**self._about(".chunk"), "choices": [], "usage": usage(answer)})
+
+    def _delta(self, i: int, call: Mapping[str, Any]) -> dict[str, Any]:
+        """A call, or more of its arguments, in a stream."""
+        return {"function_call": call["function"]} if self.is_old else {"tool_calls": [{"index": i, **call}]}
+
+    def _reason(self, answer: Answer, *, has_calls: bool) -> str | None:
+        """Why the answer ends. One that was cut may end in the middle of a call."""
+        if not has_calls or answer.finish_reason == "length":
+            return answer.finish_reason
+        return "function_call" if self.is_old else "tool_calls"
 
     def _about(self, suffix: str = "") -> dict[str, Any]:
         return {"id": self.id, "object": self.object + suffix, "created": self.created, "model": self.model}
@@ -197,7 +226,7 @@ class Completion:
         self.id, self.created, self.model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
         self.options = options_of(body)
         self.options.setdefault("max_tokens", 16)
-        prompt = body.get("prompt", "")
+        prompt = "" if body.get("prompt") is None else body["prompt"]
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
             prompt = prompt[0]
         if not isinstance(prompt, str) and not (
@@ -207,7 +236,7 @@ class Completion:
         self.prompt: str | list[int] = prompt
         self.echo, self.stream = flag(body, "echo"), flag(body, "stream")
         self.with_usage = _with_usage(body)
-        self.n_top = body.get("logprobs")
+        self.n_top = checked_n_top("logprobs", body.get("logprobs"))
         if self.n_top is not None:
             self.options["n_top"] = self.n_top
         if body.get("suffix"):
@@ -314,10 +343,27 @@ def _checked_schema(name: str, schema: Any) -> dict[str, Any]:
     try:
         if not isinstance(schema, dict):
             raise ValueError(f"it is an object, not {schema!r}")
+        if _n_repeated(schema) > _MAX_REPEATED:
+            raise ValueError(f"it repeats more than {_MAX_REPEATED:,} times")
         LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
     except Exception as error:
         raise InputError(f"{name}: answers cannot be held to this JSON schema: {error}") from error
     return schema
+
+
+def _n_repeated(schema: Any) -> int:
+    """How often the grammar of a schema repeats its parts: llama_cpp writes out each of them."""
+    n, left = 0, [schema]
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left += value
+        elif isinstance(value, dict):
+            left += value.values()
+            n += sum(count for key in _REPEATS if isinstance(count := value.get(key), int) and count > 0)
+            if isinstance(value.get("pattern"), str):
+                n += sum(map(int, _COUNT.findall(value["pattern"])))
+    return n
 
 
 def flag(body: Mapping[str, Any], name: str) -> bool:

@@ -464,8 +464,7 @@ class View:
             self._draw_input()
             self._draw_talk()
             await self._stream(answer)
-            # stopped before its first token, it does not count
-            counts = answer.finish_reason is not None and (answer.n_generated > 0 or not answer.cancelled)
+            counts = answer.counts
         except DeltaMemError as error:
             _complain(error)
         except Exception:

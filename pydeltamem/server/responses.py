@@ -7,12 +7,13 @@ as that one was, so an id never means anything else than at first, and going on 
 from __future__ import annotations
 
 import itertools
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from . import history
 from .openai import flag, format_options, memory, options_of, to_json
 from .service import Answer, AsyncDeltaMem, Piece, SessionUnknown
@@ -52,6 +53,10 @@ class Reply:
             raise InputError('text is {"format": {"type": …}}')
         self.format = text.get("format") or {"type": "text"}
         self.options.update(format_options("text.format", self.format))
+        try:
+            json.dumps(self.format, ensure_ascii=False, allow_nan=False).encode()  # the answer repeats it
+        except ValueError as error:
+            raise InputError(f"text.format: cannot be written as JSON: {shown(error)}") from None
         self.stream = flag(body, "stream")
         self.keeps = body.get("store") is None or flag(body, "store")
 
@@ -138,7 +143,7 @@ class Reply:
             "output": [] if answer is None else [self._message(status, answer.content)],
             "parallel_tool_calls": False,
             "previous_response_id": self.previous,
-            "store": self.keeps,
+            "store": self.keeps and (answer is None or answer.counts),
             "temperature": self.options.get("temperature"),
             "text": {"format": dict(self.format)},
             "tool_choice": "none",

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..conversation import PromptCatcher, caught_prompt
-from ..errors import DeltaMemError, InputError, ModelError
+from ..errors import DeltaMemError, InputError, ModelError, shown
 from ..formats.memory_file import MemorySnapshot
 from ..llama import DeltaMemLlama
 from ..runtime.completion import biased
@@ -46,9 +46,18 @@ _SAMPLING = {
 }  # fmt: skip
 _DEFAULTS = {"temp": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05, "repeat_penalty": 1.0}
 _NUMBERS = (
-    "temp", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repeat_penalty", "mirostat_mode",
-    "mirostat_tau", "mirostat_eta",
+    "temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repeat_penalty",
+    "mirostat_mode", "mirostat_tau", "mirostat_eta",
 )  # fmt: skip
+_N_TOP = 20
+# what chat handlers and llama_cpp's templates set themselves
+_TAKEN = frozenset((
+    "llm", "llama", "self", "messages", "functions", "function_call", "tools", "tool_choice", "temperature", "top_p",
+    "top_k", "min_p", "typical_p", "stream", "stop", "seed", "response_format", "max_tokens", "presence_penalty",
+    "frequency_penalty", "repeat_penalty", "tfs_z", "mirostat_mode", "mirostat_tau", "mirostat_eta", "model",
+    "logits_processor", "grammar", "logit_bias", "logprobs", "top_logprobs", "eos_token", "bos_token",
+    "raise_exception", "add_generation_prompt", "strftime_now",
+))  # fmt: skip
 _OTHERS = ("max_tokens", "stop", "seed", "logit_bias", "n_top", "tools", "tool_choice", "response_format", "template")
 
 
@@ -117,7 +126,7 @@ class AsyncDeltaMem:
         store_timeout: seconds that a turn which was decoded waits for a database that went away.
 
     Methods raise InputError, SessionBusy, SessionUnknown, SessionLimit, QueueFull, StoreError, DecodeError and
-    NotFiniteError; ModelError after `aclose`.
+    NotFiniteError; ModelError after `cut` and `aclose`.
     """
 
     def __init__(
@@ -162,6 +171,12 @@ class AsyncDeltaMem:
     def lose(self, error: ModelLost) -> None:
         """Fails what is decoded: the model is lost. What was decoded already is committed. Any thread may call this."""
         self.worker.lose(error)
+
+    def cut(self) -> None:
+        """Ends the answers that run, as after `max_tokens`. Those without a token, and all that come, raise ModelError.
+        Any thread may call this.
+        """
+        self.worker.cut()
 
     async def aclose(self, seconds: float = 30) -> None:
         """Ends what runs, commits it, and closes store and model."""
@@ -526,9 +541,10 @@ class Answer:
     Leaving the iteration early (`break`, a cancelled task) cuts the answer: what was said so far counts.
 
     Attributes:
-        finish_reason: "stop" or "length".
+        finish_reason: "stop"; "length" for an answer that was cut, too.
         n_prompt, n_cached, n_generated: tokens of the prompt, those that did not have to be decoded, and of the answer.
         content: the whole answer.
+        counts: whether it was a turn: an answer that is empty or fails is none.
         committed: what the turn did to its session; None before its end, or if nothing was to be committed.
     """
 
@@ -553,6 +569,7 @@ class Answer:
         self.finish_reason: str | None = None
         self.n_prompt = self.n_cached = self.n_generated = 0
         self.content = ""
+        self.counts = False
         self.committed: Committed | None = None
         self.cancelled = False
         self.origin: Record | None = None  # as `AsyncDeltaMem.chat`
@@ -788,22 +805,21 @@ class Answer:
 
     def _close(self, live: Live, generation: Generation | None, error: BaseException | None) -> None:
         service = self.service
-        counts = False
         if generation is not None and error is None:
             if generation.finish_reason is None and generation.n_tokens > 0:  # cut
                 rest = generation.rest()
                 generation.content += rest
                 self._put(Piece(rest))
-            counts = generation.finish_reason is not None or generation.n_tokens > 0
             self.content, self.n_generated = generation.content, generation.n_tokens
-            self.finish_reason = generation.finish_reason or "stop"
-        if live.record is None and counts:
+            self.finish_reason = generation.finish_reason or "length"
+            self.counts = bool(self.content)
+        if live.record is None and self.counts:
             self.committed = Committed(None, 0, live.text.position.n_written)
-        if live.record is None and counts and self.write:
+        if live.record is None and self.counts and self.write:
             service._keep_nameless(self.owner, live)
         elif live.record is None or not self.write:
             service._leave(live)
-        elif counts:
+        elif self.counts:
             assert self._begun is not None  # it was decoded
             reply = None if self.messages is None else self.to_message(self.content)
             self._record = sessions.finished(live, self._begun, service.about, self.messages or (), reply)
@@ -887,41 +903,65 @@ def checked_name(name: str) -> str:
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a turn, under the names of the sampler. Raises InputError."""
-    checked: dict[str, Any] = dict(_DEFAULTS)
-    for name, value in options.items():
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in options:
         if name not in _SAMPLING and name not in _OTHERS:
             raise InputError(f"{name} is no option of an answer{nearest(name, (*_SAMPLING, *_OTHERS))}")
-        if value is None:
-            continue
-        checked[_SAMPLING.get(name, name)] = value
     for name in _NUMBERS:
-        if name in checked and not (_is_number(checked[name]) and np.isfinite(checked[name])):
-            raise InputError(f"{name} is a number, not {checked[name]!r}")
+        if name in given and not _is_number(given[name]):
+            raise InputError(f"{name} is a number, not {shown(repr(given[name]))}")
     for name, low, high in (
         ("mirostat_mode", 0, 2),
-        ("temp", 0, 100),
+        ("temperature", 0, 100),
         ("top_p", 0, 1),
         ("min_p", 0, 1),
         ("typical_p", 0, 1),
     ):
-        if name in checked and not low <= checked[name] <= high:
-            raise InputError(f"{name} is {low} to {high}, not {checked[name]}")
-    for name, low in (("max_tokens", 0), ("top_k", -1), ("n_top", 0), ("seed", -1)):
-        value = checked.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-            raise InputError(f"{name} is a whole number from {low} on, not {value!r}")
-    if (checked.get("n_top") or 0) > 20:
-        raise InputError(f"at most 20 likeliest tokens can be listed, not {checked['n_top']}")
-    stop = checked.get("stop")
+        if name in given and not low <= given[name] <= high:
+            raise InputError(f"{name} is {low} to {high}, not {given[name]}")
+    for name, low in (("max_tokens", 0), ("seed", -1)):
+        checked_whole(name, given.get(name), low)
+    checked_whole("top_k", given.get("top_k"), -1, 2**31 - 1)
+    checked_n_top("n_top", given.get("n_top"))
+    if "template" in given:
+        checked_template("template", given["template"])
+    stop = given.get("stop")
     if isinstance(stop, str):
-        checked["stop"] = [stop]
+        given["stop"] = [stop]
     elif stop is not None and not (isinstance(stop, list) and all(isinstance(text, str) for text in stop)):
         raise InputError("stop is a text, or a list of texts")
-    return checked
+    return {**_DEFAULTS, **{_SAMPLING.get(name, name): value for name, value in given.items()}}
+
+
+def checked_whole(name: str, value: Any, low: int, high: int | None = None) -> int | None:
+    """A whole number, or None. Raises InputError, which names it `name`."""
+    if value is None:
+        return None
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or value < low or (high is not None and value > high):
+        bounds = f"from {low} on" if high is None else f"from {low} to {high}"
+        raise InputError(f"{name} is a whole number {bounds}, not {shown(repr(value))}")
+    return int(value)
+
+
+def checked_n_top(name: str, value: Any) -> int | None:
+    """How many of the likeliest tokens to list, or None. Raises InputError, which names it `name`."""
+    return checked_whole(name, value, 0, _N_TOP)
+
+
+def checked_template(name: str, given: Any) -> dict[str, Any]:
+    """Further variables of a chat template. Raises InputError, which names them `name`."""
+    if not isinstance(given, dict):
+        raise InputError(f"{name} is an object")
+    for key in given:
+        if key in _TAKEN:
+            raise InputError(f"{name}: {key} is set by the server and cannot be given here")
+    return given
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is one that llama.cpp can take."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -3.4e38 < value < 3.4e38
 
 
 __all__ = ["Answer", "AsyncDeltaMem", "Committed", "Conflict", "Piece", "QueueFull", "SessionBusy", "SessionLimit",

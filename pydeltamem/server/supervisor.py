@@ -33,13 +33,19 @@ _ENDS = 45.0  # seconds that a server has to end once it has lost its model
 _BACKOFF = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds before the next server, by how many had not loaded their model
 
 
-def supervise(host: str, port: int, endpoints: Sequence[str]) -> int:
-    """Serves until it is told to end. Returns the exit status of the server. The command line is this process' own."""
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises InputError if that cannot be."""
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family = min(each[0] for each in found)  # IPv4 where a name has both
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise InputError(f"{host}:{port}: cannot listen there: {error.strerror or error}") from error
+        reason = (error.strerror or str(error)).partition(" (")[0]  # Python adds the address
+        raise InputError(f"{host}:{port}: cannot listen there: {reason}") from error
+
+
+def supervise(listener: socket.socket, endpoints: Sequence[str]) -> int:
+    """Serves until it is told to end. Returns the exit status of the server. The command line is this process' own."""
     with listener:
         return _Supervisor(listener, endpoints).run()
 

@@ -81,7 +81,7 @@ class Worker(threading.Thread):
         self._calls: collections.deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = collections.deque()
         self._active: list[tuple[Job, Generation]] = []
         self._open: set[Job | concurrent.futures.Future[Any]] = set()  # what somebody waits for
-        self._is_stopping = self._drains = False
+        self._is_stopping = self._cuts = False
         self.lost: ModelLost | None = None
 
     @property
@@ -97,9 +97,11 @@ class Worker(threading.Thread):
     #
 
     def submit(self, job: Job) -> None:
-        """Enters a job. Raises QueueFull, and ModelError after `stop`."""
+        """Enters a job. Raises QueueFull, and ModelError after `cut` and `stop`."""
         with self._came:
             self._require_life()
+            if self._cuts:
+                raise _stopping()
             if self.n_waiting + self.n_active >= self.n_queue + self.n_slots:
                 raise QueueFull(f"{self.n_waiting} requests wait already: try again later")
             self._queues.setdefault(job.owner, collections.deque()).append(job)
@@ -121,7 +123,7 @@ class Worker(threading.Thread):
         if self.lost is not None:
             raise self.lost
         if self._is_stopping or not self.is_alive():
-            raise ModelError("the server is stopping")
+            raise _stopping()
 
     def drop(self, job: Job) -> None:
         """A job was cancelled: if it waits for a slot, it ends now."""
@@ -145,6 +147,14 @@ class Worker(threading.Thread):
             with contextlib.suppress(concurrent.futures.InvalidStateError):  # it is done
                 each.set_exception(error)
 
+    def cut(self) -> None:
+        """Ends the jobs that run at the next step, and fails those without a token yet. It takes no more, but calls.
+        Any thread may call this.
+        """
+        with self._came:
+            self._cuts = True
+            self._came.notify()
+
     def stop(self, seconds: float = 30) -> None:
         """Takes no more jobs, and ends when those that run are over. After `seconds` they are cut."""
         if self.lost is not None:
@@ -154,7 +164,7 @@ class Worker(threading.Thread):
             self._came.notify()
         self.join(seconds)
         if self.is_alive():
-            self._drains = True
+            self.cut()
             self.join(5)
 
     #
@@ -186,7 +196,7 @@ class Worker(threading.Thread):
             job = self._next()
             if job is None:
                 return
-            if job.cancelled:
+            if job.cancelled or self._cuts:
                 self._end(job, None, None)
                 continue
             try:
@@ -197,6 +207,9 @@ class Worker(threading.Thread):
                 self._active.append((job, generation))
 
     def _end(self, job: Job, generation: Generation | None, error: BaseException | None) -> None:
+        has_said = generation is not None and (generation.finish_reason is not None or generation.n_tokens > 0)
+        if error is None and self._cuts and not has_said and not job.cancelled:
+            error = _stopping()
         job.end(generation, error)
         self._open.discard(job)
 
@@ -214,7 +227,7 @@ class Worker(threading.Thread):
 
     def _step(self) -> None:
         for job, generation in self._active:
-            if job.cancelled or self._drains:
+            if job.cancelled or self._cuts:
                 generation.cancel()
         error: BaseException | None = None
         self.busy_since = time.monotonic()
@@ -242,7 +255,11 @@ class Worker(threading.Thread):
         if self._calls or (len(self._active) < self.n_slots and self._queues):
             return True
         self.busy_since = time.monotonic()
-        return any((job.cancelled or self._drains) and not generation.is_cancelled for job, generation in self._active)
+        return any((job.cancelled or self._cuts) and not generation.is_cancelled for job, generation in self._active)
+
+
+def _stopping() -> ModelError:
+    return ModelError("the server is stopping")
 
 
 def _run(function: Callable[[], Any], future: concurrent.futures.Future[Any]) -> None:
