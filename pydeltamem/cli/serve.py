@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-np", "--parallel", type=positive, default=4, metavar="N", help="slots: requests decoded at once (%(default)s)"
     )
     group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
-    group.add_argument("-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (all CPUs)")
+    group.add_argument("-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t, or all CPUs)")
     group.add_argument("--rpc", metavar="HOST:PORT,...", help="run layers on these machines too (deltamem rpc-server)")
     add_context_arguments(group, tuned=True)
     group.add_argument("--no-mmap", action="store_true", help="load the model instead of mapping it")
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
             n_seq_max=args.parallel,
             n_batch=max(args.batch_size, args.parallel),
             n_threads=args.threads,
-            n_threads_batch=args.threads_batch,
+            n_threads_batch=args.threads_batch or args.threads,
             rpc_servers=args.rpc,
             **context_options(args),
             use_mmap=not args.no_mmap,
