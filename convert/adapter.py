@@ -14,7 +14,7 @@ from pydeltamem.errors import CheckpointError, ModelError
 from pydeltamem.formats.base_model import Base
 from pydeltamem.formats.checkpoint import HEADS, Checkpoint
 from pydeltamem.formats.kinds import ADAPTER
-from pydeltamem.formats.outputs import files_of, refuse_inputs, writing
+from pydeltamem.formats.outputs import as_text, files_of, refuse_inputs, writing
 
 VERSION = 1
 
@@ -144,7 +144,8 @@ def write_adapter(
     refuse_inputs(path, (*base.files, *files_of(checkpoint.directory)))
     with writing(path, ADAPTER) as temporary:
         tensors = list(packed_tensors(checkpoint, base))
-        _write(temporary, checkpoint, base, tensors, outtype, name or checkpoint.directory.resolve().name)
+        name = as_text(name or checkpoint.directory.resolve().name)
+        _write(temporary, checkpoint, base, tensors, outtype, name)
 
 
 def _write(

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from pydeltamem import errors
 from pydeltamem.errors import LibraryError, ModelError, named
+from pydeltamem.formats.ending import ending_in_order
 from pydeltamem.formats.kinds import MODEL
-from pydeltamem.formats.outputs import check_disk, files_of, refuse_inputs, writing
+from pydeltamem.formats.model_numbers import check_numbers
+from pydeltamem.formats.outputs import as_text, check_disk, files_of, refuse_inputs, writing
 
 # a draft model uses another model's embeddings; an audio decoder names its layers differently
 OTHERWISE = frozenset({"gemma4-assistant", "wavtokenizer-dec"})
@@ -49,9 +52,11 @@ def convert_base(
     if missing:
         raise ModelError(f"{directory}: converting it needs {' and '.join(missing)}: pip install 'pydeltamem[convert]'")
     refuse_inputs(path, files_of(directory))
-    with writing(path, MODEL) as temporary:
-        command = [sys.executable, str(converter()), str(directory), "--outfile", str(temporary)]
-        command += ["--outtype", outtype, *(["--model-name", name] if name else [])]
+    _check_parts(directory)
+    with ending_in_order(), writing(path, MODEL) as temporary:
+        out = temporary.with_name(re.sub(r"[{}]", r"\g<0>\g<0>", temporary.name))  # the converter fills in its name
+        command = [sys.executable, str(converter()), str(directory), "--outfile", str(out)]
+        command += ["--outtype", outtype, *([f"--model-name={as_text(name)}"] if name else [])]
         done = subprocess.run(command, stderr=None if verbose else subprocess.PIPE, stdout=subprocess.DEVNULL)
         if done.returncode != 0:
             check_disk(path, temporary)
@@ -59,8 +64,23 @@ def convert_base(
         _check_whole(directory, temporary)
 
 
+def _check_parts(directory: Path) -> None:
+    """Raises ModelError if one of model-0000I-of-0000N files is missing. With an index the converter checks it."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        names = [name for name in os.listdir(directory) if name.startswith(stem) and name.endswith(suffix)]
+        parts = [re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\..+)", name) for name in names]
+        for part in parts:
+            wanted = [f"{part[1]}{i:05d}{part[2]}" for i in range(1, int(part[3]) + 1)] if part else []
+            missing = [name for name in wanted if name not in names]
+            if missing and not os.path.isfile(directory / f"{stem}{suffix}.index.json"):
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise ModelError(f"{directory}: is incomplete: {missing[0]}{more} of {len(wanted)} parts is missing")
+        if names:
+            return
+
+
 def _check_whole(directory: Path, path: Path) -> None:
-    """Raises ModelError if the file lacks weights, which the converter does not check, or does not load."""
+    """Raises ModelError if the file lacks weights that llama.cpp asks for, which the converter does not check."""
     from pydeltamem.runtime.ggml import written
 
     header = written(path, directory)
@@ -73,6 +93,32 @@ def _check_whole(directory: Path, path: Path) -> None:
     for name in ("token_embd.", f"blk.{n_layer - n_nextn - 1}."):
         if not any(name in tensor for tensor in header.tensors):
             raise ModelError(f"{directory}: is incomplete, no weights for {name}*: are files missing?")
+    check_numbers(directory, header.keys)
+    if missing := _missing_tensor(path):
+        raise ModelError(f"{directory}: is incomplete, no weights for {missing}: are files missing?")
+
+
+def _missing_tensor(path: Path) -> str | None:
+    """The first tensor that llama.cpp misses in a model; None if it misses none. Loads no weights."""
+    from llama_cpp._utils import suppress_stdout_stderr
+
+    from pydeltamem.runtime import library
+
+    params = library.llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = 0
+    # asked first when all tensors are known and none is read: it ends the load
+    params.progress_callback = library.llama_cpp.llama_progress_callback(lambda progress, data: False)
+    level = library.logger.level
+    library.logger.setLevel("ERROR")  # llama_cpp prints everything until the first model is loaded
+    with library.silencing, library.errors_held() as log, suppress_stdout_stderr(disable=False):
+        model = library.llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        said = " ".join(log)
+        log.clear()  # whatever else it does not like, the file is what the converter makes of the model
+    library.logger.setLevel(level)
+    if model:
+        library.llama_cpp.llama_model_free(model)
+    missing = re.search(r"missing tensor '(.+?)'|tensor '(.+?)' not found", said)
+    return missing and (missing[1] or missing[2])
 
 
 def _reason(log: bytes | None) -> str:

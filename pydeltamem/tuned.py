@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .errors import OutputError
 from .formats.kinds import Kind
 from .formats.outputs import make_folder, writing
 from .hub import cache_folder
@@ -120,6 +121,14 @@ def record_path(holds_for: Mapping[str, Any]) -> Path:
     """Where the record for these circumstances is kept."""
     key = hashlib.sha256(json.dumps(holds_for, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "tuned" / f"{Path(holds_for['model']['name']).stem[:60]}-{key}.json"
+
+
+def check_keeping(model: str, n_gpu_layers: int) -> None:
+    """Raises OutputError if a record for this model and machine cannot be kept. Makes no folder."""
+    path = record_path(circumstances(model, n_gpu_layers))
+    folder = next(folder for folder in path.parents if os.path.exists(folder))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder}: is no folder that can be written, where {path.name} would be kept")
 
 
 def keep(record: Record, model: str, n_gpu_layers: int) -> Path:

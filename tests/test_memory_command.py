@@ -107,6 +107,26 @@ def test_show_as_json(memory, run):
     )
 
 
+def test_large_values_are_numbers_of_json(memory, run):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    state = np.full((2, 1, 8, 8), -3e38, np.float32)
+    path = memory("huge.memory", state)
+    rows = json.loads(run("show", path, "--json")[1], parse_constant=refuse)["layers"]
+    norm = 8 * float(np.float32(3e38))
+    for row in rows:
+        np.testing.assert_allclose([row["norms"][0], row["singular_values"][0][0]], norm, rtol=1e-12)
+        np.testing.assert_allclose(row["effective_ranks"], 1, rtol=1e-6)
+    assert run("show", path)[0] == run("diff", path, path)[0] == 0
+
+
+def test_layers_that_are_no_numbers_of_layers(memory, run):
+    path = memory("a.memory", random_state(), layers="9" * 5000 + ",1")
+    assert [row["layer"] for row in json.loads(run("show", path, "--json")[1])["layers"]] == [0, 1]
+    assert main.main(["inspect", path]) == 0
+
+
 @pytest.mark.parametrize(("values", "rank"), [([3, 0, 0], 1), ([2, 2, 0], 2), ([1, 1, 1], 3), ([0, 0, 0], 0)])
 def test_effective_rank(values, rank):
     assert effective_rank(np.array(values, dtype=np.float32)) == pytest.approx(rank)

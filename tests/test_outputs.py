@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +18,9 @@ from pydeltamem.convert.adapter import write_adapter
 from pydeltamem.convert.hf import convert_base
 from pydeltamem.formats.base_model import Base
 from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
-from pydeltamem.formats.kinds import CONVERSATIONS, PNG
+from pydeltamem.formats.kinds import CONVERSATIONS, MEMORY, MODEL, PNG
 from pydeltamem.formats.memory_file import write_memory_file
-from pydeltamem.formats.outputs import output, writing
+from pydeltamem.formats.outputs import check_target, output, writing
 from pydeltamem.formats.packed import pack, unpack
 from pydeltamem.runtime.quantize import quantize
 from refusals import refuses
@@ -151,6 +153,36 @@ def test_a_link_leads_to_what_must_stay(files, tmp_path):
     with refuses(MemoryFileError, tmp_path / "a.memory"):
         SNAPSHOT.save(tmp_path / "a.memory")
     assert target.read_bytes() == files["model"].read_bytes()
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    """The file is whole there, although nobody can say whether its name is on the disk."""
+    opened = os.open
+
+    def refuse(path, *args, **kwargs):
+        if Path(path) == tmp_path:
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    SNAPSHOT.save(tmp_path / "a.memory")
+    assert MemorySnapshot.load(tmp_path / "a.memory").layers == [0, 1]
+
+
+@pytest.mark.parametrize("kind", [MODEL, MEMORY, PNG])
+def test_an_existing_file_that_may_not_be_read(files, tmp_path, monkeypatch, kind):
+    path = tmp_path / "out"
+    shutil.copy(files["text"], path)
+    opened = open
+
+    def refuse(name, *args, **kwargs):
+        if name == path:
+            raise PermissionError(13, "Permission denied", str(name))
+        return opened(name, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with refuses(OutputError, path, "Permission denied"):
+        check_target(path, kind)
 
 
 def test_exports(files, tmp_path):

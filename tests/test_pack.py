@@ -16,6 +16,7 @@ from pydeltamem import AdapterError, DeltaMemLlama, InputError, ModelError, Outp
 from pydeltamem.cli import main
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.formats.packed import pack, unpack
+from pydeltamem.models import default_files
 from pydeltamem.runtime.quantize import file_type, quantize
 from refusals import refuses
 from test_with_others import write_like
@@ -85,6 +86,51 @@ def test_other_alignment(adapter, aligned, tmp_path):
     unpack(tmp_path / "packed.gguf", tmp_path / "base.gguf", tmp_path / "adapter.gguf")
     assert (tmp_path / "base.gguf").read_bytes() == aligned.read_bytes()
     assert (tmp_path / "adapter.gguf").read_bytes() == adapter("qwen3", "tsw_qo").read_bytes()
+
+
+@pytest.fixture
+def merged(base, tmp_path):
+    """The golden backbone as llama-gguf-split --merge leaves it: with keys of shards that it no longer has."""
+    header = Header(base())
+    for key, value, kind in (
+        ("split.no", 0, gguf.GGUFValueType.UINT16),
+        ("split.tensors.count", len(header.tensors), gguf.GGUFValueType.INT32),
+        ("split.count", 0, gguf.GGUFValueType.UINT16),
+    ):
+        header.keys[key], header.types[key] = value, kind
+    write_like(tmp_path / "merged.gguf", header)
+    return tmp_path / "merged.gguf"
+
+
+def test_a_merged_model_is_one_file(base, adapter, merged, tmp_path):
+    memory, before = adapter("qwen3", "tsw_qo"), merged.read_bytes()
+    pack(merged, memory, tmp_path / "packed.gguf")
+    same(logits_and_state(tmp_path / "packed.gguf"), logits_and_state(base(), memory))
+    pack(merged, memory, tmp_path / "packed.gguf")  # again: such a file may be replaced
+    unpack(tmp_path / "packed.gguf", merged, tmp_path / "adapter.gguf")
+    assert merged.read_bytes() == before
+    assert (tmp_path / "adapter.gguf").read_bytes() == memory.read_bytes()
+    for limit in (10, 1000):
+        files = pack(merged, memory, tmp_path / "shards.gguf", max_tensors=limit)
+        pack(merged, memory, tmp_path / "shards.gguf", max_tensors=limit)
+        unpack(files[0], tmp_path / "base.gguf", tmp_path / "adapter.gguf")  # without keys of shards
+        assert (tmp_path / "base.gguf").read_bytes() == base().read_bytes()
+    quantize(merged, tmp_path / "small.gguf", "q8_0")
+    quantize(merged, tmp_path / "small.gguf", "q8_0")
+
+
+@pytest.mark.parametrize("alignment", [0, 48, 1 << 62, "32", True])
+def test_an_alignment_that_cannot_be(packed, tmp_path, alignment):
+    header, types = Header(packed()), gguf.GGUFValueType
+    key = "deltamem.packed.general.alignment"
+    header.keys[key] = alignment
+    header.types[key] = {str: types.STRING, bool: types.BOOL}.get(type(alignment), types.UINT64)
+    write_like(tmp_path / "odd.gguf", header)
+    if alignment is True:  # a number, for what it is worth
+        return unpack(tmp_path / "odd.gguf", tmp_path / "base.gguf", tmp_path / "adapter.gguf")
+    with refuses(ModelError, tmp_path / "odd.gguf", key, alignment):
+        unpack(tmp_path / "odd.gguf", tmp_path / "base.gguf", tmp_path / "adapter.gguf")
+    assert not list(tmp_path.glob("*base*")) and not (tmp_path / "adapter.gguf").exists()
 
 
 def test_command_line(base, adapter, tmp_path, capsys):
@@ -454,6 +500,9 @@ def test_what_cannot_be_quantised(base, adapter, tmp_path, capfd):
     memory = adapter("qwen3", "tsw_qo")
     for error, names, arguments in (
         (InputError, ["q9"], (base(), out, "q9")),
+        (InputError, [513], (base(), out, "q8_0", 513)),
+        (InputError, [-1], (base(), out, "q8_0", -1)),
+        (ModelError, [default_files()[0], "matrix"], (default_files()[0], out, "iq1_s", 1, True)),
         (ModelError, [memory, "adapter"], (memory, out, "q8_0")),
         (ModelError, [cut], (cut, out, "q8_0")),
         (InputError, [base()], (base(), base(), "q8_0")),

@@ -18,12 +18,13 @@ from pydeltamem import DeltaMemLlama, tuned
 from pydeltamem.bench import tune
 from pydeltamem.bench.tune import COUNTS, DECODE, PROMPTS, SAME, Candidate, Gain, choose, halve, relevant
 from pydeltamem.cli import chat, generate, model_options, serve
+from pydeltamem.cli.main import main
 from pydeltamem.cli.parser import Parser
 from pydeltamem.formats.packed import pack
 from pydeltamem.runtime import library
 from pydeltamem.runtime.unpacking import layouts
 from pydeltamem.tuned import Record, Settings
-from refusals import refused
+from refusals import check_names, refused
 from test_cli import deltamem
 
 SMALL = Path(__file__).resolve().parent.parent / "pydeltamem" / "models" / "default.gguf"
@@ -459,6 +460,17 @@ def test_refusals(cache, model, tmp_path):
     for usage in (["--for", "speed"], ["--seconds", "0"], ["--seconds", "soon"], []):
         assert deltamem("tune", *(["-m", model] if usage else []), *usage).returncode == 2
     assert not cache.exists()
+
+
+def test_what_cannot_be_kept_is_not_measured(cache, model, monkeypatch, capsys):
+    def measure(*args, **kwargs):
+        raise AssertionError("measured for nothing")
+
+    monkeypatch.setattr(tune, "run", measure)
+    cache.mkdir(parents=True)
+    (cache / "tuned").write_bytes(b"")
+    assert main(["tune", "-m", str(model)]) == 1
+    check_names(capsys.readouterr().err.rstrip("\n"), [cache / "tuned"])
 
 
 def test_a_record_that_cannot_be_shown_or_written(cache, model):

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import InputError
+from ..formats.checkpoint import CONFIG
 from ..formats.description import describe
-from ..hub import fetch, is_name
+from ..hub import adapter_file, fetch, is_name, model_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="adapter, model, packed model or memory file, or a name")
+    parser.add_argument(
+        "--base", metavar="MODEL", help="convert the PyTorch adapter FILE for this model, a name or a GGUF"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
+def _file(name: str, base: str | None) -> str:
+    """The file that a name, or a PyTorch directory, stands for."""
+    if base is not None:
+        return adapter_file(name, model_file(base))
+    path = fetch(name) if is_name(name) else name
+    if os.path.isfile(os.path.join(path, CONFIG)):
+        raise InputError(f"{name}: is a PyTorch adapter, which must be converted for its model: add --base MODEL")
+    return model_file(path) if os.path.isfile(os.path.join(path, "config.json")) else path
+
+
 def run(args: argparse.Namespace) -> int:
-    description = describe(fetch(args.file) if is_name(args.file) else args.file)
+    description = describe(_file(args.file, args.base))
     if args.json:
         print(json.dumps(description, indent=2))
     else:

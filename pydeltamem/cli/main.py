@@ -44,7 +44,7 @@ SUBCOMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand. Returns 0, 1 after an error of the package, 130 after Ctrl-C, 141 if the output's reader is
-    gone; wrong usage exits with 2.
+    gone; wrong usage exits with 2, SIGTERM while files are made with 143 (`formats.ending`).
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop

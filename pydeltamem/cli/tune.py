@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: is damaged: run deltamem tune -m {args.model} once more") from error
         return 0
+    tuned.check_keeping(model, args.gpu_layers)
     with progress_bar(Console(stderr=True)) as show:
         settings, found = tune.run(
             model, adapter, seconds=args.seconds, counts=args.counts, kv_types=types, n_gpu_layers=args.gpu_layers,

@@ -47,7 +47,10 @@ def replacing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
             temporary.unlink()
         raise
     if os.name == "posix":  # the rename itself must reach the disk too
-        descriptor = os.open(target.parent, os.O_RDONLY)
+        try:
+            descriptor = os.open(target.parent, os.O_RDONLY)
+        except OSError:  # a folder that may be written but not read; the file is whole
+            return
         try:
             os.fsync(descriptor)
         finally:

@@ -145,7 +145,7 @@ class Checkpoint:
             what = "is a file, not the directory of" if is_there else "no such directory; it must hold"
             raise CheckpointError(f"{named(self.directory)}: {what} a PyTorch checkpoint")
         self.config = read_config(self.directory / CONFIG)
-        self.path = _weights_file(self.directory)
+        self.path = weights_file(self.directory)
         self.tensors = _read_tensors(self.path)
         self._taken: set[str] = set()
 
@@ -204,7 +204,9 @@ def read_config(path: Path) -> Config:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a PyTorch checkpoint is {CONFIG} and {WEIGHTS[0]}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not a readable JSON file ({shown(error)})") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: holds no JSON object")
@@ -250,7 +252,8 @@ def read_config(path: Path) -> Config:
     return Config(**values)
 
 
-def _weights_file(directory: Path) -> Path:
+def weights_file(directory: Path) -> Path:
+    """The file of weights that is read in a checkpoint's directory. Raises CheckpointError."""
     found = [directory / name for name in WEIGHTS if (directory / name).is_file()]
     if not found:
         raise CheckpointError(f"{directory}: holds neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
@@ -278,6 +281,8 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
                 f"{path}: holds more than tensors (its pickle wants to run code) and is refused"
             ) from None
         raise CheckpointError(f"{path}: is damaged or no PyTorch checkpoint") from error
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception as error:  # torch reports a damaged file by whatever its readers raise
         raise CheckpointError(f"{path}: is damaged or no PyTorch checkpoint") from error
     if not isinstance(loaded, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
@@ -295,7 +300,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
     try:
         tensors = safetensors.deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: is damaged or no safetensors file ({shown(error)})") from error
     return {name: _to_float32(path, name, **tensor) for name, tensor in tensors}
 

@@ -99,7 +99,7 @@ def _adapter(header: Header) -> dict[str, Any]:
             raise AdapterError(f"{header.path}: has key {key} of an unexpected type, the adapter is damaged")
         return header.keys[key]
 
-    u32, string, flag = GGUFValueType.UINT32, GGUFValueType.STRING, GGUFValueType.BOOL
+    u32, f32, string, flag = (getattr(GGUFValueType, name) for name in ("UINT32", "FLOAT32", "STRING", "BOOL"))
     layers, corrected = get("layers", u32, True), get("delta_heads", string, True)
     norms = []
     for layer in layers:
@@ -118,14 +118,14 @@ def _adapter(header: Header) -> dict[str, Any]:
         "name": header.keys.get("deltamem.packed.general.name", header.keys.get("general.name")),
         "rank": get("rank", u32),
         "heads": get("head_count", u32),
-        "alpha": get("alpha", GGUFValueType.FLOAT32),
+        "alpha": get("alpha", f32),
         "update_mode": get("update_mode", string),
         "gates": "per row" if get("rankwise_gates", flag) else "per head",
         "lambda": "none" if no_lambda else "1 - beta" if get("couple_lambda", flag) else "its own projection",
         "normalize_qk": get("normalize_qk", flag),
         "write_granularity": get("write_granularity", string),
         "delta_heads": corrected,
-        "o_norm_epsilon": header.keys.get("deltamem.o_norm_epsilon"),
+        "o_norm_epsilon": get("o_norm_epsilon", f32) if "deltamem.o_norm_epsilon" in header.keys else None,
         "layers": layers,
         "base_layers": get("base.block_count", u32),
         "base_width": get("base.embedding_length", u32),

@@ -23,7 +23,10 @@ class Kind:
 
     def check(self, path: str | os.PathLike[str]) -> None:
         """Raises OSError if the existing file is of another kind. An empty file is of every kind."""
-        if os.path.isfile(path) and os.path.getsize(path) and not self.is_one(Path(path)):
+        if not os.path.isfile(path) or not os.path.getsize(path):
+            return
+        open(path, "rb").close()  # else what cannot be read would seem to be of another kind
+        if not self.is_one(Path(path)):
             raise FileExistsError(
                 errno.EEXIST, f"the existing file is not {self.name}: remove it, or name another file"
             )
@@ -56,7 +59,9 @@ def _is_adapter(path: Path) -> bool:
 
 def _is_model(path: Path, shard: bool = False) -> bool:
     keys = _keys(path)
-    if keys is None or ("split.count" in keys) != shard:
+    # 1: a part that is the whole; less, which llama-gguf-split leaves when it merges: no part
+    n_parts = 0 if keys is None else keys.get("split.count", 0)
+    if keys is None or not isinstance(n_parts, int) or (n_parts < 1 if shard else n_parts > 1):
         return False
     if shard and keys.get("split.no") != 0:
         return True  # only the first shard tells its kind

@@ -107,7 +107,7 @@ class MemorySnapshot:
     def layers(self) -> list[int]:
         """The model layers that the states belong to."""
         named = self.metadata.get("layers", "").split(",")
-        known = len(named) == len(self.state) and all(map(str.isdecimal, named))
+        known = len(named) == len(self.state) and all(text.isdecimal() and len(text) < 10 for text in named)
         return list(map(int, named)) if known else list(range(len(self.state)))
 
     @property

@@ -13,6 +13,8 @@ from .memory_file import MemorySnapshot, owner
 
 def describe_memory(snapshot: MemorySnapshot) -> dict[str, Any]:
     """What a memory holds, as values that JSON can hold. Per layer and head: norm, singular values, effective rank."""
+    state = snapshot.state.astype(np.float64)  # the norms of large values are no float32
+    all_norms, singular_values = np.linalg.norm(state, axis=(2, 3)), np.linalg.svd(state, compute_uv=False)
     return {
         "metadata": dict(snapshot.metadata),
         "shape": list(snapshot.state.shape),
@@ -23,12 +25,12 @@ def describe_memory(snapshot: MemorySnapshot) -> dict[str, Any]:
                 "singular_values": values.tolist(),
                 "effective_ranks": [effective_rank(row) for row in values],
             }
-            for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values)
+            for layer, norms, values in zip(snapshot.layers, all_norms, singular_values)
         ],
     }
 
 
-def effective_rank(singular_values: npt.NDArray[np.float32]) -> float:
+def effective_rank(singular_values: npt.NDArray[np.floating]) -> float:
     """How many directions a state uses: e to the entropy of the singular values' shares, 1 to r; 0 for an empty state.
 
     Roy and Vetterli, The effective rank, 2007.

@@ -23,8 +23,16 @@ def refuse_inputs(path: str | os.PathLike[str], sources: Iterable[str | os.PathL
 
 
 def files_of(folder: str | os.PathLike[str]) -> list[Path]:
-    """What a conversion may read in a folder: all files but GGUF, which it writes."""
+    """What a conversion must not overwrite in a folder: all files but GGUF, which it writes."""
     return [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".gguf"]
+
+
+def as_text(name: str) -> str:
+    """A name of a file or from the command line as text that a file can hold: what is not UTF-8 becomes �."""
+    try:
+        return os.fsencode(name).decode("utf-8", "replace")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "replace").decode("utf-8")
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from typing import BinaryIO, NamedTuple
 
 import gguf
 
-from ..errors import AdapterError, InputError, ModelError
+from ..errors import AdapterError, InputError, ModelError, shown
 from .base_model import Base
+from .ending import ending_in_order
 from .gguf_header import MAGIC, Header, Tensor
 from .kinds import ADAPTER, MODEL, SHARD, Kind
 from .outputs import disk_errors, refuse_inputs, writing
@@ -27,6 +28,7 @@ OTHERS = "deltamem.packed."  # prefix of the adapter's other keys
 SPLIT = "split."  # prefix of the keys that describe shards
 PIECE = 8 << 20  # bytes that are copied at a time
 MAX_SHARDS = 65535  # split.count has 16 bits
+MAX_ALIGNMENT = 1 << 20  # of an adapter, bytes: more would only be padding
 
 
 class Part(NamedTuple):
@@ -63,10 +65,12 @@ def pack(
     if weights.keys.get("adapter.type") != "deltamem":
         raise AdapterError(f"{weights.path}: is no δ-mem adapter")
     _check_fit(Base(base), weights)
-    keys = [_key(model, key) for key in model.keys if not key.startswith(SPLIT)]
+    in_shards = max_size is not None or max_tensors is not None
+    merged = len(model.files) == 1 and not in_shards  # may have such keys, which then mean nothing
+    keys = [_key(model, key) for key in model.keys if merged or not key.startswith(SPLIT)]
     keys += [_key(weights, key, key if key.startswith(PREFIX) else OTHERS + key) for key in weights.keys]
     tensors = [*model.tensors.values(), *weights.tensors.values()]
-    if max_size is None and max_tensors is None:
+    if not in_shards:
         parts = {Path(path): Part(keys, tensors, model.version, model.alignment, MODEL)}
     else:
         parts = _shards(path, keys, tensors, model, max_size, max_tensors)
@@ -112,12 +116,22 @@ def unpack(
     if os.path.realpath(base) == os.path.realpath(adapter):
         raise InputError(f"{os.fspath(base)}: names both the base and the adapter: name two files")
 
-    of_base = [_key(model, key) for key in model.keys if not key.startswith((PREFIX, SPLIT))]
+    first = next(i for i, key in enumerate(model.keys) if key.startswith(PREFIX))
+    of_base = [  # the keys of the shards themselves come last
+        _key(model, key)
+        for i, key in enumerate(model.keys)
+        if not key.startswith(PREFIX) and (i < first or not key.startswith(SPLIT))
+    ]
     of_adapter = [_key(model, key, key.removeprefix(OTHERS)) for key in model.keys if key.startswith(PREFIX)]
     tensors: tuple[list[Tensor], list[Tensor]] = ([], [])
     for name, tensor in model.tensors.items():
         tensors[".deltamem_" in name].append(tensor)
     alignment = model.keys.get(OTHERS + "general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+        raise ModelError(
+            f"{model.path}: is damaged: {OTHERS}general.alignment is {shown(alignment)}, no power of two up to "
+            f"{MAX_ALIGNMENT}: pack it again"
+        )
     parts = {
         Path(base): Part(of_base, tensors[0], model.version, model.alignment, MODEL),
         Path(adapter): Part(of_adapter, tensors[1], gguf.GGUF_VERSION, alignment, ADAPTER),
@@ -197,7 +211,8 @@ def _write(parts: dict[Path, Part], advance: Callable[[int, int], None]) -> None
         if tensor.n_bytes == 0 and tensor.n_elements:
             raise ModelError(f"{tensor.path}: tensor {tensor.name} is of a type that is too new: upgrade gguf")
     done, total = 0, sum(tensor.n_bytes for tensor in tensors)
-    with contextlib.ExitStack() as stack:  # the files get their names when all are written, the first shard last
+    with ending_in_order(), contextlib.ExitStack() as stack:
+        # the files get their names when all are written, the first shard last
         temporaries = [stack.enter_context(writing(path, part.kind)) for path, part in parts.items()]
         for temporary, (path, part) in zip(temporaries, parts.items()):
             with disk_errors(path), open(temporary, "wb") as out:

@@ -11,6 +11,8 @@ from ..formats.gguf_header import Header
 from ..formats.kinds import MODEL
 from ..formats.model_numbers import check_numbers
 from ..formats.outputs import check_disk, refuse_inputs, writing
+from .cpus import MAX_THREADS
+from .names import option
 
 _PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
 
@@ -52,8 +54,10 @@ def quantize(
 ) -> None:
     """Writes `model` in another type, in one step.
 
-    Raises ModelError, InputError if there is no such type or `path` is a file of the model, OutputError if it cannot be
-    written.
+    n_threads 0: as many as there are CPUs.
+
+    Raises ModelError, InputError if there is no such type, there are too many threads or `path` is a file of the model,
+    OutputError if it cannot be written.
     """
     from llama_cpp._logger import set_verbose
     from llama_cpp._utils import suppress_stdout_stderr
@@ -61,6 +65,8 @@ def quantize(
     from . import library
     from .ggml import written
 
+    if not 0 <= n_threads <= MAX_THREADS:
+        raise InputError(f"{option('n_threads')} is 0 to {MAX_THREADS}, not {n_threads}")
     ftype = file_type(type)
     header = Header.of_model(model)
     if header.keys.get("general.type") == "adapter":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 
@@ -16,6 +17,7 @@ from pydeltamem.convert.adapter import write_adapter
 from pydeltamem.errors import CheckpointError, InputError
 from pydeltamem.formats.base_model import Base
 from pydeltamem.formats.checkpoint import Checkpoint
+from pydeltamem.formats.gguf_header import Header
 from refusals import refuses
 
 CONFIG, PT, SAFETENSORS = "delta_mem_config.json", "delta_mem_adapter.pt", "delta_mem_adapter.safetensors"
@@ -74,6 +76,33 @@ def test_without_pytorch(copy, convert, monkeypatch):
     assert_equal(convert(directory), expected)
     monkeypatch.undo()
     assert Checkpoint(directory).path.name == PT  # the published file comes first
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are text there")
+def test_names_that_are_no_text(copy, base, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    shutil.move(copy("tsw_qo"), folder)
+    for name, kept in ((None, "caf�"), ("a\udce9", "a�"), ("\ud800", "?")):
+        write_adapter(Checkpoint(folder), Base(base()), tmp_path / "out.gguf", name=name)
+        assert Header(tmp_path / "out.gguf").keys["general.name"] == kept
+
+
+@pytest.mark.parametrize(("kind", "what"), [(PT, PT), (SAFETENSORS, SAFETENSORS), (PT, CONFIG)])
+def test_what_may_not_be_read_is_not_damaged(copy, monkeypatch, kind, what):
+    directory = copy("tsw_qo", kind=kind)
+    (directory / what).unlink()
+    monkeypatch.setattr("os.path.isfile", lambda path: True)
+    monkeypatch.setattr("pathlib.Path.is_file", lambda path: path.name == what)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(directory / what))
+
+    monkeypatch.setattr("torch.load", refuse)
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    if what == CONFIG:
+        monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with refuses(CheckpointError, directory / what, "Permission denied"):
+        Checkpoint(directory)
 
 
 def test_lambda_without_an_effect(copy, convert):

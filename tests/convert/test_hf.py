@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -54,7 +60,7 @@ def test_a_folder_without_weights(hf, golden_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("there", "missing"), [(0, "blk.3."), (1, "token_embd.")])
-def test_half_of_a_split_model(hf, tmp_path, there, missing):
+def test_half_of_a_model(hf, tmp_path, there, missing):
     """Without its index the converter takes what it finds."""
     tensors = safetensors.numpy.load_file(hf / "model.safetensors")
     (hf / "model.safetensors").unlink()
@@ -62,10 +68,79 @@ def test_half_of_a_split_model(hf, tmp_path, there, missing):
     half = {
         name: values for name, values in tensors.items() if (name.startswith(last) or "norm" in name) == bool(there)
     }
-    safetensors.numpy.save_file(half, hf / f"model-0000{there + 1}-of-00002.safetensors", {"format": "pt"})
+    safetensors.numpy.save_file(half, hf / "model-half.safetensors", {"format": "pt"})
     with refuses(ModelError, hf, f"{missing}*"):
         convert_base(hf, tmp_path / "base.gguf")
     assert not (tmp_path / "base.gguf").exists()
+
+
+def test_a_part_of_a_split_model_is_missing(hf, tmp_path):
+    tensors = safetensors.numpy.load_file(hf / "model.safetensors")
+    (hf / "model.safetensors").unlink()
+    parts = [{}, {}, {}]
+    for name, values in tensors.items():
+        parts[1 if "layers.1." in name else 2 if "layers.2." in name else 0][name] = values
+    names = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    for name, part in zip(names, parts):
+        safetensors.numpy.save_file(part, hf / name, {"format": "pt"})
+    convert_base(hf, tmp_path / "whole.gguf")
+    assert len(Header(tmp_path / "whole.gguf").tensors) == len(tensors)
+    (hf / names[1]).unlink()
+    with refuses(ModelError, hf, names[1]):
+        convert_base(hf, tmp_path / "base.gguf")
+    assert [path.name for path in tmp_path.glob("*.gguf")] == ["whole.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "missing"),
+    [("model.layers.2.", "blk.2.attn_norm.weight"), ("model.layers.2.mlp.up_proj.", "blk.2.ffn_up.weight")],
+)
+def test_a_layer_or_a_tensor_is_missing(hf, tmp_path, lost, missing):
+    tensors = safetensors.numpy.load_file(hf / "model.safetensors")
+    left = {name: values for name, values in tensors.items() if not name.startswith(lost)}
+    safetensors.numpy.save_file(left, hf / "model.safetensors", {"format": "pt"})
+    with refuses(ModelError, hf, missing):
+        convert_base(hf, tmp_path / "base.gguf")
+    assert not (tmp_path / "base.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["base-{ftype}.gguf", "base{v2}.gguf", "{", "{{}}.gguf"])
+def test_braces_stay_in_a_name(hf, tmp_path, name):
+    (tmp_path / "out{ftype}").mkdir()
+    convert_base(hf, tmp_path / "out{ftype}" / name)
+    assert [path.name for path in (tmp_path / "out{ftype}").iterdir()] == [name]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("-x", "-x"), ("b\udce9", "b�")])
+def test_any_name_is_recorded(hf, tmp_path, name, kept):
+    assert main(["convert-base", str(hf), "-o", str(tmp_path / "base.gguf"), f"--name={name}"]) == 0
+    assert Header(tmp_path / "base.gguf").keys["general.name"] == kept
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
+def test_sigterm_ends_the_converter_too(hf, tmp_path):
+    """Which waits for its weights: they are a pipe."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (hf / "model.safetensors").unlink()
+    os.mkfifo(hf / "model.safetensors")
+    command = [sys.executable, "-m", "pydeltamem.cli", "convert-base", str(hf), "-o", str(out / "base.gguf")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while True:
+        try:
+            pipe = os.open(hf / "model.safetensors", os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError as error:
+            assert error.errno == errno.ENXIO and process.poll() is None  # the converter has not opened it yet
+            time.sleep(0.05)
+    assert list(out.iterdir())
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and said == b""
+    with pytest.raises(BrokenPipeError):  # nobody reads any more
+        os.write(pipe, b"x")
+    os.close(pipe)
+    assert not list(out.iterdir())
 
 
 def test_an_audio_decoder_has_no_block_of_a_language_model(tmp_path):
