@@ -177,8 +177,9 @@ class Conversation:
             self._make_room(0)
             tokens = self._ended_tokens()
             if n_common(self._text.tokens, tokens) < len(tokens):
+                begun, was = self._begun(), self._text.position
                 undecoded = self._undecoded(tokens)
-                self._text.eval(undecoded, self._segments(undecoded), keep_at=self._begun())
+                self._text.eval(undecoded, self._segments(undecoded), keep_at=begun, undo=was)
         except BaseException:
             self.messages.pop()
             raise
@@ -455,8 +456,10 @@ class Reply(Generation):
                 stop=[*stop, *ends["stop"]],
                 criteria=ends["stopping_criteria"],
             )
+            begun, was = conversation._begun(), text.position
             undecoded = conversation._undecoded(prompt)
-            self.ask(undecoded, conversation._segments(undecoded), conversation._begun())
+            self.ask(undecoded, conversation._segments(undecoded), begun)
+            self.undo = was
             self._before_prompt = None
             self._n_dropped = conversation.n_dropped
             conversation._reply = self
@@ -509,18 +512,17 @@ class Reply(Generation):
         if self.n_tokens > 0:
             self.content += self.rest()
             self._enter()
-        else:
-            self.conversation._reply = None
-            self.conversation.messages[-1:] = self.replaced
         self.conversation.llm._engine.drop(self)
         if self.n_tokens > 0:
             self._save()
+        else:
+            self.take_back()
 
     def take_back(self) -> None:
         """Takes back the turn, with what was said so far. The memory file has nothing of it yet."""
         conversation, text = self.conversation, self.text
-        before = self._before_prompt or self.before
-        assert before is not None  # something was read
+        before = self._before_prompt or self.undo
+        assert before is not None  # it began
         conversation._reply = None
         conversation.messages[-1:] = self.replaced
         if conversation.n_dropped == self._n_dropped:

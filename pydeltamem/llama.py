@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import ctypes
@@ -115,6 +116,7 @@ class DeltaMemLlama(Llama):
     """
 
     _sampler: Any  # of the current reply
+    _is_closed = False
 
     def __init__(
         self,
@@ -213,6 +215,7 @@ class DeltaMemLlama(Llama):
                     raise ModelError(f"{self.lora_path}: the LoRA adapter cannot be loaded{library.reason(log)}")
                 self._stack.callback(_free, self._adapters)  # before context and model
                 self._engine = Engine(Slots(self._ctx, self._batch, self.n_batch, model_path))
+                _open.add(self)
                 self._attach_first()
             except (AdapterError, ModelError):
                 self.close()
@@ -387,20 +390,28 @@ class DeltaMemLlama(Llama):
         Raises InputError if the arguments do not fit, NotFiniteError if memory or logits stop being finite, DecodeError
         if llama.cpp fails; text and memory are then as before the call.
         """
-        self._eval(tokens, segments)
+        self._eval(tokens, segments=segments)
 
-    def _eval(self, tokens: Sequence[int], segments: Sequence[int] | None = None, **options: Any) -> Position | None:
-        """As `eval`, with options of `Engine.decode`. Returns the record before the tokens; None without tokens."""
+    def _eval(
+        self,
+        tokens: Sequence[int],
+        undo: Position | None = None,
+        segments: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Position | None:
+        """As `eval`, with options of `Engine.decode`, and its result; None without tokens."""
         self._slots.require_open()
         new = self._checked_tokens(tokens)
         ids = None if segments is None else self._checked_segments(new, segments)
         if len(new) == 0:
             return None
-        position = self._text.position
+        text, position = self._text, self._text.position
         n_past = position.n_tokens
         if n_past < position.n and n_past + position.common(n_past, new) <= 1:
-            self._text.begin(n_past)  # at most the token that begins every text agrees: this is another text
-        return self._text.eval(new, ids, drafted=self.draft_model is not None, **options)
+            text.require_room(n_past, len(new))
+            undo = undo or position
+            text.begin(n_past)  # at most the token that begins every text agrees: this is another text
+        return text.eval(new, ids, drafted=self.draft_model is not None, undo=undo, **options)
 
     @property
     @holding("_engine.lock")
@@ -452,20 +463,31 @@ class DeltaMemLlama(Llama):
             if criteria is not None and criteria(np.array(whole, dtype=np.intc), self._logits_after(n)):
                 token, self.finish_reason = None, "stop"
 
-        n_taken, version = 0, text.version
+        n_taken, version, messages = 0, text.version, self._messages
         try:
             with text.turn:
                 self._slots.require_open()
                 self.finish_reason = None
                 self._sampler = sampler = self._init_sampler(**options)
-                with text.lock:
-                    undecoded = self._begin(whole) if is_all else whole
-                    whole = whole if is_all else [*text.tokens.tolist(), *whole]
-                    before = text.position
-                    if not undecoded:
-                        take()
-                if undecoded:
-                    before = self._eval(undecoded, then=take, goes_on=True, calls_back=calls_back) or before
+                whole = self._checked_tokens(whole).tolist()
+                text.require_room(0 if is_all else text.n_tokens, len(whole))
+                messages = self._messages
+                before = begun = text.position
+                try:
+                    with text.lock:
+                        undecoded = self._begin(whole) if is_all else whole
+                        whole = whole if is_all else [*text.tokens.tolist(), *whole]
+                        begun = text.position
+                        if not undecoded:
+                            take()
+                    if undecoded:
+                        undo = None if begun is before else before
+                        before = self._eval(undecoded, undo, then=take, goes_on=True, calls_back=calls_back) or before
+                except BaseException:
+                    self._messages = messages
+                    if before is not begun is text.position:  # nothing was decoded
+                        text.restore(before, begun.epoch)
+                    raise
                 version = text.version
             while token is not None:
                 whole.append(token)
@@ -486,7 +508,8 @@ class DeltaMemLlama(Llama):
                                 new, drafted=drafted, then=take, generates=True, goes_on=True, calls_back=calls_back
                             )
                     except NotFiniteError:
-                        text.restore(before)
+                        if text.restore(before):
+                            self._messages, n_taken = messages, 0
                         raise
                     finally:
                         version = text.version
@@ -901,11 +924,14 @@ class DeltaMemLlama(Llama):
 
     def close(self) -> None:
         """Frees adapter, context and model. Closing twice is fine. Calls in other threads end with ModelError."""
+        if self._is_closed:  # when Python ends, what follows may be gone
+            return
         if hasattr(self, "model_path"):  # only if Llama.__init__ ran
             with self._slots.closing() if hasattr(self, "_engine") else contextlib.nullcontext():
                 super().close()
                 closed: Any = _Closed(self.model_path)
                 self._ctx = self._model = self.tokenizer_ = closed
+                self._is_closed = True
         self._adapter = None
 
     def __enter__(self) -> DeltaMemLlama:
@@ -913,6 +939,20 @@ class DeltaMemLlama(Llama):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+_open: weakref.WeakSet[DeltaMemLlama] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Closes the models that nobody closed. llama.cpp logs when it frees them, and later Python's part of that is gone.
+
+    A model that a daemon thread uses stays open: that thread keeps it, and nobody frees it.
+    """
+    for llm in tuple(_open):
+        if llm._engine.is_idle:
+            llm.close()
 
 
 class _Path(str):

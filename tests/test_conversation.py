@@ -25,6 +25,7 @@ from pydeltamem import (
     InputError,
     MemoryFileError,
     MemoryFileInUse,
+    MemorySnapshot,
     ModelError,
     NotFiniteError,
     say_together,
@@ -204,6 +205,32 @@ def test_a_failing_reply_in_place_of_another_keeps_the_messages(llm, read_once, 
     assert conversation.messages == messages
     conversation.say("how are you")
     np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+
+
+@pytest.mark.parametrize("verb", ["say", "stream", "regenerate", "edit"])
+def test_a_turn_that_fails_at_its_first_token(llm, make, tmp_path, verb):
+    """Messages, text, memory and memory file are as before."""
+    path = tmp_path / "ada.memory"
+    conversation, other = Conversation(llm, memory_file=path, **GREEDY), Conversation(make(), **GREEDY)
+    for each in (conversation, other):
+        each.say("my name is ada")
+    messages, text, state = list(conversation.messages), tokens(conversation), conversation.memory.state
+
+    def fail(*_):
+        raise ValueError("no")
+
+    said = [] if verb == "regenerate" else ["who are you"]
+    with pytest.raises(ValueError):
+        list(getattr(conversation, verb)(*said, logits_processor=LogitsProcessorList([fail])))
+    assert conversation.messages == messages and tokens(conversation) == text
+    np.testing.assert_array_equal(conversation.memory.state, state)
+    conversation.save()
+    np.testing.assert_array_equal(MemorySnapshot.load(path).state, state)
+    assert conversation.memory.n_written == other.memory.n_written
+    for each in (conversation, other):
+        each.say("who are you")
+    assert conversation.messages == other.messages
+    np.testing.assert_allclose(conversation.memory.state, other.memory.state, **SAME)
 
 
 def test_a_template_that_refuses(llm):

@@ -176,14 +176,15 @@ def test_in_the_middle_of_a_reply(load, adapter, monkeypatch, again):
     assert ada.memory.n_written == ada.n_tokens
 
 
-def test_in_the_middle_of_a_generation(load, adapter, monkeypatch):
+@pytest.mark.parametrize("prompt", [[*TOKENS, 5, 6, 7], [*TOKENS[:3], 5, 6, 7], [5, 6, 7]])
+def test_in_the_middle_of_a_generation(load, adapter, monkeypatch, prompt):
     llm = load(adapter("qwen3", "tsw_qo"))
     llm.eval(TOKENS)
     state = llm.memory.state
     with monkeypatch.context() as patch, pytest.raises(NotFiniteError):
         Fails(patch, 4)
-        list(llm.generate([*TOKENS, 5, 6, 7], temp=0.0))
-    assert llm.n_tokens == llm.memory.n_written == len(TOKENS)
+        list(llm.generate(prompt, temp=0.0))
+    assert llm.input_ids[: llm.n_tokens].tolist() == TOKENS and llm.memory.n_written == len(TOKENS)
     np.testing.assert_array_equal(llm.memory.state, state)
 
 

@@ -7,10 +7,10 @@ import pickle
 
 import numpy as np
 import pytest
-from llama_cpp import LlamaRAMCache
+from llama_cpp import LlamaRAMCache, LogitsProcessorList, StoppingCriteriaList
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
-from pydeltamem import AdapterError, Conversation, DeltaMemLlama, InputError, ModelError
+from pydeltamem import AdapterError, Conversation, DecodeError, DeltaMemLlama, InputError, ModelError
 from pydeltamem.runtime.engine import Request
 from refusals import refuses
 
@@ -222,6 +222,15 @@ def test_rollback_where_nothing_is(llm):
     llm.memory.state = np.zeros(llm.memory.shape)
     with refuses(InputError, "token 3", 7):
         llm.memory.rollback(3)
+
+
+def test_a_checkpoint_leaves_the_logits(llm):
+    llm.eval(TOKENS)
+    llm.eval([14])  # alone: it has no checkpoint that is kept yet
+    logits = llm.logits
+    assert llm.memory.checkpoint() == len(TOKENS) + 1
+    np.testing.assert_array_equal(llm.logits, logits)
+    assert llm.sample(temp=0) == logits.argmax()
 
 
 def test_where_a_call_began_is_kept(llm):
@@ -874,6 +883,103 @@ def test_a_failure_after_another_memory_came_keeps_that(make):
     one_decode(request, 4)
     llm.memory.reset()
     llm._engine.drop(request)
+    assert not llm.memory.state.any() and llm.memory.n_written == 0
+
+
+def fail(*_):
+    raise ValueError("no")
+
+
+def fail_at(patch, llm, n):
+    """llama.cpp fails in the n-th decode from here on, and in those after it."""
+    decode, left = type(llm._ctx).decode, [n]
+
+    def fail_later(ctx, batch):
+        left[0] -= 1
+        if left[0] <= 0:
+            raise RuntimeError("llama_decode returned 1")
+        return decode(ctx, batch)
+
+    patch.setattr(type(llm._ctx), "decode", fail_later)
+
+
+@pytest.mark.parametrize("how", ["llama.cpp", "a processor", "a criterion", "too long", "no token"])
+@pytest.mark.parametrize("n", [0, 1, 6])
+def test_a_prompt_that_fails_changes_nothing(make, read_once, monkeypatch, how, n):
+    """Of which the first n tokens are those of the text: another text, or an edited one."""
+    llm = make(n_batch=4)
+    llm.eval(TOKENS)
+    state, prompt, options, error = llm.memory.state, TOKENS[:n] + OTHER, {}, InputError
+    if how == "too long":
+        prompt = prompt + [5] * 512
+    elif how == "no token":
+        prompt = [*prompt, 10**6]
+    elif how == "a processor":
+        options, error = {"logits_processor": LogitsProcessorList([fail])}, ValueError
+    elif how == "a criterion":
+        options, error = {"stopping_criteria": StoppingCriteriaList([fail])}, ValueError
+    with monkeypatch.context() as patch:
+        if how == "llama.cpp":
+            fail_at(patch, llm, 2)
+            error = DecodeError
+        with pytest.raises(error):
+            next(llm.generate(prompt, temp=0, **options))
+    assert texts(llm) == TOKENS and llm.memory.n_written == len(TOKENS)
+    np.testing.assert_array_equal(llm.memory.state, state)
+    take(llm.generate(TOKENS + OTHER, temp=0), 1)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS + OTHER), **SAME)
+    assert llm.memory.n_written == len(TOKENS + OTHER)
+
+
+@pytest.mark.parametrize("how", ["llama.cpp", "too long"])
+def test_an_eval_that_fails_leaves_the_text_gone_back(make, read_once, monkeypatch, how):
+    llm = make(n_batch=4)
+    llm.eval(TOKENS)
+    llm.n_tokens = 0
+    with monkeypatch.context() as patch, pytest.raises((DecodeError, InputError)):
+        fail_at(patch, llm, 2 if how == "llama.cpp" else 100)
+        llm.eval(OTHER if how == "llama.cpp" else OTHER * 100)
+    assert llm.n_tokens == 0
+    llm.eval(TOKENS)
+    np.testing.assert_allclose(llm.memory.state, read_once(TOKENS), **SAME)
+    assert llm.memory.n_written == len(TOKENS)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("how", ["llama.cpp", "a processor"])
+def test_a_chat_that_fails_changes_nothing(make, monkeypatch, how, stream):
+    """The chat before it goes on, and is not written again."""
+    llm, other = make(), make()
+    first = user("my name is ada")
+    for model in (llm, other):
+        answer(model, first)
+    before, state, n_written = texts(llm), llm.memory.state, llm.memory.n_written
+    with monkeypatch.context() as patch:
+        options = {"logits_processor": LogitsProcessorList([fail])} if how == "a processor" else {}
+        if how == "llama.cpp":
+            fail_at(patch, llm, 1)
+        with pytest.raises((DecodeError, ValueError)):
+            list(llm.create_chat_completion(user("who are you"), stream=stream, **options))
+    assert texts(llm) == before and llm.memory.n_written == n_written
+    np.testing.assert_array_equal(llm.memory.state, state)
+    for messages in (first, user("who are you")):
+        for model in (llm, other):
+            answer(model, messages)
+        np.testing.assert_allclose(llm.memory.state, other.memory.state, **SAME)
+        assert llm.memory.n_written == other.memory.n_written
+
+
+def test_a_processor_that_sets_the_memory_and_fails(make):
+    """The new memory stays."""
+    llm = make()
+    llm.eval(TOKENS)
+
+    def fail_afterwards(*_):
+        llm.memory.reset()
+        raise ValueError("no")
+
+    with pytest.raises(ValueError):
+        next(llm.generate(OTHER, logits_processor=LogitsProcessorList([fail_afterwards])))
     assert not llm.memory.state.any() and llm.memory.n_written == 0
 
 

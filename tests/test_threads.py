@@ -210,6 +210,49 @@ def forked(base, adapter):
     assert os.waitpid(child, 0)[1] == 0
 
 
+def forked_while_others_decode(base, adapter):
+    """A child of a process whose other threads decode, each in its own text and one in the model's, may use them all.
+    So may the parent.
+    """
+    llm = load(base, adapter, n_seq_max=3, n_batch=16)
+    ones = [Conversation(llm, n_predict=30, temp=1.0) for _ in range(2)]
+    is_over = threading.Event()
+
+    def until_over(work):
+        while not is_over.is_set():
+            work()
+
+    threads = [
+        threading.Thread(target=until_over, args=[work])
+        for work in (
+            *(lambda one=one: (one.clear(), one.say("hello " * 20)) for one in ones),
+            lambda: (llm.reset(), llm.eval([5] * 300)),
+        )
+    ]
+    for thread in threads:
+        thread.start()
+    draw = random.Random(0)
+    for _ in range(6):
+        is_over.wait(draw.uniform(0, 0.1))
+        child = os.fork()
+        if child == 0:
+            signal.alarm(TIMEOUT // 4)  # instead of waiting forever
+            try:
+                talk(llm, 0)
+                for one in ones:
+                    one.say("hello")
+                    assert one.messages[-1]["role"] == "assistant" and np.isfinite(one.memory.state).all()
+                llm.reset()
+                ask(llm, 1)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+    is_over.set()
+    for thread in threads:
+        thread.join()
+
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 needs_own_threads = pytest.mark.skipif(
     b"OPENMP = 1" in llama_cpp.llama_print_system_info(), reason="built with OpenMP, whose threads a fork loses"
@@ -225,6 +268,7 @@ needs_own_threads = pytest.mark.skipif(
         streams_that_are_dropped,
         nothing_swallows_the_output,
         pytest.param(forked, marks=[needs_fork, needs_own_threads]),
+        pytest.param(forked_while_others_decode, marks=[needs_fork, needs_own_threads]),
     ],
 )
 def test_in_threads(files, run):

@@ -34,6 +34,20 @@ assert all((each == logits[0]).all() for each in logits)
 """
 
 
+# a model at the end of a program, which PyTorch makes longer
+AT_EXIT = """
+import sys
+from pydeltamem import Conversation, DeltaMemLlama
+
+llm = DeltaMemLlama(sys.argv[1], deltamem_path=sys.argv[2], n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
+stream = Conversation(llm).stream("hello")
+next(stream)
+import torch
+if sys.argv[3] == "closed":
+    llm.close()
+"""
+
+
 def write_like(path, header, tensors=None, alignment=None, **options):
     """A model with the keys of another one and these tensors, or its own. options: of gguf's writer."""
     if tensors is None:
@@ -244,3 +258,11 @@ def test_beside_pytorch():
     """Both may use the matrix unit of the processor, each with its own configuration of it: it ends no process."""
     result = subprocess.run([sys.executable, "-c", BESIDE, str(default_files()[0])], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr or result.returncode
+
+
+@pytest.mark.parametrize("how", ["open", "closed"])
+def test_at_the_end_of_a_program(base, adapter, how):
+    """A model that nobody closed is freed before Python takes down what llama.cpp calls meanwhile."""
+    command = [sys.executable, "-c", AT_EXIT, str(base()), str(adapter("qwen3", "tsw_qo")), how]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

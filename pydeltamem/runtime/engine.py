@@ -11,6 +11,7 @@ and a stream that nobody consumes stands still.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -36,6 +37,8 @@ class Request:
     Attributes:
         calls_back: it calls functions of the thread that waits for it; only that thread may decode it.
         before: the record of the text before its tokens; None until they are first decoded.
+        undo: the record that a failure takes the text back to, if the caller has begun another text, or gone back,
+            since; None: `before`.
         generates: it decodes sampled tokens, and goes before prompts.
         goes_on: the caller comes back for more.
         is_sampled: all tokens are decoded, and `sampled` was called.
@@ -64,6 +67,7 @@ class Request:
         """
         self.tokens, self.segments, self.keep_at = tokens, segments, set(keep_at)
         self.before: Position | None = None
+        self.undo: Position | None = None
         self._n_past = self.text.n_tokens
         self._pieces: list[Piece] = []
         self._gathered: list[Piece] = []  # pieces of an ingest in segments, which writes at its end
@@ -126,6 +130,7 @@ class Request:
             # back before the memory's floor another memory begins; a failure takes the text back to before that, too
             if before.epoch == position.epoch != text.position.epoch:
                 self.before = before._replace(epoch=text.position.epoch)
+                self.undo = self.undo and self.undo._replace(epoch=text.position.epoch)
         if pieces is None:
             return False
         if self.before is None:
@@ -164,8 +169,9 @@ class Request:
         if not self.is_over:
             self.error = error
             self.is_over = True
-            if not self.is_decoded and self.before is not None:
-                self.text.restore(self.before)
+            before = self.undo or self.before
+            if not self.is_decoded and before is not None:
+                self.text.restore(before)
 
 
 class _Decode(Request):
@@ -216,6 +222,20 @@ class Engine:
         self._slow: weakref.WeakSet[Text] = weakref.WeakSet()  # texts whose callers came back late
         self.computes: Callable[[], object] = lambda: None
         self.stepped: Callable[[float], object] = lambda seconds: None
+        _engines.add(self)
+
+    def forked(self) -> None:
+        """Forgets other threads, none of which is there after a fork."""
+        thread = threading.get_ident()
+        self._came = threading.Condition()
+        self._left.clear()
+        self._wanted = {request: of for request, of in self._wanted.items() if of == thread}
+        self.slots.forked()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no other thread decodes, waits for a decode or calls the model now."""
+        return not self._wanted and self.slots.is_idle
 
     def text(self, home: int | None = None) -> Text:
         """A text of this context."""
@@ -237,8 +257,9 @@ class Engine:
         generates: bool = False,
         goes_on: bool = False,
         calls_back: bool = False,
+        undo: Position | None = None,
     ) -> Position:
-        """Decodes tokens after a text: one ingest. Returns the record before them.
+        """Decodes tokens after a text: one ingest. Returns the record that a failure would have taken the text back to.
 
         Args:
             text: the text.
@@ -248,6 +269,7 @@ class Engine:
             then: uses the logits; called before others may decode.
             drafted: the tokens are guesses: a checkpoint after each.
             generates, goes_on, calls_back: as `Request`.
+            undo: as `Request`. None: the record before the tokens.
 
         If it fails (InputError, DecodeError, NotFiniteError, or what `then` raises), the text is as it was.
         """
@@ -255,6 +277,8 @@ class Engine:
         request.drafted, request.generates = drafted, generates
         request.goes_on, request.calls_back = goes_on, calls_back
         request.ask(tokens, segments, keep_at)
+        if undo is not None:
+            request.undo = undo._replace(epoch=text.position.epoch)
         try:
             self.wait([request])
         except BaseException:
@@ -262,7 +286,7 @@ class Engine:
             raise
         if request.error is not None:
             raise request.error
-        return request.before or text.position
+        return request.undo or request.before or text.position
 
     def wait(self, requests: Sequence[Request], until: Callable[[], bool] = lambda: False) -> None:
         """Decodes until one of the requests has something for the caller, or `until` says that the caller has something
@@ -439,6 +463,18 @@ class Engine:
         if len(self._wanted) > 1 and not self.lock._is_owned():
             with self._came:
                 self._came.notify_all()
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for engine in _engines:
+        engine.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _try(request: Request, act: Callable[..., Any], *arguments: Any) -> Any:

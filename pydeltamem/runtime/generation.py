@@ -81,7 +81,7 @@ class Generation(Request):
     def sampled(self, row: int) -> None:
         """As Request."""
         if self._before_prompt is None:
-            self._before_prompt = self.before
+            self._before_prompt = self.undo or self.before
         if self._n_top is not None:
             self._row = self.text.slots.logits(row)
         self._token = self._sampler.sample(self._context, row)

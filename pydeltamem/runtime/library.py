@@ -369,7 +369,18 @@ def _add(level: int, line: str) -> None:
 
 
 # llama_cpp discards the output of the process while it loads a model. Two loads at once would never restore it.
-silencing = threading.RLock()
+silencing: Any = threading.RLock()
+
+
+def _renew() -> None:
+    """After a fork no other thread is there that might have it."""
+    global silencing
+    if not silencing._is_owned():
+        silencing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 @contextlib.contextmanager
@@ -414,5 +425,6 @@ def _reason(line: str) -> str:
 
 
 def reason(lines: list[str]) -> str:
-    """The first error line, which names the cause, as text to end a sentence with; empty if there is none."""
-    return next((f": {_reason(line)}" for line in lines if _reason(line)), "")
+    """The first error line in words, which names the cause, as text to end a sentence with; empty if there is none."""
+    words = (_reason(line) for line in lines)
+    return next((f": {text}" for text in words if re.search(r"[^\W\d_]", text)), "")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -12,6 +14,8 @@ from ..errors import InputError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _RLock: Any = type(threading.RLock())  # its name differs between releases of Python
+
+_PATIENCE = 60  # seconds that a fork waits for another thread's decode: a callback may hang
 
 
 class FairLock(_RLock):  # type: ignore[misc]
@@ -25,11 +29,21 @@ class FairLock(_RLock):  # type: ignore[misc]
     Args:
         before: a lock that is taken after this one. A thread that holds it already might wait for this one forever:
             if another thread has this one, it gets an InputError instead.
+
+    A fork waits for the locks before which there is none to take, those of contexts. In the child no lock belongs to a
+    thread that is not there.
+
+    Attributes:
+        is_lost: in a child, whether the fork waited for it in vain: what it guards is half done.
     """
 
     def __init__(self, before: FairLock | None = None) -> None:
         self._next = threading.Lock()  # held by the thread that is next
         self._before = before
+        self.is_lost = False
+        _locks.add(self)
+        if before is None:
+            _of_contexts.add(self)
 
     def __enter__(self) -> bool:
         n = self._count()
@@ -47,9 +61,58 @@ class FairLock(_RLock):  # type: ignore[misc]
                 self.release()
             raise
 
+    def take(self, seconds: float) -> bool:
+        """As `__enter__`, but waits only so long. Returns whether this thread has it."""
+        if self._count() > 0:
+            return self.acquire()  # type: ignore[no-any-return]
+        if not self._next.acquire(timeout=seconds):
+            return False
+        try:
+            return self.acquire(timeout=seconds)  # type: ignore[no-any-return]
+        finally:
+            self._next.release()
+
+    def renew(self) -> None:
+        """Takes it away from any other thread, none of which is there after a fork."""
+        self._next = threading.Lock()
+        if self._is_owned():
+            return
+        if self.acquire(blocking=False):
+            self.release()
+        else:
+            self._at_fork_reinit()
+            self.is_lost = True
+
     def _count(self) -> int:
         """How often this thread holds it. Python 3.10 tells only whether it does."""
         return int(self._recursion_count() if hasattr(self, "_recursion_count") else self._is_owned())
+
+
+_locks: weakref.WeakSet[FairLock] = weakref.WeakSet()
+_of_contexts: weakref.WeakSet[FairLock] = weakref.WeakSet()
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    _forking.held = []
+    for lock in sorted(_of_contexts, key=id):
+        if lock.take(_PATIENCE):
+            _forking.held.append(lock)
+
+
+def _after_fork() -> None:
+    while _forking.held:
+        _forking.held.pop().release()
+
+
+def _after_fork_in_child() -> None:
+    _after_fork()
+    for lock in _locks:
+        lock.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def holding(name: str) -> Callable[[_F], _F]:

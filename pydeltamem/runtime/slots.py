@@ -117,6 +117,7 @@ class Slots:
         self._writes: list[bool | None] = [None] * self.n_seq_max  # as last set; None: unknown
         self._states: list[State | None] = [None] * self.n_seq_max  # as the context has them; None: unknown
         self._records: list[object] = [None] * self.n_seq_max  # the record that the slot agrees with; None: none
+        self._is_described = False  # whether the native library may still expect a batch that was never decoded
 
     @property
     def is_open(self) -> bool:
@@ -146,6 +147,20 @@ class Slots:
             return function(*args, **kwargs)
         finally:
             self._calls.discard(call)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no other thread uses the model now."""
+        if self._calls or not self.lock.acquire(blocking=False):
+            return False
+        self.lock.release()
+        return True
+
+    def forked(self) -> None:
+        """Forgets other threads, none of which is there after a fork."""
+        self._calls = {call for call in self._calls if call[0] == threading.get_ident()}
+        if self.lock.is_lost:
+            self._is_closing = True
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -384,6 +399,7 @@ class Slots:
         try:
             with library.decoding():
                 self._context.decode(self._batch)
+            self._is_described = False
         finally:
             for job in between:
                 _llama.llama_memory_seq_rm(_llama.llama_get_memory(ctx), job.slot, job.n_past, -1)
@@ -489,12 +505,12 @@ class Slots:
 
     def _describe(self, jobs: Sequence[Job], marks: Sequence[int]) -> None:
         """Tells the native library what the next llama_decode writes, and which states to keep."""
-        pieces = [job.piece for job in jobs]
+        pieces, is_described, self._is_described = [job.piece for job in jobs], self._is_described, True
         for job in jobs:
             if self._writes[job.slot] != job.piece.write:
                 check(library.llama_deltamem_set_write(self.ctx, job.slot, job.piece.write))
                 self._writes[job.slot] = job.piece.write
-        if any(piece.segments is not None for piece in pieces):
+        if any(piece.segments is not None for piece in pieces) or (is_described and self._by_segment):
             # a token without segments writes by itself, as an ingest of one token
             ids = [np.zeros(len(p.tokens), dtype=np.int32) if p.segments is None else p.segments for p in pieces]
             ends = [np.full(len(p.tokens), p.segments is None, dtype=np.int8) for p in pieces]
@@ -510,7 +526,7 @@ class Slots:
                 ),
                 InputError,
             )
-        if marks:
+        if marks or is_described:
             kept = np.array(marks[-library.LLAMA_DELTAMEM_MAX_CHECKPOINTS :], dtype=np.int32)
             check(library.llama_deltamem_set_checkpoints(self.ctx, kept.ctypes.data_as(library.int32_p), len(kept)))
 

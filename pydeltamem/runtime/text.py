@@ -57,6 +57,7 @@ class Text:
         self.n_decoded_again = 0
         self.position = Position(Log(slots.n_ctx), now())
         self._decode = decode
+        self._was_restored = False  # after a failure that took tokens from the KV cache: they come back as if `exact`
         self._logits: tuple[int, Position, int] | None = None  # where they are: decode, record, row
         self.renew()
 
@@ -152,7 +153,10 @@ class Text:
         """Keeps the state at the end of the text, as long as there is room. Returns the position."""
         self.catch_up()
         with self.lock:
-            self.position = self.position._replace(checkpoints=self.position.checkpoints.keep_latest())
+            before = self.position
+            self.position = before._replace(checkpoints=before.checkpoints.keep_latest())
+            if self._logits is not None and self._logits[1] is before:  # they are still those of text and memory
+                self._logits = self._logits[0], self.position, self._logits[2]
         return self.n_tokens
 
     def back(self, position: int) -> int:
@@ -253,18 +257,21 @@ class Text:
         return other
 
     @holding("lock")
-    def restore(self, before: Position) -> bool:
+    def restore(self, before: Position, epoch: int | None = None) -> bool:
         """Takes text and memory back to an earlier record. False, and nothing done, if the memory was replaced since:
-        what the new one has read stays.
+        what the new one has read stays. `epoch`: of the present text, if the caller began it after that record.
         """
         self.renew()
         position = self.position
-        if position.epoch != before.epoch:
+        if position.epoch != (before.epoch if epoch is None else epoch):
             return False
         n_kv = min(position.n_kv, before.n)
         if position.log is not before.log:
             n_kv = n_common(position.log.tokens[:n_kv], before.log.tokens[:n_kv])
-        self.position = before._replace(n_kv=n_kv)
+            if self.scores is not None:
+                self.scores[n_kv : before.n_tokens] = np.nan  # not kept: other tokens may have taken their place
+        self._was_restored = n_kv < before.n
+        self.position = before._replace(n_kv=n_kv, epoch=position.epoch)
         return True
 
     #
@@ -281,9 +288,16 @@ class Text:
 
     def eval(self, tokens: Tokens, segments: npt.NDArray[np.int32] | None = None, **options: Any) -> Position:
         """Decodes tokens after the text: one ingest. Returns the record before. If llama.cpp fails, or memory or logits
-        are not finite, that record is in place again. Options as `Engine.decode`.
+        are not finite, that record is in place again. Options and result as `Engine.decode`.
         """
         return self._decode(self, tokens, segments, **options)
+
+    def require_room(self, n_past: int, n: int) -> None:
+        """Raises InputError if n tokens do not fit after n_past."""
+        if n_past + n > self.n_ctx:
+            raise InputError(
+                f"{n} tokens do not fit after {n_past} in a context of {self.n_ctx}: raise {option('n_ctx')}"
+            )
 
     @holding("lock")
     def prepare(
@@ -299,11 +313,7 @@ class Text:
         (DeltaMemLlama.eval) all tokens read the memory as it was before; then each segment writes. `known`: which of
         the tokens were written before the memory's floor.
         """
-        if self.n_tokens + len(tokens) > self.n_ctx:
-            raise InputError(
-                f"{len(tokens)} tokens do not fit after {self.n_tokens} in a context of {self.n_ctx}: "
-                f"raise {option('n_ctx')}"
-            )
+        self.require_room(self.n_tokens, len(tokens))
         new = np.asarray(tokens, dtype=np.intc)
         if len(new) == 1 and segments is None and known is None and self._is_ready():
             return [Piece(new, self.write)]
@@ -343,11 +353,12 @@ class Text:
             self.n_decoded_again += position.n - position.floor
             position = position.memory_at(position.floor)
             n_kv = slots.truncate(slot, min(n_kv, position.n))
-        elif slots.has_memory and self.exact and n_kv < position.n:
+        elif slots.has_memory and (self.exact or self._was_restored) and n_kv < position.n:
             position = position.memory_at(max(n_kv, position.floor))
             n_kv = slots.truncate(slot, min(n_kv, position.n))
             if n_kv < position.n:  # the model cannot cut its cache
                 position = position.memory_at(position.floor)
+        self._was_restored = False
         if position is not self.position or n_kv != position.n_kv:
             self.position = position._replace(n_kv=n_kv)
 
