@@ -104,7 +104,7 @@ class Long:
 def elsewhere(database, session):
     """A third server, which has a turn of the session under way until this is called."""
     store = Store(database.url)
-    assert store.lease("", session, "elsewhere", 60) == 0
+    assert store.lease("", session, "elsewhere", 60).version == 0
     yield lambda: store.release("", session, "elsewhere")
     store.close()
 

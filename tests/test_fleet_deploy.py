@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
+from importlib.metadata import requires
 
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from starlette.testclient import TestClient
 
 from conftest import ROOT
 from fleet import CONFIGURATION, haproxy_program
 from pydeltamem.server.application import Settings, application
 from pydeltamem.server.metrics import Metrics
-from test_deploy import command_problem, in_container  # noqa: F401 - a fixture
+from test_deploy import DOCKERFILE, command_problem, in_container  # noqa: F401 - a fixture
 
 MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
 
@@ -61,6 +64,24 @@ def test_the_command_is_the_servers(container, command_problem):  # noqa: F811
     assert options["--api-key-file"].startswith(container["volumeMounts"][0]["mountPath"])
     assert options["--store"] == f"$({container['env'][0]['name']})"
     assert in_container()["CMD"].count("smollm2") == 2 and options["-m"] == "smollm2"  # what the image holds
+
+
+def test_the_image_has_the_driver_of_the_database():
+    extras = {
+        name.strip()
+        for names in re.findall(r"pip install [^\n]*'\.\[([^\]]*)\]'", DOCKERFILE.read_text(encoding="utf-8"))
+        for name in names.split(",")
+    }
+    drivers = {
+        driver for path in MANIFESTS for driver in re.findall(r"postgresql\+(\w+)://", path.read_text(encoding="utf-8"))
+    }
+    needs = [Requirement(one) for one in requires("pydeltamem")]
+    installed = {one.name for one in needs for extra in extras if one.marker and one.marker.evaluate({"extra": extra})}
+    assert drivers and drivers <= installed
+
+
+def test_a_tab_of_the_page_stays_at_one_replica(resources, container):
+    assert "--no-page" in container["args"] or resources["Service"]["spec"]["sessionAffinity"] == "ClientIP"
 
 
 def test_the_probes_ask_what_is_there(container):

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import traceback
 from dataclasses import replace
 
 import pytest
@@ -73,7 +74,7 @@ def test_a_commit_is_read_back(store):
     assert store.get("o", "ada") == first and first.version == 1
     second = store.commit(after(first, turn(2, "Zoë 日本")), first)
     assert store.get("o", "ada") == second
-    assert store.version("o", "ada") == 2 and store.version("o", "nobody") == 0
+    assert store.identity("o", "ada") == second.identity and store.identity("o", "nobody").version == 0
     assert store.get("x", "ada") is None
     assert [(one.name, one.size) for one in store.list("o")] == [("ada", 9000)] and store.list("x") == []
     assert (store.count(), store.count("x")) == (1, 0)
@@ -123,29 +124,87 @@ def test_delete_and_rename(store):
     store.vacuum()
 
 
+@pytest.mark.parametrize("knows_before", [True, False])  # a statement of its own
+def test_a_session_that_is_made_again_is_another(store, knows_before):
+    """It has the versions of the first one."""
+    first = store.commit(after(Record("", "ada"), turn(1)))
+    assert store.delete("", "ada")
+    second = store.commit(after(Record("", "ada"), turn(1, "other")))
+    assert second.version == first.version and second.identity != first.identity
+    assert store.identity("", "ada") == second.identity == store.lease("", "ada", "one", 60)
+    with pytest.raises(Conflict, match="ada"):
+        store.commit(after(first, turn(2)), first if knows_before else None)
+    assert store.get("", "ada") == second
+    third = store.commit(after(second, turn(2)), second if knows_before else None)
+    assert store.get("", "ada") == third
+
+
+def test_a_session_is_read_as_of_one_commit(store, url):
+    """Its turns are those of its row, although another process commits between the two."""
+    first = store.commit(after(Record("", "ada"), turn(1)))
+    other, to_do = Store(url, n_undo=2, keep_messages=True), [after(first, turn(2))]
+
+    def commit(connection, cursor, statement, parameters, context, executemany):
+        if statement.startswith("SELECT") and "FROM sessions" in statement and to_do:
+            other.commit(to_do.pop(), first)
+
+    sa.event.listen(sa.Engine, "after_cursor_execute", commit)
+    try:
+        assert store.get("", "ada") == first and not to_do
+    finally:
+        sa.event.remove(sa.Engine, "after_cursor_execute", commit)
+    assert store.get("", "ada").turns == 2
+    other.close()
+
+
+@needs_postgresql
+def test_a_table_that_somebody_keeps_locked(database):
+    """It holds no thread for ever, and what needs no such table goes on."""
+    limits, store = [], Store(database.url)
+    engine = sa.create_engine(database.url)
+
+    def note(connection, *_):
+        limits.append(connection.connection.driver_connection.execute("SHOW lock_timeout").fetchone()[0])
+
+    sa.event.listen(sa.Engine, "after_cursor_execute", note)
+    store.ping()
+    sa.event.remove(sa.Engine, "after_cursor_execute", note)
+    store.close()
+    assert limits and "0" not in limits  # 0: it waits for ever
+    store = Store(f"{database.url}?options=-c lock_timeout%3D50ms")
+    with engine.begin() as connection:
+        connection.execute(sa.text("LOCK TABLE sessions IN ACCESS EXCLUSIVE MODE"))
+        with pytest.raises(StoreAway):
+            store.count()
+        store.ping()
+    store.count()
+    store.close()
+    engine.dispose()
+
+
 def test_one_holder_at_a_time(store):
-    assert store.lease("", "ada", "one", 60) == 0  # nobody has committed it yet
+    assert store.lease("", "ada", "one", 60).version == 0  # nobody has committed it yet
     assert store.lease("", "ada", "two", 60) is None
-    assert store.lease("", "bo", "two", 60) == 0 and store.lease("x", "ada", "two", 60) == 0
+    assert store.lease("", "bo", "two", 60).version == 0 and store.lease("x", "ada", "two", 60).version == 0
     committed = store.commit(after(Record("", "ada"), turn(1)), holder="one")  # gives it back
-    assert store.lease("", "ada", "two", 60) == 1
+    assert store.lease("", "ada", "two", 60).version == 1
     store.commit(after(committed, turn(2)), holder="one")  # not its own
     assert store.lease("", "ada", "one", 60) is None
     store.release("", "ada", "one")
     assert store.lease("", "ada", "one", 60) is None
     store.release("", "ada", "two")
-    assert store.lease("", "ada", "one", 60) == 2
+    assert store.lease("", "ada", "one", 60).version == 2
 
 
 def test_a_lease_expires_unless_it_is_prolonged(store):
     sessions = [("", "ada"), ("", "bo")]
     for owner, name in (*sessions, ("", "carl")):
-        assert store.lease(owner, name, "one", -1) == 0
+        assert store.lease(owner, name, "one", -1).version == 0
     store.prolong("one", 60, sessions)
     assert store.lease("", "ada", "two", 60) is None and store.lease("", "bo", "two", 60) is None
-    assert store.lease("", "carl", "two", 60) == 0  # was not named: nobody knows of it
+    assert store.lease("", "carl", "two", 60).version == 0  # was not named: nobody knows of it
     store.prolong("one", -1, sessions)
-    assert store.lease("", "ada", "two", 60) == 0
+    assert store.lease("", "ada", "two", 60).version == 0
     store.prolong("one", 60, sessions)  # one is lost
     assert store.lease("", "ada", "one", 60) is None and store.lease("", "bo", "two", 60) is None
 
@@ -156,7 +215,7 @@ def test_whoever_waited_for_a_lease_gets_the_version_that_was_committed_meanwhil
     store = Store(database.url)
     name = "waited"
     store.commit(after(Record("", name), turn(1)))
-    assert store.lease("", name, "one", 60) == 1
+    assert store.lease("", name, "one", 60).version == 1
     engine = sa.create_engine(database.url)
     waits = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
     with concurrent.futures.ThreadPoolExecutor(1) as pool, engine.connect() as connection:
@@ -165,7 +224,7 @@ def test_whoever_waited_for_a_lease_gets_the_version_that_was_committed_meanwhil
         second = pool.submit(store.lease, "", name, "two", 60)
         until(lambda: connection.scalar(waits) == 1)
         connection.commit()
-        assert second.result() == 2
+        assert second.result().version == 2
     engine.dispose()
     store.close()
 
@@ -183,13 +242,13 @@ def test_a_turn_is_three_statements(database):
     try:
         for number in range(1, 5):
             said.clear()
-            assert store.lease("", name, "one", 60) == number - 1
+            assert store.lease("", name, "one", 60).version == number - 1
             record = store.commit(after(record, turn(number)), record, holder="one")
             assert said == [("INSERT", True), ("SELECT", True), ("WITH", True)]
     finally:
         sa.event.remove(sa.Engine, "before_cursor_execute", note)
     assert store.get("", name) == record
-    assert store.lease("", name, "two", 60) == 4
+    assert store.lease("", name, "two", 60).version == 4
     store.close()
 
 
@@ -199,7 +258,7 @@ def test_a_turn_that_comes_second_writes_nothing(store, n_turns):
     for number in range(1, n_turns + 1):
         record = store.commit(after(record, turn(number)), record)
     first = store.commit(after(record, turn(n_turns + 1, "first")), record)
-    assert store.lease("", "ada", "two", 60) == n_turns + 1
+    assert store.lease("", "ada", "two", 60).version == n_turns + 1
     with pytest.raises(Conflict, match="ada"):
         store.commit(after(record, turn(n_turns + 1, "second")), record, holder="two")
     assert store.get("", "ada") == first
@@ -356,7 +415,7 @@ def test_threads_share_a_store_in_memory(url, tmp_path, monkeypatch):
     def turns(name):
         record = Record("", name)
         for number in range(1, 6):
-            assert store.lease("", name, "one", 60) == record.version
+            assert store.lease("", name, "one", 60).version == record.version
             record = store.commit(after(record, turn(number)), record, holder="one")
             assert store.get("", name) == record
         return record
@@ -392,6 +451,25 @@ def test_nobody_there_is_an_error_unless_it_may_be():
         with pytest.raises(StoreAway, match="127"):
             ask()
     store.close()
+
+
+@pytest.mark.parametrize(
+    "address", ["user@127.0.0.1:{}/x?password=secret", "user:secret@127.0.0.1:{}/x?sslpassword=secret"]
+)
+def test_an_address_is_shown_without_passwords(address):
+    with pytest.raises(StoreAway) as error:
+        Store(f"postgresql+psycopg://{address.format(free_port())}")
+    assert "127.0.0.1" in str(error.value) and "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", [
+    "postgresql+psycopg://user:secret@host:port/x", "postgresql+psycopg://user:other:secret/x",
+    "postgresql+psycopg//user:secret@host/x", "host=db password=secret",
+])  # fmt: skip
+def test_what_is_no_address_is_refused_without_its_password(url):
+    with refuses(InputError, "--store") as error:
+        Store(url)
+    assert "secret" not in "".join(traceback.format_exception(error.value))
 
 
 @needs_postgresql

@@ -22,7 +22,7 @@ from pydeltamem.runtime.history import n_common
 from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server.history import begins, digests, known_messages
 from pydeltamem.server.service import SessionBusy, SessionUnknown
-from pydeltamem.server.store import Conflict, Store, StoreAway, StoreError
+from pydeltamem.server.store import Conflict, Record, Store, StoreAway, StoreError
 from pydeltamem.server.worker import QueueFull
 
 SAME = {"rtol": 0, "atol": 3e-6}  # float32 sums in another order
@@ -334,6 +334,80 @@ def test_a_session_that_was_emptied_is_as_a_new_one(serving):
                 await say(service, [user("and yours")], session=name)
             np.testing.assert_allclose(await state_of(service), await state_of(service, "new"), **SAME)
             assert (await service.get("ada")).tokens == (await service.get("new")).tokens
+
+    asyncio.run(run())
+
+
+def test_nothing_is_done_to_a_session_that_has_gone_on(serving):
+    async def run():
+        async with serving() as service:
+            messages = [user("hello there")]
+            stale = [*messages, user("somebody else")]
+            await say(service, messages, seen=0)
+            messages.append(user("my name is Ada"))
+            await say(service, messages, seen=1)
+            before = await service.get("ada")
+            for seen in (0, 1, 3):
+                with pytest.raises(Conflict):
+                    await say(service, list(stale), seen=seen)
+                with pytest.raises(Conflict):
+                    await service.undo("ada", seen=seen)
+                with pytest.raises(Conflict):
+                    await service.forget_text("ada", seen=seen)
+            assert await service.get("ada") == before
+            assert (await service.undo("ada", seen=2)).version == 3
+            assert (await service.forget_text("ada", seen=3)).text == b""
+            await service.delete("ada")
+            with pytest.raises(Conflict):
+                await say(service, list(stale), seen=4)
+            assert await service.list() == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("said", [["hello there"], ["hello there", "my name is Ada"], ["another chat"]])
+def test_a_turn_replaces_the_last_one(serving, read_once, said, restart):
+    """It counts, or all is as before: the same as undo and another turn, in one commit."""
+
+    async def run():
+        service = serving()
+        if said == ["another chat"]:
+            await say(service, [user("well then")])
+        messages = []
+        for text in said:
+            messages.append(user(text))
+            await say(service, messages)
+        before = await service.get("ada")
+        await service.fork("ada", "twin")
+        if restart:
+            await service.aclose()
+            service = serving()
+        async with service:
+            new = [*messages[:-2], user("something else")]
+            with pytest.raises(InputError):
+                await say(service, [*messages[:-2], user("too long " * 2000)], replaces_last=True)
+            empty = await say(service, list(new), replaces_last=True, max_tokens=0)
+            assert not empty.counts and empty.committed.version == before.version
+            assert empty.committed.tokens_written == before.tokens
+            await say(service, list(new), replaces_last=True, write=False)
+            assert await service.get("ada") == before
+
+            await service.undo("twin")
+            await say(service, list(new), "twin")
+            answer = await say(service, list(new), replaces_last=True)
+            assert answer.committed.version == before.version + 1
+            if len(said) == 2 and not restart:  # what stays is not decoded again
+                assert answer.n_cached >= before.history[-1].position
+            after = await service.get("ada")
+            assert after.turns == before.turns and len(after.history) == len(before.history)
+            np.testing.assert_allclose(await state_of(service), await state_of(service, "twin"), **SAME)
+            if said != ["another chat"]:
+                np.testing.assert_allclose(await state_of(service), read_once(text_of(service)), **SAME)
+            np.testing.assert_array_equal((await service.undo("ada")).tokens, (await service.undo("twin")).tokens)
+            await service.reset("ada")
+            with pytest.raises(InputError):  # there is none
+                await say(service, list(new), replaces_last=True)
 
     asyncio.run(run())
 
@@ -1019,6 +1093,63 @@ def test_another_process_has_changed_the_session(serving):
             other.commit(other.get("", "ada"))
             with pytest.raises(Conflict):
                 await slow.whole()
+            other.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_session_that_another_process_made_again_is_another(serving, monkeypatch, is_local):
+    """At the same version: what this process has of the deleted one is nothing to it."""
+    monkeypatch.setattr(Store, "is_local", is_local)
+
+    async def run():
+        async with serving() as service:
+            await say(service, [user("hello there")], session="bob")
+            await service.fork("bob", "ada")
+            answer = await say(service, [user("my name is Ada")])
+            assert answer.committed.version == 2
+            other = Store(service.store.url)
+            assert other.delete("", "ada")
+            new = other.get("", "bob")
+            new = other.commit(Record("", "ada", adapter=new.adapter, memory=new.memory, tokens=new.tokens))
+            new = other.commit(new)
+            assert new.version == 2
+            await say(service, [user("and yours")], write=False)
+            assert other.get("", "ada") == new
+            answer = await say(service, [user("and yours")])
+            assert answer.committed.version == 3 and other.get("", "ada").created == new.created
+            assert other.get("", "ada").tokens == answer.committed.tokens_written == new.tokens + len(text_of(service))
+            other.close()
+
+    asyncio.run(run())
+
+
+def test_a_fork_is_a_session_of_its_own(serving):
+    async def run():
+        async with serving() as service:
+            await say(service, [user("hello there")])
+            forks = []
+            for _ in range(2):
+                forks.append(await service.fork("ada", "bob"))
+                await service.delete("bob")
+            assert len({(await service.get("ada")).created, *(fork.created for fork in forks)}) == 3
+
+    asyncio.run(run())
+
+
+def test_a_turn_of_a_session_that_was_made_again_meanwhile_is_refused(serving):
+    async def run():
+        async with serving() as service:
+            await say(service, [user("hello there")])
+            other = Store(service.store.url)
+            slow = service.chat([user("go on")], session="ada", max_tokens=60, **LETTERS)
+            await slow.start()
+            other.delete("", "ada")
+            new = other.commit(Record("", "ada", adapter=service.adapter))
+            with pytest.raises(Conflict):
+                await slow.whole()
+            assert other.get("", "ada") == new
             other.close()
 
     asyncio.run(run())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 import socket
 import threading
@@ -24,7 +25,7 @@ from pydeltamem.server.application import Settings, application
 from pydeltamem.server.keys import Keys
 from pydeltamem.server.openai import Chat
 from pydeltamem.server.service import Piece
-from pydeltamem.server.store import StoreError
+from pydeltamem.server.store import StoreAway, StoreError
 from servers import in_thread, service, until
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
@@ -870,9 +871,9 @@ def test_a_body_that_is_too_large(narrow):
     assert said(ask(narrow))
 
 
-def counted(api, name, **labels):
+def counted(api, name, timeout=60, **labels):
     """A metric of the server; 0 if there is none yet."""
-    families = text_string_to_metric_families(api.http.get("/metrics").text)
+    families = text_string_to_metric_families(api.http.get("/metrics", timeout=timeout).text)
     samples = [sample for family in families for sample in family.samples if sample.name == name]
     return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
@@ -916,12 +917,53 @@ def test_a_store_that_fails(api, monkeypatch, caplog):
         assert (
             parts and set(last) == {"error"} and last["error"]["code"] == "store_unavailable" and "space" in caplog.text
         )
+        assert "space" not in last["error"]["message"]
         answer = api.http.get("/health")
         assert answer.status_code == 503 and answer.json() == {"status": "store unavailable"}
         assert api.http.get("/health/live").status_code == 200  # a new process would do no better
         assert np.isnan(counted(api, "deltamem_sessions"))
     assert counted(api, "deltamem_errors_total", code="store_unavailable") == n + 1
     assert about(api, "unlucky") == before and api.http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("kind", [StoreError, StoreAway])
+def test_where_the_store_is_is_for_the_log_only(api, monkeypatch, caplog, kind):
+    def fail(*arguments, **options):
+        raise kind("postgresql+psycopg://me@db.internal/x: it is not there")
+
+    with monkeypatch.context() as patch:
+        for name in ("identity", "get", "list"):
+            patch.setattr(api.service.store, name, fail)
+        asked = {"messages": HELLO, **GREEDY}
+        for answer in (api.http.get("/v1/memories"), api.http.post("/sessions/far/v1/chat/completions", json=asked)):
+            refused(answer, 503, "store_unavailable")
+            assert "db.internal" not in answer.text
+    assert "db.internal" in caplog.text
+
+
+def test_a_damaged_session_is_named_to_clients(api):
+    ask(api, path="/sessions/damaged")
+    store = api.service.store
+    store.commit(dataclasses.replace(store.get("", "damaged"), memory=b"damaged"))
+    answer = api.http.post("/sessions/damaged/v1/chat/completions", json={"messages": HELLO, **GREEDY})
+    refused(answer, 503, "store_unavailable", "damaged")
+    api.http.delete("/v1/memories/damaged")
+
+
+def test_a_database_that_hangs_holds_nothing_but_metrics_of_its_own(api, monkeypatch):
+    """Scrapes get what it said last; requests without a session, and /health/live, go on."""
+    ask(api, path="/sessions/kept")
+    known, over = counted(api, "deltamem_sessions"), threading.Event()
+    assert known >= 1
+    with monkeypatch.context() as patch, ThreadPoolExecutor(40) as threads:
+        patch.setattr(api.service.store, "count", lambda *_: over.wait(60) and 99)
+        try:
+            scrapes = [threads.submit(counted, api, "deltamem_sessions", timeout=20) for _ in range(40)]
+            assert said(ask(api)) and api.http.get("/health/live").status_code == 200
+            assert {scrape.result() for scrape in scrapes} == {known}
+        finally:
+            over.set()
+    until(lambda: counted(api, "deltamem_sessions") == known)
 
 
 def test_an_error_of_the_server_is_for_its_log_only(api, monkeypatch, caplog):
@@ -1007,6 +1049,11 @@ def test_a_client_that_goes_away(narrow, monkeypatch, streams):
         late.extend(job for job, _ in worker._active if job.cancelled)
         return decode(jobs, *meanwhile)
 
+    def counts():
+        commits, generated = "deltamem_store_commit_seconds_count", {"kind": "generated"}
+        return counted(narrow, commits), counted(narrow, "deltamem_tokens_total", **generated)
+
+    before = counts()
     monkeypatch.setattr(worker.llm._engine.slots, "decode", decoded)
     long = {"messages": HELLO, "stream": streams, "max_tokens": 400, "grammar": "root ::= [a-z ] root"}
     body = json.dumps(long).encode()
@@ -1015,6 +1062,8 @@ def test_a_client_that_goes_away(narrow, monkeypatch, streams):
         client.sendall(head.encode() + body)
         until(lambda: len(steps) > 5)
     until(lambda: worker.n_active == 0 and not narrow.service._turns)
+    n_commits, n_generated = counts()
+    assert n_commits == before[0] + 1 and n_generated > before[1] + 5
     assert len(late) <= 1 and len(steps) < 400
     one = about(narrow, "gone")
     assert one["turns"] == 1 and one["tokens"] < 400
@@ -1124,13 +1173,15 @@ def test_while_the_model_is_loaded():
         assert said(ask(api))
 
 
-def test_a_model_that_cannot_be_loaded():
+@pytest.mark.parametrize("error", [OSError("no such model"), StoreError("postgresql+psycopg://me@db.internal/x")])
+def test_a_model_that_cannot_be_loaded(error):
     def load():
-        raise OSError("no such model")
+        raise error
 
     with in_thread(load, ready=False) as api:
         until(lambda: api.http.get("/health").json()["status"] == "failed")
-        assert api.http.get("/health").status_code == 503
+        answer = api.http.get("/health")
+        assert answer.status_code == 503 and "db.internal" not in answer.text
 
 
 def test_a_decoder_that_is_stuck(monkeypatch):

@@ -280,6 +280,19 @@ def test_a_restart_and_an_end_in_the_middle(tmp_path):
         assert memory(answer)["version"] == 2
 
 
+def test_what_is_said_is_in_no_log(tmp_path):
+    """At no level."""
+    with process(tmp_path, "--log-level", "debug") as running:
+        content, grammar = "Swordfish is what I say.", 'root ::= "Barracuda is what it says."'
+        asked = {"messages": [{"role": "user", "content": content}], "max_tokens": 60, "grammar": grammar}
+        for stream in (True, False):
+            url = f"{running.address}/sessions/ada/v1/chat/completions"
+            assert httpx.post(url, json={**asked, "stream": stream}, timeout=60).status_code == 200
+        logged = (tmp_path / "server.log").read_text()
+    assert '"DEBUG"' in logged
+    assert not [word for word in ("Swordfish", "Barracuda", "chat.completion.chunk") if word in logged]
+
+
 def test_answers_that_take_too_long_at_the_end_are_cut_in_order(tmp_path):
     """SIGTERM: a stream and a whole answer end as after `max_tokens`, and count; who has waited is told so."""
     imports = "from pydeltamem.cli.main import main; from pydeltamem.server import application"

@@ -50,7 +50,7 @@ from .service import (
     SessionUnknown,
     checked_name,
 )
-from .store import Conflict, Record, StoreError
+from .store import Conflict, Record, SessionDamaged, StoreAway, StoreError
 from .worker import ModelLost, QueueFull
 
 GRACE = 20  # seconds that answers have to end when the server is told to; then they are cut
@@ -187,6 +187,7 @@ class Server:
 
     async def close(self) -> None:
         """Ends what runs, and commits it."""
+        self.metrics.close()
         if self._service is not None:
             await self._service.aclose()
         if self.embedder is not None and self.lost is None:
@@ -292,7 +293,7 @@ def _watching(server: Server) -> APIRouter:
     @router.get("/metrics")
     async def metrics(request: Request) -> Response:
         server.owner(request)
-        text = await asyncio.to_thread(server.metrics.text)
+        text = await server.metrics.scraped()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/v1/models")
@@ -315,7 +316,7 @@ def _watching(server: Server) -> APIRouter:
 def _health(server: Server, status: str) -> Response:
     body = {"status": status}
     if server.failure is not None:
-        body["message"] = str(server.failure)
+        body["message"] = _told(server.failure)
     return JSONResponse(body, 200 if status == "ok" else 503)
 
 
@@ -530,7 +531,7 @@ async def _events(server: Server, asked: Chat | Completion | Reply, answer: Answ
         server.metrics.errors.labels(_status(error)[2]).inc()
         yield _event(to_json(_error_body(error)))
     finally:
-        server.metrics.answered(answer)
+        answer.when_over(server.metrics.answered)  # the client may have left before
     yield _event("[DONE]")
 
 
@@ -609,8 +610,17 @@ def _error_body(error: Exception) -> dict[str, Any]:
     elif status == 500 and code == "internal":
         message = "an error of the server: see its log"
     else:
-        message = str(error).encode("utf-8", "backslashreplace").decode()  # JSON may have half a character
+        message = _told(error).encode("utf-8", "backslashreplace").decode()  # JSON may have half a character
     return {"error": {"message": message, "type": kind, "code": code}}
+
+
+def _told(error: BaseException) -> str:
+    """An error as clients may read it: where the store is, the log tells."""
+    if isinstance(error, StoreAway):
+        return "the store cannot be reached: try again in a moment"
+    if isinstance(error, StoreError) and not isinstance(error, SessionDamaged):
+        return "the store fails: the log of the server says why"
+    return str(error)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -13,14 +13,18 @@ request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", d
 
 
 def set_up(level: str = "info") -> None:
-    """Logs to standard error, as JSON."""
+    """Logs to standard error, as JSON. `level` is that of our own lines: the details that libraries log, such as chunks
+    of a stream, hold what is said.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     handler.addFilter(_with_request)
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    if level != "debug":
-        for name in ("pydeltamem.llama_cpp", "uvicorn.access", "sse_starlette", "httpx"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # the line of a request is ours
+    others = "info" if level == "debug" else level
+    logging.basicConfig(level=others.upper(), handlers=[handler], force=True)
+    logging.getLogger("pydeltamem").setLevel(level.upper())
+    for name in ("uvicorn.access", "sse_starlette", "httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # the line of a request is ours
+    logging.getLogger("pydeltamem.llama_cpp").setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
     logging.getLogger("uvicorn.error").addFilter(_without_websockets)
 
 

@@ -28,10 +28,10 @@ from ..runtime.history import n_common
 from ..runtime.names import nearest
 from ..runtime.stream import checked_grammar
 from . import session as sessions
-from .history import Message, checked_messages
+from .history import Message, checked_messages, digests
 from .logs import log
 from .session import Begun, Live
-from .store import N_CONNECTIONS, Conflict, Record, Store, StoreAway, StoreError, now
+from .store import N_CONNECTIONS, Conflict, Identity, Record, Store, StoreAway, StoreError, now
 from .worker import ModelLost, QueueFull, Worker, taken
 
 T = TypeVar("T")
@@ -212,6 +212,8 @@ class AsyncDeltaMem:
         owner: str = "",
         write: bool = True,
         origin: Record | None = None,
+        seen: int | None = None,
+        replaces_last: bool = False,
         **options: Any,
     ) -> Answer:
         """The answer to messages, whose history is sent each time; only what is new is written (docs/how-to/serve.md).
@@ -226,9 +228,13 @@ class AsyncDeltaMem:
             write: False: the session stays as it is.
             origin: a session of the same owner, as `get` returned it. If there is no `session` yet, it begins as this
                 one, which stays.
+            seen: the version of the session that the caller has seen, 0 for none. The turn raises Conflict if it is
+                another one now.
+            replaces_last: the latest turn is taken back, in the commit of this one: if this one does not count, it
+                stays. The messages are those before it and the new one.
         """
         answer = Answer(self, checked_messages(messages), None, session, owner, write, _checked(options))
-        answer.origin = origin
+        answer.origin, answer.seen, answer.replaces_last = origin, seen, replaces_last
         return answer
 
     def complete(
@@ -278,7 +284,7 @@ class AsyncDeltaMem:
         record = await self.get(name, owner)
         checked_name(new)
         await self._in_store(self._require_room, owner, new)
-        return await self._commit(dataclasses.replace(record, name=new, version=0))
+        return await self._commit(dataclasses.replace(record, name=new, version=0, created=now()))
 
     async def reset(self, name: str, owner: str = "") -> Record:
         """Empties the memory, and forgets text and turns."""
@@ -287,15 +293,19 @@ class AsyncDeltaMem:
             empty = Record(owner, record.name, record.version, record.created, adapter=self.adapter)
             return await self._commit(empty, held)
 
-    async def undo(self, name: str, owner: str = "") -> Record:
-        """Takes the latest turn back: text and memory are as before it."""
+    async def undo(self, name: str, owner: str = "", *, seen: int | None = None) -> Record:
+        """Takes the latest turn back: text and memory are as before it. `seen`: as in `chat`."""
         async with self._held(owner, checked_name(name)) as held:
-            return await self._commit(await asyncio.to_thread(sessions.taken_back, await self.get(name, owner)), held)
+            record = _as_seen(await self.get(name, owner), seen)
+            return await self._commit(await asyncio.to_thread(sessions.taken_back, record), held)
 
-    async def forget_text(self, name: str, owner: str = "") -> Record:
-        """Forgets the text and keeps the memory. The latest turns can no longer be gone back to, but undone."""
+    async def forget_text(self, name: str, owner: str = "", *, seen: int | None = None) -> Record:
+        """Forgets the text and keeps the memory. The latest turns can no longer be gone back to, but undone. `seen`: as
+        in `chat`.
+        """
         async with self._held(owner, checked_name(name)) as held:
-            return await self._commit(dataclasses.replace(await self.get(name, owner), text=b"", chat=""), held)
+            record = _as_seen(await self.get(name, owner), seen)
+            return await self._commit(dataclasses.replace(record, text=b"", chat=""), held)
 
     async def rename(self, name: str, new: str, owner: str = "") -> None:
         """Gives a session another name. Raises Conflict if it is taken."""
@@ -424,13 +434,13 @@ class AsyncDeltaMem:
             return _Held(owner, name, None)
         end = time.monotonic() + self.turn_timeout
         while True:
-            version = await self._in_store(self.store.lease, owner, name, self.holder, self.lease)
-            if version is not None:
+            identity = await self._in_store(self.store.lease, owner, name, self.holder, self.lease)
+            if identity is not None:
                 break
             if time.monotonic() > end:
                 raise SessionBusy(f"session {name}: another process runs a turn that did not end in time")
             await asyncio.sleep(0.1)
-        held = _Held(owner, name, version)
+        held = _Held(owner, name, identity)
         self._leased.add(held)
         if self._prolonging is None:
             self._prolonging = asyncio.create_task(self._prolong())
@@ -466,8 +476,8 @@ class AsyncDeltaMem:
         """
         key = held.owner, held.name
         live = self._live.pop(key, None)
-        known = None if live is None or live.record is None else live.record.version
-        is_current = known is not None and known == held.version
+        known = None if live is None or live.record is None else live.record.identity
+        is_current = known is not None and known == held.identity
         record = None if is_current else await self._in_store(self._newer, held, known)
         if live is not None and record is None:
             self._live[key] = live
@@ -484,17 +494,17 @@ class AsyncDeltaMem:
         new = dataclasses.replace(origin, name=record.name, version=0, created=record.created)
         key = origin.owner, origin.name
         live = self._live.get(key)
-        if key in self._locks or live is None or live.record is None or live.record.version != origin.version:
+        if key in self._locks or live is None or live.record is None or live.record.identity != origin.identity:
             return new
         del self._live[key]
         live.record = new
         self._live[new.owner, new.name] = live
         return live
 
-    def _newer(self, held: _Held, known: int | None) -> Record | None:
-        """The session if the store has another version of it than this one. Raises SessionLimit for one too many."""
+    def _newer(self, held: _Held, known: Identity | None) -> Record | None:
+        """The session if the store has another commit of it than this one. Raises SessionLimit for one too many."""
         owner, name = held.owner, held.name
-        if known is not None and held.version is None and known == self.store.version(owner, name):
+        if known is not None and held.identity is None and known == self.store.identity(owner, name):
             return None
         return self._record(owner, name)
 
@@ -572,7 +582,10 @@ class Answer:
         self.counts = False
         self.committed: Committed | None = None
         self.cancelled = False
-        self.origin: Record | None = None  # as `AsyncDeltaMem.chat`
+        # as `AsyncDeltaMem.chat`
+        self.origin: Record | None = None
+        self.seen: int | None = None
+        self.replaces_last = False
         # the answer as the message that the caller sends back with the next turn
         self.to_message: Callable[[str], Message] = lambda content: {"role": "assistant", "content": content}
         self.begun_at = self.first_at = self.ended_at = 0.0  # by time.monotonic: asked, first token, end
@@ -609,6 +622,13 @@ class Answer:
         """Cuts the answer at the next step. Any thread may call this."""
         self.cancelled = True
         self.service.worker.drop(self)
+
+    def when_over(self, then: Callable[[Answer], object]) -> None:
+        """Has a function called with this answer when its turn is over: at once, if it is or was never begun."""
+        if self._task is None or self._task.done():
+            then(self)
+        else:
+            self._task.add_done_callback(lambda _: then(self))
 
     async def start(self) -> None:
         """Begins the turn. Returns once the worker has it; raises what is wrong with the request before."""
@@ -654,8 +674,15 @@ class Answer:
             return
         async with service._held(self.owner, self.session) as held:
             found = await service._session(held)
+            stored = found.record if isinstance(found, Live) else found
+            assert stored is not None  # of a session
+            _as_seen(stored, self.seen)
             if self.origin is not None and isinstance(found, Record) and found.version == 0:
                 found = service._begun_as(found, self.origin)
+            takes_back = self.replaces_last and not _goes_back(stored, self.messages or ())
+            if takes_back:  # the store keeps the turn until the commit
+                found = await asyncio.to_thread(sessions.taken_back, stored)
+                await service._forget(self.owner, self.session)
             self._live, self._stored = (found, None) if isinstance(found, Live) else (None, found)
             try:
                 await self._decode()
@@ -665,12 +692,15 @@ class Answer:
             if self._record is None:
                 record = self._stored if self._live is None else self._live.record
                 assert record is not None  # of a session
+                if takes_back:
+                    await service._forget(self.owner, self.session)
+                    record = stored
                 self.committed = Committed(self.session, record.version, record.tokens)
                 return
             assert self._live is not None and self._begun is not None  # it was decoded
             begin = time.monotonic()
             try:
-                before = self._live.record if self.origin is None else None
+                before = self._live.record if self.origin is None and not takes_back else None
                 committed = await service._commit_turn(self._record, before, held)
                 self.commit_seconds = time.monotonic() - begin
             except BaseException:  # the text is ahead of the store
@@ -848,11 +878,11 @@ class Answer:
 
 @dataclasses.dataclass(eq=False)
 class _Held:
-    """A session in use by this process, and its version where a lease told it."""
+    """A session in use by this process, and which commit of it the store has, where a lease told it."""
 
     owner: str
     name: str
-    version: int | None
+    identity: Identity | None
     ended: float | None = None  # its use, before the commit
 
     @property
@@ -890,6 +920,22 @@ class _Lock:
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.n = 0
+
+
+def _as_seen(record: Record, seen: int | None) -> Record:
+    """The session, if it has the version that was seen. Raises Conflict."""
+    if seen is not None and record.version != seen:
+        raise Conflict(
+            f"session {record.name}: version {seen} was seen, but it is at {record.version} now: look at it again"
+        )
+    return record
+
+
+def _goes_back(record: Record, messages: Sequence[Message]) -> bool:
+    """Whether messages alone say that the latest turn is replaced: there are others before it in the text."""
+    mine = [turn for turn in record.history if turn.chat == record.chat]
+    before = [digest for turn in mine[:-1] for digest in turn.digests]
+    return bool(before) and digests(messages)[: len(before)] == before
 
 
 def checked_name(name: str) -> str:

@@ -23,7 +23,7 @@ from ..runtime.history import TOKEN, Checkpoint, Checkpoints, Log, Position, n_c
 from ..runtime.text import Text
 from . import history
 from .history import Message
-from .store import Record, StoreError, Turn
+from .store import Record, SessionDamaged, Turn
 
 RAW = "raw"  # in place of the first message: a text that is no chat
 
@@ -234,7 +234,7 @@ def live_session(llm: DeltaMemLlama, record: Record) -> Live:
     """A session from the store, of the attached adapter (`check_adapter`). Its text is decoded again when it is needed,
     as the first time.
 
-    Raises StoreError if the record is damaged.
+    Raises SessionDamaged.
     """
     text = new_text(llm)
     if record.version == 0 and not record.memory:  # begins as no other session
@@ -247,7 +247,7 @@ def live_session(llm: DeltaMemLlama, record: Record) -> Live:
         else:
             text.become(state, record.tokens)
     except (ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise StoreError(f"session {record.name}: what the store has of it is damaged: {error}") from error
+        raise SessionDamaged(f"session {record.name}: what the store has of it is damaged: {error}") from error
     return Live(record, text, record.chat, record.history)
 
 

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -100,8 +100,21 @@ class StoreAway(StoreError):
     """The database cannot be reached now, and will be asked again."""
 
 
+class SessionDamaged(StoreError):
+    """What the store has of a session cannot be read."""
+
+
 class Conflict(DeltaMemError):
     """Another process has changed or holds the session."""
+
+
+class Identity(NamedTuple):
+    """Which commit of which session: one that is deleted and made again counts from 1 again, but was made at another
+    time, to the microsecond.
+    """
+
+    version: int  # 0: never committed
+    created: datetime.datetime | None
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,11 @@ class Record:
         """Bytes of the memory."""
         return len(self.memory)
 
+    @property
+    def identity(self) -> Identity:
+        """Which commit it is."""
+        return Identity(self.version, self.created if self.version else None)
+
 
 class Store:
     """Sessions, each under its owner and its name.
@@ -192,7 +210,7 @@ class Store:
         self._away: tuple[float, str] = 0.0, ""  # until when it is not asked again, by time.monotonic, and why
         self._is_open = False
         try:
-            backend = sa.make_url(self.url).get_backend_name()
+            backend = _parsed(self.url).get_backend_name()
             if backend not in ("sqlite", "postgresql"):
                 raise InputError(f"--store {self.shown}: a store is {_SUPPORTED}: {backend} is not supported")
             self._is_sqlite = backend == "sqlite"
@@ -209,13 +227,18 @@ class Store:
                 f"and give {_SUPPORTED}"
             ) from error
         except sa.exc.ArgumentError as error:
-            raise InputError(f"--store {self.url}: not a database that SQLAlchemy can open: {error}") from error
+            raise InputError(
+                f"--store {self.shown}: not a database that SQLAlchemy can open ({error}): give {_SUPPORTED}"
+            ) from error
         if self._is_sqlite:
             sa.event.listen(self._engine, "connect", _set_up_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
         self._writing = self._engine.execution_options(writes=True)
         # a statement is a transaction by itself: BEGIN and COMMIT would be two more round trips to a PostgreSQL
         self._alone = self._engine if self._is_sqlite else self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._consistent = self._engine  # SQLite's transactions are so anyway
+        if not self._is_sqlite:
+            self._consistent = self._engine.execution_options(isolation_level="REPEATABLE READ")
         self._take_lease, self._prolong_leases = _lease_statements(is_sqlite=self._is_sqlite)
         if self._file is not None and not os.path.exists(self._file):
             if must_exist:
@@ -245,7 +268,9 @@ class Store:
     @property
     def shown(self) -> str:
         """The address without a password."""
-        return sa.make_url(self.url).render_as_string(hide_password=True)
+        url = sa.make_url(self.url)
+        hidden = {key: "***" for key in url.query if "pass" in key and key != "passfile"}
+        return url.update_query_dict(hidden).render_as_string(hide_password=True)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -255,12 +280,22 @@ class Store:
             reason = " ".join(str(getattr(error, "orig", None) or error).split())
             if self._is_sqlite or not _is_away(error):
                 raise StoreError(f"{self.shown}: the store fails: {reason}") from error
+            if _waited(error):  # it is there
+                raise StoreAway(f"{self.shown}: somebody keeps the store locked: {reason}") from error
             self._away = time.monotonic() + _RESTS, f"{self.shown}: the store cannot be reached: {reason}"
             raise StoreAway(self._away[1]) from error
 
-    def _transaction(self, work: Callable[[sa.Connection], T], *, writes: bool = False, alone: bool = False) -> T:
+    def _transaction(
+        self,
+        work: Callable[[sa.Connection], T],
+        *,
+        writes: bool = False,
+        alone: bool = False,
+        consistent: bool = False,
+    ) -> T:
         """What `work` returns, in a transaction. Where a connection broke, `work` is called again on a new one: it must
         bear that its first transaction came through. `alone`: each of its statements may be a transaction by itself.
+        `consistent`: all of its statements see the same commits.
         """
         until, reason = self._away
         if until > time.monotonic():
@@ -268,7 +303,9 @@ class Store:
         with self._errors():
             if not self._is_open:
                 self._open()
-            engine = self._alone if alone and not self._is_sqlite else self._writing if writes else self._engine
+            engine = self._writing if writes else self._engine
+            if not self._is_sqlite and (alone or consistent):
+                engine = self._alone if alone else self._consistent
             try:
                 with engine.begin() as connection:
                     return work(connection)
@@ -340,11 +377,11 @@ class Store:
             ).mappings()
             return _record(row, tuple(map(_turn, turns)))
 
-        return self._transaction(read)
+        return self._transaction(read, consistent=True)
 
-    def version(self, owner: str, name: str) -> int:
-        """The version of a session; 0 if there is none."""
-        return self._transaction(lambda connection: _version(connection, owner, name), alone=True)
+    def identity(self, owner: str, name: str) -> Identity:
+        """Which commit of a session the store has; version 0 if there is none."""
+        return self._transaction(lambda connection: _identity(connection, owner, name), alone=True)
 
     def list(self, owner: str | None = None) -> list[Record]:
         """Sessions, of one owner or of all, the latest first: without memories, texts and turns."""
@@ -390,7 +427,7 @@ class Store:
             turn if turn.state is None and turn.messages is None else self._kept(turn, turn.number > keep)
             for turn in record.history
         ]
-        known = before.history if before is not None and before.version == record.version else None
+        known = before.history if before is not None and before.identity == record.identity else None
         changes = None if known is None else _changes_of(known, history)
         record = replace(record, updated=at or now(), history=tuple(history))
 
@@ -434,7 +471,11 @@ class Store:
             return int(made.inserted_primary_key[0])  # type: ignore[index]
         changed = connection.scalar(
             _sessions.update()
-            .where(*_is(record.owner, record.name), _sessions.c.version == record.version)
+            .where(
+                *_is(record.owner, record.name),
+                _sessions.c.version == record.version,
+                _sessions.c.created == record.created,
+            )
             .values(version=record.version + 1, **values)
             .returning(_sessions.c.id)
         )
@@ -475,18 +516,18 @@ class Store:
     # leases
     #
 
-    def lease(self, owner: str, name: str, holder: str, seconds: float) -> int | None:
-        """Takes or prolongs the lease of a session, which need not be there yet. Returns the version of the session,
-        0 if there is none; None if another holder has the lease.
+    def lease(self, owner: str, name: str, holder: str, seconds: float) -> Identity | None:
+        """Takes or prolongs the lease of a session, which need not be there yet. Returns which commit of it the store
+        has, as `identity`; None if another holder has the lease.
         """
         new = {"owner": owner, "name": name, "holder": holder, "seconds": seconds}
 
-        def take(connection: sa.Connection) -> int | None:
+        def take(connection: sa.Connection) -> Identity | None:
             if connection.scalar(self._take_lease, new) is None:
                 return None
             # not in the same statement, which sees the sessions as they were when it began: whoever had the lease may
             # have committed since
-            return _version(connection, owner, name)
+            return _identity(connection, owner, name)
 
         return self._transaction(take, writes=True, alone=True)
 
@@ -535,6 +576,20 @@ def now() -> datetime.datetime:
 
 _SQLITE = b"SQLite format 3\0"  # how its files begin
 _SUPPORTED = "sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME"
+
+
+def _parsed(url: str) -> sa.URL:
+    """Raises InputError for what is no address. It may hold a password anywhere, so what follows the scheme is not
+    shown.
+    """
+    try:
+        return sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):  # of a port that is no number
+        scheme, separator, _ = url.partition("://")
+        shown = f"{scheme}://…" if separator else "***" if "@" in url or "pass" in url else url
+        raise InputError(
+            f"--store {shown}: not an address of a database: give {_SUPPORTED}, with @ : / of a password as %40 %3A %2F"
+        ) from None
 
 
 def _sqlite_file(url: str) -> str | None:
@@ -610,8 +665,10 @@ def _to_server(url: str) -> dict[str, Any]:
         "keepalives_interval": 2,
         "keepalives_count": 3,
         "tcp_user_timeout": 10_000,  # ms
-        # a server that fell silent in the middle of a commit must not hold its rows
-        "options": "-c idle_in_transaction_session_timeout=10s -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2",
+        # a server that fell silent in the middle of a commit must not hold its rows, nor a table that somebody keeps
+        # locked the threads of a server
+        "options": "-c idle_in_transaction_session_timeout=10s -c lock_timeout=10s -c tcp_keepalives_idle=5 "
+        "-c tcp_keepalives_interval=2",
     }
     given = sa.make_url(url).query
     arguments = {key: value for key, value in patience.items() if key not in given}
@@ -623,6 +680,11 @@ def _is_away(error: Exception) -> bool:
     return isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)) or (
         isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
     )
+
+
+def _waited(error: Exception) -> bool:
+    """Whether a PostgreSQL gave up waiting for a lock."""
+    return getattr(getattr(error, "orig", None), "sqlstate", None) == "55P03"
 
 
 def _is(owner: Any, name: Any, table: sa.Table = _sessions) -> tuple[Any, Any]:
@@ -742,14 +804,15 @@ def _commit_statement(*, is_first: bool) -> Any:
     def given(table: sa.Table, prefix: str, *names: str) -> dict[str, Any]:
         return {name: sa.bindparam(f"{prefix}_{name}", type_=table.c[name].type) for name in names}
 
-    known = given(_sessions, "session", "owner", "name", "version")
+    known = given(_sessions, "session", "owner", "name", "version", "created")
     mine = _sessions.c.owner == known["owner"], _sessions.c.name == known["name"]
     change: Any
     if is_first:
         change = _sessions.insert().values(version=1, **given(_sessions, "session", *_CREATE, *_CHANGE))
     else:
         new = {"version": _sessions.c.version + 1, **given(_sessions, "session", *_CHANGE)}
-        change = _sessions.update().where(*mine, _sessions.c.version == known["version"]).values(new)
+        same = _sessions.c.version == known["version"], _sessions.c.created == known["created"]
+        change = _sessions.update().where(*mine, *same).values(new)
     session = change.returning(_sessions.c.id).cte("session")
     id = sa.select(session.c.id).scalar_subquery()
     numbers = sa.bindparam("spent", type_=postgresql.ARRAY(sa.Integer))
@@ -770,11 +833,12 @@ _A_TURN, _FIRST_TURN = _commit_statement(is_first=False), _commit_statement(is_f
 #
 
 
-def _version(connection: sa.Connection, owner: str, name: str) -> int:
-    return connection.scalar(_VERSION, {"of": owner, "called": name}) or 0
+def _identity(connection: sa.Connection, owner: str, name: str) -> Identity:
+    row = connection.execute(_IDENTITY, {"of": owner, "called": name}).first()
+    return Identity(0, None) if row is None else Identity(*row)
 
 
-_VERSION = sa.select(_sessions.c.version).where(*_is(sa.bindparam("of"), sa.bindparam("called")))
+_IDENTITY = sa.select(_sessions.c.version, _sessions.c.created).where(*_is(sa.bindparam("of"), sa.bindparam("called")))
 
 
 def _fields(row: Any) -> dict[str, Any]:
