@@ -23,7 +23,6 @@ from pydeltamem.evals.asker import Ask, Asker, Shared
 from pydeltamem.formats import kinds
 from pydeltamem.formats.atomic import replacing
 
-LONGEST = 192  # tokens of an answer: longer ones are cut
 TOGETHER = 16  # answers that are decoded together
 ROW = 7  # words in a row that no request may share with IFEval
 SUBJECTS = (
@@ -78,6 +77,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument(
+        "--longest", type=int, default=192, help="tokens of an answer; longer ones are cut (%(default)s)"
+    )
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ def main() -> None:
     with replacing(args.out, kinds.CONVERSATIONS) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for i in range(0, len(asked), 8 * TOGETHER):
             some = asked[i : i + 8 * TOGETHER]
-            options = {"n_predict": LONGEST, "temp": 0.7, "top_p": 0.95, "seed": args.seed + i}
+            options = {"n_predict": args.longest, "temp": 0.7, "top_p": 0.95, "seed": args.seed + i}
             for request, answer in zip(some, asker.answer([Ask(Shared(), text, options) for text in some])):
                 file.write(json.dumps({"prompt": request, "answer": answer.strip()}, ensure_ascii=False) + "\n")
     asker.close()

@@ -19,6 +19,7 @@ import pytest
 from pydeltamem.formats.memory_file import MemorySnapshot
 from pydeltamem.models import default_files
 from pydeltamem.server.history import digests
+from pydeltamem.server.page_markdown import as_html
 from pydeltamem.server.page_talk import FORGOTTEN, MEMORY_ONLY, NOTE, Talk
 from pydeltamem.server.store import Record, Turn
 
@@ -85,6 +86,13 @@ class Server:
         """The memory of a session, by the API."""
         return MemorySnapshot.from_bytes(self.get(f"/v1/memories/{session}/file").content)
 
+    def say(self, session, *said):
+        """A turn by the API."""
+        messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 9, said)]
+        body = {"messages": messages, "max_tokens": 8, "temperature": 0}
+        answer = httpx.post(f"{self.url}/sessions/{session}/v1/chat/completions", json=body, timeout=60)
+        return answer.json()["choices"][0]["message"]["content"]
+
     def sessions(self):
         return {each["id"]: each["turns"] for each in self.get("/v1/memories").json()["data"]}
 
@@ -127,6 +135,13 @@ def serve(folder, *options):
 def server(tmp_path_factory):
     """Keeps no messages, and has no keys."""
     with serve(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def keeping(tmp_path_factory):
+    """Keeps messages."""
+    with serve(tmp_path_factory.mktemp("keeping"), "--keep-messages") as server:
         yield server
 
 
@@ -190,7 +205,7 @@ class Tab:
     """One tab, by what a user sees: labels and texts."""
 
     def __init__(self, driver, server, session="", waits=True):
-        self.driver = driver
+        self.driver, self.handle = driver, driver.current_window_handle
         driver.get(server.url + (f"/?session={session}" if session else "/"))
         if waits:
             self.ready()
@@ -203,6 +218,10 @@ class Tab:
     def is_open(self):
         """Whether a conversation is shown."""
         return self.shown(".said") is not None or bool(self.text)
+
+    def front(self):
+        self.driver.switch_to.window(self.handle)
+        return self
 
     def reload(self):
         self.driver.refresh()
@@ -272,6 +291,13 @@ class Tab:
         """Waits until there are that many answers, and none is going on. Returns the last one."""
         until(lambda: len(self.answers) == n and self.shown('button[aria-label="Send"]') and self.answers[-1])
         return self.answers[-1]
+
+    def replace(self, text):
+        """Puts another text into the box, all at once."""
+        from selenium.webdriver.common.keys import Keys
+
+        self.box.send_keys(Keys.CONTROL, "a")
+        self.driver.execute_cdp_cmd("Input.insertText", {"text": text})
 
     def say(self, text):
         """Says something by keyboard. Returns the answer."""
@@ -379,7 +405,7 @@ def test_the_last_turn_is_regenerated_edited_and_undone(server, browse):
     tab.box.send_keys("I have a parrot.\n")
     until(lambda: ("You", "I have a parrot.") in tab.text)
     tab.answered(2)
-    assert server.get("/v1/memories/turns").json()["version"] == 5  # 3, the undo and this turn
+    assert server.get("/v1/memories/turns").json()["version"] == 4  # in one commit
     assert ("You", "I have a dog.") not in tab.text
     assert server.sessions()["turns"] == 2
 
@@ -407,8 +433,115 @@ def test_the_last_turn_is_regenerated_edited_and_undone(server, browse):
     tab.keeps("I live in Bonn.")
     server.delete("/v1/memories/turns")
     tab.box.send_keys(" No.\n")
-    until(lambda: "turn" in tab.complaint())
+    until(lambda: not tab.answers)
     tab.keeps("I live in Bonn. No.")
+
+
+def test_a_tab_that_does_not_show_the_latest_turn_takes_none_back(keeping, browse):
+    one = browse(keeping, "tabs")
+    first = one.say("My name is Ada.")
+    two = browse(keeping, "tabs")
+    assert two.answers == [first]
+    second = two.say("My daughter is Nina.")
+    both = two.text
+
+    one.front().box.send_keys("Where is the party?\n")
+    assert "elsewhere" in one.complaint()
+    one.keeps("Where is the party?")
+    assert one.text == both and keeping.sessions()["tabs"] == 2
+    one.box.send_keys("\n")
+    until(lambda: keeping.sessions()["tabs"] == 3)
+    one.answered(3)
+
+    two.front().press("Edit the last message")
+    two.keeps("My daughter is Nina.")
+    two.box.send_keys(" No.\n")
+    until(lambda: len(two.answers) == 3)
+    two.keeps("My daughter is Nina. No.")
+    two.replace("")
+    for press in ("Regenerate the answer", "Undo the last turn", "Forget the text"):
+        n = keeping.sessions()["tabs"]
+        keeping.say("tabs", f"Not {press}!")
+        two.press(press)
+        until(lambda said=f"Not {press}!": ("You", said) in two.text)
+        assert keeping.sessions()["tabs"] == n + 1
+    assert two.text[:4] == both and two.answers[:2] == [first, second]
+
+    # a session that is looked at again is shown as it is
+    two.press("New session")
+    until(lambda: two.text and two.text[0][0] == "note")
+    keeping.say("tabs", "And now?")
+    two.click(lambda: next(each for each in two.find(".pick") if each.text.startswith("tabs")))
+    two.heading("tabs")
+    until(lambda: ("You", "And now?") in two.text)
+
+
+def test_an_edit_that_is_refused_leaves_the_turn(server, browse):
+    tab = browse(server, "refused")
+    tab.say("I have a dog.")
+    before = tab.text
+    tab.press("Edit the last message")
+    tab.keeps("I have a dog.")
+    long = ("I have a dog and a cat and a parrot. " * 90).strip()
+    tab.replace(long)
+    tab.box.send_keys("\n")
+    assert "token" in tab.complaint()
+    tab.keeps(long)
+    about = server.get("/v1/memories/refused").json()
+    assert tab.text == before and (about["turns"], about["version"]) == (1, 1)
+    tab.replace("I have a parrot.")  # it is still an edit
+    tab.box.send_keys("\n")
+    until(lambda: server.get("/v1/memories/refused").json()["version"] == 2)
+    tab.answered(1)
+    assert ("You", "I have a parrot.") in tab.text and ("You", "I have a dog.") not in tab.text
+    assert server.sessions()["refused"] == 1
+
+
+def test_a_text_that_the_connection_does_not_take_is_refused(server, browse):
+    tab = browse(server, "megabyte")
+    tab.replace("I have a dog.")
+    tab.replace("too long " * 120_000)
+    assert "long" in tab.complaint()
+    assert tab.box.get_attribute("value") == "I have a dog."
+    assert tab.say(" And a cat.")
+    assert ("You", "I have a dog. And a cat.") in tab.text
+
+
+def test_a_reload_while_a_dialog_is_open_is_no_error(server, browse):
+    tab = browse(server, "open")
+    tab.say("My name is Hugo.")
+    for opens in ("Fork", "Delete"):
+        tab.press(opens)
+        until(lambda: tab.shown("[role=dialog]"))
+        tab.reload()
+    time.sleep(6)  # the server gives the pages that are gone up
+    assert server.sessions()["open"] == 1
+    assert "Traceback" not in server.log.read_text()
+
+
+HTML = """Use `a` vector<int>, and type <enter>. <style>.said, .q-footer { display: none !important }</style>
+<form action="/x"><input name="y"></form>
+
+```cpp
+vector<int> v; // a & b
+```
+
+`List<String> & <b>`, <style"""
+
+
+def test_tags_in_an_answer_are_text(keeping, browse):
+    keeping.say("tags", "How?", HTML, "And?")
+    tab = browse(keeping, "tags")
+    shown = until(lambda: tab.answers and tab.answers[0])
+    for text in (
+        "vector<int>, and type <enter>. <style>.said",
+        '<form action="/x"><input name="y"></form>',
+        "vector<int> v; // a & b",
+        "List<String> & <b>, <style",
+    ):
+        assert text in shown
+    assert tab.find(".said style, .said form, .said input") == [] and tab.shown("footer")
+    assert len(tab.find(".said article pre code")) == 1
 
 
 def test_sessions_are_made_forked_renamed_and_deleted(server, browse):
@@ -713,6 +846,15 @@ def test_the_api_is_as_without_the_page(tmp_path):
 def test_a_server_without_the_page_does_not_load_it():
     code = "import sys, pydeltamem.server.page; sys.exit('nicegui' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_markdown_with_tags():
+    assert as_html("a<b> **c** &lt;") == "<p>a&lt;b&gt; <strong>c</strong> &lt;</p>\n"
+    assert as_html("`<b> & c`") == "<p><code>&lt;b&gt; &amp; c</code></p>\n"
+    assert as_html("```\n<b> & c\n```") == "<pre><code>&lt;b&gt; &amp; c\n</code></pre>\n"
+    assert as_html("x <style y") == "<p>x &lt;style y</p>\n"
+    assert as_html('<div style="position: fixed">x</div>').startswith("<p>&lt;div ")
+    assert "&lt;" not in as_html("1. [a](https://a.b)\n\n| a | b |\n|:-:|---|\n| `x` | ![c](/d) |\n\n> # e\n\n---")
 
 
 def said(*texts):

@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-np", "--parallel", type=positive, default=4, metavar="N", help="slots: requests decoded at once (%(default)s)"
     )
     group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
-    group.add_argument("-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t, or all CPUs)")
+    group.add_argument(
+        "-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t, or all CPUs)"
+    )
     group.add_argument("--rpc", metavar="HOST:PORT,...", help="run layers on these machines too (deltamem rpc-server)")
     add_context_arguments(group, tuned=True)
     group.add_argument("--no-mmap", action="store_true", help="load the model instead of mapping it")

@@ -1,3 +1,18 @@
+// Refuses a text that is too long for the connection, which would break at it; 1 MB is what that takes.
+(() => {
+  const MOST = 900000;
+  let before = "";
+  const isMessage = (box) => box.matches("textarea[aria-label=Message]");
+  addEventListener("beforeinput", (event) => { if (isMessage(event.target)) before = event.target.value; }, true);
+  addEventListener("input", (event) => {
+    const box = event.target;
+    if (!isMessage(box) || new Blob([JSON.stringify(box.value)]).size <= MOST) return;
+    event.stopImmediatePropagation();
+    box.value = before;
+    emitEvent("too_long");
+  }, true);
+})();
+
 // Keeps the end of the conversation in sight, unless the reader has scrolled up.
 (() => {
   let follows = true;

@@ -19,13 +19,13 @@ from ..formats.memory_file import MemorySnapshot
 from . import page_memory
 from .application import Server
 from .logs import log
+from .page_markdown import Markdown
 from .page_talk import FORGOTTEN, NOTE, Talk
 from .service import Answer, AsyncDeltaMem, SessionUnknown, checked_name
-from .store import Record
+from .store import Conflict, Record
 
 _HERE = Path(__file__).parent
 N_LISTED = 100  # sessions in the drawer
-_TEXT = ["fenced-code-blocks", "tables", "break-on-newline", "cuddled-lists", "code-friendly"]
 # Enter sends; not while an input method composes, and not on a touch screen, where it makes a new line
 _ENTER = """(e) => {
     if (e.shiftKey || e.isComposing || matchMedia("(pointer: coarse)").matches) return;
@@ -227,6 +227,7 @@ class View:
                     'aria-label="Message" input-style="max-height: 30vh"'
                 )
                 self.input.on("keydown.enter", self._send, js_handler=_ENTER)
+                ui.on("too_long", lambda: _complain("This text is too long: the page takes 900 kB."))  # page.js
                 self.input.on("keydown.esc", self._stop, args=[])
                 self.send_button = _icon("arrow_upward", "Send", self._send).props(
                     "color=primary unelevated flat=false"
@@ -313,13 +314,31 @@ class View:
         self.name = checked_name(name)
         self._cancel_edit()
         await self._refresh()
-        if name not in self.talks:
+        known = self.talks.get(name)
+        if known is None or known.version != self._version:  # it may have gone on in another tab
             self.talks[name] = Talk() if self.record is None else Talk.of(self.record)
         self.heading.text = name
         ui.page_title(f"{name} · δ-mem")
         ui.navigate.history.replace(f"/?session={quote(name)}")
         ui.run_javascript(f"if (innerWidth < 1024) getElement({self.left.id}).hide()")
         self._draw_talk()
+
+    @property
+    def _version(self) -> int:
+        """Of the session, as the store had it at the latest look."""
+        return 0 if self.record is None else self.record.version
+
+    async def _show_anew(self) -> None:
+        """Shows the session as the store has it, because it is no longer what this tab shows."""
+        ui.notify(
+            "This session has gone on elsewhere. It is shown as it is now: nothing was changed here.",
+            type="warning",
+            position="top",
+            close_button="Close",
+            timeout=8000,
+        )
+        self.talks.pop(self.name, None)
+        await self._show(self.name)
 
     async def _refresh(self) -> None:
         """Everything that the store knows, after something has changed."""
@@ -343,10 +362,16 @@ class View:
 
     async def _fork(self) -> None:
         new = await _asked_name("A second session that goes on from here", "Fork", self._free_name(self.name))
-        if new:
-            await self.service.fork(self.name, new, self.owner)
-            self.talks[new] = self.talk.copy()
-            await self._show(new)
+        if not new:
+            return
+        await self._refresh()
+        if self._version != self.talk.version:
+            await self._show_anew()
+            return
+        forked = await self.service.fork(self.name, new, self.owner)
+        self.talks[new] = self.talk.copy()
+        self.talks[new].version = forked.version
+        await self._show(new)
 
     async def _rename(self) -> None:
         new = await _asked_name("Another name for this session", "Rename", self.name)
@@ -355,6 +380,7 @@ class View:
         checked_name(new)
         if self.record is not None:
             await self.service.rename(self.name, new, self.owner)
+            self.talk.version += 1  # a commit
         self.talks[new] = self.talks.pop(self.name)
         await self._show(new)
 
@@ -369,7 +395,8 @@ class View:
 
     async def _forget_text(self) -> None:
         async def forget() -> None:
-            await self.service.forget_text(self.name, self.owner)
+            if not await self._changed(self.service.forget_text):
+                return
             self.talk.forget_text()
             self._cancel_edit()
             await self._refresh()
@@ -424,47 +451,50 @@ class View:
         text = (self.input.value or "").strip()
         if not text or self.busy or self.is_changing or not self.is_open:
             return
-        self.input.value = ""
-        before = list(self.talk.messages)
-        if self.editing:
-            self.is_changing = True  # no other session is shown before the turn is taken back
-            try:
-                await self._take_back()
-            except DeltaMemError as error:
-                self.input.value = text
-                _complain(error)
-                return
-            finally:
-                self.is_changing = False
-            before = list(self.talk.messages)
+        edits, last, before = self.editing, self.talk.last, list(self.talk.messages)
+        if edits:
+            del before[-2:]
             self._cancel_edit(keep=True)
-        if not await self._answered([*before, {"role": "user", "content": text}]):
+        if not await self._answered([*before, {"role": "user", "content": text}], replaces_last=edits, typed=True):
+            self.editing = edits and self.talk.last == last  # that is still there
             self.input.value = text
+            self._draw_input()
         self._focus()
 
     async def _regenerate(self) -> None:
-        await self._answered(self.talk.messages[:-1])
+        with self.client:  # the answer outlives the button
+            await self._answered(self.talk.messages[:-1])
 
-    async def _answered(self, messages: list[dict[str, Any]]) -> bool:
-        """Lets the model answer. False if the turn does not count; text and memory are then as before."""
+    async def _answered(self, messages: list[dict[str, Any]], replaces_last: bool = False, typed: bool = False) -> bool:
+        """Lets the model answer. False if the turn does not count; text and memory are then as before. `typed`: the new
+        message is in the box.
+        """
         if self.busy or self.is_changing or not self.is_open:
             return False
         before = self.talk.messages
         self.talk.messages = messages
-        counts = False
+        counts = is_stale = False
+        of_session: dict[str, Any] = {}
+        if self.name:
+            of_session = {"session": self.name, "seen": self.talk.version, "replaces_last": replaces_last}
         try:
             self.server.count(self.owner)
             self.answer = answer = self.service.chat(
                 messages,
-                session=self.name or None,
+                **of_session,
                 owner=self.owner,
                 temperature=float(self.temperature or 0),
                 max_tokens=int(self.max_tokens or 512),
             )
             self._draw_input()
             self._draw_talk()
+            await answer.start()
+            if typed:  # not before: the browser would tell of its empty box after the text is in it again
+                self.input.value = ""
             await self._stream(answer)
             counts = answer.counts
+        except Conflict:
+            is_stale = True
         except DeltaMemError as error:
             _complain(error)
         except Exception:
@@ -476,11 +506,14 @@ class View:
             self.talk.messages = before
             if counts:
                 self.talk.messages = [*messages, {"role": "assistant", "content": answer.content}]
+                self.talk.version = 0 if answer.committed is None else answer.committed.version
             self.answer = None
         if not self.client.is_deleted:
             self._draw_talk()
             try:
-                if self.service.has_memory:
+                if is_stale:
+                    await self._show_anew()
+                elif self.service.has_memory:
                     await self._refresh()
             except DeltaMemError as error:  # the turn counts all the same
                 _complain(error)
@@ -523,18 +556,26 @@ class View:
         if not self.is_changing:
             self.input.run_method("focus")
 
-    async def _take_back(self) -> None:
-        if self.name and self.service.has_memory:
-            await self.service.undo(self.name, self.owner)
-        self.talk.undo()
-        self._draw_talk()
+    async def _changed(self, change: Callable[..., Awaitable[Record]]) -> bool:
+        """Changes the session by a method of the service, if it is what this tab shows; otherwise shows it anew."""
+        try:
+            record = await change(self.name, self.owner, seen=self.talk.version)
+        except (Conflict, SessionUnknown):
+            await self._show_anew()
+            return False
+        self.talk.version = record.version
+        return True
 
     async def _undo(self) -> None:
         async def undo() -> None:
-            await self._take_back()
-            if self.service.has_memory:
-                await self._refresh()
+            has_session = bool(self.name) and self.service.has_memory
+            if has_session and not await self._changed(self.service.undo):
+                return
+            self.talk.undo()
             self._draw_talk()
+            if has_session:
+                await self._refresh()
+                self._draw_talk()
 
         if not self.is_changing:
             self._cancel_edit()
@@ -592,7 +633,7 @@ class View:
         who = {"user": "You", "assistant": "The model"}.get(role, role)
         with ui.element("article").classes(f"message {role} {kind}").props(f'aria-label="{who}"'):
             if role == "assistant":
-                return ui.markdown(content, extras=_TEXT)
+                return Markdown(content)
             return ui.label(content if role == "user" else f"{role}: {content}").classes("plain")
 
     def _draw_actions(self) -> None:
@@ -669,7 +710,7 @@ async def _asked_name(text: str, action: str, name: str) -> str | None:
             ui.button("Cancel", on_click=lambda: dialog.submit(None)).props("flat no-caps")
             ui.button(action, on_click=lambda: dialog.submit(field.value)).props("no-caps")
     answer: str | None = await dialog
-    dialog.delete()
+    _drop(dialog)
     return (answer or "").strip() or None
 
 
@@ -680,8 +721,13 @@ async def _agreed(text: str, action: str) -> bool:
             ui.button("Cancel", on_click=lambda: dialog.submit(False)).props("flat no-caps")
             ui.button(action, color="negative", on_click=lambda: dialog.submit(True)).props("autofocus no-caps")
     answer = bool(await dialog)
-    dialog.delete()
+    _drop(dialog)
     return answer
+
+
+def _drop(dialog: ui.dialog) -> None:
+    if not dialog.is_deleted:  # with its tab
+        dialog.delete()
 
 
 def _redraw(chart: ui.echart, options: dict[str, Any]) -> None:
