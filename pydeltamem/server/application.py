@@ -50,7 +50,7 @@ from .service import (
     SessionUnknown,
     checked_name,
 )
-from .store import Conflict, Record, SessionDamaged, StoreAway, StoreError
+from .store import Conflict, Record, StoreError, told
 from .worker import ModelLost, QueueFull
 
 GRACE = 20  # seconds that answers have to end when the server is told to; then they are cut
@@ -316,7 +316,7 @@ def _watching(server: Server) -> APIRouter:
 def _health(server: Server, status: str) -> Response:
     body = {"status": status}
     if server.failure is not None:
-        body["message"] = _told(server.failure)
+        body["message"] = told(server.failure)
     return JSONResponse(body, 200 if status == "ok" else 503)
 
 
@@ -610,17 +610,8 @@ def _error_body(error: Exception) -> dict[str, Any]:
     elif status == 500 and code == "internal":
         message = "an error of the server: see its log"
     else:
-        message = _told(error).encode("utf-8", "backslashreplace").decode()  # JSON may have half a character
+        message = told(error).encode("utf-8", "backslashreplace").decode()  # JSON may have half a character
     return {"error": {"message": message, "type": kind, "code": code}}
-
-
-def _told(error: BaseException) -> str:
-    """An error as clients may read it: where the store is, the log tells."""
-    if isinstance(error, StoreAway):
-        return "the store cannot be reached: try again in a moment"
-    if isinstance(error, StoreError) and not isinstance(error, SessionDamaged):
-        return "the store fails: the log of the server says why"
-    return str(error)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -22,7 +22,7 @@ from .logs import log
 from .page_markdown import Markdown
 from .page_talk import FORGOTTEN, NOTE, Talk
 from .service import Answer, AsyncDeltaMem, SessionUnknown, checked_name
-from .store import Conflict, Record
+from .store import Conflict, Record, StoreError, told
 
 _HERE = Path(__file__).parent
 N_LISTED = 100  # sessions in the drawer
@@ -696,7 +696,9 @@ def _icon(icon: str, label: str, do: Callable[[], Any]) -> ui.button:
 
 
 def _complain(error: object) -> None:
-    text = str(error)
+    text = told(error)
+    if isinstance(error, StoreError):
+        log.error("an error of the store", exc_info=error)
     ui.notify(f"{text[:1].upper()}{text[1:]}", type="negative", position="top", close_button="Close", timeout=8000)
 
 

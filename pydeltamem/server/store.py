@@ -104,6 +104,15 @@ class SessionDamaged(StoreError):
     """What the store has of a session cannot be read."""
 
 
+def told(error: object) -> str:
+    """An error as clients may read it: where the store is, the log tells."""
+    if isinstance(error, StoreAway):
+        return "the store cannot be reached: try again in a moment"
+    if isinstance(error, StoreError) and not isinstance(error, SessionDamaged):
+        return "the store fails: the log of the server says why"
+    return str(error)
+
+
 class Conflict(DeltaMemError):
     """Another process has changed or holds the session."""
 
