@@ -743,7 +743,7 @@ def test_it_waits_for_the_model_and_an_answer_can_be_stopped(browse, tmp_path):
         assert tab.answers == [answer]
         tab.fill("Tokens at most", "4")
         tab.box.send_keys("Lose\n")  # the store, right after it has taken the turn
-        until(lambda: any("away" in each.text for each in tab.find(".q-notification")))
+        until(lambda: any("store" in each.text for each in tab.find(".q-notification")))
         answers = [answer, tab.answered(2)]
         assert server.sessions() == {"long": 2}
         tab.fill("Tokens at most", "8000")
