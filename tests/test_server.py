@@ -29,6 +29,7 @@ SAME = {"rtol": 0, "atol": 3e-6}  # float32 sums in another order
 # letters that no token joins: an answer that is sent back has the tokens that it was sampled with
 LETTERS = {"temperature": 0, "grammar": "root ::= [qxz]+"}
 GREEDY = {"max_tokens": 6, **LETTERS}
+ENDLESS = {"temperature": 0, "grammar": "root ::= [qxz] root"}  # ends when it is cut, and not before
 F32 = {"type_k": 0, "type_v": 0}
 
 
@@ -663,7 +664,7 @@ def test_pieces_that_nobody_took_in_time_come_together(serving):
 def test_closing_cuts_what_runs_too_long_and_commits_it(serving, tmp_path):
     async def run():
         service = serving()
-        answer = service.chat([user("hello there")], session="ada", max_tokens=450, **LETTERS)
+        answer = service.chat([user("hello there")], session="ada", max_tokens=450, **ENDLESS)
         pieces = aiter(answer)
         said = (await anext(pieces)).text
         await service.aclose(0)
@@ -679,7 +680,7 @@ def test_closing_cuts_what_runs_too_long_and_commits_it(serving, tmp_path):
 def test_a_cut_ends_what_runs_and_fails_what_has_no_token(serving):
     async def run():
         async with serving(n_seq_max=1) as service:
-            answer = service.chat([user("hello there")], session="ada", max_tokens=450, **LETTERS)
+            answer = service.chat([user("hello there")], session="ada", max_tokens=450, **ENDLESS)
             waits = service.chat([user("hello there")], session="bo", **GREEDY)
             pieces = aiter(answer)
             said = (await anext(pieces)).text
@@ -696,19 +697,24 @@ def test_a_cut_ends_what_runs_and_fails_what_has_no_token(serving):
     asyncio.run(run())
 
 
+def before_each_decode(service, monkeypatch, act):
+    """Calls `act` before each step of the service."""
+    slots = service.llm._engine.slots
+    decode = slots.decode
+
+    def decoded(*arguments):
+        act()
+        return decode(*arguments)
+
+    monkeypatch.setattr(slots, "decode", decoded)
+
+
 def test_a_cut_while_a_prompt_is_decoded_leaves_the_session(make_llm, monkeypatch):
     async def run():
         async with AsyncDeltaMem(make_llm(n_seq_max=2, n_batch=32, **F32)) as service:
             await say(service, [user("hello there")])
             before = await service.get("ada")
-            slots = service.llm._engine.slots
-            decode = slots.decode
-
-            def decoded(*arguments):
-                service.cut()
-                return decode(*arguments)
-
-            monkeypatch.setattr(slots, "decode", decoded)
+            before_each_decode(service, monkeypatch, service.cut)
             with pytest.raises(ModelError):
                 await service.chat([user("word " * 120)], session="ada", **GREEDY).whole()
             assert await service.get("ada") == before
@@ -799,14 +805,7 @@ def test_cancelled_while_its_prompt_is_decoded_it_does_not_count(make_llm, monke
             before, text = await service.get("ada"), text_of(service)
             new = [user("word " * 120)]
             answer = service.chat(new if chat == "begins" else messages + new, session="ada", **GREEDY)
-            slots = service.llm._engine.slots
-            decode = slots.decode
-
-            def decoded(*arguments):
-                answer.cancel()
-                return decode(*arguments)
-
-            monkeypatch.setattr(slots, "decode", decoded)
+            before_each_decode(service, monkeypatch, answer.cancel)
             assert await answer.whole() == "" and answer.committed.version == before.version
             monkeypatch.undo()
             assert await service.get("ada") == before and text_of(service) == text
@@ -1047,7 +1046,7 @@ def test_a_call_that_nobody_waits_for_any_more_is_not_made(serving):
 def test_a_model_that_is_closed_in_the_middle_fails_what_runs(serving):
     async def run():
         service = serving()
-        answer = service.chat([user("hello there")], session="ada", max_tokens=450, **LETTERS)
+        answer = service.chat([user("hello there")], session="ada", max_tokens=450, **ENDLESS)
         pieces = aiter(answer)
         await anext(pieces)
         service.worker.call(service.llm.close)
