@@ -12,7 +12,6 @@ first N replies.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from pydeltamem import Conversation, DeltaMemLlama, say_together
 from pydeltamem.evals.corpora import file_of
+from pydeltamem.evals.items import records_of
 from pydeltamem.evals.reader import attach
 from pydeltamem.evals.statistics import wilson
 
@@ -55,8 +55,7 @@ def messages(n: int) -> list[list[str]]:
     """The user's first two messages of each conversation; some have one."""
     path = file_of("natural", None)
     assert path is not None  # it is in the package
-    with open(path, encoding="utf-8") as file:
-        chats = [json.loads(line)["messages"] for line in file]
+    chats = [record["messages"] for record in records_of(path)]
     return [[m["content"] for m in chat if m["role"] == "user"][:2] for chat in chats][:n]
 
 

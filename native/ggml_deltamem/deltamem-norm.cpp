@@ -61,8 +61,14 @@ static void scale_row(const float * x, float scale, const float * w, int64_t n, 
     }
 }
 
-static bool takes(const struct ggml_tensor * norm, const struct ggml_tensor * weights, const struct ggml_tensor * dst) {
-    const struct ggml_tensor * x = norm->src[0];
+static const struct ggml_tensor * weights_of(const struct ggml_tensor * norm, const struct ggml_tensor * mul) {
+    return mul ? mul->src[mul->src[0] == norm ? 1 : 0] : nullptr;
+}
+
+bool ggml_cpu_deltamem_takes_norm(const struct ggml_tensor * norm, const struct ggml_tensor * mul) {
+    const struct ggml_tensor * x       = norm->src[0];
+    const struct ggml_tensor * weights = weights_of(norm, mul);
+    const struct ggml_tensor * dst     = mul ? mul : norm;
     return x->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32 && x->ne[0] % LANES == 0 &&
            x->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float) && ggml_are_same_shape(x, dst) &&
            (!weights || (weights->type == GGML_TYPE_F32 && weights->nb[0] == sizeof(float)));
@@ -100,10 +106,6 @@ static void norm_rows(const struct ggml_tensor * norm, const struct ggml_tensor 
     }
 }
 
-static const struct ggml_tensor * weights_of(const struct ggml_tensor * norm, const struct ggml_tensor * mul) {
-    return mul ? mul->src[mul->src[0] == norm ? 1 : 0] : nullptr;
-}
-
 bool ggml_cpu_deltamem_norm(const struct ggml_compute_params * params, struct ggml_tensor * norm,
                             struct ggml_tensor * mul) {
     if (params->use_ref || !ggml_cpu_deltamem_takes_norm(norm, mul)) {
@@ -114,10 +116,6 @@ bool ggml_cpu_deltamem_norm(const struct ggml_compute_params * params, struct gg
     const int64_t own    = n_rows > params->ith ? (n_rows - params->ith + params->nth - 1) / params->nth : 0;
     norm_rows(norm, weights_of(norm, mul), mul ? mul : norm, params->ith, params->nth, own);
     return true;
-}
-
-bool ggml_cpu_deltamem_takes_norm(const struct ggml_tensor * norm, const struct ggml_tensor * mul) {
-    return takes(norm, weights_of(norm, mul), mul ? mul : norm);
 }
 
 void ggml_cpu_deltamem_norm_rows(const struct ggml_tensor * norm, struct ggml_tensor * mul, int64_t begin,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MODEL_HELP = "model GGUF, plain or packed, or a name (deltamem pull)"
 ADAPTER_HELP = "adapter: GGUF, PyTorch directory or name (not needed for a packed model)"
 
-MOST_BATCH = 1 << 20  # tokens, more than any context has
+MOST_BATCH = 1 << 20  # tokens that are decoded together: llama_cpp makes a row of logits for each
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 

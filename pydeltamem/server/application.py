@@ -39,7 +39,7 @@ from .history import checked_messages
 from .keys import Keys
 from .logs import log, request_id
 from .metrics import Metrics
-from .openai import Chat, Completion, options_of, to_json
+from .openai import Chat, Completion, field_of, options_of, to_json
 from .responses import Reply
 from .service import (
     Answer,
@@ -365,14 +365,14 @@ def _answering(server: Server) -> APIRouter:
     async def tokenize(request: Request) -> Any:
         server.owner(request)
         body, llm = await _body(request), server.service.llm
-        text = "" if body.get("content") is None else body["content"]
+        text = field_of(body, "content", "")
         if not isinstance(text, str):
             raise InputError("content is a text")
         tokens = await asyncio.to_thread(
             llm.tokenize,
             text.encode("utf-8", "surrogatepass"),
             add_bos=bool(body.get("add_special")),
-            special=body.get("parse_special") is None or bool(body["parse_special"]),
+            special=bool(field_of(body, "parse_special", True)),
         )
         if body.get("with_pieces"):
             return {"tokens": [{"id": token, "piece": _piece(llm, token)} for token in tokens]}
@@ -573,7 +573,7 @@ def _session(request: Request, body: Mapping[str, Any]) -> tuple[str | None, boo
         raise InputError('memory is {"session": id, "write": true or false}')
     memory = memory or {}
     session = request.path_params.get("session") or request.headers.get("x-memory-session") or memory.get("session")
-    write = True if memory.get("write") is None else memory["write"]
+    write = field_of(memory, "write", True)
     if not isinstance(write, bool):
         raise InputError(f"memory.write is true or false, not {write!r}")
     return (None if session is None else checked_name(session)), write

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..llama import DeltaMemLlama
+from .openai import field_of
 from .service import AsyncDeltaMem
 
 
@@ -36,7 +37,7 @@ class Embedder:
             texts = [texts]
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
             raise InputError("input is a text, or a list of texts, none of them empty")
-        encoding = "float" if body.get("encoding_format") is None else body["encoding_format"]
+        encoding = field_of(body, "encoding_format", "float")
         if encoding not in ("float", "base64"):
             raise InputError(f'encoding_format is "float" or "base64", not {encoding!r}')
         state = None if session is None else (await self._service.snapshot(session, owner)).state

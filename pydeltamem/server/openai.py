@@ -226,7 +226,7 @@ class Completion:
         self.id, self.created, self.model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
         self.options = options_of(body)
         self.options.setdefault("max_tokens", 16)
-        prompt = "" if body.get("prompt") is None else body["prompt"]
+        prompt = field_of(body, "prompt", "")
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
             prompt = prompt[0]
         if not isinstance(prompt, str) and not (
@@ -364,6 +364,12 @@ def _n_repeated(schema: Any) -> int:
             if isinstance(value.get("pattern"), str):
                 n += sum(map(int, _COUNT.findall(value["pattern"])))
     return n
+
+
+def field_of(body: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A field of a body; null is as absent."""
+    value = body.get(name)
+    return default if value is None else value
 
 
 def flag(body: Mapping[str, Any], name: str) -> bool:
