@@ -600,13 +600,12 @@ def _speak(waiting: list[Reply], in_pieces: bool = True) -> Generator[tuple[Conv
                     if isinstance(reply.error, NotFiniteError):
                         errors.append(reply.error)
                         reply.take_back()
-                    elif reply.error is not None:
-                        raise reply.error
-                    else:
-                        try:
-                            reply.finish()
-                        except Exception as error:
-                            errors.append(error)
+                        continue
+                    reply.check()
+                    try:
+                        reply.finish()
+                    except Exception as error:
+                        errors.append(error)
                 said = [(reply, piece) for reply in active for piece in reply.pieces if in_pieces or reply.is_over]
                 for reply, _ in said:
                     reply.pieces = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import pickle
 import re
@@ -18,7 +19,7 @@ from llama_cpp import Llama, LlamaGrammar, LlamaRAMCache, LogitsProcessorList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from llama_cpp.llama_tokenizer import LlamaHFTokenizer, LlamaTokenizer
 
-from pydeltamem import DeltaMemLlama, InputError, ModelError
+from pydeltamem import Conversation, DeltaMemLlama, InputError, ModelError
 from pydeltamem.formats.memory_file import MemorySnapshot
 from refusals import refuses
 from test_inspect import rewritten
@@ -247,11 +248,30 @@ def test_what_a_processor_raises_is_raised(llm):
             llm.sample(**options)
 
 
-def test_a_processor_keeps_nobody_alive(base):
+def raising(ids, scores):
+    raise ArithmeticError
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda llm: llm.create_completion("hello", max_tokens=2, logits_processor=[lambda ids, scores: scores]),
+        lambda llm: llm.create_completion("hello", max_tokens=2, stopping_criteria=lambda ids, logits: False),
+        lambda llm: llm.create_chat_completion([{"role": "user", "content": "hello"}], max_tokens=2),
+        lambda llm: list(llm.create_chat_completion([{"role": "user", "content": "hello"}], max_tokens=2, stream=True)),
+        lambda llm: llm.create_completion("hello", logits_processor=[raising]),
+        lambda llm: llm.create_completion("hello", stopping_criteria=raising),
+        lambda llm: Conversation(llm).say("hello", logits_processor=[raising]),
+    ],
+    ids=["processor", "criteria", "chat", "stream", "bad-processor", "bad-criteria", "conversation"],
+)
+def test_what_was_asked_keeps_no_model_alive(base, use):
+    """Gigabytes would wait for the garbage collector."""
     gc.disable()
     try:
         llm = DeltaMemLlama(base(), n_ctx=256)
-        llm.create_completion("hello", max_tokens=2, logits_processor=LogitsProcessorList([lambda ids, scores: scores]))
+        with contextlib.suppress(ArithmeticError):
+            use(llm)
         reference = weakref.ref(llm)
         del llm
         assert reference() is None

@@ -13,7 +13,7 @@ import random
 import time
 import uuid
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ class Completion:
         self.completion: list[int] = []
         self.finish_reason = "length"
         self._n_bytes = 0  # of the text so far, where the caller gave a tokenizer
-        self._criteria, self._ended = stopping_criteria, False
+        self._criteria = None if stopping_criteria is None else _Criteria(stopping_criteria)
         self._about = {
             "id": f"cmpl-{uuid.uuid4()}",
             "object": "text_completion",
@@ -94,7 +94,7 @@ class Completion:
             **sampling,
             "temp": temperature,
             "logits_processor": _llama.LogitsProcessorList(processors) if processors else None,
-            "stopping_criteria": None if stopping_criteria is None else self._ends,
+            "stopping_criteria": self._criteria,
         }
 
     #
@@ -201,7 +201,7 @@ class Completion:
                     break
                 if len(self.completion) < self.max_tokens:
                     token = next(tokens, None)
-            if self._ended:
+            if self._criteria is not None and self._criteria.ended:
                 self.finish_reason = "stop"
         finally:
             tokens.close()
@@ -210,10 +210,6 @@ class Completion:
             yield rest, waiting
         if llm.cache is not None:
             llm.cache[self.tokens + self.completion] = llm.save_state()
-
-    def _ends(self, ids: npt.NDArray[np.intc], logits: npt.NDArray[np.float32]) -> bool:
-        self._ended = bool(self._criteria(ids, logits))
-        return self._ended
 
     def _bytes(self, token: int) -> bytes:
         """What the latest token adds to the text."""
@@ -283,6 +279,17 @@ class Completion:
         for text, tokens in self.pieces():
             yield self._answer(text, self._logprobs(tokens), None)
         yield self._answer("", None, self.finish_reason)
+
+
+class _Criteria:
+    """Stopping criteria that note whether they ended the text."""
+
+    def __init__(self, criteria: Callable[..., Any]) -> None:
+        self._criteria, self.ended = criteria, False
+
+    def __call__(self, ids: npt.NDArray[np.intc], logits: npt.NDArray[np.float32]) -> bool:
+        self.ended = bool(self._criteria(ids, logits))
+        return self.ended
 
 
 def biased(logit_bias: Mapping[Any, float], n_vocab: int) -> Any:

@@ -79,6 +79,15 @@ class Request:
             self._known = known if self._known is None else known | self._known
         self.is_sampled = False
 
+    def check(self) -> None:
+        """Raises the error with which it ended, once."""
+        error, self.error = self.error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback keeps the request, and so the model: not both ways
+
     @property
     def is_given(self) -> bool:
         """Whether it has something for the caller."""
@@ -284,8 +293,7 @@ class Engine:
         except BaseException:
             self.drop(request)
             raise
-        if request.error is not None:
-            raise request.error
+        request.check()
         return request.undo or request.before or text.position
 
     def wait(self, requests: Sequence[Request], until: Callable[[], bool] = lambda: False) -> None:

@@ -46,8 +46,11 @@ class Guard:
     def check(self) -> None:
         """Raises the exception that a processor raised since the last check."""
         error, self.error = self.error, None
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # else its traceback would keep it, and the model, until the garbage collector runs
 
 
 _MAX_LIKELIEST = 512
