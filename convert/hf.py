@@ -15,7 +15,6 @@ from pathlib import Path
 
 from pydeltamem import errors
 from pydeltamem.errors import LibraryError, ModelError, named
-from pydeltamem.formats.ending import ending_in_order
 from pydeltamem.formats.kinds import MODEL
 from pydeltamem.formats.model_numbers import check_numbers
 from pydeltamem.formats.outputs import as_text, check_disk, files_of, refuse_inputs, writing
@@ -53,7 +52,7 @@ def convert_base(
         raise ModelError(f"{directory}: converting it needs {' and '.join(missing)}: pip install 'pydeltamem[convert]'")
     refuse_inputs(path, files_of(directory))
     _check_parts(directory)
-    with ending_in_order(), writing(path, MODEL) as temporary:
+    with writing(path, MODEL) as temporary:
         out = temporary.with_name(re.sub(r"[{}]", r"\g<0>\g<0>", temporary.name))  # the converter fills in its name
         command = [sys.executable, str(converter()), str(directory), "--outfile", str(out)]
         command += ["--outtype", outtype, *([f"--model-name={as_text(name)}"] if name else [])]

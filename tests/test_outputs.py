@@ -6,6 +6,10 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +104,66 @@ def refused(act, path, files, own, error):
     path.write_bytes(b"")  # of every kind
     act()
     assert path.stat().st_size > 0
+
+
+# signals
+
+
+def ends_by(command, out, number):
+    """The command, which gets the signal while it writes `out`, ends by it. The old file stays, and nothing else."""
+    before = {path: path.read_bytes() for path in out.parent.iterdir()}
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # the tests may run where it is ignored
+    )
+    while not any(path not in before and path.stat().st_size for path in out.parent.iterdir()):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=120)
+    assert (process.returncode, said) == (128 + number, b"")
+    assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_while_a_model_is_quantised(base, tmp_path, name):
+    """llama.cpp's own call, in which Python would handle no signal."""
+    source, out = tmp_path / "source.gguf", tmp_path / "out" / "model.gguf"
+    out.parent.mkdir()
+    write_model(source, Shape("qwen3", 4, 512, 8, 8, 64, 2048), base(), "f32")
+    shutil.copy(base(), out)
+    ends_by(["-m", "pydeltamem.cli", "quantize", source, out, "q4_k_m", "-t", "1"], out, getattr(signal, name))
+
+
+WRITE = """
+import sys, time
+from pydeltamem.cli import main
+from pydeltamem.formats.kinds import MEMORY
+from pydeltamem.formats.outputs import writing
+
+class Slow:
+    @staticmethod
+    def add_arguments(parser): pass
+    @staticmethod
+    def run(args):
+        with writing(sys.argv[1], MEMORY) as temporary:
+            temporary.write_bytes(b"x")
+            time.sleep(600)
+
+sys.modules["slow"] = Slow
+main.SUBCOMMANDS["slow"] = ("slow", "be slow")
+sys.exit(main.main(["slow"]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_while_any_file_is_written(tmp_path, name):
+    SNAPSHOT.save(tmp_path / "a.memory")
+    ends_by(["-c", WRITE, tmp_path / "a.memory"], tmp_path / "a.memory", getattr(signal, name))
 
 
 # Python

@@ -11,6 +11,7 @@ from ..convert.adapter import OUTTYPES, layers_of, write_adapter
 from ..convert.hf import convert_base
 from ..formats.base_model import Base
 from ..formats.checkpoint import Checkpoint
+from ..formats.ending import ending_in_order
 from ..formats.kinds import ADAPTER
 from ..formats.outputs import check_target, files_of, refuse_inputs
 from ..hub import fetch, is_name, model_file, repository
@@ -39,7 +40,7 @@ def _base(path: str, outfile: str) -> Base:
     check_target(outfile, ADAPTER)  # before a conversion, which may take long
     if not os.path.isdir(path):
         return Base(path)
-    with tempfile.TemporaryDirectory() as folder:
+    with ending_in_order(), tempfile.TemporaryDirectory() as folder:
         made = os.path.join(folder, "base.gguf")
         convert_base(path, made, "q8_0")
         base = Base(made)

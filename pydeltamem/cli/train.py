@@ -7,6 +7,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
+from ..formats.ending import ending_in_order
 from ..train.model import DTYPES
 from ..train.options import SCHEDULES, STRATEGIES, Options
 from ..train.report import Report
@@ -197,7 +198,8 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(stderr=True)
     options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
-    report = Trainer(options, console).train()
+    with ending_in_order():
+        report = Trainer(options, console).train()
     print_report(report, Console())
     return 0
 

@@ -13,28 +13,37 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import named
+from .ending import ending_in_order
 from .kinds import Kind
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
     """Yields the temporary name to write to. At the end that file replaces `path`, following links, and takes the old
-    file's permissions. After an error it is removed and the old file stays. A device or a pipe is written to instead.
-    Raises OSError, also if `path` is a file of another kind.
+    file's permissions. After an error, SIGTERM or SIGHUP (`ending_in_order`) it is removed and the old file stays. A
+    device or a pipe is written to instead. Raises OSError, also if `path` is a file of another kind.
     """
     target = target_of(path)
-    if is_stream(target):
-        with tempfile.TemporaryDirectory() as folder:
-            temporary = Path(folder, "written")
-            yield temporary
-            with open(temporary, "rb") as file, open(target, "wb") as stream:
-                shutil.copyfileobj(file, stream)
-        return
+    with ending_in_order(), _sent(target) if is_stream(target) else _put(target, kind) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def _sent(target: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder, "written")
+        yield temporary
+        with open(temporary, "rb") as file, open(target, "wb") as stream:
+            shutil.copyfileobj(file, stream)
+
+
+@contextlib.contextmanager
+def _put(target: Path, kind: Kind) -> Iterator[Path]:
     kind.check(target)
     temporary = _temporary(target, secrets.token_hex(4))
     mode = 0o600 if target.is_file() else 0o666  # meanwhile nobody may read it who may not read the old one
-    temporary.touch(mode, exist_ok=False)
     try:
+        temporary.touch(mode, exist_ok=False)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

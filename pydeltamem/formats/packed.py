@@ -18,7 +18,6 @@ import gguf
 
 from ..errors import AdapterError, InputError, ModelError, shown
 from .base_model import Base
-from .ending import ending_in_order
 from .gguf_header import MAGIC, Header, Tensor
 from .kinds import ADAPTER, MODEL, SHARD, Kind
 from .outputs import disk_errors, refuse_inputs, writing
@@ -211,7 +210,7 @@ def _write(parts: dict[Path, Part], advance: Callable[[int, int], None]) -> None
         if tensor.n_bytes == 0 and tensor.n_elements:
             raise ModelError(f"{tensor.path}: tensor {tensor.name} is of a type that is too new: upgrade gguf")
     done, total = 0, sum(tensor.n_bytes for tensor in tensors)
-    with ending_in_order(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         # the files get their names when all are written, the first shard last
         temporaries = [stack.enter_context(writing(path, part.kind)) for path, part in parts.items()]
         for temporary, (path, part) in zip(temporaries, parts.items()):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
 
 from gguf import GGUF_DEFAULT_ALIGNMENT as DEFAULT
 
@@ -59,10 +63,6 @@ def quantize(
     Raises ModelError, InputError if there is no such type, there are too many threads or `path` is a file of the model,
     OutputError if it cannot be written.
     """
-    from llama_cpp._logger import set_verbose
-    from llama_cpp._utils import suppress_stdout_stderr
-
-    from . import library
     from .ggml import written
 
     if not 0 <= n_threads <= MAX_THREADS:
@@ -73,10 +73,43 @@ def quantize(
         raise ModelError(f"{header.path}: this is an adapter: convert it again with --outtype, or pack it first")
     check_numbers(header.path, header.keys)
     refuse_inputs(path, header.files)
+    aligns = header.keys.get("general.alignment", DEFAULT) != DEFAULT
+    with writing(path, MODEL) as temporary:
+        work = [os.fsdecode(header.path), os.fsdecode(temporary), ftype, n_threads, allow_requantize, aligns, verbose]
+        done = subprocess.run(
+            [sys.executable, "-m", __spec__.name, json.dumps(work)],
+            # imports nothing that lies in the current folder
+            env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8:surrogateescape"},
+            stdout=subprocess.PIPE,
+            stderr=None if verbose else subprocess.DEVNULL,
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
+        if done.returncode != 0:
+            check_disk(path, temporary)
+            reason = done.stdout or f": llama.cpp ended the process ({done.returncode})"
+            hint = ": pass --allow-requantize to do it anyway" if "requantizing" in reason else ""
+            if "validation failed" in reason:
+                hint = f": a value is not finite as {type}: use bf16 or f32, unless the model itself is damaged"
+            raise ModelError(f"{header.path}: cannot be quantised{reason}{hint}")
+        written(temporary, header.path)
+
+
+def _work(
+    model: str, path: str, ftype: int, n_threads: int, allow_requantize: bool, aligns: bool, verbose: bool
+) -> int:
+    """What another process does, which can be ended at any time: llama.cpp's call takes minutes, and Python handles no
+    signal meanwhile. Prints why it failed.
+    """
+    from llama_cpp._logger import set_verbose
+
+    from . import library
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     params = library.llama_cpp.llama_model_quantize_default_params()
     # llama.cpp aligns tensors by its default, but copies the key that may say otherwise
     overrides = (library.llama_cpp.llama_model_kv_override * 2)()  # the second one ends the list
-    if header.keys.get("general.alignment", DEFAULT) != DEFAULT:
+    if aligns:
         overrides[0].tag = library.llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
         overrides[0].key = b"general.alignment"
         overrides[0].value.val_i64 = DEFAULT
@@ -85,15 +118,12 @@ def quantize(
     params.nthread = n_threads
     params.allow_requantize = allow_requantize
     set_verbose(verbose)
-    with writing(path, MODEL) as temporary, library.errors_held() as log:
-        with library.silencing, suppress_stdout_stderr(disable=verbose):  # llama.cpp prints values that are not finite
-            status = library.llama_cpp.llama_model_quantize(os.fsencode(header.path), os.fsencode(temporary), params)
+    with library.errors_held() as log:
+        status: int = library.llama_cpp.llama_model_quantize(os.fsencode(model), os.fsencode(path), params)
         if status != 0:
-            reason = library.reason(log)
-            log.clear()
-            check_disk(path, temporary)
-            hint = ": pass --allow-requantize to do it anyway" if "requantizing" in reason else ""
-            if "validation failed" in reason:
-                hint = f": a value is not finite as {type}: use bf16 or f32, unless the model itself is damaged"
-            raise ModelError(f"{header.path}: cannot be quantised{reason}{hint}")
-        written(temporary, header.path)
+            print(library.reason(log), end="")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(_work(*json.loads(sys.argv[1])))
