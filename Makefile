@@ -1,4 +1,4 @@
-# `make help` lists the targets.
+# Builds, tests, measures and makes what the package ships. `make help` lists the targets.
 
 PYTHON    ?= python3
 VENV      := .venv
@@ -107,7 +107,7 @@ test-stock: $(INSTALLED) ## check that results without an adapter equal llama.cp
 	cmake --build build/stock
 	DELTAMEM_STOCK_LIB=$(CURDIR)/build/stock/bin $(BIN)/python -m pytest tests/test_stock.py
 
-sanitize: $(DEMO)/adapter.gguf ## load, generate, save, load, free under the address, leak and undefined-behaviour sanitizers
+sanitize: $(DEMO)/adapter.gguf ## the native tests under the address, leak and undefined-behaviour sanitizers
 	cmake -S . -B build/sanitize $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_SANITIZE=ON -DGGML_OPENMP=OFF \
 		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
 	cmake --build build/sanitize
@@ -322,4 +322,4 @@ clean: ## remove everything that was built, and .venv
 	rm -rf $(VENV) build dist pydeltamem/lib .pytest_cache .ruff_cache
 
 help:
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
