@@ -27,7 +27,7 @@ from pydeltamem.formats.gguf_header import Header
 from pydeltamem.runtime import library
 from pydeltamem.runtime.quantize import file_type
 from refusals import refused, refuses
-from test_cli import deltamem
+from test_cli import deltamem, shell
 from test_unsupported import bitnet, rewrite  # noqa: F401 - a fixture
 
 SMALL = ["-t", "1", "--pairs", "2"]
@@ -132,6 +132,15 @@ def test_against_another_library(run_bench, tmp_path):
         assert alone.returncode == 0, alone.stderr
         assert "plain ÷ against" in alone.stdout and "on ÷ off" not in alone.stdout
         assert "llama_model_loader" not in alone.stderr
+
+
+def test_a_table_whose_reader_is_gone(base, adapter, tmp_path):
+    """Ends as other commands do, and the report is written all the same."""
+    path = tmp_path / "b.json"
+    model = ["-m", base(), "--deltamem", adapter("qwen3", "tsw_qo")]
+    args = ["bench", *model, *SMALL, "-p", "8", "-n", "0", "--rss", "0", "--json", path]
+    assert shell('trap "" PIPE; { "$@"; echo $? >&2; } | true', *args).stderr == "141\n"
+    assert json.loads(path.read_text(encoding="utf-8"))["prefill"]
 
 
 def test_threads_for_prompts_and_weights_as_they_are(run_bench, tmp_path):

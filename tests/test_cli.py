@@ -49,6 +49,38 @@ def test_help_and_version():
     assert "--save-memory" in deltamem("generate", "--help").stdout
 
 
+def shell(line, *args):
+    """Runs a line of the shell in which "$@" is the command; Python buffers its output, as it does by default."""
+    command = ["/bin/sh", "-c", line, "sh", sys.executable, "-m", "pydeltamem.cli", *map(str, args)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=300
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full as on Linux")
+@pytest.mark.parametrize("args", [["--version"], ["--help"], ["help", "generate"]])
+def test_help_that_cannot_be_shown(args):
+    result = shell('"$@" >/dev/full', *args)
+    assert result.returncode == 1 and result.stderr.startswith("deltamem: error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert shell('trap "" PIPE; { "$@"; echo $? >&2; } | true', *args).stderr == "141\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(base, adapter, tmp_path, closed):
+    """As under some supervisors: what is read is empty, and what is written goes nowhere."""
+    path = tmp_path / "a.memory"
+    model = ["-m", base(), "--deltamem", adapter("qwen3", "tsw_qo"), *PLAIN, "--save-memory", path]
+    for command, empty in ((["generate", *model, "-p", "hi"], 0), (["generate", *model], 1), (["chat", *model], 0)):
+        path.unlink(missing_ok=True)
+        result = shell(f'"$@" {closed}', *command)
+        assert result.returncode == empty and "Traceback" not in result.stderr
+        assert path.exists() == (empty == 0)
+    if closed == "2>&-":
+        assert shell(f'"$@" {closed}', "generate", *model, "-p", "hi").stdout.startswith("hi")
+
+
 @pytest.mark.parametrize(
     ("args", "usage"),
     [

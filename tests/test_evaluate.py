@@ -536,3 +536,23 @@ def test_a_question_writes_as_in_a_chat_or_only_reads(native, turns):
         ((answer,),) = reader.answer([Asked(memory, turns, QUESTIONS[2:])])
         assert answer == said[writes].strip()
         reader.close()
+
+
+def test_a_report_on_standard_output(tmp_path):
+    """The tables go to standard error then."""
+    recall = ("eval", "recall", "-n", "1", "--tasks", "knowledge", "--methods", "none", "-t", "1", "--show", "1")
+    result = deltamem(*recall, "--json", "-")
+    assert result.returncode == 0 and json.loads(result.stdout)["rows"] and "knowledge" in result.stderr
+    record = {
+        "benchmark": "qa",
+        "id": "1",
+        "kind": "",
+        "about": None,
+        "method": "none",
+        "answer": "",
+        "scores": {"f1": 1},
+    }
+    lines = ({"setup": {"benchmark": "qa", "model": "m"}}, record)
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = deltamem("eval", "report", tmp_path, "--json", "-")
+    assert result.returncode == 0 and json.loads(result.stdout)["rows"] and "## qa" in result.stderr

@@ -111,13 +111,18 @@ def run(args: argparse.Namespace) -> int:
 
         figure_of = matplotlib_figure()
     with output(args.json, REPORT) as write, output(args.plot, PNG) as write_plot:
-        bench = _bench_op if args.op else _bench_return if args.returning else _bench
-        results = bench(args, out, err)
+        bench, show = _bench, _print
+        if args.op:
+            bench, show = _bench_op, _print_op
+        elif args.returning:
+            bench, show = _bench_return, _print_return
+        results = bench(args, err)
         if args.plot:
             from ..bench.returning import picture
 
             write_plot(picture(results["return"], figure_of))
         write(json.dumps({"version": __version__, **results}, indent=2) + "\n")
+    show(out, results)  # at last: the reader of a table may be gone
     return 0
 
 
@@ -162,7 +167,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"-p, -n, -d, --rss or --return: {longest} tokens, a context has {MAX_CONTEXT}: lower them")
 
 
-def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, Any]:
+def _bench(args: argparse.Namespace, err: Console) -> dict[str, Any]:
     from ..bench import comparison
     from ..bench.runs import Options
     from ..runtime import library
@@ -205,12 +210,10 @@ def _bench(args: argparse.Namespace, out: Console, err: Console) -> dict[str, An
             repack=not args.no_repack,
             unpack=args.unpack,
         )
-        report = comparison.run(options, adapter, plan, against, show)
-    _print(out, report)
-    return report
+        return comparison.run(options, adapter, plan, against, show)
 
 
-def _bench_return(args: argparse.Namespace, out: Console, err: Console) -> dict[str, Any]:
+def _bench_return(args: argparse.Namespace, err: Console) -> dict[str, Any]:
     from ..bench import returning
     from ..llama import DeltaMemLlama
     from ..runtime import library
@@ -237,7 +240,6 @@ def _bench_return(args: argparse.Namespace, out: Console, err: Console) -> dict[
             return DeltaMemLlama(model, deltamem_path=None if adapter == model else adapter, n_ctx=n_ctx, **options)
 
         report = returning.run(load, args.returning, args.pairs, args.rereads, show)
-    _print_return(out, report)
     return {"setup": {"model": model, "deltamem": adapter, **options}, "return": report}
 
 
@@ -258,14 +260,12 @@ def _synthetic(args: argparse.Namespace, show: Callable[[str, int, int], None]) 
     )
 
 
-def _bench_op(args: argparse.Namespace, out: Console, err: Console) -> dict[str, Any]:
+def _bench_op(args: argparse.Namespace, err: Console) -> dict[str, Any]:
     from ..bench import operator
 
     ranks = [args.rank] if args.rank else [8, 16]
     with progress_bar(err) as show:
-        report = operator.run(ranks, args.heads or 1, args.op_tokens, max(args.pairs, 10), show)
-    _print_op(out, report)
-    return report
+        return operator.run(ranks, args.heads or 1, args.op_tokens, max(args.pairs, 10), show)
 
 
 #
@@ -273,25 +273,25 @@ def _bench_op(args: argparse.Namespace, out: Console, err: Console) -> dict[str,
 #
 
 
-def _print_op(out: Console, report: dict[str, Any]) -> None:
+def _print_op(out: Console, results: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from ..bench.floor import LATENCY
 
-    _say(out, f"The operator alone, one thread, {report['simd']}, per token and layer; {report['cpu']}")
+    _say(out, f"The operator alone, one thread, {results['simd']}, per token and layer; {results['cpu']}")
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("rank", "heads", "tokens per call", "median ns", "least ns", "instructions", "floor ns"):
         table.add_column(column, justify="right", no_wrap=True)
-    floors = report["floor"]
-    for row in report["op"]:
+    floors = results["floor"]
+    for row in results["op"]:
         count, floor = row["instructions"], floors[str(row["rank"])]["ns"]
         table.add_row(
             str(row["rank"]), str(row["heads"]), str(row["tokens"]), f"{row['ns']:.1f}", f"{row['ns_min']:.1f}",
             "not available" if count is None else f"{count:.0f}", "unknown" if floor is None else f"{floor:.1f}",
         )  # fmt: skip
     out.print(table)
-    _say(out, f"A node that scales one value takes {report['node_ns']:.0f} ns: ggml's share of each call above.")
+    _say(out, f"A node that scales one value takes {results['node_ns']:.0f} ns: ggml's share of each call above.")
     floor = next(iter(floors.values()))
     if floor["cycle_ns"] is not None:
         _say(
@@ -303,12 +303,13 @@ def _print_op(out: Console, report: dict[str, Any]) -> None:
         _say(out, f"Floor, {floor['text']}")
 
 
-def _print_return(out: Console, report: dict[str, Any]) -> None:
+def _print_return(out: Console, results: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from ..bench.returning import MEMORY, TEXT, WINDOW, sooner
 
+    report = results["return"]
     names = {MEMORY: "memory", WINDOW: f"memory, last {report['window']} tokens", TEXT: "whole text"}
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("history", "restored", "seconds to the first token", "interval", "as soon as by the text", "bytes"):

@@ -70,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rehearse", action="store_true", help="the memory reads each conversation twice before its text goes"
     )
     add_unpack(parser, "none")
-    parser.add_argument("--json", metavar="FILE", help="write the rows, the ratios and all answers")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the rows, the ratios and all answers (-: standard output)"
+    )
     parser.add_argument("--plot", metavar="FILE.png", help="draw the accuracies (needs matplotlib)")
     parser.add_argument("--show", type=count, default=0, metavar="N", help="print N conversations with each answer")
 
@@ -110,9 +112,6 @@ def run(args: argparse.Namespace) -> int:
             reader.close()
         right = right_of(cases, answers)
         rows, ratios = table_of(cases, right), ratios_of(cases, right, list(adapters))
-        print_tables(Console(width=None if sys.stdout.isatty() else 160), rows, ratios)
-        for i in range(min(args.show, len(cases))):
-            show(cases[i], {method: given[i] for method, given in answers.items()})
         setup = {
             "model": os.path.basename(os.fspath(model)),
             "adapters": {name: os.path.basename(path) for name, path in adapters.items()},
@@ -122,6 +121,11 @@ def run(args: argparse.Namespace) -> int:
         write(as_json(setup, rows, ratios, cases, answers))
         if args.plot:
             write_plot(plot(rows))
+    out = sys.stderr if args.json == "-" else sys.stdout
+    console = Console(file=out, width=None if out.isatty() else 160)
+    print_tables(console, rows, ratios)
+    for i in range(min(args.show, len(cases))):
+        show(cases[i], {method: given[i] for method, given in answers.items()}, out)
     return 0
 
 

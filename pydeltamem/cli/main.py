@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand. Returns 0, 1 after an error of the package, 130 after Ctrl-C, 141 if the output's reader is
     gone; wrong usage exits with 2, SIGTERM while files are made with 143 (`formats.ending`).
     """
+    _open_missing()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -86,6 +87,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         print(f"deltamem: error: {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)
         return 1
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich, whose status says nothing
+            return 141
+        raise
+
+
+def _open_missing() -> None:
+    """Opens the null device for a standard stream that was closed when the process began. The next file would get its
+    number, and what C code prints.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)  # by processes that we start
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,14 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self._refuse(unknown[0])
         return namespace, unknown
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse drops what went wrong; here a full disk, or a reader that is gone, ends a command as ever."""
+        if message and file is sys.stdout:
+            file.write(message)
+            file.flush()
+        else:
+            super()._print_message(message, file)
 
     def _refuse(self, arg: str) -> None:
         if arg.startswith("-"):

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -90,11 +90,11 @@ def _shown(ratio: Ratio) -> str:
     return f"{ratio.ratio:.2f} ({ratio.low:.2f}–{high})"
 
 
-def show(case: Case, answers: Mapping[str, str]) -> None:
+def show(case: Case, answers: Mapping[str, str], out: TextIO) -> None:
     """Prints a conversation, its question and each method's answer."""
-    print()
+    print(file=out)
     for user, assistant in case.turns:
-        print(f"> {user}\n{assistant}")
-    print(f"> {case.question}  [{' / '.join(case.values) or 'was not told'}]")
+        print(f"> {user}\n{assistant}", file=out)
+    print(f"> {case.question}  [{' / '.join(case.values) or 'was not told'}]", file=out)
     for method, answer in answers.items():
-        print(f"{'+' if case.is_right(answer) else '-'} {method}: {answer}")
+        print(f"{'+' if case.is_right(answer) else '-'} {method}: {answer}", file=out)
