@@ -581,6 +581,27 @@ def test_the_queue_has_an_end(serving):
     asyncio.run(run())
 
 
+def test_a_full_queue_is_no_standstill(serving):
+    """Found: between two steps of a server with a full queue, /health/live said that it is stuck."""
+
+    async def run():
+        async with serving(n_seq_max=1, n_queue=1) as service:
+            hold = threading.Event()
+            service.worker.call(hold.wait)  # nothing is decoded meanwhile
+            answers = [service.chat([user("hello there")], session=f"s{i}", **GREEDY) for i in range(2)]
+            for answer in answers:
+                await answer.start()
+            assert not await service.can_decode(0.1)
+            asked = asyncio.create_task(service.can_decode(60))
+            await asyncio.wait([asked], timeout=0.3)
+            hold.set()
+            assert await asked
+            for answer in answers:
+                await answer.whole()
+
+    asyncio.run(run())
+
+
 def test_owners_take_turns(serving):
     async def run():
         async with serving(n_seq_max=1) as service:
@@ -1133,6 +1154,29 @@ def test_a_fork_is_a_session_of_its_own(serving):
                 forks.append(await service.fork("ada", "bob"))
                 await service.delete("bob")
             assert len({(await service.get("ada")).created, *(fork.created for fork in forks)}) == 3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["fork", "rename"])
+def test_a_name_that_a_turn_is_about_to_take_is_taken(serving, how):
+    """Found: the turn lost its session, and what it had said."""
+
+    async def run():
+        async with serving() as service:
+            await say(service, [user("hello there")])
+            hold = threading.Event()
+            service.worker.call(hold.wait)  # nothing is decoded meanwhile
+            first = service.chat([user("and yours")], session="bob", **GREEDY)
+            await first.start()
+            named = asyncio.create_task(getattr(service, how)("ada", "bob"))
+            await asyncio.wait([named], timeout=0.3)
+            hold.set()
+            await first.whole()
+            assert first.committed.version == 1
+            with pytest.raises(Conflict):
+                await named
+            assert {record.name: record.version for record in await service.list()} == {"ada": 1, "bob": 1}
 
     asyncio.run(run())
 

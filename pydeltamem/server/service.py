@@ -282,9 +282,9 @@ class AsyncDeltaMem:
     async def fork(self, name: str, new: str, owner: str = "") -> Record:
         """A second session that goes on from here. Raises Conflict if the name is taken."""
         record = await self.get(name, owner)
-        checked_name(new)
-        await self._in_store(self._require_room, owner, new)
-        return await self._commit(dataclasses.replace(record, name=new, version=0, created=now()))
+        async with self._held(owner, checked_name(new)) as held:  # a turn may be beginning a session of this name
+            await self._in_store(self._require_room, owner, new)
+            return await self._commit(dataclasses.replace(record, name=new, version=0, created=now()), held)
 
     async def reset(self, name: str, owner: str = "") -> Record:
         """Empties the memory, and forgets text and turns."""
@@ -309,8 +309,11 @@ class AsyncDeltaMem:
 
     async def rename(self, name: str, new: str, owner: str = "") -> None:
         """Gives a session another name. Raises Conflict if it is taken."""
-        async with self._held(owner, checked_name(name)):
-            if not await self._in_store(self.store.rename, owner, name, checked_name(new)):
+        if checked_name(new) == name:
+            await self.get(name, owner)
+            return
+        async with self._held(owner, checked_name(name)), self._held(owner, new):
+            if not await self._in_store(self.store.rename, owner, name, new):
                 raise SessionUnknown(f"there is no session {name}")
             await self._forget(owner, name)
 
@@ -322,19 +325,23 @@ class AsyncDeltaMem:
             await self._forget(owner, name)
 
     async def can_decode(self, seconds: float = 5) -> bool:
-        """Whether a token can be decoded: one is, unless others are."""
-        worker = self.worker
-        if not worker.is_alive():
-            return False
-        since = worker.busy_since
-        if worker.n_active and since is not None and time.monotonic() - since < 60:
-            return True
-        probe = Answer(self, None, "a", None, "\0health", False, {**_DEFAULTS, "max_tokens": 0})
+        """Whether a token can be decoded: one is, unless others are. A full queue says nothing, as long as it moves."""
+        worker, end, probe = self.worker, time.monotonic() + seconds, None
         try:
-            await asyncio.wait_for(probe.whole(), seconds)
-        except (TimeoutError, asyncio.TimeoutError, DeltaMemError):
-            return False
-        return True
+            while worker.is_alive() and time.monotonic() < end:
+                since = worker.busy_since  # None between two steps
+                if worker.n_active and since is not None and time.monotonic() - since < 60:
+                    return True
+                if probe is None:
+                    answer = Answer(self, None, "a", None, "\0health", False, {**_DEFAULTS, "max_tokens": 0})
+                    probe = asyncio.create_task(answer.whole())
+                elif probe.done() and not isinstance(error := probe.exception(), QueueFull):
+                    return error is None
+                await asyncio.sleep(0.01)
+        finally:
+            if probe is not None:
+                probe.cancel()
+        return False
 
     async def reaches_store(self) -> bool:
         """Whether the database answers."""
