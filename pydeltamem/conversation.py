@@ -26,6 +26,8 @@ from .runtime.lock import all_of, holding
 from .runtime.names import option
 from .runtime.stream import checked_grammar
 from .runtime.text import Text
+from .runtime.tokenizer import encoded
+from .runtime.values import stop_strings, whole
 
 
 class Conversation:
@@ -78,9 +80,13 @@ class Conversation:
         memory_file: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
+        if not isinstance(llm, DeltaMemLlama):
+            raise InputError(f"a Conversation needs a DeltaMemLlama, not {llm!r}")
         self.llm = llm
         self.options = _checked_options(llm, options)
-        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, str]] = []
+        if system:
+            self.messages.append({"role": "system", "content": _checked_content(system)})
         self.finish_reason = "stop"
         self.n_dropped = 0
         self._text = llm._engine.text()
@@ -434,10 +440,11 @@ class Reply(Generation):
         llm, text, messages = conversation.llm, conversation._text, conversation.messages
         n_predict, stop, seed = (options.pop(name, None) for name in ("n_predict", "stop", "seed"))
         n_predict = -1 if n_predict is None else n_predict
-        stop = [stop] if isinstance(stop, str) else list(stop or ())
-        if options.get("logits_processor") is not None:
+        processors = options.get("logits_processor")
+        if processors is not None:
             self.calls_back = True
-            options["logits_processor"] = [functools.partial(_process, text, p) for p in options["logits_processor"]]
+            processors = [processors] if callable(processors) else processors
+            options["logits_processor"] = [functools.partial(_process, text, each) for each in processors]
         with text.lock:
             sampler = llm._seeded_sampler(llm._seed if seed is None else seed, **options)
 
@@ -453,7 +460,7 @@ class Reply(Generation):
                 llm._model.vocab,
                 sampler,
                 n_predict=n_predict,
-                stop=[*stop, *ends["stop"]],
+                stop=[*stop_strings(stop), *ends["stop"]],
                 criteria=ends["stopping_criteria"],
             )
             begun, was = conversation._begun(), text.position
@@ -637,6 +644,7 @@ def _process(text: Text, processor: Callable[..., Any], _: Any, scores: npt.NDAr
 def _checked_content(content: str) -> str:
     if not isinstance(content, str):
         raise InputError(f"a message is text, not {type(content).__name__}")
+    encoded(content, "a message")
     return content
 
 
@@ -654,8 +662,9 @@ def _checked_options(llm: DeltaMemLlama, options: Mapping[str, Any]) -> dict[str
     for name in options:
         if name not in known:
             raise InputError(f"{name} is no option of a turn: the options are {', '.join(known)}")
-    if not isinstance(options.get("n_predict") or 0, int):
-        raise InputError(f"n_predict is a number of tokens, not {options['n_predict']!r}")
+    if options.get("n_predict") is not None:
+        options["n_predict"] = whole(options["n_predict"], "n_predict")
+    stop_strings(options.get("stop"))
     grammar = options.get("grammar")
     if isinstance(grammar, str):
         options["grammar"] = checked_grammar(llm, grammar)

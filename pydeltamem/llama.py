@@ -14,7 +14,7 @@ import os
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -44,6 +44,7 @@ from .runtime.stream import checked_grammar
 from .runtime.text import Text
 from .runtime.tokenizer import Tokenizer
 from .runtime.unpacking import NONE, UNPACK, overrides
+from .runtime.values import number, whole
 from .tuned import kept
 
 HOME = 0  # the slot of the model's own text: the one that llama_cpp.Llama uses
@@ -52,6 +53,9 @@ _llama = library.llama_cpp
 _GENERATE = inspect.signature(Llama.generate)
 _KEYWORDS = [name for name, of in inspect.signature(Llama.__init__).parameters.items() if of.kind == of.KEYWORD_ONLY]
 _SAMPLER = inspect.signature(Llama._init_sampler)
+_WHOLE, _NUMBERS = (
+    {name for name, of in _SAMPLER.parameters.items() if type(of.default) is kind} for kind in (int, float)
+)
 _COMPLETE = inspect.signature(Llama.create_completion)
 
 
@@ -145,6 +149,8 @@ class DeltaMemLlama(Llama):
                     *_KEYWORDS,
                 )
                 raise InputError(f"{name} is no keyword of DeltaMemLlama{nearest(name, known)}")
+        if kwargs.get("seed") is not None:
+            kwargs["seed"] = whole(kwargs["seed"], "seed")
         if kwargs.get("lora_path") is not None:
             kwargs["lora_path"] = _Path(os.fsdecode(kwargs["lora_path"]))
         self._adapter: library.llama_deltamem_adapter_p | None = None
@@ -540,6 +546,8 @@ class DeltaMemLlama(Llama):
         if sent is None and self.draft_model is None:
             return whole[-1:]
         drafts = [] if sent is None else list(sent)
+        if drafts and not self._logits_all:
+            raise InputError("tokens given by send need the logits of every token: load the model with logits_all=True")
         if self.draft_model is not None:
             drafts += self.draft_model(np.array([*whole, *drafts], dtype=np.intc)).astype(int).tolist()
         return self._checked_tokens([whole[-1], *drafts[: self.n_ctx() - len(whole)]])
@@ -597,6 +605,11 @@ class DeltaMemLlama(Llama):
         options = bound.arguments
         del options["self"]
         processors, guard = options.pop("logits_processor"), None
+        for name, value in options.items():
+            if name in _WHOLE:
+                options[name] = whole(value, name)
+            elif name in _NUMBERS:
+                options[name] = number(value, name)
         if options["grammar"] is not None:
             options["grammar"] = checked_grammar(self, options["grammar"])
         if processors:
@@ -605,14 +618,14 @@ class DeltaMemLlama(Llama):
         # not self: a sampler with processors would keep it alive until the garbage collector runs
         names = ("_n_vocab", "_model", "last_n_tokens_size")
         owner: Any = types.SimpleNamespace(
-            _input_ids=None, _seed=_checked_seed(seed), **{name: getattr(self, name) for name in names}
+            _input_ids=None, _seed=whole(seed, "seed"), **{name: getattr(self, name) for name in names}
         )
         sampler = Llama._init_sampler(owner, **options)
         return Sampler(sampler, self._candidates, guard, n_likeliest(options, self.last_n_tokens_size))
 
     def set_seed(self, seed: int) -> None:
         """As `Llama.set_seed`; -1: a random seed each time. Raises InputError if it is no whole number."""
-        super().set_seed(_checked_seed(seed))
+        super().set_seed(whole(seed, "seed"))
 
     def _undecoded(self, tokens: list[int]) -> list[int]:
         """Goes back to where the text and `tokens` differ. Returns the tokens to decode, none if the logits are there.
@@ -683,7 +696,10 @@ class DeltaMemLlama(Llama):
         if kwargs.get("logprobs"):
             kwargs["top_logprobs"] = n_top  # with None there would be no log probabilities at all
         with self._text.turn, self._asking(asked):
-            answer = super().create_chat_completion(messages, *args, **kwargs)
+            try:
+                answer = super().create_chat_completion(messages, *args, **kwargs)
+            except UnicodeEncodeError as error:
+                raise InputError(f"the messages are no Unicode text: {error.reason}") from None
         if not isinstance(answer, Iterator):
             return _with_best(answer, n_top)
         return (_with_best(chunk, n_top) for chunk in self._streamed(asked, answer))
@@ -1060,12 +1076,6 @@ def _tokens_before(llm: weakref.ref[DeltaMemLlama]) -> npt.NDArray[np.intc]:
     return model.input_ids[: model._n_before]
 
 
-def _checked_seed(seed: int) -> int:
-    if not isinstance(seed, int):
-        raise InputError(f"seed is a whole number, not {seed!r}")
-    return seed
-
-
 def _with_best(answer: Any, n_top: int) -> Any:
     """A chat answer with at most n_top likeliest tokens per token. llama_cpp adds one if it sampled another."""
     for choice in answer["choices"]:
@@ -1079,6 +1089,7 @@ def _agree(before: list[Any], messages: list[Any]) -> bool:
     for mine, other in zip(before, messages):
         if mine != other:
             return False
-        if mine.get("role") not in ("system", "developer"):
+        role = mine["role"] if isinstance(mine, Mapping) else getattr(mine, "role", None)  # templates take both
+        if role not in ("system", "developer"):
             return True
     return False

@@ -90,7 +90,10 @@ class Memory:
         shape = self.shape
         try:
             with np.errstate(over="ignore"):  # a value beyond float32 becomes infinite and is refused below
-                state = np.array(value, dtype=np.float32, order="C")
+                given = np.asarray(value)
+                if given.dtype.kind == "c":
+                    raise TypeError("they are complex")
+                state = np.array(given, dtype=np.float32, order="C")
         except (TypeError, ValueError) as error:
             raise InputError(f"a state must be numbers of shape {shape}: {error}") from error
         if state.shape != shape:

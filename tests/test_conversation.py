@@ -11,7 +11,13 @@ import threading
 
 import numpy as np
 import pytest
-from llama_cpp import LLAMA_POOLING_TYPE_MEAN, LLAMA_POOLING_TYPE_NONE, LogitsProcessorList, StoppingCriteriaList
+from llama_cpp import (
+    LLAMA_POOLING_TYPE_MEAN,
+    LLAMA_POOLING_TYPE_NONE,
+    Llama,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from llama_cpp.llama_chat_format import (
     ChatFormatterResponse,
     Jinja2ChatFormatter,
@@ -329,6 +335,8 @@ def test_options_as_create_completion_calls_them(llm):
         ({"temp": 0, "temperature": 0}, ["temp", "temperature"]),
         ({"n_predict": "3"}, ["n_predict", "'3'"]),
         ({"max_tokens": 1.5}, ["n_predict", 1.5]),
+        ({"stop": 5}, ["stop", 5]),
+        ({"stop": ["a", 5]}, ["stop", "['a', 5]"]),
         ({"grammar": "root ::= other"}, ["grammar", "GBNF"]),
         ({"grammar": 5}, ["grammar", 5]),
     ],
@@ -359,7 +367,35 @@ def test_what_is_said_is_text(llm):
         for content in (None, 5, b"hello"):
             with refuses(InputError, "message", type(content).__name__):
                 act(content)
+        with refuses(InputError, "message", "Unicode"):
+            act("half a \ud83d")
     assert conversation.messages == [] and conversation.n_tokens == 0
+    with refuses(InputError, "message", "int"):
+        Conversation(llm, system=5)
+
+
+def test_a_plain_model_has_no_conversations(base):
+    plain = Llama(str(base()), n_ctx=256, verbose=False)
+    with refuses(InputError, "DeltaMemLlama"):
+        Conversation(plain)
+    plain.close()
+
+
+def test_sampling_options_are_numbers(llm):
+    conversation = Conversation(llm, **GREEDY)
+    for options in ({"temp": "hot"}, {"top_p": None}, {"top_k": 5.0}):
+        ((name, value),) = options.items()
+        with refuses(InputError, name, repr(value)):
+            conversation.say("hello there", **options)
+        with refuses(InputError, name, repr(value)):
+            next(llm.generate([5, 6], **options))
+    assert conversation.messages == [] and llm.n_tokens == 0
+
+
+def test_numbers_of_numpy(llm):
+    options = {"n_predict": 3, "seed": 5, "temp": 2.5, "top_k": 9}
+    reply = Conversation(llm).say("hello there", **options)
+    assert Conversation(llm).say("hello there", **{name: np.asarray(n)[()] for name, n in options.items()}) == reply
 
 
 def test_a_grammar_as_text(llm, capfd):
@@ -381,9 +417,6 @@ def test_stop_strings(llm):
         conversation = Conversation(llm, n_predict=30, temp=0.0)
         assert conversation.say("hello there", stop=given) == cut and conversation.finish_reason == "stop"
     assert Conversation(llm, n_predict=30, temp=0.0).say("hello there", stop=None) == reply
-    with pytest.raises(TypeError):
-        conversation.say("how are you", stop=5)
-    assert roles(conversation) == "ua"
 
 
 def test_how_much_is_predicted(llm, read_once):
@@ -401,7 +434,8 @@ def test_how_much_is_predicted(llm, read_once):
         assert conversation.n_tokens > 100 and conversation.finish_reason == "stop"
 
 
-def test_logits_processors_get_the_text_of_the_conversation(llm):
+@pytest.mark.parametrize("processors", [lambda p: LogitsProcessorList([p]), lambda p: [p], lambda p: p])
+def test_logits_processors_get_the_text_of_the_conversation(llm, processors):
     seen = []
 
     def process(ids, scores):
@@ -411,7 +445,7 @@ def test_logits_processors_get_the_text_of_the_conversation(llm):
 
     conversation = Conversation(llm, n_predict=3, temp=0.0)
     llm.eval([5, 6, 7, 8])
-    conversation.say("hello there", logits_processor=LogitsProcessorList([process]))
+    conversation.say("hello there", logits_processor=processors(process))
     text, prompt = tokens(conversation), chat_prompt(llm, conversation.messages[:1])[0]
     assert seen == [text[:n] for n in range(len(prompt), len(prompt) + 3)]
 

@@ -309,6 +309,73 @@ def test_seeds(make_llm):
         llm.create_completion("hello", seed="1")
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"max_tokens": 1.5}, ["max_tokens", 1.5]),
+        ({"logprobs": "2"}, ["logprobs", "'2'"]),
+        ({"stop": 5}, ["stop", 5]),
+        ({"stop": ["a", b"b"]}, ["stop", "b'b'"]),
+        ({"suffix": 5}, ["suffix", 5]),
+        ({"temperature": "hot"}, ["temp", "'hot'"]),
+    ],
+)
+def test_bad_options(make_llm, options, names):
+    llm = make_llm(logits_all=True)
+    with refuses(InputError, *names):
+        llm.create_completion("hello", **options)
+    assert llm.n_tokens == 0
+
+
+def test_numbers_of_numpy(make_llm):
+    options = {"max_tokens": 3, "seed": 5, "temperature": 2.5, "top_k": 9, "logprobs": 2}
+    llm = make_llm(logits_all=True, seed=np.int64(3))
+    answers = []
+    for given in (options, {name: np.asarray(n)[()] for name, n in options.items()}):
+        llm.reset()
+        llm.memory.reset()
+        answers.append(llm.create_completion("hello", **given)["choices"])
+    assert answers[0] == answers[1]
+    assert len(llm.create_completion("hello")["choices"]) == 1
+
+
+def test_guesses_need_the_logits_of_every_token(llm):
+    tokens = llm.generate(TOKENS)
+    next(tokens)
+    with refuses(InputError, "logits_all"):
+        tokens.send([5, 6])
+    assert llm.n_tokens == len(TOKENS)
+
+
+def test_a_vocabulary_decodes_nothing(base):
+    """llama.cpp ends the process."""
+    with DeltaMemLlama(base(), n_ctx=256, vocab_only=True, embedding=True) as llm:
+        assert llm.detokenize(llm.tokenize(b"hello")) == b" hello"
+        for act in (lambda: llm.eval([5]), lambda: llm.create_completion("hello"), lambda: llm.embed("hello")):
+            with refuses(InputError, "vocab_only"):
+                act()
+        assert llm.n_tokens == 0
+
+
+class Message:
+    """As the package `openai` returns them; templates take them for dictionaries."""
+
+    def __init__(self, role, content):
+        self.role, self.content = role, content
+
+    def __eq__(self, other):
+        return vars(self) == vars(other)
+
+
+def test_messages_that_are_objects(make_llm, read_once):
+    llm = make_llm(type_k=0, type_v=0)
+    messages = [Message("user", "hello there")]
+    for _ in range(2):
+        llm.create_chat_completion(messages, max_tokens=1, temperature=0)
+        messages += [Message("assistant", "hi"), Message("user", "how are you")]
+    np.testing.assert_allclose(llm.memory.state, read_once(llm._input_ids), rtol=0, atol=2e-6)
+
+
 def test_static_methods():
     logits = np.array([[1, 2, 3], [-np.inf, 0, -np.inf]], dtype=np.single)
     with np.errstate(divide="ignore"):
@@ -376,6 +443,13 @@ def test_a_pickle_keeps_the_tokenizer_and_the_servers(make_llm, monkeypatch):
         assert copy.tokenize(b"one two") == plain.tokenize(b"one two") and copy.n_batch == 64
     finally:
         copy.close()
+
+
+def test_half_a_character_in_a_chat(llm):
+    for stream in (False, True):
+        with refuses(InputError, "Unicode"):
+            llm.create_chat_completion([{"role": "user", "content": "half a \ud83d"}], stream=stream)
+    assert llm.n_tokens == 0
 
 
 def test_half_a_character(make_llm):

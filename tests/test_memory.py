@@ -62,6 +62,7 @@ def test_state_is_set(llm):
         (np.full((4, 1, 8, 8), 1e300), ["infinite"]),
         ("memory", ["(4, 1, 8, 8)", "'memory'"]),
         (None, ["state"]),
+        (np.ones((4, 1, 8, 8)) * 1j, ["(4, 1, 8, 8)", "complex"]),
     ],
 )
 def test_bad_state(llm, value, names):
@@ -71,6 +72,18 @@ def test_bad_state(llm, value, names):
         llm.memory.state = value
     assert isinstance(info.value, ValueError) and isinstance(info.value, DeltaMemError)
     np.testing.assert_array_equal(llm.memory.state, state)
+
+
+def test_a_position_is_a_whole_number(llm):
+    llm.eval([5, 6, 7])
+    for position in (1.5, "1", None):
+        with refuses(InputError, "whole", repr(position)):
+            llm.memory.rollback(position)
+        with refuses(InputError, "n_tokens", repr(position)):
+            llm.n_tokens = position
+    assert llm.n_tokens == 3
+    llm.n_tokens = np.int64(2)
+    assert llm.memory.rollback(np.int64(1)) == 0 and llm.n_tokens == 1
 
 
 def test_write_off_reads_and_does_not_write(make_llm):

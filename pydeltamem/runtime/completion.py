@@ -26,6 +26,7 @@ from .logprobs import Scored, scored
 from .model import Model
 from .stream import Assembler
 from .tokenizer import Tokenizer, encoded, piece
+from .values import stop_strings, whole
 
 _llama = library.llama_cpp
 
@@ -57,12 +58,13 @@ class Completion:
         self.llm = llm
         self.logprobs, self.echo, self.seed = logprobs, echo, seed
         self._vocab = llm._model.vocab
-        if logprobs is not None and (not isinstance(logprobs, int) or logprobs < 0):
-            raise InputError(f"logprobs is a number of tokens, 0 or more, not {logprobs!r}")
+        if logprobs is not None and whole(logprobs, "logprobs") < 0:
+            raise InputError(f"logprobs is a number of tokens, 0 or more, not {logprobs}")
         if logprobs is not None and not llm._logits_all:
             raise InputError("logprobs needs the logits of every token: load the model with logits_all=True")
-        if max_tokens is not None and not isinstance(max_tokens, int):
-            raise InputError(f"max_tokens is a number of tokens, not {max_tokens!r}")
+        max_tokens = None if max_tokens is None else whole(max_tokens, "max_tokens")
+        if suffix is not None and not isinstance(suffix, str):
+            raise InputError(f"suffix is text, not {suffix!r}")
         self._given = isinstance(prompt, str)
         given = prompt if isinstance(prompt, str) else llm._checked_tokens(prompt).tolist()
         self._is_empty = not given
@@ -75,7 +77,7 @@ class Completion:
             raise InputError(f"Requested tokens ({n_prompt}) exceed context window of {n_ctx}: raise n_ctx")
         room = n_ctx - n_prompt
         self.max_tokens = room if max_tokens is None or max_tokens < 0 else min(max_tokens, room)
-        self.stop = [stop] if isinstance(stop, str) else list(stop or ())
+        self.stop = stop_strings(stop)
         self.completion: list[int] = []
         self.finish_reason = "length"
         self._n_bytes = 0  # of the text so far, where the caller gave a tokenizer

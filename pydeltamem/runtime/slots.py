@@ -98,6 +98,7 @@ class Slots:
         self.n_decodes = 0
         model = _llama.llama_get_model(context.ctx)
         self._n_vocab = _llama.llama_vocab_n_tokens(_llama.llama_model_get_vocab(model))
+        self._has_weights = _llama.llama_model_n_embd(model) > 0  # not with vocab_only
         self._has_logits = _llama.llama_get_memory(context.ctx) is not None  # an encoder computes none
         self._n_swa = _llama.llama_model_n_swa(model)  # 0: no sliding window
         # whether removing a sequence's last token leaves its cache as it was
@@ -362,6 +363,7 @@ class Slots:
 
         Raises DecodeError if llama.cpp fails; the states are then unknown.
         """
+        self._require_weights()
         given = jobs
         # llama.cpp computes them together only if their numbers ascend by one
         between = self._between(jobs)
@@ -477,6 +479,7 @@ class Slots:
         """One llama_decode of these texts alone, each in its own slot. Empties the KV cache first. Returns the number
         of tokens.
         """
+        self._require_weights()
         self.lost_kv()
         self._batch.reset()
         for slot, tokens in enumerate(texts):
@@ -488,6 +491,11 @@ class Slots:
             self._context.decode(self._batch)
             self._batch.reset()
         return n_tokens
+
+    def _require_weights(self) -> None:
+        """Raises InputError if there are none: llama.cpp would end the process."""
+        if not self._has_weights:
+            raise InputError(f"{self.model_path}: nothing can be decoded: load the model without vocab_only")
 
     @holding("lock")
     def share_state(self, state: State, n: int) -> None:

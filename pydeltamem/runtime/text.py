@@ -19,6 +19,7 @@ from .history import Log, Piece, Position, State, Tokens, n_common
 from .lock import FairLock, holding
 from .names import option
 from .slots import Holder, Job, Result, Slots
+from .values import whole
 
 log = logging.getLogger("pydeltamem")
 
@@ -74,7 +75,7 @@ class Text:
     @n_tokens.setter
     @holding("lock")
     def n_tokens(self, value: int) -> None:
-        position = self.position
+        position, value = self.position, whole(value, "n_tokens")
         if value != position.n_tokens:
             n = max(position.n_tokens, position.n)
             if not 0 <= value <= n:
@@ -165,6 +166,7 @@ class Text:
 
         Raises InputError if the memory cannot go back so far.
         """
+        position = whole(position, "a position")
         if not 0 <= position <= self.n_tokens:
             raise InputError(f"cannot go back to token {position}: the text has {self.n_tokens}")
         if self.slots.has_memory and position < self.position.floor:

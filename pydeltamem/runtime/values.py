@@ -1,0 +1,32 @@
+"""Checks of values that callers give. They raise InputError, which calls a value by its name."""
+
+from __future__ import annotations
+
+import operator
+from numbers import Real
+from typing import Any
+
+from ..errors import InputError
+
+
+def whole(value: Any, name: str) -> int:
+    """A whole number; NumPy's counts too."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} is a whole number, not {value!r}") from None
+
+
+def number(value: Any, name: str) -> float:
+    """A number; NumPy's counts too."""
+    if not isinstance(value, Real):
+        raise InputError(f"{name} is a number, not {value!r}")
+    return float(value)
+
+
+def stop_strings(value: Any) -> list[str]:
+    """The strings that end a text: none, one or several."""
+    stop = [value] if isinstance(value, str) else value or []
+    if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) for text in stop):
+        raise InputError(f"stop is text, or a list of texts, not {value!r}")
+    return list(stop)
