@@ -35,11 +35,10 @@ from typing import Any
 
 from conversations import conversation, messages
 from documents import Documents
-from swap import Swap
-
 from pydeltamem.evals.world import World
 from pydeltamem.formats import kinds
 from pydeltamem.formats.atomic import replacing
+from swap import Swap
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("DELTAMEM_DATA", HERE.parents[1] / "shared" / "data"))

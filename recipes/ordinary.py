@@ -18,7 +18,6 @@ from pathlib import Path
 
 from documents import drawable
 from mixture import DATA, HERE, lines
-
 from pydeltamem.evals.asker import Ask, Asker, Shared
 from pydeltamem.formats import kinds
 from pydeltamem.formats.atomic import replacing

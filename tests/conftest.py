@@ -85,14 +85,12 @@ def read_once(make_llm):
 
 
 @pytest.fixture
-def directories(tmp_path, monkeypatch):
+def directories(tmp_path):
     """MODEL_DIR and CHECKPOINT_DIR of a tiny Qwen3, as transformers and the published code write them."""
     import torch
     import transformers
 
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     import backbone
-
     from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 
     model_dir, checkpoint_dir = tmp_path / "MODEL_DIR", tmp_path / "CHECKPOINT_DIR"

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from blend import blend
+from conftest import ROOT
 from pydeltamem.bench.synthetic import write_adapter_checkpoint
 from pydeltamem.errors import CheckpointError, InputError, OutputError
 from pydeltamem.formats.checkpoint import Checkpoint
 from refusals import refuses
-
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES))
-from blend import blend  # noqa: E402
 
 
 @pytest.fixture
@@ -39,7 +36,7 @@ def test_weights_are_added_by_their_shares(two, tmp_path):
 
 
 def test_the_command(two, tmp_path):
-    command = [sys.executable, RECIPES / "blend.py", tmp_path / "out", f"{two[0]}=1", f"{two[1]}=0"]
+    command = [sys.executable, ROOT / "recipes" / "blend.py", tmp_path / "out", f"{two[0]}=1", f"{two[1]}=0"]
     assert subprocess.run(command).returncode == 0
     for name, tensor in Checkpoint(tmp_path / "out").tensors.items():
         assert np.array_equal(tensor, Checkpoint(two[0]).tensors[name].astype(np.float16))

@@ -17,15 +17,12 @@ from pathlib import Path
 import pytest
 from llama_cpp._ctypes_extensions import load_shared_library
 
+import fetch_llama_cpp as fetch
 from _pydeltamem_startup import LLAMA_CPP_VERSION
+from conftest import ROOT
 from refusals import check_names, refuses
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "cmake" / "fetch_llama_cpp.py"
-
-spec = importlib.util.spec_from_file_location("fetch_llama_cpp", SCRIPT)
-fetch = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fetch)
 
 # a miniature llama.cpp: what the script looks for, a file that the patch changes, and one that it does not
 FILES = {

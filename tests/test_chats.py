@@ -5,15 +5,13 @@ import json
 import os
 import random
 import re
-import sys
 from datetime import datetime
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 import chats
 from chats import Chats, chat_of
+from conftest import ROOT
 
-ROOT = Path(chats.__file__).parent.parent
 WRITTEN = ROOT / "recipes" / "documents" / "train.jsonl.gz"
 ONE = {
     "title": "a conversation of Oda and Bram, neighbours",

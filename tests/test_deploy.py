@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import re
 import shlex
 from pathlib import Path
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import ROOT
+from mkdocs_hooks import command_problem
 from servers import in_thread
 
 DEPLOY = ROOT / "deploy"
 DOCKERFILE, UNIT, DASHBOARD = (DEPLOY / name for name in ("Dockerfile", "deltamem.service", "grafana-dashboard.json"))
-
-
-@pytest.fixture(scope="module")
-def command_problem():
-    """Why a command line is refused by its parser, as `make docs` asks it."""
-    spec = importlib.util.spec_from_file_location("mkdocs_hooks", ROOT / "tools" / "mkdocs_hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
-    return hooks.command_problem
 
 
 def lines_of(path: Path) -> list[str]:
@@ -47,7 +37,7 @@ def unit() -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def test_the_container_starts_a_server(command_problem):
+def test_the_container_starts_a_server():
     said = in_container()
     command = [*json.loads(said["ENTRYPOINT"]), *json.loads(said["CMD"])]
     assert command_problem(shlex.join(command)) is None
@@ -73,7 +63,7 @@ def test_the_container_is_built_from_what_is_there():
     assert set(kept) >= {*packaged, "CMakeLists.txt", "pydeltamem", "convert", "native", "cmake", "licenses"}
 
 
-def test_the_unit_starts_a_server(command_problem):
+def test_the_unit_starts_a_server():
     said = unit()
     for key in ("ExecStart", "ExecStartPre"):
         program, _, rest = said[key].partition(" ")

@@ -4,13 +4,11 @@ import gzip
 import json
 import random
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 import documents
 from compared import NATIONS
 from conversations import messages

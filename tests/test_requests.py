@@ -3,10 +3,7 @@
 import gzip
 import json
 import re
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 import documents
 import mixture
 import ordinary

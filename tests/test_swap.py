@@ -1,12 +1,9 @@
 """Exchanged values of hand-written conversations (recipes/swap.py): the same in every place, and no word else."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 from conversations import messages
 from swap import SORTS, Swap
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import patch_count
+import upstream
+from conftest import ROOT
 from refusals import refuses
 
-ROOT = Path(__file__).resolve().parent.parent
-
-if not (ROOT / "cmake" / "upstream.py").exists():
-    pytest.skip("needs the source tree", allow_module_level=True)
-
-sys.path.insert(0, str(ROOT / "cmake"))
-try:
-    patch_count = importlib.import_module("patch_count")
-    upstream = importlib.import_module("upstream")
-finally:
-    sys.path.remove(str(ROOT / "cmake"))
 fetch = upstream.fetch
 
 NAME = "src/llama-graph.cpp"
