@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,20 +11,14 @@ from pathlib import Path
 
 import pytest
 
+import mkdocs_hooks as hooks
 import pydeltamem
+from conftest import ROOT
 from pydeltamem.cli.main import SUBCOMMANDS
+from pydeltamem.server.application import Settings, application
 
-ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = ROOT / "docs" / "tutorial" / "index.md"
 HEADER = ROOT / "native" / "llama_deltamem" / "llama-deltamem.h"
-
-
-@pytest.fixture(scope="module")
-def hooks():
-    spec = importlib.util.spec_from_file_location("mkdocs_hooks", ROOT / "tools" / "mkdocs_hooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
@@ -41,7 +34,7 @@ def hooks():
         "    deltamem chat -m base.gguf --no-such-option",
     ],
 )
-def test_a_page_that_names_what_does_not_exist(hooks, line):
+def test_a_page_that_names_what_does_not_exist(line):
     (problem,) = hooks.problems(f"# Page\n\n{line}\n", TUTORIAL)
     assert any(word in problem for word in re.findall(r"[\w./-]{4,}", line))
 
@@ -58,12 +51,13 @@ def test_a_page_that_names_what_does_not_exist(hooks, line):
         "    deltamem pack base.gguf adapter.gguf -o model.gguf",
     ],
 )
-def test_a_page_that_names_what_exists(hooks, line):
+def test_a_page_that_names_what_exists(line):
     assert list(hooks.problems(f"# Page\n\n{line}\n", TUTORIAL)) == []
 
 
-def test_the_page_of_the_command_line_has_every_option(hooks):
+def test_the_page_of_the_command_line_has_every_option():
     page = hooks.command_line()
+    assert str(Path.home()) not in page  # it is the same whoever builds it
     for name in SUBCOMMANDS:
         section = page.partition(f"## deltamem {name}\n")[2].partition("\n## ")[0]
         actions = [action for action in hooks.parser(name)._actions if action.help != argparse.SUPPRESS]
@@ -71,7 +65,7 @@ def test_the_page_of_the_command_line_has_every_option(hooks):
         assert section and all(option in section for option in options), name
 
 
-def test_the_page_of_the_c_api_has_the_whole_header(hooks):
+def test_the_page_of_the_c_api_has_the_whole_header():
     page = hooks.c_api()
     functions = re.findall(r"^LLAMA_API[^(]*?(\w+)\(", HEADER.read_text(encoding="utf-8"), re.MULTILINE)
     assert functions and re.findall(r"^LLAMA_API[^(]*?(\w+)\(", page, re.MULTILINE) == functions
@@ -83,6 +77,14 @@ def test_the_page_of_python_has_every_public_name():
     shown = set(re.findall(r"^::: pydeltamem\.(\w+)$", page, re.MULTILINE))
     names = {name for name in pydeltamem.__all__ if not hasattr(pydeltamem.errors, name)} - {"__version__"}
     assert shown == names | {"errors"}
+
+
+def test_the_page_of_the_server_has_every_endpoint():
+    page = (ROOT / "docs" / "reference" / "server.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^\| `([A-Z]+) (/[^`]+)`", page, re.MULTILINE))  # but the page at /
+    paths = application(Settings(load=lambda: None)).openapi()["paths"]
+    served = {(method.upper(), path.removeprefix("/sessions/{session}")) for path in paths for method in paths[path]}
+    assert shown == served
 
 
 def test_the_list_of_doors_is_the_one_that_is_checked():

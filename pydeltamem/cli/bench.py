@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
-from ..bench.models import cache_folder, synthetic_files
+from ..bench.models import synthetic_files
 from ..bench.pairs import OFF, ON
 from ..bench.synthetic import SHAPES
 from ..errors import InputError
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("-m", "--model", metavar="FILE", help=MODEL_HELP)
     source.add_argument(
         "--synthetic", choices=tuple(SHAPES), metavar="SHAPE",
-        help=f"model and adapter of this shape with random weights, kept in {cache_folder()}: {', '.join(SHAPES)}",
+        help=f"model and adapter of this shape with random weights, kept in the user's cache: {', '.join(SHAPES)}",
     )  # fmt: skip
     model.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
     model.add_argument("--ftype", metavar="TYPE", help="type of the --synthetic model, any of llama.cpp's (q4_k_m)")
@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integers,
         default=[512],
         metavar="N,...",
-        help="tokens of the prompt (512; 0: no prefill)",
+        help="tokens of the prompt (512; 0: none)",
     )
-    what.add_argument("-n", "--n-gen", type=count, default=32, metavar="N", help="tokens of decode (32; 0: no decode)")
+    what.add_argument("-n", "--n-gen", type=count, default=32, metavar="N", help="tokens of decode (32; 0: none)")
     what.add_argument(
         "-d", "--n-depth", type=integers, default=[0], metavar="N,...", help="tokens of text before decode (0)"
     )
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time the return to conversations of N tokens, by what is restored, and nothing else",
     )  # fmt: skip
     what.add_argument(
-        "--rereads", type=positive, default=1, metavar="N", help="how often --return reads the whole text (%(default)s)"
+        "--rereads", type=positive, default=1, metavar="N", help="how often --return decodes the text (%(default)s)"
     )
     what.add_argument("--plot", metavar="FILE.png", help="draw what --return finds (needs matplotlib)")
     what.add_argument("--op", action="store_true", help="time the operator on one thread, with its floor and no model")
