@@ -621,7 +621,8 @@ class DeltaMemLlama(Llama):
             _input_ids=None, _seed=whole(seed, "seed"), **{name: getattr(self, name) for name in names}
         )
         sampler = Llama._init_sampler(owner, **options)
-        return Sampler(sampler, self._candidates, guard, n_likeliest(options, self.last_n_tokens_size))
+        likeliest = n_likeliest(options, self.last_n_tokens_size)
+        return Sampler(sampler, self._candidates, guard, likeliest, options["grammar"] is not None)
 
     def set_seed(self, seed: int) -> None:
         """As `Llama.set_seed`; -1: a random seed each time. Raises InputError if it is no whole number."""

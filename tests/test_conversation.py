@@ -383,7 +383,7 @@ def test_a_plain_model_has_no_conversations(base):
 
 def test_sampling_options_are_numbers(llm):
     conversation = Conversation(llm, **GREEDY)
-    for options in ({"temp": "hot"}, {"top_p": None}, {"top_k": 5.0}):
+    for options in ({"temp": "hot"}, {"temp": float("nan")}, {"top_p": None}, {"top_k": 5.0}):
         ((name, value),) = options.items()
         with refuses(InputError, name, repr(value)):
             conversation.say("hello there", **options)

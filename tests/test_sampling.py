@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from llama_cpp import Llama, LlamaGrammar, llama_token_data
 
-from pydeltamem import DeltaMemLlama
+from pydeltamem import Conversation, DeltaMemLlama, InputError
 from pydeltamem.runtime import library
 from pydeltamem.runtime.sampling import n_likeliest
+from refusals import refuses
 
 PROMPT = [5, 17, 40, 99, 7, 63, 120, 5, 17, 88]
 NEUTRAL = {
@@ -111,3 +112,26 @@ def test_the_same_tokens_as_llama_cpp(golden_dir, options):
 )
 def test_of_how_many_tokens_one_is_taken(options, n):
     assert n_likeliest({**NEUTRAL, **options}, 64) == n
+
+
+@pytest.mark.parametrize(
+    "options", [{"temp": 0.0}, {"temp": 0.8}, {"temp": -1.0}, {"mirostat_mode": 1}, {"mirostat_mode": 2}]
+)
+@pytest.mark.parametrize("excluded", [-np.inf, np.nan])
+def test_a_grammar_that_allows_no_token_that_is_left(golden_dir, options, excluded):
+    """llama.cpp ends the process."""
+    grammar = LlamaGrammar.from_string('root ::= "a"+', verbose=False)
+
+    def exclude(ids, scores):
+        return np.full_like(scores, excluded) if len(ids) > len(PROMPT) + 1 else scores
+
+    with DeltaMemLlama(golden_dir / "qwen3" / "base-f32.gguf", n_ctx=256, verbose=False) as llm:
+        tokens = llm.generate(PROMPT, grammar=grammar, logits_processor=[exclude], **options)
+        assert len([next(tokens), next(tokens)]) == 2
+        with refuses(InputError, "grammar"):
+            next(tokens)
+        assert llm.n_tokens == len(PROMPT) + 1
+        talk = Conversation(llm, grammar=grammar, logits_processor=[lambda ids, scores: np.full_like(scores, excluded)])
+        with refuses(InputError, "grammar"):
+            talk.say("hello")
+        assert talk.messages == [] and talk.n_tokens == 0

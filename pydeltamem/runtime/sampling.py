@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from . import library
 
 _llama = library.llama_cpp
@@ -86,21 +87,32 @@ class Sampler:
         sampler: llama_cpp's, with `guard` as its only logits processor, if there is one.
         candidates: llama_cpp's array of candidates, for the whole vocabulary.
         n_likeliest: of how many of the likeliest tokens it takes one, as `n_likeliest` says; None: of all.
+        has_grammar: whether it samples by a grammar. llama.cpp ends the process if that allows none of the tokens that
+            processors and biases leave; here it is InputError.
     """
 
     def __init__(
-        self, sampler: Any, candidates: Any, guard: Guard | None = None, n_likeliest: int | None = None
+        self,
+        sampler: Any,
+        candidates: Any,
+        guard: Guard | None = None,
+        n_likeliest: int | None = None,
+        has_grammar: bool = False,
     ) -> None:
         self._sampler = sampler
         self._candidates = candidates
         self._guard = guard
+        self._has_grammar = has_grammar
         self._likeliest = (_llama.llama_token_data * n_likeliest)() if n_likeliest else None
 
     def sample(self, context: Any, row: int | npt.NDArray[np.float32] = -1) -> int:
         """A token from a row of llama_cpp's context, as llama_decode left it, or from logits [n_vocab]."""
         token = self._from_likeliest(context, row, self._likeliest) if self._likeliest else None
         if token is None:
-            token = self._sampler.sample(context, row) if isinstance(row, int) else self._from(row)
+            if isinstance(row, int) and not self._has_grammar:
+                token = self._sampler.sample(context, row)
+            else:
+                token = self._from(self._logits(context, row) if isinstance(row, int) else row)
         if self._guard is not None:
             self._guard.check()
         return token
@@ -115,6 +127,10 @@ class Sampler:
         n = library.llama_deltamem_candidates(logits, self._candidates.n_vocab, len(likeliest), likeliest)
         return self._taken(_llama.llama_token_data_array(data=likeliest, size=n, sorted=False)) if n else None
 
+    def _logits(self, context: Any, row: int) -> npt.NDArray[np.float32]:
+        pointer = _llama.llama_get_logits_ith(context.ctx, row)
+        return np.ctypeslib.as_array(pointer, (self._candidates.n_vocab,))
+
     def _from(self, logits: npt.NDArray[np.float32]) -> int:
         """As llama_sampler_sample, from these logits."""
         self._candidates.copy_logits(logits)
@@ -125,6 +141,10 @@ class Sampler:
         chain = self._sampler.sampler
         array.selected = -1
         _llama.llama_sampler_apply(chain, ctypes.byref(array))
-        token = int(array.data[array.selected].id)
-        _llama.llama_sampler_accept(chain, token)
-        return token
+        taken = array.data[array.selected]
+        if self._has_grammar and not taken.logit > -np.inf:
+            raise InputError(
+                "the grammar allows no token: a logit bias, a logits processor or --ignore-eos excludes all others"
+            )
+        _llama.llama_sampler_accept(chain, taken.id)
+        return int(taken.id)

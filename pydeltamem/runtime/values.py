@@ -19,7 +19,7 @@ def whole(value: Any, name: str) -> int:
 
 def number(value: Any, name: str) -> float:
     """A number; NumPy's counts too."""
-    if not isinstance(value, Real):
+    if not isinstance(value, Real) or value != value:  # no NaN
         raise InputError(f"{name} is a number, not {value!r}")
     return float(value)
 
