@@ -79,7 +79,12 @@ def _folder(name: str, folder: Path) -> Path:
             f"llama-cpp-python {installed} has no library of its own, and that of pydeltamem is for "
             f"{LLAMA_CPP_VERSION}: pip install llama-cpp-python=={LLAMA_CPP_VERSION}"
         )
-    if name == "llama" and not has_own and not _holds(ours, name):
+    if name == "llama" and not _holds(ours, name):
+        if (ours.parents[1] / "pyproject.toml").exists():  # a program in a clone, where `pip install .` leaves none
+            raise ImportError(
+                f"{ours}: is missing, and Python found the source of pydeltamem before an installed package: "
+                "run in another folder, or build it here by make"
+            )
         raise ImportError(f"{ours}: the library of pydeltamem is missing: reinstall pydeltamem, which builds it")
     return ours if _holds(ours, name) else folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -195,6 +196,21 @@ def test_a_package_without_its_library(tmp_path, monkeypatch):
     result = python("-c", code, PYTHONPATH=str(tmp_path))
     said = result.stderr.splitlines()[-1]
     assert "LibraryError" in said and str(LIB_DIR) in said, result.stderr
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_the_source_without_a_library_is_found_before_the_installed_package(tmp_path, has_own):
+    """By a program that runs in a clone, where `pip install .` leaves no library."""
+    fake(tmp_path, library.LLAMA_CPP_VERSION, has_own)
+    clone = tmp_path / "clone"
+    shutil.copytree(LIB_DIR.parent, clone / "pydeltamem", ignore=shutil.ignore_patterns("lib", "models"))
+    (clone / "pyproject.toml").touch()
+    (clone / "try.py").write_text("import _pydeltamem_startup, pydeltamem, llama_cpp")
+    path = f"{tmp_path}{os.pathsep}{LIB_DIR.parent.parent}"
+    command = [sys.executable, "-S", "try.py"]  # -S: no editable install
+    result = subprocess.run(command, capture_output=True, text=True, cwd=clone, env={**CLEAN, "PYTHONPATH": path})
+    said = result.stderr.splitlines()[-1]
+    assert "ImportError" in said and str(clone) in said and "another folder" in said, result.stderr
 
 
 def test_errors_that_were_held_and_explain_nothing_are_logged(llm, caplog):
