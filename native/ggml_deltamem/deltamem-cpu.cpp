@@ -271,10 +271,9 @@ static bool takes_projection(const struct ggml_tensor * mul_mat) {
     const bool takes_type =
             weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_F32 || weight->type == GGML_TYPE_Q8_0;
     return takes_type && !weight->extra && (mul_mat->ne[1] <= FEW_TOKENS || takes_tiles(weight)) &&
-           in->type == GGML_TYPE_F32 && mul_mat->type == GGML_TYPE_F32 && ggml_is_contiguous_rows(in) &&
-           ggml_is_contiguous_rows(weight) && ggml_is_contiguous_rows(mul_mat) && ggml_is_matrix(in) &&
-           ggml_is_matrix(weight) && ggml_is_matrix(mul_mat) && weight->ne[0] == in->ne[0] &&
-           weight->ne[1] == mul_mat->ne[0] && in->ne[1] == mul_mat->ne[1];
+           in->type == GGML_TYPE_F32 && mul_mat->type == GGML_TYPE_F32 && ggml_deltamem_is_matrix_of_rows(in) &&
+           ggml_deltamem_is_matrix_of_rows(weight) && ggml_deltamem_is_matrix_of_rows(mul_mat) &&
+           weight->ne[0] == in->ne[0] && weight->ne[1] == mul_mat->ne[0] && in->ne[1] == mul_mat->ne[1];
 }
 
 static bool apart(const struct ggml_tensor * a, const struct ggml_tensor * b) {
@@ -292,9 +291,9 @@ static bool takes_addition(const struct ggml_tensor * correction, const struct g
                            const struct ggml_tensor * added) {
     // the allocator may have given `add` the memory of what only the correction reads
     return added && added->data && add->data && added->type == GGML_TYPE_F32 && add->type == GGML_TYPE_F32 &&
-           ggml_are_same_shape(added, correction) && added->nb[0] == sizeof(float) && add->nb[0] == sizeof(float) &&
-           in_place_or_apart(add, correction->src[0]) && in_place_or_apart(add, added) &&
-           apart(add, correction->src[1]) && apart(add, correction->src[2]);
+           ggml_are_same_shape(added, correction) && ggml_deltamem_is_matrix_of_rows(added) &&
+           ggml_deltamem_is_matrix_of_rows(add) && in_place_or_apart(add, correction->src[0]) &&
+           in_place_or_apart(add, added) && apart(add, correction->src[1]) && apart(add, correction->src[2]);
 }
 
 // A read and its correction, of one token. Each thread computes S q of all heads for its own corrections, instead of

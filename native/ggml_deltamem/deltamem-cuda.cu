@@ -136,10 +136,11 @@ int ggml_cuda_deltamem_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph *
     const ggml_deltamem_params & p    = args.params;
 
     const int64_t n_embd = input->ne[0];
-    const bool    fits   = weight->ne[0] == n_embd && weight->ne[1] == args.n_proj && ggml_is_matrix(weight) &&
-                           p.n_head == 1 && p.n_seqs == 1 && p.rank == 8 && input->type == GGML_TYPE_F32 &&
-                           ggml_is_contiguous(input) && n_embd % 8 == 0 && (uintptr_t) input->data % 16 == 0 &&
-                           (uintptr_t) weight->data % 16 == 0 && weight->nb[1] % 16 == 0;
+    const bool    fits   = weight->ne[0] == n_embd && weight->ne[1] == args.n_proj &&
+                           ggml_deltamem_is_matrix_of_rows(weight) && p.n_head == 1 && p.n_seqs == 1 && p.rank == 8 &&
+                           input->type == GGML_TYPE_F32 && ggml_is_contiguous(input) && n_embd % 8 == 0 &&
+                           (uintptr_t) input->data % 16 == 0 && (uintptr_t) weight->data % 16 == 0 &&
+                           weight->nb[1] % 16 == 0;
     // one multiprocessor loads the weights: larger ones take less time in a product on all multiprocessors
     if (!fits || ggml_nbytes(weight) > PROJECT_MAX_BYTES) {
         return 0;

@@ -13,9 +13,9 @@ struct op_params {
     struct ggml_deltamem_params read; // zero for a correction
 };
 
-// rows are contiguous, and begin a whole number of values apart
-static bool is_matrix_of_rows(const struct ggml_tensor * t) {
-    return ggml_is_matrix(t) && ggml_is_contiguous_rows(t) && t->nb[1] % t->nb[0] == 0;
+// not ggml_is_contiguous_rows, which takes rows of one value however far apart their values were to be
+bool ggml_deltamem_is_matrix_of_rows(const struct ggml_tensor * t) {
+    return ggml_is_matrix(t) && t->nb[0] == ggml_type_size(t->type) && t->nb[1] % t->nb[0] == 0;
 }
 
 static void check_read(const struct ggml_tensor * node) {
@@ -37,10 +37,10 @@ static void check_read(const struct ggml_tensor * node) {
     GGML_ASSERT(state->type == GGML_TYPE_F32);
     GGML_ASSERT(plan->type == GGML_TYPE_I32);
 
-    GGML_ASSERT(is_matrix_of_rows(node));
-    GGML_ASSERT(is_matrix_of_rows(proj));
+    GGML_ASSERT(ggml_deltamem_is_matrix_of_rows(node));
+    GGML_ASSERT(ggml_deltamem_is_matrix_of_rows(proj));
     GGML_ASSERT(ggml_is_vector(gate_bias) && ggml_is_contiguous(gate_bias));
-    GGML_ASSERT(is_matrix_of_rows(state));
+    GGML_ASSERT(ggml_deltamem_is_matrix_of_rows(state));
     GGML_ASSERT(ggml_is_vector(plan) && ggml_is_contiguous(plan));
 
     GGML_ASSERT(node->ne[1] <= INT32_MAX && state->ne[1] <= INT32_MAX); // a plan is I32
@@ -64,10 +64,10 @@ static void check_correct(const struct ggml_tensor * node) {
                 weight->type == GGML_TYPE_Q8_0);
     GGML_ASSERT(read->type == GGML_TYPE_F32);
 
-    GGML_ASSERT(is_matrix_of_rows(node));
-    GGML_ASSERT(is_matrix_of_rows(out));
-    GGML_ASSERT(is_matrix_of_rows(weight));
-    GGML_ASSERT(is_matrix_of_rows(read));
+    GGML_ASSERT(ggml_deltamem_is_matrix_of_rows(node));
+    GGML_ASSERT(ggml_deltamem_is_matrix_of_rows(out));
+    GGML_ASSERT(ggml_deltamem_is_matrix_of_rows(weight));
+    GGML_ASSERT(ggml_deltamem_is_matrix_of_rows(read));
 
     GGML_ASSERT(ggml_are_same_shape(node, out));
     const int by_rows = weight->type == GGML_TYPE_Q8_0;

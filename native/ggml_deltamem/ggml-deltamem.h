@@ -139,6 +139,10 @@ GGML_API enum ggml_deltamem_kind ggml_deltamem_get_kind(const struct ggml_tensor
 // tensors, not calls. Every backend calls this before it computes a node. The kernels check what the plan holds.
 GGML_API void ggml_deltamem_check(const struct ggml_tensor * node);
 
+// Whether a tensor is a matrix as the kernels take them: rows are contiguous, and begin a whole number of values or blocks
+// apart.
+GGML_API bool ggml_deltamem_is_matrix_of_rows(const struct ggml_tensor * t);
+
 // the parameters of a read
 GGML_API struct ggml_deltamem_params ggml_deltamem_get_params(const struct ggml_tensor * node);
 

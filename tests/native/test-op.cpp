@@ -656,6 +656,16 @@ static void test_malformed(const tested & on, bool fused) {
     with("a wider correction", [&] { correct->ne[0] = 1000; });
     with("a wider projection", [&] { proj->ne[0] = 1000; });
 
+    // rows of one value, of which no kernel asks how far apart their values were to be
+    ggml_tensor * value = ggml_new_tensor_2d(nodes, GGML_TYPE_F32, 1, n_tokens);
+    for (const size_t distance : { 2 * sizeof(float), (size_t) 0 }) {
+        ggml_tensor * thin = ggml_new_tensor_2d(nodes, GGML_TYPE_F32, 1, p.rank);
+        thin->nb[0]        = distance;
+        thin->nb[1]        = 2 * distance;
+        check(aborts([&] { ggml_deltamem_correct(nodes, value, thin, read); }),
+              "weights %zu bytes apart within rows of one: accepted, or worse", distance);
+    }
+
     ggml_backend_buffer_free(buffer);
     ggml_free(nodes);
     ggml_free(ctx);
