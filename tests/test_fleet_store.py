@@ -157,6 +157,82 @@ def test_a_session_is_read_as_of_one_commit(store, url):
     other.close()
 
 
+def test_half_a_character_is_kept(store):
+    """JSON may have one, and a message is kept as it came."""
+    record = store.commit(after(Record("", "ada"), turn(1, "\ud83d"), turn(2, "Zoë")))
+    assert store.get("", "ada") == record
+
+
+def test_more_tokens_than_32_bits_count(store):
+    record = replace(after(Record("", "ada"), turn(1)), tokens=2**53)
+    first = store.commit(record)
+    second = store.commit(replace(after(first, replace(turn(2), tokens=2**53)), tokens=2**53), first)
+    assert store.get("", "ada") == second
+
+
+@needs_postgresql
+def test_a_postgresql_of_the_first_versions_counts_so_from_now_on(database):
+    """Its tokens had 32 bits."""
+    database.sql("DROP SCHEMA public CASCADE")
+    database.sql("CREATE SCHEMA public")
+    Store(database.url).close()
+    for table in ("sessions", "turns"):
+        database.sql(f"ALTER TABLE {table} ALTER COLUMN tokens TYPE integer")
+    store = Store(database.url)
+    test_more_tokens_than_32_bits_count(store)
+    store.close()
+
+
+def test_after_a_vacuum_commits_are_whole(store):
+    """Its connection is used again, for transactions."""
+    record = store.commit(after(Record("", "ada"), turn(1), turn(2)))
+    store.vacuum()
+
+    def fail(connection, cursor, statement, parameters, context, executemany):
+        if statement.startswith("INSERT INTO turns"):
+            raise KeyboardInterrupt
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", fail)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            store.commit(after(record, turn(3), turn(4)))
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", fail)
+    assert store.get("", "ada") == record
+
+
+def test_a_vacuum_that_fails_is_an_error_of_the_store(tmp_path):
+    """Here a file has as many bytes as it may have."""
+    script = (
+        "import os, resource, signal; from pydeltamem.server.store import Record, Store, StoreError\n"
+        "store = Store('sqlite:///sessions.db')\n"
+        "for i in range(40): store.commit(Record('', str(i), memory=os.urandom(9000)))\n"
+        "for i in range(20): store.delete('', str(i))\n"
+        "store.close(); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: store.vacuum()\n"
+        "except StoreError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "sessions.db" in done.stdout
+
+
+def test_a_sqlite_that_somebody_keeps_locked(tmp_path):
+    """It is read meanwhile, also by whoever opens it only now; what is to be written is for later."""
+    url = f"sqlite:///{tmp_path / 'sessions.db'}"
+    first = Store(f"{url}?timeout=0.05")
+    record = first.commit(after(Record("", "ada"), turn(1)))
+    holder = sqlite3.connect(tmp_path / "sessions.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    second = Store(f"{url}?timeout=0.05", must_exist=True)
+    assert second.get("", "ada") == record and second.count() == 1
+    for store in (first, second):
+        with refuses(StoreAway, "sessions.db"):
+            store.commit(after(record, turn(2)), record)
+        store.close()
+    holder.close()
+
+
 @needs_postgresql
 def test_a_table_that_somebody_keeps_locked(database):
     """It holds no thread for ever, and what needs no such table goes on."""

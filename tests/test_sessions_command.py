@@ -100,6 +100,8 @@ def test_delete_and_vacuum(sessions, store, tmp_path):
         (("import", "ada", "none.memory"), ("none.memory",)),
         (("import", "a b/c", "other.memory"), ("a b/c",)),  # HTTP has no such name
         (("delete", "ada", "carl"), ("carl", "sessions.db")),
+        (("export", "\udcff", "x.memory"), ()),  # a byte that is no text
+        (("delete", "\udcff"), ()),
     ],
 )
 def test_refused(sessions, store, tmp_path, monkeypatch, arguments, names):
@@ -109,7 +111,7 @@ def test_refused(sessions, store, tmp_path, monkeypatch, arguments, names):
     assert (code, out) == (1, "")
     check_names(error.rstrip("\n"), names)
     assert not (tmp_path / "x.memory").exists()
-    assert store.count() == (4 if "delete" in arguments else 5)
+    assert store.count() == (4 if arguments[:2] == ("delete", "ada") else 5)
 
 
 def test_the_store_of_the_user_is_the_default(tmp_path, monkeypatch, capsys):

@@ -48,8 +48,10 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise InputError(f"a package of the server is missing ({error}): pip install 'pydeltamem[server]'") from error
     is_import = args.action == "import"
-    if is_import:  # checked before a store is made
-        checked_name(args.session)
+    given = getattr(args, "session", [])
+    for name in [given] if isinstance(given, str) else given:
+        checked_name(name)
+    if is_import:  # before a store is made
         args.snapshot = MemorySnapshot.load(args.file)
     store = Store(args.store, must_exist=not is_import)
     try:

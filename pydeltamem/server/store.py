@@ -59,7 +59,7 @@ _sessions = sa.Table(
     sa.Column("created", sa.DateTime, nullable=False),
     sa.Column("updated", sa.DateTime, nullable=False),
     sa.Column("turns", sa.Integer, nullable=False),
-    sa.Column("tokens", sa.Integer, nullable=False),
+    sa.Column("tokens", sa.BigInteger, nullable=False),
     sa.Column("adapter", sa.String(64), nullable=False),
     sa.Column("memory", sa.LargeBinary, nullable=False),
     sa.Column("text", sa.LargeBinary, nullable=False),
@@ -75,7 +75,7 @@ _turns = sa.Table(
     sa.Column("created", sa.DateTime, nullable=False),
     sa.Column("chat", sa.String(64), nullable=False),
     sa.Column("position", sa.Integer, nullable=False),
-    sa.Column("tokens", sa.Integer, nullable=False),
+    sa.Column("tokens", sa.BigInteger, nullable=False),
     sa.Column("state", sa.LargeBinary),
     sa.Column("digests", sa.Text, nullable=False),
     sa.Column("messages", sa.Text),
@@ -124,6 +124,9 @@ class Identity(NamedTuple):
 
     version: int  # 0: never committed
     created: datetime.datetime | None
+
+
+NOTHING = Identity(0, None)  # of a session that was never committed
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ class Record:
     @property
     def identity(self) -> Identity:
         """Which commit it is."""
-        return Identity(self.version, self.created if self.version else None)
+        return Identity(self.version, self.created) if self.version else NOTHING
 
 
 class Store:
@@ -287,9 +290,9 @@ class Store:
             yield
         except (DatabaseError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
             reason = " ".join(str(getattr(error, "orig", None) or error).split())
-            if self._is_sqlite or not _is_away(error):
+            if not _is_away(error, is_sqlite=self._is_sqlite):
                 raise StoreError(f"{self.shown}: the store fails: {reason}") from error
-            if _waited(error):  # it is there
+            if self._is_sqlite or _waited(error):  # it is there
                 raise StoreAway(f"{self.shown}: somebody keeps the store locked: {reason}") from error
             self._away = time.monotonic() + _RESTS, f"{self.shown}: the store cannot be reached: {reason}"
             raise StoreAway(self._away[1]) from error
@@ -328,23 +331,37 @@ class Store:
         """Makes the tables, unless they are there. Raises StoreError if they, or the file, are another program's."""
         if self._file is not None:
             _check_file(self._file)
+        with self._engine.begin() as connection:
+            self._is_open = self._has_tables(connection)
+        if self._is_open:  # nothing is written, so a store that somebody keeps locked can be read
+            return
         with self._writing.begin() as connection:
             if not self._is_sqlite:  # several servers may begin at once
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
                 self._check_schema(connection)
             is_new = not sa.inspect(connection).has_table(_turns.name)
             _tables.create_all(connection)
-            if is_new and not self._is_sqlite:  # states are random to a compressor, which would try each time
-                for column in (_sessions.c.memory, _turns.c.state):
-                    connection.exec_driver_sql(
-                        f"ALTER TABLE {column.table.name} ALTER COLUMN {column.name} SET STORAGE EXTERNAL"
-                    )
-            found = connection.scalar(sa.select(_about.c.value).where(_about.c.key == "format"))
-            if found is None:
+            if not self._is_sqlite:
+                _tune_postgresql(connection, is_new=is_new)
+            if connection.scalar(_FORMAT) is None:
                 connection.execute(_about.insert().values(key="format", value=str(FORMAT)))
-            elif found != str(FORMAT):
-                raise StoreError(f"{self.shown}: a store of format {found}, and this version reads format {FORMAT}")
+            self._check_format(connection)
         self._is_open = True
+
+    def _has_tables(self, connection: sa.Connection) -> bool:
+        """Whether our tables are there, as this version makes them."""
+        inspector = sa.inspect(connection)
+        if not set(_tables.tables) <= set(inspector.get_table_names()):
+            return False
+        if not self._is_sqlite:
+            self._check_schema(connection)
+        self._check_format(connection)
+        return self._is_sqlite or not _narrow(connection)
+
+    def _check_format(self, connection: sa.Connection) -> None:
+        found = connection.scalar(_FORMAT)
+        if found != str(FORMAT):
+            raise StoreError(f"{self.shown}: a store of format {found}, and this version reads format {FORMAT}")
 
     def _check_schema(self, connection: sa.Connection) -> None:
         """Raises StoreError if another program has tables of our names in a PostgreSQL, where it may have others."""
@@ -353,8 +370,7 @@ class Store:
         is_ours = False
         if _about.name in clash:
             columns = {column["name"] for column in inspector.get_columns(_about.name)}
-            mark = sa.select(_about.c.value).where(_about.c.key == "format")
-            is_ours = columns == set(_about.c.keys()) and connection.scalar(mark) is not None
+            is_ours = columns == set(_about.c.keys()) and connection.scalar(_FORMAT) is not None
         if clash and not is_ours:
             raise StoreError(
                 f"{self.shown}: another program has a table {clash[0]} there, and nothing was changed: name another one"
@@ -555,10 +571,10 @@ class Store:
         # of processes that were killed
         ended = _leases.delete().where(_leases.c.ends < _clock(is_sqlite=self._is_sqlite))
         self._transaction(lambda connection: connection.execute(ended), writes=True)
-        with self._errors(), contextlib.closing(self._engine.raw_connection()) as connection:
-            if not self._is_sqlite:
-                connection.driver_connection.autocommit = True  # type: ignore[union-attr]
-            connection.cursor().execute("VACUUM")
+        tables = "" if self._is_sqlite else ", ".join(_tables.tables)  # a PostgreSQL may have those of others
+        engine = self._engine.execution_options(vacuums=True) if self._is_sqlite else self._alone
+        with self._errors(), engine.begin() as connection:
+            connection.exec_driver_sql(f"VACUUM {tables}")
 
 
 @dataclass(frozen=True)
@@ -656,12 +672,36 @@ def _set_up_sqlite(connection: Any, _: Any) -> None:
 
 
 def _begin_sqlite(connection: Any) -> None:
+    options = connection.get_execution_options()
+    if options.get("vacuums"):  # which no transaction can do
+        return
     # one that begins by reading and then writes would fail at once if another process wrote in between
-    writes = connection.get_execution_options().get("writes")
+    writes = options.get("writes")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 _LOCK = 0x64656C74  # of PostgreSQL's advisory locks: who makes the tables
+_FORMAT = sa.select(_about.c.value).where(_about.c.key == "format")
+
+
+def _narrow(connection: sa.Connection) -> list[str]:
+    """Tables of a PostgreSQL whose tokens are of 32 bits, as the first versions made them."""
+    inspector = sa.inspect(connection)
+    types = {
+        table.name: next(each["type"] for each in inspector.get_columns(table.name) if each["name"] == "tokens")
+        for table in (_sessions, _turns)
+    }
+    return [name for name, type in types.items() if not isinstance(type, sa.BigInteger)]
+
+
+def _tune_postgresql(connection: sa.Connection, *, is_new: bool) -> None:
+    for name in _narrow(connection):
+        connection.exec_driver_sql(f"ALTER TABLE {name} ALTER COLUMN tokens TYPE bigint")
+    if is_new:  # states are random to a compressor, which would try each time
+        for column in (_sessions.c.memory, _turns.c.state):
+            connection.exec_driver_sql(
+                f"ALTER TABLE {column.table.name} ALTER COLUMN {column.name} SET STORAGE EXTERNAL"
+            )
 
 
 def _to_server(url: str) -> dict[str, Any]:
@@ -684,8 +724,12 @@ def _to_server(url: str) -> dict[str, Any]:
     return {"pool_size": N_CONNECTIONS, "max_overflow": 0, "connect_args": arguments}
 
 
-def _is_away(error: Exception) -> bool:
-    """Whether a PostgreSQL may do later what failed now: it is down, begins, ends, is full, or broke a deadlock."""
+def _is_away(error: Exception, *, is_sqlite: bool) -> bool:
+    """Whether a database may do later what failed now: a PostgreSQL that is down, begins, ends, is full, or broke a
+    deadlock; a SQLite that another process keeps locked.
+    """
+    if is_sqlite:
+        return "is locked" in str(getattr(error, "orig", ""))
     return isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)) or (
         isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
     )
@@ -844,7 +888,7 @@ _A_TURN, _FIRST_TURN = _commit_statement(is_first=False), _commit_statement(is_f
 
 def _identity(connection: sa.Connection, owner: str, name: str) -> Identity:
     row = connection.execute(_IDENTITY, {"of": owner, "called": name}).first()
-    return Identity(0, None) if row is None else Identity(*row)
+    return NOTHING if row is None else Identity(*row)
 
 
 _IDENTITY = sa.select(_sessions.c.version, _sessions.c.created).where(*_is(sa.bindparam("of"), sa.bindparam("called")))
@@ -882,5 +926,14 @@ def _row(turn: Turn) -> dict[str, Any]:
         "tokens": turn.tokens,
         "state": turn.state,
         "digests": json.dumps(turn.digests),
-        "messages": None if turn.messages is None else json.dumps(turn.messages, ensure_ascii=False),
+        "messages": None if turn.messages is None else _json(turn.messages),
     }
+
+
+def _json(messages: Any) -> str:
+    text = json.dumps(messages, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which databases do not take
+        return json.dumps(messages)
+    return text
