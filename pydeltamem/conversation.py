@@ -602,7 +602,7 @@ def _speak(waiting: list[Reply], in_pieces: bool = True) -> Generator[tuple[Conv
                 active = [reply for reply in active if reply.is_open]  # not those whose conversation was used since
                 if active:
                     engine.wait(active)
-                over = [reply for reply in active if reply.is_over]
+                over = [reply for reply in active if reply.is_over and reply.is_open]  # a callback may have ended it
                 for reply in over:
                     if isinstance(reply.error, NotFiniteError):
                         errors.append(reply.error)

@@ -34,7 +34,7 @@ from .runtime.embedding import tokenized, vectors
 from .runtime.engine import Engine
 from .runtime.ggml import can_be_mapped
 from .runtime.history import Position, Tokens, n_common
-from .runtime.library import BaseLlamaCache, Llama, LlamaState
+from .runtime.library import Llama, LlamaState
 from .runtime.lock import holding
 from .runtime.names import nearest, option
 from .runtime.remote import connect
@@ -844,12 +844,6 @@ class DeltaMemLlama(Llama):
             messages=self._messages,
         )
 
-    def set_cache(self, cache: BaseLlamaCache | None) -> None:
-        """As `Llama.set_cache`: saved texts, from which a prompt with the same beginning goes on. Texts only: the
-        present memory stays, and the tokens of the cached text count as written.
-        """
-        super().set_cache(None if cache is None else _TextCache(cache))
-
     @holding("_text.turn")
     @holding("_engine.lock")
     def load_state(self, state: LlamaState) -> None:
@@ -1006,33 +1000,6 @@ class _Closed:
 
     def __getattr__(self, name: str) -> Any:
         raise ModelError(f"{self._model_path}: the model is closed")
-
-
-class _TextCache(BaseLlamaCache):
-    """A cache of llama_cpp whose states come back without their memories."""
-
-    def __init__(self, cache: BaseLlamaCache) -> None:
-        self.cache = cache
-
-    @property
-    def cache_size(self) -> int:
-        return int(self.cache.cache_size)
-
-    def _find_longest_prefix_key(self, key: tuple[int, ...]) -> tuple[int, ...] | None:
-        return self.cache._find_longest_prefix_key(key)
-
-    def __getitem__(self, key: Sequence[int]) -> LlamaState:
-        state = self.cache[key]
-        if isinstance(state, DeltaMemState):
-            state = copy.copy(state)
-            state.memory = None
-        return state
-
-    def __contains__(self, key: Sequence[int]) -> bool:
-        return key in self.cache
-
-    def __setitem__(self, key: Sequence[int], value: LlamaState) -> None:
-        self.cache[key] = value
 
 
 def _hub_name(repository: str, file: str | None) -> str:

@@ -518,6 +518,31 @@ def test_it_is_cleared_while_it_speaks(llm):
     np.testing.assert_array_equal(conversation.memory.state, written)
 
 
+@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize(
+    "use",
+    [lambda talk: talk.undo(), lambda talk: talk.say("how are you"), lambda talk: talk.add("user", "how are you")],
+    ids=["undo", "say", "add"],
+)
+def test_a_callback_uses_the_conversation_that_speaks(llm, use, in_pieces):
+    """As between two pieces of a stream: the reply ends there. It said nothing so far, so the turn never was."""
+    talk, other = (Conversation(llm, **GREEDY) for _ in range(2))
+    for each in (talk, other):
+        each.say("hello there")
+
+    def process(ids, scores):
+        use(talk)
+        return scores
+
+    if in_pieces:
+        assert list(talk.stream("a question", logits_processor=process)) == []
+    else:
+        assert talk.say("a question", logits_processor=process) == ""
+    use(other)
+    assert talk.messages == other.messages and tokens(talk) == tokens(other)
+    np.testing.assert_array_equal(talk.memory.state, other.memory.state)
+
+
 def test_a_stale_reply_in_place_of_another(llm):
     conversation = Conversation(llm, system="be short", **GREEDY)
     conversation.say("hello there")

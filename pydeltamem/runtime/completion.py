@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import copy
 import random
 import time
 import uuid
@@ -88,8 +89,7 @@ class Completion:
             "created": int(time.time()),
             "model": llm.model_path if model is None else model,
         }
-        processors = list(logits_processor) if isinstance(logits_processor, list) else [logits_processor]
-        processors = [processor for processor in processors if processor is not None]
+        processors = [logits_processor] if callable(logits_processor) else list(logits_processor or ())
         if logit_bias:
             processors.append(biased(logit_bias, llm.n_vocab()))
         self.sampling = {
@@ -156,7 +156,8 @@ class Completion:
         if llm.cache is None:
             return
         with contextlib.suppress(KeyError, InputError):  # there is none, or it belongs to another context
-            state = llm.cache[self.tokens]
+            state = copy.copy(llm.cache[self.tokens])
+            state.memory = None  # the present one stays, and the text counts as written
             if n_common(state.input_ids[: state.n_tokens], self.tokens) > n_common(llm._text.tokens, self.tokens):
                 llm.load_state(state)
 

@@ -72,7 +72,6 @@ def library_folder() -> str:
 from llama_cpp import Llama, LlamaState  # noqa: E402, F401 - for .llama
 from llama_cpp._ctypes_extensions import ctypes_function_for_shared_library  # noqa: E402
 from llama_cpp._logger import llama_log_callback, logger  # noqa: E402
-from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402, F401 - for .llama
 from llama_cpp.llama_cpp import (  # noqa: E402
     llama_context_p,
     llama_context_p_ctypes,

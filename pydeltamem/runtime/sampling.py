@@ -38,7 +38,10 @@ class Guard:
         result: npt.NDArray[np.float32] = scores.copy()
         try:
             for processor in self.processors:
-                result[:] = processor(self.tokens(), result)
+                given = np.asarray(processor(self.tokens(), result))
+                if given.shape != result.shape:
+                    raise InputError(f"a logits processor returned an array of {given.shape}, not of {result.shape}")
+                result[:] = given
         except BaseException as error:
             self.error = error
             return scores
