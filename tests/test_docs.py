@@ -25,6 +25,7 @@ HEADER = ROOT / "native" / "llama_deltamem" / "llama-deltamem.h"
     "line",
     [
         "See [the notes](../../native/nothing.h).",
+        "See [the notes](../../README.md#nothing-that-is-there).",
         "See `native/nothing.h`.",
         "The test is `test_that_nobody_wrote`.",
         "Run `make nothing-at-all`.",
@@ -43,6 +44,7 @@ def test_a_page_that_names_what_does_not_exist(line):
     "line",
     [
         "See [the header](../../native/llama_deltamem/llama-deltamem.h) and [a site](https://example.org/nothing).",
+        "See [the figures](../../README.md#figures) and [what is not there](../../README.md#what-the-memory-is-not).",
         "See `native/llama_deltamem`.",
         "The test is `test_a_page_that_names_what_exists`.",
         "Run `make test`.",

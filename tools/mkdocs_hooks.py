@@ -1,7 +1,7 @@
 """What `make docs` adds to MkDocs: pages generated from the sources, and checks of what the pages name.
 
 Generates the pages of the command line, from the parser of each subcommand, and of the C API, from its header. In all
-pages and in the README files it checks links to files outside of docs/, paths, tests and make targets in `code`, and
+pages and in the README files it checks links out of docs/ and into it, paths, tests and make targets in `code`, and
 every `deltamem` command, which its parser must accept. A missing name is a warning, so `mkdocs build --strict` fails.
 """
 
@@ -32,7 +32,9 @@ DOCS = ROOT / "docs"
 HEADER = ROOT / "native" / "llama_deltamem" / "llama-deltamem.h"
 
 # pages outside of the site, read in place
-OUTSIDE = ("README.md", "CONTRIBUTING.md", "pydeltamem/models/README.md", "examples/tiny/README.md")
+OUTSIDE = (
+    "README.md", "CONTRIBUTING.md", "pydeltamem/models/README.md", "examples/tiny/README.md", "tests/golden/README.md",
+)  # fmt: skip
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
@@ -77,8 +79,12 @@ def problems(markdown: str, path: Path) -> Iterator[str]:
     for _, _, target in LINK.findall(prose):
         file = _file_of(target, path)
         # MkDocs itself checks links from page to page
-        if file is not None and (is_outside or DOCS not in file.parents) and not file.exists():
-            yield f"{target} does not exist"
+        if file is not None and (is_outside or DOCS not in file.parents):
+            heading = target.partition("#")[2]
+            if not file.exists():
+                yield f"{target} does not exist"
+            elif heading and heading not in headings(file):
+                yield f"{target}: the page has no such heading"
     for code in CODE.findall(prose):
         if PATH.fullmatch(code) and not (ROOT / code).exists():
             yield f"{code} does not exist"
@@ -96,9 +102,9 @@ def problems(markdown: str, path: Path) -> Iterator[str]:
 
 
 def _file_of(target: str, page: Path) -> Path | None:
-    """The file that a link of a page means; None for the web and for places in the same page."""
+    """The file that a link of a page means, which may be the page; None for the web."""
     name = target.partition("#")[0]
-    return None if not name or "://" in name else (page.parent / name).resolve()
+    return None if "://" in name else (page.parent / name).resolve() if name else page
 
 
 def _without_link(link: re.Match[str], page: Path) -> str:
@@ -109,6 +115,14 @@ def _without_link(link: re.Match[str], page: Path) -> str:
         return link[0]
     path = f"`{file.relative_to(ROOT).as_posix()}`"
     return path if text.strip("`") in path else f"{text} ({path})"
+
+
+@functools.cache
+def headings(file: Path) -> frozenset[str]:
+    """The headings of a page, as GitHub names them in links."""
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", LINK.sub(r"\2", text), re.MULTILINE)
+    return frozenset(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles)
 
 
 @functools.cache
