@@ -73,6 +73,7 @@ def test_chat(client):
     assert said(answer) and answer.choices[0].finish_reason in ("stop", "length")
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert [model.id for model in client().models.list()] == ["default.gguf"]
+    assert client().models.retrieve("default.gguf").id == "default.gguf"
 
 
 def test_a_stream(client):
@@ -239,17 +240,16 @@ def test_errors(client):
     assert info.value.status_code == 413
 
 
-def test_a_rate_limit_and_a_retry(tmp_path):
-    """The package waits as Retry-After says, and gives up after as many times as it was told."""
+def test_a_rate_limit(tmp_path):
     keys = tmp_path / "keys.txt"
     keys.write_text(ANNA)
     with process(tmp_path, "--api-key-file", keys, "--requests-per-minute", 2) as running:
-        with openai.OpenAI(base_url=f"{running.address}/v1", api_key=ANNA, max_retries=1) as one:
+        with openai.OpenAI(base_url=f"{running.address}/v1", api_key=ANNA, max_retries=0) as one:
             for _ in range(2):
                 one.models.list()
             with pytest.raises(openai.RateLimitError) as info:
                 one.models.list()
-        assert info.value.code == "rate_limited" and int(info.value.response.headers["retry-after"]) >= 1
+        assert info.value.code == "rate_limited" and int(info.value.response.headers["retry-after"]) > 1
 
 
 #
@@ -482,6 +482,31 @@ def test_an_answer_that_is_not_kept(keeping, client):
     with pytest.raises(openai.NotFoundError) as raised:
         one.responses.create(input=QUESTION, previous_response_id=answer.id, **SHORT)
     check_names(raised.value.body["message"], ["previous_response_id", answer.id, "--keep-messages"])
+
+
+def test_log_probabilities_of_an_answer(client):
+    """Those of the same chat, in the answer, and in the events of a stream, which have names."""
+    one, include = client(), ["message.output_text.logprobs"]
+    chat = one.chat.completions.create(messages=HELLO, logprobs=True, top_logprobs=2, **GREEDY)
+    expected = [(e.token, [top.token for top in e.top_logprobs]) for e in chat.choices[0].logprobs.content]
+    answer = one.responses.create(input=HELLO, include=include, top_logprobs=2, metadata={"a": "b"}, **SHORT)
+
+    def listed(entries):
+        return [(entry.token, [top.token for top in entry.top_logprobs]) for entry in entries]
+
+    assert listed(answer.output[0].content[0].logprobs) == expected
+    assert answer.top_logprobs == 2 and answer.metadata == {"a": "b"}
+    events = list(one.responses.create(input=HELLO, include=include, top_logprobs=2, stream=True, **SHORT))
+    deltas = [entry for event in events if event.type.endswith("delta") for entry in event.logprobs]
+    assert listed(deltas) == listed(events[-4].logprobs) == expected
+    assert listed(events[-1].response.output[0].content[0].logprobs) == expected
+    assert one.responses.create(input=HELLO, **SHORT).output[0].content[0].logprobs == []
+    with one.responses.with_streaming_response.create(input=HELLO, stream=True, **SHORT) as response:
+        lines = [line for line in response.iter_lines() if line.startswith("event: ")]
+    assert lines[0] == "event: response.created" and lines[-1] in (
+        "event: response.completed",
+        "event: response.incomplete",
+    )
 
 
 def test_an_answer_of_a_session(client):

@@ -6,23 +6,25 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
-from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Message, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Send
 
 from ..errors import (
     AdapterError,
@@ -32,6 +34,7 @@ from ..errors import (
     MemoryFileError,
     ModelError,
     NotFiniteError,
+    shown,
 )
 from ..formats.memory_file import MemorySnapshot
 from .embeddings import Embedder
@@ -39,7 +42,7 @@ from .history import checked_messages
 from .keys import Keys
 from .logs import log, request_id
 from .metrics import Metrics
-from .openai import Chat, Completion, field_of, options_of, to_json
+from .openai import Chat, Completion, field_of, flag, to_json
 from .responses import Reply
 from .service import (
     Answer,
@@ -98,7 +101,13 @@ class BodyTooLarge(DeltaMemError):
 
 
 class RateLimited(DeltaMemError):
-    """A key has sent too many requests."""
+    """A key has sent too many requests.
+
+    Attributes:
+        seconds: until it may send another.
+    """
+
+    seconds = 1
 
 
 _MAX_DEPTH = 200  # of a body
@@ -195,7 +204,7 @@ class Server:
 
     def owner(self, request: Request) -> str:
         """Who asks. Raises HTTPException 401 without a key, RateLimited."""
-        owner = self.settings.keys.owner(request.headers.get("authorization"))
+        owner = self.settings.keys.owner(_header(request, "authorization"))
         if owner is None:
             raise HTTPException(401, "this server needs an API key: send Authorization: Bearer KEY")
         self.count(owner)
@@ -204,8 +213,10 @@ class Server:
     def count(self, owner: str) -> None:
         """Counts a request. Raises RateLimited."""
         n = self.settings.per_minute
-        if n and not self._limiter.hit(RateLimitItemPerMinute(n), owner):
-            raise RateLimited(f"more than {n} requests in a minute: try again later")
+        if n and not self._limiter.hit(limit := RateLimitItemPerMinute(n), owner):
+            error = RateLimited(f"more than {n} requests in a minute: try again later")
+            error.seconds = max(1, math.ceil(self._limiter.get_window_stats(limit, owner).reset_time - time.time()))
+            raise error
 
     async def life(self) -> str:
         """ "ok" if a token can be decoded, otherwise what is wrong."""
@@ -245,14 +256,18 @@ def application(settings: Settings) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
-    if settings.origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
-        )
     app.add_middleware(_BodyLimit, n_max=settings.max_body)
     if settings.is_private:
         app.add_middleware(_Private, origins=settings.origins)
     app.add_middleware(_Logged, server=server)
+    if settings.origins:  # around all others, whose errors a page is to read too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-Id"],
+        )
     app.include_router(_watching(server))
     app.include_router(_answering(server))
     app.include_router(_answering(server), prefix="/sessions/{session}")
@@ -273,7 +288,7 @@ def application(settings: Settings) -> FastAPI:
 def _watching(server: Server) -> APIRouter:
     router, settings = APIRouter(), server.settings
 
-    @router.get("/health")
+    @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """Whether requests are to come here."""
         status = await server.life()
@@ -283,7 +298,7 @@ def _watching(server: Server) -> APIRouter:
             status = "store unavailable"
         return _health(server, status)
 
-    @router.get("/health/live")
+    @router.api_route("/health/live", methods=["GET", "HEAD"])
     async def live() -> Response:
         """Whether it lives: a new process would do no better without the database, or without an RPC server."""
         if server.lost is not None:
@@ -296,19 +311,28 @@ def _watching(server: Server) -> APIRouter:
         text = await server.metrics.scraped()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    entry = {
+        "id": settings.model,
+        "object": "model",
+        "created": 0,
+        "owned_by": "deltamem",
+        "base": settings.base,
+        "adapter": settings.adapter or None,
+    }
+
     @router.get("/v1/models")
     @router.get("/sessions/{session}/v1/models")
     async def models(request: Request) -> Any:
         server.owner(request)
-        entry = {
-            "id": settings.model,
-            "object": "model",
-            "created": 0,
-            "owned_by": "deltamem",
-            "base": settings.base,
-            "adapter": settings.adapter or None,
-        }
         return {"object": "list", "data": [entry]}
+
+    @router.get("/v1/models/{id:path}")
+    @router.get("/sessions/{session}/v1/models/{id:path}")
+    async def model(request: Request, id: str) -> Any:
+        server.owner(request)
+        if id != settings.model:
+            raise HTTPException(404, f"there is no model {shown(id)}: the one here is {settings.model}")
+        return entry
 
     return router
 
@@ -321,12 +345,12 @@ def _health(server: Server, status: str) -> Response:
 
 
 def _answering(server: Server) -> APIRouter:
-    router = APIRouter()
+    router, settings = APIRouter(), server.settings
 
     @router.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         owner, body = server.owner(request), await _body(request)
-        asked = Chat(body, server.settings.model)
+        asked = await asyncio.to_thread(Chat, body, settings.model)  # a schema takes its time
         session, write = _session(request, body)
         answer = server.service.chat(asked.messages, session=session, owner=owner, write=write, **asked.options)
         return await _respond(server, request, asked, answer)
@@ -334,7 +358,7 @@ def _answering(server: Server) -> APIRouter:
     @router.post("/v1/responses")
     async def responses(request: Request) -> Response:
         owner, body = server.owner(request), await _body(request)
-        asked = Reply(body, server.settings.model)
+        asked = await asyncio.to_thread(Reply, body, settings.model)
         session, write = _session(request, body)
         answer = await asked.answer(server.service, session, owner, write)
         return await _respond(server, request, asked, answer)
@@ -348,7 +372,7 @@ def _answering(server: Server) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         owner, body = server.owner(request), await _body(request)
-        asked = Completion(body, server.settings.model)
+        asked = Completion(body, settings.model)
         session, write = _session(request, body)
         answer = server.service.complete(asked.prompt, session=session, owner=owner, write=write, **asked.options)
         return await _respond(server, request, asked, answer)
@@ -359,7 +383,14 @@ def _answering(server: Server) -> APIRouter:
         server.service  # noqa: B018 - raises while loading
         assert server.embedder is not None  # loaded with the service
         session, _ = _session(request, body)
-        return await server.embedder.embeddings(body, server.settings.model, session, owner)
+        embedding = asyncio.create_task(server.embedder.embeddings(body, settings.model, session, owner))
+        try:
+            await _ended_or_gone(request, embedding)
+            if not embedding.done():
+                raise ClientDisconnect
+            return embedding.result()
+        finally:
+            embedding.cancel()
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Any:
@@ -371,10 +402,10 @@ def _answering(server: Server) -> APIRouter:
         tokens = await asyncio.to_thread(
             llm.tokenize,
             text.encode("utf-8", "surrogatepass"),
-            add_bos=bool(body.get("add_special")),
-            special=bool(field_of(body, "parse_special", True)),
+            add_bos=flag(body, "add_special"),
+            special=flag(body, "parse_special", default=True),
         )
-        if body.get("with_pieces"):
+        if flag(body, "with_pieces"):
             return {"tokens": [{"id": token, "piece": _piece(llm, token)} for token in tokens]}
         return {"tokens": tokens}
 
@@ -382,7 +413,7 @@ def _answering(server: Server) -> APIRouter:
     async def detokenize(request: Request) -> Any:
         server.owner(request)
         body, llm = await _body(request), server.service.llm
-        tokens = llm._checked_tokens(body.get("tokens") or ()).tolist()
+        tokens = llm._checked_tokens(field_of(body, "tokens", ())).tolist()
         data = await asyncio.to_thread(llm.detokenize, tokens, special=True)
         return {"content": data.decode(errors="replace")}
 
@@ -390,11 +421,13 @@ def _answering(server: Server) -> APIRouter:
     async def apply_template(request: Request) -> Any:
         server.owner(request)
         body, service = await _body(request), server.service
-        messages = checked_messages(body.get("messages"))
-        options = {"tools": body.get("tools"), **options_of(body)}
-        prompt = await asyncio.to_thread(lambda: service._rendered(messages, options).prompt)
-        data = await asyncio.to_thread(service.llm.detokenize, list(prompt), special=True)
-        return {"prompt": data.decode(errors="replace")}
+
+        def prompt() -> str:
+            asked = Chat(body, settings.model)
+            tokens = service._rendered(checked_messages(asked.messages), asked.options).prompt
+            return service.llm.detokenize(list(tokens), special=True).decode(errors="replace")
+
+        return {"prompt": await asyncio.to_thread(prompt)}
 
     return router
 
@@ -480,12 +513,7 @@ async def _respond(server: Server, request: Request, asked: Chat | Completion | 
         answer.to_message = asked.message
     if asked.stream:
         await answer.start()  # what is wrong with the request has a status of its own
-        return _EventStream(
-            _events(server, asked, answer),
-            ping=server.settings.heartbeat,
-            sep="\n",
-            shutdown_grace_period=GRACE + LAST,
-        )
+        return _EventStream(_events(server, asked, answer), server.settings.heartbeat)
     scored: list[Any] = []
 
     async def read() -> None:
@@ -493,31 +521,64 @@ async def _respond(server: Server, request: Request, asked: Chat | Completion | 
             scored.extend(piece.scored)
 
     answer.streams = "n_top" in asked.options
-    reading, gone = asyncio.create_task(read()), asyncio.create_task(_gone(request))
+    reading = asyncio.create_task(read())
     try:
-        await asyncio.wait([reading, gone], return_when=asyncio.FIRST_COMPLETED)
+        await _ended_or_gone(request, reading)
         if not reading.done():
             answer.cancel()
         await reading
     finally:
-        gone.cancel()
         if not reading.done():
             answer.cancel()
     server.metrics.answered(answer)
     return JSONResponse(asked.whole(answer, scored))
 
 
-async def _gone(request: Request) -> None:
-    """Returns when the client has gone away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def _ended_or_gone(request: Request, task: asyncio.Task[Any]) -> None:
+    """Returns when a task has ended, or the client has gone away."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    gone = asyncio.create_task(left())
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
 
 
-class _EventStream(EventSourceResponse):
-    """Events without a timeout of their own, whose scope costs more than to send one."""
+class _EventStream(StreamingResponse):
+    """Server-sent events, and a comment now and then, so that nobody between takes a silent connection for a dead one.
 
-    async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        await send(message)
+    Args:
+        events: they are closed as soon as the client has gone away.
+        heartbeat: seconds between comments.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], heartbeat: float) -> None:
+        # nginx passes on what comes, and nobody keeps it
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self.heartbeat = heartbeat
+
+    async def stream_response(self, send: Send) -> None:
+        """As Starlette's, which calls it."""
+
+        async def beat() -> None:
+            while True:
+                await asyncio.sleep(self.heartbeat)
+                await send({"type": "http.response.body", "body": b": there\n\n", "more_body": True})
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        beating = asyncio.create_task(beat())
+        try:
+            async with contextlib.aclosing(self.body_iterator) as events:  # type: ignore[type-var]
+                async for event in events:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        finally:
+            beating.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _events(server: Server, asked: Chat | Completion | Reply, answer: Answer) -> AsyncIterator[bytes]:
@@ -525,7 +586,7 @@ async def _events(server: Server, asked: Chat | Completion | Reply, answer: Answ
     try:
         async with contextlib.aclosing(pieces):  # type: ignore[type-var]
             async for chunk in asked.chunks(answer, pieces):
-                yield _event(chunk)
+                yield _event(chunk, asked.name_of(chunk) if isinstance(asked, Reply) else "")
     except DeltaMemError as error:
         log.warning("a stream ends with an error: %s", error)
         server.metrics.errors.labels(_status(error)[2]).inc()
@@ -535,15 +596,16 @@ async def _events(server: Server, asked: Chat | Completion | Reply, answer: Answ
     yield _event("[DONE]")
 
 
-def _event(line: str) -> bytes:
+def _event(line: str, name: str = "") -> bytes:
     """A server-sent event. JSON has no line breaks, so nothing has to look for them."""
-    return b"data: %s\n\n" % line.encode()
+    data = b"data: %s\n\n" % line.encode()
+    return b"event: %s\n%s" % (name.encode(), data) if name else data
 
 
 async def _body(request: Request) -> dict[str, Any]:
     try:
         data = await request.body()
-        body = json.loads(data)
+        body = json.loads(data, parse_constant=_no_number)
     except ValueError as error:
         raise InputError(f"the body is no JSON: {error}") from None
     except RecursionError:
@@ -553,6 +615,10 @@ async def _body(request: Request) -> dict[str, Any]:
     if data.count(b"[") + data.count(b"{") > _MAX_DEPTH:  # otherwise it cannot be
         _check_depth(body)
     return body
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _check_depth(body: Any) -> None:
@@ -572,11 +638,17 @@ def _session(request: Request, body: Mapping[str, Any]) -> tuple[str | None, boo
     if memory is not None and not isinstance(memory, Mapping):
         raise InputError('memory is {"session": id, "write": true or false}')
     memory = memory or {}
-    session = request.path_params.get("session") or request.headers.get("x-memory-session") or memory.get("session")
+    session = request.path_params.get("session") or _header(request, "x-memory-session") or memory.get("session")
     write = field_of(memory, "write", True)
     if not isinstance(write, bool):
-        raise InputError(f"memory.write is true or false, not {write!r}")
+        raise InputError(f"memory.write is true or false, not {shown(repr(write))}")
     return (None if session is None else checked_name(session)), write
+
+
+def _header(request: Request, name: str) -> str | None:
+    """A header in UTF-8, as clients send it. Starlette takes its bytes for Latin-1."""
+    value = request.headers.get(name)
+    return None if value is None else value.encode("latin-1").decode("utf-8", "surrogateescape")
 
 
 def _piece(llm: Any, token: int) -> Any:
@@ -621,10 +693,14 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         log.error("an error of the server", exc_info=error)
     elif status >= 500:
         log.error("%s", error)
-    headers = {"Retry-After": "1"} if status in (429, 503) else {}
+    body, headers = _error_body(error), dict(getattr(error, "headers", None) or {})  # which methods there are
+    if isinstance(error, HTTPException) and error.detail == HTTPStatus(status).phrase:  # the router's own
+        body["error"]["message"] = f"{request.method} {shown(request.url.path)}: there is no such endpoint"
+    if status in (429, 503):
+        headers["Retry-After"] = str(getattr(error, "seconds", 1))
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(_error_body(error), status, headers)
+    return JSONResponse(body, status, headers)
 
 
 async def _refuse(error: Exception, scope: Any, receive: Any, send: Any) -> None:
@@ -656,6 +732,8 @@ class _Logged:
 
         try:
             await self.app(scope, receive, answer)
+        except ClientDisconnect:  # before its body was whole
+            status = 499  # as nginx counts it
         except Exception as error:
             if status:  # the answer has begun
                 raise

@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import threading
+import concurrent.futures
 from collections.abc import Mapping
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..llama import DeltaMemLlama
 from .openai import field_of
-from .service import AsyncDeltaMem
+from .service import AsyncDeltaMem, PromptTooLong, QueueFull
 
 
 class Embedder:
-    """Vectors of texts, each with the memory of a session or an empty one. Nothing is written."""
+    """Vectors of texts, each with the memory of a session or an empty one. Nothing is written.
+
+    One request is embedded at a time, in a thread of its own: those that wait hold no thread that answers need.
+
+    Attributes:
+        n_asked: requests that wait, and the one that is embedded.
+    """
 
     def __init__(self, service: AsyncDeltaMem) -> None:
         self._service = service
-        self._lock = threading.Lock()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "deltamem-embed")
+        self.n_asked = 0
         self._llm: DeltaMemLlama | None = None
 
     def close(self) -> None:
-        with self._lock:
-            if self._llm is not None:
-                self._llm.close()
+        self._thread.shutdown(cancel_futures=True)
+        if self._llm is not None:
+            self._llm.close()
 
     async def embeddings(self, body: Mapping[str, Any], model: str, session: str | None, owner: str) -> dict[str, Any]:
-        """As OpenAI's endpoint. Raises InputError."""
+        """As OpenAI's endpoint. Raises InputError, QueueFull. One that is cancelled while it waits is not embedded."""
         texts = body.get("input")
         if isinstance(texts, str):
             texts = [texts]
@@ -39,9 +46,15 @@ class Embedder:
             raise InputError("input is a text, or a list of texts, none of them empty")
         encoding = field_of(body, "encoding_format", "float")
         if encoding not in ("float", "base64"):
-            raise InputError(f'encoding_format is "float" or "base64", not {encoding!r}')
+            raise InputError(f'encoding_format is "float" or "base64", not {shown(repr(encoding))}')
         state = None if session is None else (await self._service.snapshot(session, owner)).state
-        vectors, n = await asyncio.to_thread(self._embed, texts, state)
+        if self.n_asked > self._service.worker.n_queue:
+            raise QueueFull(f"{self.n_asked} requests of embeddings wait already: try again later")
+        self.n_asked += 1
+        try:
+            vectors, n = await asyncio.get_running_loop().run_in_executor(self._thread, self._embed, texts, state)
+        finally:
+            self.n_asked -= 1
         data = [
             {"object": "embedding", "index": i, "embedding": _encoded(vector, encoding)}
             for i, vector in enumerate(vectors)
@@ -49,17 +62,20 @@ class Embedder:
         return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": n, "total_tokens": n}}
 
     def _embed(self, texts: list[str], state: Any) -> tuple[Any, int]:
-        with self._lock:
-            if self._llm is None:
-                self._llm = self._load()
-            llm = self._llm
-            if llm.memory.attached:
-                if state is None:
-                    llm.memory.reset()
-                else:
-                    llm.memory.state = state
-            vectors, n = llm.embed(texts, normalize=True, truncate=False, return_count=True)
-            return vectors, n
+        if self._llm is None:
+            self._llm = self._load()
+        llm = self._llm
+        for i, text in enumerate(texts):
+            n, n_ctx = len(llm.tokenize(text.encode("utf-8", "surrogatepass"))), llm.n_ctx()
+            if n > n_ctx:
+                raise PromptTooLong(f"input: text {i} has {n} tokens, the context holds {n_ctx}: send parts of it")
+        if llm.memory.attached:
+            if state is None:
+                llm.memory.reset()
+            else:
+                llm.memory.state = state
+        vectors, n = llm.embed(texts, normalize=True, truncate=False, return_count=True)
+        return vectors, n
 
     def _load(self) -> DeltaMemLlama:
         other = self._service.llm

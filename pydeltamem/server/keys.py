@@ -25,12 +25,13 @@ class Keys:
         if path is None:
             return
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{os.fspath(path)}: the keys cannot be read: {getattr(error, 'strerror', error)}"
             ) from error
-        self._digests = [_digest(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+        stripped = map(str.strip, lines)
+        self._digests = [_digest(line) for line in stripped if line and not line.startswith("#")]
         if not self._digests:
             raise InputError(f"{os.fspath(path)}: holds no key: write one a line")
 

@@ -22,7 +22,7 @@ def set_up(level: str = "info") -> None:
     others = "info" if level == "debug" else level
     logging.basicConfig(level=others.upper(), handlers=[handler], force=True)
     logging.getLogger("pydeltamem").setLevel(level.upper())
-    for name in ("uvicorn.access", "sse_starlette", "httpx", "httpcore"):
+    for name in ("uvicorn.access", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)  # the line of a request is ours
     logging.getLogger("pydeltamem.llama_cpp").setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
     logging.getLogger("uvicorn.error").addFilter(_without_websockets)

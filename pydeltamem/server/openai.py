@@ -30,7 +30,7 @@ def options_of(body: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name in ("n", "best_of"):
         if body.get(name) not in (None, 1):
-            raise InputError(f"{name}: one answer a request, not {body[name]!r}")
+            raise InputError(f"{name}: one answer a request, not {shown(repr(body[name]))}")
     options = {name: body[name] for name in _OPTIONS if body.get(name) is not None}
     if body.get("max_completion_tokens") is not None:
         options["max_tokens"] = checked_whole("max_completion_tokens", body["max_completion_tokens"], -1)
@@ -63,6 +63,8 @@ class Chat:
         self._set_tools(body)
         if self.forced is None and not self._as_json:
             self.options.update(format_options("response_format", body.get("response_format")))
+        if self.forced is not None or "response_format" in self.options:
+            refuse_grammar(self.options)
 
     def _set_tools(self, body: Mapping[str, Any]) -> None:
         tools, choice, name_tools, name_choice = body.get("tools"), body.get("tool_choice"), "tools", "tool_choice"
@@ -204,19 +206,7 @@ class Chat:
     def _logprobs(self, scored: Sequence[Any]) -> Any:
         if not self.logprobs:
             return None
-        n_top = self.options["n_top"]
-
-        def entry(token: str, logprob: float) -> dict[str, Any]:
-            return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "replace"))}
-
-        return {
-            "content": [
-                {**entry(each.token, each.logprob),
-                 "top_logprobs": [entry(*top) for top in list(each.top.items())[:n_top]]}
-                for each in scored
-            ],
-            "refusal": None,
-        }  # fmt: skip
+        return {"content": likelihoods(scored, self.options["n_top"]), "refusal": None}
 
 
 class Completion:
@@ -296,6 +286,21 @@ class _Template:
         return f"{self._before}{to_json(text)}{self._after}"
 
 
+def likelihoods(scored: Sequence[Any], n_top: int) -> list[dict[str, Any]]:
+    """Log probabilities of tokens, each with the likeliest in its place."""
+
+    def entry(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "replace"))}
+
+    return [
+        {
+            **entry(each.token, each.logprob),
+            "top_logprobs": [entry(*top) for top in list(each.top.items())[:n_top]],
+        }
+        for each in scored
+    ]
+
+
 def usage(answer: Answer) -> dict[str, Any]:
     n_prompt, n = answer.n_prompt, answer.n_generated
     cached = {"cached_tokens": answer.n_cached}
@@ -335,14 +340,20 @@ def format_options(name: str, wanted: Any) -> dict[str, Any]:
         given = wanted.get("json_schema", wanted)  # /v1/responses has no object of its own for it
         schema = _checked_schema(name, given.get("schema") if isinstance(given, Mapping) else None)
         return {"response_format": {"type": "json_object", "schema": schema}}
-    raise InputError(f'{name}: type is "text", "json_object" or "json_schema", not {kind!r}')
+    raise InputError(f'{name}: type is "text", "json_object" or "json_schema", not {shown(repr(kind))}')
+
+
+def refuse_grammar(options: Mapping[str, Any]) -> None:
+    """Raises InputError if an answer that is held to a schema was to follow a grammar too."""
+    if options.get("grammar"):
+        raise InputError("grammar: the answer is held to a JSON schema already: send one of them")
 
 
 def _checked_schema(name: str, schema: Any) -> dict[str, Any]:
     """A JSON schema that answers can be held to: llama_cpp would drop any other without a word."""
     try:
         if not isinstance(schema, dict):
-            raise ValueError(f"it is an object, not {schema!r}")
+            raise ValueError(f"it is an object, not {shown(repr(schema))}")
         if _n_repeated(schema) > _MAX_REPEATED:
             raise ValueError(f"it repeats more than {_MAX_REPEATED:,} times")
         LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
@@ -372,11 +383,11 @@ def field_of(body: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise InputError(f"{name} is true or false, not {value!r}")
-    return bool(value)
+def flag(body: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
+    value = field_of(body, name, default)
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is true or false, not {shown(repr(value))}")
+    return value
 
 
 def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:

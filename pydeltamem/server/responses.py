@@ -15,11 +15,12 @@ from typing import Any
 
 from ..errors import InputError, shown
 from . import history
-from .openai import flag, format_options, memory, options_of, to_json
-from .service import Answer, AsyncDeltaMem, Piece, SessionUnknown
+from .openai import flag, format_options, likelihoods, memory, options_of, refuse_grammar, to_json
+from .service import Answer, AsyncDeltaMem, Piece, SessionUnknown, checked_n_top
 from .store import Record
 
 _PREFIX = "resp_"
+_LOGPROBS = "message.output_text.logprobs"  # of `include`
 _REFUSED = ("tools", "conversation", "background", "prompt")
 
 
@@ -40,23 +41,35 @@ class Reply:
         self.messages = _messages(body.get("input"))
         self.instructions = body.get("instructions")
         if self.instructions is not None and not isinstance(self.instructions, str):
-            raise InputError(f"instructions is a text, not {self.instructions!r}")
+            raise InputError(f"instructions is a text, not {shown(repr(self.instructions))}")
         self.previous = body.get("previous_response_id")
         if self.previous is not None:
             self.checked_id(self.previous)
         self.max_tokens = n = body.get("max_output_tokens")
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise InputError(f"max_output_tokens is a whole number from 1 on, not {n!r}")
+            raise InputError(f"max_output_tokens is a whole number from 1 on, not {shown(repr(n))}")
         self.options = options_of({**body, "max_completion_tokens": self.max_tokens})
         text = body.get("text") or {}
         if not isinstance(text, Mapping):
             raise InputError('text is {"format": {"type": …}}')
         self.format = text.get("format") or {"type": "text"}
         self.options.update(format_options("text.format", self.format))
-        try:
-            json.dumps(self.format, ensure_ascii=False, allow_nan=False).encode()  # the answer repeats it
-        except ValueError as error:
-            raise InputError(f"text.format: cannot be written as JSON: {shown(error)}") from None
+        if "response_format" in self.options:
+            refuse_grammar(self.options)
+        self.metadata = body.get("metadata") or {}
+        if not isinstance(self.metadata, Mapping):
+            raise InputError(f"metadata is an object, not {shown(repr(self.metadata))}")
+        for name, repeated in (("text.format", self.format), ("metadata", self.metadata)):  # by the answer
+            try:
+                json.dumps(repeated, ensure_ascii=False, allow_nan=False).encode()
+            except ValueError as error:
+                raise InputError(f"{name}: cannot be written as JSON: {shown(error)}") from None
+        include = body.get("include") or []
+        if not isinstance(include, list):
+            raise InputError(f"include is a list of texts, not {shown(repr(include))}")
+        self.n_top = checked_n_top("top_logprobs", body.get("top_logprobs")) or 0
+        if _LOGPROBS in include:
+            self.options["n_top"] = self.n_top
         self.stream = flag(body, "stream")
         self.keeps = body.get("store") is None or flag(body, "store")
 
@@ -98,9 +111,9 @@ class Reply:
     # the answer
     #
 
-    def whole(self, answer: Answer, scored: Sequence[Any] = ()) -> dict[str, Any]:
+    def whole(self, answer: Answer, scored: Sequence[Any]) -> dict[str, Any]:
         """The response."""
-        return self._response(_status(answer), answer)
+        return self._response(_status(answer), answer, scored)
 
     async def chunks(self, answer: Answer, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
         """The events of a stream, as JSON; the last one comes once the turn is committed."""
@@ -114,20 +127,36 @@ class Reply:
         yield event("created", response=self._response("in_progress"))
         yield event("in_progress", response=self._response("in_progress"))
         yield event("output_item.added", **item, item=self._message("in_progress"))
-        yield event("content_part.added", **part, part=_text(""))
+        yield event("content_part.added", **part, part=self._text(""))
+        scored: list[Any] = []
+        n_sent = 0  # of them
         async for piece in pieces:
-            yield event("output_text.delta", **part, delta=piece.text, logprobs=[])
-        status = _status(answer)
-        yield event("output_text.done", **part, text=answer.content, logprobs=[])
-        yield event("content_part.done", **part, part=_text(answer.content))
-        yield event("output_item.done", **item, item=self._message(status, answer.content))
-        yield event(status, response=self._response(status, answer))
+            scored += piece.scored
+            if piece.text:  # not of half a character
+                yield event("output_text.delta", **part, delta=piece.text, logprobs=self._logprobs(scored[n_sent:]))
+                n_sent = len(scored)
+        status, content = _status(answer), answer.content
+        yield event("output_text.done", **part, text=content, logprobs=self._logprobs(scored))
+        yield event("content_part.done", **part, part=self._text(content, scored))
+        yield event("output_item.done", **item, item=self._message(status, content, scored))
+        yield event(status, response=self._response(status, answer, scored))
 
-    def _message(self, status: str, content: str | None = None) -> dict[str, Any]:
-        parts = [] if content is None else [_text(content)]
+    @staticmethod
+    def name_of(event: str) -> str:
+        """What kind of event JSON of `chunks` is: it begins with that."""
+        return event[len('{"type":"') : event.index('",')]
+
+    def _logprobs(self, scored: Sequence[Any]) -> list[dict[str, Any]]:
+        return likelihoods(scored, self.n_top)
+
+    def _text(self, text: str, scored: Sequence[Any] = ()) -> dict[str, Any]:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs(scored)}
+
+    def _message(self, status: str, content: str | None = None, scored: Sequence[Any] = ()) -> dict[str, Any]:
+        parts = [] if content is None else [self._text(content, scored)]
         return {"id": self.message_id, "type": "message", "status": status, "role": "assistant", "content": parts}
 
-    def _response(self, status: str, answer: Answer | None = None) -> dict[str, Any]:
+    def _response(self, status: str, answer: Answer | None = None, scored: Sequence[Any] = ()) -> dict[str, Any]:
         """The response as it is now; with the answer once that is complete."""
         response = {
             "id": self.id,
@@ -138,9 +167,9 @@ class Reply:
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": self.instructions,
             "max_output_tokens": self.max_tokens,
-            "metadata": {},
+            "metadata": dict(self.metadata),
             "model": self.model,
-            "output": [] if answer is None else [self._message(status, answer.content)],
+            "output": [] if answer is None else [self._message(status, answer.content, scored)],
             "parallel_tool_calls": False,
             "previous_response_id": self.previous,
             "store": self.keeps and (answer is None or answer.counts),
@@ -148,6 +177,7 @@ class Reply:
             "text": {"format": dict(self.format)},
             "tool_choice": "none",
             "tools": [],
+            "top_logprobs": self.n_top,
             "top_p": self.options.get("top_p"),
             "truncation": "disabled",
             "usage": None if answer is None else _usage(answer),
@@ -157,10 +187,6 @@ class Reply:
 
 def _status(answer: Answer) -> str:
     return "incomplete" if answer.finish_reason == "length" else "completed"
-
-
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def _usage(answer: Answer) -> dict[str, Any]:
@@ -197,7 +223,7 @@ def _messages(given: Any) -> list[dict[str, Any]]:
     for item in given:
         kind = item.get("type", "message") if isinstance(item, Mapping) else None
         if kind != "message":
-            raise InputError(f"input: an item is a message, not {kind!r}")
+            raise InputError(f"input: an item is a message, not {shown(repr(kind))}")
         content = item.get("content")
         if isinstance(content, list):
             content = [_part(part) for part in content]
@@ -208,5 +234,5 @@ def _messages(given: Any) -> list[dict[str, Any]]:
 def _part(part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in ("input_text", "output_text") or not isinstance(part.get("text"), str):
-        raise InputError(f"input: this model reads text only, not {kind!r}")
+        raise InputError(f"input: this model reads text only, not {shown(repr(kind))}")
     return {"type": "text", "text": part["text"]}
