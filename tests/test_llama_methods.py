@@ -153,6 +153,15 @@ def test_what_was_read(make_llm, logits_all):
     assert not llm.eval_tokens and not llm.eval_logits and llm.n_tokens == 0
 
 
+@pytest.mark.parametrize("verbose", [False, True])
+def test_how_long_it_took_is_printed(make_llm, capfd, verbose):
+    llm = make_llm(verbose=verbose)
+    for _ in range(2):
+        capfd.readouterr()
+        llm.create_completion("hello", max_tokens=3)
+        assert ("tokens per second" in capfd.readouterr().err) == verbose
+
+
 def test_call_is_create_completion(llm):
     options = dict(max_tokens=5, temperature=0)
     answers = []

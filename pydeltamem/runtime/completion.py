@@ -182,6 +182,8 @@ class Completion:
         llm.set_seed(random.Random(llm._seed).randint(0, 2**32) if self.seed is None else self.seed)
         text = Assembler(self._vocab, self.stop, errors="ignore")
         waiting: list[Scored] = []
+        if llm.verbose:
+            llm._ctx.reset_timings()
         tokens = llm.generate(self.tokens, **self.sampling)
         try:
             token = next(tokens, None)
@@ -208,6 +210,8 @@ class Completion:
                 self.finish_reason = "stop"
         finally:
             tokens.close()
+        if llm.verbose:
+            llm._ctx.print_timings()
         rest = text.finish() + self._appended
         if rest or waiting:
             yield rest, waiting
