@@ -101,7 +101,7 @@ class Conversation:
     def memory(self) -> Memory:
         """The memory of this conversation, as `llm.memory`.
 
-        Its `rollback` ends an open reply and takes text and memory back, but not `messages`: the next turn reads and
+        Its `rollback` ends an open reply and takes text and memory back, but not `messages`: the next turn decodes and
         writes again what they still say. `undo` and `edit` take turns back.
         """
         return Memory(self.llm, self._text, self._end_reply)
@@ -119,7 +119,7 @@ class Conversation:
     def say(self, content: str, **options: Any) -> str:
         """One turn: says `content` and returns the reply, without spaces at its beginning; `messages` has them.
 
-        Options: `n_predict` (tokens at most; 0: only read; -1 or None: until the reply ends), `stop` (a string, or
+        Options: `n_predict` (tokens at most; 0: only decode it; -1 or None: until the reply ends), `stop` (a string, or
         several), `seed`, and sampling as `Llama.generate` (temp, top_k, …); `grammar` may be text. `max_tokens` and
         `temperature` mean the same as for `create_completion`. Raises InputError if an option is unknown or the turn
         does not fit in the context, MemoryFileError if the memory cannot be saved.
@@ -176,7 +176,7 @@ class Conversation:
 
     @holding("_text.turn")
     def add(self, role: str, content: str) -> None:
-        """Reads a message without replying: "user", "assistant" or "system". Raises InputError if it does not fit."""
+        """Decodes a message without replying: "user", "assistant" or "system". Raises InputError if it does not fit."""
         self._ready()
         self.messages.append({"role": role, "content": _checked_content(content)})
         try:
@@ -344,7 +344,7 @@ class Conversation:
         n = min(n_common(text.tokens, tokens), len(tokens) - 1)
         position = text.position
         if n < min(position.n_tokens, position.n):
-            # an ingest in segments is read as a whole, except for what the memory cannot take back
+            # an ingest in segments is decoded as a whole, except for what the memory cannot take back
             n = max(position.ingest(n), min(n, position.floor))
         text.n_tokens = n
         return list(tokens[n:])

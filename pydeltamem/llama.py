@@ -62,7 +62,7 @@ _COMPLETE = inspect.signature(Llama.create_completion)
 class DeltaMemLlama(Llama):
     """A llama.cpp model whose attention is corrected by a memory that learns as it reads.
 
-    Everything of `llama_cpp.Llama` works: completion, chat, grammars, streaming, LoRA, embeddings.
+    What `llama_cpp.Llama` does works: completion, chat, grammars, streaming, LoRA, embeddings; but not images.
 
         with DeltaMemLlama(model_path="base.gguf", deltamem_path="adapter.gguf") as llm:
             llm.create_completion("...")

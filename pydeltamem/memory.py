@@ -146,7 +146,7 @@ class Memory:
 
     @property
     def checkpoints(self) -> list[int]:
-        """The positions of the checkpoints, in tokens: the memory can go back to them without reading again."""
+        """The positions of the checkpoints, in tokens: the memory can go back to them without decoding again."""
         return self._text.position.checkpoints.positions
 
     @holding("_text.turn")
@@ -162,11 +162,11 @@ class Memory:
 
     @holding("_text.turn")
     def rehearse(self) -> None:
-        """Reads the text once more, from its beginning: each token that wrote writes a second time.
+        """Decodes the text once more from its beginning: each token that wrote writes a second time.
 
         For the moment before the text goes (`DeltaMemLlama.reset`, `Conversation.clear`): more of it is recalled then.
-        It takes as long as reading the text took. The text stays; the memory cannot go back to before the
-        second reading. What did not write, because `write` was off, does not write now.
+        It takes as long as decoding the text took. The text stays; the memory cannot go back to before the second
+        writes. What did not write, because `write` was off, does not write now.
         """
         self._require_memory()
         self._end_reply()
