@@ -389,28 +389,27 @@ static void multiply_narrow(const struct ggml_compute_params * params, struct gg
     }
 }
 
-bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    if (params->use_ref || !takes(dst)) {
-        return false;
-    }
-    const struct ggml_tensor * weight   = dst->src[0];
-    const struct ggml_tensor * x        = dst->src[1];
-    const int64_t              n_in     = weight->ne[0];
-    const int64_t              n_out    = weight->ne[1];
-    const int64_t              n_tokens = x->ne[1];
-    const size_t               stride   = x_stride(n_in);
+// Multiplies panel i of a product's weight with all tokens of x, which are at `all`; `panel` is the thread's own.
+static void multiply_panel(struct ggml_tensor * dst, int64_t i, const char * all, uint32_t * panel) {
+    const struct ggml_tensor * weight = dst->src[0];
+    const int64_t              n_in   = weight->ne[0];
+    const int64_t              begin = i * ROWS, end = std::min(weight->ne[1], begin + ROWS);
+    unpack(weight, begin, end, panel);
+    multiply_all(panel, all, x_stride(n_in), n_in, dst->ne[1], {}, (float *) dst->data + begin, dst->nb[1],
+                 end - begin);
+}
 
-    GGML_ASSERT(params->wsize >= ggml_cpu_deltamem_bf16_size(params->nth, dst));
-
-    if (is_narrow(weight)) {
-        multiply_narrow(params, dst);
-        return true;
-    }
+// All tokens of x, then panel after panel, each by the next thread that is free; `second` as well unless it is NULL.
+static void multiply_wide(const struct ggml_compute_params * params, struct ggml_tensor * dst,
+                          struct ggml_tensor * second) {
+    const struct ggml_tensor * x      = dst->src[1];
+    const int64_t              n_in   = x->ne[0];
+    const size_t               stride = x_stride(n_in);
 
     char *     all   = (char *) params->wdata; // at a cache line: the patch sees to it
     uint32_t * panel = (uint32_t *) (all + x_size(dst) + params->ith * panel_size(n_in));
 
-    for (int64_t t = params->ith; t < n_tokens; t += params->nth) {
+    for (int64_t t = params->ith; t < x->ne[1]; t += params->nth) {
         convert((const float *) ((const char *) x->data + t * x->nb[1]), n_in, (ggml_bf16_t *) (all + t * stride));
     }
     if (params->ith == 0) {
@@ -418,21 +417,50 @@ bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct gg
     }
     ggml_barrier(params->threadpool);
 
-    for (int64_t i = params->ith; i * ROWS < n_out; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t begin = i * ROWS, end = std::min(n_out, begin + ROWS);
-        unpack(weight, begin, end, panel);
-        multiply_all(panel, all, stride, n_in, n_tokens, {}, (float *) dst->data + begin, dst->nb[1], end - begin);
+    const int64_t n_first = n_panels(dst->src[0]), n_all = n_first + (second ? n_panels(second->src[0]) : 0);
+    for (int64_t i = params->ith; i < n_all; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        if (i < n_first) {
+            multiply_panel(dst, i, all, panel);
+        } else {
+            multiply_panel(second, i - n_first, all, panel);
+        }
+    }
+}
+
+bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    if (params->use_ref || !takes(dst)) {
+        return false;
+    }
+    GGML_ASSERT(params->wsize >= ggml_cpu_deltamem_bf16_size(params->nth, dst));
+    if (is_narrow(dst->src[0])) {
+        multiply_narrow(params, dst);
+    } else {
+        multiply_wide(params, dst, nullptr);
     }
     return true;
 }
 
-bool ggml_cpu_deltamem_bf16_correct(const struct ggml_compute_params * params, const struct ggml_tensor * weight,
-                                    const struct deltamem_product_args * args) {
-    const int64_t n_in = args->n_in, n_out = weight->ne[1];
-    if (params->use_ref || !is_ours(weight) || least_tokens(weight->type) == 0 || n_in % ROWS != 0 ||
-        n_in > MOST_READS || args->n_tokens < FEW) {
+bool ggml_cpu_deltamem_bf16_two(const struct ggml_compute_params * params, struct ggml_tensor * first,
+                                struct ggml_tensor * second) {
+    if (params->use_ref || first->src[1] != second->src[1] || !takes(first) || !takes(second) ||
+        is_narrow(first->src[0])) {
         return false;
     }
+    GGML_ASSERT(params->wsize >= ggml_cpu_deltamem_bf16_size(params->nth, first));
+    multiply_wide(params, first, second);
+    return true;
+}
+
+bool ggml_cpu_deltamem_bf16_takes(const struct ggml_compute_params * params, const struct ggml_tensor * correction) {
+    const struct ggml_tensor * weight = correction->src[1];
+    return !params->use_ref && is_ours(weight) && weight->type == GGML_TYPE_Q8_0 && weight->ne[0] % ROWS == 0 &&
+           weight->ne[0] <= MOST_READS && correction->ne[1] >= FEW;
+}
+
+void ggml_cpu_deltamem_bf16_correct(const struct ggml_tensor * weight, const struct deltamem_product_args * args,
+                                    int64_t begin, int64_t end) {
+    const int64_t n_in = args->n_in, n_out = weight->ne[1];
+
     alignas(LINE) uint32_t    panels[CORRECTED / ROWS][MOST_READS / 2 * ROWS];
     alignas(LINE) ggml_bf16_t reads[TOKENS][MOST_READS];
 
@@ -440,15 +468,14 @@ bool ggml_cpu_deltamem_bf16_correct(const struct ggml_compute_params * params, c
         return base ? base + t * row + i : base;
     };
     const auto bytes = [](size_t n_floats) { return n_floats * sizeof(float); };
-    const auto bound = [&](int64_t k) { return args->n_tokens * k / params->nth; };
 
     for (int64_t i0 = 0; i0 < n_out; i0 += CORRECTED) {
         const int64_t i1 = std::min(n_out, i0 + CORRECTED);
         for (int64_t i = i0; i < i1; i += ROWS) {
             unpack(weight, i, std::min(i1, i + ROWS), panels[(i - i0) / ROWS]);
         }
-        for (int64_t t = bound(params->ith), n; t < bound(params->ith + 1); t += n) {
-            n = std::min(TOKENS, bound(params->ith + 1) - t);
+        for (int64_t t = begin, n; t < end; t += n) {
+            n = std::min(TOKENS, end - t);
             for (int64_t j = 0; j < n; j++) {
                 convert(args->in + (t + j) * args->in_stride, n_in, reads[j]);
             }
@@ -460,7 +487,6 @@ bool ggml_cpu_deltamem_bf16_correct(const struct ggml_compute_params * params, c
             }
         }
     }
-    return true;
 }
 
 #else
@@ -477,12 +503,27 @@ bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct gg
     return false;
 }
 
-bool ggml_cpu_deltamem_bf16_correct(const struct ggml_compute_params * params, const struct ggml_tensor * weight,
-                                    const struct deltamem_product_args * args) {
+bool ggml_cpu_deltamem_bf16_two(const struct ggml_compute_params * params, struct ggml_tensor * first,
+                                struct ggml_tensor * second) {
     GGML_UNUSED(params);
+    GGML_UNUSED(first);
+    GGML_UNUSED(second);
+    return false;
+}
+
+bool ggml_cpu_deltamem_bf16_takes(const struct ggml_compute_params * params, const struct ggml_tensor * correction) {
+    GGML_UNUSED(params);
+    GGML_UNUSED(correction);
+    return false;
+}
+
+void ggml_cpu_deltamem_bf16_correct(const struct ggml_tensor * weight, const struct deltamem_product_args * args,
+                                    int64_t begin, int64_t end) {
     GGML_UNUSED(weight);
     GGML_UNUSED(args);
-    return false;
+    GGML_UNUSED(begin);
+    GGML_UNUSED(end);
+    GGML_ABORT("corrections are not taken here");
 }
 
 #endif

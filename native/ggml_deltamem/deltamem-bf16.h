@@ -32,10 +32,18 @@ size_t ggml_cpu_deltamem_bf16_size(int n_tasks, const struct ggml_tensor * dst);
 // Computes a GGML_OP_MUL_MAT; false: nothing was done, ggml computes it. All threads call it.
 bool ggml_cpu_deltamem_bf16(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
-// Computes a correction by weights in Q8_0, [n_out][n_in] as args->weight; false: nothing was done. All threads call it
-// with the same arguments.
-bool ggml_cpu_deltamem_bf16_correct(const struct ggml_compute_params * params, const struct ggml_tensor * weight,
-                                    const struct deltamem_product_args * args);
+// Computes two GGML_OP_MUL_MAT of the same input together: it is converted once, and threads wait once. Results are those of
+// ggml_cpu_deltamem_bf16; false: nothing was done. All threads call it.
+bool ggml_cpu_deltamem_bf16_two(const struct ggml_compute_params * params, struct ggml_tensor * first,
+                                struct ggml_tensor * second);
+
+// Whether ggml_cpu_deltamem_bf16_correct computes a correction.
+bool ggml_cpu_deltamem_bf16_takes(const struct ggml_compute_params * params, const struct ggml_tensor * correction);
+
+// Computes tokens [begin, end) of a correction by weights in Q8_0, [n_out][n_in] as args->weight, by the thread that calls
+// it.
+void ggml_cpu_deltamem_bf16_correct(const struct ggml_tensor * weight, const struct deltamem_product_args * args,
+                                    int64_t begin, int64_t end);
 
 #ifdef __cplusplus
 }

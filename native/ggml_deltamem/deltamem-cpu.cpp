@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 // Up to so many tokens, a correction takes weights as they are stored, and a projection is computed with its read. For
 // more, a correction converts its weights to float32 first, and a projection is left to ggml's product. With AMX, tiles
@@ -99,63 +100,29 @@ static void forward_read(const struct ggml_compute_params * params, struct ggml_
     }
 }
 
-// dst = out + weight read + added: a correction, and the addition that follows it unless `added` is NULL; then dst is
-// the correction itself. `reads` are those of correction->src[2], rows read_stride floats apart.
-//
-// A thread has a range of outputs for all tokens, or, if there are many, a range of tokens for all outputs. It takes
-// the outputs in tiles: a tile's weights, as float32 and by columns, stay in the first-level cache for all tokens. For a
-// few tokens the conversion costs more than it saves, and the kernels take weights as they are.
-//
-// `together`: of a few tokens, a range begins and ends with so many outputs, a multiple of UNIT; 0: as is best.
-static void forward_correct(const struct ggml_compute_params * params, const struct ggml_tensor * correction,
-                            const float * reads, size_t read_stride, const struct ggml_tensor * added,
-                            struct ggml_tensor * dst, int64_t together = 0) {
+// What follows a correction and is computed with it, by the same threads.
+struct followers {
+    const struct ggml_tensor * added = nullptr; // dst = out + weight read + added
+    const struct ggml_tensor * norm  = nullptr; // of the rows of dst
+    struct ggml_tensor *       mul   = nullptr; // the norm's rows times weights
+};
+
+// The correction's outputs [begin, end) of tokens [t0, t1), by one thread. It takes the outputs in tiles: a tile's weights,
+// as float32 and by columns, stay in the first-level cache for all tokens. For a few tokens the conversion costs more than it
+// saves, and the kernels take weights as they are.
+static void correct_range(const struct ggml_tensor * correction, const float * reads, size_t read_stride,
+                          const struct ggml_tensor * added, struct ggml_tensor * dst, int64_t t0, int64_t t1,
+                          int64_t begin, int64_t end) {
     const struct ggml_tensor * out    = correction->src[0];
     const struct ggml_tensor * weight = correction->src[1];
 
     constexpr int64_t TILE = 256; // outputs
     constexpr int64_t COLS = 32;  // columns of the correction at a time: a block of Q8_0
 
-    const bool by_rows = weight->type == GGML_TYPE_Q8_0;
+    const bool    by_rows = weight->type == GGML_TYPE_Q8_0;
+    const int64_t n_read  = weight->ne[by_rows ? 0 : 1];
 
-    const int64_t n_out    = out->ne[0];
-    const int64_t n_read   = weight->ne[by_rows ? 0 : 1];
-    const int64_t n_tokens = out->ne[1];
-
-    if (by_rows) {
-        struct deltamem_product_args args = product_args(weight);
-        args.in                           = reads;
-        args.in_stride                    = read_stride;
-        args.out                          = (const float *) out->data;
-        args.out_stride                   = out->nb[1] / sizeof(float);
-        args.added                        = added ? (const float *) added->data : nullptr;
-        args.added_stride                 = added ? added->nb[1] / sizeof(float) : 0;
-        args.dst                          = (float *) dst->data;
-        args.dst_stride                   = dst->nb[1] / sizeof(float);
-        args.n_tokens                     = n_tokens;
-        if (n_tokens <= FEW_TOKENS || takes_tiles(weight)) {
-            forward_product(params, args, weight->nb[1], n_out, together ? together : CACHE_LINE);
-            return;
-        }
-        if (ggml_cpu_deltamem_bf16_correct(params, weight, &args)) {
-            return;
-        }
-    }
-
-    const bool by_tokens = n_tokens >= 4 * params->nth;
-
-    // the first of range k, if n are divided into nth ranges
-    const auto bound = [params](int64_t n, int64_t k) { return n * k / params->nth; };
-
-    const int64_t unit    = together ? together : UNIT;
-    const int64_t n_units = (n_out + unit - 1) / unit;
-    const int64_t t0      = by_tokens ? bound(n_tokens, params->ith) : 0;
-    const int64_t t1      = by_tokens ? bound(n_tokens, params->ith + 1) : n_tokens;
-    const int64_t begin   = by_tokens ? 0 : unit * bound(n_units, params->ith);
-    const int64_t end     = by_tokens ? n_out : std::min(n_out, unit * bound(n_units, params->ith + 1));
-
-    // adds columns [j0, j0 + nj) of the weights to outputs [i0, i0 + ni) of this thread's tokens; `weights` begins
-    // there
+    // adds columns [j0, j0 + nj) of the weights to outputs [i0, i0 + ni) of these tokens; `weights` begins there
     const auto correct = [&](int64_t i0, int64_t ni, int64_t j0, int64_t nj, const void * weights, size_t stride,
                              bool half) {
         // the first columns are added to `out`, the others to the sum so far
@@ -227,17 +194,88 @@ static void forward_correct(const struct ggml_compute_params * params, const str
     }
 }
 
+// Whether each thread has all outputs of a range of tokens: a norm of its rows then waits for nobody.
+static bool is_by_tokens(const struct ggml_compute_params * params, const struct ggml_tensor * correction) {
+    const int64_t n_tokens = correction->ne[1];
+    return n_tokens > FEW_TOKENS && !takes_tiles(correction->src[1]) &&
+           (n_tokens >= 4 * params->nth || ggml_cpu_deltamem_bf16_takes(params, correction));
+}
+
+// A correction and its followers. `reads` are those of correction->src[2], rows read_stride floats apart.
+//
+// A thread has a range of outputs for all tokens, or, if there are many, a range of tokens for all outputs. Then it
+// normalises as many tokens as its second-level cache holds, before it corrects the next.
+//
+// `together`: of a few tokens, a range begins and ends with so many outputs, a multiple of UNIT; 0: as is best.
 static void forward_correct(const struct ggml_compute_params * params, const struct ggml_tensor * correction,
-                            const struct ggml_tensor * added, struct ggml_tensor * dst) {
+                            const float * reads, size_t read_stride, const struct followers & next,
+                            struct ggml_tensor * dst, int64_t together = 0) {
+    const struct ggml_tensor * out    = correction->src[0];
+    const struct ggml_tensor * weight = correction->src[1];
+    const struct ggml_tensor * added  = next.added;
+
+    const int64_t n_out    = out->ne[0];
+    const int64_t n_tokens = out->ne[1];
+
+    struct deltamem_product_args args = {};
+    if (weight->type == GGML_TYPE_Q8_0) { // by rows
+        args              = product_args(weight);
+        args.in           = reads;
+        args.in_stride    = read_stride;
+        args.out          = (const float *) out->data;
+        args.out_stride   = out->nb[1] / sizeof(float);
+        args.added        = added ? (const float *) added->data : nullptr;
+        args.added_stride = added ? added->nb[1] / sizeof(float) : 0;
+        args.dst          = (float *) dst->data;
+        args.dst_stride   = dst->nb[1] / sizeof(float);
+        args.n_out        = n_out;
+        args.n_tokens     = n_tokens;
+        if (n_tokens <= FEW_TOKENS || takes_tiles(weight)) {
+            forward_product(params, args, weight->nb[1], n_out, together ? together : CACHE_LINE);
+            return;
+        }
+    }
+
+    // the first of range k, if n are divided into nth ranges
+    const auto bound = [params](int64_t n, int64_t k) { return n * k / params->nth; };
+
+    if (!is_by_tokens(params, correction)) {
+        const int64_t unit    = together ? together : UNIT;
+        const int64_t n_units = (n_out + unit - 1) / unit;
+        correct_range(correction, reads, read_stride, added, dst, 0, n_tokens, unit * bound(n_units, params->ith),
+                      std::min(n_out, unit * bound(n_units, params->ith + 1)));
+        return;
+    }
+
+    constexpr int64_t CACHED = 512 * 1024 / sizeof(float);
+
+    const int64_t last  = bound(n_tokens, params->ith + 1);
+    const int64_t block = next.norm ? std::max<int64_t>(16, CACHED / n_out) : n_tokens;
+    for (int64_t t0 = bound(n_tokens, params->ith), t1; t0 < last; t0 = t1) {
+        t1 = std::min(last, t0 + block);
+        if (ggml_cpu_deltamem_bf16_takes(params, correction)) {
+            ggml_cpu_deltamem_bf16_correct(weight, &args, t0, t1);
+        } else {
+            correct_range(correction, reads, read_stride, added, dst, t0, t1, 0, n_out);
+        }
+        if (next.norm) {
+            const int64_t n_rows = ggml_nrows(next.norm) / n_tokens; // of a token
+            ggml_cpu_deltamem_norm_rows(next.norm, next.mul, t0 * n_rows, t1 * n_rows);
+        }
+    }
+}
+
+static void forward_correct(const struct ggml_compute_params * params, const struct ggml_tensor * correction,
+                            const struct followers & next, struct ggml_tensor * dst) {
     const struct ggml_tensor * read = correction->src[2];
-    forward_correct(params, correction, (const float *) read->data, read->nb[1] / sizeof(float), added, dst);
+    forward_correct(params, correction, (const float *) read->data, read->nb[1] / sizeof(float), next, dst);
 }
 
 void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     ggml_deltamem_check(dst);
     switch (ggml_deltamem_get_kind(dst)) {
         case GGML_DELTAMEM_READ:    forward_read(params, dst); break;
-        case GGML_DELTAMEM_CORRECT: forward_correct(params, dst, nullptr, dst); break;
+        case GGML_DELTAMEM_CORRECT: forward_correct(params, dst, {}, dst); break;
     }
 }
 
@@ -337,7 +375,7 @@ static void forward_read_correct(const struct ggml_compute_params * params, stru
         deltamem_head_forward(&args);
     }
     const int64_t n_row = norm ? norm->ne[0] : 0;
-    forward_correct(params, correction, reads, p.n_head * p.rank, nullptr, correction, n_row);
+    forward_correct(params, correction, reads, p.n_head * p.rank, {}, correction, n_row);
     if (norm) {
         const int64_t n_rows = ggml_nrows(norm);
         ggml_cpu_deltamem_norm_rows(norm, mul, n_rows * params->ith / params->nth,
@@ -392,14 +430,16 @@ static bool takes_correction(const struct ggml_cgraph * cgraph, int i) {
     return i < cgraph->n_nodes && takes_correction(cgraph->nodes[i - 1], cgraph->nodes[i]);
 }
 
-// Where the norm of the correction at node i is, whose rows lie one after the other in the correction, if it and the
-// multiplication by weights after it may be computed with a read and that correction; else 0.
-static int following_norm(const struct ggml_cgraph * cgraph, int i) {
-    const struct ggml_tensor * correction = cgraph->nodes[i];
-    const struct ggml_tensor * read       = correction->src[2];
+// Where the norm of node i's rows is, which lie one after the other in it, if it and the multiplication by weights after
+// it may be computed with node i, by threads that are at different nodes; else 0. Of `by_rows`, a thread reads rows that
+// it normalises; of `whole`, all.
+static int following_norm(const struct ggml_cgraph * cgraph, int i,
+                          std::initializer_list<const struct ggml_tensor *> by_rows,
+                          std::initializer_list<const struct ggml_tensor *> whole) {
+    const struct ggml_tensor * node = cgraph->nodes[i];
 
     int j = i + 1;
-    while (j < cgraph->n_nodes && ggml_op_is_empty(cgraph->nodes[j]->op)) { // the correction as rows
+    while (j < cgraph->n_nodes && ggml_op_is_empty(cgraph->nodes[j]->op)) { // the node as rows
         ++j;
     }
     if (j + 2 > cgraph->n_nodes || !are_computed(cgraph, j, j + 2) ||
@@ -410,20 +450,19 @@ static int following_norm(const struct ggml_cgraph * cgraph, int i) {
     const struct ggml_tensor * mul     = cgraph->nodes[j + 1];
     const struct ggml_tensor * rows    = norm->src[0];
     const struct ggml_tensor * weights = mul->src[mul->src[0] == norm ? 1 : 0];
-    if (rows->data != correction->data || !ggml_is_contiguous(rows) || !ggml_is_contiguous(correction) ||
-        !ggml_is_contiguous(mul) || ggml_nelements(rows) != ggml_nelements(correction) || rows->ne[0] % UNIT != 0 ||
-        !weights->data || !mul->data || weights->ne[0] != rows->ne[0] || !ggml_cpu_deltamem_takes_norm(norm, mul)) {
+    if (rows->data != node->data || !ggml_is_contiguous(rows) || !ggml_is_contiguous(node) ||
+        !ggml_is_contiguous(mul) || ggml_nelements(rows) != ggml_nelements(node) || rows->ne[0] % UNIT != 0 ||
+        node->ne[0] % rows->ne[0] != 0 || !weights->data || !mul->data || weights->ne[0] != rows->ne[0] ||
+        !ggml_cpu_deltamem_takes_norm(norm, mul) || !apart(mul, weights)) {
         return 0;
     }
-    // threads are at different nodes: the result may have the memory of its own rows, and of nothing else
-    bool sound = apart(mul, read) && apart(mul, weights) && apart(mul, correction->src[1]);
-    for (const struct ggml_tensor * of_rows : { correction, (const struct ggml_tensor *) correction->src[0] }) {
-        sound = sound && (mul->data == of_rows->data || apart(mul, of_rows));
-    }
-    for (int k = 0; k < 4; ++k) {
-        sound = sound && apart(mul, read->src[k]);
-    }
-    return sound ? j : 0;
+    // the result may have the memory of its own rows
+    const bool sound = std::all_of(by_rows.begin(), by_rows.end(), [&](const struct ggml_tensor * t) {
+        return (mul->data == t->data && ggml_is_contiguous(t)) || apart(mul, t);
+    });
+    return sound && std::all_of(whole.begin(), whole.end(), [&](const struct ggml_tensor * t) { return apart(mul, t); })
+                   ? j
+                   : 0;
 }
 
 // Whether the projection at node i is computed ahead of the product at node i - 1, which has the same input: the
@@ -439,6 +478,18 @@ static bool joins_product(const struct ggml_cgraph * cgraph, int i) {
            apart(projection, product->src[1]);
 }
 
+// whether nodes i and i + 1 are products of the same input, neither of which needs the other's memory
+static bool takes_two_products(const struct ggml_cgraph * cgraph, int i) {
+    if (i + 1 >= cgraph->n_nodes || cgraph->nodes[i]->op != GGML_OP_MUL_MAT ||
+        cgraph->nodes[i + 1]->op != GGML_OP_MUL_MAT || !are_computed(cgraph, i, i + 2)) {
+        return false;
+    }
+    const struct ggml_tensor * first  = cgraph->nodes[i];
+    const struct ggml_tensor * second = cgraph->nodes[i + 1];
+    return first->src[1] == second->src[1] && apart(second, first) && apart(second, first->src[0]) &&
+           apart(second, first->src[1]) && apart(first, second->src[0]);
+}
+
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
     struct ggml_tensor ** nodes = cgraph->nodes + i;
 
@@ -449,6 +500,11 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
         }
         forward_project(params, nodes[1]);
         return 0;
+    }
+
+    // two products of the same input: of a layer's, one may be the packed projection
+    if (takes_two_products(cgraph, i) && ggml_cpu_deltamem_bf16_two(params, nodes[0], nodes[1])) {
+        return 1;
     }
 
     // a projection, its read and perhaps a correction
@@ -462,7 +518,10 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
             ggml_barrier(params->threadpool);
         }
         if (corrects) {
-            const int norm = following_norm(cgraph, i + 2);
+            const struct ggml_tensor * read = nodes[1];
+            const int                  norm =
+                    following_norm(cgraph, i + 2, { nodes[2], nodes[2]->src[0] },
+                                   { nodes[2]->src[1], read, read->src[0], read->src[1], read->src[2], read->src[3] });
             forward_read_correct(params, nodes[1], nodes[2], norm ? cgraph->nodes[norm] : nullptr,
                                  norm ? cgraph->nodes[norm + 1] : nullptr);
             return norm ? norm + 1 - i : 2;
@@ -471,15 +530,33 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
         return 1;
     }
 
-    // a correction and an addition
-    if (nodes[0]->op == GGML_OP_DELTAMEM && are_computed(cgraph, i, i + 2) && nodes[1]->op == GGML_OP_ADD &&
-        ggml_deltamem_get_kind(nodes[0]) == GGML_DELTAMEM_CORRECT &&
-        ggml_can_fuse(cgraph, i, { GGML_OP_DELTAMEM, GGML_OP_ADD })) {
-        const struct ggml_tensor * added = nodes[1]->src[nodes[1]->src[0] == nodes[0] ? 1 : 0];
-        ggml_deltamem_check(nodes[0]);
-        if (takes_addition(nodes[0], nodes[1], added)) {
-            forward_correct(params, nodes[0], added, nodes[1]);
-            return 1;
+    // a correction, an addition and a norm
+    if (nodes[0]->op == GGML_OP_DELTAMEM && are_computed(cgraph, i, i + 1) &&
+        ggml_deltamem_get_kind(nodes[0]) == GGML_DELTAMEM_CORRECT) {
+        const struct ggml_tensor * correction = nodes[0];
+        struct followers           next;
+        int                        last = i;
+        ggml_deltamem_check(correction);
+        if (are_computed(cgraph, i, i + 2) && ggml_can_fuse(cgraph, i, { GGML_OP_DELTAMEM, GGML_OP_ADD })) {
+            const struct ggml_tensor * added = nodes[1]->src[nodes[1]->src[0] == correction ? 1 : 0];
+            if (takes_addition(correction, nodes[1], added)) {
+                next.added = added;
+                last       = i + 1;
+            }
+        }
+        struct ggml_tensor * dst = cgraph->nodes[last];
+        if (is_by_tokens(params, correction)) {
+            const int norm = following_norm(cgraph, last, { dst, correction->src[0], next.added ? next.added : dst },
+                                            { correction->src[1], correction->src[2] });
+            if (norm) {
+                next.norm = cgraph->nodes[norm];
+                next.mul  = cgraph->nodes[norm + 1];
+                last      = norm + 1;
+            }
+        }
+        if (last > i) {
+            forward_correct(params, correction, next, dst);
+            return last - i;
         }
     }
     return 0;

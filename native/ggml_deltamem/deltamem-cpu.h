@@ -20,11 +20,13 @@ static inline bool ggml_cpu_deltamem_fuses(const struct ggml_tensor * node) {
 }
 
 // Computes node i of the graph together with the nodes that follow it, where that saves a synchronisation of all
-// threads:
+// threads, or a pass over memory:
 //     product, packed projection               up to four tokens: the projection only, ahead of the product
 //     packed projection, read [, correction [, norm of its rows, weights]]
 //                                              up to four tokens, or more by AMX; with the correction, one token
-//     correction, addition
+//     product, product of the same input       as ggml_cpu_deltamem_bf16_two
+//     correction [, addition] [, norm of its rows, weights]
+//                                              a norm: more than four tokens
 // Returns the number of nodes besides i that are done, or 0 if node i itself is still to be computed.
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i);
 

@@ -276,6 +276,50 @@ static void test_corrections(ggml_backend_t cpu) {
     }
 }
 
+// A correction, an addition, and the norm of the sum have the bits that a norm has in a graph of its own.
+static void test_normed(ggml_backend_t cpu) {
+    for (const int64_t n_tokens : { 8, 41, 500 }) {
+        constexpr int64_t   N_READ = 64, N_OUT = 576;
+        random_source       random(n_tokens);
+        owned<ggml_context> weights(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+        owned<ggml_context> others(
+                ggml_init({ 16 * ggml_tensor_overhead() + 2 * ggml_graph_overhead(), nullptr, true }));
+        const auto matrix = [&](int64_t n) { return ggml_new_tensor_2d(others.get(), GGML_TYPE_F32, n, n_tokens); };
+        const auto normed = [&](ggml_tensor * t, ggml_tensor * scales) {
+            return ggml_mul(others.get(), ggml_rms_norm(others.get(), t, 1e-5f), scales);
+        };
+        ggml_tensor * w   = ggml_new_tensor_2d(weights.get(), GGML_TYPE_Q8_0, N_READ, N_OUT);
+        ggml_tensor * out = matrix(N_OUT), *added = matrix(N_OUT), *read = matrix(N_READ), *copy = matrix(N_OUT);
+        ggml_tensor * scales = ggml_new_tensor_1d(others.get(), GGML_TYPE_F32, N_OUT);
+        ggml_tensor * sum    = ggml_add(others.get(), ggml_deltamem_correct(others.get(), out, w, read), added);
+        ggml_tensor * both = normed(sum, scales), *alone = normed(copy, scales);
+        ggml_cgraph * whole = ggml_new_graph(others.get()), *second = ggml_new_graph(others.get());
+        ggml_build_forward_expand(whole, both);
+        ggml_build_forward_expand(second, alone);
+        owned<ggml_backend_buffer> a(
+                ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), ggml_backend_deltamem_bf16_buffer_type()));
+        owned<ggml_backend_buffer> b(
+                ggml_backend_alloc_ctx_tensors_from_buft(others.get(), ggml_backend_cpu_buffer_type()));
+        fill_q8_0(w, random);
+        for (ggml_tensor * t : { out, added, read, scales }) {
+            fill(t, random);
+        }
+        for (const int n_threads : { 1, 2, 3, 9 }) {
+            std::vector<float> got(ggml_nelements(both), guard_value()), expected(got.size());
+            ggml_backend_tensor_set(both, got.data(), 0, ggml_nbytes(both));
+            ggml_backend_cpu_set_n_threads(cpu, n_threads);
+            check(ggml_backend_graph_compute(cpu, whole) == GGML_STATUS_SUCCESS, "the graph is not computed");
+            ggml_backend_tensor_get(both, got.data(), 0, ggml_nbytes(both));
+            ggml_backend_tensor_get(sum, expected.data(), 0, ggml_nbytes(sum));
+            ggml_backend_tensor_set(copy, expected.data(), 0, ggml_nbytes(copy));
+            check(ggml_backend_graph_compute(cpu, second) == GGML_STATUS_SUCCESS, "the norm is not computed");
+            ggml_backend_tensor_get(alone, expected.data(), 0, ggml_nbytes(alone));
+            check(is_same(got, expected), "a correction of %d tokens, %d threads: its norm has other bits",
+                  (int) n_tokens, n_threads);
+        }
+    }
+}
+
 // Products that follow each other share the work buffer, and wide ones the counter of panels: each waits for the one before.
 static void test_chain(ggml_backend_t cpu) {
     const int64_t       sizes[] = { 256, 96, 2048, 256, 1056, 32, 512 }, n_tokens = 40; // the third and fourth are wide
@@ -308,6 +352,71 @@ static void test_chain(ggml_backend_t cpu) {
             first = now;
         }
         check(is_same(now, first), "a chain of products, %d threads: other bits", 1 + i % 4);
+    }
+}
+
+// Two products of the same input, one after the other, have the bits that each has alone. The first is wide, or all its
+// panels lie in the work buffer; the second is of another type, and may be left to ggml.
+static void test_two(ggml_backend_t cpu) {
+    static const struct {
+        ggml_type types[2];
+        int64_t   n_out[2];
+        int64_t   n_tokens;
+    } pairs[] = {
+        { { GGML_TYPE_Q4_1, GGML_TYPE_Q8_0 }, { 300, 25 }, 40 },
+        { { GGML_TYPE_BF16, GGML_TYPE_Q8_0 }, { 257, 200 }, 70 },
+        { { GGML_TYPE_Q8_0, GGML_TYPE_Q6_K }, { 64, 300 }, 13 },
+        { { GGML_TYPE_Q6_K, GGML_TYPE_Q6_K }, { 300, 300 }, 8 },
+        { { GGML_TYPE_Q8_0, GGML_TYPE_F16 }, { 300, 25 }, 40 },
+        { { GGML_TYPE_F16, GGML_TYPE_Q8_0 }, { 300, 25 }, 40 },
+        { { GGML_TYPE_BF16, GGML_TYPE_Q8_0 }, { 300, 25 }, 20 },
+        { { GGML_TYPE_Q8_0, GGML_TYPE_Q8_0 }, { 300, 25 }, 4 },
+    };
+    constexpr int64_t N_IN = 1024;
+    for (const auto & pair : pairs) {
+        random_source       random(5);
+        owned<ggml_context> weights(ggml_init({ 2 * ggml_tensor_overhead(), nullptr, true }));
+        owned<ggml_context> others(
+                ggml_init({ 3 * ggml_tensor_overhead() + 3 * ggml_graph_overhead(), nullptr, true }));
+        ggml_tensor * x = ggml_new_tensor_2d(others.get(), GGML_TYPE_F32, N_IN, pair.n_tokens);
+        ggml_tensor * y[2];
+        ggml_cgraph * alone[2];
+        ggml_cgraph * both = ggml_new_graph(others.get());
+        for (int i = 0; i < 2; i++) {
+            ggml_tensor * w = ggml_new_tensor_2d(weights.get(), pair.types[i], N_IN, pair.n_out[i]);
+            y[i]            = ggml_mul_mat(others.get(), w, x);
+            alone[i]        = ggml_new_graph(others.get());
+            ggml_build_forward_expand(alone[i], y[i]);
+            ggml_build_forward_expand(both, y[i]);
+        }
+        owned<ggml_backend_buffer> a(
+                ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), ggml_backend_deltamem_bf16_buffer_type()));
+        owned<ggml_backend_buffer> b(
+                ggml_backend_alloc_ctx_tensors_from_buft(others.get(), ggml_backend_cpu_buffer_type()));
+        fill(x, random);
+        for (ggml_tensor * w = ggml_get_first_tensor(weights.get()); w; w = ggml_get_next_tensor(weights.get(), w)) {
+            const std::vector<float> values = normals(ggml_nelements(w), random);
+            std::vector<char>        stored(ggml_nbytes(w));
+            ggml_quantize_chunk(w->type, values.data(), stored.data(), 0, w->ne[1], N_IN, nullptr);
+            ggml_backend_tensor_set(w, stored.data(), 0, stored.size());
+        }
+        const auto computed = [&](ggml_cgraph * graph, int i, int n_threads) {
+            std::vector<float> values(ggml_nelements(y[i]), guard_value());
+            ggml_backend_tensor_set(y[i], values.data(), 0, ggml_nbytes(y[i]));
+            ggml_backend_cpu_set_n_threads(cpu, n_threads);
+            check(ggml_backend_graph_compute(cpu, graph) == GGML_STATUS_SUCCESS, "the graph is not computed");
+            ggml_backend_tensor_get(y[i], values.data(), 0, ggml_nbytes(y[i]));
+            return values;
+        };
+        for (int i = 0; i < 2; i++) {
+            const std::vector<float> expected = computed(alone[i], i, 1);
+            for (const int n_threads : { 1, 2, 3, 9 }) {
+                check(is_same(computed(both, i, n_threads), expected),
+                      "%s [%d] and %s [%d] x %d, %d threads: product %d has other bits than alone",
+                      ggml_type_name(pair.types[0]), (int) pair.n_out[0], ggml_type_name(pair.types[1]),
+                      (int) pair.n_out[1], (int) pair.n_tokens, n_threads, i);
+            }
+        }
     }
 }
 
@@ -371,6 +480,8 @@ int main(int argc, char ** argv) {
     }
     test_left(cpu.get());
     test_corrections(cpu.get());
+    test_normed(cpu.get());
     test_chain(cpu.get());
+    test_two(cpu.get());
     return finish("bf16");
 }

@@ -248,16 +248,21 @@ static constexpr double MANY_BLOCKS = 1.6e-5;
 // with a key, a value and a gate of the turn before.
 static constexpr double MANY_BLOCKS_READ = 4 * 1.6e-5;
 
+static constexpr float EPSILON = 1e-6f; // of norms
+
 // A correction of one type against double precision; every number of threads gives the same bits. Weights and reads are the
-// graph's own, as the gate bias above. An addition may be computed with it.
-static void test_correction(const tested & on, ggml_type type, int n_out, int n_read, int n_tokens, addition add) {
+// graph's own, as the gate bias above. An addition may be computed with it, and the norm of rows of n_row outputs, which is
+// then multiplied by weights; 0: none. What is normalised is used again, as the residual stream is.
+static void test_correction(const tested & on, ggml_type type, int n_out, int n_read, int n_tokens, addition add,
+                            int n_row = 0) {
     ggml_backend_t backend = on.backend;
     random_source  random(n_out + 7 * n_read + 31 * n_tokens);
 
     ggml_context * ctx    = ggml_init({ ggml_tensor_overhead() * 8, nullptr, true });
-    ggml_context * nodes  = ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true });
+    ggml_context * nodes  = ggml_init({ ggml_tensor_overhead() * 12 + ggml_graph_overhead(), nullptr, true });
     ggml_tensor *  out    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, n_tokens);
     const bool     rows   = ggml_is_quantized(type);
+    ggml_tensor *  scales = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, std::max(n_row, 1));
     ggml_tensor *  weight = ggml_new_tensor_2d(ctx, type, rows ? n_read : n_out, rows ? n_out : n_read);
     ggml_tensor *  read   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_read, n_tokens);
     ggml_tensor *  other  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_out, add == ADDED_ROW ? 1 : n_tokens);
@@ -268,6 +273,12 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
         case ADDED_ROW:      node = ggml_add(nodes, node, other); break;
         case ADDED_BEFORE:   node = ggml_add(nodes, ggml_cont(nodes, other), node); break;
         case ADDED_AND_USED: node = ggml_mul(nodes, ggml_add(nodes, node, other), node); break;
+    }
+    ggml_tensor * sum = node;
+    if (n_row > 0) {
+        node = ggml_rms_norm(nodes, ggml_reshape_3d(nodes, sum, n_row, n_out / n_row, n_tokens), EPSILON);
+        node = ggml_reshape_2d(nodes, ggml_mul(nodes, node, scales), n_out, n_tokens);
+        node = ggml_sub(nodes, node, sum);
     }
 
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
@@ -285,7 +296,9 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
     if (add != NOTHING) {
         other_data = fill(other);
     }
+    const std::vector<float> scale_data = fill(scales);
 
+    ggml_backend_tensor_set(scales, scale_data.data(), 0, ggml_nbytes(scales));
     ggml_backend_tensor_set(out, out_data.data(), 0, ggml_nbytes(out));
     ggml_backend_tensor_set(read, read_data.data(), 0, ggml_nbytes(read));
     ggml_backend_tensor_set(other, other_data.data(), 0, ggml_nbytes(other));
@@ -300,21 +313,30 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
         ggml_backend_tensor_get(node, got.data(), 0, ggml_nbytes(node));
         if (way == 1) {
             first = got;
-            for (int t = 0; t < n_tokens; ++t) {
-                for (int i = 0; i < n_out; ++i) {
-                    double expected = out_data[(size_t) t * n_out + i];
-                    for (int j = 0; j < n_read; ++j) {
-                        expected += (double) weight_data[rows ? (size_t) i * n_read + j : (size_t) j * n_out + i] *
-                                    read_data[(size_t) t * n_read + j];
-                    }
-                    const double added = expected + other_data[add == ADDED_ROW ? i : (size_t) t * n_out + i];
-                    error.add(got[(size_t) t * n_out + i], add == ADDED_AND_USED ? added * expected : added);
+            std::vector<double> expected(got.size());
+            for (size_t k = 0; k < expected.size(); ++k) {
+                const size_t t = k / n_out, i = k % n_out;
+                double       value = out_data[k];
+                for (int j = 0; j < n_read; ++j) {
+                    value += (double) weight_data[rows ? i * n_read + j : (size_t) j * n_out + i] *
+                             read_data[t * n_read + j];
                 }
+                const double added = value + other_data[add == ADDED_ROW ? i : k];
+                expected[k]        = add == ADDED_AND_USED ? added * value : added;
+            }
+            for (size_t k = 0; k < expected.size(); ++k) {
+                double normed = 0.0;
+                if (n_row > 0) {
+                    const double * row = &expected[k / n_row * n_row];
+                    normed             = expected[k] * scale_data[k % n_row] /
+                                         std::sqrt(std::inner_product(row, row + n_row, row, 0.0) / n_row + EPSILON);
+                }
+                error.add(got[k], n_row > 0 ? normed - expected[k] : expected[k]);
             }
         }
         check(same_bits(got, first), "correction: %d threads change the result", way);
     }
-    const char * name = add == NOTHING ? "correction" : "correction, addition";
+    const char * name = n_row > 0 ? "correction, norm" : add == NOTHING ? "correction" : "correction, addition";
     // sums of up to 130 terms, twice in a product: an rms error of some 12 u, 17 u allowed; with many tokens, blocks of
     // weights may be rounded to bfloat16, and so may reads
     check(error.value() <= (rows && n_tokens > 4 ? MANY_BLOCKS : 1e-12),
@@ -327,8 +349,6 @@ static void test_correction(const tested & on, ggml_type type, int n_out, int n_
     ggml_free(nodes);
     ggml_free(ctx);
 }
-
-static constexpr float EPSILON = 1e-6f; // of norms
 
 // A packed projection, the read of its tokens, one of each sequence, and a correction by it, which a backend may compute as
 // one: against double precision, twice in a row; every number of threads gives the same bits. Where a backend may round, its
@@ -758,6 +778,10 @@ static void test(const tested & on) {
                 test_correction(on, type, 1000, 128, n_tokens, add);
             }
             test_correction(on, type, 1000, 32, 32, add);
+            for (int n_tokens : { 3, 16, 100, 515 }) {
+                test_correction(on, type, 1024, 32, n_tokens, add, 128);
+                test_correction(on, type, 576, 64, n_tokens, add, 576);
+            }
         }
         for (int flags : { NORMALIZE | ROWS, NORMALIZE | ROWS | SEGMENTS }) {
             for (int n_embd : { 2560, ggml_is_quantized(type) ? 96 : 100 }) {
