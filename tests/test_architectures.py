@@ -28,7 +28,7 @@ from pydeltamem.formats.base_model import Base
 from pydeltamem.formats.checkpoint import Checkpoint
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.runtime import library
-from pydeltamem.runtime.architectures import RESULTS
+from pydeltamem.runtime.architectures import RESULTS, tiny_models
 from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 from refusals import refuses
 from test_reference import ARCHITECTURES, randomise, tiny, tokens
@@ -189,6 +189,16 @@ def test_a_hybrid_that_goes_around_a_hook_is_refused(tmp_path):
     reference("Qwen3Next", tmp_path)
     base, adapter = converted(tmp_path)
     with pytest.raises(AssertionError, match=r"'qwen3next'.* layer 1\b"), open_context(base, adapter):
+        pass
+
+
+def test_a_projection_that_is_not_of_attention_is_refused(tmp_path):
+    """Qwen3-Next's layers without attention have a fused projection, too; here narrower than k and v would be."""
+    reference("Qwen3Next", tmp_path)
+    base, adapter = converted(tmp_path)
+    with open_context(base) as context:
+        assert tiny_models().deltamem_tiny_adapter(context.model, 0, b"k", str(adapter).encode()) == 0
+    with pytest.raises(AssertionError, match=r"'qwen3next'.* layer 0\b"), open_context(base, adapter):
         pass
 
 

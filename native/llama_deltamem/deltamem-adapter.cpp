@@ -510,7 +510,12 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         }
         const llama_layer & layer = model.layers[il];
         const ggml_tensor * w     = layer.wqkv ? layer.wqkv : layer.wq;
-        if (!w || (!layer.wqkv && (!layer.wk || !layer.wv)) || (o && !layer.wo)) {
+
+        // rows of a fused projection: q, k, v. Layers of a hybrid without attention may have another one in its place
+        const int64_t n_k        = model.hparams.n_embd_k_gqa(il);
+        const int64_t n_v        = model.hparams.n_embd_v_gqa(il);
+        const bool    has_common = layer.wqkv ? layer.wqkv->ne[1] > n_k + n_v : layer.wq && layer.wk && layer.wv;
+        if (!has_common || (o && !layer.wo)) {
             llama_deltamem_refuse(model.arch, (int) il, "it has no attention projections of the common kind");
         }
 
@@ -541,8 +546,6 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
             return load.add_correction(buft, name(what), n_read, { { name(what), n_out } }, device);
         };
         if (layer.wqkv && (q || k || v)) {
-            const int64_t n_k = model.hparams.n_embd_k_gqa(il);
-            const int64_t n_v = model.hparams.n_embd_v_gqa(il);
             lw.qkv = load.add_correction(buft, name("qkv.weight"), n_read,
                                          {
                                                  { q ? name("q.weight") : "", layer.wqkv->ne[1] - n_k - n_v },
