@@ -452,20 +452,16 @@ def test_bad_input(base, adapter, make_llm, tmp_path, args, says):
     assert not (tmp_path / "out.memory").exists()
 
 
+def endless(model, memory, *options):
+    """`deltamem generate` that ends when somebody ends it."""
+    command = [sys.executable, "-m", "pydeltamem.cli.main", "generate", "-m", model, "--deltamem", memory, *options]
+    command += ["-p", "hello", "-c", "32768", "--ignore-eos"]
+    return subprocess.Popen([str(arg) for arg in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 def test_ctrl_c_saves_the_memory(base, adapter, tmp_path):
     path = tmp_path / "a.memory"
-    command = [
-        sys.executable,
-        "-m",
-        "pydeltamem.cli.main",
-        "generate",
-        "-m",
-        base(),
-        "--deltamem",
-        adapter("qwen3", "tsw_qo"),
-    ]
-    command += ["-p", "hello", "-c", "32768", "--ignore-eos", "--save-memory", path]
-    process = subprocess.Popen([str(arg) for arg in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = endless(base(), adapter("qwen3", "tsw_qo"), "--save-memory", path)
     assert process.stdout.read(40).startswith(b"hello")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
@@ -477,18 +473,7 @@ def test_ctrl_c_saves_the_memory(base, adapter, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="pipes as on POSIX")
 def test_broken_pipe_is_quiet(base, adapter, tmp_path):
     path = tmp_path / "a.memory"
-    command = [
-        sys.executable,
-        "-m",
-        "pydeltamem.cli.main",
-        "generate",
-        "-m",
-        base(),
-        "--deltamem",
-        adapter("qwen3", "tsw_qo"),
-    ]
-    command += ["-p", "hello", "-c", "32768", "--ignore-eos", "--no-perf", "--save-memory", path]
-    process = subprocess.Popen([str(arg) for arg in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = endless(base(), adapter("qwen3", "tsw_qo"), "--save-memory", path, "--no-perf")
     process.stdout.read(10)
     process.stdout.close()
     err = process.stderr.read()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from golden_data import CASES
-from native_context import open_context
 from pydeltamem import DeltaMemLlama
 from pydeltamem.errors import AdapterError
 from refusals import refuses
@@ -17,15 +16,14 @@ from test_golden import (
     BOUND,
     F32,
     PIECES,
+    check_ingest_over_many_batches,
     check_other_sequences,
     check_pieces,
     each_case,
     errors_of,
     expected_of,
-    nmse,
     read_one_by_one,
     read_prompt,
-    segments_of,
 )
 
 
@@ -65,17 +63,7 @@ def test_other_sequences_in_the_batch(golden_dir, adapter, case):
 @pytest.mark.parametrize("case", ["ssw_message", "ssw_sentence"])
 def test_ingest_over_many_batches(golden_dir, adapter, case):
     expected = expected_of(golden_dir, "qwen3", case)
-    tokens, segments = expected["prompt_ids"].tolist(), segments_of(expected)
-    with open_context(golden_dir / "qwen3" / "base-f32.gguf", adapter("qwen3", case)) as context:
-        rows = []
-        for start in range(0, len(tokens), 11):
-            piece = range(start, min(start + 11, len(tokens)))
-            ends = [i == len(tokens) - 1 for i in piece]
-            rows.append(context.decode([(tokens[i], 0) for i in piece], [segments[i] for i in piece], ends))
-            if not any(ends):
-                assert not context.state(0).any()  # nothing is written before the ingest ends
-        assert nmse(np.concatenate(rows), expected["prompt_logits"]) <= BOUND
-        assert nmse(context.state(0), expected["prompt_state"]) <= BOUND
+    check_ingest_over_many_batches(golden_dir / "qwen3" / "base-f32.gguf", adapter("qwen3", case), expected)
 
 
 @pytest.mark.parametrize("case", ["tsw_qo", "msw4_qo"])

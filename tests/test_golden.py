@@ -172,6 +172,21 @@ def check_other_sequences(base, memory, expected, n_seq, **options):
         assert nmse(both.state(0), expected["decode_state"]) <= BOUND
 
 
+def check_ingest_over_many_batches(base, memory, expected):
+    """An ingest cut anywhere, also inside a segment, reads and writes as in one batch."""
+    tokens, segments = expected["prompt_ids"].tolist(), segments_of(expected)
+    with open_context(base, memory) as context:
+        rows = []
+        for start in range(0, len(tokens), 11):
+            piece = range(start, min(start + 11, len(tokens)))
+            ends = [i == len(tokens) - 1 for i in piece]
+            rows.append(context.decode([(tokens[i], 0) for i in piece], [segments[i] for i in piece], ends))
+            if not any(ends):
+                assert not context.state(0).any()  # nothing is written before the ingest ends
+        assert nmse(np.concatenate(rows), expected["prompt_logits"]) <= BOUND
+        assert nmse(context.state(0), expected["prompt_state"]) <= BOUND
+
+
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
 @each_case
 def test_other_sequences_in_the_batch(golden_dir, adapter, arch, case, unified):
@@ -182,16 +197,5 @@ def test_other_sequences_in_the_batch(golden_dir, adapter, arch, case, unified):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("case", ["ssw_message", "ssw_sentence"])
 def test_ingest_over_many_batches(golden_dir, adapter, arch, case):
-    """An ingest cut anywhere, also inside a segment, reads and writes as in one batch."""
-    expected = expected_of(golden_dir, arch, case)
-    tokens, segments = expected["prompt_ids"].tolist(), segments_of(expected)
-    with open_context(golden_dir / arch / "base-f32.gguf", adapter(arch, case)) as context:
-        rows = []
-        for start in range(0, len(tokens), 11):
-            piece = range(start, min(start + 11, len(tokens)))
-            ends = [i == len(tokens) - 1 for i in piece]
-            rows.append(context.decode([(tokens[i], 0) for i in piece], [segments[i] for i in piece], ends))
-            if not any(ends):
-                assert not context.state(0).any()  # nothing is written before the ingest ends
-        assert nmse(np.concatenate(rows), expected["prompt_logits"]) <= BOUND
-        assert nmse(context.state(0), expected["prompt_state"]) <= BOUND
+    base, expected = golden_dir / arch / "base-f32.gguf", expected_of(golden_dir, arch, case)
+    check_ingest_over_many_batches(base, adapter(arch, case), expected)
