@@ -677,6 +677,7 @@ def test_without_an_adapter_there_are_no_sessions():
         ({"top_k": 2**31}, "top_k"),
         ({"seed": "x"}, "seed"),
         ({"stop": 5}, "stop"),
+        ({"stop": ["x"] * 129}, "stop"),  # each is looked for after each token, while all others wait
         ({"n": 2}, "n"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": "all"}, "stream_options"),
@@ -1118,6 +1119,27 @@ def test_a_client_that_goes_away(narrow, monkeypatch, streams):
     one = about(narrow, "gone")
     assert one["turns"] == 1 and one["tokens"] < 400
     narrow.http.delete("/v1/memories/gone")
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_goes_away_while_it_waits_for_its_session(api, streams):
+    """Found: its stream began nevertheless, and the session had a turn that nobody has read."""
+    name = f"waited-for-{streams}"
+    body = json.dumps({"messages": HELLO, "stream": streams, "max_tokens": 400, "grammar": "root ::= [a-z ] root"})
+    head = f"POST /sessions/{name}/v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    left = counted(api, "deltamem_requests_total", status="499")
+    with ThreadPoolExecutor() as threads:
+        with api.stalled():
+            first = threads.submit(ask, api, path=f"/sessions/{name}")
+            until(lambda: api.service.worker.n_waiting == 1)
+            with socket.create_connection((api.http.base_url.host, api.http.base_url.port)) as client:
+                client.sendall((head + body).encode())
+                until(lambda: api.service._locks["", name].n == 2)
+            if streams:
+                until(lambda: counted(api, "deltamem_requests_total", status="499") == left + 1)
+        assert first.result()["memory"]["version"] == 1
+    until(lambda: not api.service._turns)
+    assert about(api, name)["version"] == 1
 
 
 @pytest.mark.parametrize("how", ["complete", "cancelled", "gone"])

@@ -512,7 +512,15 @@ async def _respond(server: Server, request: Request, asked: Chat | Completion | 
     if isinstance(asked, Chat):
         answer.to_message = asked.message
     if asked.stream:
-        await answer.start()  # what is wrong with the request has a status of its own
+        starting = asyncio.create_task(answer.start())  # what is wrong with the request has a status of its own
+        try:
+            await _ended_or_gone(request, starting)
+            if not starting.done():
+                answer.cancel()
+                raise ClientDisconnect
+            starting.result()
+        finally:
+            starting.cancel()
         return _EventStream(_events(server, asked, answer), server.settings.heartbeat)
     scored: list[Any] = []
 

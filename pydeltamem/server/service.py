@@ -50,6 +50,7 @@ _NUMBERS = (
     "mirostat_mode", "mirostat_tau", "mirostat_eta",
 )  # fmt: skip
 _N_TOP = 20
+_N_STOP = 128  # each is looked for after each token, while all others wait
 # what chat handlers and llama_cpp's templates set themselves
 _TAKEN = frozenset((
     "llm", "llama", "self", "messages", "functions", "function_call", "tools", "tool_choice", "temperature", "top_p",
@@ -983,6 +984,8 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
         given["stop"] = [stop]
     elif stop is not None and not (isinstance(stop, list) and all(isinstance(text, str) for text in stop)):
         raise InputError("stop is a text, or a list of texts")
+    elif stop is not None and len(stop) > _N_STOP:
+        raise InputError(f"stop has at most {_N_STOP} texts, not {len(stop)}")
     return {**_DEFAULTS, **{_SAMPLING.get(name, name): value for name, value in given.items()}}
 
 
