@@ -1,4 +1,4 @@
-"""Command-line options that `generate` and `chat` share, named as in llama.cpp, and what they turn into."""
+"""Options of the commands that run a model, named as in llama.cpp, and what they turn into."""
 
 from __future__ import annotations
 
@@ -29,13 +29,20 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Model and context; the defaults of what decides the speed are what `deltamem tune` found."""
+    """Model, and how it is run."""
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", required=True, metavar="FILE", help=MODEL_HELP)
     group.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF")
     group.add_argument(
         "-c", "--ctx-size", type=count, default=4096, metavar="N", help="context (%(default)s; 0: the model's)"
     )
+    add_running_arguments(group)
+    group.add_argument("--mlock", action="store_true", help="keep the model in RAM")
+    group.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
+
+
+def add_running_arguments(group: argparse._ArgumentGroup) -> None:
+    """Threads, machines and context; the defaults of what decides the speed are what `deltamem tune` found."""
     group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
     group.add_argument(
         "-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t, or all CPUs)"
@@ -43,8 +50,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rpc", metavar="HOST:PORT,...", help="run layers on these machines too (deltamem rpc-server)")
     add_context_arguments(group, tuned=True)
     group.add_argument("--no-mmap", action="store_true", help="load the model instead of mapping it")
-    group.add_argument("--mlock", action="store_true", help="keep the model in RAM")
-    group.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
 
 
 def add_context_arguments(group: argparse._ArgumentGroup, tuned: bool = False) -> None:

@@ -11,7 +11,7 @@ import threading
 from typing import Any
 
 from ..errors import InputError, RpcServerAway
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, context_options, note
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_running_arguments, context_options, note
 from .parser import at_least, count, positive, positive_number
 
 
@@ -27,13 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-np", "--parallel", type=positive, default=4, metavar="N", help="slots: requests decoded at once (%(default)s)"
     )
-    group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
-    group.add_argument(
-        "-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t, or all CPUs)"
-    )
-    group.add_argument("--rpc", metavar="HOST:PORT,...", help="run layers on these machines too (deltamem rpc-server)")
-    add_context_arguments(group, tuned=True)
-    group.add_argument("--no-mmap", action="store_true", help="load the model instead of mapping it")
+    add_running_arguments(group)
     group.add_argument("--alias", metavar="NAME", help="name of the model in answers (its file's)")
 
     group = parser.add_argument_group("server")
