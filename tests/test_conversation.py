@@ -615,7 +615,7 @@ def test_others_speak_between_two_pieces(make):
         assert replies[conversation] == Conversation(make(), **GREEDY).say(content)
 
 
-def test_a_prompt_that_lost_its_place_is_not_read_by_halves(make):
+def test_a_prompt_that_lost_its_slot_is_not_decoded_by_halves(make):
     llm = make(n_seq_max=2, n_batch=16)
     one, other, *more = (Conversation(llm, **GREEDY) for _ in range(4))
     stream = stream_together({one: "a very long message that needs many batches " * 4, other: "hello"})
@@ -781,7 +781,7 @@ def test_nothing_of_one_shows_in_another(make):
     np.testing.assert_allclose(alone[2], first[2], rtol=0, atol=1e-4)
 
 
-def test_more_conversations_than_places(llm, make):
+def test_more_conversations_than_slots(llm, make):
     conversations = [Conversation(llm, **GREEDY) for _ in range(7)]
     alone = Conversation(make(), **GREEDY)
     said = say_together({c: f"hello {i}" for i, c in enumerate(conversations)})
@@ -807,7 +807,7 @@ def test_a_long_prompt_beside_short_ones(make):
         np.testing.assert_allclose(conversation.memory.state, alone.memory.state, **SAME)
 
 
-def test_places_are_taken_while_one_speaks(make):
+def test_slots_are_taken_while_one_speaks(make):
     """Between two pieces of a reply others may use all slots."""
     llm = make(n_seq_max=1)
     speaking, other = Conversation(llm, **GREEDY), Conversation(llm, **GREEDY)
@@ -847,7 +847,7 @@ def test_the_models_own_text_stands_beside_them(make, read_once):
     np.testing.assert_array_equal(conversation.memory.state, mine)
 
 
-def test_a_conversation_that_is_gone_leaves_its_place(make):
+def test_a_conversation_that_is_gone_leaves_its_slot(make):
     llm = make(n_seq_max=2)
     conversation = Conversation(llm, **GREEDY)
     conversation.say("hello")
@@ -857,7 +857,7 @@ def test_a_conversation_that_is_gone_leaves_its_place(make):
     assert llm._engine.slots.text(slot) is None
 
 
-def test_embedding_makes_them_read_again(make_llm):
+def test_embedding_has_them_decoded_again(make_llm):
     llm = make_llm(embedding=True, n_batch=64, pooling_type=LLAMA_POOLING_TYPE_MEAN)
     state = np.random.default_rng(0).standard_normal(llm.memory.shape).astype(np.float32)
     llm.memory.state = state

@@ -189,7 +189,7 @@ def test_one_by_one_the_last_64_positions_are_kept(llm, read_once):
         np.testing.assert_allclose(llm.memory.state, read_once(tokens[:position]), **SAME)
 
 
-def test_going_back_after_the_place_was_lost(make, read_once):
+def test_going_back_after_the_slot_was_lost(make, read_once):
     """Where no checkpoint is, the memory reads the tokens again after those that it read the first time."""
     llm = make(n_seq_max=1)
     tokens = np.random.default_rng(2).integers(6, 250, 40).tolist()

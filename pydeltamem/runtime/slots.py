@@ -268,9 +268,9 @@ class Slots:
         """
         if text.slot is not None:
             return text.slot
-        places = range(self.n_seq_max) if text.home is None else [text.home]
-        places = [slot for slot in places if self.text(slot) is None or self.text(slot) not in staying]
-        if not places:
+        slots = range(self.n_seq_max) if text.home is None else [text.home]
+        slots = [slot for slot in slots if self.text(slot) is None or self.text(slot) not in staying]
+        if not slots:
             return None
         # llama.cpp computes slots together only if no other lies between them (`decode`)
         near = {other.slot + i for other in staying if other.slot is not None for i in (-1, 1)}
@@ -280,7 +280,7 @@ class Slots:
             # free ones from the last one on: llama_cpp.Llama evaluates its own text in the first
             return (0 if is_free else 1, slot not in near, 0 if is_free else self._used[slot], -slot)
 
-        slot = min(places, key=worth)
+        slot = min(slots, key=worth)
         self.leave(self.text(slot))
         text.lost_kv()
         self._states[slot] = self._records[slot] = None
