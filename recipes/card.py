@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from pydeltamem.evals.bootstrap import wilson
 from pydeltamem.evals.report import RATIOS, name_of
-from pydeltamem.evals.statistics import wilson
 
 
 def main() -> None:

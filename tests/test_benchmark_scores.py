@@ -140,15 +140,15 @@ def test_nothing_right_is_not_certainly_nothing():
 def test_ratios_are_paired():
     """A method with the same right answers has a ratio of 1 for certain; one right as often has not."""
     drawn = sample(a=[1, 0] * 50, same=[1, 0] * 50, other=[0, 1] * 50)
-    same, other = (ratio(drawn.means(name), drawn.means("a")) for name in ("same", "other"))
+    same, other = (ratio(drawn.means(name), drawn.means("a"), 100) for name in ("same", "other"))
     assert (same.value, same.low, same.high) == (1, 1, 1)
     assert other.value == 1 and other.low < 0.85 and other.high > 1.15
 
 
 def test_a_ratio_to_what_may_be_nothing():
-    assert ratio(sample(a=[1, 1]).means("a"), sample(a=[0, 0]).means("a")) is None
+    assert ratio(sample(a=[1, 1]).means("a"), sample(a=[0, 0]).means("a"), 2) is None
     drawn = sample(a=[1] * 20, rare=[1] + [0] * 19)
-    assert math.isinf(ratio(drawn.means("a"), drawn.means("rare")).high)
+    assert math.isinf(ratio(drawn.means("a"), drawn.means("rare"), 20).high)
 
 
 def test_questions_about_one_context_are_drawn_together():
@@ -161,6 +161,21 @@ def test_questions_about_one_context_are_drawn_together():
     alone = width(None)
     assert width([str(i // 10) for i in range(200)]) > 2 * alone  # 20 contexts
     assert width([str(i // 100) for i in range(200)]) == alone  # of two contexts single questions are drawn
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Of draws of ten contexts with five questions each, for a mean and for a ratio: 95 %, up to 3 deviations."""
+    draw, n, n_draws, held = np.random.default_rng(1), 10, 600, [0, 0]
+    for i in range(n_draws):
+        easy = draw.normal(1, 0.2, n)
+        a, b = ((factor * easy + draw.normal(0, 0.1, n)).repeat(5) + draw.normal(0, 0.1, 5 * n) for factor in (2, 1))
+        drawn = Sample({"a": [[x] for x in a], "b": [[x] for x in b]}, [str(j // 5) for j in range(5 * n)], seed=i)
+        mean, over = drawn.mean("a"), ratio(drawn.means("a"), drawn.means("b"), drawn.n_drawn)
+        held[0] += mean.low <= 2 <= mean.high
+        held[1] += over.low <= 2 <= over.high
+    error = 3 * math.sqrt(0.95 * 0.05 / n_draws)
+    assert held[0] / n_draws == pytest.approx(0.95, abs=error)
+    assert held[1] / n_draws == pytest.approx(0.95, abs=error)
 
 
 def test_several_values_of_a_question_count_each():

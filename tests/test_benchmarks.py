@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,13 +120,36 @@ def test_missing_and_damaged_files_are_named(name, tmp_path, monkeypatch):
         check_names(str(error.value), [path, benchmark.source])
 
 
-def test_files_that_hold_no_question_or_cannot_be_read(tmp_path):
-    for name, data in (("empty", b"[]"), ("cut", gzip.compress(b"[]" * 500)[:-9]), ("binary", b"\xff\xfe")):
-        path = tmp_path / f"{name}.json"
-        path.write_bytes(data)
-        with pytest.raises(InputError) as error:
-            items_of(BENCHMARKS["hotpotqa"][0], str(path))
-        check_names(str(error.value), [path])
+PACKED = gzip.compress(json.dumps([HOTPOT] * 20).encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("empty.json", b"[]"),
+        ("cut.json", gzip.compress(b"[]" * 500)[:-9]),
+        ("damaged.json", PACKED[:40] + b"\0\xff\0\xff" + PACKED[44:]),
+        ("binary.json", b"\xff\xfe"),
+        ("deep.json", b"[" * 100_000),
+        ("long.csv", b'id,question\n1,"' + b"x" * 200_000 + b'"\n'),
+        ("binary.parquet", b"PAR1" + b"\xff" * 100 + b"\x10\0\0\0PAR1"),
+        ("unanswered.json", json.dumps([{**HOTPOT, "answer": None}]).encode()),
+        ("twice.json", json.dumps([HOTPOT, {**HOTPOT, "question": "Where?"}]).encode()),
+    ],
+)
+def test_files_that_hold_no_question_or_cannot_be_read(tmp_path, name, data):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(InputError) as error:
+        items_of(BENCHMARKS["hotpotqa"][0], str(path))
+    check_names(str(error.value), [path])
+    assert str(error.value).count(path.name) == 1
+
+
+def test_a_mark_of_utf_8_is_no_text(tmp_path):
+    """As spreadsheets write it."""
+    (tmp_path / "gpqa.csv").write_text(GPQA, encoding="utf-8-sig")
+    assert len(items_of(BENCHMARKS["gpqa"][0], str(tmp_path / "gpqa.csv"))) == 1
 
 
 def test_the_folder_of_the_data(tmp_path, monkeypatch):
@@ -648,6 +672,93 @@ def test_files_that_do_not_fit_together(tmp_path):
     with pytest.raises(InputError) as error:
         results_of([answers_of(tmp_path / "3.jsonl")])
     check_names(str(error.value), [tmp_path / "3.jsonl"])
+
+
+def with_setup(path, **changes):
+    """The file with another setup."""
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(json.dumps({"setup": {**json.loads(first)["setup"], **changes}}) + "\n" + rest)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("none", {"n_ctx": 1}), ("none", {"seed": 1}), ("bm25", {"window": 1}), ("a/memory", {"rehearse": True}),
+        ("a/context", {"answer_writes": "off"}), ("a/context", {"adapters": {"a": "y.gguf"}, "sha256": {"model": "1"}}),
+        ("a/memory", {"sha256": {"model": "1", "adapters": {"a": "2"}}}), ("lora", {"lora": "y.gguf"}),
+        ("backbone", {"unpack": "all"}), ("backbone", {"sha256": {"model": "1", "data": "2"}}),
+        ("backbone", {"sha256": {"model": "2"}}),
+    ],
+)  # fmt: skip
+def test_answers_under_other_conditions_are_not_joined(tmp_path, method, changes):
+    """Shards of one method must have been asked alike, but for what does not concern the method."""
+    setup = {"n_ctx": 9, "seed": 9, "window": 9, "answer_writes": "on", "adapters": {"a": "x.gguf"}, "lora": "x.gguf"}
+    setup["sha256"] = {"model": "1", "data": "1", "adapters": {"a": "1"}}
+    one, two = (answers_of(tmp_path / f"{id}.jsonl", method=method, **{id: (1, "x")}) for id in "ab")
+    assert results_of([with_setup(one, **setup), with_setup(two, **setup)]).rows[0].n == 2
+    with pytest.raises(InputError) as error:
+        results_of([one, with_setup(two, **changes)])
+    check_names(str(error.value), [two])
+    other = {"window": 1, "rehearse": True, "answer_writes": "off", "adapters": {"b": "y.gguf"}, "lora": None}
+    if method == "none":
+        assert results_of([one, with_setup(two, **{**setup, **other})]).rows[0].n == 2
+
+
+def test_methods_under_other_conditions_are_noted(tmp_path):
+    one, two = (answers_of(tmp_path / f"{method}.jsonl", method=method, a=(1, "x")) for method in ("none", "backbone"))
+    assert not results_of([one, two]).notes
+    (note,) = results_of([with_setup(one, n_ctx=11), with_setup(two, n_ctx=12)]).notes
+    check_names(note, ["n_ctx", 11, 12])
+    with pytest.raises(InputError):  # other questions under the same ids
+        results_of([with_setup(one, sha256={"data": "1"}), with_setup(two, sha256={"data": "2"})])
+
+
+def test_a_report_of_a_run_that_was_killed(whole, tmp_path):
+    """Of what is whole; and it says how much that is."""
+    data, path = (whole[1] / "locomo.jsonl").read_bytes(), tmp_path / "locomo.jsonl"
+    path.write_bytes(data[: int(0.77 * len(data))])
+    records = [json.loads(line) for line in path.read_bytes().splitlines()[:-1]]
+    found = results_of([path])
+    n = sum("answer" in record for record in records)
+    assert sum(row.n for row in found.rows if not row.kind) == n < 60
+    check_names(found.notes[0], [path, n, 60])
+
+
+@pytest.mark.parametrize("gone", ["kind", "about", "scores", "method", "benchmark", "model", "id"])
+def test_a_damaged_line_is_named(tmp_path, gone):
+    path = answers_of(tmp_path / "x.jsonl", x=(1, "Lima"), y=(0, "Rome"))
+    path.write_text(path.read_text().replace(f'"{gone}"', '"other"'))
+    with pytest.raises(InputError) as error:
+        results_of([path])
+    check_names(str(error.value), [path])
+
+
+def test_a_run_does_not_go_on_with_other_files(whole, tmp_path, capsys):
+    """Of the same name: another adapter, or other questions, though as many."""
+    path, adapter = whole[0], tmp_path / "a.gguf"
+    options = ["--adapters", f"a={adapter}", "--methods", "none,a/memory"]
+    shutil.copy(default_files()[1]["msw"], adapter)
+    assert main(command(path, tmp_path, *options)) == 0
+    data = (tmp_path / "locomo.jsonl").read_bytes()
+    capsys.readouterr()
+    shutil.copy(default_files()[1]["tsw"], adapter)
+    assert main(command(path, tmp_path, *options)) == 1
+    check_names(capsys.readouterr().err.strip(), [tmp_path / "locomo.jsonl", "sha256"])
+    shutil.copy(default_files()[1]["msw"], adapter)
+    other = tmp_path / "other" / path.name
+    other.parent.mkdir()
+    other.write_text(path.read_text().replace("Rex", "Max"))
+    assert main(command(other, tmp_path, *options)) == 1
+    assert (tmp_path / "locomo.jsonl").read_bytes() == data
+    # what an earlier version began goes on
+    setup, rest = data.split(b"\n", 1)
+    setup = json.loads(setup)
+    del setup["setup"]["sha256"]
+    begun = json.dumps(setup, ensure_ascii=False).encode() + b"\n"
+    (tmp_path / "locomo.jsonl").write_bytes(begun + rest[:500])
+    assert main(command(path, tmp_path, *options)) == 0
+    assert (tmp_path / "locomo.jsonl").read_bytes() == begun + rest
 
 
 def test_answers_with_separators_of_lines(tmp_path):

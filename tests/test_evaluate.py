@@ -13,22 +13,21 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import card
 from pydeltamem.cli.main import main
 from pydeltamem.conversation import Conversation
 from pydeltamem.errors import InputError
 from pydeltamem.evals import corpora, recall
+from pydeltamem.evals.bootstrap import wilson
 from pydeltamem.evals.case import Case
 from pydeltamem.evals.methods import answer_all, found_turns, last_turns
 from pydeltamem.evals.reader import MAX_ANSWER, Asked, NativeReader
 from pydeltamem.evals.recall import make_cases
 from pydeltamem.evals.report import as_json, print_tables
-from pydeltamem.evals.statistics import ratios_of, right_of, table_of, wilson
+from pydeltamem.evals.statistics import ratios_of, right_of, table_of
 from pydeltamem.models import default_files
 from refusals import check_names, refuses
 from test_cli import deltamem
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
-import card
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 
@@ -233,6 +232,16 @@ def test_a_ratio_to_what_may_be_nothing(monkeypatch, tmp_path, capsys):
     assert "∞)" in capsys.readouterr().out
 
 
+def test_a_share_of_questions_about_few_conversations():
+    """Its interval is as wide as of the conversations, if each is wholly right or wrong."""
+    right = {"m": np.arange(80) < 40}
+    (row,), (alone,) = (
+        table_of([case("?", "x", ((str(i // n), ""),), "natural") for i in range(80)], right) for n in (4, 1)
+    )
+    assert row.accuracy == alone.accuracy == 0.5 and (alone.low, alone.high) == wilson(40, 80)[1:]
+    assert row.high - row.low > 1.8 * (alone.high - alone.low)
+
+
 def test_questions_about_one_conversation_are_drawn_together():
     def width(turns):
         cases = [case("?", "x", turns(i)) for i in range(40)]
@@ -351,7 +360,9 @@ def test_missing_and_damaged_data_are_named(data, tmp_path, capsys, monkeypatch)
     assert "xquad_en.jsonl.gz" in capsys.readouterr().err
     assert main(["eval", "recall", "--tasks", "natural", "--data", str(tmp_path / "none")]) == 1
     assert "none" in capsys.readouterr().err
-    for damaged in (b"x", gzip.compress(b"{}\n"), gzip.compress(b"[1]\n"), gzip.compress(b"\xff\n")):
+    packed = gzip.compress(json.dumps({"said": list(range(500))}).encode())
+    whole = [gzip.compress(text) for text in (b"{}\n", b"[1]\n", b"\xff\n", b"[" * 100_000)]
+    for damaged in (b"x", packed[:40] + b"\0\xff\0\xff" + packed[44:], *whole):
         (data / "eval" / "sgd_dev.jsonl.gz").write_bytes(damaged)
         with pytest.raises(InputError, match=r"sgd_dev\.jsonl\.gz"):
             list(corpora.cases("dialogues", 1, 1, Parrot(), data))

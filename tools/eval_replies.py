@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pydeltamem import Conversation, DeltaMemLlama, say_together
+from pydeltamem.evals.bootstrap import wilson
 from pydeltamem.evals.corpora import file_of
 from pydeltamem.evals.items import records_of
 from pydeltamem.evals.reader import attach
-from pydeltamem.evals.statistics import wilson
 
 RUN = 4  # words
 COPIED = 0.8

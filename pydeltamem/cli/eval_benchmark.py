@@ -14,12 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import InputError
 from ..evals.asker import Asker
 from ..evals.benchmarks import BENCHMARKS
-from ..evals.items import DATA, Item, chosen, items_of
+from ..evals.items import DATA, Item, chosen, digest_of_file, file_of, items_of
 from ..evals.results import markdown, results_of
 from ..evals.run import BESIDE, PLAIN, PROTOCOLS, methods_of
 from ..evals.run import run as run_benchmark
 from ..evals.views import NEEDS
 from ..formats.atomic import no_file
+from ..hub import adapter_file, model_file
 from ..models import default_files
 from ..runtime import library
 from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments
@@ -90,7 +91,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     benchmark, _ = BENCHMARKS[args.what]
-    model, adapters = _model_and_adapters(args)
+    name, named = _model_and_adapters(args)
     protocols = list(dict.fromkeys(args.protocol.split(",")))
     for protocol in protocols:
         if protocol not in PROTOCOLS:
@@ -98,9 +99,12 @@ def run(args: argparse.Namespace) -> int:
     if args.lora and not os.path.isfile(args.lora):
         raise InputError(no_file(args.lora, "LoRA file"))
     benchmark.check()
+    data = file_of(benchmark, args.data)
     items = chosen(_of_kinds(items_of(benchmark, args.data), args.kinds), args.limit, args.seed, args.shard)
     if not items:
         raise InputError(f"--shard {args.shard[0]}/{args.shard[1]}: has no question: there are fewer contexts")
+    model = model_file(name)
+    adapters = {adapter: adapter_file(file, model) for adapter, file in named.items()}
     only = args.methods.split(",") if args.methods else None
     has_contexts = any(item.context for item in items)
     methods = methods_of(
@@ -112,8 +116,8 @@ def run(args: argparse.Namespace) -> int:
     n_ctx = args.ctx_size if args.ctx_size is not None else 0 if args.model is None else N_CTX
     setup = {
         "benchmark": benchmark.name,
-        "model": os.path.basename(os.fspath(model)),
-        "adapters": {name: os.path.basename(path) for name, path in adapters.items()},
+        "model": os.path.basename(name),
+        "adapters": {adapter: os.path.basename(file) for adapter, file in named.items()},
         "lora": args.lora and os.path.basename(args.lora),
         "methods": [method.name for method in methods],
         "answer_writes": args.answer_writes,
@@ -131,6 +135,12 @@ def run(args: argparse.Namespace) -> int:
         "flash_attn": args.flash_attn,
         "cache": [args.cache_type_k, args.cache_type_v],
         "unpack": None if args.unpack == "none" else args.unpack,  # as above
+        "sha256": {
+            "model": digest_of_file(model),
+            "data": digest_of_file(data),
+            "adapters": {adapter: digest_of_file(file) for adapter, file in adapters.items()},
+            "lora": args.lora and digest_of_file(args.lora),
+        },
     }
 
     def open_model(lora: bool) -> Asker:

@@ -11,7 +11,6 @@ and personas are ours (questions.py).
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 from ..errors import InputError
 from .case import Case
-from .items import answers_of
+from .items import DAMAGED, answers_of, text_of
 from .questions import PERSONAS, SLOTS
 from .reader import MAX_ANSWER, Reader
 from .scoring import holds
@@ -76,14 +75,14 @@ def cases(task: str, n: int, seed: int, reader: Reader, data: Path | None) -> It
     if path is None or reason:
         raise InputError(reason)
     corpus, draw = CORPORA[task], random.Random(f"{task} {seed}")
-    lines = _lines(path)
+    lines = [(i, line) for i, line in enumerate(text_of(path).split("\n"), 1) if line.strip()]
     if corpus.path is not None:
         draw.shuffle(lines)
     left: dict[str, int] = {}
     for number, line in lines:
         try:
             turns, asked = corpus.read(json.loads(line))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except DAMAGED as error:
             raise InputError(f"{path}: line {number} is no conversation of {corpus.source}: {error!r}") from error
         if corpus.path is not None:
             asked = draw.sample(asked, min(PER_CONVERSATION, len(asked)))
@@ -96,15 +95,6 @@ def cases(task: str, n: int, seed: int, reader: Reader, data: Path | None) -> It
                 yield Case(task, kind, turns, question, values, replies=corpus.replies)
         if corpus.path is not None and not any(left.values()):
             return
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            return [(i, line) for i, line in enumerate(file, 1) if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
 
 
 def _turns(messages: Sequence[dict[str, str]]) -> tuple[Turn, ...]:

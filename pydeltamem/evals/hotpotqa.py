@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .items import Benchmark, Context, Item, Piece, records_of
+from .items import Benchmark, Context, Item, Piece, answers_of, records_of
 from .metrics import exact, first_line, hotpot_f1
 
 
@@ -18,7 +18,7 @@ def read(path: Path) -> list[Item]:
                 str(record.get("id") or record["_id"]),
                 str(record.get("type", "")),
                 f"Question: {record['question']}\nAnswer:",
-                (str(record["answer"]),),
+                answers_of(record["answer"]),
                 i,
                 Context(pieces, "ten passages"),
                 query=record["question"],

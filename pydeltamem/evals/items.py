@@ -9,6 +9,8 @@ import io
 import json
 import os
 import random
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 from ..errors import InputError
 
 DATA = "DELTAMEM_DATA"
+# What reading a file of another form raises
+DAMAGED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, csv.Error)
 
 T = TypeVar("T")
 
@@ -109,13 +113,10 @@ class Benchmark:
     check: Callable[[], object] = lambda: None  # raises InputError if a package is missing
 
 
-def items_of(benchmark: Benchmark, given: str | None) -> list[Item]:
-    """The items of a benchmark, in the order of the file.
+def file_of(benchmark: Benchmark, given: str | None) -> Path:
+    """The file of a benchmark. Raises InputError if it is missing.
 
-    Args:
-        given: its file, or the folder of the data; None: the folder that DELTAMEM_DATA names.
-
-    Raises InputError if the file is missing or damaged.
+    given: that file, or the folder of the data; None: the folder that DELTAMEM_DATA names.
     """
     path = Path(given or os.environ.get(DATA) or "")
     if path.is_dir() and benchmark.file and (given or os.environ.get(DATA)):
@@ -123,12 +124,23 @@ def items_of(benchmark: Benchmark, given: str | None) -> list[Item]:
     if not path.is_file():
         where = f"{path}: is missing" if path.name and not path.is_dir() else "--data: name the file"
         raise InputError(f"{where} ({benchmark.source}): {benchmark.name} needs it")
+    return path
+
+
+def items_of(benchmark: Benchmark, given: str | None) -> list[Item]:
+    """The items of a benchmark, in the order of its file (`file_of`). Raises InputError if it is missing or damaged."""
+    path = file_of(benchmark, given)
     try:
         items = benchmark.read(path)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError) as error:
+    except InputError:
+        raise
+    except DAMAGED as error:
         raise InputError(f"{path}: is no file of {benchmark.source}: {error!r}") from error
     if not items:
         raise InputError(f"{path}: has no question of {benchmark.name} ({benchmark.source})")
+    twice = [id for id, n in Counter(item.id for item in items).items() if n > 1]
+    if twice:
+        raise InputError(f"{path}: has several questions {twice[0]}: give each an id of its own")
     return items
 
 
@@ -136,8 +148,8 @@ def text_of(path: Path) -> str:
     """A text file, packed by gzip or not. Raises InputError if it cannot be read."""
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
@@ -148,7 +160,10 @@ def records_of(path: Path) -> list[dict[str, Any]]:
             from pyarrow import parquet
         except ImportError:
             raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow, or name a .jsonl") from None
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        try:
+            rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        except OSError as error:  # whose text has several lines
+            raise InputError(f"{path}: cannot be read as Parquet: is it whole?") from error
         return rows
     text = text_of(path)
     if ".csv" in path.suffixes:
@@ -164,8 +179,11 @@ def json_lines(text: str) -> list[Any]:
 
 
 def answers_of(given: Any) -> tuple[str, ...]:
-    """Right answers: a list of them, or a single one as a plain string."""
-    return (given,) if isinstance(given, str) else tuple(map(str, given))
+    """Right answers: a list of them, or a single one. Raises ValueError if there is none: nothing could be right."""
+    found = tuple(str(one) for one in (given if isinstance(given, (list, tuple)) else [given]) if one is not None)
+    if not any(one.strip() for one in found):
+        raise ValueError("a question has no right answer")
+    return found
 
 
 def chosen(items: Sequence[Item], limit: int | None, seed: int, shard: tuple[int, int]) -> list[Item]:
@@ -185,3 +203,15 @@ def chosen(items: Sequence[Item], limit: int | None, seed: int, shard: tuple[int
 def digest(text: str) -> str:
     """A short name of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_of_file(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file. Raises InputError if it cannot be read."""
+    found = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return found.hexdigest()

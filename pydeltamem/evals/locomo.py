@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .items import Benchmark, Context, Item, Piece, text_of
+from .items import Benchmark, Context, Item, Piece, answers_of, text_of
 from .metrics import first_line, locomo_f1, stemmer
 
 KINDS = {1: "multi-hop", 2: "temporal", 3: "open", 4: "single-hop"}
@@ -30,7 +30,7 @@ def read(path: Path) -> list[Item]:
                         f"{record.get('sample_id', number)}-{place}",
                         KINDS[category],
                         f"Question: {question}{DATE if category == 2 else ''}\nShort answer:",
-                        (str(asked["answer"]),),
+                        answers_of(asked["answer"]),
                         len(items),
                         context,
                         {"category": category},

@@ -16,9 +16,15 @@ import numpy as np
 from ..errors import InputError
 from ..formats.kinds import json_of
 from .bootstrap import Estimate, Sample, ratio
+from .items import DAMAGED
 from .plot import matplotlib_figure
+from .run import BESIDE, LORA
 
 RESULTS = json_of("results of deltamem eval", {"setups", "rows", "ratios"})
+
+# What all methods of a benchmark should have alike; of other models and questions they cannot be compared at all
+OF_ONE = ("model", "questions")
+OF_ALL = (*OF_ONE, "n_ctx", "seed", "flash_attn", "KV cache", "unpack")
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,10 @@ class Results:
 
 def results_of(folders: Iterable[str | Path]) -> Results:
     """Joins the files *.jsonl in the folders. Raises InputError if there are none, or if they do not fit together."""
-    setups, answers = _read(folders)
+    setups, answers, notes = _read(folders)
     rows: list[Row] = []
     ratios: list[Ratio] = []
-    notes: list[str] = []
-    pairs: dict[str, dict[tuple[str, str], tuple[Any, Any]]] = {}  # means of both methods
+    pairs: dict[str, dict[tuple[str, str], tuple[Any, Any, int]]] = {}  # means of both methods, and of how many
     for benchmark, by_method in answers.items():
         metrics = list(next(iter(next(iter(by_method.values())).values()))["scores"])
         everything = {id for of in by_method.values() for id in of}
@@ -81,7 +86,7 @@ def results_of(folders: Iterable[str | Path]) -> Results:
                 continue
             both = {name: {id: by_method[name][id] for id in ids} for name in (method, over)}
             sample = _sample(benchmark, both, metrics[0])
-            pairs[benchmark][method, over] = sample.means(method), sample.means(over)
+            pairs[benchmark][method, over] = sample.means(method), sample.means(over), sample.n_drawn
             ratios += _ratio(benchmark, method, over, sample.n, *pairs[benchmark][method, over])
             if not sample.by_context:
                 contexts = {answer["about"] for answer in both[method].values()}
@@ -92,7 +97,7 @@ def results_of(folders: Iterable[str | Path]) -> Results:
             if all((method, over) in of for of in pairs.values()):
                 means = [of[method, over] for of in pairs.values()]
                 above, below = (np.mean([of[i] for of in means], axis=0) for i in (0, 1))
-                ratios += _ratio("average", method, over, len(means), above, below)
+                ratios += _ratio("average", method, over, len(means), above, below, min(of[2] for of in means))
     notes = list(dict.fromkeys(notes))
     return Results(setups, rows, ratios, notes)
 
@@ -108,9 +113,9 @@ def _compared(methods: Iterable[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _ratio(benchmark: str, method: str, over: str, n: int, above: Any, below: Any) -> list[Ratio]:
+def _ratio(benchmark: str, method: str, over: str, n: int, above: Any, below: Any, n_drawn: int) -> list[Ratio]:
     """Empty if the second mean is 0."""
-    found = ratio(above, below)
+    found = ratio(above, below, n_drawn)
     return [] if found is None else [Ratio(benchmark, method, over, n, found)]
 
 
@@ -129,37 +134,83 @@ def _sample(benchmark: str, by_method: Mapping[str, Mapping[str, Any]], metric: 
 
 def _read(
     folders: Iterable[str | Path],
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, dict[str, dict[str, Any]]]]]:
-    """The setups, and the answers by benchmark, method and id."""
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, dict[str, dict[str, Any]]]], list[str]]:
+    """The setups, the answers by benchmark, method and id, and notes."""
     setups: list[dict[str, Any]] = []
     answers: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    notes: list[str] = []
     named = list(map(Path, folders))
     paths = [path for folder in named for path in ([folder] if folder.is_file() else sorted(folder.glob("*.jsonl")))]
     if not paths:
         raise InputError(f"{', '.join(map(str, named))}: has no answers of deltamem eval (*.jsonl)")
+    seen: dict[tuple[str, str], dict[str, Any]] = {}  # by benchmark and method: under what it was asked
     for path in paths:
-        try:
-            lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-            setup = json.loads(lines[0])["setup"]
-            setups.append({**setup, "file": path.name})
-            for line in lines[1:]:
-                record = json.loads(line)
-                if "answer" in record:
-                    of = answers.setdefault(record["benchmark"], {}).setdefault(record["method"], {})
-                    if record["id"] in of and of[record["id"]]["answer"] != record["answer"]:
-                        raise InputError(f"{path}: question {record['id']} has another answer in another file")
-                    of[record["id"]] = record
-        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, IndexError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: is no file of deltamem eval: {error!r}") from error
-    for benchmark in answers:
-        models = {setup["model"] for setup in setups if setup["benchmark"] == benchmark}
-        if len(models) > 1:
-            raise InputError(f"the files are of several models, {' and '.join(sorted(models))}: report them one by one")
+        setup, records = _records(path)
+        setups.append({**setup, "file": path.name})
+        expected = setup.get("questions", 0) * len(setup.get("methods") or ())
+        if len(records) < expected:
+            notes.append(f"{path}: has {len(records)} of {expected} answers so far")
+        for record in records:
+            benchmark, method = record["benchmark"], record["method"]
+            now = _conditions(setup, method)
+            for name, value in seen.setdefault((benchmark, method), now).items():
+                if now[name] != value and None not in (now[name], value):
+                    raise InputError(
+                        f"{path}: {method} has {name} {now[name]} here and {value} in another file: report them one by"
+                        " one"
+                    )
+            of = answers.setdefault(benchmark, {}).setdefault(method, {})
+            if record["id"] in of and of[record["id"]]["answer"] != record["answer"]:
+                raise InputError(f"{path}: question {record['id']} has another answer in another file")
+            of[record["id"]] = record
     if not answers:
         raise InputError(f"{paths[0]}: has no answer yet")
-    return setups, answers
+    for benchmark, by_method in answers.items():
+        for name in OF_ALL:
+            values = {seen[benchmark, method][name] for method in by_method} - {None}
+            note = f"{benchmark}: not all methods have the same {name}: {' and '.join(sorted(map(str, values)))}"
+            if len(values) > 1 and name in OF_ONE:
+                raise InputError(f"{note}: report the files one by one")
+            if len(values) > 1:
+                notes.append(note)
+    return setups, answers, notes
+
+
+def _records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The setup and the answers of a file, without a last line that a run has not finished. Raises InputError."""
+    try:
+        first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        setup = dict(json.loads(first)["setup"])
+        _ = setup["model"], setup["benchmark"]
+        records = [record for record in map(json.loads, lines) if "answer" in record]
+        for record in records:
+            _ = record["benchmark"], record["method"], record["id"], record["kind"], record["about"]
+            if record["scores"].keys() != records[0]["scores"].keys():
+                raise ValueError("other scores")
+    except (OSError, *DAMAGED) as error:
+        raise InputError(f"{path}: is no file of deltamem eval: {error!r}") from error
+    return setup, records
+
+
+def _conditions(setup: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """What decides the answers of a method, from a setup; None: it does not say, or it does not matter. Files are told
+    apart by SHA-256, or by name in what earlier versions wrote.
+    """
+    adapter, _, protocol = method.partition("/")
+    digests, adapters, cache = setup.get("sha256") or {}, setup.get("adapters") or {}, setup.get("cache")
+    searches = method in BESIDE or "+" in protocol
+    return {
+        "model": digests.get("model") or setup["model"],
+        "questions": digests.get("data"),
+        **{name: setup.get(name) for name in ("n_ctx", "seed", "flash_attn")},
+        "KV cache": cache and "/".join(cache),
+        "unpack": setup.get("unpack") or "none",
+        "window": setup.get("window") if searches else None,
+        "answer_writes": setup.get("answer_writes") if protocol else None,
+        "rehearse": bool(setup.get("rehearse")) if protocol.startswith("memory") else None,
+        "adapter": {**adapters, **(digests.get("adapters") or {})}.get(adapter) if protocol else None,
+        "LoRA adapter": (digests.get("lora") or setup.get("lora")) if method == LORA else None,
+    }
 
 
 #

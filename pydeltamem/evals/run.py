@@ -228,6 +228,8 @@ class AnswerFile:
         before, now = found.get("setup"), json.loads(json.dumps(setup))
         if not isinstance(before, dict):
             raise InputError(f"{self.path}: is no file of deltamem eval: name another folder by --output")
+        if "sha256" not in before:  # by an earlier version
+            now.pop("sha256", None)
         for name in {**before, **now}:
             if before.get(name) != now.get(name):
                 raise InputError(

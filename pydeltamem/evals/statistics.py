@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from .bootstrap import RESAMPLES, Sample, ratio
 from .case import Case
 from .methods import VISIBLE
-from .recall import MEMORY_HEAVY, NO_MEMORY
-
-CONFIDENCE = 1.96  # standard deviations of the interval of an accuracy
-RESAMPLES = 2000
+from .recall import CORPORA, MEMORY_HEAVY, NO_MEMORY
 
 
 @dataclass(frozen=True)
 class Row:
-    """How often one method was right in one kind of case; low and high: 95 % interval (Wilson)."""
+    """How often one method was right in one kind of case; low and high: 95 % interval, as `Sample.mean` has it."""
 
     method: str
     task: str
@@ -50,19 +47,13 @@ def right_of(cases: Sequence[Case], answers: Mapping[str, Sequence[str]]) -> dic
 
 def table_of(cases: Sequence[Case], right: Mapping[str, npt.NDArray[np.bool_]]) -> list[Row]:
     rows = []
-    for method, good in right.items():
-        for (task, kind), these in _cells(cases).items():
-            n, size = len(these), cases[these[0]].size
-            rows.append(Row(method, task, kind, size, n, *wilson(int(good[these].sum()), n)))
+    for (task, kind), these in _cells(cases).items():
+        scores = {method: [[float(good[i])] for i in these] for method, good in right.items()}
+        sample = Sample(scores, [cases[i].turns if task in CORPORA else None for i in these])
+        for method in right:
+            mean = sample.mean(method)
+            rows.append(Row(method, task, kind, cases[these[0]].size, len(these), mean.value, mean.low, mean.high))
     return rows
-
-
-def wilson(right: int, n: int) -> tuple[float, float, float]:
-    """A share and its 95 % interval (Wilson, 1927)."""
-    p, z = right / n, CONFIDENCE
-    middle, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
-    return p, max(0.0, min(low, p)), min(1.0, max(high, p))  # rounding must not leave out the share
 
 
 def ratios_of(
@@ -93,12 +84,9 @@ def ratios_of(
             others = tuple(other for other in others if other in right)
             if method in right and others and of_tasks:
                 over = np.max([means.of(other, of_tasks) for other in others], axis=0)
-                if over[0] > 0:
-                    found = means.of(method, of_tasks)
-                    with np.errstate(all="ignore"):
-                        drawn = found[1:] / over[1:]  # x / 0 is infinite, 0 / 0 says nothing
-                    low, high = np.quantile(drawn[~np.isnan(drawn)], (0.025, 0.975), method="nearest")
-                    ratios.setdefault(memory, {})[name] = Ratio(float(found[0] / over[0]), float(low), float(high))
+                found = ratio(means.of(method, of_tasks), over, min(means.n_drawn[task] for task in of_tasks))
+                if found is not None:
+                    ratios.setdefault(memory, {})[name] = Ratio(found.value, found.low, found.high)
     return ratios
 
 
@@ -108,11 +96,13 @@ class _Means:
     def __init__(self, cases: Sequence[Case], right: Mapping[str, npt.NDArray[np.bool_]], seed: int):
         self.right, self.cells = right, _cells(cases)
         self.weights = np.ones((1 + RESAMPLES, len(cases)), dtype=np.float32)  # how often a case was drawn
+        self.n_drawn: dict[str, int] = {}  # conversations of each task
         random = np.random.default_rng(seed)
         for task in dict.fromkeys(case.task for case in cases):
             these = [i for i, case in enumerate(cases) if case.task == task]
             place: dict[object, int] = {}
             of_case = [place.setdefault(cases[i].turns, len(place)) for i in these]
+            self.n_drawn[task] = len(place)
             drawn = random.multinomial(len(place), np.full(len(place), 1 / len(place)), RESAMPLES)
             self.weights[1:, these] = drawn[:, of_case]
 
