@@ -10,6 +10,7 @@ import socket
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -21,13 +22,14 @@ from websockets.sync.client import connect
 
 from pydeltamem import DeltaMemLlama, InputError
 from pydeltamem.formats.memory_file import MemorySnapshot
+from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server import application as application_module
 from pydeltamem.server.application import Settings, application
 from pydeltamem.server.keys import Keys
 from pydeltamem.server.openai import Chat
 from pydeltamem.server.service import Piece
 from pydeltamem.server.store import StoreAway, StoreError
-from servers import in_thread, service, until
+from servers import BASE, in_thread, service, until
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
 HELLO = [{"role": "user", "content": "My name is Ada."}]
@@ -455,6 +457,33 @@ def test_tokens_and_template(api):
     absent = {"content": "<|im_start|>", "add_special": None, "parse_special": None, "with_pieces": None}
     asked = {"content": "<|im_start|>"}
     assert api.http.post("/tokenize", json=absent).json() == api.http.post("/tokenize", json=asked).json()
+
+
+def test_the_prompt_of_a_chat_continues_as_the_chat(api):
+    """Found: it had spaces that the template did not write, so its tokens were others."""
+    chat = ask(api)
+    prompt = api.http.post("/apply-template", json={"messages": HELLO}).json()["prompt"]
+    answer = api.http.post("/v1/completions", json={"prompt": prompt, **GREEDY}).json()
+    assert answer["usage"]["prompt_tokens"] == chat["usage"]["prompt_tokens"]
+    assert answer["choices"][0]["text"] == said(chat)
+
+
+def test_the_prompt_of_a_template_that_begins_a_text(tmp_path):
+    """Found: /v1/completions put a second token of a text's beginning before it."""
+    data, path = Path(BASE).read_bytes(), tmp_path / "begins.gguf"
+    old, new = (
+        b"{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}",
+        (b"<s>{%for message in messages%}<|{{ message['role'] }}|>{{ message['content'] |trim }}"),
+    )
+    assert len(old) == len(new) and data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    added = {"tokenizer.ggml.add_bos_token": True}
+    with in_thread(lambda: AsyncDeltaMem(DeltaMemLlama(str(path), kv_overrides=added, verbose=False))) as api:
+        chat = ask(api)
+        prompt = api.http.post("/apply-template", json={"messages": HELLO}).json()["prompt"]
+        answer = api.http.post("/v1/completions", json={"prompt": prompt, **GREEDY}).json()
+    assert answer["usage"]["prompt_tokens"] == chat["usage"]["prompt_tokens"]
+    assert answer["choices"][0]["text"] == said(chat)
 
 
 def test_null_is_as_absent(api):

@@ -424,8 +424,7 @@ def _answering(server: Server) -> APIRouter:
 
         def prompt() -> str:
             asked = Chat(body, settings.model)
-            tokens = service._rendered(checked_messages(asked.messages), asked.options).prompt
-            return service.llm.detokenize(list(tokens), special=True).decode(errors="replace")
+            return service.prompt_text(checked_messages(asked.messages), asked.options)
 
         return {"prompt": await asyncio.to_thread(prompt)}
 

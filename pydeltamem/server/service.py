@@ -547,10 +547,20 @@ class AsyncDeltaMem:
         while len(self._nameless) > self.worker.n_slots:
             self._leave(self._nameless.pop(0)[1])
 
-    def _rendered(self, messages: Sequence[Message], options: Mapping[str, Any]) -> PromptCatcher:
+    def prompt_text(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+        """The prompt of a chat as its template writes it, for `complete`, which adds a token that begins a text itself
+        where the model wants one. The text of its tokens may have other spaces. Options as `chat`.
+        """
+        heard = _Heard(self.llm)
+        self._rendered(messages, options, heard)
+        text = heard.tokenized.decode(errors="replace")
+        begins = self.llm.detokenize(self.llm.tokenize(b"", add_bos=True), special=True).decode(errors="replace")
+        return text.removeprefix(begins)
+
+    def _rendered(self, messages: Sequence[Message], options: Mapping[str, Any], llm: Any = None) -> PromptCatcher:
         names = ("tools", "tool_choice", "response_format")
         asked = {name: options[name] for name in names if options.get(name) is not None}
-        return caught_prompt(self.llm, messages, **asked, **(options.get("template") or {}))
+        return caught_prompt(llm or self.llm, messages, **asked, **(options.get("template") or {}))
 
 
 class Answer:
@@ -920,6 +930,20 @@ class _Outbox:
 def _call_all(calls: Sequence[Callable[[], object]]) -> None:
     for call in calls:
         call()
+
+
+class _Heard:
+    """The model, as chat handlers use it, and the text that it tokenized last."""
+
+    def __init__(self, llm: DeltaMemLlama) -> None:
+        self._llm, self.tokenized = llm, b""
+
+    def tokenize(self, text: bytes, *arguments: Any, **options: Any) -> list[int]:
+        self.tokenized = text
+        return self._llm.tokenize(text, *arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
 
 
 class _Lock:
