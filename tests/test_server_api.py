@@ -243,6 +243,15 @@ def test_a_stream_has_all_log_probabilities(api, body):
     assert choices[-1]["finish_reason"] == whole["finish_reason"]
 
 
+def test_the_bytes_of_parts_of_characters(api):
+    """Found: the letters of `bytes:\\xf0`, as such a token is named."""
+    text = "a\U0001f642\u00e9"
+    (choice,) = ask(api, logprobs=True, top_logprobs=2, grammar=f'root ::= "{text}"', max_tokens=20)["choices"]
+    entries = choice["logprobs"]["content"]
+    assert len(entries) > len(text)
+    assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == choice["message"]["content"] == text
+
+
 def test_completions(api):
     answer = api.http.post("/v1/completions", json={"prompt": "My name", "logprobs": 2, **GREEDY}).json()
     (choice,) = answer["choices"]

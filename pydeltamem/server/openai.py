@@ -21,6 +21,7 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _REPEATS = ("minLength", "maxLength", "minItems", "maxItems")
 _COUNT = re.compile(r"(?<=[{,])\s*([0-9]+)\s*(?=[,}])")  # in a pattern
 _MAX_REPEATED = 100_000
+_BYTES = re.compile(r"bytes:((?:\\x[0-9a-f]{2})+)")  # a token that is a part of a character
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|$)", re.DOTALL)
 
 
@@ -290,7 +291,9 @@ def likelihoods(scored: Sequence[Any], n_top: int) -> list[dict[str, Any]]:
     """Log probabilities of tokens, each with the likeliest in its place."""
 
     def entry(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "replace"))}
+        part = _BYTES.fullmatch(token)
+        data = bytes.fromhex(part[1].replace("\\x", "")) if part else token.encode()
+        return {"token": token, "logprob": logprob, "bytes": list(data)}
 
     return [
         {
