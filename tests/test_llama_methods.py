@@ -230,11 +230,11 @@ def test_drafts_that_are_longer_than_a_batch(make_llm, n_batch):
     options = dict(max_tokens=25, temperature=0, logits_processor=LogitsProcessorList([processor]))
     plain = make_llm(None)
     plain.create_completion(prompt, **options)
-    expected, order = plain._input_ids.tolist(), list(seen)
+    expected, order = plain.input_ids[: plain.n_tokens].tolist(), list(seen)
     seen.clear()
     llm = make_llm(None, n_batch=n_batch, draft_model=LlamaPromptLookupDecoding(2, 10))
     llm.create_completion(prompt, **options)
-    assert llm._input_ids.tolist()[: len(expected)] == expected and seen == order and len(seen) == 25
+    assert llm.input_ids[: llm.n_tokens].tolist()[: len(expected)] == expected and seen == order and len(seen) == 25
 
 
 def test_processors_of_any_kind(llm):
@@ -401,7 +401,7 @@ def test_messages_that_are_objects(make_llm, read_once):
     for _ in range(2):
         llm.create_chat_completion(messages, max_tokens=1, temperature=0)
         messages += [Message("assistant", "hi"), Message("user", "how are you")]
-    np.testing.assert_allclose(llm.memory.state, read_once(llm._input_ids), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(llm.memory.state, read_once(llm.input_ids[: llm.n_tokens]), rtol=0, atol=2e-6)
 
 
 def test_static_methods():

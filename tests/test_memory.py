@@ -95,12 +95,12 @@ def test_write_off_reads_and_does_not_write(make_llm):
     assert llm.memory.write is False
     llm.reset()
     llm.eval(TOKENS)
-    with_memory = llm._scores.copy()
+    with_memory = llm.scores[: llm.n_tokens].copy()
     np.testing.assert_array_equal(llm.memory.state, state)
     llm.memory.reset()
     llm.reset()
     llm.eval(TOKENS)
-    assert np.abs(llm._scores - with_memory).max() > 1e-3, "the memory was not read"
+    assert np.abs(llm.scores[: llm.n_tokens] - with_memory).max() > 1e-3, "the memory was not read"
     assert not llm.memory.state.any()
 
 
@@ -198,16 +198,16 @@ def test_detach_and_attach(make_llm):
     plain.eval(TOKENS)
     llm = make_llm(logits_all=True)
     llm.eval(TOKENS)
-    with_memory = llm._scores.copy()
+    with_memory = llm.scores[: llm.n_tokens].copy()
     llm.memory.detach()
     assert not llm.memory.attached
     llm.reset()
     llm.eval(TOKENS)
-    np.testing.assert_array_equal(llm._scores, plain._scores)
+    np.testing.assert_array_equal(llm.scores[: llm.n_tokens], plain.scores[: plain.n_tokens])
     llm.memory.attach()
     llm.reset()
     llm.eval(TOKENS)
-    np.testing.assert_allclose(llm._scores, with_memory, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(llm.scores[: llm.n_tokens], with_memory, rtol=0, atol=1e-5)
 
 
 def test_an_adapter_is_freed_when_another_takes_its_place(make_llm, adapter, monkeypatch):

@@ -60,7 +60,7 @@ def make_hybrid(hybrid_files):
 
 
 def texts(llm):
-    return llm._input_ids.tolist()
+    return llm.input_ids[: llm.n_tokens].tolist()
 
 
 def take(generator, n):

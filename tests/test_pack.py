@@ -39,7 +39,7 @@ def packed(base, adapter, tmp_path):
 def logits_and_state(path, deltamem_path=None):
     llm = DeltaMemLlama(path, deltamem_path=deltamem_path, n_ctx=256, logits_all=True, n_threads=1, verbose=False)
     llm.eval(TOKENS)
-    result = llm._scores.copy(), llm.memory.state
+    result = llm.scores[: llm.n_tokens].copy(), llm.memory.state
     llm.close()
     return result
 

@@ -116,12 +116,12 @@ def test_a_state_that_does_not_fit_leaves_all_as_it_was(make, base, case, spoil,
     state.llama_state_size = len(state.llama_state)
     llm.eval(TOKENS)
     tokens, memory, seed = state_of(llm)
-    scores = llm._scores.copy()
+    scores = llm.scores[: llm.n_tokens].copy()
     with pytest.raises(InputError, match=r"the state|320"):
         llm.load_state(state)
     assert state_of(llm)[0] == tokens and llm._seed == seed
     np.testing.assert_array_equal(state_of(llm)[1], memory)
-    np.testing.assert_array_equal(llm._scores, scores)
+    np.testing.assert_array_equal(llm.scores[: llm.n_tokens], scores)
     llm.eval(OTHER)
     assert list(llm.eval_tokens) == TOKENS + OTHER
     if case is None:  # a text that is decoded again reads the present memory

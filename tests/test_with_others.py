@@ -107,7 +107,7 @@ def test_with_lora(base, adapter, make_llm, tmp_path, case):
     for llm in models:
         llm.eval(TOKENS)
     (logits, state), (merged_logits, merged_state), (plain_logits, _) = (
-        (llm._scores.copy(), llm.memory.state) for llm in models
+        (llm.scores[: llm.n_tokens].copy(), llm.memory.state) for llm in models
     )
     for llm in models:
         llm.close()
@@ -158,7 +158,7 @@ def test_with_a_control_vector(adapter, golden_dir, make_llm, arch, case):
         llm.reset()
         llm.memory.reset()
         llm.eval(TOKENS)
-        return llm._scores.copy(), llm.memory.state
+        return llm.scores[: llm.n_tokens].copy(), llm.memory.state
 
     plain = got(None, -1, -1)
     n = len(layers)
@@ -172,7 +172,7 @@ def test_with_a_control_vector(adapter, golden_dir, make_llm, arch, case):
         llm.memory.detach()
         llm.reset()
         llm.eval(TOKENS)
-        assert nmse(llm._scores, logits) > 1e-4
+        assert nmse(llm.scores[: llm.n_tokens], logits) > 1e-4
         llm.memory.attach(adapter(arch, case))
     for a, b in zip(got(None, -1, -1), plain):
         np.testing.assert_array_equal(a, b)
@@ -189,7 +189,7 @@ def test_two_adapters_in_turn(adapter, make_llm):
         other = make_llm(case, type_k=0, type_v=0, logits_all=True)
         other.eval(TOKENS)
         np.testing.assert_array_equal(llm.memory.state, other.memory.state)
-        np.testing.assert_array_equal(llm._scores, other._scores)
+        np.testing.assert_array_equal(llm.scores[: llm.n_tokens], other.scores[: other.n_tokens])
         assert llm.memory.copy().metadata["adapter"] == other.memory.copy().metadata["adapter"]
 
 
