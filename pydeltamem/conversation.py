@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import os
+import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -28,6 +29,8 @@ from .runtime.stream import checked_grammar
 from .runtime.text import Text
 from .runtime.tokenizer import encoded
 from .runtime.values import stop_strings, whole
+
+_RANDOM = library.llama_cpp.LLAMA_DEFAULT_SEED  # asks llama.cpp for a random one
 
 
 class Conversation:
@@ -89,6 +92,7 @@ class Conversation:
             self.messages.append({"role": "system", "content": _checked_content(system)})
         self.finish_reason = "stop"
         self.n_dropped = 0
+        self._n_seeds = 0  # that were drawn
         self._text = llm._engine.text()
         self._reply: Reply | None = None  # in progress
         self._lock: MemoryFileLock | None = None
@@ -120,8 +124,9 @@ class Conversation:
         """One turn: says `content` and returns the reply, without spaces at its beginning; `messages` has them.
 
         Options: `n_predict` (tokens at most; 0: only decode it; -1 or None: until the reply ends), `stop` (a string, or
-        several), `seed`, and sampling as `Llama.generate` (temp, top_k, …); `grammar` may be text. `max_tokens` and
-        `temperature` mean the same as for `create_completion`. Raises InputError if an option is unknown or the turn
+        several), `seed` (None: another one for each reply, which the model's seed decides), and sampling as
+        `Llama.generate` (temp, top_k, …); `grammar` may be text. `max_tokens` and `temperature` mean the same as for
+        `create_completion`. Raises InputError if an option is unknown or the turn
         does not fit in the context, MemoryFileError if the memory cannot be saved.
         """
         return self._whole_reply(_checked_content(content), options)
@@ -207,12 +212,20 @@ class Conversation:
         self._end_reply()
         other = Conversation(self.llm, **self.options)
         other.messages = [dict(message) for message in self.messages]
-        other.finish_reason, other.n_dropped = self.finish_reason, self.n_dropped
+        other.finish_reason, other.n_dropped, other._n_seeds = self.finish_reason, self.n_dropped, self._n_seeds
         other._text = self._text.fork()
         return other
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Conversation cannot be pickled or copied: keep its messages and memory file, or fork() it")
+
+    def _next_seed(self) -> int:
+        """The seed of the next reply: the model's decides it, but another reply to the same words is another."""
+        seed = self.llm._seed % 2**32
+        if seed == _RANDOM:
+            return seed
+        self._n_seeds += 1
+        return random.Random(f"{seed} {self._n_seeds}").randrange(_RANDOM)
 
     def _end_reply(self) -> None:
         """Ends an open stream."""
@@ -446,7 +459,7 @@ class Reply(Generation):
             processors = [processors] if callable(processors) else processors
             options["logits_processor"] = [functools.partial(_process, text, each) for each in processors]
         with text.lock:
-            sampler = llm._seeded_sampler(llm._seed if seed is None else seed, **options)
+            sampler = llm._seeded_sampler(conversation._next_seed() if seed is None else seed, **options)
 
         start = conversation._said_last() if self.instead else len(messages)
         self.replaced = messages[start:]

@@ -126,6 +126,21 @@ def test_going_back(llm, read_once):
     assert np.abs(before).max() > 0
 
 
+def test_another_reply_is_another_whatever_the_seed_of_the_model(make):
+    options = {"n_predict": 12, "temp": 2.0, "top_k": 0}
+    told = []
+    for _ in range(2):
+        llm = make(n_seq_max=3, seed=3)
+        talk = Conversation(llm, **options)
+        said = [talk.say("hello there"), *(talk.regenerate() for _ in range(3))]
+        other = talk.fork()
+        assert len(set(said)) == 4 and other.regenerate() == talk.regenerate()
+        llm.create_completion("hello", max_tokens=1)  # it decides another seed of the model
+        told.append([*said, talk.regenerate()])
+        assert len(set(told[-1])) == 5
+    assert told[0] == told[1]
+
+
 def test_reading_without_replying(llm, read_once):
     conversation = Conversation(llm, **GREEDY)
     for role, content in (("user", "my name is ada"), ("assistant", "hello ada"), ("user", "i live in lima")):
