@@ -1,4 +1,4 @@
-// libFuzzer: adapter files of any content are loaded for a tiny model, or refused with a reason. Begins with adapters that
+// libFuzzer: adapter files of any content are loaded for tiny models, or refused with a reason. Begins with adapters that
 // are whole, so no corpus is needed, and mutates what stands before their weights most.
 
 #include "deltamem-adapter.h"
@@ -21,7 +21,8 @@
 
 extern "C" size_t LLVMFuzzerMutate(uint8_t * data, size_t size, size_t max_size);
 
-static const llama_model *      model;
+static const char * const       architectures[] = { "qwen3", "falcon" }; // the second has q, k and v in one weight
+static const llama_model *      models[2];
 static std::vector<std::string> whole; // adapters
 static int                      file;
 static std::string              path;
@@ -35,19 +36,24 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     llama_backend_init();
 
-    model = deltamem_tiny_model("qwen3");
-    file  = memfd_create("adapter", 0);
-    path  = "/proc/self/fd/" + std::to_string(file);
-    if (!model || file < 0) {
-        fail("there is no model, or no file in memory");
+    file = memfd_create("adapter", 0);
+    path = "/proc/self/fd/" + std::to_string(file);
+    if (file < 0) {
+        fail("there is no file in memory");
     }
-    for (const char * heads : { "q", "qkvo" }) {
-        if (deltamem_tiny_adapter(model, 0, heads, path.c_str()) != 0) {
+    for (int i = 0; i < 2; ++i) {
+        models[i] = deltamem_tiny_model(architectures[i]);
+        if (!models[i]) {
             fail(llama_deltamem_last_error());
         }
-        std::ifstream in(path, std::ios::binary);
-        whole.emplace_back(std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>());
-        llama_deltamem_weights(*model, path); // or this would find nothing
+        for (const char * heads : { "q", "qkvo" }) {
+            if (deltamem_tiny_adapter(models[i], 0, heads, path.c_str()) != 0) {
+                fail(llama_deltamem_last_error());
+            }
+            std::ifstream in(path, std::ios::binary);
+            whole.emplace_back(std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>());
+            llama_deltamem_weights(*models[i], path); // or this would find nothing
+        }
     }
     return 0;
 }
@@ -73,14 +79,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     if (ftruncate(file, 0) != 0 || pwrite(file, data, size, 0) != (ssize_t) size) {
         fail("the file in memory cannot be written");
     }
-    try {
-        const llama_deltamem_weights weights(*model, path);
-        if (weights.layers.empty() || weights.n_bytes() == 0) {
-            fail("an adapter without weights was loaded");
-        }
-    } catch (const std::exception & error) {
-        if (!*error.what()) {
-            fail("an adapter was refused without a reason");
+    for (const llama_model * model : models) {
+        try {
+            const llama_deltamem_weights weights(*model, path);
+            if (weights.layers.empty() || weights.n_bytes() == 0) {
+                fail("an adapter without weights was loaded");
+            }
+        } catch (const std::exception & error) {
+            if (!*error.what()) {
+                fail("an adapter was refused without a reason");
+            }
         }
     }
     return 0;
