@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import InputError, RpcServerAway
 from .model_options import ADAPTER_HELP, MODEL_HELP, add_running_arguments, context_options, note
@@ -40,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--no-page", action="store_true", help="no page at /")
     group.add_argument(
-        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="let pages of this origin use the API"
-    )
+        "--cors-origin", type=_origin, action="append", default=[], metavar="ORIGIN",
+        help="let pages of this origin use the API, such as https://page.example (* with keys: of any)",
+    )  # fmt: skip
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(info)")
     group.add_argument("--supervised", metavar="FD,FD", help=argparse.SUPPRESS)  # by whom: `server/supervisor.py`
 
@@ -86,6 +88,10 @@ def run(args: argparse.Namespace) -> int:
     if not keys and not application.is_loopback(args.host):
         raise InputError(
             f"--host {args.host}: without keys the server listens to this machine only: give --api-key-file"
+        )
+    if not keys and "*" in args.cors_origin:
+        raise InputError(
+            "--cors-origin *: without keys any page could use the server: name pages, or give --api-key-file"
         )
     if args.rpc and not args.supervised:
         logs.set_up(args.log_level)
@@ -185,6 +191,17 @@ def run(args: argparse.Namespace) -> int:
     if failure is not None:
         raise failure
     return 0 if server.started else 1
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers send it: without a path, in small letters."""
+    try:
+        parts = urlsplit(text.lower())
+    except ValueError:
+        parts = urlsplit("")
+    if text not in ("*", "null") and text.lower() != f"{parts.scheme}://{parts.hostname and parts.netloc}":
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin: it is scheme://host or scheme://host:port")
+    return text.lower()
 
 
 def _url(host: str, listener: socket.socket) -> str:

@@ -37,7 +37,8 @@ class Reply:
         self.created, self.model = int(time.time()), model
         for name in _REFUSED:
             if body.get(name):
-                raise InputError(f"{name}: /v1/responses does not have this here; tools are at /v1/chat/completions")
+                elsewhere = ": they are at /v1/chat/completions" if name == "tools" else ""
+                raise InputError(f"{name}: /v1/responses does not have this here{elsewhere}")
         self.messages = _messages(body.get("input"))
         self.instructions = body.get("instructions")
         if self.instructions is not None and not isinstance(self.instructions, str):
