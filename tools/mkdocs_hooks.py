@@ -180,8 +180,9 @@ def command_line() -> str:
         "# Command line",
         "",
         "Options of `generate` and `chat` are named as llama.cpp's. `deltamem help COMMAND` prints the same.",
-        "Every command exits with 0; with 1 after an error, which is one sentence; with 2 after wrong usage; and with",
-        "130 after Ctrl-C.",
+        "Every command exits with 0; with 1 after an error, which is one sentence; and with 2 after wrong usage. A",
+        "signal that ends it counts as in a shell: 130 after Ctrl-C, 141 where the reader of its output is gone, 143",
+        "after SIGTERM.",
         "",
     ]
     for name in SUBCOMMANDS:
