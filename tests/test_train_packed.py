@@ -163,8 +163,8 @@ def test_questions_that_only_read():
             torch.testing.assert_close(next(rows), asked.logits[0, -len(answer) :], rtol=0, atol=2e-5)
 
 
-def test_a_text_that_is_read_twice():
-    """The second time is a text of its own, and finds the memory of the first. A text that stays is read once."""
+def test_a_text_that_is_rehearsed():
+    """The second time is a text of its own, and finds the memory of the first. A text that stays is decoded once."""
     model, memory = make("llama")
     given = [replace(example, rehearsed=i < 2) for i, example in enumerate(examples((True, False, False)))]
     packed = PackedBatch.of(given)
@@ -377,8 +377,9 @@ def test_recurrence(monkeypatch, rank):
         last.append(state)
 
 
-def test_bfloat16_is_near_float32():
-    model, memory = make("llama")
+@pytest.mark.parametrize("config", [{}, {"delta_o_rmsnorm": True, "trainable_delta_scale": True}])
+def test_bfloat16_is_near_float32(config):
+    model, memory = make("llama", **config)
     packed = PackedBatch.of(examples())
     expected = PackedModel(model, memory).logits(packed)
     half = PackedModel(model.to(torch.bfloat16), memory).logits(packed)

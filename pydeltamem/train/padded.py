@@ -21,7 +21,7 @@ class Batch:
 
     earlier: Tensor  # [B, T]
     segments: Tensor  # [B, T], -1: padding
-    again: Tensor  # [B, T], the segments of the texts that are read a second time, -1: not read
+    again: Tensor  # [B, T], the segments of the texts that are rehearsed, -1: not
     owner: Tensor  # [A]: the example that each question belongs to
     question: Tensor  # [A, Q]
     question_segments: Tensor  # [A, Q], -1: padding

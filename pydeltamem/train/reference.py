@@ -381,7 +381,8 @@ class LayerMemory(nn.Module):
             delta = delta * (torch.sigmoid(raw) * config.delta_scale_max)
         if head == "o" and config.delta_o_rmsnorm:
             mean_square = delta.pow(2).mean(-1, keepdim=True)
-            delta = delta * torch.rsqrt(mean_square + config.delta_o_rmsnorm_eps) * self.delta_o_rmsnorm_weight
+            scale = torch.rsqrt(mean_square + config.delta_o_rmsnorm_eps) * self.delta_o_rmsnorm_weight
+            delta = delta * scale.to(delta.dtype)
         return delta
 
 
