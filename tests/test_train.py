@@ -16,7 +16,7 @@ from pydeltamem.cli import train as command
 from pydeltamem.cli.main import main
 from pydeltamem.errors import InputError, ModelError, OutputError, TrainingError
 from pydeltamem.formats.checkpoint import Checkpoint
-from pydeltamem.train.model import multiplies_bfloat16
+from pydeltamem.train.model import load_frozen, multiplies_bfloat16
 from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 from refusals import check_names, refuses
 
@@ -229,10 +229,10 @@ def test_segments_are_messages(hf_dir, data):
 @pytest.mark.parametrize(
     ("line", "names"),
     [
-        ("{", ["conversation 1"]),
-        ('{"messages": []}', ["conversation 1"]),
-        (json.dumps({"messages": [*say("hello"), *say("hello")]}), ["conversation 1"]),
-        *((json.dumps(record), ["conversation 1"]) for record in (
+        ("{", ["line 2"]),
+        ('{"messages": []}', ["line 2"]),
+        (json.dumps({"messages": [*say("hello"), *say("hello")]}), ["line 2"]),
+        *((json.dumps(record), ["line 2"]) for record in (
             {"messages": [*say("hello", None), *say("hello", "yours")]},
             {"messages": say("hello", "yours", [{"type": "text", "text": "hello"}], "yours")},
             {"messages": [{"role": 1, "content": "hello"}, *say("hello", "yours")]},
@@ -243,15 +243,41 @@ def test_segments_are_messages(hf_dir, data):
             {"document": "hello", "questions": [{"question": "hello", "answer": 42}]},
             {"document": None, "questions": [{"question": "hello", "answer": "yours"}]},
             {"text": ["hello there it is hello there"]},
+            {"messages": say("hello", "yours", "hello", "\ud800")},
+            {"messages": say("hello", "yours"), "asks": []},
+            {"messages": say("hello", "yours"), "asks": {"hello": "yours"}},
+            {"messages": say("hello", "yours", "hello", "yours"), "visible": "true"},
+            [1, 2], None,
         )),
-        ("", []),
+        ("[" * 100_000, ["line 2"]),
+        ("\xff", ["line 2"]),
     ],
 )  # fmt: skip
 def test_bad_lines_are_named(hf_dir, tmp_path, line, names):
     path = tmp_path / "bad.jsonl"
-    path.write_text(line + "\n", encoding="utf-8")
-    with refuses(InputError, path, *names):
-        train.Conversations(path, transformers.AutoTokenizer.from_pretrained(hf_dir))[0]
+    good = json.dumps({"messages": say("hello", "yours", "hello", "yours")})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    path.write_bytes(b"\xef\xbb\xbf" + f"{good}\r\n{line}\n".encode("latin-1", "surrogatepass"))
+    with refuses(InputError, path, *names):  # before the first step, wherever it stands
+        train.Conversations(path, tokenizer)
+    path.write_text(f"{good}\n\n", encoding="utf-8-sig")
+    assert len(train.Conversations(path, tokenizer)) == 1
+    path.write_text("\n", encoding="utf-8")
+    with refuses(InputError, path):
+        train.Conversations(path, tokenizer)
+
+
+def test_a_model_without_some_weights(hf_dir, tmp_path):
+    """transformers would make them up."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "hf"
+    shutil.copytree(hf_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with refuses(ModelError, folder, "model.layers.1.mlp.up_proj.weight"):
+        load_frozen(folder)
 
 
 def test_options_without_effect_are_refused(hf_dir, data, tmp_path):

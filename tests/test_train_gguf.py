@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.console import Console
 from pydeltamem import DeltaMemLlama, train
 from pydeltamem.errors import InputError, ModelError, OutputError
 from pydeltamem.formats.checkpoint import Checkpoint
+from pydeltamem.formats.packed import pack
 from pydeltamem.train.model import load_frozen
 from pydeltamem.train.tokenizer import GgufTokenizer
 from refusals import refuses
@@ -67,6 +69,16 @@ def test_what_is_trained_on_is_what_runs():
     error = (model(torch.tensor([ids])).logits[0] - native).pow(2).mean() / native.pow(2).mean()
     assert error < 1e-9
     llm.close()
+
+
+def test_a_link_to_a_gguf(tmp_path):
+    """As huggingface_hub keeps files: the file itself has another name."""
+    (tmp_path / "blobs").mkdir()
+    shutil.copy(TINY, tmp_path / "blobs" / "0b5e")
+    (tmp_path / "model.gguf").symlink_to(tmp_path / "blobs" / "0b5e")
+    model, _ = load_frozen(tmp_path / "model.gguf", "float32")
+    for name, value in load_frozen(TINY, "float32")[0].state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_a_run_on_a_gguf(data, tmp_path):
@@ -204,8 +216,8 @@ def test_documents_and_texts(data, tmp_path):
     with refuses(InputError, short, "line 1"):
         train.Conversations(short, tokenizer)[0]
     open_question = write(tmp_path / "open.jsonl", [{"document": "Red.", "questions": [{"question": "What?"}]}])
-    with refuses(InputError, open_question, "conversation 1"):
-        train.Conversations(open_question, tokenizer)[0]
+    with refuses(InputError, open_question, "line 1"):
+        train.Conversations(open_question, tokenizer)
     assert train.Conversations(open_question, tokenizer, teacher=True)[0].asks[0][2] == []
 
 
@@ -353,7 +365,7 @@ def test_a_line_that_only_the_packed_form_knows_is_refused_before_the_run(tmp_pa
     lines[7] = {"text": "The river runs from the mountain to the sea.", flag: True}  # which says nothing of a text
     trainer(write(tmp_path / "plain.jsonl", lines), tmp_path / "plain", form="padded")
     lines[place][flag] = True
-    with refuses(InputError, tmp_path / "x.jsonl", f"conversation {1 + place % 20}", flag, "packed form"):
+    with refuses(InputError, tmp_path / "x.jsonl", f"line {1 + place % 20}", flag, "packed form"):
         trainer(write(tmp_path / "x.jsonl", lines), tmp_path / "out", form="padded")
 
 
@@ -379,8 +391,15 @@ def test_a_chat_template_of_a_gguf(tmp_path, template, error):
 def test_bad_input(data, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(MODEL.read_bytes()[:3000])
-    with refuses(ModelError, broken):
-        trainer(data, tmp_path / "out", model=broken)
+    adapter = MODEL.with_name("default-tsw.gguf")
+    parts = pack(MODEL, adapter, tmp_path / "part.gguf", max_tensors=30)  # of which transformers would read the first
+    for model in (broken, adapter, parts[0]):
+        with refuses(ModelError, model):
+            trainer(data, tmp_path / "out", model=model)
+    with refuses(InputError, "--device meta"):
+        trainer(data, tmp_path / "out", device="meta")
+    with refuses(InputError, "--corrections"):
+        trainer(data, tmp_path / "out", corrections="")
     for option, options in (
         ("--form packed", {"strategy": "ssw", "form": "packed"}), ("--visible", {"strategy": "ssw", "visible": 0.1}),
         ("--teacher", {"form": "padded", "teacher": "context"}), ("--gate-weight", {"dropout": 0.1, "gate_weight": 1}),

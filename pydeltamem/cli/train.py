@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     training.add_argument(
         "--rehearse", type=share, default=Options.rehearse, metavar="P",
-        help="share of the conversations that the memory reads twice before their text goes (%(default)s)",
+        help="share of the conversations that are rehearsed, so written twice, before their text goes (%(default)s)",
     )  # fmt: skip
     training.add_argument(
         "--teacher", choices=("context",),

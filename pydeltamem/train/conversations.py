@@ -25,7 +25,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..errors import InputError, ModelError
+from ..errors import InputError, ModelError, shown
 
 TEXT_ANSWER = 64  # how many of the last tokens of a plain text the model has to predict; at most half of it
 READ = "I have read it."  # what the assistant says to a document
@@ -43,12 +43,24 @@ class Example:
     continued: list[list[int]]  # for each ask the question as it follows earlier turns whose text stays
     visible: bool = False  # whether the text stays
     ask_writes: bool = True  # whether questions and answers write
-    rehearsed: bool = False  # whether the text is read and written a second time before it goes
+    rehearsed: bool = False  # whether the text is decoded and written once more before it goes
     keep: bool = False  # whether the answers are the frozen model's, whose distribution is to stay
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A line of the file: a plain text, or messages and what is asked about them."""
+
+    messages: Messages
+    asks: list[Messages]
+    visible: bool
+    keep: bool
+    text: str | None = None
+
+
 class Conversations:
-    """The lines of a training file. Each is loaded when it is needed; only the offsets are kept.
+    """The lines of a training file. All are checked at once, but only their places are kept: each is made tokens when
+    it is needed.
 
     Args:
         path: the file.
@@ -70,79 +82,88 @@ class Conversations:
     ):
         self.path, self.tokenizer, self.tail, self.max_tokens = Path(path), tokenizer, tail, max_tokens
         self.teacher = teacher
-        self._offsets: list[int] = []
+        self._places: list[tuple[int, int]] = []  # number and offset of each line
+        self._packed_only = ""  # the first line that needs the packed form of a step, and why
         self.checksum = 0
         self.sizes: list[int] = []  # bytes of each line, about in proportion to its tokens
         try:
             with open(self.path, "rb") as file:
                 offset = 0
-                for line in file:
+                for number, line in enumerate(file, 1):
                     if line.strip():
-                        self._offsets.append(offset)
+                        self._places.append((number, offset))
                         self.sizes.append(len(line))
+                        parsed = self._parsed(number, line)
+                        for flag in ("visible", "keep"):
+                            if getattr(parsed, flag):
+                                self._packed_only = self._packed_only or f'line {number} has "{flag}": true'
                     offset += len(line)
                     self.checksum = zlib.crc32(line, self.checksum)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
-        if not self._offsets:
+        if not self._places:
             raise InputError(f"{self.path}: holds no conversation")
         if getattr(tokenizer, "chat_template", None) is None:
             raise ModelError(f"{tokenizer.name_or_path}: its tokenizer has no chat template, which conversations need")
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._places)
 
     def __getitem__(self, i: int) -> Example:
+        number, offset = self._places[i]
         with open(self.path, "rb") as file:
-            file.seek(self._offsets[i])
-            line = file.readline()
-        try:
-            record = json.loads(line)
-            if "text" in record:
-                return self._of_text(i, _string(record, "text"))
-            messages, asks = _of_document(record) if "document" in record else _of_messages(record)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise InputError(f"{self.path}: conversation {i + 1} is no valid training line: {error!r}") from error
-        visible = record.get("visible") is True
-        if not (messages or visible) or not asks or not all(map(self._is_ask, asks)):
-            raise InputError(
-                f"{self.path}: conversation {i + 1} must have earlier messages and end with the assistant's answer"
-            )
-        n_earlier = max(1, len(messages) - self.tail)  # the tail is written once, where it is visible
-        whole = [messages[n_earlier:] + ask for ask in asks]
-        if any(len(ask) == 1 and ask[0]["role"] == "assistant" for ask in whole):
-            raise InputError(f"{self.path}: conversation {i + 1} has an answer without a question before it")
-        ids, segments = self._segmented(messages[:n_earlier])
+            file.seek(offset)
+            line = self._parsed(number, file.readline())
+        if line.text is not None:
+            return self._of_text(number, line.text)
+        n_earlier = self._n_earlier(line)
+        earlier, tail = line.messages[:n_earlier], line.messages[n_earlier:]
+        asks = [tail + ask for ask in line.asks]
+        ids, segments = self._segmented(earlier)
         return Example(
             ids[-self.max_tokens :],
             segments[-self.max_tokens :],
-            [self._ask(ask) for ask in whole],
-            [self._continued(messages[:n_earlier], ids, ask) for ask in whole],
-            visible,
-            keep=record.get("keep") is True,
+            [self._ask(ask) for ask in asks],
+            [self._continued(earlier, ids, ask) for ask in asks],
+            line.visible,
+            keep=line.keep,
         )
 
     def refuse_packed_only(self) -> None:
         """Raises InputError if a line needs the packed form of a step."""
-        with open(self.path, "rb") as file:
-            for i, offset in enumerate(self._offsets):
-                file.seek(offset)
-                try:
-                    record = json.loads(file.readline())
-                except ValueError:
-                    continue  # refused when it is drawn
-                for flag in ("visible", "keep"):
-                    if isinstance(record, dict) and "text" not in record and record.get(flag) is True:
-                        said = f'conversation {i + 1} has "{flag}": true, which needs the packed form of a step'
-                        raise InputError(f"{self.path}: {said}")
+        if self._packed_only:
+            raise InputError(f"{self.path}: {self._packed_only}, which needs the packed form of a step")
 
-    def _is_ask(self, ask: Messages) -> bool:
-        return bool(ask) and (ask[-1]["role"] == "assistant" or (self.teacher and ask[-1]["role"] == "user"))
+    def _parsed(self, number: int, line: bytes) -> _Line:
+        """Raises InputError if it is no line to train on."""
+        try:
+            parsed = _of_record(line)
+            if parsed.text is None:
+                self._check(parsed)
+        except ValueError as error:
+            raise InputError(f"{self.path}: line {number}: {error}") from error
+        return parsed
 
-    def _of_text(self, i: int, text: str) -> Example:
+    def _check(self, line: _Line) -> None:
+        if not (line.messages or line.visible):
+            raise ValueError('there are no earlier messages, and no "visible": true')
+        if not line.asks:
+            raise ValueError("nothing is asked")
+        for ask in line.asks:
+            last = ask[-1]["role"] if ask else None
+            if last != "assistant" and not (self.teacher and last == "user"):
+                raise ValueError("a question does not end with the assistant's answer")
+            if len(ask) == 1 and last == "assistant" and self._n_earlier(line) >= len(line.messages):
+                raise ValueError("an answer has no question before it")
+
+    def _n_earlier(self, line: _Line) -> int:
+        """How many messages are before the tail, which is written once, where it is visible."""
+        return max(1, len(line.messages) - self.tail)
+
+    def _of_text(self, number: int, text: str) -> Example:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][: self.max_tokens]
         if len(ids) < 4:
-            raise InputError(f"{self.path}: the text of line {i + 1} is too short: it has {len(ids)} tokens")
+            raise InputError(f"{self.path}: line {number}: the text is too short: it has {len(ids)} tokens")
         n = min(TEXT_ANSWER, len(ids) // 2)
         earlier, first, answer = ids[:-n], ids[-n : 1 - n], ids[1 - n :]
         return Example(earlier, [0] * len(earlier), [(first, [0], answer)], [first])
@@ -189,32 +210,67 @@ class Conversations:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _messages(given: Any) -> Messages:
-    return [{name: _string(m, name) for name in ("role", "content")} for m in given]
+def _of_record(line: bytes) -> _Line:
+    """Raises ValueError, which says what is wrong with the line."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("it is no text in UTF-8") from None
+    except (ValueError, RecursionError):
+        raise ValueError("it is no JSON") from None
+    flags = [_member(record, name, bool, False) for name in ("visible", "keep")]
+    if "text" in record:
+        return _Line([], [], False, False, _member(record, "text", str))
+    return _Line(*(_of_document(record) if "document" in record else _of_messages(record)), *flags)
 
 
-def _string(record: Any, name: str) -> str:
-    """A field of a line. Raises TypeError if it is no string."""
-    value = record[name]
-    if not isinstance(value, str):
-        raise TypeError(f'"{name}" is {value!r}, no string')
+_NAMES = {str: "a text", bool: "true or false", list: "a list"}
+
+
+def _member(record: Any, name: str, kind: type, default: Any = None) -> Any:
+    """A member of an object in a line. Raises ValueError if it is of another type, or missing and has no default."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{shown(json.dumps(record))} is no object")
+    value = record.get(name, default)
+    if value is None and name not in record:
+        raise ValueError(f'"{name}" is missing')
+    if not isinstance(value, kind):
+        raise ValueError(f'"{name}" is {shown(json.dumps(value))}, not {_NAMES[kind]}')
+    if isinstance(value, str) and not _is_text(value):
+        raise ValueError(f'"{name}" holds half of a character, a surrogate')
     return value
 
 
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _messages(given: list[Any]) -> Messages:
+    return [{name: _member(message, name, str) for name in ("role", "content")} for message in given]
+
+
 def _of_messages(record: dict[str, Any]) -> tuple[Messages, list[Messages]]:
-    messages = _messages(record["messages"])
+    messages = _messages(_member(record, "messages", list))
     if "asks" in record:
-        return messages, [_messages(ask) for ask in record["asks"]]
+        asks = _member(record, "asks", list)
+        if not all(isinstance(ask, list) for ask in asks):
+            raise ValueError('"asks" is no list of lists of messages')
+        return messages, [_messages(ask) for ask in asks]
     n_answer = 2 if len(messages) > 1 and messages[-2]["role"] == "user" else 1
     return messages[:-n_answer], [messages[-n_answer:]]  # the question is the user's last message
 
 
 def _of_document(record: dict[str, Any]) -> tuple[Messages, list[Messages]]:
-    messages = [{"role": "user", "content": _string(record, "document")}, {"role": "assistant", "content": READ}]
+    document = _member(record, "document", str)
+    messages = [{"role": "user", "content": document}, {"role": "assistant", "content": READ}]
     asks = []
-    for item in record["questions"]:
-        ask = [{"role": "user", "content": _string(item, "question")}]
+    for item in _member(record, "questions", list):
+        ask = [{"role": "user", "content": _member(item, "question", str)}]
         if item.get("answer") is not None:
-            ask.append({"role": "assistant", "content": _string(item, "answer")})
+            ask.append({"role": "assistant", "content": _member(item, "answer", str)})
         asks.append(ask)
     return messages, asks

@@ -30,11 +30,12 @@ def load_frozen(path: str | os.PathLike[str], dtype: str = "auto", device: str =
     if not is_file and not os.path.isfile(path / "config.json"):
         raise ModelError(f"{path}: this is neither a GGUF nor a Hugging Face model directory: it has no config.json")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the device "meta" holds no value
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
     if is_file:
-        folder, options = str(path.resolve().parent), {"gguf_file": path.name}
+        _check_file(path)
+        folder, options = os.path.abspath(path.parent), {"gguf_file": path.name}
     else:
         folder, options = str(path), {}
     wanted = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -51,7 +52,7 @@ def load_frozen(path: str | os.PathLike[str], dtype: str = "auto", device: str =
                 tokenizer = AutoTokenizer.from_pretrained(folder)
             # transformers dequantises to float32; with another dtype it warns and rounds the same way
             loaded = torch.float32 if is_file else wanted
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded, **options)
+            found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded, output_loading_info=True, **options)
     except DeltaMemError:
         raise
     except ImportError as error:  # accelerate, gguf
@@ -59,9 +60,23 @@ def load_frozen(path: str | os.PathLike[str], dtype: str = "auto", device: str =
     except Exception as error:  # transformers passes on whatever its readers raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ModelError(f"{path}: cannot be loaded: {reason}") from error
+    model, missing = found[0], found[1]["missing_keys"]
+    if missing:  # transformers makes them up
+        raise ModelError(f"{path}: is incomplete, no weights for {min(missing)}: are files missing?")
     if is_file:
         model = model.to(wanted)
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _check_file(path: Path) -> None:
+    """Raises ModelError if the file is no whole model."""
+    header = Header.of_model(path)
+    if header.keys.get("general.type") == "adapter":
+        raise ModelError(f"{path}: is an adapter: name the model that it is for")
+    if len(header.files) > 1:
+        raise ModelError(
+            f"{path}: is a model in {len(header.files)} parts, training reads one file: llama-gguf-split --merge"
+        )
 
 
 def _config(path: Path, folder: str) -> Any:

@@ -95,7 +95,7 @@ class Objective:
         if not self.packed:
             raise InputError('"keep": true: needs the packed form of a step')
         seen = [
-            # text that is gone does not matter to the frozen model, and is not read
+            # text that is gone does not matter to the frozen model, and is not decoded
             e if e.visible else replace(e, earlier=[], segments=[], continued=[ask[0] for ask in e.asks], visible=True)
             for e in examples
         ]

@@ -78,7 +78,7 @@ class Options:
     def adapter(self) -> DeltaMemConfig:
         """The configuration of the adapter. Raises InputError, which names the option."""
         granularity, heads = STRATEGIES[self.strategy or "tsw"]
-        corrections = tuple((self.corrections or "qo").lower())
+        corrections = tuple("qo" if self.corrections is None else self.corrections.lower())
         if self.teacher_share > 1:
             raise InputError(f"--teacher-share {self.teacher_share}: must be a share of the loss, at most 1")
         for name in ("wording", "first_told") if self.teacher else ():
@@ -89,8 +89,8 @@ class Options:
             raise InputError(f"--teacher-share {self.teacher_share}: there is no --teacher: name it")
         if self.init_gain != 1 and not self.init:
             raise InputError(f"--init-gain {self.init_gain}: there is no --init: name it")
-        if not set(corrections) <= set(HEADS):
-            raise InputError(f"--corrections {self.corrections}: must be letters of q, k, v, o")
+        if not corrections or not set(corrections) <= set(HEADS):
+            raise InputError(f"--corrections '{self.corrections}': must be letters of q, k, v, o")
         if self.init:
             of_checkpoint = ("rank", "heads", "corrections", "layers", "alpha", "update", "heads_gain", "start")
             if given := [name for name in of_checkpoint if getattr(self, name)]:

@@ -208,7 +208,9 @@ class Trainer:
             saved["run"].setdefault("--form", now["--form"])  # checkpoints of before have none
             differs = [name for name in now if saved["run"].get(name) != now[name]]
             if differs:
-                raise InputError(f"{path}: is of another run, {differs[0]} differs: delete it or name another --out")
+                raise InputError(
+                    f"{path}: is of another run: not the same are {', '.join(differs)}: delete it or name another --out"
+                )
             self.memory.load_state_dict(saved["memory"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.average.load(saved.get("average", []))
