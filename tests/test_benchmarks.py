@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 
+from pydeltamem import DeltaMemLlama
 from pydeltamem.cli.main import main
 from pydeltamem.errors import InputError
 from pydeltamem.evals import views
@@ -26,6 +27,7 @@ from pydeltamem.evals.results import results_of
 from pydeltamem.evals.run import Prompts, methods_of, units_of
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.models import default_files
+from pydeltamem.runtime.stream import TextStream
 from refusals import check_names
 from test_cli import deltamem
 
@@ -335,6 +337,22 @@ def test_a_context_is_decoded_for_each_question_if_wanted(asker):
         assert said[0] == said[1] and n_decodes[0] + 2 == n_decodes[1]  # the text, twice more
     finally:
         other.close()
+
+
+def test_the_temperature_of_locomo_comes_first():
+    """As in transformers: top-p looks at the cooled distribution, and what is outside of it is never said."""
+    sampling = BENCHMARKS["locomo"][0].sampling
+    with DeltaMemLlama(default_files()[0], n_ctx=256, n_threads=1) as llm:
+        tokens = llm.tokenize(b"My name is")
+        llm.eval(tokens)
+        likely = np.sort(llm.logits.astype(np.float64))[::-1][:10]
+        said = {next(iter(TextStream(llm, tokens, n_predict=1, **sampling(i, 42))), "") for i in range(300)}
+
+    def n_kept(temperature):
+        shares = np.exp((likely - likely[0]) / temperature)
+        return 1 + int(np.searchsorted(np.cumsum(shares) / shares.sum(), 0.9))
+
+    assert n_kept(0.4) < n_kept(1.0) and len(said) == n_kept(0.4)
 
 
 def test_more_questions_than_slots(asker):

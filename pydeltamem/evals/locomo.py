@@ -1,7 +1,8 @@
 """LoCoMo: questions about very long conversations of two people (Maharana et al., arXiv 2402.17753), categories 1 to 4.
 
 A context is a conversation with the date of each session; the latest sessions that fit are shown. Questions of category
-2 ask for an approximate date. Sampled as published: temperature 0.4, top-p 0.9, top-k 10, seed 42 + index.
+2 ask for an approximate date. Sampled as published: temperature 0.4, top-k 10, top-p 0.9, seed 42 + index. transformers,
+by which the published answers were sampled, applies the temperature first, llama.cpp last.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from .items import Benchmark, Context, Item, Piece, answers_of, text_of
 from .metrics import first_line, locomo_f1, stemmer
 
 KINDS = {1: "multi-hop", 2: "temporal", 3: "open", 4: "single-hop"}
+TEMPERATURE = np.float32(0.4)
 DATE = " Say the date, as nearly as the conversation tells it."
 
 
@@ -51,6 +56,16 @@ def _context(conversation: dict[str, Any]) -> Context:
     return Context(tuple(pieces), f"a conversation of {conversation['speaker_a']} and {conversation['speaker_b']}")
 
 
+def _sampling(index: int, seed: int) -> dict[str, Any]:
+    return {
+        "logits_processor": [_cooled], "temp": 1.0, "top_k": 10, "top_p": 0.9, "min_p": 0.0, "seed": seed + index,
+    }  # fmt: skip
+
+
+def _cooled(_: Any, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return logits / TEMPERATURE
+
+
 def score(item: Item, answer: str) -> dict[str, float | list[float]]:
     said = first_line(answer).lower()
     return {"f1": locomo_f1(said, item.answers[0], item.about["category"])}
@@ -65,7 +80,7 @@ LOCOMO = Benchmark(
     "Answer a question about {title} in a few words, with words of theirs where you can.",
     score,
     n_predict=50,
-    sampling=lambda index, seed: {"temp": 0.4, "top_p": 0.9, "top_k": 10, "min_p": 0.0, "seed": seed + index},
+    sampling=_sampling,
     clip="last",
     check=stemmer,
 )
