@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+from llama_cpp import LLAMA_POOLING_TYPE_MEAN
 from prometheus_client.parser import text_string_to_metric_families
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -450,6 +451,16 @@ def test_embeddings(api):
     with_memory = embed(memory={"session": "embedded"})["data"][0]["embedding"]
     assert not np.allclose(with_memory, vectors[0], atol=1e-6)
     assert about(api, "embedded") == before
+
+
+def test_embeddings_are_of_the_model_as_it_is_served():
+    """Found: its LoRA adapter, its devices and RPC servers, and how it turns positions were left out."""
+    options = {"rope_freq_scale": 0.25, "n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    with DeltaMemLlama(BASE, embedding=True, pooling_type=LLAMA_POOLING_TYPE_MEAN, **options) as llm:
+        expected = llm.embed("one two three", normalize=True)
+    with in_thread(lambda: AsyncDeltaMem(DeltaMemLlama(BASE, n_seq_max=2, **options))) as api:
+        answer = api.http.post("/v1/embeddings", json={"input": "one two three"}).json()
+    np.testing.assert_allclose(answer["data"][0]["embedding"], expected, atol=1e-6)
 
 
 def test_tokens_and_template(api):

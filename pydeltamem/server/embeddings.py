@@ -79,17 +79,11 @@ class Embedder:
 
     def _load(self) -> DeltaMemLlama:
         other = self._service.llm
-        return DeltaMemLlama(
-            other.model_path,
-            deltamem_path=other.deltamem_path,
-            n_ctx=other.n_ctx(),
-            n_batch=other.n_ctx(),
-            n_ubatch=other.n_ctx(),
-            n_threads=other.n_threads,
-            n_threads_batch=other.n_threads_batch,
-            embedding=True,
-            pooling_type=_pooling(other),
-        )
+        options = other.__getstate__()  # how to load it again: with its LoRA adapter, on its devices and RPC servers
+        del options["memory"], options["unpack"]  # unpacked weights would be there twice
+        n = other.n_ctx()
+        options |= {"n_seq_max": 1, "n_ctx": n, "n_batch": n, "n_ubatch": n}
+        return DeltaMemLlama(**{**options, "embedding": True, "pooling_type": _pooling(other)})
 
 
 def _pooling(llm: DeltaMemLlama) -> int:
