@@ -136,19 +136,7 @@ class DeltaMemLlama(Llama):
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
-        for name in kwargs:  # llama_cpp ignores unknown ones
-            if name not in _KEYWORDS:
-                known = (
-                    "model_path",
-                    "deltamem_path",
-                    "n_seq_max",
-                    "rpc_servers",
-                    "repack",
-                    "unpack",
-                    "tuned",
-                    *_KEYWORDS,
-                )
-                raise InputError(f"{name} is no keyword of DeltaMemLlama{nearest(name, known)}")
+        _check_keywords(kwargs, n_ctx, n_seq_max)
         if kwargs.get("seed") is not None:
             kwargs["seed"] = whole(kwargs["seed"], "seed")
         if kwargs.get("lora_path") is not None:
@@ -156,20 +144,8 @@ class DeltaMemLlama(Llama):
         self._adapter: library.llama_deltamem_adapter_p | None = None
         self._adapters: list[library.llama_deltamem_adapter_p] = []  # the same, to be freed
         self._text = cast(Text, None)  # Llama.__init__ sets n_tokens before there is a text
-        if not 1 <= n_seq_max <= _llama.llama_max_parallel_sequences():
-            raise InputError(f"{option('n_seq_max')} is 1 to {_llama.llama_max_parallel_sequences()}, not {n_seq_max}")
         self._n_seq_max = n_seq_max
         self._rpc_servers = rpc_servers
-        for name in ("n_threads", "n_threads_batch"):
-            if not 0 <= (kwargs.get(name) or 0) <= MAX_THREADS:
-                raise InputError(f"{option(name)} is 1 to {MAX_THREADS}, not {kwargs[name]}")
-        if kwargs.get("n_batch", n_seq_max) < n_seq_max:
-            raise InputError(
-                f"{option('n_batch')} is at least {option('n_seq_max')}, {n_seq_max}, not {kwargs['n_batch']}"
-            )
-        longest = min(MAX_CONTEXT, (2**31 - 1) // n_seq_max)  # llama.cpp's numbers are of 32 bits
-        if not 0 <= n_ctx <= longest:
-            raise InputError(f"{option('n_ctx')} is 0 to {longest}, not {n_ctx}")
         if n_ctx and "n_batch" in kwargs:  # as llama.cpp does; llama_cpp would first make a row of logits for each
             kwargs["n_batch"] = min(kwargs["n_batch"], n_ctx * n_seq_max)
         model_path = _Path(model_file(model_path))
@@ -227,6 +203,9 @@ class DeltaMemLlama(Llama):
                 self.close()
                 raise
 
+        # plain strings: answers and pickles hold them
+        self.model_path = str(model_path)
+        self.lora_path = None if self.lora_path is None else str(self.lora_path)
         if kwargs.get("seed") == 0:
             self._seed = 0  # llama_cpp takes 0 for no seed
         if type(self.tokenizer_) is library.LlamaTokenizer:
@@ -1000,6 +979,29 @@ class _Closed:
 
     def __getattr__(self, name: str) -> Any:
         raise ModelError(f"{self._model_path}: the model is closed")
+
+
+def _check_keywords(kwargs: dict[str, Any], n_ctx: int, n_seq_max: int) -> None:
+    """Raises InputError if a keyword of llama_cpp is unknown, or a number is out of range."""
+    for name in kwargs:  # llama_cpp ignores unknown ones
+        if name not in _KEYWORDS:
+            known = {*inspect.signature(DeltaMemLlama).parameters, *_KEYWORDS} - {"kwargs"}
+            raise InputError(f"{name} is no keyword of DeltaMemLlama{nearest(name, known)}")
+    n_batch = kwargs.get("n_batch", n_seq_max)
+    threads = {name: kwargs.get(name) or 0 for name in ("n_threads", "n_threads_batch")}
+    for name, n in {"n_ctx": n_ctx, "n_seq_max": n_seq_max, "n_batch": n_batch, **threads}.items():
+        whole(n, option(name))
+    n_max = _llama.llama_max_parallel_sequences()
+    if not 1 <= n_seq_max <= n_max:
+        raise InputError(f"{option('n_seq_max')} is 1 to {n_max}, not {n_seq_max}")
+    for name, n in threads.items():
+        if not 0 <= n <= MAX_THREADS:
+            raise InputError(f"{option(name)} is 1 to {MAX_THREADS}, not {n}")
+    if n_batch < n_seq_max:
+        raise InputError(f"{option('n_batch')} is at least {option('n_seq_max')}, {n_seq_max}, not {n_batch}")
+    longest = min(MAX_CONTEXT, (2**31 - 1) // n_seq_max)  # llama.cpp's numbers are of 32 bits
+    if not 0 <= n_ctx <= longest:
+        raise InputError(f"{option('n_ctx')} is 0 to {longest}, not {n_ctx}")
 
 
 def _hub_name(repository: str, file: str | None) -> str:

@@ -297,6 +297,22 @@ print(threads(), threads(n_threads=0, n_threads_batch=0), threads(n_threads=3), 
     assert result.stdout.strip() == "(1, 1) (1, 1) (3, 1) (1, 2)", result.stderr
 
 
+@pytest.mark.parametrize("name", ["n_ctx", "n_seq_max", "n_batch", "n_threads", "n_threads_batch", "seed"])
+def test_numbers_are_whole(base, name):
+    for value in ("256", 2.5):
+        with refuses(InputError, name, repr(value)):
+            DeltaMemLlama(base(), **{name: value})
+    with DeltaMemLlama(base(), **{"n_ctx": 256, name: np.int64(64)}) as llm:
+        llm.eval([5])
+
+
+def test_its_path_is_a_plain_string(base):
+    """Answers hold it, and go to programs that do not know this package."""
+    with DeltaMemLlama(base(), n_ctx=256) as llm:
+        answer = llm.create_completion("hello", max_tokens=1)
+        assert type(llm.model_path) is str and type(answer["model"]) is str
+
+
 def test_servers_get_the_layers(make_llm, monkeypatch):
     """llama_cpp's default is none of them."""
     connected = []
