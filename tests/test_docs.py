@@ -1,4 +1,4 @@
-"""The pages: what `make docs` generates and what it refuses (tools/mkdocs_hooks.py), and the tutorial's programs."""
+"""The pages: what `make docs` generates and what it refuses (tools/mkdocs_hooks.py), and the programs on them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import mkdocs_hooks as hooks
 import pydeltamem
 from conftest import ROOT
 from pydeltamem.cli.main import SUBCOMMANDS
+from pydeltamem.models import default_files
 from pydeltamem.server.application import Settings, application
 
 TUTORIAL = ROOT / "docs" / "tutorial" / "index.md"
@@ -117,3 +118,23 @@ def test_the_programs_of_the_tutorial_print_what_it_says(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout == said
+
+
+@pytest.mark.parametrize(("name", "n_blocks"), [("README.md", 1), ("docs/how-to/converse.md", 3)])
+def test_the_programs_of_a_page_run(tmp_path, monkeypatch, name, n_blocks):
+    """With the model of the package in place of those that they name."""
+    base, adapters = default_files()
+    page = (ROOT / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == n_blocks
+    program = "\nada = Conversation(llm)\n".join(blocks)  # the first block closes its own
+    model = re.compile(r'DeltaMemLlama\((?:model_path=)?"[^"]+", deltamem_path="[^"]+"')
+    program, n_models = model.subn(f"DeltaMemLlama({str(base)!r}, deltamem_path={str(adapters['msw'])!r}", program)
+    assert n_models == 1
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    try:
+        exec(program, names)
+        assert names["llm"].memory.state.shape == (4, 4, 8, 8) and (tmp_path / "ada.memory").is_file()
+    finally:
+        names["llm"].close()
