@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -126,6 +127,22 @@ def test_generation_ends_at_a_stop(lm):
     stop = whole[2:4]
     (cut,) = lm.generate_until(requests((context, {"until": [stop], "max_gen_toks": 12})), disable_tqdm=True)
     assert cut == whole.partition(stop)[0]
+
+
+def test_sampled_answers(lm):
+    """lm-eval's seed decides them, samples of one request differ, and only what a task says cuts the distribution."""
+
+    def samples(options, n=8):
+        random.seed(3)
+        request = ("I live in", {"until": [], "max_gen_toks": 6, **options})
+        return lm.generate_until(requests(*[request] * n), disable_tqdm=True)
+
+    (greedy,) = set(samples({"do_sample": False}))
+    for options in ({"temperature": 1.0}, {"do_sample": True}):
+        assert samples(options) == samples(options) and len(set(samples(options))) > 4
+    assert set(samples({"temperature": 1.0, "top_k": 1})) == {greedy}
+    first = samples({"temperature": 5.0, "max_gen_toks": 1}, 100)
+    assert len(set(first)) > 50  # of the 40 likeliest by llama_cpp's default
 
 
 def test_texts_that_are_generated_together_do_not_meet(lm):

@@ -8,6 +8,7 @@ alike share what was decoded.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,9 +165,11 @@ class DeltaMemLM(TemplateLM):
         """What follows a text, as a request of the engine."""
         llm, options = self.llm, normalize_gen_kwargs(dict(given), default_max_gen_toks=256)
         n_predict = min(options["max_gen_toks"], self.max_length - 1)
-        sampling = {name: options[name] for name in ("top_p", "top_k", "min_p") if name in options}
+        sampling = {name: options.get(name, off) for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))}
+        temperature = options.get("temperature", 1.0 if options["do_sample"] else 0.0)
+        seed = random.randrange(2**32 - 1)  # which lm-eval's --seed decides; samples of one request differ
         with llm._engine.lock:
-            sampler = llm._seeded_sampler(llm._seed, temp=options.get("temperature", 0.0), **sampling)
+            sampler = llm._seeded_sampler(seed, temp=temperature, **sampling)
         generation = Generation(llm._engine.text())
         stop = [text for text in options["until"] if text]
         generation.prepare(llm._ctx, llm._model.vocab, sampler, n_predict=n_predict, stop=stop)

@@ -1,8 +1,8 @@
 """LoCoMo: questions about very long conversations of two people (Maharana et al., arXiv 2402.17753), categories 1 to 4.
 
 A context is a conversation with the date of each session; the latest sessions that fit are shown. Questions of category
-2 ask for an approximate date. Sampled as published: temperature 0.4, top-k 10, top-p 0.9, seed 42 + index. transformers,
-by which the published answers were sampled, applies the temperature first, llama.cpp last.
+2 ask for an approximate date. Sampled as published: temperature 0.4, top-k 10, top-p 0.9, seed 42 + index. The
+published answers are transformers', which applies the temperature first, and not last as llama.cpp does.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _sampling(index: int, seed: int) -> dict[str, Any]:
 
 
 def _cooled(_: Any, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return logits / TEMPERATURE
+    return np.asarray(logits / TEMPERATURE)
 
 
 def score(item: Item, answer: str) -> dict[str, float | list[float]]:
