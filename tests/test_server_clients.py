@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -289,7 +290,9 @@ def test_what_is_said_is_in_no_log(tmp_path):
             url = f"{running.address}/sessions/ada/v1/chat/completions"
             assert httpx.post(url, json={**asked, "stream": stream}, timeout=60).status_code == 200
         logged = (tmp_path / "server.log").read_text()
-    assert '"DEBUG"' in logged
+    first, *lines = logged.splitlines()
+    assert first.startswith(running.address) and all(isinstance(json.loads(line), dict) for line in lines)
+    assert '"DEBUG"' in logged and "\\u001b" not in logged
     assert not [word for word in ("Swordfish", "Barracuda", "chat.completion.chunk") if word in logged]
 
 

@@ -36,4 +36,5 @@ def _without_websockets(record: logging.LogRecord) -> bool:
 def _with_request(record: logging.LogRecord) -> bool:
     if request_id.get():
         record.request = request_id.get()
+    record.__dict__.pop("color_message", None)  # uvicorn's, for terminals
     return True
