@@ -52,7 +52,7 @@ class Conversation:
     `say`, `regenerate` and `edit` return a reply; `stream`, `stream_regenerate` and `stream_edit` yield it in pieces as
     they come.
 
-    Threads may share it, and its model (docs/reference/public-api.md). Calls on one conversation run one after the
+    Threads may share it, and its model (docs/reference/threads.md). Calls on one conversation run one after the
     other. Turns of several conversations at the same time are decoded in common batches.
 
     Args:

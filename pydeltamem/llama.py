@@ -109,7 +109,7 @@ class DeltaMemLlama(Llama):
 
     As a context manager it closes itself at the end.
 
-    Threads may share it (docs/reference/public-api.md). Calls that use this object's own text run one after the other.
+    Threads may share it (docs/reference/threads.md). Calls that use this object's own text run one after the other.
     They may run between two pieces of a stream, which ends with InputError if they change its text. A `Conversation`
     has its own text; requests of several threads are decoded in common batches. Logits processors and stopping criteria
     are called in the thread that asks.
