@@ -8,8 +8,12 @@ import os
 def shown(name: object) -> str:
     """A name or value from a file, fit for a sentence: on one line, and not too long."""
     text = str(name)
-    short = text if len(text) <= 160 else f"{text[:160]}…"
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in short)
+    return printable(text if len(text) <= 160 else f"{text[:160]}…")
+
+
+def printable(text: str) -> str:
+    """A text from a file on one line, and without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def named(path: str | os.PathLike[str]) -> str:

@@ -311,6 +311,14 @@ def test_names_are_no_markup(printed, base, adapter, tmp_path):
     assert "name [red]:smile: [/nothing]" in [words(line) for line in printed(path).splitlines()]
 
 
+def test_names_do_not_command_a_terminal(printed, adapter, tmp_path):
+    name = "a\x1b]0;b\x07\nc\u202ed"
+    path = rewritten(tmp_path / "odd.gguf", adapter("qwen3", "tsw_qo"), general__name=name)
+    out = printed(path)
+    assert r"a\x1b]0;b\x07\nc\u202ed" in out and all(letter.isprintable() for letter in out.replace("\n", ""))
+    assert json.loads(printed(path, "--json"))["adapter"]["name"] == name
+
+
 def test_loads_no_llama_cpp(adapter):
     code = (
         "import sys, pydeltamem.cli.main as c; c.main(['inspect', sys.argv[1]]); sys.exit('llama_cpp' in sys.modules)"

@@ -66,6 +66,11 @@ def test_show_takes_names_for_text(memory, run, tmp_path):
     assert code == 0 and f"{tmp_path}/[b].memory" in out and "x[/b] [red]y" in out and "qwen3 :dog:" in out
 
 
+def test_show_lets_no_name_command_a_terminal(memory, run):
+    code, out, _ = run("show", memory("a.memory", adapter_name="a\x1b[2Jb", created="\x1b[2J"))
+    assert code == 0 and r"a\x1b[2Jb" in out and all(letter.isprintable() for letter in out.replace("\n", ""))
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 8, 8), (1, 1, 5, 5), (2, 1, 16, 16), (1, 2, 1, 1)])
 def test_show_any_shape(memory, run, shape):
     for state in (random_state(shape=shape), np.zeros(shape)):

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..formats.checkpoint import CONFIG
 from ..formats.description import describe
 from ..hub import adapter_file, fetch, is_name, model_file
@@ -150,7 +150,7 @@ def _values(console: Console, values: dict[str, Any], title: str | None = None) 
     table.add_column(overflow="fold")
     for name, value in values.items():
         if value is not None:
-            table.add_row(name, str(value))
+            table.add_row(name, printable(str(value)))
     _show(console, table)
 
 
@@ -175,7 +175,7 @@ def _show(console: Console, table: Table) -> None:
 def _numbers(title: str, *columns: str) -> Table:
     table = Table(title=title)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+        table.add_column(printable(column), justify="right" if i else "left")
     return table
 
 

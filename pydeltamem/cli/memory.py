@@ -13,7 +13,7 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..formats.memory_file import MemoryFileLock, MemorySnapshot
 from ..formats.memory_numbers import compare_memories, describe_memory
 from .picture import picture
@@ -89,7 +89,7 @@ def _print(console: Console, path: str, snapshot: MemorySnapshot) -> None:
         "saved": metadata.get("saved"),
     }.items():
         if value:
-            facts.add_row(name, value)
+            facts.add_row(name, printable(value))
     console.print(path, style="bold", soft_wrap=True)  # a table's title would be folded to its width
     console.print(facts)
 
