@@ -725,12 +725,14 @@ class PromptCatcher:
 
     def create_completion(
         self,
-        prompt: list[int],
+        prompt: str | list[int],
         stop: list[str] | None = None,
         stopping_criteria: Any = None,
         grammar: Any = None,
         **kwargs: Any,
     ) -> Iterator[Any]:
+        if isinstance(prompt, str):  # as some handlers give it
+            prompt = self._llm.tokenize(encoded(prompt, "the prompt"), add_bos=True, special=True)
         self.prompt, self.stop, self.stopping_criteria, self.grammar = prompt, stop or [], stopping_criteria, grammar
         return iter(())
 

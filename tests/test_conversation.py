@@ -84,6 +84,19 @@ def test_it_says_what_a_chat_completion_says(llm):
     assert conversation.messages == messages
 
 
+@pytest.mark.parametrize("chat_format", ["chatml-function-calling", "functionary"])
+def test_handlers_that_ask_for_text(make, chat_format):
+    plain, llm = (make(chat_format=chat_format, n_ctx=2048) for _ in range(2))
+    talk, messages = Conversation(llm, **GREEDY), []
+    for said in ("hello there", "how are you"):
+        messages.append({"role": "user", "content": said})
+        answer = plain.create_chat_completion(messages, max_tokens=8, temperature=0)
+        talk.say(said)
+        assert tokens(talk) == plain._input_ids.tolist() and answer["usage"]["completion_tokens"] == 8
+        messages.append(talk.messages[-1])
+    np.testing.assert_allclose(talk.memory.state, plain.memory.state, **SAME)
+
+
 @pytest.mark.parametrize("verb", ["say", "regenerate", "edit"])
 def test_what_a_verb_returns_its_stream_yields(llm, verb):
     """`stream` before the verb; that of `say` is `stream`."""
