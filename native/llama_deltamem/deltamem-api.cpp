@@ -72,6 +72,9 @@ template <typename F> static int32_t for_sequences(const llama_context * ctx, ll
 
 llama_deltamem_adapter * llama_deltamem_adapter_load(const llama_model * model, const char * path) {
     try {
+        if (!model || !path) {
+            throw std::runtime_error("the model or the path to load an adapter is NULL");
+        }
         return new llama_deltamem_adapter { std::make_shared<llama_deltamem_weights>(*model, path) };
     } catch (const std::exception & err) {
         llama_deltamem_set_error(err.what());
@@ -166,6 +169,9 @@ void llama_context::set_deltamem(llama_deltamem_context_ptr value) {
 
 int32_t llama_deltamem_attach(llama_context * ctx, llama_deltamem_adapter * adapter) {
     return guarded([&] {
+        if (!adapter) {
+            throw std::runtime_error("the adapter to attach is NULL: it was not loaded");
+        }
         if (&adapter->weights->model != &ctx->get_model()) {
             throw std::runtime_error("the adapter was loaded for another model than this context's");
         }

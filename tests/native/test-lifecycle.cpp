@@ -385,6 +385,9 @@ static void test_bad_calls(llama_context * ctx) {
     expect_reason(llama_deltamem_state_set(ctx, 0, state.data(), n) < 0, "state_set, a NaN");
     state[n / 2] = INFINITY;
     expect_reason(llama_deltamem_state_set(ctx, 0, state.data(), n) < 0, "state_set, an infinite value");
+    expect_reason(llama_deltamem_attach(ctx, nullptr) < 0, "attach, an adapter that was not loaded");
+    expect_reason(llama_deltamem_adapter_load(llama_get_model(ctx), nullptr) == nullptr, "adapter_load, no file");
+    expect_reason(llama_deltamem_adapter_load(nullptr, "no-such-file.gguf") == nullptr, "adapter_load, no model");
     check(same_bits(get_state(ctx, 0), before), "a refused call changes the state");
 }
 
