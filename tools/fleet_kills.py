@@ -308,9 +308,14 @@ def play(args: argparse.Namespace, folder: Path) -> int:
         wrong = [*odd[0], *odd[1], *play_alone(clients, kills, database.url, model, folder)]
     wrong += [f"two at once: {line}" for line in two_at_once(*spans)]
     print(f"sessions used {sum(map(len, spans))} times")
+    return verdict(wrong, "nothing lost, nothing twice, never two at once")
+
+
+def verdict(wrong: Sequence[str], otherwise: str) -> int:
+    """Prints what went wrong, or that nothing did. Returns the exit code."""
     for line in wrong:
         print(line)
-    print("FAILED" if wrong else "nothing lost, nothing twice, never two at once")
+    print("FAILED" if wrong else otherwise)
     return 1 if wrong else 0
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fleet import Replica, RpcServer, until
-from fleet_kills import Client, Kill, f32_model, play_alone
+from fleet_kills import Client, Kill, f32_model, play_alone, verdict
 
 
 def kill_all(
@@ -63,10 +63,7 @@ def play(args: argparse.Namespace, folder: Path) -> int:
         serving.end()
     wrong = play_alone(clients, kills, store, model, folder)
     print(f"back after the RPC server began: {statistics.median(back):.1f} s, {max(back):.1f} at most")
-    for line in wrong:
-        print(line)
-    print("FAILED" if wrong else "nothing lost, nothing twice")
-    return 1 if wrong else 0
+    return verdict(wrong, "nothing lost, nothing twice")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
