@@ -138,3 +138,18 @@ def test_the_programs_of_a_page_run(tmp_path, monkeypatch, name, n_blocks):
         assert names["llm"].memory.state.shape == (4, 4, 8, 8) and (tmp_path / "ada.memory").is_file()
     finally:
         names["llm"].close()
+
+
+def test_the_figures_of_the_readme_are_those_of_the_pages_that_it_names():
+    page, card, performance = (
+        (ROOT / name).read_text(encoding="utf-8")
+        for name in ("README.md", "pydeltamem/models/README.md", "docs/reference/performance.md")
+    )
+    recall, speed = re.search(
+        r"^\*\*Recall\.\*\*(.*?)^\*\*Speed\.\*\*(.*?)^These", page, re.DOTALL | re.MULTILINE
+    ).groups()
+    recalled = re.findall(r"(\d+) % (\(\d+–\d+\))", recall)
+    ratios = re.findall(r"1\.\d+ \(.*?\)", speed)
+    assert len(recalled) > 10 and len(ratios) == 4
+    assert all(f"{share} {interval}" in card for share, interval in recalled)
+    assert all(ratio in performance for ratio in ratios)
