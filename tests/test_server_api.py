@@ -1111,7 +1111,7 @@ def test_another_turn_of_the_session_is_running(narrow):
     with ThreadPoolExecutor() as threads:
         with narrow.stalled():
             running = threads.submit(ask, narrow, path="/sessions/busy")
-            until(lambda: narrow.service._locks)
+            until(lambda: narrow.service.n_turns("busy"))
             refused(narrow.http.post("/sessions/busy/v1/chat/completions", json=body), 409, "session_busy", "busy")
             refused(narrow.http.post("/v1/memories/busy/reset"), 409, "session_busy", "busy")
         assert running.result()["memory"]["version"] == 1
@@ -1183,7 +1183,7 @@ def test_a_client_that_goes_away_while_it_waits_for_its_session(api, streams):
             until(lambda: api.service.worker.n_waiting == 1)
             with socket.create_connection((api.http.base_url.host, api.http.base_url.port)) as client:
                 client.sendall((head + body).encode())
-                until(lambda: api.service._locks["", name].n == 2)
+                until(lambda: api.service.n_turns(name) == 2)
             if streams:
                 until(lambda: counted(api, "deltamem_requests_total", status="499") == left + 1)
         assert first.result()["memory"]["version"] == 1

@@ -4,6 +4,8 @@
     history        which of a request's messages the memory has read already
     store          sessions in a database
     session        a session in use: its text on the engine
+    holds          one turn of a session at a time: locks and leases
+    options        options of an answer
     service        `AsyncDeltaMem`: sessions, turns, commits
     openai         requests and answers as OpenAI's API words them
     responses      those of /v1/responses

@@ -16,7 +16,8 @@ from typing import Any
 from ..errors import InputError, shown
 from . import history
 from .openai import flag, format_options, likelihoods, memory, options_of, refuse_grammar, to_json
-from .service import Answer, AsyncDeltaMem, Piece, SessionUnknown, checked_n_top
+from .options import checked_n_top
+from .service import Answer, AsyncDeltaMem, Piece, SessionUnknown
 from .store import Record
 
 _PREFIX = "resp_"

@@ -11,7 +11,6 @@ import functools
 import random
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,17 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ..conversation import PromptCatcher, caught_prompt
-from ..errors import DeltaMemError, InputError, ModelError, shown
+from ..errors import DeltaMemError, InputError, ModelError
 from ..formats.memory_file import MemorySnapshot
 from ..llama import DeltaMemLlama
 from ..runtime.completion import biased
 from ..runtime.generation import Generation
 from ..runtime.history import n_common
-from ..runtime.names import nearest
 from ..runtime.stream import checked_grammar
 from . import session as sessions
 from .history import Message, checked_messages, digests
-from .logs import log
+from .holds import Held, Holds, SessionBusy
+from .options import DEFAULTS, checked, of_sampler
 from .session import Begun, Live
 from .store import N_CONNECTIONS, Conflict, Identity, Record, Store, StoreAway, StoreError, now
 from .worker import ModelLost, QueueFull, Worker, taken
@@ -38,36 +37,9 @@ T = TypeVar("T")
 
 NAME = re.compile(r"(?!\.\.?$)[\w.@:+=-]{1,128}")  # . and .. would not survive in the path of a URL
 
-_SAMPLING = {
-    "temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "typical_p": "typical_p",
-    "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
-    "repeat_penalty": "repeat_penalty", "mirostat_mode": "mirostat_mode", "mirostat_tau": "mirostat_tau",
-    "mirostat_eta": "mirostat_eta", "grammar": "grammar",
-}  # fmt: skip
-_DEFAULTS = {"temp": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05, "repeat_penalty": 1.0}
-_NUMBERS = (
-    "temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repeat_penalty",
-    "mirostat_mode", "mirostat_tau", "mirostat_eta",
-)  # fmt: skip
-_N_TOP = 20
-_N_STOP = 128  # each is looked for after each token, while all others wait
-# what chat handlers and llama_cpp's templates set themselves
-_TAKEN = frozenset((
-    "llm", "llama", "self", "messages", "functions", "function_call", "tools", "tool_choice", "temperature", "top_p",
-    "top_k", "min_p", "typical_p", "stream", "stop", "seed", "response_format", "max_tokens", "presence_penalty",
-    "frequency_penalty", "repeat_penalty", "tfs_z", "mirostat_mode", "mirostat_tau", "mirostat_eta", "model",
-    "logits_processor", "grammar", "logit_bias", "logprobs", "top_logprobs", "eos_token", "bos_token",
-    "raise_exception", "add_generation_prompt", "strftime_now",
-))  # fmt: skip
-_OTHERS = ("max_tokens", "stop", "seed", "logit_bias", "n_top", "tools", "tool_choice", "response_format", "template")
-
 
 class PromptTooLong(InputError):
     """The prompt does not fit in the context."""
-
-
-class SessionBusy(DeltaMemError):
-    """Another turn of this session is running and did not end in time."""
 
 
 class SessionUnknown(DeltaMemError):
@@ -144,12 +116,10 @@ class AsyncDeltaMem:
     ) -> None:
         self.llm = llm
         self.store = Store.temporary() if store is None else store
-        self.turn_timeout, self.lease, self.n_sessions = turn_timeout, lease, n_sessions
+        self.n_sessions = n_sessions
         self.store_timeout = store_timeout
         self._storing = concurrent.futures.ThreadPoolExecutor(N_CONNECTIONS, "deltamem-store")
-        self._leased: set[_Held] = set()
-        self._prolonging: asyncio.Task[None] | None = None
-        self.holder = uuid.uuid4().hex
+        self._holds = Holds(self.store, self._in_store, turn_timeout, lease)
         self.about = sessions.about_memories(llm) if llm.memory.attached else {}
         self.adapter = self.about.get("adapter", "")
         self.has_memory = llm.memory.attached
@@ -158,7 +128,6 @@ class AsyncDeltaMem:
         self._n_live = max(n_live, 2 * self.worker.n_slots)
         self._live: collections.OrderedDict[tuple[str, str], Live] = collections.OrderedDict()
         self._nameless: list[tuple[str, Live]] = []  # texts of no session, with their owner, the latest last
-        self._locks: dict[tuple[str, str], _Lock] = {}
         self.n_evicted = 0
         self._turns: set[asyncio.Task[Any]] = set()
         self.worker.start()
@@ -184,12 +153,15 @@ class AsyncDeltaMem:
         await asyncio.to_thread(self.worker.stop, seconds)
         if self._turns:
             await asyncio.wait(self._turns, timeout=max(seconds, 10))
-        if self._prolonging is not None:
-            self._prolonging.cancel()
+        self._holds.close()
         await asyncio.to_thread(self._storing.shutdown)
         self.store.close()
         if self.worker.lost is None:
             self.llm.close()
+
+    def n_turns(self, name: str, owner: str = "") -> int:
+        """Turns of a session that run, or wait for another one."""
+        return self._holds.n_turns(owner, name)
 
     @property
     def n_ready(self) -> int:
@@ -234,7 +206,7 @@ class AsyncDeltaMem:
             replaces_last: the latest turn is taken back, in the commit of this one: if this one does not count, it
                 stays. The messages are those before it and the new one.
         """
-        answer = Answer(self, checked_messages(messages), None, session, owner, write, _checked(options))
+        answer = Answer(self, checked_messages(messages), None, session, owner, write, checked(options))
         answer.origin, answer.seen, answer.replaces_last = origin, seen, replaces_last
         return answer
 
@@ -248,7 +220,7 @@ class AsyncDeltaMem:
         **options: Any,
     ) -> Answer:
         """The continuation of a text. Options as `chat`, without those of a chat."""
-        return Answer(self, None, prompt, session, owner, write, _checked(options))
+        return Answer(self, None, prompt, session, owner, write, checked(options))
 
     #
     # sessions
@@ -275,7 +247,7 @@ class AsyncDeltaMem:
 
     async def replace(self, name: str, snapshot: MemorySnapshot, owner: str = "") -> Record:
         """Replaces the memory of a session, or makes one. Its text and turns are forgotten."""
-        async with self._held(owner, checked_name(name)) as held:
+        async with self._holds.held(owner, checked_name(name)) as held:
             record = await self._in_store(self._record, owner, name)
             new = await self._in_worker(lambda: sessions.with_memory(self.llm, record, snapshot))
             return await self._commit(new, held)
@@ -283,20 +255,20 @@ class AsyncDeltaMem:
     async def fork(self, name: str, new: str, owner: str = "") -> Record:
         """A second session that goes on from here. Raises Conflict if the name is taken."""
         record = await self.get(name, owner)
-        async with self._held(owner, checked_name(new)) as held:  # a turn may be beginning a session of this name
+        async with self._holds.held(owner, checked_name(new)) as held:  # a turn may be beginning a session of this name
             await self._in_store(self._require_room, owner, new)
             return await self._commit(dataclasses.replace(record, name=new, version=0, created=now()), held)
 
     async def reset(self, name: str, owner: str = "") -> Record:
         """Empties the memory, and forgets text and turns."""
-        async with self._held(owner, checked_name(name)) as held:
+        async with self._holds.held(owner, checked_name(name)) as held:
             record = await self.get(name, owner)
             empty = Record(owner, record.name, record.version, record.created, adapter=self.adapter)
             return await self._commit(empty, held)
 
     async def undo(self, name: str, owner: str = "", *, seen: int | None = None) -> Record:
         """Takes the latest turn back: text and memory are as before it. `seen`: as in `chat`."""
-        async with self._held(owner, checked_name(name)) as held:
+        async with self._holds.held(owner, checked_name(name)) as held:
             record = _as_seen(await self.get(name, owner), seen)
             return await self._commit(await asyncio.to_thread(sessions.taken_back, record), held)
 
@@ -304,7 +276,7 @@ class AsyncDeltaMem:
         """Forgets the text and keeps the memory. The latest turns can no longer be gone back to, but undone. `seen`: as
         in `chat`.
         """
-        async with self._held(owner, checked_name(name)) as held:
+        async with self._holds.held(owner, checked_name(name)) as held:
             record = _as_seen(await self.get(name, owner), seen)
             return await self._commit(dataclasses.replace(record, text=b"", chat=""), held)
 
@@ -313,14 +285,14 @@ class AsyncDeltaMem:
         if checked_name(new) == name:
             await self.get(name, owner)
             return
-        async with self._held(owner, checked_name(name)), self._held(owner, new):
+        async with self._holds.held(owner, checked_name(name)), self._holds.held(owner, new):
             if not await self._in_store(self.store.rename, owner, name, new):
                 raise SessionUnknown(f"there is no session {name}")
             await self._forget(owner, name)
 
     async def delete(self, name: str, owner: str = "") -> None:
         """Deletes a session."""
-        async with self._held(owner, checked_name(name)):
+        async with self._holds.held(owner, checked_name(name)):
             if not await self._in_store(self.store.delete, owner, name):
                 raise SessionUnknown(f"there is no session {name}")
             await self._forget(owner, name)
@@ -334,7 +306,7 @@ class AsyncDeltaMem:
                 if worker.n_active and since is not None and time.monotonic() - since < 60:
                     return True
                 if probe is None:
-                    answer = Answer(self, None, "a", None, "\0health", False, {**_DEFAULTS, "max_tokens": 0})
+                    answer = Answer(self, None, "a", None, "\0health", False, {**DEFAULTS, "max_tokens": 0})
                     probe = asyncio.create_task(answer.whole())
                 elif probe.done() and not isinstance(error := probe.exception(), QueueFull):
                     return error is None
@@ -376,18 +348,18 @@ class AsyncDeltaMem:
         if self.store.count(owner) >= self.n_sessions:
             raise SessionLimit(f"session {name}: {self.n_sessions} sessions are there already: delete one first")
 
-    async def _commit(self, record: Record, held: _Held | None = None) -> Record:
+    async def _commit(self, record: Record, held: Held | None = None) -> Record:
         """Commits a session that was changed otherwise than by a turn."""
-        committed = await self._in_store(self.store.commit, record, holder=self._holder(held))
+        committed = await self._in_store(self.store.commit, record, holder=self._holds.holder(held))
         if held is not None:
-            self._gave_back(held)
+            self._holds.gave_back(held)
         await self._forget(record.owner, record.name)
         return committed
 
-    async def _commit_turn(self, record: Record, before: Record | None, held: _Held) -> Record:
+    async def _commit_turn(self, record: Record, before: Record | None, held: Held) -> Record:
         """Commits a turn, which was decoded already, and ends its lease. Waits for a database that went away."""
         at, end = now(), time.monotonic() + self.store_timeout
-        holder, held.ended = self._holder(held), time.time()
+        holder, held.ended = self._holds.holder(held), time.time()
         while True:
             try:
                 committed = await self._in_store(self.store.commit, record, before, holder=holder, at=at)
@@ -396,11 +368,8 @@ class AsyncDeltaMem:
                     raise
                 await asyncio.sleep(0.2)
             else:
-                self._gave_back(held)
+                self._holds.gave_back(held)
                 return committed
-
-    def _holder(self, held: _Held | None) -> str:
-        return self.holder if held is not None and held in self._leased else ""
 
     async def _forget(self, owner: str, name: str) -> None:
         live = self._live.pop((owner, name), None)
@@ -412,73 +381,7 @@ class AsyncDeltaMem:
         with slots.lock:
             slots.leave(live.text)
 
-    @contextlib.asynccontextmanager
-    async def _held(self, owner: str, name: str) -> AsyncIterator[_Held]:
-        """One at a time for a session, in this process and among others. Raises SessionBusy."""
-        key = owner, name
-        entry = self._locks.setdefault(key, _Lock())
-        entry.n += 1
-        try:
-            try:
-                await asyncio.wait_for(entry.lock.acquire(), self.turn_timeout)
-            except (TimeoutError, asyncio.TimeoutError):
-                raise SessionBusy(f"session {name}: another turn is running and did not end in time") from None
-            try:
-                held = await self._lease(owner, name)
-                try:
-                    yield held
-                finally:
-                    await self._release(held)
-            finally:
-                entry.lock.release()
-        finally:
-            entry.n -= 1
-            if entry.n == 0:
-                self._locks.pop(key, None)
-
-    async def _lease(self, owner: str, name: str) -> _Held:
-        """Holds a session among processes. Raises SessionBusy."""
-        if self.store.is_local:
-            return _Held(owner, name, None)
-        end = time.monotonic() + self.turn_timeout
-        while True:
-            identity = await self._in_store(self.store.lease, owner, name, self.holder, self.lease)
-            if identity is not None:
-                break
-            if time.monotonic() > end:
-                raise SessionBusy(f"session {name}: another process runs a turn that did not end in time")
-            await asyncio.sleep(0.1)
-        held = _Held(owner, name, identity)
-        self._leased.add(held)
-        if self._prolonging is None:
-            self._prolonging = asyncio.create_task(self._prolong())
-        log.debug("a session is held", extra=held.shown)
-        return held
-
-    async def _prolong(self) -> None:
-        """Prolongs the leases of turns that go on. One that expires meanwhile loses nothing but its turn: its commit
-        finds another version, if another process made one.
-        """
-        while True:
-            await asyncio.sleep(self.lease / 3)
-            if self._leased:
-                held = [(each.owner, each.name) for each in self._leased]
-                with contextlib.suppress(StoreError):
-                    await self._in_store(self.store.prolong, self.holder, self.lease, held)
-
-    def _gave_back(self, held: _Held) -> None:
-        if held in self._leased:
-            self._leased.discard(held)
-            log.debug("a session is given back", extra=held.shown)
-
-    async def _release(self, held: _Held) -> None:
-        if held not in self._leased:
-            return  # its commit gave it back
-        self._gave_back(held)
-        with contextlib.suppress(StoreError):  # it expires by itself
-            await self._in_store(self.store.release, held.owner, held.name, self.holder)
-
-    async def _session(self, held: _Held) -> Live | Record:
+    async def _session(self, held: Held) -> Live | Record:
         """The session as the store has it: ready in memory; else its record, which the worker makes ready when the turn
         begins, because it may be in the middle of a step now.
         """
@@ -502,14 +405,14 @@ class AsyncDeltaMem:
         new = dataclasses.replace(origin, name=record.name, version=0, created=record.created)
         key = origin.owner, origin.name
         live = self._live.get(key)
-        if key in self._locks or live is None or live.record is None or live.record.identity != origin.identity:
+        if self._holds.n_turns(*key) or live is None or live.record is None or live.record.identity != origin.identity:
             return new
         del self._live[key]
         live.record = new
         self._live[new.owner, new.name] = live
         return live
 
-    def _newer(self, held: _Held, known: Identity | None) -> Record | None:
+    def _newer(self, held: Held, known: Identity | None) -> Record | None:
         """The session if the store has another commit of it than this one. Raises SessionLimit for one too many."""
         owner, name = held.owner, held.name
         if known is not None and held.identity is None and known == self.store.identity(owner, name):
@@ -520,7 +423,7 @@ class AsyncDeltaMem:
         """Keeps a session ready, in place of the one that was used longest ago."""
         self._live[key] = live
         while len(self._live) > self._n_live:
-            idle = next((key for key in self._live if key not in self._locks), None)
+            idle = next((key for key in self._live if not self._holds.n_turns(*key)), None)
             if idle is None:
                 break
             self.n_evicted += 1
@@ -690,7 +593,7 @@ class Answer:
         if self.session is None:
             await self._decode()
             return
-        async with service._held(self.owner, self.session) as held:
+        async with service._holds.held(self.owner, self.session) as held:
             found = await service._session(held)
             stored = found.record if isinstance(found, Live) else found
             assert stored is not None  # of a session
@@ -744,7 +647,7 @@ class Answer:
         llm, options = self.service.llm, self.options
         self._stop = list(options.get("stop") or ())
         self._criteria = None
-        sampling = {key: value for key, value in options.items() if key in _SAMPLING.values()}
+        sampling = of_sampler(options)
         if self.messages is not None:
             caught = self.service._rendered(self.messages, options)
             self._tokens, self._criteria = list(caught.prompt), caught.stopping_criteria
@@ -894,21 +797,6 @@ class Answer:
             self.service._outbox.put(self._loop, function, *arguments)
 
 
-@dataclasses.dataclass(eq=False)
-class _Held:
-    """A session in use by this process, and which commit of it the store has, where a lease told it."""
-
-    owner: str
-    name: str
-    identity: Identity | None
-    ended: float | None = None  # its use, before the commit
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """For the log: when, to the microsecond."""
-        return {"session": self.name, "time": self.ended or time.time()}
-
-
 class _Outbox:
     """What the worker's thread has for event loops. Sent together, it wakes each loop once."""
 
@@ -946,14 +834,6 @@ class _Heard:
         return getattr(self._llm, name)
 
 
-class _Lock:
-    """A lock, and how many hold it or wait for it."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.n = 0
-
-
 def _as_seen(record: Record, seen: int | None) -> Record:
     """The session, if it has the version that was seen. Raises Conflict."""
     if seen is not None and record.version != seen:
@@ -977,71 +857,6 @@ def checked_name(name: str) -> str:
             f"{str(name)[:40]!r} cannot be the name of a session: letters, digits and . _ - @ : + =, at most 128"
         )
     return name
-
-
-def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a turn, under the names of the sampler. Raises InputError."""
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in options:
-        if name not in _SAMPLING and name not in _OTHERS:
-            raise InputError(f"{name} is no option of an answer{nearest(name, (*_SAMPLING, *_OTHERS))}")
-    for name in _NUMBERS:
-        if name in given and not _is_number(given[name]):
-            raise InputError(f"{name} is a number, not {shown(repr(given[name]))}")
-    for name, low, high in (
-        ("mirostat_mode", 0, 2),
-        ("temperature", 0, 100),
-        ("top_p", 0, 1),
-        ("min_p", 0, 1),
-        ("typical_p", 0, 1),
-    ):
-        if name in given and not low <= given[name] <= high:
-            raise InputError(f"{name} is {low} to {high}, not {given[name]}")
-    for name, low in (("max_tokens", 0), ("seed", -1)):
-        checked_whole(name, given.get(name), low)
-    checked_whole("top_k", given.get("top_k"), -1, 2**31 - 1)
-    checked_n_top("n_top", given.get("n_top"))
-    if "template" in given:
-        checked_template("template", given["template"])
-    stop = given.get("stop")
-    if isinstance(stop, str):
-        given["stop"] = [stop]
-    elif stop is not None and not (isinstance(stop, list) and all(isinstance(text, str) for text in stop)):
-        raise InputError("stop is a text, or a list of texts")
-    elif stop is not None and len(stop) > _N_STOP:
-        raise InputError(f"stop has at most {_N_STOP} texts, not {len(stop)}")
-    return {**_DEFAULTS, **{_SAMPLING.get(name, name): value for name, value in given.items()}}
-
-
-def checked_whole(name: str, value: Any, low: int, high: int | None = None) -> int | None:
-    """A whole number, or None. Raises InputError, which names it `name`."""
-    if value is None:
-        return None
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or value < low or (high is not None and value > high):
-        bounds = f"from {low} on" if high is None else f"from {low} to {high}"
-        raise InputError(f"{name} is a whole number {bounds}, not {shown(repr(value))}")
-    return int(value)
-
-
-def checked_n_top(name: str, value: Any) -> int | None:
-    """How many of the likeliest tokens to list, or None. Raises InputError, which names it `name`."""
-    return checked_whole(name, value, 0, _N_TOP)
-
-
-def checked_template(name: str, given: Any) -> dict[str, Any]:
-    """Further variables of a chat template. Raises InputError, which names them `name`."""
-    if not isinstance(given, dict):
-        raise InputError(f"{name} is an object")
-    for key in given:
-        if key in _TAKEN:
-            raise InputError(f"{name}: {key} is set by the server and cannot be given here")
-    return given
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is one that llama.cpp can take."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -3.4e38 < value < 3.4e38
 
 
 __all__ = ["Answer", "AsyncDeltaMem", "Committed", "Conflict", "Piece", "QueueFull", "SessionBusy", "SessionLimit",
