@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -141,6 +142,17 @@ def test_a_table_whose_reader_is_gone(base, adapter, tmp_path):
     args = ["bench", *model, *SMALL, "-p", "8", "-n", "0", "--rss", "0", "--json", path]
     assert shell('trap "" PIPE; { "$@"; echo $? >&2; } | true', *args).stderr == "141\n"
     assert json.loads(path.read_text(encoding="utf-8"))["prefill"]
+
+
+@pytest.mark.parametrize("width", ["50", "80"])
+def test_a_narrow_terminal_cuts_no_figure(base, adapter, capsys, monkeypatch, width):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for name, value in (("COLUMNS", width), ("TERM", "dumb"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    model = ["-m", str(base()), "--deltamem", str(adapter("qwen3", "tsw_qo"))]
+    assert main.main(["bench", *model, *SMALL, "-p", "8", "-n", "0", "--rss", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r" \d+\.\d{4}  ", shown) and re.search(r" \d+\.\d{4}–\d+\.\d{4}", shown) and "…" not in shown
 
 
 def test_threads_for_prompts_and_weights_as_they_are(run_bench, tmp_path):

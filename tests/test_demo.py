@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -50,9 +51,31 @@ def test_the_picture_comes_at_the_end():
 def test_wrong_options_are_named():
     result = deltamem("demo", "--facts", "99")
     assert result.returncode == 2 and "--facts" in result.stderr
-    for options in (["-m", "x.gguf"], ["-m", "x.gguf", "--deltamem", "y.gguf", "--strategy", "msw"]):
+    plain = ["-m", default_files()[0]]
+    for options, name in (
+        (["-m", "x.gguf"], "x.gguf"),
+        (plain, "--deltamem"),
+        ([*plain, "--deltamem", "y.gguf", "--strategy", "msw"], "--strategy"),
+    ):
         result = deltamem("demo", *options)
-        assert result.returncode == 1 and options[-2] in result.stderr and "Traceback" not in result.stderr
+        assert result.returncode == 1 and name in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_packed_model_needs_no_adapter(tmp_path):
+    """Here and in evaluations, as in other commands."""
+    model, adapters = default_files()
+    packed = tmp_path / "packed.gguf"
+    assert main(["pack", str(model), str(adapters["msw"]), "-o", str(packed)]) == 0
+    result = deltamem("demo", "-m", packed, "--seed", "1", "--delay", "0")
+    assert result.returncode == 0 and "The memory after that" in result.stdout, result.stderr
+    recall = ["eval", "recall", "-m", packed, "-n", "1", "--tasks", "recall", "--facts", "1", "-t", "1", "--json", "-"]
+    result = deltamem(*recall)
+    assert result.returncode == 0, result.stderr
+    assert set(json.loads(result.stdout)["answers"][0]["right"]) >= {"memory", "full"}
+    paragraph = {"context": "Anna lives in Oslo.", "qa": [["Where does Anna live?", ["Oslo"]]]}
+    (tmp_path / "qa.jsonl").write_text(json.dumps(paragraph))
+    result = deltamem("eval", "qa", "-m", packed, "--data", tmp_path / "qa.jsonl", "-o", tmp_path / "o", "-c", "512")
+    assert result.returncode == 0 and "| deltamem/memory | 1 |" in result.stdout, result.stderr
 
 
 #

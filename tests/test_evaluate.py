@@ -222,7 +222,10 @@ def test_a_ratio_to_what_may_be_nothing(monkeypatch, tmp_path, capsys):
     assert np.isfinite(found["a"]["average"].low)
     console = Console(record=True, width=200, quiet=False)
     print_tables(console, table_of(cases, right), found)
-    assert "∞)" in console.export_text()
+    shown = console.export_text()
+    assert "∞)" in shown and "a+window" in shown
+    print_tables(console, table_of(cases, {"a-long-name+window": right["window"]}), {})
+    assert "a-long-name+window" in console.export_text()
     text = as_json({}, table_of(cases, right), found, cases, answers)
     assert json.loads(text, parse_constant=pytest.fail)["ratios"]["a"]["average"]["high"] is None
     (tmp_path / "recall.json").write_text(text, encoding="utf-8")

@@ -14,18 +14,18 @@ from ..bench.models import synthetic_files
 from ..bench.pairs import OFF, ON
 from ..bench.synthetic import SHAPES
 from ..errors import InputError
-from ..formats.gguf_header import Header
 from ..formats.kinds import PNG, json_of
 from ..formats.model_numbers import MAX_CONTEXT
 from ..formats.outputs import output
 from ..hub import adapter_file, model_file
 from ..runtime.cpus import usable
 from ..version import __version__
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, packed_adapter
 from .parser import count, integers, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 REPORT = json_of("a report of deltamem bench", {"version", "setup"}, {"version", "op"})
 
@@ -246,10 +246,8 @@ def _bench_return(args: argparse.Namespace, err: Console) -> dict[str, Any]:
 def _files(args: argparse.Namespace) -> tuple[str, str | None]:
     """The files of the model and of the adapter: the given one, or the model if it is packed."""
     model = model_file(args.model)
-    header = Header(model)
-    if args.deltamem is not None:
-        return model, adapter_file(args.deltamem, model)
-    return model, model if "deltamem.version" in header.keys else None
+    packed = packed_adapter(model)  # raises now if it is no model
+    return model, packed if args.deltamem is None else adapter_file(args.deltamem, model)
 
 
 def _synthetic(args: argparse.Namespace, show: Callable[[str, int, int], None]) -> tuple[str, str]:
@@ -274,15 +272,10 @@ def _bench_op(args: argparse.Namespace, err: Console) -> dict[str, Any]:
 
 
 def _print_op(out: Console, results: dict[str, Any]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from ..bench.floor import LATENCY
 
     _say(out, f"The operator alone, one thread, {results['simd']}, per token and layer; {results['cpu']}")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("rank", "heads", "tokens per call", "median ns", "least ns", "instructions", "floor ns"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = _table("rank", "heads", "tokens per call", "median ns", "least ns", "instructions", "floor ns")
     floors = results["floor"]
     for row in results["op"]:
         count, floor = row["instructions"], floors[str(row["rank"])]["ns"]
@@ -304,16 +297,14 @@ def _print_op(out: Console, results: dict[str, Any]) -> None:
 
 
 def _print_return(out: Console, results: dict[str, Any]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from ..bench.returning import MEMORY, TEXT, WINDOW, sooner
 
     report = results["return"]
     names = {MEMORY: "memory", WINDOW: f"memory, last {report['window']} tokens", TEXT: "whole text"}
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("history", "restored", "seconds to the first token", "interval", "as soon as by the text", "bytes"):
-        table.add_column(column, justify="left" if column == "restored" else "right", no_wrap=True)
+    table = _table(
+        "history", "restored", "seconds to the first token", "interval", "as soon as by the text", "bytes",
+        left=("restored",),
+    )  # fmt: skip
     for run in report["runs"]:
         for way, one in run["ways"].items():
             table.add_row(
@@ -326,9 +317,6 @@ def _print_return(out: Console, results: dict[str, Any]) -> None:
 
 
 def _print(out: Console, results: dict[str, Any]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from ..bench.comparison import label
 
     setup, info = results["setup"], results["setup"]["model_info"]
@@ -345,9 +333,9 @@ def _print(out: Console, results: dict[str, Any]) -> None:
     elif setup["control"]:
         _say(out, "control: the side 'on' has no adapter either")
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("test", "compared", "tokens/s of the first", "of the second", "ratio", "interval"):
-        table.add_column(column, justify="left" if column in ("test", "compared") else "right", no_wrap=True)
+    table = _table(
+        "test", "compared", "tokens/s of the first", "of the second", "ratio", "interval", left=("test", "compared")
+    )
     confidence = None
     for kind in ("prefill", "decode"):
         for run in results.get(kind, {}).get("runs", []):
@@ -407,14 +395,9 @@ def _sample(setup: dict[str, Any]) -> str:
 
 def _print_nodes(out: Console, test: dict[str, Any], least: float = 0.005) -> None:
     """One line per kind of node: those above the share `least` of the time, and the adapter's own."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from ..bench.nodes import OURS
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("node", "operator", "nodes", "ms on", "ms off", "difference"):
-        table.add_column(column, justify="left" if column in ("node", "operator") else "right", no_wrap=True)
+    table = _table("node", "operator", "nodes", "ms on", "ms off", "difference", left=("node", "operator"))
     for row in test["rows"]:
         if row["name"].startswith(OURS) or max(row["on"], row["off"]) > least * test["off"]:
             times = (f"{row['on']:.3f}", f"{row['off']:.3f}", f"{row['on'] - row['off']:+.3f}")
@@ -426,6 +409,18 @@ def _print_nodes(out: Console, test: dict[str, Any], least: float = 0.005) -> No
         f"All nodes: {test['on']:.2f} ms with, {test['off']:.2f} without, ratio {test['ratio']:.4f}; "
         f"the adapter's own: {test['own']:.2f} ms, {test['own'] / test['off']:.2%} of those without.",
     )
+
+
+def _table(*columns: str, left: Sequence[str] = ()) -> Table:
+    """In a narrow terminal headers and cells are folded, so that no figure is cut."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        is_whole = column in ("ratio", "interval")  # not within a number
+        table.add_column(column, justify="left" if column in left else "right", overflow="fold", no_wrap=is_whole)
+    return table
 
 
 def _say(out: Console, text: str) -> None:

@@ -30,7 +30,7 @@ from ..evals.world import Turn, World, rivals
 from ..hub import adapter_file, model_file
 from ..models import MEMORIES, REAL_MODEL, default_files, real_adapter
 from . import prompt
-from .model_options import ADAPTER_HELP, MODEL_HELP
+from .model_options import ADAPTER_HELP, MODEL_HELP, packed_adapter
 from .parser import duration
 from .picture import picture
 
@@ -56,8 +56,8 @@ class Cast:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interactive", action="store_true", help="talk to the model yourself")
-    parser.add_argument("-m", "--model", metavar="FILE", help=f"{MODEL_HELP} ({REAL_MODEL})")
-    parser.add_argument("--deltamem", metavar="FILE", help=f"{ADAPTER_HELP}; with -m")
+    parser.add_argument("-m", "--model", metavar="FILE", help=f"{MODEL_HELP}; else {REAL_MODEL}")
+    parser.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
     parser.add_argument("--strategy", choices=MEMORIES, help="use the small model, with its adapter of this kind")
     parser.add_argument(
         "--facts", type=int, choices=range(1, 17), default=4, metavar="N",
@@ -84,11 +84,12 @@ def _cast(args: argparse.Namespace) -> Cast:
     """The model to show. If it is not the real one, prints why."""
     if args.strategy and (args.model or args.deltamem):
         raise InputError("--strategy selects an adapter of the small model of the package: drop -m and --deltamem")
-    if args.model and not args.deltamem:
-        raise InputError("--deltamem: name an adapter for -m MODEL")
-    if args.deltamem:
+    if args.model or args.deltamem:
         model = model_file(args.model or REAL_MODEL)
-        return Cast(model, adapter_file(args.deltamem, model), False)
+        named = adapter_file(args.deltamem, model) if args.deltamem else packed_adapter(model)
+        if named is None:
+            raise InputError(f"--deltamem: name an adapter for {args.model}")
+        return Cast(model, named, False)
     adapter = real_adapter()
     if not args.strategy:
         reason = f"this package has no adapter for {REAL_MODEL}"

@@ -23,7 +23,7 @@ from ..formats.atomic import no_file
 from ..hub import adapter_file, model_file
 from ..models import default_files
 from ..runtime import library
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, packed_adapter
 from .parser import at_least, count, positive
 
 N_CTX = 4096  # default with -m
@@ -32,7 +32,7 @@ WRITES["off"] = dict.fromkeys(PROTOCOLS, False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", metavar="FILE", help=f"{MODEL_HELP} (the small model of the package)")
+    parser.add_argument("-m", "--model", metavar="FILE", help=f"{MODEL_HELP}; else the small model of the package")
     parser.add_argument("--deltamem", metavar="FILE", help=f"{ADAPTER_HELP}; the tables call it deltamem")
     parser.add_argument("--adapters", metavar="NAME=FILE", nargs="+", help="several adapters, each under its name")
     parser.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF, for the method lora")
@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--kinds", metavar="NAME,...", help="only questions of these kinds")
     parser.add_argument("--limit", type=positive, metavar="N", help="at most so many questions, drawn by the seed")
-    parser.add_argument("--seed", type=count, default=42, help="of sampling, and of what is drawn (%(default)s)")
+    parser.add_argument(
+        "--seed", type=count, default=42, metavar="N", help="of sampling, and of what is drawn (%(default)s)"
+    )
     parser.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="I/N", help="the I-th of N parts of the questions"
     )
@@ -104,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
     if not items:
         raise InputError(f"--shard {args.shard[0]}/{args.shard[1]}: has no question: there are fewer contexts")
     model = model_file(name)
+    if not named and (packed := packed_adapter(model)):
+        named = {"deltamem": packed}
     adapters = {adapter: adapter_file(file, model) for adapter, file in named.items()}
     only = args.methods.split(",") if args.methods else None
     has_contexts = any(item.context for item in items)

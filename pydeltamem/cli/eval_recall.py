@@ -20,8 +20,9 @@ from ..evals.report import REPORT, as_json, print_tables, show
 from ..evals.statistics import ratios_of, right_of, table_of
 from ..formats.kinds import PNG
 from ..formats.outputs import output
+from ..hub import model_file
 from ..models import default_files
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_unpack
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_unpack, packed_adapter
 from .parser import count, integers, positive
 
 DATA = "DELTAMEM_DATA"
@@ -29,7 +30,7 @@ N_CTX = 2048  # default with -m
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", metavar="FILE", help=f"{MODEL_HELP} (the small model of the package)")
+    parser.add_argument("-m", "--model", metavar="FILE", help=f"{MODEL_HELP}; else the small model of the package")
     parser.add_argument("--deltamem", metavar="FILE", help=f"{ADAPTER_HELP}; the tables call it memory")
     parser.add_argument(
         "--adapters",
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of small talk after four facts (64,128,256)",
     )  # fmt: skip
     parser.add_argument("--window", type=positive, default=64, metavar="N", help="tokens of a window (%(default)s)")
-    parser.add_argument("--seed", type=count, default=1, help="(%(default)s)")
+    parser.add_argument("--seed", type=count, default=1, metavar="N", help="of the questions (%(default)s)")
     parser.add_argument(
         "-c", "--ctx-size", type=count, metavar="N", help=f"context ({N_CTX}; 0, or the small model: the model's)"
     )
@@ -142,6 +143,8 @@ def _model_and_adapters(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
     if args.model is None:
         model, shipped = default_files()
         return os.fspath(model), adapters or {name: os.fspath(path) for name, path in shipped.items()}
+    if not adapters and (packed := packed_adapter(model_file(args.model))):
+        adapters = {"memory": packed}
     if not adapters and not args.methods:
         raise InputError("--adapters: name the adapters of -m MODEL, as in --adapters msw=adapter.gguf")
     return args.model, adapters

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..formats.atomic import no_file
+from ..formats.gguf_header import Header
 from ..formats.memory_file import check_writable, read_memory_file
 from .parser import at_least, count, finite, gpu_layers, not_negative, positive, positive_number, probability, text
 
@@ -94,6 +95,11 @@ def add_unpack(group: argparse._ActionsContainer, default: str | None) -> None:
         "--unpack", choices=("none", "rest", "all"), default=default,
         help="weights that prompts multiply in BF16, if the CPU can: all, what is not repacked (rest), or none (none)",
     )  # fmt: skip
+
+
+def packed_adapter(model: str) -> str | None:
+    """Where the adapter of a model is if none is named: in the model itself, if it is packed."""
+    return model if "deltamem.version" in Header(model).keys else None
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -7,11 +7,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..formats.gguf_header import Header
 from ..hub import adapter_file, model_file
 from ..runtime.cpus import usable
 from .bench import progress_bar
-from .model_options import ADAPTER_HELP, CACHE_TYPES, MODEL_HELP
+from .model_options import ADAPTER_HELP, CACHE_TYPES, MODEL_HELP, packed_adapter
 from .parser import gpu_layers, positive_number
 
 if TYPE_CHECKING:
@@ -57,9 +56,7 @@ def run(args: argparse.Namespace) -> int:
         if name not in CACHE_TYPES:
             raise InputError(f"--kv-types: {name!a} is no type of a KV cache: {', '.join(CACHE_TYPES)}")
     model = model_file(args.model)
-    adapter = None if args.deltamem is None else adapter_file(args.deltamem, model)
-    if adapter is None and "deltamem.version" in Header(model).keys:
-        adapter = model  # packed
+    adapter = packed_adapter(model) if args.deltamem is None else adapter_file(args.deltamem, model)
 
     from .. import tuned
     from ..bench import tune

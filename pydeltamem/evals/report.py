@@ -53,7 +53,8 @@ def print_tables(console: Console, rows: Sequence[Row], ratios: Mapping[str, Map
     kinds = list(dict.fromkeys((row.task, row.kind) for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
     by_key = {(row.method, row.task, row.kind): row for row in rows}
-    title, label, cell = "Answers that are right, in % (95 % interval)", 30, 13  # columns of the terminal
+    title, label = "Answers that are right, in % (95 % interval)", 30  # columns of the terminal
+    cell = 1 + max(12, *map(len, methods))
     n_fit = max(1, (console.width - label) // cell)
     for some in (methods[i : i + n_fit] for i in range(0, len(methods), n_fit)):
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
