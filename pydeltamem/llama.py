@@ -196,7 +196,7 @@ class DeltaMemLlama(Llama):
                 if self._lora_adapter is not None and not self._lora_adapter:
                     raise ModelError(f"{self.lora_path}: the LoRA adapter cannot be loaded{library.reason(log)}")
                 self._stack.callback(_free, self._adapters)  # before context and model
-                self._engine = Engine(Slots(self._ctx, self._batch, self.n_batch, model_path))
+                self._engine = Engine(Slots(self._ctx, self._batch, self.n_batch, model_path, n_seq_max))
                 _open.add(self)
                 self._attach_first()
             except (AdapterError, ModelError):
@@ -353,7 +353,7 @@ class DeltaMemLlama(Llama):
 
     def n_ctx(self) -> int:
         """Most tokens that a text can have."""
-        return int(_llama.llama_n_ctx_seq(self.ctx))
+        return int(_llama.llama_n_ctx(self.ctx)) // self._n_seq_max
 
     #
     # decoding

@@ -12,7 +12,7 @@ from llama_cpp import (
     LLAMA_POOLING_TYPE_NONE,
 )
 
-from pydeltamem import DeltaMemLlama, InputError
+from pydeltamem import Conversation, DeltaMemLlama, InputError
 from refusals import refuses
 
 TEXTS = ["hello there", "how are you today", "a", "one two three four five six seven", "hello there"]
@@ -164,6 +164,24 @@ def test_a_text_is_read_beside_embeddings(make_llm):
         states.append(llm.memory.state)
     assert states[0].any()
     np.testing.assert_allclose(*states, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_seq_max", [1, 2])
+def test_full_texts_beside_embeddings(make_llm, n_seq_max):
+    """llama_cpp gives such a context more sequences than its KV cache has room for."""
+    llm = make_llm(embedding=True, n_ctx=256, n_seq_max=n_seq_max)
+    assert llm.n_ctx() == 256
+    talks = [Conversation(llm, n_predict=4, temp=0.0) for _ in range(3)]
+    for i in range(12):
+        for talk in talks:
+            talk.say(f"this is message number {i}, and it is a long one")
+    assert all(talk.n_dropped > 0 and talk.n_tokens <= 256 for talk in talks)
+    assert len(llm.embed(["one", "two"])) == 2
+    llm.eval([5] * 256)
+    fork = talks[0].fork()
+    state = talks[0].memory.state
+    fork.say("how are you")
+    np.testing.assert_array_equal(talks[0].memory.state, state)
 
 
 #

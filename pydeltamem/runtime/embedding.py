@@ -40,9 +40,10 @@ def tokenized(llm: Model, texts: list[str], truncate: bool) -> list[list[int]]:
 
 def n_tokens_max(llm: Model) -> int:
     """Most tokens of a text to embed, and of a batch of them."""
+    n_ctx = int(_llama.llama_n_ctx(llm.ctx))  # a text may have all of it while it is embedded
     if _in_one_go(llm):
-        return min(int(_llama.llama_n_ubatch(llm.ctx)), llm.n_batch, llm.n_ctx())
-    return min(llm.n_batch, llm.n_ctx())
+        return min(int(_llama.llama_n_ubatch(llm.ctx)), llm.n_batch, n_ctx)
+    return min(llm.n_batch, n_ctx)
 
 
 def _in_one_go(llm: Model) -> bool:

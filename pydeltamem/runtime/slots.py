@@ -73,15 +73,18 @@ class Slots:
         context: llama_cpp's wrapper of the context.
         batch: llama_cpp's wrapper of a batch of n_batch tokens.
         model_path: for errors.
+        n_seq_max: how many texts may have a slot. With embeddings llama_cpp makes more sequences, which share the cells
+            of one KV cache: it has room for so many texts.
 
     Attributes:
+        n_ctx: tokens of a text.
         lock: a thread that uses the context holds it, for one decode and the use of its logits. What a text has in the
             context (slot and KV cache) changes only under this lock, also when another text takes its slot.
         n_attached: how often an adapter was attached. A memory belongs to one of these times.
         n_decodes: changes once the logits of the latest llama_decode are gone or unusable.
     """
 
-    def __init__(self, context: Any, batch: Any, n_batch: int, model_path: str) -> None:
+    def __init__(self, context: Any, batch: Any, n_batch: int, model_path: str, n_seq_max: int) -> None:
         self.lock = FairLock()
         self._is_closing = False
         self._calls: set[tuple[int, object]] = set()  # calls in progress, with their thread
@@ -89,8 +92,10 @@ class Slots:
         self._batch = batch
         self.n_batch = n_batch
         self.model_path = model_path
-        self.n_seq_max: int = _llama.llama_n_seq_max(context.ctx)
-        self.n_ctx: int = _llama.llama_n_ctx_seq(context.ctx)  # tokens of one sequence
+        self.n_ctx: int = _llama.llama_n_ctx(context.ctx) // n_seq_max
+        self._n_sequences: int = _llama.llama_n_seq_max(context.ctx)
+        self.n_seq_max = min(n_seq_max, self._n_sequences)
+        self._shares_cells = _llama.llama_n_ctx_seq(context.ctx) == _llama.llama_n_ctx(context.ctx)
         self._shape: tuple[int, int, int, int] | None = None
         self._by_segment = False
         self.adapter_path = ""  # for errors
@@ -105,8 +110,8 @@ class Slots:
         self._takes_back = not (
             self._n_swa or _llama.llama_model_is_recurrent(model) or _llama.llama_model_is_hybrid(model)
         )
-        self._holders: list[weakref.ref[Any] | None] = [None] * self.n_seq_max
-        self._used: list[int] = [0] * self.n_seq_max  # when last decoded, in decodes
+        self._holders: list[weakref.ref[Any] | None] = [None] * self._n_sequences
+        self._used: list[int] = [0] * self._n_sequences  # when last decoded, in decodes
         self._is_end: dict[int, bool] = {}
 
         fields = batch.batch
@@ -115,9 +120,9 @@ class Slots:
         self._wanted = np.ctypeslib.as_array(fields.logits, (n_batch,))  # whether its logits are wanted
         np.ctypeslib.as_array(fields.n_seq_id, (n_batch,))[:] = 1
         self._seq_id = [-1] * n_batch  # as in the batch
-        self._writes: list[bool | None] = [None] * self.n_seq_max  # as last set; None: unknown
-        self._states: list[State | None] = [None] * self.n_seq_max  # as the context has them; None: unknown
-        self._records: list[object] = [None] * self.n_seq_max  # the record that the slot agrees with; None: none
+        self._writes: list[bool | None] = [None] * self._n_sequences  # as last set; None: unknown
+        self._states: list[State | None] = [None] * self._n_sequences  # as the context has them; None: unknown
+        self._records: list[object] = [None] * self._n_sequences  # the record that the slot agrees with; None: none
         self._is_described = False  # whether the native library may still expect a batch that was never decoded
 
     @property
@@ -217,9 +222,9 @@ class Slots:
 
     def _forget(self) -> None:
         """Notes that other code used the context: its settings, states and logits are unknown."""
-        self._writes = [None] * self.n_seq_max
-        self._states = [None] * self.n_seq_max
-        self._records = [None] * self.n_seq_max
+        self._writes = [None] * self._n_sequences
+        self._states = [None] * self._n_sequences
+        self._records = [None] * self._n_sequences
         self._seq_id = [-1] * self.n_batch
         self.n_decodes += 1
 
@@ -302,8 +307,10 @@ class Slots:
 
     @holding("lock")
     def fork(self, text: Holder, other: Holder) -> bool:
-        """Gives `other`, a fork of `text`, a slot with a copy of the KV cache. False if no slot is free."""
-        if text.slot is None or None not in map(self.text, range(self.n_seq_max)):
+        """Gives `other`, a fork of `text`, a slot with a copy of the KV cache. False if no slot is free, or if both
+        would have the same cells: what moves those of one would move the other's.
+        """
+        if self._shares_cells or text.slot is None or None not in map(self.text, range(self.n_seq_max)):
             return False
         slot = self.take(other)
         _llama.llama_memory_seq_cp(_llama.llama_get_memory(self.ctx), text.slot, slot, -1, -1)
@@ -500,7 +507,7 @@ class Slots:
     @holding("lock")
     def share_state(self, state: State, n: int) -> None:
         """Texts in the first n slots (or all, if fewer) read this state and do not write. Other texts leave them."""
-        for slot in range(min(n, self.n_seq_max)):
+        for slot in range(min(n, self._n_sequences)):
             self.leave(self.text(slot))
             self.put_state(slot, state)
         check(library.llama_deltamem_set_write(self.ctx, -1, False))
