@@ -15,7 +15,7 @@ from pydeltamem import train
 from pydeltamem.cli import train as command
 from pydeltamem.cli.main import main
 from pydeltamem.errors import InputError, ModelError, OutputError, TrainingError
-from pydeltamem.formats.checkpoint import Checkpoint
+from pydeltamem.formats.checkpoint import WEIGHTS, Checkpoint
 from pydeltamem.train.model import load_frozen, multiplies_bfloat16
 from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 from refusals import check_names, refuses
@@ -423,9 +423,17 @@ def test_a_full_disk(hf_dir, data, tmp_path, monkeypatch, full):
         raise full
 
     monkeypatch.setattr(torch, "save", fail)
-    with refuses(OutputError, tmp_path / "out"):
+    with refuses(OutputError, tmp_path / "out" / WEIGHTS[0]):
         run.train()
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_no_weights_beside_other_weights(hf_dir, data, tmp_path):
+    """Without PyTorch the file of safetensors would be read."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / WEIGHTS[1]).touch()
+    with refuses(InputError, tmp_path / "out" / WEIGHTS[1], "--out"):
+        trainer(hf_dir, data, tmp_path / "out", steps=1)
 
 
 def test_fewer_conversations_than_a_batch(hf_dir, data, tmp_path, capsys):

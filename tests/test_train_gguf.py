@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -17,11 +19,11 @@ from rich.console import Console
 
 from pydeltamem import DeltaMemLlama, train
 from pydeltamem.errors import InputError, ModelError, OutputError
-from pydeltamem.formats.checkpoint import Checkpoint
+from pydeltamem.formats.checkpoint import WEIGHTS, Checkpoint
 from pydeltamem.formats.packed import pack
 from pydeltamem.train.model import load_frozen
 from pydeltamem.train.tokenizer import GgufTokenizer
-from refusals import refuses
+from refusals import check_names, refuses
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny" / "base.gguf"  # a float32 model, but its <|im_end|> is no control token
@@ -374,6 +376,24 @@ def test_a_log_that_cannot_be_written(data, tmp_path):
     (tmp_path / "out" / "log.jsonl").mkdir(parents=True)
     with refuses(OutputError, tmp_path / "out" / "log.jsonl"):
         run.train()
+
+
+FULL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+from pydeltamem.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit of POSIX")
+def test_a_full_disk_is_named(data, tmp_path):
+    """torch itself would say "unexpected pos"."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", FULL, "train", MODEL, data, "-o", out, "--strategy", "msw", "--steps", "1"]
+    done = subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8")
+    assert done.returncode == 1 and not list(out.iterdir())
+    check_names(done.stderr.splitlines()[-1], [out / WEIGHTS[0], os.strerror(errno.EFBIG)])
 
 
 @pytest.mark.parametrize(

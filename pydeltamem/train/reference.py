@@ -40,7 +40,7 @@ from ..formats.checkpoint import (
     Config,
     read_config,
 )
-from ..formats.outputs import make_folder, writing
+from ..formats.outputs import check_disk, disk_errors, make_folder, writing
 
 #
 # the recurrence
@@ -386,6 +386,16 @@ class LayerMemory(nn.Module):
         return delta
 
 
+def torch_save(values: Any, temporary: Path, path: Path) -> None:
+    """torch.save into the temporary file of `path`. Raises OutputError."""
+    try:
+        with disk_errors(path):
+            torch.save(values, temporary)
+    except RuntimeError as error:  # also of a full disk
+        check_disk(path, temporary)
+        raise OutputError(f"{path}: cannot be written: {error}") from error
+
+
 #
 # the memory of a model
 #
@@ -504,17 +514,14 @@ class DeltaMem(nn.Module):
         directory = Path(directory)
         tensors = {f"model.layers.{i}.self_attn.{name}": p.detach().cpu().clone() for i, name, p in self._named()}
         fields = json.dumps({**ARCHIVED, **asdict(self.config)}, indent=2)
-        try:
-            make_folder(directory)
-            with (
-                writing(directory / WEIGHTS[0], kinds.PYTORCH) as weights,
-                writing(directory / CONFIG, kinds.CONFIG) as config,
-            ):
-                torch.save(tensors, weights)
-                config.write_text(fields, encoding="utf-8")
-                read_config(config)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
-            raise OutputError(f"{directory}: cannot be written: {error}") from error
+        make_folder(directory)
+        with (
+            writing(directory / WEIGHTS[0], kinds.PYTORCH) as weights,
+            writing(directory / CONFIG, kinds.CONFIG) as config,
+        ):
+            torch_save(tensors, weights, directory / WEIGHTS[0])
+            config.write_text(fields, encoding="utf-8")
+            read_config(config)
 
     def _named(self) -> Iterator[tuple[int, str, nn.Parameter]]:
         for layer, memory in zip(self.layers, self.memories):

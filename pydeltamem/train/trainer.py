@@ -16,9 +16,8 @@ import torch
 
 from ..errors import InputError, OutputError, TrainingError
 from ..formats import kinds
-from ..formats.atomic import replacing
 from ..formats.checkpoint import CONFIG, WEIGHTS
-from ..formats.outputs import check_target, make_folder
+from ..formats.outputs import check_target, make_folder, writing
 from ..hub import is_name, model_file
 from .average import Average
 from .conversations import Conversations
@@ -27,7 +26,7 @@ from .model import load_frozen
 from .objective import Objective
 from .options import SCHEDULES, Options
 from .recall import NativeRecall
-from .reference import DeltaMem, DeltaMemConfig, chunked_recurrence, fused_recurrence
+from .reference import DeltaMem, DeltaMemConfig, chunked_recurrence, fused_recurrence, torch_save
 from .report import Report, measure, plot
 
 HELD_OUT = 64  # conversations that only measure the loss; at most a tenth of all
@@ -48,6 +47,8 @@ class Trainer:
         if options.init and self.out.exists() and os.path.exists(options.init) and self.out.samefile(options.init):
             raise InputError(f"{self.out}: holds the weights of --init, which stay: name another --out")
         make_folder(self.out)
+        if (self.out / WEIGHTS[1]).exists():
+            raise InputError(f"{self.out / WEIGHTS[1]}: holds other weights for the same files: name another --out")
         for name, kind in ((WEIGHTS[0], kinds.PYTORCH), (CONFIG, kinds.CONFIG), ("loss.png", kinds.PNG)):
             check_target(self.out / name, kind)
         named = model_file(options.model) if is_name(options.model) else options.model
@@ -162,11 +163,9 @@ class Trainer:
             "memory": self.memory.state_dict(), "optimizer": self.optimizer.state_dict(),
             "average": self.average.values,
         }  # fmt: skip
-        try:
-            with replacing(self.out / "checkpoint.pt", kinds.PYTORCH) as temporary:
-                torch.save(saved, temporary)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
-            raise OutputError(f"{self.out / 'checkpoint.pt'}: cannot be written: {error}") from error
+        path = self.out / "checkpoint.pt"
+        with writing(path, kinds.PYTORCH) as temporary:
+            torch_save(saved, temporary, path)
 
     def _measure(self, recall: NativeRecall) -> None:
         row = {"step": self.step, "loss": self.mean, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
