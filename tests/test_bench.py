@@ -25,8 +25,10 @@ from pydeltamem.bench.pairs import median_interval
 from pydeltamem.cli import main
 from pydeltamem.errors import AdapterError, DecodeError, InputError, LibraryError, ModelError, OutputError
 from pydeltamem.formats.gguf_header import Header
+from pydeltamem.models import default_files
 from pydeltamem.runtime import library
 from pydeltamem.runtime.quantize import file_type
+from pydeltamem.runtime.unpacking import multiplies_bf16
 from refusals import refused, refuses
 from test_cli import deltamem, shell
 from test_unsupported import bitnet, rewrite  # noqa: F401 - a fixture
@@ -128,11 +130,26 @@ def test_against_another_library(run_bench, tmp_path):
         assert set(run["ratios"]) == {"plain/against", "against/plain"}
         for name, ratio in run["ratios"].items():
             check_comparison(ratio, [run["ns"][side] for side in name.split("/")], 2)
-    for choice in ((), ("--control",), ("--unpack", "all")):
+    for choice in ((), ("--control",)):
         alone = run_bench("-p", "8", "-n", "0", "--against", other, *choice, memory=False)
         assert alone.returncode == 0, alone.stderr
         assert "plain ÷ against" in alone.stdout and "on ÷ off" not in alone.stdout
         assert "llama_model_loader" not in alone.stderr
+
+
+def test_unpacked_weights(base, tmp_path):
+    """Of the package's model, in Q8_0, also by another library; and what is not unpacked is told."""
+    shutil.copytree(library.library_folder(), tmp_path / "lib")
+    options = ["--control", "--unpack", "all", "--no-repack", "-p", "16", "-n", "0"]
+    model = default_files()[0]
+    result = deltamem("bench", "-m", model, *SMALL, *options, "-v")
+    assert result.returncode == 0, result.stderr
+    assert ("overridden to DELTAMEM_BF16" in result.stderr) == multiplies_bf16()
+    result = deltamem("bench", "-m", model, *SMALL, *options, "--against", tmp_path / "lib")
+    assert result.returncode == 0 and "plain ÷ against" in result.stdout
+    assert ("--unpack all" in result.stderr) == (not multiplies_bf16())
+    result = deltamem("bench", "-m", base(), *SMALL, *options)  # in F32
+    assert result.returncode == 0 and "--unpack all" in result.stderr
 
 
 def test_a_table_whose_reader_is_gone(base, adapter, tmp_path):

@@ -186,6 +186,7 @@ def _bench(args: argparse.Namespace, err: Console) -> dict[str, Any]:
             raise InputError(f"{model}: nothing to compare: add --deltamem ADAPTER or --against LIBRARY")
         elif adapter is None and not prompts and not args.n_gen:
             raise InputError(f"{model}: nothing to measure: -p 0 and -n 0 time nothing, and --rss needs an adapter")
+        _check_unpack(args, model, err)
         plan = comparison.Plan(
             prompts=prompts,
             depths=tuple(args.n_depth),
@@ -223,6 +224,7 @@ def _bench_return(args: argparse.Namespace, err: Console) -> dict[str, Any]:
         model, adapter = _synthetic(args, show) if args.synthetic else _files(args)
         if adapter is None:
             raise InputError(f"{model}: has no memory to return to: add --deltamem ADAPTER")
+        _check_unpack(args, model, err)
         options = {
             "n_batch": args.batch_size,
             "n_ubatch": args.ubatch_size,
@@ -248,6 +250,14 @@ def _files(args: argparse.Namespace) -> tuple[str, str | None]:
     model = model_file(args.model)
     packed = packed_adapter(model)  # raises now if it is no model
     return model, packed if args.deltamem is None else adapter_file(args.deltamem, model)
+
+
+def _check_unpack(args: argparse.Namespace, model: str, err: Console) -> None:
+    """Says so if --unpack changes nothing: figures would pass for others."""
+    from ..runtime.unpacking import NONE, overrides
+
+    if args.unpack != NONE and overrides(model, args.unpack) is None:
+        _say(err, f"--unpack {args.unpack}: no weight of {model} is multiplied in BF16 on this machine")
 
 
 def _synthetic(args: argparse.Namespace, show: Callable[[str, int, int], None]) -> tuple[str, str]:
