@@ -221,7 +221,7 @@ class Conversation:
 
     def _next_seed(self) -> int:
         """The seed of the next reply: the model's decides it, but another reply to the same words is another."""
-        seed = self.llm._seed % 2**32
+        seed = self.llm._given_seed % 2**32
         if seed == _RANDOM:
             return seed
         self._n_seeds += 1
@@ -437,7 +437,8 @@ class Reply(Generation):
         super().__init__(conversation._text)
         self.conversation = conversation
         self.said = content
-        self.options = {**conversation.options, **_checked_options(conversation.llm, options)}
+        llm = conversation.llm
+        self.options = {**_checked_options(llm, conversation.options), **_checked_options(llm, options)}
         self.instead = instead
         self.begun = False  # whether something other than spaces was said
 

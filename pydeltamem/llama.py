@@ -208,6 +208,7 @@ class DeltaMemLlama(Llama):
         self.lora_path = None if self.lora_path is None else str(self.lora_path)
         if kwargs.get("seed") == 0:
             self._seed = 0  # llama_cpp takes 0 for no seed
+        self._given_seed = self._seed  # each completion leaves another one
         if type(self.tokenizer_) is library.LlamaTokenizer:
             self.tokenizer_ = self.tokenizer()
         self._text = self._engine.text(home=HOME)
@@ -606,6 +607,7 @@ class DeltaMemLlama(Llama):
     def set_seed(self, seed: int) -> None:
         """As `Llama.set_seed`; -1: a random seed each time. Raises InputError if it is no whole number."""
         super().set_seed(whole(seed, "seed"))
+        self._given_seed = self._seed
 
     def _undecoded(self, tokens: list[int]) -> list[int]:
         """Goes back to where the text and `tokens` differ. Returns the tokens to decode, none if the logits are there.

@@ -142,13 +142,14 @@ def test_going_back(llm, read_once):
 def test_another_reply_is_another_whatever_the_seed_of_the_model(make):
     options = {"n_predict": 12, "temp": 2.0, "top_k": 0}
     told = []
-    for _ in range(2):
+    for completes in (False, True):
         llm = make(n_seq_max=3, seed=3)
         talk = Conversation(llm, **options)
         said = [talk.say("hello there"), *(talk.regenerate() for _ in range(3))]
         other = talk.fork()
         assert len(set(said)) == 4 and other.regenerate() == talk.regenerate()
-        llm.create_completion("hello", max_tokens=1)  # it decides another seed of the model
+        if completes:
+            llm.create_completion("hello", max_tokens=1, seed=9)  # it says nothing about conversations
         told.append([*said, talk.regenerate()])
         assert len(set(told[-1])) == 5
     assert told[0] == told[1]
@@ -350,6 +351,9 @@ def test_options_as_create_completion_calls_them(llm):
     assert Conversation(llm, max_tokens=5, temperature=0.0).say("hello there") == reply
     assert Conversation(llm, max_tokens=50, temp=0.0).say("hello there", max_tokens=5) == reply
     assert Conversation(llm, max_tokens=0, temp=0.0).say("hello there") == ""
+    changed = Conversation(llm)
+    changed.options.update(max_tokens=5, temperature=0.0)
+    assert changed.say("hello there") == reply
     unlimited = Conversation(llm, temp=0.0, max_tokens=None)
     llm._engine.slots.is_end = lambda token: unlimited.n_tokens > 100
     assert unlimited.say("hello there").startswith(reply) and unlimited.n_tokens > 100

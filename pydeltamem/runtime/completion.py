@@ -57,7 +57,8 @@ class Completion:
         **sampling: Any,
     ) -> None:
         self.llm = llm
-        self.logprobs, self.echo, self.seed = logprobs, echo, seed
+        self.logprobs, self.echo = logprobs, echo
+        self.seed = None if seed is None else whole(seed, "seed")
         self._vocab = llm._model.vocab
         if logprobs is not None and whole(logprobs, "logprobs") < 0:
             raise InputError(f"logprobs is a number of tokens, 0 or more, not {logprobs}")
@@ -179,7 +180,7 @@ class Completion:
         self._from_cache()
         if scored and self.echo:
             self._want_rows()
-        llm.set_seed(random.Random(llm._seed).randint(0, 2**32) if self.seed is None else self.seed)
+        llm._seed = random.Random(llm._seed).randint(0, 2**32) if self.seed is None else self.seed
         text = Assembler(self._vocab, self.stop, errors="ignore")
         waiting: list[Scored] = []
         if llm.verbose:
