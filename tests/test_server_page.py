@@ -21,7 +21,8 @@ from pydeltamem.models import default_files
 from pydeltamem.server.history import digests
 from pydeltamem.server.page_markdown import as_html
 from pydeltamem.server.page_talk import FORGOTTEN, MEMORY_ONLY, NOTE, Talk
-from pydeltamem.server.store import Record, Turn
+from pydeltamem.server.session import imported
+from pydeltamem.server.store import Record, Store, Turn
 
 KEY = "key-of-ada"
 BASE, ADAPTERS = default_files()
@@ -61,6 +62,30 @@ def chat_of(service, real=AsyncDeltaMem.chat):
 
 app = application.application(application.Settings(load=load, page=page.mount))
 signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again: this process ends in order, and is measured
+uvicorn.run(app, port=int(sys.argv[1]), log_config=None, timeout_graceful_shutdown=1)
+"""
+
+
+# a server that tells how many pages it keeps, and whose pages need not come back
+COUNTS = f"""
+import gc, sys, uvicorn
+from pydeltamem import DeltaMemLlama
+from pydeltamem.server import AsyncDeltaMem, application, page
+
+def load():
+    llm = DeltaMemLlama({str(BASE)!r}, deltamem_path={str(ADAPTERS["msw"])!r}, n_ctx=512, n_threads=1, verbose=False)
+    return AsyncDeltaMem(llm)
+
+app = application.application(application.Settings(load=load, page=page.mount))
+
+@app.middleware("http")
+async def count(request, following):
+    answer = await following(request)
+    if request.url.path == "/health":
+        gc.collect()
+        answer.headers["x-views"] = str(sum(type(each).__name__ == "View" for each in gc.get_objects()))
+    return answer
+
 uvicorn.run(app, port=int(sys.argv[1]), log_config=None, timeout_graceful_shutdown=1)
 """
 
@@ -142,6 +167,34 @@ def server(tmp_path_factory):
 def keeping(tmp_path_factory):
     """Keeps messages."""
     with serve(tmp_path_factory.mktemp("keeping"), "--keep-messages") as server:
+        yield server
+
+
+EVIL = 'x" innerHTML="<img src=y onerror=window.hit=1>'
+LINKS = "[one](http://127.0.0.1:9/one), [two](javascript:window.hit=1)"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Keeps messages, and has sessions that were not made by the page."""
+    folder = tmp_path_factory.mktemp("prepared")
+    store = Store(f"sqlite:///{folder / 'sessions.db'}", keep_messages=True)
+    talks = {
+        "long": [said(f"What is {i}?", f"It is {i}.") for i in range(130)],
+        "evil": [({"role": EVIL, "content": EVIL}, *said("Links?", LINKS))],
+        "half": [said("Half \ud83d", "a \ud83d")],
+    }
+    for name, talk in talks.items():
+        turns, before = [], []
+        for number, messages in enumerate(talk, 1):
+            turns.append(turn(number, "x-1", before, messages))
+            before += messages
+        store.commit(Record("", name, turns=len(turns), text=b"kept", chat="x-1", history=tuple(turns)))
+    larger = np.random.default_rng(0).standard_normal((9, 2, 8, 8)).astype(np.float32)
+    about = {"adapter": "ab" * 32, "layers": "3,4,5,6,7,8,9,10,11", "tokens_written": "7"}
+    store.commit(imported(Record("", "larger"), MemorySnapshot(larger, about)))
+    store.close()
+    with serve(folder, "--keep-messages") as server:
         yield server
 
 
@@ -476,6 +529,99 @@ def test_a_tab_that_does_not_show_the_latest_turn_takes_none_back(keeping, brows
     until(lambda: ("You", "And now?") in two.text)
 
 
+def test_a_tab_does_not_take_a_session_that_was_made_again_for_its_own(keeping, browse):
+    """It is at the same version."""
+    tab = browse(keeping, "again")
+    tab.say("My name is Ada.")
+    keeping.delete("/v1/memories/again")
+    keeping.say("again", "My name is Bo.")
+    assert keeping.get("/v1/memories/again").json()["version"] == 1
+    tab.press("Undo the last turn")
+    until(lambda: ("You", "My name is Bo.") in tab.text)
+    assert keeping.sessions()["again"] == 1
+
+
+def test_a_long_conversation_is_drawn_in_parts(prepared, browse):
+    """And what is drawn is not drawn again: a screen reader would read all of it."""
+    tab = browse(prepared, "long")
+    until(lambda: len(tab.text) == 100)
+    assert tab.text[-1] == ("The model", "It is 129.") and tab.text[0] == ("You", "What is 80?")
+    for n in (200, 260):
+        tab.press("Show earlier messages")
+        until(lambda n=n: len(tab.text) == n)
+    assert tab.text[0] == ("You", "What is 0?")
+    until(lambda: not tab.shown(".earlier"))
+    tab.js("""window.added = 0;
+        new MutationObserver(changes => { for (const each of changes) window.added += each.addedNodes.length; })
+            .observe(document.querySelector(".said"), { childList: true });""")
+    tab.press("Forget the text")
+    until(lambda: tab.text[-1] == ("note", FORGOTTEN))
+    assert tab.js("return window.added") == 1 and len(tab.find(".said article.past")) == 260
+    tab.press("New session")
+    until(lambda: len(tab.text) == 1)
+
+
+def test_a_role_is_a_text(prepared, browse):
+    tab = browse(prepared, "evil")
+    until(lambda: len(tab.text) == 3)
+    assert tab.text[0] == (EVIL, f"{EVIL}: {EVIL}")
+    assert tab.find(".said img") == [] and tab.js("return window.hit") is None
+
+
+def test_a_link_opens_beside_the_conversation(prepared, browse):
+    tab = browse(prepared, "evil")
+    links = until(lambda: tab.find(".said a"))
+    assert [each.get_attribute("href") for each in links] == [
+        "http://127.0.0.1:9/one",
+        f"{prepared.url}/?session=evil#",
+    ]
+    before = set(tab.driver.window_handles)
+    links[0].click()
+    (new,) = until(lambda: set(tab.driver.window_handles) - before)
+    tab.driver.switch_to.window(new)
+    tab.driver.close()
+    tab.front()
+    assert len(tab.text) == 3
+
+
+def test_half_a_character_is_drawn(prepared, browse):
+    tab = browse(prepared, "half")
+    until(lambda: tab.text == [("You", "Half ?"), ("The model", "a ?")])
+    tab.press("Edit the last message")
+    tab.keeps("Half ?")
+
+
+def test_a_memory_of_another_adapter_is_shown(prepared, browse):
+    """It may have other layers."""
+    tab = browse(prepared, "larger")
+    until(lambda: "9 layers" in (tab.map or ""))
+    assert "another adapter" in tab.js("return document.body.innerText")
+    tab.box.send_keys("Hello\n")
+    assert "adapter" in tab.complaint()
+    assert prepared.get("/v1/memories/larger").json()["version"] == 1
+
+
+def test_a_key_that_composes_a_word_is_not_for_the_page(server, browse):
+    tab = browse(server, "composed")
+    tab.say("My name is Yuki.")
+    script = """arguments[0].dispatchEvent(new KeyboardEvent("keydown",
+        { key: arguments[1], bubbles: true, cancelable: true, ...arguments[2] }))"""
+    composing = ({"isComposing": True}, {"keyCode": 229})  # as browsers tell of it, and as Safari does
+
+    tab.replace("日本")
+    for how in composing:
+        tab.js(script, tab.box, "Enter", how)
+    tab.press("Rename")
+    tab.fill("Name", "日本")
+    for how in composing:
+        tab.js(script, tab.field("Name"), "Enter", how)
+    tab.dialog(0)
+    assert "composed" in server.sessions() and "日本" not in server.sessions() and len(tab.answers) == 1
+    tab.press("Rename")
+    tab.choose("日本-العربية")
+    assert "日本-العربية" in server.sessions() and tab.box.get_attribute("value") == "日本"
+
+
 def test_an_edit_that_is_refused_leaves_the_turn(server, browse):
     tab = browse(server, "refused")
     tab.say("I have a dog.")
@@ -507,6 +653,16 @@ def test_a_text_that_the_connection_does_not_take_is_refused(server, browse):
     assert ("You", "I have a dog. And a cat.") in tab.text
 
 
+def test_pages_that_are_gone_take_no_memory(browse, tmp_path):
+    with running(tmp_path, lambda port: ["-c", COUNTS, str(port)]) as server:
+        tab = browse(server, "gone")
+        tab.say("My name is Hugo.")
+        tab.reload()
+        assert int(server.get("/health").headers["x-views"]) > 0
+        tab.driver.get("about:blank")
+        until(lambda: server.get("/health").headers["x-views"] == "0")
+
+
 def test_a_reload_while_a_dialog_is_open_is_no_error(server, browse):
     tab = browse(server, "open")
     tab.say("My name is Hugo.")
@@ -514,9 +670,23 @@ def test_a_reload_while_a_dialog_is_open_is_no_error(server, browse):
         tab.press(opens)
         until(lambda: tab.shown("[role=dialog]"))
         tab.reload()
-    time.sleep(6)  # the server gives the pages that are gone up
+    time.sleep(17)  # the server gives the pages that are gone up
     assert server.sessions()["open"] == 1
     assert "Traceback" not in server.log.read_text()
+
+
+def test_a_connection_that_is_slow(server, browse):
+    tab = browse(server, "slow")
+    slow = """const send = WebSocket.prototype.send;
+        WebSocket.prototype.send = function (...data) { setTimeout(() => send.apply(this, data), 1500); };"""
+    tab.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": slow})
+    before = len(server.log.read_text())
+    tab.reload()
+    for shown in (False, True):
+        tab.press("Memory")
+        until(lambda shown=shown: bool(tab.shown(".q-drawer--right .map")) == shown)
+    tab.say("My name is Mia.")
+    assert "Traceback" not in server.log.read_text()[before:]
 
 
 HTML = """Use `a` vector<int>, and type <enter>. <style>.said, .q-footer { display: none !important }</style>
@@ -747,15 +917,25 @@ def test_it_waits_for_the_model_and_an_answer_can_be_stopped(browse, tmp_path):
         answers = [answer, tab.answered(2)]
         assert server.sessions() == {"long": 2}
         tab.fill("Tokens at most", "8000")
+        # a reload ends its answer
+        tab.box.send_keys("Go on.\n")
+        until(lambda: len(tab.answers) == 3 and tab.answers[-1])
+        tab.reload().fill("Tokens at most", "4")
+        tab.box.send_keys("And now?\n")
+        tab.answered(1)
+        assert not tab.shown(".q-notification")
+        assert server.get("/v1/memories/long").json()["version"] == 4
+        answers = tab.answers
+        tab.fill("Tokens at most", "8000")
         tab.box.send_keys("Break\n")
         tab.keeps("Break")
         assert tab.answers == answers and "it breaks" in server.log.read_text()
         tab.box.send_keys(Keys.CONTROL, "a")
         # a tab that is closed ends its answer
         tab.box.send_keys("Go on.\n")
-        until(lambda: len(tab.answers) == 3 and tab.answers[-1])
+        until(lambda: len(tab.answers) == 2 and tab.answers[-1])
         tab.driver.get("about:blank")
-        until(lambda: server.get("/v1/memories/long").json()["version"] == 3)
+        until(lambda: server.get("/v1/memories/long").json()["version"] == 5)
         assert server.get("/v1/memories/long").json()["tokens"] < 8000
 
 

@@ -27,3 +27,12 @@
   };
   watch();
 })();
+
+// Opens what an answer links to beside the conversation, which would be gone.
+addEventListener("click", (event) => {
+  const link = event.target.closest(".said a[href]");
+  if (link && !link.getAttribute("href").startsWith("#")) Object.assign(link, { target: "_blank", rel: "noopener" });
+}, true);
+
+// Tells the server that this tab goes: it need not wait for it to come back.
+addEventListener("pagehide", () => emitEvent("goes"));

@@ -16,6 +16,7 @@ _ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#3b66a8"/>'
     '<text x="16" y="24" font-size="24" font-family="serif" text-anchor="middle" fill="#fff">δ</text></svg>'
 )
+_RETURNS = 15.0  # seconds that a tab has to come back whose connection broke; then it is loaded anew
 _HEADERS = {
     # NiceGUI writes scripts and styles into the page, and compiles templates in the browser
     "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; "
@@ -36,7 +37,8 @@ def mount(app: FastAPI, server: Server) -> None:
         await View(server, session).open()
 
     # no Tailwind: its compiler would run in the browser
-    ui.run_with(app, title="δ-mem", favicon=_ICON, tailwind=False, show_welcome_message=False)
+    options: dict[str, Any] = {"tailwind": False, "show_welcome_message": False, "reconnect_timeout": _RETURNS}
+    ui.run_with(app, title="δ-mem", favicon=_ICON, **options)
     routes = app.router.routes
     mounted = next(route for route in routes if isinstance(route, Mount) and route.app is core.app)
     routes[routes.index(mounted)] = _Page("/", core.app)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .history import digests
-from .store import Record, Turn
+from .store import NOTHING, Identity, Record, Turn
 
 NOTE = "note"  # the role of a line that nobody said
 
@@ -22,17 +22,17 @@ class Talk:
     Attributes:
         past: messages that are no longer in the text, and notes.
         messages: the present text, which is sent with the next turn.
-        version: of the session that this shows, 0 for none in the store.
+        seen: which commit of the session this shows.
     """
 
     past: list[dict[str, Any]] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
-    version: int = 0
+    seen: Identity = NOTHING
 
     @classmethod
     def of(cls, record: Record) -> Talk:
         """What the store has kept of a session."""
-        talk = cls(version=record.version)
+        talk = cls(seen=record.identity)
         if any(turn.messages is None for turn in record.history) or (record.tokens and not record.history):
             talk.note(MEMORY_ONLY)
             return talk
@@ -50,7 +50,7 @@ class Talk:
 
     def copy(self) -> Talk:
         """The same, to go on otherwise."""
-        return Talk(list(self.past), list(self.messages), self.version)
+        return Talk(list(self.past), list(self.messages), self.seen)
 
     def note(self, text: str) -> None:
         """Adds a line that nobody said."""

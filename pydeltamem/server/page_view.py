@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,28 @@ from nicegui.events import UploadEventArguments
 
 from ..errors import DeltaMemError
 from ..formats.memory_file import MemorySnapshot
-from . import page_memory
 from .application import Server
 from .logs import log
-from .page_markdown import Markdown
-from .page_talk import FORGOTTEN, NOTE, Talk
+from .page_maps import Maps
+from .page_parts import ABOVE, KEY, agreed, asked_name, complain, count, icon, printable
+from .page_said import Said
+from .page_sessions import Sessions
+from .page_talk import Talk
 from .service import Answer, AsyncDeltaMem, SessionUnknown, checked_name
-from .store import Conflict, Record, StoreError, told
+from .store import NOTHING, Conflict, Identity, Record
 
 _HERE = Path(__file__).parent
-N_LISTED = 100  # sessions in the drawer
-# Enter sends; not while an input method composes, and not on a touch screen, where it makes a new line
-_ENTER = """(e) => {
-    if (e.shiftKey || e.isComposing || matchMedia("(pointer: coarse)").matches) return;
+# Enter sends; not on a touch screen, where it makes a new line
+_ENTER = KEY.replace(
+    "emit();",
+    """if (e.shiftKey || matchMedia("(pointer: coarse)").matches) return;
     e.preventDefault();
-    emit();
-}"""
-
-_ABOVE = 'anchor="top middle" self="bottom middle"'  # a tooltip that hides nothing below
+    emit();""",
+)
+_HINT, _HINT_WITHOUT_MEMORY = (
+    "Tell it something. Then forget the text and ask: the memory alone answers.",
+    "Say something.",
+)
 
 
 class View:
@@ -50,13 +54,10 @@ class View:
         self.owner = ""
         self.record: Record | None = None
         self.talks: dict[str, Talk] = {}
-        self.listed: list[Record] = []
         self.answer: Answer | None = None
         self.editing = False
         self.is_open = self.is_changing = False  # whether the session can be used; whether a button changes it
-        self.layer: int | None = None  # whose states are shown; None: of the layer that changed most
         self.temperature, self.max_tokens = 0.7, 512
-        self._drawn: Any = None  # the state that the heat map shows
         self._waits_for = ""
 
     @property
@@ -76,6 +77,7 @@ class View:
         """Builds the page. Goes on by itself once the browser is connected and the model is loaded."""
         self._build()
         self.client.on_delete(self._gone)
+        ui.on("goes", self._gone)  # page.js
         await self.client.connected()
         if not self.client.is_deleted:
             self.dark.value = app.storage.tab.get("dark")
@@ -97,15 +99,14 @@ class View:
         try:
             if self.service.has_memory:
                 await self._list()
-                if not self.name and self.listed:
-                    self.name = self.listed[0].name
-                await self._show(self.name or self._free_name())
+                listed = self.sessions.listed
+                await self._show(self.name or (listed[0].name if listed else self._free_name()))
             else:
                 self.name = ""
                 self._draw_talk()
         except DeltaMemError as error:  # a name that cannot be one, or the store fails
-            _complain(error)
-            self.name = self._free_name()
+            complain(error)
+            self.name, self.record = self._free_name(), None
             self.heading.text = self.name
             self._draw_talk()
         self._let_in(True)
@@ -128,7 +129,7 @@ class View:
         has_memory = is_open and self.service.has_memory
         for element in (self.stage, self.foot, self.options):
             element.set_visibility(is_open)
-        for element in (self.sessions, self.forget_button, self.memory_part):
+        for element in (self.sessions_part, self.forget_button, self.memory_part):
             element.set_visibility(has_memory)
         self.gate.set_visibility(not is_open)
         self.no_memory.set_visibility(is_open and not has_memory)
@@ -145,11 +146,11 @@ class View:
         ui.colors(primary="#3b66a8", negative="#b3261e")
         self.dark = ui.dark_mode(None)
         with ui.header(fixed=True).classes("bar"):
-            _icon("menu", "Sessions", lambda: self.left.toggle())
+            icon("menu", "Sessions", lambda: self.left.toggle())
             ui.label("δ-mem").classes("brand")
             self.heading = ui.label("").classes("grow cut").props("role=heading aria-level=1")
-            _icon("contrast", "Light, dark or as the system", self._switch_theme)
-            _icon("grid_on", "Memory", lambda: self.right.toggle())
+            icon("contrast", "Light, dark or as the system", self._switch_theme)
+            icon("grid_on", "Memory", lambda: self.right.toggle())
         with ui.left_drawer(bordered=True, bottom_corner=True).props(
             'width=270 aria-label="Sessions" role=navigation'
         ) as self.left:
@@ -158,20 +159,28 @@ class View:
             'width=330 aria-label="Memory" role=complementary'
         ) as self.right:
             self._build_memory()
+        # drawers would ask a browser whether they are open, and fail where it answers late; it tells of it by itself
+        self.client.connect_handlers.clear()
         with ui.column().classes("center") as self.gate:
             self._wait("Connecting …")
         with ui.element("div").classes("center") as self.stage:
-            self.said = ui.element("div").classes("said").props('role=log aria-live=polite aria-label="Conversation"')
+            self.said = Said()
+            self.actions = ui.element("div")
         with ui.footer(fixed=True).classes("bar") as self.foot:
             self._build_input()
         self._let_in(False)
 
     def _build_sessions(self) -> None:
-        with ui.column().classes("side") as self.sessions:
-            ui.button("New session", icon="add", on_click=self._new).props("outline no-caps").classes("full")
-            self.filter = ui.input("Find", on_change=self._draw_sessions).props("dense clearable").classes("full")
-            self.list = ui.element("ul").classes("names")
-            self.more = ui.label("").classes("faint")
+        def doing(what: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+            return lambda: self._doing(what)
+
+        tools = [
+            ("call_split", "Fork", doing(self._fork)),
+            ("edit", "Rename", doing(self._rename)),
+            ("delete", "Delete", doing(self._delete)),
+        ]
+        with ui.column().classes("side") as self.sessions_part:
+            self.sessions = Sessions(lambda name: self._doing(lambda: self._show(name)), self._new, tools, n_stored=1)
         with ui.column().classes("side") as self.out:
             ui.button("Forget the key", icon="logout", on_click=self._leave).props("flat no-caps")
 
@@ -179,24 +188,18 @@ class View:
         with ui.column().classes("side") as self.memory_part:
             ui.label("Memory").classes("title").props("role=heading aria-level=2")
             self.facts = ui.label("").classes("faint")
-            self.layers_map = ui.echart(
-                page_memory.layers_chart(_zeros(1, 1, 1), [0]), on_point_click=lambda e: self._pick(e.value[1])
-            ).classes("map")
-            self.layers_map.props("role=img")
-            self.pick = ui.select({-1: ""}, value=-1, label="States of", on_change=lambda e: self._pick(e.value))
-            self.pick.props("dense options-dense").classes("full")
-            self.state_map = ui.echart(page_memory.state_chart(_zeros(1, 1, 1))).classes("map square")
-            self.state_map.props('role=img aria-label="States of the chosen layer"')
+            self.maps = Maps()
             with ui.row().classes("full pair"):
                 self.export_button = ui.button("Export", icon="download", on_click=self._export)
                 self.import_button = ui.button("Import", icon="upload")
             for button in (self.export_button, self.import_button):
                 button.props("outline no-caps").classes("grow")
+            bring = weakref.WeakMethod(self._import)  # FastAPI keeps what answers at an address, although that is gone
             self.upload = ui.upload(
                 auto_upload=True,
                 max_file_size=self.server.settings.max_body,
-                on_upload=self._import,
-                on_rejected=lambda: _complain("The file is too large for this server."),
+                on_upload=lambda event: (taken := bring()) and taken(event),
+                on_rejected=lambda: complain("The file is too large for this server."),
             ).classes("away")
             self.import_button.on_click(lambda: self.upload.run_method("pickFiles"))
         self.no_memory = ui.label("No adapter is attached, so there is no memory.").classes("side faint")
@@ -219,20 +222,18 @@ class View:
                 for button in (self.cancel_button, self.forget_button):
                     button.props("flat dense no-caps size=13px")
                 with self.forget_button:
-                    ui.tooltip("Keeps the memory only: what does it answer alone?").props(_ABOVE)
+                    ui.tooltip("Keeps the memory only: what does it answer alone?").props(ABOVE)
             with ui.row().classes("full ask"):
                 self.input = ui.textarea().classes("grow")
                 self.input.props(
-                    'autogrow outlined dense rows=1 placeholder="Say something" '
+                    'dir=auto autogrow outlined dense rows=1 placeholder="Say something" '
                     'aria-label="Message" input-style="max-height: 30vh"'
                 )
                 self.input.on("keydown.enter", self._send, js_handler=_ENTER)
-                ui.on("too_long", lambda: _complain("This text is too long: the page takes 900 kB."))  # page.js
-                self.input.on("keydown.esc", self._stop, args=[])
-                self.send_button = _icon("arrow_upward", "Send", self._send).props(
-                    "color=primary unelevated flat=false"
-                )
-                self.stop_button = _icon("stop", "Stop", self._stop).props("color=negative unelevated flat=false")
+                ui.on("too_long", lambda: complain("This text is too long: the page takes 900 kB."))  # page.js
+                self.input.on("keydown.esc", self._stop, js_handler=KEY)
+                self.send_button = icon("arrow_upward", "Send", self._send).props("color=primary unelevated flat=false")
+                self.stop_button = icon("stop", "Stop", self._stop).props("color=negative unelevated flat=false")
         self._draw_input()
 
     def _wait(self, text: str, spins: bool = True) -> None:
@@ -250,7 +251,7 @@ class View:
             owner = self.server.settings.keys.owner(f"Bearer {field.value or ''}")
             field.value = ""
             if owner is None:
-                _complain("This is no key of this server.")
+                complain("This is no key of this server.")
                 return
             app.storage.tab["owner"] = owner  # its digest, not the key
             await self._enter()
@@ -260,7 +261,7 @@ class View:
         with self.gate, ui.column().classes("wait"):
             ui.label("This server needs an API key. Sessions belong to their key.")
             field = ui.input("API key", password=True).props('outlined autocomplete=off aria-label="API key"')
-            field.classes("full").on("keydown.enter", use, args=[])
+            field.classes("full").on("keydown.enter", use, js_handler=KEY)
             ui.button("Use it", on_click=use).props("no-caps")
         field.run_method("focus")
 
@@ -279,54 +280,36 @@ class View:
     #
 
     async def _list(self) -> None:
-        self.listed = await self.service.list(self.owner)
-        self._draw_sessions()
+        self.sessions.draw(await self.service.list(self.owner), self.name, self.record is not None)
 
-    def _draw_sessions(self) -> None:
-        wanted = (self.filter.value or "").lower()
-        names = [record for record in self.listed if wanted in record.name.lower()]
-        self.filter.set_visibility(len(self.listed) > 8)
-        self.more.text = f"… and {len(names) - N_LISTED} more" if len(names) > N_LISTED else ""
-        self.list.clear()
-        with self.list:
-            if self.name and not wanted and all(record.name != self.name for record in self.listed):
-                self._draw_session(self.name, "new")
-            for record in names[:N_LISTED]:
-                self._draw_session(record.name, f"{_count(record.turns, 'turn')}, {_count(record.tokens, 'token')}")
-
-    def _draw_session(self, name: str, about: str) -> None:
-        here = name == self.name
-        with ui.element("li").classes("here" if here else ""):
-            with ui.element("button").classes("pick") as button:
-                button.props(f"type=button {'aria-current=page' if here else ''}")
-                button.on("click", lambda: self._doing(lambda: self._show(name)), args=[])
-                ui.label(name).classes("cut")
-                ui.label(about).classes("faint cut")
-            if here:
-                with ui.row().classes("tools"):
-                    if self.record is not None:
-                        _icon("call_split", "Fork", lambda: self._doing(self._fork)).props("size=sm")
-                    _icon("edit", "Rename", lambda: self._doing(self._rename)).props("size=sm")
-                    _icon("delete", "Delete", lambda: self._doing(self._delete)).props("size=sm")
+    async def _stored(self, name: str) -> Record | None:
+        """The session as the store has it; None if it has none."""
+        try:
+            return await self.service.get(name, self.owner)
+        except SessionUnknown:
+            return None
 
     async def _show(self, name: str) -> None:
-        """Shows a session, which need not be there yet."""
-        self.name = checked_name(name)
+        """Shows a session, which need not be there yet. If the store fails, the tab stays as it is."""
+        record = await self._stored(checked_name(name))
+        self.name, self.record = name, record
         self._cancel_edit()
-        await self._refresh()
         known = self.talks.get(name)
-        if known is None or known.version != self._version:  # it may have gone on in another tab
-            self.talks[name] = Talk() if self.record is None else Talk.of(self.record)
+        if known is None or known.seen != self._identity:  # it may have gone on in another tab
+            self.talks[name] = Talk() if record is None else Talk.of(record)
         self.heading.text = name
         ui.page_title(f"{name} · δ-mem")
         ui.navigate.history.replace(f"/?session={quote(name)}")
         ui.run_javascript(f"if (innerWidth < 1024) getElement({self.left.id}).hide()")
         self._draw_talk()
+        self._draw_input()
+        await self._list()
+        await self._draw_memory()
 
     @property
-    def _version(self) -> int:
-        """Of the session, as the store had it at the latest look."""
-        return 0 if self.record is None else self.record.version
+    def _identity(self) -> Identity:
+        """Which commit of the session the store had at the latest look."""
+        return NOTHING if self.record is None else self.record.identity
 
     async def _show_anew(self) -> None:
         """Shows the session as the store has it, because it is no longer what this tab shows."""
@@ -342,16 +325,13 @@ class View:
 
     async def _refresh(self) -> None:
         """Everything that the store knows, after something has changed."""
-        try:
-            self.record = await self.service.get(self.name, self.owner)
-        except SessionUnknown:
-            self.record = None
+        self.record = await self._stored(self.name)
         await self._list()
         await self._draw_memory()
         self._draw_input()
 
     def _free_name(self, base: str = "chat") -> str:
-        names = {record.name for record in self.listed} | set(self.talks)
+        names = {record.name for record in self.sessions.listed} | set(self.talks)
         n = next(n for n in range(1, len(names) + 2) if f"{base}-{n}" not in names)
         return f"{base}-{n}"
 
@@ -361,37 +341,37 @@ class View:
         self._focus()
 
     async def _fork(self) -> None:
-        new = await _asked_name("A second session that goes on from here", "Fork", self._free_name(self.name))
+        new = await asked_name("A second session that goes on from here", "Fork", self._free_name(self.name))
         if not new:
             return
         await self._refresh()
-        if self._version != self.talk.version:
+        if self._identity != self.talk.seen:
             await self._show_anew()
             return
         forked = await self.service.fork(self.name, new, self.owner)
         self.talks[new] = self.talk.copy()
-        self.talks[new].version = forked.version
+        self.talks[new].seen = forked.identity
         await self._show(new)
 
     async def _rename(self) -> None:
-        new = await _asked_name("Another name for this session", "Rename", self.name)
+        new = await asked_name("Another name for this session", "Rename", self.name)
         if not new or new == self.name:
             return
         checked_name(new)
         if self.record is not None:
             await self.service.rename(self.name, new, self.owner)
-            self.talk.version += 1  # a commit
+            self.talk.seen = self.talk.seen._replace(version=self.talk.seen.version + 1)  # a commit
         self.talks[new] = self.talks.pop(self.name)
         await self._show(new)
 
     async def _delete(self) -> None:
-        if not await _agreed(f"Delete {self.name} and its memory for good?", "Delete"):
+        if not await agreed(f"Delete {self.name} and its memory for good?", "Delete"):
             return
         if self.record is not None:
             await self.service.delete(self.name, self.owner)
         self.talks.pop(self.name, None)
-        self.listed = await self.service.list(self.owner)
-        await self._show(self.listed[0].name if self.listed else self._free_name())
+        listed = await self.service.list(self.owner)
+        await self._show(listed[0].name if listed else self._free_name())
 
     async def _forget_text(self) -> None:
         async def forget() -> None:
@@ -416,7 +396,7 @@ class View:
         async def bring() -> None:
             snapshot = await asyncio.to_thread(MemorySnapshot.from_bytes, data)
             stem = Path(event.file.name).stem
-            name = await _asked_name("The session to take this memory; one that is there loses its own", "Import", stem)
+            name = await asked_name("The session to take this memory; one that is there loses its own", "Import", stem)
             if name:
                 await self.service.replace(name, snapshot, self.owner)
                 self.talks.pop(name, None)
@@ -431,7 +411,7 @@ class View:
         if not self.is_open or self.is_changing:
             return
         if self.busy:
-            _complain("The model is answering: stop it first.")
+            complain("The model is answering: stop it first.")
             return
         self.is_changing = True
         try:
@@ -439,7 +419,7 @@ class View:
             with self.client:  # a dialog outlives the row of the button that opened it
                 await what()
         except DeltaMemError as error:
-            _complain(error)
+            complain(error)
         finally:
             self.is_changing = False
 
@@ -476,7 +456,7 @@ class View:
         counts = is_stale = False
         of_session: dict[str, Any] = {}
         if self.name:
-            of_session = {"session": self.name, "seen": self.talk.version, "replaces_last": replaces_last}
+            of_session = {"session": self.name, "seen": self.talk.seen, "replaces_last": replaces_last}
         try:
             self.server.count(self.owner)
             self.answer = answer = self.service.chat(
@@ -496,17 +476,17 @@ class View:
         except Conflict:
             is_stale = True
         except DeltaMemError as error:
-            _complain(error)
+            complain(error)
         except Exception:
             log.exception("an answer of the page fails")
-            _complain("The server failed: its log says why.")
+            complain("The server failed: its log says why.")
         finally:
             if self.answer is not None:
                 self.server.metrics.answered(self.answer)
             self.talk.messages = before
             if counts:
                 self.talk.messages = [*messages, {"role": "assistant", "content": answer.content}]
-                self.talk.version = 0 if answer.committed is None else answer.committed.version
+                self.talk.seen = NOTHING if answer.committed is None else answer.committed.identity
             self.answer = None
         if not self.client.is_deleted:
             self._draw_talk()
@@ -516,7 +496,7 @@ class View:
                 elif self.service.has_memory:
                     await self._refresh()
             except DeltaMemError as error:  # the turn counts all the same
-                _complain(error)
+                complain(error)
             self._draw_input()
         return counts
 
@@ -530,7 +510,7 @@ class View:
                 if begin - since < wait or self.client.is_deleted:
                     continue
                 self.status.text = ""
-                self.live.content = text
+                self.said.stream(printable(text))
                 since = time.monotonic()
                 wait = max(0.05, 10 * (since - begin))  # a long answer is drawn less often
         finally:
@@ -541,8 +521,8 @@ class View:
         """The heat map while the model reads and answers."""
         while not self.client.is_deleted:
             state = answer.state
-            if state is not None and state is not self._drawn:
-                self._draw_state(state)
+            if state is not None and state is not self.maps.state:
+                self.maps.draw(state, self._layers)
             await asyncio.sleep(0.25)
 
     def _stop(self) -> None:
@@ -559,11 +539,11 @@ class View:
     async def _changed(self, change: Callable[..., Awaitable[Record]]) -> bool:
         """Changes the session by a method of the service, if it is what this tab shows; otherwise shows it anew."""
         try:
-            record = await change(self.name, self.owner, seen=self.talk.version)
+            record = await change(self.name, self.owner, seen=self.talk.seen)
         except (Conflict, SessionUnknown):
             await self._show_anew()
             return False
-        self.talk.version = record.version
+        self.talk.seen = record.identity
         return True
 
     async def _undo(self) -> None:
@@ -585,7 +565,7 @@ class View:
     def _edit(self) -> None:
         if self.talk.last is not None and not self.is_changing:
             self.editing = True
-            self.input.value = self.talk.last[0]
+            self.input.value = printable(self.talk.last[0])
             self._draw_input()
             self._focus()
 
@@ -609,138 +589,34 @@ class View:
         self.export_button.set_enabled(self.record is not None)
 
     def _draw_talk(self) -> None:
-        self.said.clear()
-        with self.said:
-            for message in self.talk.past:
-                self._draw_message(message, "past")
-            for message in self.talk.messages:
-                self._draw_message(message)
-            if self.busy:
-                self.live = self._draw_message({"role": "assistant", "content": ""})
-            elif not self.talk.past and not self.talk.messages:
-                ui.label(
-                    "Tell it something. Then forget the text and ask: the memory alone answers."
-                    if self.service.has_memory
-                    else "Say something."
-                ).classes("note")
-            else:
+        self.said.draw(self.name, self.talk, _HINT if self.service.has_memory else _HINT_WITHOUT_MEMORY, busy=self.busy)
+        self.actions.clear()
+        if not self.busy and (self.talk.past or self.talk.messages):
+            with self.actions, ui.row().classes("actions"):
                 self._draw_actions()
 
-    def _draw_message(self, message: dict[str, Any], kind: str = "") -> Any:
-        role, content = message["role"], message.get("content") or ""
-        if role == NOTE:
-            return ui.label(content).classes("note rule" if content == FORGOTTEN else "note")
-        who = {"user": "You", "assistant": "The model"}.get(role, role)
-        with ui.element("article").classes(f"message {role} {kind}").props(f'aria-label="{who}"'):
-            if role == "assistant":
-                return Markdown(content)
-            return ui.label(content if role == "user" else f"{role}: {content}").classes("plain")
-
     def _draw_actions(self) -> None:
-        with ui.row().classes("actions"):
-            if self.talk.last is not None:
-                _icon("refresh", "Regenerate the answer", self._regenerate).props("size=sm")
-                _icon("edit", "Edit the last message", self._edit).props("size=sm")
-            if self.talk.messages or (self.record is not None and self.record.history):
-                _icon("undo", "Undo the last turn", self._undo).props("size=sm")
+        if self.talk.last is not None:
+            icon("refresh", "Regenerate the answer", self._regenerate).props("size=sm")
+            icon("edit", "Edit the last message", self._edit).props("size=sm")
+        if self.talk.messages or (self.record is not None and self.record.history):
+            icon("undo", "Undo the last turn", self._undo).props("size=sm")
+
+    @property
+    def _layers(self) -> list[int]:
+        """Those of the model that carry memory."""
+        return [int(layer) for layer in self.service.about["layers"].split(",")]
 
     async def _draw_memory(self) -> None:
-        if self.record is None:
-            shape = self.service.llm._engine.slots.shape
+        record = self.record
+        if record is None:
             self.facts.text = "Nothing is written yet."
-            self._draw_state(_zeros(*shape))
+            self.maps.draw(np.zeros(self.service.llm._engine.slots.shape, dtype=np.float32), self._layers)
             return
-        snapshot = await self.service.snapshot_of(self.record)
+        snapshot = await self.service.snapshot_of(record)
         self.facts.text = (
-            f"{_count(self.record.tokens, 'token')} written in {_count(self.record.turns, 'turn')}; "
-            f"{self.record.size / 1000:.1f} kB"
+            f"{count(record.tokens, 'token')} written in {count(record.turns, 'turn')}; {record.size / 1000:.1f} kB"
         )
-        self._draw_state(snapshot.state)
-
-    def _draw_state(self, state: Any) -> None:
-        self._drawn = state
-        layers = [int(layer) for layer in self.service.about["layers"].split(",")]
-        values = page_memory.singular_values(state)
-        options = {-1: "the strongest layer"} | {i: f"layer {layer}" for i, layer in enumerate(layers)}
-        if self.pick.options != options:
-            self.pick.set_options(options, value=-1)
-        self.layers_map.style(f"height: {min(420, 40 + max(9, min(28, 400 // len(layers))) * len(layers))}px")
-        self.layers_map.props(f'aria-label="{page_memory.described(values, layers)}"')
-        _redraw(self.layers_map, page_memory.layers_chart(values, layers))
-        self._draw_layer()
-
-    def _draw_layer(self) -> None:
-        state = self._drawn
-        n_head = state.shape[1]
-        layer = int((state**2).sum((1, 2, 3)).argmax()) if self.layer is None else self.layer
-        wide = math.ceil(math.sqrt(n_head))
-        self.state_map.style(f"height: {30 + 300 * math.ceil(n_head / wide) // wide}px")
-        _redraw(self.state_map, page_memory.state_chart(state[layer]))
-
-    def _pick(self, layer: int) -> None:
-        self.layer = layer if layer >= 0 else None
-        self.pick.value = layer
-        self._draw_layer()
-
-
-#
-# small things
-#
-
-
-def _icon(icon: str, label: str, do: Callable[[], Any]) -> ui.button:
-    button = ui.button(icon=icon, on_click=do, color=None).props(f'flat round dense aria-label="{label}"')
-    with button:
-        ui.tooltip(label).props(_ABOVE if icon in ("arrow_upward", "stop") else "")
-    return button
-
-
-def _complain(error: object) -> None:
-    text = told(error)
-    if isinstance(error, StoreError):
-        log.error("an error of the store", exc_info=error)
-    ui.notify(f"{text[:1].upper()}{text[1:]}", type="negative", position="top", close_button="Close", timeout=8000)
-
-
-async def _asked_name(text: str, action: str, name: str) -> str | None:
-    """Asks for the name of a session; None if the user would rather not."""
-    with ui.dialog() as dialog, ui.card().classes("ask-card"):
-        ui.label(text)
-        field = ui.input("Name", value=name).props("autofocus outlined dense").classes("full")
-        field.on("keydown.enter", lambda: dialog.submit(field.value), args=[])
-        with ui.row().classes("ends"):
-            ui.button("Cancel", on_click=lambda: dialog.submit(None)).props("flat no-caps")
-            ui.button(action, on_click=lambda: dialog.submit(field.value)).props("no-caps")
-    answer: str | None = await dialog
-    _drop(dialog)
-    return (answer or "").strip() or None
-
-
-async def _agreed(text: str, action: str) -> bool:
-    with ui.dialog() as dialog, ui.card().classes("ask-card"):
-        ui.label(text)
-        with ui.row().classes("ends"):
-            ui.button("Cancel", on_click=lambda: dialog.submit(False)).props("flat no-caps")
-            ui.button(action, color="negative", on_click=lambda: dialog.submit(True)).props("autofocus no-caps")
-    answer = bool(await dialog)
-    _drop(dialog)
-    return answer
-
-
-def _drop(dialog: ui.dialog) -> None:
-    if not dialog.is_deleted:  # with its tab
-        dialog.delete()
-
-
-def _redraw(chart: ui.echart, options: dict[str, Any]) -> None:
-    chart.options.clear()
-    chart.options.update(options)
-    chart.update()
-
-
-def _zeros(*shape: int) -> Any:
-    return np.zeros(shape, dtype=np.float32)
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
+        if record.adapter != self.service.adapter:
+            self.facts.text += "; of another adapter than the attached one, so it cannot be gone on with"
+        self.maps.draw(snapshot.state, snapshot.layers)

@@ -30,7 +30,7 @@ from .history import Message, checked_messages, digests
 from .holds import Held, Holds, SessionBusy
 from .options import DEFAULTS, checked, of_sampler
 from .session import Begun, Live
-from .store import N_CONNECTIONS, Conflict, Identity, Record, Store, StoreAway, StoreError, now
+from .store import N_CONNECTIONS, NOTHING, Conflict, Identity, Record, Store, StoreAway, StoreError, now
 from .worker import ModelLost, QueueFull, Worker, taken
 
 T = TypeVar("T")
@@ -56,13 +56,18 @@ class Committed:
 
     Attributes:
         session: its name; None: the memory was the request's own.
-        version: of the session, which counts commits.
+        identity: which commit of the session it left.
         tokens_written: tokens ever written into the memory.
     """
 
     session: str | None
-    version: int
+    identity: Identity
     tokens_written: int
+
+    @property
+    def version(self) -> int:
+        """Of the session, which counts commits."""
+        return self.identity.version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +190,7 @@ class AsyncDeltaMem:
         owner: str = "",
         write: bool = True,
         origin: Record | None = None,
-        seen: int | None = None,
+        seen: Identity | None = None,
         replaces_last: bool = False,
         **options: Any,
     ) -> Answer:
@@ -201,8 +206,8 @@ class AsyncDeltaMem:
             write: False: the session stays as it is.
             origin: a session of the same owner, as `get` returned it. If there is no `session` yet, it begins as this
                 one, which stays.
-            seen: the version of the session that the caller has seen, 0 for none. The turn raises Conflict if it is
-                another one now.
+            seen: which commit of the session the caller has seen, as `Record.identity`. The turn raises Conflict if the
+                store has another one now.
             replaces_last: the latest turn is taken back, in the commit of this one: if this one does not count, it
                 stays. The messages are those before it and the new one.
         """
@@ -266,13 +271,13 @@ class AsyncDeltaMem:
             empty = Record(owner, record.name, record.version, record.created, adapter=self.adapter)
             return await self._commit(empty, held)
 
-    async def undo(self, name: str, owner: str = "", *, seen: int | None = None) -> Record:
+    async def undo(self, name: str, owner: str = "", *, seen: Identity | None = None) -> Record:
         """Takes the latest turn back: text and memory are as before it. `seen`: as in `chat`."""
         async with self._holds.held(owner, checked_name(name)) as held:
             record = _as_seen(await self.get(name, owner), seen)
             return await self._commit(await asyncio.to_thread(sessions.taken_back, record), held)
 
-    async def forget_text(self, name: str, owner: str = "", *, seen: int | None = None) -> Record:
+    async def forget_text(self, name: str, owner: str = "", *, seen: Identity | None = None) -> Record:
         """Forgets the text and keeps the memory. The latest turns can no longer be gone back to, but undone. `seen`: as
         in `chat`.
         """
@@ -505,7 +510,7 @@ class Answer:
         self.cancelled = False
         # as `AsyncDeltaMem.chat`
         self.origin: Record | None = None
-        self.seen: int | None = None
+        self.seen: Identity | None = None
         self.replaces_last = False
         # the answer as the message that the caller sends back with the next turn
         self.to_message: Callable[[str], Message] = lambda content: {"role": "assistant", "content": content}
@@ -616,7 +621,7 @@ class Answer:
                 if takes_back:
                     await service._forget(self.owner, self.session)
                     record = stored
-                self.committed = Committed(self.session, record.version, record.tokens)
+                self.committed = Committed(self.session, record.identity, record.tokens)
                 return
             assert self._live is not None and self._begun is not None  # it was decoded
             begin = time.monotonic()
@@ -628,7 +633,7 @@ class Answer:
                 await service._forget(self.owner, self.session)
                 raise
             self._live.record, self._live.turns, self._live.chat = committed, committed.history, self._begun.chat
-            self.committed = Committed(self.session, committed.version, committed.tokens)
+            self.committed = Committed(self.session, committed.identity, committed.tokens)
 
     async def _decode(self) -> None:
         self._over = asyncio.get_running_loop().create_future()
@@ -765,7 +770,7 @@ class Answer:
             self.finish_reason = generation.finish_reason or "length"
             self.counts = bool(self.content)
         if live.record is None and self.counts:
-            self.committed = Committed(None, 0, live.text.position.n_written)
+            self.committed = Committed(None, NOTHING, live.text.position.n_written)
         if live.record is None and self.counts and self.write:
             service._keep_nameless(self.owner, live)
         elif live.record is None or not self.write:
@@ -834,11 +839,12 @@ class _Heard:
         return getattr(self._llm, name)
 
 
-def _as_seen(record: Record, seen: int | None) -> Record:
-    """The session, if it has the version that was seen. Raises Conflict."""
-    if seen is not None and record.version != seen:
+def _as_seen(record: Record, seen: Identity | None) -> Record:
+    """The session, if it is at the commit that was seen. Raises Conflict."""
+    if seen is not None and record.identity != seen:
         raise Conflict(
-            f"session {record.name}: version {seen} was seen, but it is at {record.version} now: look at it again"
+            f"session {record.name}: version {seen.version} was seen, but it is at {record.version} now, or was made "
+            "again: look at it again"
         )
     return record
 
