@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -112,3 +114,20 @@ def test_a_folder_where_no_lock_can_be_made(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(MemoryFileError):
         MemoryFileLock(tmp_path / "name").acquire()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always imports from the current folder")
+@pytest.mark.parametrize("command", ["quantize {} out.gguf f16", "architectures qwen3"])
+def test_a_module_in_the_current_folder_is_not_imported(base, tmp_path, command):
+    """A model's folder comes from anybody. The commands run other processes of Python."""
+    for name in ("json", "numpy", "gguf"):
+        (tmp_path / f"{name}.py").write_text("open('imported', 'w')")
+    arguments = [str(base()) if argument == "{}" else argument for argument in command.split()]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pydeltamem.cli", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "imported").exists()

@@ -127,7 +127,8 @@ def _answers(wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     while wanted:
         command = [sys.executable, "-m", "pydeltamem.runtime.architectures", *wanted]
-        environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+        # imports nothing that lies in the current folder
+        environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONSAFEPATH": "1"}
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as process:
