@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from ..server import application, logs, page, supervisor
+        from ..server import application, guards, logs, page, supervisor
         from ..server.keys import Keys
         from ..server.service import AsyncDeltaMem
         from ..server.store import Store
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from ..runtime.remote import parsed, watch_connections, when_lost
 
     keys = Keys(args.api_key_file)
-    if not keys and not application.is_loopback(args.host):
+    if not keys and not guards.is_loopback(args.host):
         raise InputError(
             f"--host {args.host}: without keys the server listens to this machine only: give --api-key-file"
         )

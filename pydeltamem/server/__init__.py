@@ -9,7 +9,9 @@
     service        `AsyncDeltaMem`: sessions, turns, commits
     openai         requests and answers as OpenAI's API words them
     responses      those of /v1/responses
-    application    endpoints, keys, limits, errors
+    application    endpoints and answers
+    guards         what every request passes: log, origin, size
+    refusals       errors as OpenAI's API words them
     metrics, logs  what is watched
     page           the page at /
 

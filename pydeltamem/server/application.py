@@ -1,60 +1,40 @@
-"""The HTTP application: endpoints, keys, limits and errors (docs/reference/server.md)."""
+"""The HTTP application: endpoints and answers (docs/reference/server.md)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import math
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Send
 
-from ..errors import (
-    AdapterError,
-    DecodeError,
-    DeltaMemError,
-    InputError,
-    MemoryFileError,
-    ModelError,
-    NotFiniteError,
-    shown,
-)
+from ..errors import DeltaMemError, InputError, shown
 from ..formats.memory_file import MemorySnapshot
 from .embeddings import Embedder
+from .guards import BodyLimit, Logged, Private
 from .history import checked_messages
 from .keys import Keys
-from .logs import log, request_id
+from .logs import log
 from .metrics import Metrics
 from .openai import Chat, Completion, field_of, flag, to_json
+from .refusals import Loading, RateLimited, answer_error, error_body, status_of
 from .responses import Reply
-from .service import (
-    Answer,
-    AsyncDeltaMem,
-    PromptTooLong,
-    SessionBusy,
-    SessionLimit,
-    SessionUnknown,
-    checked_name,
-)
-from .store import Conflict, Record, StoreError, told
-from .worker import ModelLost, QueueFull
+from .service import Answer, AsyncDeltaMem, checked_name
+from .store import Record, told
+from .worker import ModelLost
 
 GRACE = 20  # seconds that answers have to end when the server is told to; then they are cut
 LAST = 10  # seconds until those that were cut are committed and sent; then their requests are cancelled
@@ -92,46 +72,7 @@ class Settings:
     failed: Callable[[], None] = lambda: None
 
 
-class Loading(DeltaMemError):
-    """The model is still being loaded."""
-
-
-class BodyTooLarge(DeltaMemError):
-    """The body of a request is too large."""
-
-
-class RateLimited(DeltaMemError):
-    """A key has sent too many requests.
-
-    Attributes:
-        seconds: until it may send another.
-    """
-
-    seconds = 1
-
-
 _MAX_DEPTH = 200  # of a body
-
-# exception: status, type and code of OpenAI's error
-_ERRORS: tuple[tuple[type[Exception], tuple[int, str, str]], ...] = (
-    (Loading, (503, "unavailable_error", "loading")),
-    (BodyTooLarge, (413, "invalid_request_error", "body_too_large")),
-    (RateLimited, (429, "rate_limit_error", "rate_limited")),
-    (QueueFull, (429, "rate_limit_error", "queue_full")),
-    (SessionBusy, (409, "conflict_error", "session_busy")),
-    (Conflict, (409, "conflict_error", "session_changed")),
-    (SessionUnknown, (404, "not_found_error", "session_not_found")),
-    (SessionLimit, (400, "invalid_request_error", "too_many_sessions")),
-    (StoreError, (503, "unavailable_error", "store_unavailable")),
-    (ModelLost, (503, "unavailable_error", "rpc_unavailable")),
-    (MemoryFileError, (400, "invalid_request_error", "memory_file")),
-    (AdapterError, (400, "invalid_request_error", "no_adapter")),
-    (PromptTooLong, (400, "invalid_request_error", "context_length_exceeded")),
-    (InputError, (400, "invalid_request_error", "invalid_value")),
-    (NotFiniteError, (500, "server_error", "not_finite")),
-    (DecodeError, (500, "server_error", "decode_failed")),
-    (ModelError, (503, "unavailable_error", "stopping")),
-)
 
 
 class Server:
@@ -256,10 +197,10 @@ def application(settings: Settings) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
-    app.add_middleware(_BodyLimit, n_max=settings.max_body)
+    app.add_middleware(BodyLimit, n_max=settings.max_body)
     if settings.is_private:
-        app.add_middleware(_Private, origins=settings.origins)
-    app.add_middleware(_Logged, server=server)
+        app.add_middleware(Private, origins=settings.origins)
+    app.add_middleware(Logged, metrics=server.metrics)
     if settings.origins:  # around all others, whose errors a page is to read too
         app.add_middleware(
             CORSMiddleware,
@@ -274,7 +215,7 @@ def application(settings: Settings) -> FastAPI:
     app.include_router(_remembering(server))
     app.include_router(_remembering(server), prefix="/sessions/{session}")
     for kind in (DeltaMemError, HTTPException):
-        app.add_exception_handler(kind, _answer_error)
+        app.add_exception_handler(kind, answer_error)
     if settings.page is not None:
         settings.page(app, server)
     return app
@@ -596,8 +537,8 @@ async def _events(server: Server, asked: Chat | Completion | Reply, answer: Answ
                 yield _event(chunk, asked.name_of(chunk) if isinstance(asked, Reply) else "")
     except DeltaMemError as error:
         log.warning("a stream ends with an error: %s", error)
-        server.metrics.errors.labels(_status(error)[2]).inc()
-        yield _event(to_json(_error_body(error)))
+        server.metrics.errors.labels(status_of(error)[2]).inc()
+        yield _event(to_json(error_body(error)))
     finally:
         answer.when_over(server.metrics.answered)  # the client may have left before
     yield _event("[DONE]")
@@ -664,161 +605,3 @@ def _piece(llm: Any, token: int) -> Any:
         return data.decode()
     except UnicodeDecodeError:
         return list(data)
-
-
-#
-# errors, logs and limits
-#
-
-
-def _status(error: Exception) -> tuple[int, str, str]:
-    if isinstance(error, HTTPException):
-        kinds = {
-            401: ("authentication_error", "invalid_api_key"),
-            403: ("permission_error", "origin_not_allowed"),
-            404: ("not_found_error", "not_found"),
-        }
-        return (error.status_code, *kinds.get(error.status_code, ("invalid_request_error", "invalid_request")))
-    return next((status for kind, status in _ERRORS if isinstance(error, kind)), (500, "server_error", "internal"))
-
-
-def _error_body(error: Exception) -> dict[str, Any]:
-    status, kind, code = _status(error)
-    if isinstance(error, HTTPException):
-        message = str(error.detail)
-    elif status == 500 and code == "internal":
-        message = "an error of the server: see its log"
-    else:
-        message = told(error).encode("utf-8", "backslashreplace").decode()  # JSON may have half a character
-    return {"error": {"message": message, "type": kind, "code": code}}
-
-
-async def _answer_error(request: Request, error: Exception) -> Response:
-    status, _, code = _status(error)
-    request.app.state.server.metrics.errors.labels(code).inc()
-    if code == "internal":
-        log.error("an error of the server", exc_info=error)
-    elif status >= 500:
-        log.error("%s", error)
-    body, headers = _error_body(error), dict(getattr(error, "headers", None) or {})  # which methods there are
-    if isinstance(error, HTTPException) and error.detail == HTTPStatus(status).phrase:  # the router's own
-        body["error"]["message"] = f"{request.method} {shown(request.url.path)}: there is no such endpoint"
-    if status in (429, 503):
-        headers["Retry-After"] = str(getattr(error, "seconds", 1))
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(body, status, headers)
-
-
-async def _refuse(error: Exception, scope: Any, receive: Any, send: Any) -> None:
-    """Answers a request with an error outside its endpoint."""
-    await (await _answer_error(Request(scope), error))(scope, receive, send)
-
-
-class _Logged:
-    """Gives each request an id, answers what nobody expected, and logs a line when its answer is over."""
-
-    def __init__(self, app: Any, server: Server) -> None:
-        self.app, self.server = app, server
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        id = given if 0 < len(given) <= 64 and given.isprintable() else uuid.uuid4().hex
-        request_id.set(id)
-        begin, status = time.monotonic(), 0
-
-        async def answer(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", id.encode("latin-1"))]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, answer)
-        except ClientDisconnect:  # before its body was whole
-            status = 499  # as nginx counts it
-        except Exception as error:
-            if status:  # the answer has begun
-                raise
-            await _refuse(error, scope, receive, answer)
-        finally:
-            endpoint = getattr(scope.get("route"), "path", "other")
-            self.server.metrics.requests.labels(endpoint, str(status)).inc()
-            if endpoint not in ("/health", "/health/live", "/metrics", "other") and not endpoint.startswith(
-                "/_nicegui"
-            ):
-                seconds = time.monotonic() - begin
-                log.info(
-                    "request",
-                    extra={
-                        "method": scope["method"],
-                        "endpoint": endpoint,
-                        "status": status,
-                        "milliseconds": round(1000 * seconds),
-                    },
-                )
-
-
-class _Private:
-    """Refuses what pages of other sites send. Where no key is asked for, a page that somebody here visits could write
-    into memories: browsers send a POST of text without asking first, and its name may lead to this machine.
-    """
-
-    def __init__(self, app: Any, origins: Collection[str]) -> None:
-        self.app, self.origins = app, origins
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] not in ("http", "websocket") or self._may(Headers(scope=scope)):
-            await self.app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            error = HTTPException(403, "without keys, only programs and pages of this machine may use the server")
-            await _refuse(error, scope, receive, send)
-
-    def _may(self, headers: Headers) -> bool:
-        host, origin = headers.get("host", ""), headers.get("origin")
-        try:
-            is_own = origin is None or origin in self.origins or urlsplit(origin).netloc == host
-            return is_own and is_loopback(urlsplit(f"//{host}").hostname or "")
-        except ValueError:  # no address
-            return False
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-class _BodyLimit:
-    """Refuses bodies of more than `n_max` bytes, whatever their headers say."""
-
-    def __init__(self, app: Any, n_max: int) -> None:
-        self.app, self.n_max = app, n_max
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        n, error = 0, BodyTooLarge(f"the body of a request has at most {self.n_max} bytes")
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.n_max:
-            await _refuse(error, scope, receive, send)
-            return
-
-        async def limited() -> Any:
-            nonlocal n
-            message = await receive()
-            n += len(message.get("body", b""))
-            if n > self.n_max:
-                raise error
-            return message
-
-        await self.app(scope, limited, send)
