@@ -445,6 +445,7 @@ def test_embeddings(api):
     assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1], abs=1e-5) and answer["usage"]["prompt_tokens"] > 0
     packed = [np.frombuffer(base64.b64decode(e["embedding"]), "<f4") for e in embed(encoding_format="base64")["data"]]
     np.testing.assert_allclose(packed, vectors, atol=1e-6)
+    assert embed(dimensions=len(vectors[0]))["data"] == answer["data"]
     ask(api, path="/sessions/embedded")
     before = about(api, "embedded")
     np.testing.assert_allclose(embed(encoding_format=None)["data"][0]["embedding"], vectors[0], atol=1e-6)
@@ -810,6 +811,8 @@ def test_a_chat_that_cannot_be_answered(api, body, name):
         ("/v1/responses", {"input": "a", "temperature": -1}, "temperature"),
         ("/v1/embeddings", {}, "input"),
         ("/v1/embeddings", {"input": [""]}, "input"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 16}, "dimensions"),
+        ("/v1/embeddings", {"input": "a", "dimensions": "x"}, "dimensions"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
         ("/tokenize", {"content": 5}, "content"),
         ("/detokenize", {"tokens": ["a"]}, "token"),

@@ -47,6 +47,9 @@ class Embedder:
         encoding = field_of(body, "encoding_format", "float")
         if encoding not in ("float", "base64"):
             raise InputError(f'encoding_format is "float" or "base64", not {shown(repr(encoding))}')
+        n_wide = self._service.llm.n_embd()
+        if body.get("dimensions") not in (None, n_wide):
+            raise InputError(f"dimensions: vectors of this model have {n_wide}, not {shown(repr(body['dimensions']))}")
         state = None if session is None else (await self._service.snapshot(session, owner)).state
         if self.n_asked > self._service.worker.n_queue:
             raise QueueFull(f"{self.n_asked} requests of embeddings wait already: try again later")
