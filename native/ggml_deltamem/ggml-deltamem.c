@@ -84,11 +84,25 @@ static void check_shapes(const struct ggml_tensor * node) {
     }
 }
 
+// the end of a matrix of rows: ggml_nbytes takes longer than all other checks of a node
+static const char * end_of(const struct ggml_tensor * t) {
+    return (const char *) t->data + (t->ne[1] - 1) * t->nb[1] + t->ne[0] * t->nb[0];
+}
+
+static bool are_apart(const struct ggml_tensor * a, const struct ggml_tensor * b) {
+    return end_of(a) <= (const char *) b->data || end_of(b) <= (const char *) a->data;
+}
+
 void ggml_deltamem_check(const struct ggml_tensor * node) {
     check_shapes(node);
     GGML_ASSERT(node->data);
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
         GGML_ASSERT(!node->src[i] || node->src[i]->data);
+    }
+    if (ggml_deltamem_get_kind(node) == GGML_DELTAMEM_READ) {
+        // else what was written could be followed as a plan that nobody has checked
+        const struct ggml_tensor * plan = node->src[3];
+        GGML_ASSERT(are_apart(plan, node) && are_apart(plan, node->src[2]));
     }
 }
 

@@ -672,6 +672,8 @@ static void test_malformed(const tested & on, bool fused) {
         with("a source of a correction that is short", [&] { correct->src[i]->ne[0] = 3; });
         with("a source of a correction of another type", [&] { correct->src[i]->type = GGML_TYPE_I16; });
     }
+    with("a result in the place of the plan", [&] { read->data = plan->data; });
+    with("a state in the place of the plan", [&] { state->data = plan->data; });
     with("a longer result", [&] { read->ne[1] = 1000; });
     with("a wider correction", [&] { correct->ne[0] = 1000; });
     with("a wider projection", [&] { proj->ne[0] = 1000; });
