@@ -465,10 +465,10 @@ static int following_norm(const struct ggml_cgraph * cgraph, int i,
                    : 0;
 }
 
-// Whether the projection at node i is computed ahead of the product at node i - 1, which has the same input: the
-// synchronisation after that product is then the projection's, too. Both nodes ask this, in turn.
+// Whether the projection at node i, which takes_projection takes, is computed ahead of the product at node i - 1, which has
+// the same input: the synchronisation after that product is then the projection's, too. Both nodes ask this, in turn.
 static bool joins_product(const struct ggml_cgraph * cgraph, int i) {
-    if (i < 1 || !takes_projection(cgraph, i)) {
+    if (i < 1) {
         return false;
     }
     const struct ggml_tensor * product    = cgraph->nodes[i - 1];
@@ -494,7 +494,7 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
     struct ggml_tensor ** nodes = cgraph->nodes + i;
 
     // a product, whose own computation is ggml's, and a projection
-    if (nodes[0]->op == GGML_OP_MUL_MAT && joins_product(cgraph, i + 1)) {
+    if (nodes[0]->op == GGML_OP_MUL_MAT && takes_projection(cgraph, i + 1) && joins_product(cgraph, i + 1)) {
         if (takes_correction(cgraph, i + 3)) {
             copy_states(nodes[2]);
         }
