@@ -2,7 +2,8 @@
 
     worker         the thread that decodes for all requests
     history        which of a request's messages the memory has read already
-    store          sessions in a database
+    records        what is kept of a session
+    store          sessions in a database: database (how it is opened), tables
     session        a session in use: its text on the engine
     holds          one turn of a session at a time: locks and leases
     options        options of an answer

@@ -8,7 +8,7 @@ from typing import Any
 from nicegui import ui
 
 from .logs import log
-from .store import StoreError, told
+from .records import StoreError, told
 
 ABOVE = 'anchor="top middle" self="bottom middle"'  # a tooltip that hides nothing below
 # A key that is for the page, not for an input method that composes a word. Safari ends the word before it tells of the

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from nicegui import ui
 
 from .page_parts import count, icon
-from .store import Record
+from .records import Record
 
 N_LISTED = 100  # sessions in the drawer
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .history import digests
-from .store import NOTHING, Identity, Record, Turn
+from .records import NOTHING, Identity, Record, Turn
 
 NOTE = "note"  # the role of a line that nobody said
 

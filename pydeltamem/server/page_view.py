@@ -23,8 +23,8 @@ from .page_parts import ABOVE, KEY, agreed, asked_name, complain, count, icon, p
 from .page_said import Said
 from .page_sessions import Sessions
 from .page_talk import Talk
+from .records import NOTHING, Conflict, Identity, Record
 from .service import Answer, AsyncDeltaMem, SessionUnknown, checked_name
-from .store import NOTHING, Conflict, Identity, Record
 
 _HERE = Path(__file__).parent
 # Enter sends; not on a touch screen, where it makes a new line

@@ -1,0 +1,125 @@
+"""What a store keeps of a session, and what may go wrong with it."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..errors import DeltaMemError
+
+
+class StoreError(DeltaMemError):
+    """The store cannot be reached, is full, or is of another format."""
+
+
+class StoreAway(StoreError):
+    """The database cannot be reached now, and will be asked again."""
+
+
+class SessionDamaged(StoreError):
+    """What the store has of a session cannot be read."""
+
+
+def told(error: object) -> str:
+    """An error as clients may read it: where the store is, the log tells."""
+    if isinstance(error, StoreAway):
+        return "the store cannot be reached: try again in a moment"
+    if isinstance(error, StoreError) and not isinstance(error, SessionDamaged):
+        return "the store fails: the log of the server says why"
+    return str(error)
+
+
+class Conflict(DeltaMemError):
+    """Another process has changed or holds the session."""
+
+
+class Identity(NamedTuple):
+    """Which commit of which session: one that is deleted and made again counts from 1 again, but was made at another
+    time, to the microsecond.
+    """
+
+    version: int  # 0: never committed
+    created: datetime.datetime | None
+
+
+NOTHING = Identity(0, None)  # of a session that was never committed
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn, and how to take it back.
+
+    Attributes:
+        number: from 1.
+        chat: which chat of the session it belongs to: another text has another one.
+        position: tokens of the text before it; -1: the text has others now.
+        tokens: tokens ever written before it.
+        state: the memory before it; None: no longer kept.
+        digests: of its messages, as `history.digests`.
+        messages: themselves, if the store keeps them.
+    """
+
+    number: int
+    chat: str
+    position: int
+    tokens: int
+    state: bytes | None
+    digests: tuple[str, ...]
+    messages: tuple[dict[str, Any], ...] | None = None
+    created: datetime.datetime = field(default_factory=lambda: now())
+
+
+@dataclass(frozen=True)
+class Record:
+    """A session as it was committed.
+
+    Attributes:
+        version: counts commits; 0: never committed.
+        turns: number of turns.
+        tokens: tokens ever written into the memory.
+        adapter: names the adapter that the memory belongs to.
+        memory: a memory file; empty: nothing was written.
+        text: what is known of the text; empty: nothing.
+        chat: as `Turn.chat`, of the present text.
+        history: its turns, ascending.
+    """
+
+    owner: str
+    name: str
+    version: int = 0
+    created: datetime.datetime = field(default_factory=lambda: now())
+    updated: datetime.datetime = field(default_factory=lambda: now())
+    turns: int = 0
+    tokens: int = 0
+    adapter: str = ""
+    memory: bytes = b""
+    text: bytes = b""
+    chat: str = ""
+    history: tuple[Turn, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the memory."""
+        return len(self.memory)
+
+    @property
+    def identity(self) -> Identity:
+        """Which commit it is."""
+        return Identity(self.version, self.created) if self.version else NOTHING
+
+
+@dataclass(frozen=True)
+class Listed(Record):
+    """A record without its memory, which knows how large that is."""
+
+    listed_size: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.listed_size
+
+
+def now() -> datetime.datetime:
+    """The present time, UTC, without a time zone, as databases keep it."""
+    return datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
