@@ -313,8 +313,10 @@ class AsyncDeltaMem:
                 if probe is None:
                     answer = Answer(self, None, "a", None, "\0health", False, {**DEFAULTS, "max_tokens": 0})
                     probe = asyncio.create_task(answer.whole())
-                elif probe.done() and not isinstance(error := probe.exception(), QueueFull):
-                    return error is None
+                elif probe.done():
+                    error, probe = probe.exception(), None
+                    if not isinstance(error, QueueFull):
+                        return error is None
                 await asyncio.sleep(0.01)
         finally:
             if probe is not None:
