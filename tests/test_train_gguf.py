@@ -95,6 +95,13 @@ def test_a_run_on_a_gguf(data, tmp_path):
     assert Checkpoint(tmp_path / "out").config.delta_heads == ("q", "o")
     assert trainer(data, tmp_path / "out", steps=6, heads_gain=0.5).step == 4
 
+    (tmp_path / "out" / "checkpoint.pt").unlink()  # from the beginning, in the same folder
+    with open(tmp_path / "out" / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": ')  # a process that was killed
+    trainer(data, tmp_path / "out", steps=3, eval_every=3, heads_gain=0.5).train()
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in log] == [2, 3]
+
 
 def test_a_run_without_a_break_is_one_with(data, tmp_path):
     options = {

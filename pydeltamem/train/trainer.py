@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, OutputError, TrainingError
+from ..errors import InputError, TrainingError
 from ..formats import kinds
 from ..formats.checkpoint import CONFIG, WEIGHTS
 from ..formats.outputs import check_target, make_folder, writing
@@ -49,7 +49,10 @@ class Trainer:
         make_folder(self.out)
         if (self.out / WEIGHTS[1]).exists():
             raise InputError(f"{self.out / WEIGHTS[1]}: holds other weights for the same files: name another --out")
-        for name, kind in ((WEIGHTS[0], kinds.PYTORCH), (CONFIG, kinds.CONFIG), ("loss.png", kinds.PNG)):
+        for name, kind in (
+            (WEIGHTS[0], kinds.PYTORCH), (CONFIG, kinds.CONFIG), ("log.jsonl", kinds.CONVERSATIONS),
+            ("loss.png", kinds.PNG),
+        ):  # fmt: skip
             check_target(self.out / name, kind)
         named = model_file(options.model) if is_name(options.model) else options.model
         self.model, self.tokenizer = load_frozen(named, options.dtype, options.device)
@@ -99,7 +102,9 @@ class Trainer:
                 self.seconds += time.monotonic() - begun
                 self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
                 if not math.isfinite(loss):
-                    raise TrainingError(f"step {self.step}: the loss is {loss}: lower --rate or --clip and run again")
+                    raise TrainingError(
+                        f"step {self.step}: the loss is {loss}: lower --rate or --clip, with another --out"
+                    )
                 if self.step % 10 == 0:
                     self.curve.append((self.step, self.mean))
                 progress.update(bar, advance=1, description=f"{name}, loss {self.mean:.3f}")
@@ -170,11 +175,11 @@ class Trainer:
     def _measure(self, recall: NativeRecall) -> None:
         row = {"step": self.step, "loss": self.mean, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
         row.update(recall.measure(self.out))
-        try:
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise OutputError(f"{self.out / 'log.jsonl'}: cannot be written: {error.strerror}") from error
+        path = self.out / "log.jsonl"
+        with writing(path, kinds.CONVERSATIONS) as temporary:
+            before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            rows = [line for line in before if _is_before(line, self.step)]  # others are of an earlier run
+            temporary.write_text("\n".join([*rows, json.dumps(row), ""]), encoding="utf-8")
         self.console.print(f"step {self.step}: of {row['questions']} held-out questions {row['right']:.0%} right")
 
     def _identity(self) -> dict[str, Any]:
@@ -255,3 +260,11 @@ class Trainer:
             plot(self.curve, self.out / "loss.png")
         except ImportError:
             self.console.print("no picture of the loss: pip install matplotlib")
+
+
+def _is_before(line: str, step: int) -> bool:
+    """Whether a line of log.jsonl is of an earlier step. One that was cut off is of none."""
+    try:
+        return bool(json.loads(line)["step"] < step)
+    except (ValueError, KeyError, TypeError):
+        return False
