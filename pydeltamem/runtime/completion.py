@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import copy
+import math
 import random
 import time
 import uuid
@@ -306,7 +307,9 @@ def biased(logit_bias: Mapping[Any, float], n_vocab: int) -> Any:
         bias = {int(token): float(value) for token, value in logit_bias.items()}
     except (AttributeError, TypeError, ValueError, OverflowError):
         raise InputError(f"logit_bias is a mapping of token ids to numbers, not {logit_bias!r}") from None
-    for token in bias:
+    for token, value in bias.items():
+        if math.isnan(value):
+            raise InputError(f"logit_bias: what is given for token {token} is no number")
         if not 0 <= token < n_vocab:
             raise InputError(f"logit_bias: {token} is no token id of this model: they are 0 to {n_vocab - 1}")
 
