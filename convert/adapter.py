@@ -13,10 +13,9 @@ import numpy as np
 from pydeltamem.errors import CheckpointError, ModelError
 from pydeltamem.formats.base_model import Base
 from pydeltamem.formats.checkpoint import HEADS, Checkpoint
+from pydeltamem.formats.description import ADAPTER_VERSION
 from pydeltamem.formats.kinds import ADAPTER
 from pydeltamem.formats.outputs import as_text, files_of, refuse_inputs, writing
-
-VERSION = 1
 
 OUTTYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -165,7 +164,7 @@ def _write(
         writer.add_file_type(OUTTYPES[outtype][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
-        writer.add_uint32("deltamem.version", VERSION)
+        writer.add_uint32("deltamem.version", ADAPTER_VERSION)
         writer.add_uint32("deltamem.rank", config.rank)
         writer.add_uint32("deltamem.head_count", config.num_state_heads)
         writer.add_float32("deltamem.alpha", config.alpha)

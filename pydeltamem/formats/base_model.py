@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import ModelError, named
 from .gguf_header import Header
+from .model_numbers import MAX_LAYERS
 
 # llama.cpp runs RoPE on neighbouring rows for some architectures, where Hugging Face pairs the halves of a head. Its
 # converter then permutes the rows of the q and k projections. tools/converter_rows.py finds these lists by giving its
@@ -32,8 +33,6 @@ IN_ORDER = frozenset({
 # Hugging Face scales the activations before and after these projections; llama.cpp's converter scales the weights
 # instead. The adapter's weights would need that too.
 RESCALED = frozenset({"falcon-h1"})
-
-MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 
 
 def converts(architecture: str) -> str:
