@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import re
@@ -15,6 +16,7 @@ from llama_cpp import Llama
 from pydeltamem import __version__
 from pydeltamem.cli import rpc_server
 from pydeltamem.cli.main import main
+from pydeltamem.errors import ModelError
 from pydeltamem.formats.memory_file import read_memory_file
 from pydeltamem.runtime.stream import TextStream
 from refusals import check_names, refused, refuses
@@ -56,6 +58,27 @@ def shell(line, *args):
     return subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=300
     )
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "demo", "recall"])
+def test_ctrl_c_ends_loading_at_once(base, adapter, monkeypatch, command):
+    """A callback of llama.cpp, where Python would see it, drops exceptions."""
+    found = []
+
+    def loads(*args, **kwargs):
+        found.append(signal.getsignal(signal.SIGINT))
+        raise ModelError("cannot be loaded")
+
+    for module in ("pydeltamem.llama", "pydeltamem.evals.reader"):
+        monkeypatch.setattr(importlib.import_module(module), "DeltaMemLlama", loads)
+    model = ["-m", str(base()), "--deltamem", str(adapter("qwen3", "tsw_qo"))]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        names = {"recall": ["eval", "recall"], "generate": ["generate", "-p", "hi"]}
+        assert main([*names.get(command, [command]), *model]) == 1
+        assert found == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full as on Linux")

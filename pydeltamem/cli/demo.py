@@ -30,7 +30,7 @@ from ..evals.world import Turn, World, rivals
 from ..hub import adapter_file, model_file
 from ..models import MEMORIES, REAL_MODEL, default_files, real_adapter
 from . import prompt
-from .model_options import ADAPTER_HELP, MODEL_HELP, packed_adapter
+from .model_options import ADAPTER_HELP, MODEL_HELP, ended_by_ctrl_c, packed_adapter
 from .parser import duration
 from .picture import picture
 
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     cast = _cast(args)
     console = Console(highlight=False)
     rehearses = not (cast.is_small or args.interactive)  # the small one was trained on what is read once
-    reader = NativeReader(cast.model, cast.adapter, n_ctx=N_CTX, parallel=1, rehearses=rehearses, unpack="rest")
+    with ended_by_ctrl_c():
+        reader = NativeReader(cast.model, cast.adapter, n_ctx=N_CTX, parallel=1, rehearses=rehearses, unpack="rest")
     try:
         return _converse(console, reader, cast) if args.interactive else _show(console, reader, cast, args)
     finally:

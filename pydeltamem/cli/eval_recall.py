@@ -22,7 +22,7 @@ from ..formats.kinds import PNG
 from ..formats.outputs import output
 from ..hub import model_file
 from ..models import default_files
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_unpack, packed_adapter
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_unpack, ended_by_ctrl_c, packed_adapter
 from .parser import count, integers, positive
 
 DATA = "DELTAMEM_DATA"
@@ -92,10 +92,12 @@ def run(args: argparse.Namespace) -> int:
         matplotlib_figure()
     n_ctx = args.ctx_size if args.ctx_size is not None else 0 if is_small else N_CTX
     with output(args.json, REPORT) as write, output(args.plot, PNG) as write_plot:
-        reader = NativeReader(
-            model, n_ctx=n_ctx, threads=args.threads, answer_writes=args.answer_writes == "on",
-            rehearses=args.rehearse, unpack=args.unpack,
-        )  # fmt: skip
+        path = model_file(model)
+        with ended_by_ctrl_c():
+            reader = NativeReader(
+                path, n_ctx=n_ctx, threads=args.threads, answer_writes=args.answer_writes == "on",
+                rehearses=args.rehearse, unpack=args.unpack,
+            )  # fmt: skip
         try:
             for adapter in adapters.values():  # raises now if one does not fit
                 reader.attach(adapter)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..errors import InputError
 from ..formats.atomic import no_file
 from ..formats.gguf_header import Header
 from ..formats.memory_file import check_writable, read_memory_file
+from ..hub import adapter_file, model_file
 from .parser import at_least, count, finite, gpu_layers, not_negative, positive, positive_number, probability, text
 
 if TYPE_CHECKING:
@@ -159,21 +161,24 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
 
     from ..llama import DeltaMemLlama
 
-    llm = DeltaMemLlama(
-        args.model,
-        deltamem_path=None if args.no_memory else args.deltamem,
-        lora_path=args.lora,
-        n_ctx=n_ctx,
-        n_batch=args.batch_size,
-        n_threads=args.threads,
-        n_threads_batch=args.threads_batch or args.threads,
-        rpc_servers=args.rpc,
-        **context_options(args),
-        use_mmap=not args.no_mmap,
-        use_mlock=args.mlock,
-        last_n_tokens_size=args.repeat_last_n,
-        verbose=args.verbose,
-    )
+    model = model_file(args.model)
+    adapter = adapter_file(args.deltamem, model) if args.deltamem and not args.no_memory else None
+    with ended_by_ctrl_c():
+        llm = DeltaMemLlama(
+            model,
+            deltamem_path=adapter,
+            lora_path=args.lora,
+            n_ctx=n_ctx,
+            n_batch=args.batch_size,
+            n_threads=args.threads,
+            n_threads_batch=args.threads_batch or args.threads,
+            rpc_servers=args.rpc,
+            **context_options(args),
+            use_mmap=not args.no_mmap,
+            use_mlock=args.mlock,
+            last_n_tokens_size=args.repeat_last_n,
+            verbose=args.verbose,
+        )
     if n_ctx != args.ctx_size:
         note(f"--ctx-size {args.ctx_size}: the context holds {n_ctx} tokens, because llama.cpp takes multiples of 256")
     if args.no_memory:
@@ -187,6 +192,21 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
     if args.no_write:
         llm.memory.write = False
     return llm
+
+
+@contextlib.contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Within it Ctrl-C ends the process at once: for loading a model, of which nothing is left behind. Python would see
+    it in llama.cpp's callback for its log only, where exceptions are dropped.
+    """
+    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not ignored, nor an application's
+    if is_ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def context_options(args: argparse.Namespace) -> dict[str, Any]:
