@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from pydeltamem.runtime.history import n_common
 from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server.history import begins, digests, known_messages
 from pydeltamem.server.service import SessionBusy, SessionUnknown
-from pydeltamem.server.store import Conflict, Record, Store, StoreAway, StoreError
+from pydeltamem.server.store import NOTHING, Conflict, Record, Store, StoreAway, StoreError
 from pydeltamem.server.worker import QueueFull
 
 SAME = {"rtol": 0, "atol": 3e-6}  # float32 sums in another order
@@ -344,11 +345,13 @@ def test_nothing_is_done_to_a_session_that_has_gone_on(serving):
         async with serving() as service:
             messages = [user("hello there")]
             stale = [*messages, user("somebody else")]
-            await say(service, messages, seen=0)
+            one = (await say(service, messages, seen=NOTHING)).committed.identity
             messages.append(user("my name is Ada"))
-            await say(service, messages, seen=1)
+            two = (await say(service, messages, seen=one)).committed.identity
             before = await service.get("ada")
-            for seen in (0, 1, 3):
+            assert before.identity == two and (one.version, two.version) == (1, 2)
+            later, made_again = two._replace(version=3), two._replace(created=two.created + timedelta(seconds=1))
+            for seen in (NOTHING, one, later, made_again):
                 with pytest.raises(Conflict):
                     await say(service, list(stale), seen=seen)
                 with pytest.raises(Conflict):
@@ -356,11 +359,13 @@ def test_nothing_is_done_to_a_session_that_has_gone_on(serving):
                 with pytest.raises(Conflict):
                     await service.forget_text("ada", seen=seen)
             assert await service.get("ada") == before
-            assert (await service.undo("ada", seen=2)).version == 3
-            assert (await service.forget_text("ada", seen=3)).text == b""
+            undone = await service.undo("ada", seen=two)
+            assert undone.version == 3
+            forgotten = await service.forget_text("ada", seen=undone.identity)
+            assert forgotten.text == b""
             await service.delete("ada")
             with pytest.raises(Conflict):
-                await say(service, list(stale), seen=4)
+                await say(service, list(stale), seen=forgotten.identity)
             assert await service.list() == []
 
     asyncio.run(run())
