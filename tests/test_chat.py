@@ -100,6 +100,19 @@ def test_no_memory(piped):
     assert result.stdout.strip() and "--deltamem" in result.stderr.splitlines()[1]
 
 
+@pytest.mark.parametrize("name", ["again", "undo", "reset", "clear", "rehearse", "memory"])
+def test_a_message_that_begins_with_a_command_changes_nothing(llm, name, capsys):
+    chat = chat_of(llm)
+    chat.say("hello")
+    capsys.readouterr()
+    state, messages = chat.conversation.memory.state, list(chat.conversation.messages)
+    with refuses(InputError, f"/{name}"):
+        chat.command(f"/{name} my password, how?")
+    assert (chat.conversation.memory.state == state).all() and chat.conversation.messages == messages
+    assert not capsys.readouterr().out
+    chat.conversation.close()
+
+
 def test_going_back(piped, tmp_path):
     again, plain = tmp_path / "again.memory", tmp_path / "plain.memory"
     result = piped(["hello there", "how are you", "/again", "/edit good bye"], "--save-memory", again, "--seed", "1")

@@ -41,6 +41,8 @@ COMMANDS = {
     "/quit": (),
 }
 
+ALONE = ("again", "undo", "reset", "clear", "rehearse", "memory")  # nothing may follow
+
 HELP = f"""\
 /again           replace the last reply by another
 /edit TEXT       replace your last message by TEXT
@@ -169,6 +171,8 @@ class Chat:
         name, *rest = said[1:].split(None, 1) or [""]
         argument = rest[0].strip() if rest else ""
         conversation, memory = self.conversation, self.conversation.memory
+        if argument and name in ALONE:  # a message, perhaps: /reset how do I …
+            raise InputError(f"/{name} takes nothing after it. Begin with a space to say it")
         if name in ("quit", "exit"):
             return False
         if name == "help":
