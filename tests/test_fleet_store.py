@@ -571,6 +571,53 @@ def test_a_database_that_was_away_is_used_again():
         store.close()
 
 
+@needs_postgresql
+def test_what_came_through_although_its_answer_was_lost(database):
+    """The connection breaks between the two, and the statement is sent again."""
+    database.sql("DROP SCHEMA public CASCADE")
+    database.sql("CREATE SCHEMA public")
+    store, to_break = Store(database.url), []
+    for name in ("ada", "bo"):
+        store.commit(after(Record("", name), turn(1)))
+
+    def lose(connection, cursor, statement, parameters, context, executemany):
+        if to_break and statement.startswith(to_break[0]):
+            to_break.clear()
+            database.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+            cursor.execute("SELECT 1")
+
+    sa.event.listen(sa.Engine, "after_cursor_execute", lose)
+    try:
+        to_break.append("DELETE FROM sessions")
+        assert store.delete("", "bo") and not to_break
+        to_break.append("UPDATE sessions")
+        assert store.rename("", "ada", "carl") and not to_break
+        to_break.append("UPDATE sessions")
+        assert not store.rename("", "ada", "dan") and not to_break
+    finally:
+        sa.event.remove(sa.Engine, "after_cursor_execute", lose)
+    assert [one.name for one in store.list()] == ["carl"]
+    store.close()
+
+
+@needs_postgresql
+def test_a_database_that_became_a_standby_is_away(database):
+    """Its connections stay. Another one takes writes in its place, or it again."""
+    store = Store(database.url)
+    record = store.commit(after(Record("", "standby"), turn(1)))
+    database.sql("ALTER DATABASE postgres SET default_transaction_read_only = on")
+    try:
+        database.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        assert store.get("", "standby") == record
+        with pytest.raises(StoreAway):
+            store.commit(after(record, turn(2)), record)
+    finally:
+        database.sql("BEGIN READ WRITE; ALTER DATABASE postgres RESET default_transaction_read_only; COMMIT")
+    second = again(lambda: store.commit(after(record, turn(2)), record))
+    assert store.get("", "standby") == second
+    store.close()
+
+
 def again(ask):
     """Asks until the store is there."""
     for _ in range(100):

@@ -23,6 +23,7 @@ from .records import StoreAway, StoreError
 from .tables import ABOUT, FORMAT, FOUND_FORMAT, SESSIONS, TABLES, TURNS
 
 N_CONNECTIONS = 8  # to a PostgreSQL, of one process
+_READ_ONLY = "25006"  # SQLSTATE of a PostgreSQL that takes no writes
 _RESTS = 0.5  # seconds that a PostgreSQL that went away is not asked again
 
 T = TypeVar("T")
@@ -101,6 +102,8 @@ class Database:
                 raise StoreError(f"{self.shown}: the store fails: {reason}") from error
             if self.is_sqlite or _waited(error):  # it is there
                 raise StoreAway(f"{self.shown}: somebody keeps the store locked: {reason}") from error
+            if _sqlstate(error) == _READ_ONLY:  # another one can be written now: connections find it anew
+                self._engine.dispose()
             self._away = time.monotonic() + _RESTS, f"{self.shown}: the store cannot be reached: {reason}"
             raise StoreAway(self._away[1]) from error
 
@@ -324,11 +327,13 @@ def _to_server(url: str) -> dict[str, Any]:
 
 
 def _is_away(error: Exception, *, is_sqlite: bool) -> bool:
-    """Whether a database may do later what failed now: a PostgreSQL that is down, begins, ends, is full, or broke a
-    deadlock; a SQLite that another process keeps locked.
+    """Whether a database may do later what failed now: a PostgreSQL that is down, begins, ends, is full, broke a
+    deadlock, or became a standby; a SQLite that another process keeps locked.
     """
     if is_sqlite:
         return "is locked" in str(getattr(error, "orig", ""))
+    if _sqlstate(error) == _READ_ONLY:
+        return True
     return isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)) or (
         isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
     )
@@ -336,4 +341,8 @@ def _is_away(error: Exception, *, is_sqlite: bool) -> bool:
 
 def _waited(error: Exception) -> bool:
     """Whether a PostgreSQL gave up waiting for a lock."""
-    return getattr(getattr(error, "orig", None), "sqlstate", None) == "55P03"
+    return _sqlstate(error) == "55P03"
+
+
+def _sqlstate(error: Exception) -> Any:
+    return getattr(getattr(error, "orig", None), "sqlstate", None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,8 @@ class Store:
     def delete(self, owner: str, name: str) -> bool:
         """Deletes a session. False if there is none."""
         statement = SESSIONS.delete().where(*is_session(owner, name))
-        return self._transaction(lambda connection: connection.execute(statement).rowcount, writes=True, alone=True) > 0
+        n, was_lost = self._once(lambda connection: connection.execute(statement).rowcount)
+        return n > 0 or was_lost  # it is gone
 
     def rename(self, owner: str, name: str, new: str) -> bool:
         """Gives a session another name. False if there is none. Raises Conflict if the name is taken."""
@@ -251,7 +252,19 @@ class Store:
             except IntegrityError as error:
                 raise Conflict(f"session {new}: there is one of this name") from error
 
-        return self._transaction(write, writes=True, alone=True) > 0
+        n, was_lost = self._once(write)
+        return n > 0 or (was_lost and self.identity(owner, new) != NOTHING)
+
+    def _once(self, write: Callable[[sa.Connection], int]) -> tuple[int, bool]:
+        """What a statement returns, and whether an answer to it was lost: then it may have come through before."""
+        n_sent = 0
+
+        def send(connection: sa.Connection) -> int:
+            nonlocal n_sent
+            n_sent += 1
+            return write(connection)
+
+        return self._transaction(send, writes=True, alone=True), n_sent > 1
 
     #
     # leases
