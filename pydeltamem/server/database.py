@@ -344,5 +344,6 @@ def _waited(error: Exception) -> bool:
     return _sqlstate(error) == "55P03"
 
 
-def _sqlstate(error: Exception) -> Any:
-    return getattr(getattr(error, "orig", None), "sqlstate", None)
+def _sqlstate(error: Exception) -> str | None:
+    state: str | None = getattr(getattr(error, "orig", None), "sqlstate", None)
+    return state
