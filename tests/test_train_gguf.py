@@ -223,7 +223,7 @@ def test_documents_and_texts(data, tmp_path):
 
     short = write(tmp_path / "short.jsonl", [{"text": "a"}])
     with refuses(InputError, short, "line 1"):
-        train.Conversations(short, tokenizer)[0]
+        train.Conversations(short, tokenizer)
     open_question = write(tmp_path / "open.jsonl", [{"document": "Red.", "questions": [{"question": "What?"}]}])
     with refuses(InputError, open_question, "line 1"):
         train.Conversations(open_question, tokenizer)

@@ -94,6 +94,8 @@ class Conversations:
                         self._places.append((number, offset))
                         self.sizes.append(len(line))
                         parsed = self._parsed(number, line)
+                        if parsed.text is not None and len(parsed.text) < TEXT_ANSWER:
+                            self._of_text(number, parsed.text)  # which may be too short
                         for flag in ("visible", "keep"):
                             if getattr(parsed, flag):
                                 self._packed_only = self._packed_only or f'line {number} has "{flag}": true'
