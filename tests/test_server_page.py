@@ -436,6 +436,7 @@ def test_it_is_used_by_keyboard(server, browse):
         and not (each.get_attribute("aria-label") or each.get_attribute("innerText") or each.accessible_name)
     ]
     assert unnamed == []
+    assert [each for each in tab.find(".q-uploader *") if each.is_displayed()] == []  # "Import" chooses files
 
 
 def test_the_last_turn_is_regenerated_edited_and_undone(server, browse):

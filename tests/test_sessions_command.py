@@ -62,6 +62,17 @@ def test_list(sessions, store):
     assert len(rows) == 1 and str(size) in rows[0]
 
 
+def test_a_list_has_names_as_they_are(sessions, store):
+    """Whatever a terminal's width is taken to be."""
+    names = ["a" * 128, "日本-العربية-Zoë"]
+    for name in names:
+        store.commit(Record("1" * 64, name, tokens=123_456_789))
+    _, out, _ = sessions("list")
+    for name in names:
+        (line,) = [line for line in out.splitlines() if name in line]
+        assert "123456789" in line
+
+
 def test_a_memory_goes_out_and_into_another_session(sessions, store, tmp_path):
     file = tmp_path / "bo.memory"
     assert sessions("export", "bo", file)[0] == 0

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..server.store import Record, Store
 
 
+_WIDE = 400  # columns, more than a line has
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", metavar="URL", help="as deltamem serve --store")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -73,10 +76,17 @@ def _list(store: Store, args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("session", "owner", "version", "turns", "tokens", "bytes", "updated")
+    table = Table()
+    table.add_column("session", overflow="fold", min_width=12)  # to delete or export it, all of its name is needed
+    for name in ("owner", "version", "turns", "tokens", "bytes"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("updated", overflow="fold")
     for record in records:
         table.add_row(*(str(value) for value in _about(record).values()))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a line a session, whatever its length
+        console.width = _WIDE
+    console.print(table)
 
 
 def _about(record: Record) -> dict[str, Any]:
