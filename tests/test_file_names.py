@@ -18,6 +18,7 @@ from pydeltamem.formats.checkpoint import CheckpointError
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.formats.memory_file import MemoryFileLock, check_writable
 from pydeltamem.formats.packed import pack, unpack
+from pydeltamem.runtime.library import library_folder
 from pydeltamem.runtime.quantize import quantize
 
 SNAPSHOT = MemorySnapshot(np.ones((2, 1, 4, 4)), {"layers": "0,1", "adapter": "ab" * 32, "architecture": "qwen3"})
@@ -117,12 +118,21 @@ def test_a_folder_where_no_lock_can_be_made(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always imports from the current folder")
-@pytest.mark.parametrize("command", ["quantize {} out.gguf f16", "architectures qwen3"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "quantize {} out.gguf f16",
+        "architectures qwen3",
+        "bench -m {} --against LIBRARY -t 1 -p 4 -n 0 --pairs 2 --rss 0",
+    ],
+    ids=lambda command: command.split()[0],
+)
 def test_a_module_in_the_current_folder_is_not_imported(base, tmp_path, command):
     """A model's folder comes from anybody. The commands run other processes of Python."""
     for name in ("json", "numpy", "gguf"):
         (tmp_path / f"{name}.py").write_text("open('imported', 'w')")
-    arguments = [str(base()) if argument == "{}" else argument for argument in command.split()]
+    paths = {"{}": str(base()), "LIBRARY": library_folder()}
+    arguments = [paths.get(argument, argument) for argument in command.split()]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pydeltamem.cli", *arguments],
         cwd=tmp_path,

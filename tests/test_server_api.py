@@ -740,6 +740,8 @@ def test_without_an_adapter_there_are_no_sessions():
         ({"grammar": "root ::= ("}, "grammar"),
         ({"grammar": 5}, "grammar"),
         ({"grammar": 'root ::= "\ud800"'}, "grammar"),
+        ({"grammar": "\0"}, "grammar"),
+        ({"grammar": 'root ::= "a"\0 | "b"'}, "grammar"),
         ({"grammar": f"root ::= {'(' * 100_000}"}, "grammar"),  # llama.cpp would use up its stack
         ({"grammar": 'root ::= "a"', "response_format": {"type": "json_object"}}, "grammar"),
         ({"grammar": 'root ::= "a"', "tools": [CLOCK], "tool_choice": "required"}, "grammar"),

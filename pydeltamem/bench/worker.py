@@ -41,7 +41,7 @@ class Worker:
     def _start(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pydeltamem.bench.worker"],
-            env={**os.environ, "LLAMA_CPP_LIB_PATH": self.folder},
+            env={**os.environ, "LLAMA_CPP_LIB_PATH": self.folder, "PYTHONSAFEPATH": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",

@@ -157,6 +157,8 @@ def checked_grammar(llm: Model, text: Any, name: str = "grammar") -> Any:
         raise InputError(f"{name} is GBNF text or a LlamaGrammar, not {grammar!r}")
     if grammar in _checked_grammars:
         return grammar
+    if "\0" in grammar._grammar:  # where the parser would take the text for ended
+        raise InputError(f"{name}: it has a null character")
     if _n_nested(grammar._grammar) > _MAX_NESTED:  # llama.cpp's parser calls itself for each, until the stack ends
         raise InputError(f"{name}: its parentheses are nested deeper than {_MAX_NESTED:,} levels")
     try:

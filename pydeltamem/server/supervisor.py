@@ -89,7 +89,8 @@ class _Supervisor:
             given = self.listener.fileno(), its.fileno()
             command = [sys.executable, "-m", "pydeltamem.cli", *sys.argv[1:], "--supervised", "{},{}".format(*given)]
             # in a session of its own: a Ctrl-C comes to this process, which passes it on once
-            server = subprocess.Popen(command, pass_fds=given, start_new_session=True)
+            environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # nothing is imported from the current folder
+            server = subprocess.Popen(command, env=environment, pass_fds=given, start_new_session=True)
         if self.told is not None:  # since the last look
             server.send_signal(self.told)
         return server, ours
