@@ -16,9 +16,10 @@ from starlette.testclient import TestClient
 
 from conftest import ROOT
 from fleet import CONFIGURATION, haproxy_program
+from mkdocs_hooks import command_problem
 from pydeltamem.server.application import Settings, application
 from pydeltamem.server.metrics import Metrics
-from test_deploy import DOCKERFILE, command_problem, in_container  # noqa: F401 - a fixture
+from test_deploy import DOCKERFILE, in_container
 
 MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
 
@@ -56,7 +57,7 @@ def test_they_belong_together(resources, container):
     assert resources["Service"]["spec"]["ports"][0]["targetPort"] in ports
 
 
-def test_the_command_is_the_servers(container, command_problem):  # noqa: F811
+def test_the_command_is_the_servers(container):
     command = [*container["command"], *container["args"]]
     assert command_problem(" ".join(command)) is None
     options = dict(itertools.pairwise(command))

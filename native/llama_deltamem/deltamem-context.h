@@ -74,8 +74,8 @@ struct llama_deltamem_context {
     // The plan (ggml-deltamem.h) of a micro-batch of the current batch; called in the order of computation.
     void make_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan);
 
-    // The plan that make_plan will make of it. Releases before 0.3.36 reserve memory for a micro-batch whose tokens have no
-    // sequences: its plan has as many writes.
+    // The plan that make_plan will make of it. llama-cpp-python up to 0.3.35 reserves memory for a micro-batch whose tokens
+    // have no sequences: its plan has as many writes.
     void preview_plan(const llama_ubatch & ubatch, std::vector<int32_t> & plan);
 
 private:
