@@ -114,8 +114,8 @@ sanitize: $(DEMO)/adapter.gguf ## the native tests under the address, leak and u
 	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		ctest --test-dir build/sanitize --output-on-failure
 
-# Runs the fused nodes on one to four threads, products on up to nine, and two threads in one library. GCC's thread sanitizer knows ggml's own
-# threads, not OpenMP's.
+# Runs the fused nodes on one to four threads, products on up to nine, and two threads in one library. GCC's thread
+# sanitizer knows ggml's own threads, not OpenMP's.
 tsan: $(DEMO)/adapter.gguf ## the operator, and calls from two threads, under the thread sanitizer
 	cmake -S . -B build/tsan $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_TSAN=ON -DGGML_OPENMP=OFF \
 		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
