@@ -249,11 +249,12 @@ static void forward_correct(const struct ggml_compute_params * params, const str
 
     constexpr int64_t CACHED = 512 * 1024 / sizeof(float);
 
-    const int64_t last  = bound(n_tokens, params->ith + 1);
-    const int64_t block = next.norm ? std::max<int64_t>(16, CACHED / n_out) : n_tokens;
+    const bool    in_bf16 = ggml_cpu_deltamem_bf16_takes(params, correction);
+    const int64_t last    = bound(n_tokens, params->ith + 1);
+    const int64_t block   = next.norm ? std::max<int64_t>(16, CACHED / n_out) : n_tokens;
     for (int64_t t0 = bound(n_tokens, params->ith), t1; t0 < last; t0 = t1) {
         t1 = std::min(last, t0 + block);
-        if (ggml_cpu_deltamem_bf16_takes(params, correction)) {
+        if (in_bf16) {
             ggml_cpu_deltamem_bf16_correct(weight, &args, t0, t1);
         } else {
             correct_range(correction, reads, read_stride, added, dst, t0, t1, 0, n_out);
@@ -465,29 +466,22 @@ static int following_norm(const struct ggml_cgraph * cgraph, int i,
                    : 0;
 }
 
-// Whether the projection at node i, which takes_projection takes, is computed ahead of the product at node i - 1, which has
-// the same input: the synchronisation after that product is then the projection's, too. Both nodes ask this, in turn.
-static bool joins_product(const struct ggml_cgraph * cgraph, int i) {
-    if (i < 1) {
-        return false;
-    }
-    const struct ggml_tensor * product    = cgraph->nodes[i - 1];
-    const struct ggml_tensor * projection = cgraph->nodes[i];
-    return product->op == GGML_OP_MUL_MAT && are_computed(cgraph, i - 1, i) && product->src[1] == projection->src[1] &&
-           projection->ne[1] <= FEW_TOKENS && apart(projection, product) && apart(projection, product->src[0]) &&
-           apart(projection, product->src[1]);
-}
-
 // whether nodes i and i + 1 are products of the same input, neither of which needs the other's memory
-static bool takes_two_products(const struct ggml_cgraph * cgraph, int i) {
-    if (i + 1 >= cgraph->n_nodes || cgraph->nodes[i]->op != GGML_OP_MUL_MAT ||
-        cgraph->nodes[i + 1]->op != GGML_OP_MUL_MAT || !are_computed(cgraph, i, i + 2)) {
+static bool share_input(const struct ggml_cgraph * cgraph, int i) {
+    if (i < 0 || !are_computed(cgraph, i, i + 2)) {
         return false;
     }
     const struct ggml_tensor * first  = cgraph->nodes[i];
     const struct ggml_tensor * second = cgraph->nodes[i + 1];
-    return first->src[1] == second->src[1] && apart(second, first) && apart(second, first->src[0]) &&
-           apart(second, first->src[1]) && apart(first, second->src[0]);
+    return first->op == GGML_OP_MUL_MAT && second->op == GGML_OP_MUL_MAT && first->src[1] == second->src[1] &&
+           apart(second, first) && apart(second, first->src[0]) && apart(second, first->src[1]) &&
+           apart(first, second->src[0]);
+}
+
+// Whether the projection at node i, which takes_projection takes, is computed ahead of the product at node i - 1: the
+// synchronisation after that product is then the projection's, too. Both nodes ask this, in turn.
+static bool joins_product(const struct ggml_cgraph * cgraph, int i) {
+    return cgraph->nodes[i]->ne[1] <= FEW_TOKENS && share_input(cgraph, i - 1);
 }
 
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
@@ -503,7 +497,8 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
     }
 
     // two products of the same input: of a layer's, one may be the packed projection
-    if (takes_two_products(cgraph, i) && ggml_cpu_deltamem_bf16_two(params, nodes[0], nodes[1])) {
+    if (nodes[0]->ne[1] > FEW_TOKENS && share_input(cgraph, i) &&
+        ggml_cpu_deltamem_bf16_two(params, nodes[0], nodes[1])) {
         return 1;
     }
 
