@@ -36,6 +36,7 @@ from .formats.ending import ending_in_order
 from .formats.kinds import MEMORY
 from .formats.outputs import disk_errors
 from .models import ADAPTERS, shipped_adapter
+from .runtime.children import environment
 from .runtime.names import nearest
 from .version import __version__
 
@@ -183,7 +184,7 @@ def _download(name: str, package: Package, folder: str) -> Path:
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
-        env={**os.environ, "TMPDIR": folder},  # what it leaves if it is ended goes with the folder
+        env=environment(TMPDIR=folder),  # what it leaves if it is ended goes with the folder
     )
     wheels = list(Path(folder).glob("*.whl"))
     if done.returncode != 0 or not wheels:

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import AdapterError, DecodeError, DeltaMemError, LibraryError, ModelError
+from ..runtime.children import environment
 from .machine import resident
 from .runs import Model, Options, Runner
 
@@ -41,7 +42,7 @@ class Worker:
     def _start(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pydeltamem.bench.worker"],
-            env={**os.environ, "LLAMA_CPP_LIB_PATH": self.folder, "PYTHONSAFEPATH": "1"},
+            env=environment(LLAMA_CPP_LIB_PATH=self.folder),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",

@@ -12,7 +12,8 @@ from .model_options import note
 from .parser import sentence
 
 if TYPE_CHECKING:
-    from ..server.store import Record, Store
+    from ..server.records import Record
+    from ..server.store import Store
 
 
 _WIDE = 400  # columns, more than a line has
@@ -127,8 +128,8 @@ def _export(store: Store, args: argparse.Namespace) -> None:
 
 
 def _import(store: Store, args: argparse.Namespace) -> None:
+    from ..server.records import Record
     from ..server.session import imported
-    from ..server.store import Record
 
     snapshot = args.snapshot
     owner = _owner(store, args)

@@ -24,6 +24,7 @@ from ..errors import InputError, LibraryError
 from ..formats.base_model import converts
 from ..version import __version__
 from . import library
+from .children import environment
 
 HEADS = "qkvo"
 RESULTS = Path(__file__).with_name("architectures.json")
@@ -127,10 +128,12 @@ def _answers(wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     while wanted:
         command = [sys.executable, "-m", "pydeltamem.runtime.architectures", *wanted]
-        # imports nothing that lies in the current folder
-        environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONSAFEPATH": "1"}
         with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            env=environment(GGML_NO_BACKTRACE="1"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         ) as process:
             for line in process.stdout or ():
                 yield wanted.pop(0), json.loads(line)

@@ -24,11 +24,12 @@ import numpy.typing as npt
 from ..errors import NotFiniteError
 from .history import Piece, Position, Tokens
 from .interrupt import uninterrupted
+from .keeping import Keeping
 from .slots import Job, Result, Slots
 from .text import Text
 
 
-class Request:
+class Request(Keeping):
     """Tokens to decode after a text, one ingest, and what to do with the logits after them.
 
     Args:
@@ -50,7 +51,6 @@ class Request:
         self.text = text
         self.generates = self.goes_on = self.drafted = self.calls_back = False
         self.is_over = self.is_cancelled = False
-        self.error: BaseException | None = None
         self.n_served = 0  # the step that last decoded a piece of it
         self.n_sampled = 0  # the step that last used its logits
         self.ask(())
@@ -78,15 +78,6 @@ class Request:
         if known is not None and known.any():
             self._known = known if self._known is None else known | self._known
         self.is_sampled = False
-
-    def check(self) -> None:
-        """Raises the error with which it ended, once."""
-        error, self.error = self.error, None
-        try:
-            if error is not None:
-                raise error
-        finally:
-            del error  # its traceback keeps the request, and so the model: not both ways
 
     @property
     def is_given(self) -> bool:

@@ -15,6 +15,7 @@ from ..formats.gguf_header import Header
 from ..formats.kinds import MODEL
 from ..formats.model_numbers import check_numbers
 from ..formats.outputs import check_disk, refuse_inputs, writing
+from .children import environment
 from .cpus import MAX_THREADS
 from .names import option
 
@@ -78,8 +79,7 @@ def quantize(
         work = [os.fsdecode(header.path), os.fsdecode(temporary), ftype, n_threads, allow_requantize, aligns, verbose]
         done = subprocess.run(
             [sys.executable, "-m", __spec__.name, json.dumps(work)],
-            # imports nothing that lies in the current folder
-            env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8:surrogateescape"},
+            env=environment(PYTHONIOENCODING="utf-8:surrogateescape"),
             stdout=subprocess.PIPE,
             stderr=None if verbose else subprocess.DEVNULL,
             encoding="utf-8",

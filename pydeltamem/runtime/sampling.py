@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from . import library
+from .keeping import Keeping
 
 _llama = library.llama_cpp
 
 
-class Guard:
+class Guard(Keeping):
     """Logits processors, one after the other, as one that never raises where llama.cpp calls it.
 
     Args:
@@ -32,7 +33,6 @@ class Guard:
     ) -> None:
         self.processors = list(processors) if isinstance(processors, Sequence) else [processors]
         self.tokens = tokens
-        self.error: BaseException | None = None
 
     def __call__(self, _: Any, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         result: npt.NDArray[np.float32] = scores.copy()
@@ -46,15 +46,6 @@ class Guard:
             self.error = error
             return scores
         return result
-
-    def check(self) -> None:
-        """Raises the exception that a processor raised since the last check."""
-        error, self.error = self.error, None
-        try:
-            if error is not None:
-                raise error
-        finally:
-            del error  # else its traceback would keep it, and the model, until the garbage collector runs
 
 
 _MAX_LIKELIEST = 512

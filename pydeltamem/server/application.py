@@ -30,10 +30,10 @@ from .keys import Keys
 from .logs import log
 from .metrics import Metrics
 from .openai import Chat, Completion, field_of, flag, to_json
+from .records import Record, told
 from .refusals import Loading, RateLimited, answer_error, error_body, status_of
 from .responses import Reply
 from .service import Answer, AsyncDeltaMem, checked_name
-from .store import Record, told
 from .worker import ModelLost
 
 GRACE = 20  # seconds that answers have to end when the server is told to; then they are cut

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..errors import DeltaMemError
 from .logs import log
-from .store import Identity, Store, StoreError
+from .records import Identity, StoreError
+from .store import Store
 
 
 class SessionBusy(DeltaMemError):

@@ -20,8 +20,8 @@ from ..errors import (
     shown,
 )
 from .logs import log
+from .records import Conflict, StoreError, told
 from .service import PromptTooLong, SessionBusy, SessionLimit, SessionUnknown
-from .store import Conflict, StoreError, told
 from .worker import ModelLost, QueueFull
 
 

@@ -17,8 +17,8 @@ from ..errors import InputError, shown
 from . import history
 from .openai import flag, format_options, likelihoods, memory, options_of, refuse_grammar, to_json
 from .options import checked_n_top
+from .records import Record
 from .service import Answer, AsyncDeltaMem, Piece, SessionUnknown
-from .store import Record
 
 _PREFIX = "resp_"
 _LOGPROBS = "message.output_text.logprobs"  # of `include`

@@ -26,11 +26,13 @@ from ..runtime.generation import Generation
 from ..runtime.history import n_common
 from ..runtime.stream import checked_grammar
 from . import session as sessions
+from .database import N_CONNECTIONS
 from .history import Message, checked_messages, digests
 from .holds import Held, Holds, SessionBusy
 from .options import DEFAULTS, checked, of_sampler
+from .records import NOTHING, Conflict, Identity, Record, StoreAway, StoreError, now
 from .session import Begun, Live
-from .store import N_CONNECTIONS, NOTHING, Conflict, Identity, Record, Store, StoreAway, StoreError, now
+from .store import Store
 from .worker import ModelLost, QueueFull, Worker, taken
 
 T = TypeVar("T")

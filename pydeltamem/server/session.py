@@ -23,7 +23,7 @@ from ..runtime.history import TOKEN, Checkpoint, Checkpoints, Log, Position, n_c
 from ..runtime.text import Text
 from . import history
 from .history import Message
-from .store import Record, SessionDamaged, Turn
+from .records import Record, SessionDamaged, Turn
 
 RAW = "raw"  # in place of the first message: a text that is no chat
 

@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse
 
 from ..errors import InputError, RpcServerAway
 from ..runtime import remote
+from ..runtime.children import environment
 from .logs import log
 
 AGAIN = 75  # the exit status of a server that is to begin again: EX_TEMPFAIL
@@ -89,8 +90,7 @@ class _Supervisor:
             given = self.listener.fileno(), its.fileno()
             command = [sys.executable, "-m", "pydeltamem.cli", *sys.argv[1:], "--supervised", "{},{}".format(*given)]
             # in a session of its own: a Ctrl-C comes to this process, which passes it on once
-            environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # nothing is imported from the current folder
-            server = subprocess.Popen(command, env=environment, pass_fds=given, start_new_session=True)
+            server = subprocess.Popen(command, env=environment(), pass_fds=given, start_new_session=True)
         if self.told is not None:  # since the last look
             server.send_signal(self.told)
         return server, ours
