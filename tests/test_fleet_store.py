@@ -16,7 +16,8 @@ import sqlalchemy as sa
 
 from fleet import PostgreSQL, free_port, postgresql_folder, until
 from pydeltamem import InputError
-from pydeltamem.server.store import Conflict, Record, Store, StoreAway, StoreError, Turn, now
+from pydeltamem.server.records import Conflict, Record, StoreAway, StoreError, Turn, now
+from pydeltamem.server.store import Store
 from refusals import refuses
 
 needs_postgresql = pytest.mark.skipif(
@@ -204,7 +205,8 @@ def test_after_a_vacuum_commits_are_whole(store):
 def test_a_vacuum_that_fails_is_an_error_of_the_store(tmp_path):
     """Here a file has as many bytes as it may have."""
     script = (
-        "import os, resource, signal; from pydeltamem.server.store import Record, Store, StoreError\n"
+        "import os, resource, signal; from pydeltamem.server.records import Record, StoreError\n"
+        "from pydeltamem.server.store import Store\n"
         "store = Store('sqlite:///sessions.db')\n"
         "for i in range(40): store.commit(Record('', str(i), memory=os.urandom(9000)))\n"
         "for i in range(20): store.delete('', str(i))\n"
@@ -444,7 +446,7 @@ def test_an_empty_file_becomes_a_store(tmp_path):
 def test_a_store_whose_server_was_killed_is_opened(tmp_path):
     """With its log beside it, and by an address of another form."""
     script = (
-        "import os; from pydeltamem.server.store import Record, Store; "
+        "import os; from pydeltamem.server.records import Record; from pydeltamem.server.store import Store; "
         "Store('sqlite:///sessions.db').commit(Record('', 'ada')); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)

@@ -22,8 +22,10 @@ from pydeltamem.conversation import caught_prompt
 from pydeltamem.runtime.history import n_common
 from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server.history import begins, digests, known_messages
-from pydeltamem.server.service import SessionBusy, SessionUnknown
-from pydeltamem.server.store import NOTHING, Conflict, Record, Store, StoreAway, StoreError
+from pydeltamem.server.holds import SessionBusy
+from pydeltamem.server.records import NOTHING, Conflict, Record, StoreAway, StoreError
+from pydeltamem.server.service import SessionUnknown
+from pydeltamem.server.store import Store
 from pydeltamem.server.worker import QueueFull
 
 SAME = {"rtol": 0, "atol": 3e-6}  # float32 sums in another order

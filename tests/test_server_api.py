@@ -28,8 +28,8 @@ from pydeltamem.server import application as application_module
 from pydeltamem.server.application import Settings, application
 from pydeltamem.server.keys import Keys
 from pydeltamem.server.openai import Chat
+from pydeltamem.server.records import StoreAway, StoreError
 from pydeltamem.server.service import Piece
-from pydeltamem.server.store import StoreAway, StoreError
 from servers import BASE, in_thread, service, until
 
 GREEDY = {"temperature": 0, "max_tokens": 8}

@@ -21,8 +21,9 @@ from pydeltamem.models import default_files
 from pydeltamem.server.history import digests
 from pydeltamem.server.page_markdown import as_html
 from pydeltamem.server.page_talk import FORGOTTEN, MEMORY_ONLY, NOTE, Talk
+from pydeltamem.server.records import Record, Turn
 from pydeltamem.server.session import imported
-from pydeltamem.server.store import Record, Store, Turn
+from pydeltamem.server.store import Store
 
 KEY = "key-of-ada"
 BASE, ADAPTERS = default_files()
@@ -33,7 +34,7 @@ import signal, sys, time, uvicorn
 from pathlib import Path
 from pydeltamem import DeltaMemLlama, ModelError
 from pydeltamem.server import AsyncDeltaMem, application, page
-from pydeltamem.server.store import StoreError
+from pydeltamem.server.records import StoreError
 
 def load():
     while not Path(sys.argv[2]).exists():

@@ -12,8 +12,9 @@ import pytest
 
 from pydeltamem import MemorySnapshot
 from pydeltamem.cli import main
+from pydeltamem.server.records import Record
 from pydeltamem.server.session import imported
-from pydeltamem.server.store import Record, Store
+from pydeltamem.server.store import Store
 from refusals import check_names
 
 

@@ -26,9 +26,10 @@ from fleet_turns import StandIn
 from pydeltamem import DeltaMemLlama
 from pydeltamem.models import default_files
 from pydeltamem.server import AsyncDeltaMem
-from pydeltamem.server.service import SessionBusy
+from pydeltamem.server.holds import SessionBusy
+from pydeltamem.server.records import Conflict
 from pydeltamem.server.session import snapshot_of
-from pydeltamem.server.store import Conflict, Store
+from pydeltamem.server.store import Store
 
 
 class Waiting(StandIn):

@@ -36,9 +36,10 @@ from pydeltamem.models import default_files
 from pydeltamem.server import AsyncDeltaMem, logs
 from pydeltamem.server.application import Settings, application
 from pydeltamem.server.keys import Keys
+from pydeltamem.server.records import Record, Turn
 from pydeltamem.server.service import Answer
 from pydeltamem.server.session import Begun, live_session
-from pydeltamem.server.store import Record, Store, Turn
+from pydeltamem.server.store import Store
 
 MEMORY, TEXT = os.urandom(36 * 64 * 4), os.urandom(512 * 5)
 START = 8  # seconds that replicas have to load

@@ -27,8 +27,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pydeltamem.formats.memory_file import MemorySnapshot
 from pydeltamem.models import default_files
+from pydeltamem.server.records import Record
 from pydeltamem.server.session import imported
-from pydeltamem.server.store import Record, Store
+from pydeltamem.server.store import Store
 
 PORT = 8391
 WORDS = ["my name is", "Ada", "I live in", "Lima", "a dog that", "likes rain", "what do you know", "of me"]

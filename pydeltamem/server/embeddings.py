@@ -14,7 +14,8 @@ import numpy as np
 from ..errors import InputError, shown
 from ..llama import DeltaMemLlama
 from .openai import field_of
-from .service import AsyncDeltaMem, PromptTooLong, QueueFull
+from .service import AsyncDeltaMem, PromptTooLong
+from .worker import QueueFull
 
 
 class Embedder:

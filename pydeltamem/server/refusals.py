@@ -19,9 +19,10 @@ from ..errors import (
     NotFiniteError,
     shown,
 )
+from .holds import SessionBusy
 from .logs import log
 from .records import Conflict, StoreError, told
-from .service import PromptTooLong, SessionBusy, SessionLimit, SessionUnknown
+from .service import PromptTooLong, SessionLimit, SessionUnknown
 from .worker import ModelLost, QueueFull
 
 

@@ -28,7 +28,7 @@ from ..runtime.stream import checked_grammar
 from . import session as sessions
 from .database import N_CONNECTIONS
 from .history import Message, checked_messages, digests
-from .holds import Held, Holds, SessionBusy
+from .holds import Held, Holds
 from .options import DEFAULTS, checked, of_sampler
 from .records import NOTHING, Conflict, Identity, Record, StoreAway, StoreError, now
 from .session import Begun, Live
@@ -867,7 +867,3 @@ def checked_name(name: str) -> str:
             f"{str(name)[:40]!r} cannot be the name of a session: letters, digits and . _ - @ : + =, at most 128"
         )
     return name
-
-
-__all__ = ["Answer", "AsyncDeltaMem", "Committed", "Conflict", "Piece", "QueueFull", "SessionBusy", "SessionLimit",
-           "SessionUnknown", "checked_name"]  # fmt: skip

@@ -19,8 +19,8 @@ import platformdirs
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from .database import N_CONNECTIONS, Database
-from .records import NOTHING, Conflict, Identity, Listed, Record, SessionDamaged, StoreAway, StoreError, Turn, now, told
+from .database import Database
+from .records import NOTHING, Conflict, Identity, Listed, Record, Turn, now
 from .tables import (
     CHANGE,
     LEASES,
@@ -310,20 +310,3 @@ def default_url() -> str:
 
 def _data_folder() -> Path:
     return Path(platformdirs.user_data_dir("deltamem", appauthor=False))
-
-
-__all__ = [
-    "NOTHING",
-    "N_CONNECTIONS",
-    "Conflict",
-    "Identity",
-    "Record",
-    "SessionDamaged",
-    "Store",
-    "StoreAway",
-    "StoreError",
-    "Turn",
-    "default_url",
-    "now",
-    "told",
-]  # fmt: skip
