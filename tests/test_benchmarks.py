@@ -462,6 +462,14 @@ def test_a_run_goes_on_where_it_stopped(whole, tmp_path, share):
     assert (tmp_path / "locomo.jsonl").read_bytes() == data
 
 
+def started(path, folder):
+    """A run in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pydeltamem.cli.main", *command(path, folder)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
 def test_a_killed_run_ends_with_the_same_file(whole, tmp_path):
     """SIGKILL after a random number of bytes, ten times."""
     path, folder = whole
@@ -469,16 +477,42 @@ def test_a_killed_run_ends_with_the_same_file(whole, tmp_path):
     for _ in range(10):
         size = file.stat().st_size if file.exists() else 0
         until = size + draw.randrange(1, len(data) // 12)
-        run = subprocess.Popen(
-            [sys.executable, "-m", "pydeltamem.cli.main", *command(path, tmp_path)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        run = started(path, tmp_path)
         while run.poll() is None and (not file.exists() or file.stat().st_size < until):
             time.sleep(0.002)
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
     assert main(command(path, tmp_path)) == 0
     assert file.read_bytes() == data
+
+
+def test_one_run_at_a_time_writes_a_file(whole, tmp_path, capsys):
+    """The second one is refused until the first has ended, by SIGKILL too; another part of the questions is not."""
+    path, folder = whole
+    file = tmp_path / "locomo.jsonl"
+    run = started(path, tmp_path)
+    try:
+        while run.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < 3):
+            time.sleep(0.002)
+        run.send_signal(signal.SIGSTOP)
+        held = file.read_bytes()
+        assert main(command(path, tmp_path)) == 1
+        check_names(capsys.readouterr().err.strip(), [file, "--output"])
+        assert file.read_bytes() == held
+        assert main([*command(path, tmp_path, "--shard", "1/2"), "--methods", "none"]) == 0
+    finally:
+        run.kill()
+        assert run.wait() == -signal.SIGKILL
+    assert main(command(path, tmp_path)) == 0
+    assert file.read_bytes() == (folder / "locomo.jsonl").read_bytes()
+
+
+def test_a_file_that_is_removed_while_it_is_written(whole, tmp_path, capsys, monkeypatch):
+    path, _ = whole
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (tmp_path / "locomo.jsonl").unlink(missing_ok=True) or sync(file))
+    assert main(command(path, tmp_path)) == 1
+    check_names(capsys.readouterr().err.strip(), [tmp_path / "locomo.jsonl"])
 
 
 def lora(path):

@@ -60,8 +60,8 @@ def shell(line, *args):
     )
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "demo", "recall"])
-def test_ctrl_c_ends_loading_at_once(base, adapter, monkeypatch, command):
+@pytest.mark.parametrize("command", ["generate", "chat", "demo", "recall", "qa"])
+def test_ctrl_c_ends_loading_at_once(base, adapter, tmp_path, monkeypatch, command):
     """A callback of llama.cpp, where Python would see it, drops exceptions."""
     found = []
 
@@ -69,12 +69,18 @@ def test_ctrl_c_ends_loading_at_once(base, adapter, monkeypatch, command):
         found.append(signal.getsignal(signal.SIGINT))
         raise ModelError("cannot be loaded")
 
-    for module in ("pydeltamem.llama", "pydeltamem.evals.reader"):
+    for module in ("pydeltamem.llama", "pydeltamem.evals.reader", "pydeltamem.evals.asker"):
         monkeypatch.setattr(importlib.import_module(module), "DeltaMemLlama", loads)
     model = ["-m", str(base()), "--deltamem", str(adapter("qwen3", "tsw_qo"))]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        names = {"recall": ["eval", "recall"], "generate": ["generate", "-p", "hi"]}
+        questions = tmp_path / "questions"
+        questions.write_text('{"context": "A cat.", "qa": [["What is it?", ["a cat"]]]}\n', encoding="utf-8")
+        names = {
+            "recall": ["eval", "recall"],
+            "qa": ["eval", "qa", "--data", str(questions), "-o", str(tmp_path)],
+            "generate": ["generate", "-p", "hi"],
+        }
         assert main([*names.get(command, [command]), *model]) == 1
         assert found == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:

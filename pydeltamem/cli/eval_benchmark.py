@@ -23,7 +23,7 @@ from ..formats.atomic import no_file
 from ..hub import adapter_file, model_file
 from ..models import default_files
 from ..runtime import library
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, packed_adapter
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, ended_by_ctrl_c, packed_adapter
 from .parser import at_least, count, positive
 
 N_CTX = 4096  # default with -m
@@ -148,10 +148,14 @@ def run(args: argparse.Namespace) -> int:
     }
 
     def open_model(lora: bool) -> Asker:
-        return Asker(
-            model, lora=args.lora if lora else None, n_ctx=n_ctx, threads=args.threads, parallel=args.parallel,
-            shares=not args.no_sharing, **_context(args),
-        )  # fmt: skip
+        bar.stop()  # Ctrl-C would leave the terminal without its cursor
+        with ended_by_ctrl_c():
+            asker = Asker(
+                model, lora=args.lora if lora else None, n_ctx=n_ctx, threads=args.threads, parallel=args.parallel,
+                shares=not args.no_sharing, **_context(args),
+            )  # fmt: skip
+        bar.start()
+        return asker
 
     part = "" if args.shard[1] == 1 else f"-{args.shard[0]}of{args.shard[1]}"
     path = Path(args.output) / f"{benchmark.name}{part}.jsonl"

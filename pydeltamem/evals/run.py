@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from ..errors import InputError, OutputError
 from . import views
 from .asker import MARGIN, Ask, Asker, Shared
 from .items import Benchmark, Context, Item, digest
+
+if sys.platform != "win32":
+    import fcntl
 
 PLAIN = {
     "none": views.NONE, "backbone": views.FULL, "last": views.LAST, "bm25": views.BM25, "dense": views.DENSE,
@@ -201,28 +205,53 @@ class Prompts:
 class AnswerFile:
     """The JSON lines of a run: the setup, then each text that is shown before its first answer, and the answers.
 
-    Opening it takes away what a killed run left of an unfinished unit. Raises InputError if it holds another run, and
-    OutputError if it cannot be written.
+    Opening it takes away what a killed run left of an unfinished unit. It is locked until it is closed, where there are
+    locks of files: two runs would write every answer twice. Raises InputError if it holds another run, or if another
+    process writes it, and OutputError if it cannot be written.
     """
 
     def __init__(self, path: Path, setup: Mapping[str, Any], units: Sequence[Unit]):
-        self.path, self.n_done, self.texts = path, 0, set[str]()
+        self.path, self.n_done, self.texts, self._n_bytes = path, 0, set[str](), 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            data = path.read_bytes() if path.exists() else b""
+            self._file = open(path, "a+b", buffering=0)
         except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-        self._n_bytes = 0
-        first, end, _ = data.partition(b"\n")
-        if end:
-            self._check_setup(_line(first), setup)
-            self._n_bytes = len(first) + 1
-            self._find_end(data[self._n_bytes :].splitlines(keepends=True), units)
-        elif not _encoded({"setup": setup}).startswith(first):  # killed while it wrote its setup
-            self._check_setup({}, setup)
-        self._truncate()
-        if self._n_bytes == 0:
-            self.add([{"setup": setup}])
+            raise self._unwritable(error.strerror) from error
+        try:
+            self._lock()
+            self._file.seek(0)
+            data = self._file.read()
+            first, end, _ = data.partition(b"\n")
+            if end:
+                self._check_setup(_line(first), setup)
+                self._n_bytes = len(first) + 1
+                self._find_end(data[self._n_bytes :].splitlines(keepends=True), units)
+            elif not _encoded({"setup": setup}).startswith(first):  # killed while it wrote its setup
+                self._check_setup({}, setup)
+            self._file.truncate(self._n_bytes)
+            if self._n_bytes == 0:
+                self.add([{"setup": setup}])
+        except BaseException:
+            self.close()
+            raise
+
+    def _unwritable(self, why: str | None) -> OutputError:
+        return OutputError(f"{self.path}: cannot be written: {why}")
+
+    def _lock(self) -> None:
+        """The system releases it with the file, also when it kills the process."""
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{self.path}: another process writes it: wait for its end, or name another folder by --output"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+
+    def close(self) -> None:
+        self._file.close()
 
     def _check_setup(self, found: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
         before, now = found.get("setup"), json.loads(json.dumps(setup))
@@ -255,19 +284,17 @@ class AnswerFile:
                     self.n_done, self._n_bytes, given = self.n_done + 1, at, []
                     self.texts |= texts
 
-    def _truncate(self) -> None:
-        if self.path.exists() and self.path.stat().st_size != self._n_bytes:
-            os.truncate(self.path, self._n_bytes)
-
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Appends lines, and has them on disk when it returns."""
+        lines = memoryview(b"".join(map(_encoded, records)))
         try:
-            with open(self.path, "ab") as file:
-                file.write(b"".join(map(_encoded, records)))
-                file.flush()
-                os.fsync(file.fileno())
+            while lines:
+                lines = lines[self._file.write(lines) :]
+            os.fsync(self._file.fileno())
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                raise self._unwritable("somebody removed it")
         except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
+            raise self._unwritable(error.strerror) from error
 
 
 def _encoded(record: Mapping[str, Any]) -> bytes:
@@ -304,10 +331,10 @@ def run(
     units = list(units_of(items, methods, parallel))
     file = AnswerFile(path, setup, units)
     total, done = sum(len(unit.items) for unit in units), sum(len(unit.items) for unit in units[: file.n_done])
-    progress(done, total)
     asker: Asker | None = None
     latest: Method | None = None
     try:
+        progress(done, total)
         for unit in units[file.n_done :]:
             if asker is None or latest is None or latest.lora != unit.method.lora:
                 if asker is not None:
@@ -328,6 +355,7 @@ def run(
             done += len(unit.items)
             progress(done, total)
     finally:
+        file.close()
         if asker is not None:
             asker.close()
 
