@@ -86,9 +86,9 @@ def test_json(run_bench, adapter, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert [run["n_tokens"] for run in found["prefill"]["runs"]] == [32, 8]
+    assert [run["n_tokens"] for run in found["prompt"]["runs"]] == [32, 8]
     assert [(run["depth"], run["n_tokens"]) for run in found["decode"]["runs"]] == [(0, 4), (40, 4)]
-    for kind in ("prefill", "decode"):
+    for kind in ("prompt", "decode"):
         main = found[kind]["runs"][0]
         for key in ("on", "off", "ratio", "low", "high", "pairs"):
             assert found[kind][key] == main[key]
@@ -113,7 +113,7 @@ def test_json_to_standard_output(run_bench):
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert "decode" not in found and "on" not in found["memory"]
-    assert "prefill 8" in result.stderr
+    assert "prompt 8" in result.stderr
 
 
 def test_against_another_library(run_bench, tmp_path):
@@ -125,7 +125,7 @@ def test_against_another_library(run_bench, tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["setup"]["against"]["folder"] == str(other)
-    for kind in ("prefill", "decode"):
+    for kind in ("prompt", "decode"):
         run = found[kind]["runs"][0]
         assert set(run["ratios"]) == {"plain/against", "against/plain"}
         for name, ratio in run["ratios"].items():
@@ -158,7 +158,7 @@ def test_a_table_whose_reader_is_gone(base, adapter, tmp_path):
     model = ["-m", base(), "--deltamem", adapter("qwen3", "tsw_qo")]
     args = ["bench", *model, *SMALL, "-p", "8", "-n", "0", "--rss", "0", "--json", path]
     assert shell('trap "" PIPE; { "$@"; echo $? >&2; } | true', *args).stderr == "141\n"
-    assert json.loads(path.read_text(encoding="utf-8"))["prefill"]
+    assert json.loads(path.read_text(encoding="utf-8"))["prompt"]
 
 
 @pytest.mark.parametrize("width", ["50", "80"])
@@ -195,7 +195,7 @@ def test_nodes(run_bench, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "All nodes:" in result.stdout and "deltamem_read" in result.stdout
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert [test["test"] for test in found["nodes"]] == ["prefill 16", "prefill 40", "decode 3 at 5"]
+    assert [test["test"] for test in found["nodes"]] == ["prompt 16", "prompt 40", "decode 3 at 5"]
     # a prompt of 40 is three graphs of 16, 16 and 8; in decode the untimed token is one more, and two rounds make eight
     for test, n_graphs, n_times in zip(found["nodes"], (1, 3, 1), (2, 2, 8)):
         assert test["times"] == n_times and f"the least of {n_times} times" in result.stdout
@@ -210,7 +210,7 @@ def test_nodes(run_bench, tmp_path):
         for side in ("on", "off"):
             assert test[side] == pytest.approx(sum(row[side] for row in rows.values()))
         assert test["ratio"] == test["on"] / test["off"]
-    assert "prefill" not in found and "decode" not in found
+    assert "prompt" not in found and "decode" not in found
 
 
 def test_sides_alternate():
@@ -221,12 +221,12 @@ def test_sides_alternate():
         def __init__(self, name):
             self.name, self.n = name, 0
 
-        def prefill(self, n_tokens):
+        def prompt(self, n_tokens):
             order.append(self.name)
             self.n += 1
             return 1000 * self.n, 1 if self.n == 1 else 0  # the first builds a graph
 
-    result = pairs.measure({"on": Side("on"), "off": Side("off")}, "prefill", (5,), 4, lambda: None)
+    result = pairs.measure({"on": Side("on"), "off": Side("off")}, "prompt", (5,), 4, lambda: None)
     rounds = [tuple(order[i : i + 2]) for i in range(0, len(order), 2)]
     assert rounds == [("off", "on"), ("on", "off"), ("off", "on"), ("on", "off"), ("off", "on")]
     assert result["ns"] == {"on": [2000, 3000, 4000, 5000], "off": [2000, 3000, 4000, 5000]}
@@ -242,13 +242,13 @@ def test_pairs_that_share_contexts_count_once():
         def renew(self):
             log.append("new")
 
-        def prefill(self, n_tokens):
+        def prompt(self, n_tokens):
             log.append("run")
             return 1000, 0
 
     for n_renew, n_groups in ((0, 5), (1, 5), (2, 3), (5, 1)):
         log.clear()
-        result = pairs.measure({"on": Side(), "off": Side()}, "prefill", (5,), 5, lambda: None, n_renew)
+        result = pairs.measure({"on": Side(), "off": Side()}, "prompt", (5,), 5, lambda: None, n_renew)
         assert (result["pairs"], result["groups"]) == (5, n_groups)
         assert log.count("new") == (0 if n_renew == 0 else 2 * (n_groups - 1))
         # runs since the contexts were made: untimed ones, then n_renew pairs
@@ -279,7 +279,7 @@ def test_the_interval_covers_where_pairs_share_contexts():
 def test_a_run_is_what_it_says(runner):
     """Positions after each run, for both sides; decode leaves the depth as it found it and builds no graph."""
     for side in (runner(True), runner(False)):
-        assert side.prefill(100)[0] > 0
+        assert side.prompt(100)[0] > 0
         assert side.n_tokens == 100
         nanoseconds, built = side.decode(70, 5)
         assert nanoseconds > 0 and built == 0
@@ -314,7 +314,7 @@ def test_what_is_computed_as_one_follows_each_other(options, adapter, case, outt
 def test_the_adapter_is_attached_and_writes(runner):
     on, off = runner(True), runner(False)
     for side in (on, off):
-        side.prefill(10)
+        side.prompt(10)
     assert library.llama_deltamem_is_attached(on.ctx) and not library.llama_deltamem_is_attached(off.ctx)
     assert on.n_graphs > 0 and off.n_graphs == 0
     size = library.llama_deltamem_state_size(on.ctx)
@@ -326,18 +326,18 @@ def test_the_adapter_is_attached_and_writes(runner):
 def test_worker_does_what_a_runner_does(options, adapter):
     side = worker.Worker(library.library_folder(), options, str(adapter("qwen3", "tsw_qo")))
     try:
-        assert side.prefill(20)[0] > 0
+        assert side.prompt(20)[0] > 0
         nanoseconds, built = side.decode(20, 3)
         assert nanoseconds > 0 and built == 0
         assert side.resident()["peak"] > 1 << 20
         first = side.process
         side.renew()
         assert first.poll() == 0 and side.process.pid != first.pid
-        assert side.prefill(20)[0] > 0
+        assert side.prompt(20)[0] > 0
         assert side.description["model_info"]["n_params"] > 0 and "CPU" in side.description["system"]
         side.process.kill()
         with refuses(LibraryError, library.library_folder(), "-9"):
-            side.prefill(20)
+            side.prompt(20)
     finally:
         side.close()
     with refuses(AdapterError, options.model):
@@ -376,7 +376,7 @@ def test_what_cannot_be_run(options, runner, bitnet, adapter, of_no_architecture
     with refuses(ModelError, of_no_architecture):
         model(model=str(of_no_architecture))
     with refuses(DecodeError, options.model):
-        runner().prefill(300)  # the context holds 256 tokens
+        runner().prompt(300)  # the context holds 256 tokens
     with refuses(ModelError, options.model):
         runs.Runner(model(type_v="q8_0"))  # needs flash attention
     memory = str(rewrite(adapter("smollm3", "tsw_qo"), tmp_path / "adapter.gguf", "bitnet"))
@@ -668,7 +668,7 @@ def test_the_vocabulary_of_the_build(tiny, golden_dir, monkeypatch, tmp_path, ca
     assert (
         main.main(["bench", "--synthetic", "tiny", "--ftype", "f16", *SMALL, "-p", "8", "-n", "0", "--rss", "0"]) == 0
     )
-    assert "prefill 8" in capsys.readouterr().out
+    assert "prompt 8" in capsys.readouterr().out
 
     kept.unlink()
     models = build / "llama.cpp" / "models"

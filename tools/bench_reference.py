@@ -103,22 +103,22 @@ def main() -> int:
         for unpack in args.unpack
     }
     seconds: dict[str, dict[str, list[float]]] = {
-        name: {"prefill": [], "decode": []} for name in (*FORMS, *runners)
+        name: {"prompt": [], "decode": []} for name in (*FORMS, *runners)
     }  # fmt: skip
     for pair in range(-1, args.pairs):  # the first one warms up
         times = {form: reference.run(form, args.prompt, args.decode) for form in FORMS}
         for name, runner in runners.items():
-            prefill = runner.prefill(args.prompt)[0] / 1e9
-            times[name] = prefill, runner.decode(args.prompt, args.decode)[0] / 1e9
+            prompt = runner.prompt(args.prompt)[0] / 1e9
+            times[name] = prompt, runner.decode(args.prompt, args.decode)[0] / 1e9
         if pair >= 0:
-            for name, (prefill, decode) in times.items():
-                seconds[name]["prefill"].append(prefill)
+            for name, (prompt, decode) in times.items():
+                seconds[name]["prompt"].append(prompt)
                 seconds[name]["decode"].append(decode)
         print(f"\r{pair + 1} of {args.pairs}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
 
     results = {}
-    for what, n_tokens in (("prefill", args.prompt), ("decode", args.decode)):
+    for what, n_tokens in (("prompt", args.prompt), ("decode", args.decode)):
         print(f"{what} of {n_tokens} tokens")
         for form in FORMS:
             print(f"  PyTorch bf16, {form}: {n_tokens / median(seconds[form][what]):.2f} tokens/s")

@@ -326,7 +326,7 @@ def measure(check: Check, shape: str, vocab: Path, writers: list[subprocess.Pope
         if check.run(f"bench-{ftype}", python, "-m", "pydeltamem.cli", *command, timeout=300, **environment) is None:
             continue
         found = json.loads(path.read_text(encoding="utf-8"))
-        for what in ("decode", "prefill"):
+        for what in ("decode", "prompt"):
             r = found[what]
             check.note(f"  {shape} {ftype}, {what}", f"{r['ratio']:.4f} × ({r['low']:.4f} to {r['high']:.4f})")
         if ftype == "q4_k_m":

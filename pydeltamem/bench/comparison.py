@@ -42,7 +42,7 @@ class Plan:
     @property
     def tests(self) -> list[tuple[str, tuple[int, ...]]]:
         """The tests, as `measure` takes them: kind and arguments."""
-        tests: list[tuple[str, tuple[int, ...]]] = [("prefill", (n,)) for n in self.prompts]
+        tests: list[tuple[str, tuple[int, ...]]] = [("prompt", (n,)) for n in self.prompts]
         return tests + [("decode", (depth, self.n_decode)) for depth in self.depths if self.n_decode]
 
     @property
@@ -117,7 +117,7 @@ def run(
                 runs = report.setdefault(kind, {"runs": []})["runs"]
                 runs.append(measure(sides, kind, arguments, plan.n_pairs, advance, plan.n_renew))
 
-    for kind in ("prefill", "decode"):  # the report repeats the first of several at its top
+    for kind in ("prompt", "decode"):  # the report repeats the first of several at its top
         if kind in report:
             first = report[kind]["runs"][0]
             report[kind] = {**{key: value for key, value in first.items() if key != "ns"}, **report[kind]}
@@ -126,7 +126,7 @@ def run(
 
 def label(kind: str, arguments: tuple[int, ...]) -> str:
     """A test in a few words."""
-    return f"prefill {arguments[0]}" if kind == "prefill" else f"decode {arguments[1]} at {arguments[0]}"
+    return f"prompt {arguments[0]}" if kind == "prompt" else f"decode {arguments[1]} at {arguments[0]}"
 
 
 def library_in(path: str) -> str:
@@ -182,7 +182,7 @@ def _resident(folder: str, options: Options, adapter: str, n_tokens: int, progre
         progress(f"RAM, adapter {name}", i, 2)
         worker = Worker(folder, options, path)
         try:
-            worker.prefill(n_tokens)
+            worker.prompt(n_tokens)
             worker.decode(n_tokens, 1)
             result[name] = worker.resident()
         finally:

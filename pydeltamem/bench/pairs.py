@@ -16,7 +16,7 @@ ON, OFF, PLAIN, OTHER = "on", "off", "plain", "against"
 class Side(Protocol):
     """What is timed: a Runner of runs.py, or a Worker of worker.py."""
 
-    def prefill(self, n_tokens: int) -> tuple[int, int]: ...
+    def prompt(self, n_tokens: int) -> tuple[int, int]: ...
 
     def decode(self, depth: int, n_tokens: int) -> tuple[int, int]: ...
 
@@ -37,7 +37,7 @@ def measure(
     memory makes a side some percent slower as long as they live. So rounds between two renewals depend on each other.
 
     Args:
-        kind: "prefill" with arguments (tokens,), or "decode" with (depth, tokens).
+        kind: "prompt" with arguments (tokens,), or "decode" with (depth, tokens).
         advance: called after every run.
 
     Returns n_tokens, with decode depth; of each side its tokens/s, the median; of ON and OFF what `compare` finds, and

@@ -144,23 +144,23 @@ class Runner:
         """Graphs with the adapter built so far; 0 without an adapter."""
         return self._lib.llama_deltamem_n_graphs(self.ctx) if self._lib else 0
 
-    def prefill(self, n_tokens: int) -> tuple[int, int]:
+    def prompt(self, n_tokens: int) -> tuple[int, int]:
         """Decodes a prompt of n_tokens into an empty KV cache. Returns (nanoseconds, graphs built meanwhile)."""
         llama = self.llama
-        batches = self._prompt(n_tokens)
+        batches = self._in_batches(n_tokens)
         llama.llama_memory_clear(self._memory, False)
         llama.llama_synchronize(self.ctx)
         return self._timed(batches, False)
 
     def decode(self, depth: int, n_tokens: int) -> tuple[int, int]:
-        """Generates n_tokens, one llama_decode each, after a text of `depth` tokens. Returns as prefill().
+        """Generates n_tokens, one llama_decode each, after a text of `depth` tokens. Returns as prompt().
 
         Decodes that text first if the KV cache does not hold it. One untimed token goes before the others: it wakes the
         threads and builds the graph that the others reuse.
         """
         if self.n_tokens < depth:
-            self.prefill(depth)
-        token = self._prompt(1)
+            self.prompt(depth)
+        token = self._in_batches(1)
         self._cut(depth)
         self._timed(token, True)
         self._cut(depth)
@@ -181,7 +181,7 @@ class Runner:
             raise DecodeError(f"{self.options.model}: llama_decode failed with status {status}")
         return elapsed, self.n_graphs - n_graphs
 
-    def _prompt(self, n_tokens: int) -> list[Any]:
+    def _in_batches(self, n_tokens: int) -> list[Any]:
         """Batches of at most n_batch over the same random tokens; logits of a batch's last token only."""
         if n_tokens not in self._batches:
             size = ctypes.sizeof(ctypes.c_int32)

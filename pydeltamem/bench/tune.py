@@ -273,8 +273,8 @@ class _Bench:
     def size_up(self, default: Settings) -> None:
         """Decides how long the runs are: a prompt takes at most 1/60 of the time, decode 1/200."""
         runner = self._runner(default)
-        runner.prefill(32)
-        rate = 32e9 / runner.prefill(32)[0]
+        runner.prompt(32)
+        rate = 32e9 / runner.prompt(32)[0]
         self.n_prompt = max([n for n in (64, 128, 256, 512) if n / rate <= self.seconds / 60], default=32)
         rate = 2e9 / runner.decode(32, 2)[0]
         self.n_decode = min(max(int(self.seconds / 200 * rate), 4), 32)
@@ -286,8 +286,8 @@ class _Bench:
         self.advance()
         if kind == PROMPTS:
             if not runner.n_tokens:
-                runner.prefill(self.n_prompt)
-            return runner.prefill(self.n_prompt)[0]
+                runner.prompt(self.n_prompt)
+            return runner.prompt(self.n_prompt)[0]
         return runner.decode(self.n_prompt, self.n_decode)[0]
 
     def compare(

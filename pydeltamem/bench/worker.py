@@ -56,8 +56,8 @@ class Worker:
             self.close()
             raise
 
-    def prefill(self, n_tokens: int) -> tuple[int, int]:
-        nanoseconds, built = self._call(run="prefill", arguments=[n_tokens])["result"]
+    def prompt(self, n_tokens: int) -> tuple[int, int]:
+        nanoseconds, built = self._call(run="prompt", arguments=[n_tokens])["result"]
         return nanoseconds, built
 
     def decode(self, depth: int, n_tokens: int) -> tuple[int, int]:
@@ -124,7 +124,7 @@ def _serve(requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
         for line in requests:
             request = json.loads(line)
             runs: dict[str, Callable[..., Any]] = {
-                "prefill": runner.prefill,
+                "prompt": runner.prompt,
                 "decode": runner.decode,
                 "resident": resident,
             }

@@ -347,7 +347,7 @@ def _print(out: Console, results: dict[str, Any]) -> None:
         "test", "compared", "tokens/s of the first", "of the second", "ratio", "interval", left=("test", "compared")
     )
     confidence = None
-    for kind in ("prefill", "decode"):
+    for kind in ("prompt", "decode"):
         for run in results.get(kind, {}).get("runs", []):
             arguments = (run["depth"], run["n_tokens"]) if kind == "decode" else (run["n_tokens"],)
             compared = {f"{ON}/{OFF}": run} if ON in run else {}

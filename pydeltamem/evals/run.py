@@ -214,7 +214,7 @@ class AnswerFile:
         self.path, self.n_done, self.texts, self._n_bytes = path, 0, set[str](), 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b", buffering=0)
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - `close` closes it
         except OSError as error:
             raise self._unwritable(error.strerror) from error
         try:
