@@ -41,8 +41,7 @@ struct ggml_deltamem_schedule {
     bool has_shape_of(const ggml_deltamem_schedule & other) const;
 };
 
-// Throws std::runtime_error for a plan whose token both writes and belongs to an ingest, or that names what there is
-// not.
+// Throws std::runtime_error for a plan that commits an ingest within which tokens wrote, or that names what there is not.
 GGML_API ggml_deltamem_schedule ggml_deltamem_make_schedule(const ggml_deltamem_params & params, const int32_t * plan,
                                                             int64_t n_tokens);
 

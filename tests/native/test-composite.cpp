@@ -70,7 +70,8 @@ static bool is_aligned_for_metal(const ggml_tensor * node) {
 }
 
 // Several batches in a row over the same slots, computed by `backend`; `device` must take each node. With segments, ingests
-// begin and end anywhere, also in another batch than they began in, and some sequences write token by token.
+// begin and end anywhere, also in another batch than they began in, and some sequences write token by token. With `any_bits`,
+// tokens do what no context asks for, such as to write within an ingest that another batch commits.
 class conversation {
 public:
     conversation(ggml_backend_t backend, ggml_backend_dev_t device, const shape & s, int width, double tol,
@@ -114,8 +115,8 @@ public:
         random.shuffle(slots);
     }
 
-    void batch(int n_tokens) {
-        const std::vector<int32_t> plan = make_plan(n_tokens);
+    void batch(int n_tokens, bool any_bits = false) {
+        const std::vector<int32_t> plan = make_plan(n_tokens, any_bits);
 
         std::vector<float> proj_data(ggml_deltamem_n_proj(&p) * n_tokens), bias_data(ggml_deltamem_n_gates(&p));
         const int64_t      n_qk = 2 * s.n_head * s.rank;
@@ -181,7 +182,7 @@ public:
         ggml_deltamem_set_composite_inputs(inputs, schedule);
         check(ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS, "%s: computing failed", name);
 
-        compare(plan, n_tokens, proj_data, bias_data, values(result.reads),
+        compare(plan, n_tokens, any_bits, proj_data, bias_data, values(result.reads),
                 kernel ? values(kernel) : std::vector<float>());
     }
 
@@ -245,7 +246,26 @@ private:
         return y;
     }
 
-    std::vector<int32_t> make_plan(int n_tokens) {
+    // What a token may do besides reading, but end an ingest in which tokens wrote. `wrote`: they did since the pending state was
+    // S, or -1 if that was in another batch.
+    int32_t make_bits(int & wrote) {
+        int32_t bits = random.below(32);
+        if (bits & GGML_DELTAMEM_TOKEN_BEGIN) {
+            wrote = 0;
+        }
+        if ((bits & GGML_DELTAMEM_TOKEN_WRITE) && wrote == 0) {
+            wrote = 1;
+        }
+        if (wrote == 1) {
+            bits &= ~GGML_DELTAMEM_TOKEN_COMMIT;
+        }
+        if (bits & GGML_DELTAMEM_TOKEN_COMMIT) {
+            wrote = 0;
+        }
+        return bits;
+    }
+
+    std::vector<int32_t> make_plan(int n_tokens, bool any_bits) {
         const bool segments = (s.flags & GGML_DELTAMEM_SEGMENTS) != 0;
 
         std::vector<int32_t> columns, plan;
@@ -264,9 +284,12 @@ private:
         int n_left = s.n_checkpoints;
         for (int seq = 0, at = 0; seq < s.n_seqs; ++seq) {
             const bool by_token = segments && !open[seq] && random.chance(0.2f);
+            int        wrote    = -1;
             for (int i = 0; i < counts[seq]; ++i, ++at) {
                 int32_t bits = 0;
-                if (!segments || by_token) {
+                if (any_bits) {
+                    bits = make_bits(wrote);
+                } else if (!segments || by_token) {
                     bits = random.chance(0.8f) ? GGML_DELTAMEM_TOKEN_WRITE : 0;
                 } else {
                     if (!open[seq]) {
@@ -296,7 +319,7 @@ private:
         return plan;
     }
 
-    void compare(const std::vector<int32_t> & plan, int n_tokens, const std::vector<float> & proj_data,
+    void compare(const std::vector<int32_t> & plan, int n_tokens, bool any_bits, const std::vector<float> & proj_data,
                  const std::vector<float> & bias_data, const std::vector<float> & reads,
                  const std::vector<float> & kernel_reads) {
         const bool   segments = (s.flags & GGML_DELTAMEM_SEGMENTS) != 0;
@@ -333,7 +356,7 @@ private:
                 for (size_t i = 0; i < n_state && with_kernel; ++i) {
                     e_kernel.add(after[at + i], kernel_after[at + i]);
                 }
-                if (segments && open[seq]) { // what the next batch needs
+                if (segments && (any_bits || open[seq])) { // what the next batch needs
                     same(at + n_state, n_record - n_state, ref.record.data() + n_state);
                 }
                 std::copy(&now[at], &now[at] + n_record, &others[at]);
@@ -398,6 +421,11 @@ static void test_device(ggml_backend_dev_t device, ggml_backend_t backend) {
             conversation c(backend, device, s, w, tol, cpu);
             for (const int n_tokens : { s.n_tokens, s.n_seqs, s.n_tokens, 2 * s.n_seqs }) {
                 c.batch(n_tokens);
+            }
+            if (s.flags & segments) {
+                for (const int n_tokens : { s.n_tokens, s.n_seqs, s.n_seqs - 1, s.n_tokens }) {
+                    c.batch(n_tokens, true);
+                }
             }
             c.report();
         }
