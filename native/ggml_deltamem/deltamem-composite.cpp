@@ -175,10 +175,7 @@ private:
         // q, k <- norm(tanh(q)), norm(tanh(k)): [j, (q or k, h), rows]
         ggml_tensor * qk = ggml_view_3d(ctx, proj, r, 2 * n_head, n_rows(), r * f, proj->nb[1], 0);
         if (has(GGML_DELTAMEM_NORMALIZE_QK)) {
-            if (proj->ne[0] % 4 != 0) {
-                qk = ggml_cont(ctx, qk); // ggml-metal takes four floats of a row at once, wherever the row begins
-            }
-            qk = ggml_l2_norm(ctx, ggml_tanh(ctx, qk), 1e-6f);
+            qk = ggml_l2_norm(ctx, ggml_tanh(ctx, aligned(qk)), 1e-6f);
         }
         qk = ggml_pad(ctx, qk, width - r, 0, 1, 0);
         q  = ggml_view_2d(ctx, qk, width * n_head, n_rows() + 1, qk->nb[2], 0);
@@ -190,7 +187,7 @@ private:
         const int64_t n_gate  = is_sep ? n_gates / 2 : n_gates;
 
         ggml_tensor * gates = ggml_view_2d(ctx, proj, n_gates, n_rows(), proj->nb[1], 3 * n_head * r * f);
-        gates               = ggml_add(ctx, gates, gate_bias);
+        gates               = ggml_add(ctx, aligned(gates), gate_bias);
 
         ggml_tensor * x = by_head(is_sep ? ggml_view_2d(ctx, gates, n_gate, n_rows(), gates->nb[1], 0) : gates);
         ggml_tensor * y =
@@ -243,6 +240,13 @@ private:
         }
         v = ggml_pad(ctx, v, width - n, 0, 1, 0);
         v = ggml_reshape_2d(ctx, v, width * heads, n_rows() + 1);
+    }
+
+    // ggml-metal takes four floats of a row at once where a row is a multiple of four long, wherever it begins
+    ggml_tensor * aligned(ggml_tensor * x) {
+        const size_t four = 4 * sizeof(float);
+        const bool   is   = x->view_offs % four == 0 && x->nb[1] % four == 0 && x->nb[2] % four == 0;
+        return x->ne[0] % 4 != 0 || is ? x : ggml_cont(ctx, x);
     }
 
     // ggml_clamp writes to its source, which nothing else may need

@@ -395,6 +395,8 @@ static void test_device(ggml_backend_dev_t device, ggml_backend_t backend) {
         { 8, 1, 1, 200, GGML_DELTAMEM_LAMBDA_COUPLED, norm | rows, 0 },
         { 1, 1, 2, 20, GGML_DELTAMEM_LAMBDA_COUPLED, norm | rows, 0 },
         { 64, 2, 2, 20, GGML_DELTAMEM_LAMBDA_SEPARATE, norm, 2 },
+        { 14, 1, 2, 20, GGML_DELTAMEM_LAMBDA_SEPARATE, norm | rows, 0 }, // gates begin at no multiple of four floats,
+        { 5, 2, 2, 20, GGML_DELTAMEM_LAMBDA_SEPARATE, norm, 0 },         // and are a multiple of four
     };
     for (const int lambda :
          { GGML_DELTAMEM_LAMBDA_COUPLED, GGML_DELTAMEM_LAMBDA_SEPARATE, GGML_DELTAMEM_LAMBDA_NONE }) {
