@@ -74,6 +74,8 @@ def test_memory_agent_bench_takes_a_substring():
         ("A close look shows the answer is C", "C"), ("The answer is A because of", "A"), ("A is right.", "A"),
         ("A", "A"), ("a) 12 J", "A"), ("A 12 J", "A"), ("A\nthe first", "A"), ("**A**", "A"), ("D-glucose", ""),
         ("C. 12 J, as the answer is C", "C"), ("Answer:\nD", "D"), ("C because (A) is wrong", "C"),
+        ("Option C", "C"), ("**Choice B.**", "B"), ("The correct letter is D.", "D"), ("option a photon", ""),
+        ("$\\boxed{C}$", "C"), ("The answer is \\boxed{B}.", "B"), ("Optional", ""),
     ],
 )  # fmt: skip
 def test_the_letter_of_a_choice(answer, letter):

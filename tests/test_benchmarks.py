@@ -659,6 +659,10 @@ def test_a_report_joins_shards(whole, tmp_path, capsys):
     assert {row["n"] for row in rows} == {10} and {row["method"] for row in rows} == set(RUN[-1].split(","))
     assert all(row["mean"]["low"] <= row["mean"]["value"] <= row["mean"]["high"] for row in rows)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert not [note for note in found["notes"] if "--shard" in note]
+    assert main(["eval", "report", folders[1], "--json", str(out)]) == 0  # which tells of the other part
+    (note,) = [note for note in json.loads(out.read_text())["notes"] if "--shard" in note]
+    check_names(note, ["locomo", 2])
 
 
 def report_of(folder, **scores):
@@ -838,6 +842,9 @@ def test_a_report_of_nothing(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text("{}\n")
     assert main(["eval", "report", str(tmp_path)]) == 1
     check_names(capsys.readouterr().err.strip(), [tmp_path / "x.jsonl"])
+    answers_of(tmp_path / "x.jsonl", q=(1, "yes"))
+    assert main(["eval", "report", str(tmp_path), str(tmp_path / "other")]) == 1
+    check_names(capsys.readouterr().err.strip(), [tmp_path / "other"])
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,19 @@ def test_the_likeliest_continuation_is_greedy(lm):
     assert not greedy
 
 
+def test_a_cache_has_each_answer_as_soon_as_it_is_known(lm, monkeypatch):
+    """lm-eval --use_cache goes on where a killed run stopped."""
+    kept = {}
+    monkeypatch.setattr(
+        lm, "cache_hook", SimpleNamespace(add_partial=lambda what, about, value: kept.update({(what, *about): value}))
+    )
+    found = lm.loglikelihood(requests(*PAIRS), disable_tqdm=True)
+    assert kept == {("loglikelihood", *pair): value for pair, value in zip(PAIRS, found)}
+    kept.clear()
+    found = lm.loglikelihood_rolling(requests(("Hello.",), ("I live in Oslo.",)), disable_tqdm=True)
+    assert list(kept.values()) == found and all(what == "loglikelihood_rolling" for what, _ in kept)
+
+
 def test_rolling_probabilities_have_every_token_once(lm):
     short = "I live in Oslo and my dog is called Rex."
     tokens = lm.tok_encode(short, add_special_tokens=False)

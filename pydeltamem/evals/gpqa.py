@@ -18,9 +18,10 @@ _SAID = [
     re.compile(pattern + _LETTER, re.MULTILINE)
     for pattern in (
         # "The answer is B", "Answer: (B)", "the right choice is option B"
-        r"(?i:\b(?:answer|(?:choice|option)(?=\s*(?:is\b|:)))\b[\s:*]*(?:is\b)?[\s:*\"“(]*(?:(?:choice|option)\b[\s*(]*)?)",
-        # first in a line: "B", "(B) …", "A because …", no "A photon"
-        r"^[^\w\n]*(?!A[ \t]+(?!(?:is|because|since)\b)[^\W\d])",
+        r"(?i:\b(?:answer|(?:choice|option|letter)(?=\s*(?:is\b|:)))\b[\s:*]*(?:is\b)?[\s:*\"“($]*"
+        r"(?:\\boxed\{|(?:choice|option|letter)\b[\s*(]*)?)",
+        # first in a line: "B", "(B) …", "Option B", "A because …", no "A photon"
+        r"^[^\w\n]*(?i:(?:(?:choice|option|letter)\b|boxed\{)[\s:*(]*)?(?!A[ \t]+(?!(?:is|because|since)\b)[^\W\d])",
         r"\((?=\w\))",
     )
 ]

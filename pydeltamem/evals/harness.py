@@ -111,7 +111,7 @@ class DeltaMemLM(TemplateLM):
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])  # alike side by side
         for i in tqdm(order, desc="loglikelihood", disable=disable_tqdm):
-            _, context, continuation = requests[i]
+            texts, context, continuation = requests[i]
             if len(continuation) > self.max_length:
                 raise InputError(f"n_ctx={self.max_length}: a continuation has {len(continuation)} tokens: raise it")
             tokens = (context + continuation)[-(self.max_length + 1) :]
@@ -123,6 +123,8 @@ class DeltaMemLM(TemplateLM):
             logs = highest + np.log(np.exp(rows - highest[:, None]).sum(axis=1))
             said = rows[np.arange(len(continuation)), continuation]
             found[i] = float((said - logs).sum()), bool((rows.argmax(axis=1) == continuation).all())
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, found[i])
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -135,6 +137,7 @@ class DeltaMemLM(TemplateLM):
             )
             pairs = [(None, *make_disjoint_window(window)) for window in windows]
             found.append(sum(value for value, _ in self._loglikelihood_tokens(pairs, disable_tqdm=True)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
         return found
 
     #

@@ -139,10 +139,12 @@ def _read(
     setups: list[dict[str, Any]] = []
     answers: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     notes: list[str] = []
-    named = list(map(Path, folders))
-    paths = [path for folder in named for path in ([folder] if folder.is_file() else sorted(folder.glob("*.jsonl")))]
-    if not paths:
-        raise InputError(f"{', '.join(map(str, named))}: has no answers of deltamem eval (*.jsonl)")
+    paths: list[Path] = []
+    for folder in map(Path, folders):
+        found = [folder] if folder.is_file() else sorted(folder.glob("*.jsonl"))
+        if not found:
+            raise InputError(f"{folder}: has no answers of deltamem eval (*.jsonl)")
+        paths += found
     seen: dict[tuple[str, str], dict[str, Any]] = {}  # by benchmark and method: under what it was asked
     for path in paths:
         setup, records = _records(path)
@@ -173,7 +175,21 @@ def _read(
                 raise InputError(f"{note}: report the files one by one")
             if len(values) > 1:
                 notes.append(note)
-    return setups, answers, notes
+    return setups, answers, notes + _missing_parts(setups)
+
+
+def _missing_parts(setups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Notes about questions that were shared out by --shard, if not all their files are here."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    for setup in setups:
+        part, _, n = str(setup.get("shard") or "1/1").partition("/")
+        alike = (str(setup.get(name)) for name in ("methods", "kinds", "limit", "seed"))
+        found.setdefault((setup["benchmark"], n, *alike), set()).add(part)
+    return [
+        f"{benchmark}: has parts {', '.join(sorted(parts))} of {n} of the questions (--shard) so far"
+        for (benchmark, n, *_), parts in found.items()
+        if str(len(parts)) != n
+    ]
 
 
 def _records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
