@@ -141,6 +141,9 @@ def test_usage(args, usage):
         (["bench", "--contrl"], "--contrl", "--control"),
         (["memory", "show", "x", "--jsn"], "--jsn", "--json"),
         (["genrate"], "genrate", "generate"),
+        (["--hlep"], "--hlep", "--help"),
+        (["eval", "hotpotqs", "-o", "x"], "hotpotqs", "hotpotqa"),
+        (["sessions", "--store", "x", "lsit"], "lsit", "list"),
     ],
 )
 def test_what_is_misspelt_is_named_with_what_was_meant(args, wrong, right):

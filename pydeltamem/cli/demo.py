@@ -63,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--facts", type=int, choices=range(1, 17), default=4, metavar="N",
         help="facts to tell the small model (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=None, help="seed of what is told (another each time)")
+    parser.add_argument("--seed", type=int, default=None, metavar="N", help="seed of what is told (another each time)")
     parser.add_argument(
-        "--delay", type=duration, default=0.15, metavar="S", help="pause after a message (%(default)s s)"
+        "--delay", type=duration, default=0.15, metavar="S", help="seconds of pause after a message (%(default)s)"
     )
 
 

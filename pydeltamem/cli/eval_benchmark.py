@@ -71,9 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that searches, last turns and summaries may show (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "-c", "--ctx-size", type=count, metavar="N", help=f"context ({N_CTX}; 0, or the small model: the model's)"
+        "-c",
+        "--ctx-size",
+        type=count,
+        metavar="N",
+        help=f"tokens of the context ({N_CTX}; 0, or the small model: the model's)",
     )
-    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half the CPUs)")
+    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
     parser.add_argument(
         "--parallel", type=at_least(2), default=8, metavar="N", help="texts that are decoded together (%(default)s)"
     )

@@ -60,9 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=positive, default=64, metavar="N", help="tokens of a window (%(default)s)")
     parser.add_argument("--seed", type=count, default=1, metavar="N", help="of the questions (%(default)s)")
     parser.add_argument(
-        "-c", "--ctx-size", type=count, metavar="N", help=f"context ({N_CTX}; 0, or the small model: the model's)"
+        "-c",
+        "--ctx-size",
+        type=count,
+        metavar="N",
+        help=f"tokens of the context ({N_CTX}; 0, or the small model: the model's)",
     )
-    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half the CPUs)")
+    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
     parser.add_argument(
         "--answer-writes", choices=("on", "off"), default="on",
         help="whether a question and its answer write their copy of the memory, as in a chat (%(default)s)",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import DeltaMemError
-from ..runtime.names import as_on_the_command_line, nearest
+from ..runtime.names import as_on_the_command_line
 from ..version import __version__
 from .parser import Parser, sentence
 
@@ -59,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"deltamem {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    if argv and not argv[0].startswith("-") and argv[0] not in SUBCOMMANDS:
-        parser.error(f"there is no command {argv[0]}{nearest(argv[0], SUBCOMMANDS)} (deltamem help lists them)")
     try:
         module: Any = None  # the subcommand's: argparse requires a command
         for name, (module_name, summary) in SUBCOMMANDS.items():

@@ -26,18 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
 
     show = add("show", "print the adapter of a memory, what each layer holds, and a picture")
-    show.add_argument("file", metavar="FILE")
+    show.add_argument("file", metavar="FILE", help="memory file")
     show.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     diff = add("diff", "compare two memories of one adapter")
-    diff.add_argument("a", metavar="A")
-    diff.add_argument("b", metavar="B")
+    for name in "ab":
+        diff.add_argument(name, metavar=name.upper(), help="memory file")
     diff.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     copy = add("copy", "copy a memory to a second file")
-    copy.add_argument("source", metavar="FROM")
-    copy.add_argument("target", metavar="TO")
+    copy.add_argument("source", metavar="FROM", help="memory file")
+    copy.add_argument("target", metavar="TO", help="the memory file to write")
     copy.add_argument("--force", action="store_true", help="replace an existing file")
     export = add("export", "export a memory for other programs")
-    export.add_argument("file", metavar="FILE")
+    export.add_argument("file", metavar="FILE", help="memory file")
     export.add_argument("target", metavar="OUT", help="a file that ends in .npz (NumPy) or .json")
 
 

@@ -37,7 +37,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-m", "--model", required=True, metavar="FILE", help=MODEL_HELP)
     group.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF")
     group.add_argument(
-        "-c", "--ctx-size", type=count, default=4096, metavar="N", help="context (%(default)s; 0: the model's)"
+        "-c",
+        "--ctx-size",
+        type=count,
+        default=4096,
+        metavar="N",
+        help="tokens of the context (%(default)s; 0: the model's)",
     )
     add_running_arguments(group)
     group.add_argument("--mlock", action="store_true", help="keep the model in RAM")
@@ -65,8 +70,12 @@ def add_context_arguments(group: argparse._ArgumentGroup, tuned: bool = False) -
         return None if tuned else default
 
     size = at_least(1, MOST_BATCH)
-    group.add_argument("-b", "--batch-size", type=size, default=512, metavar="N", help="batch (%(default)s)")
-    group.add_argument("-ub", "--ubatch-size", type=size, default=of(512), metavar="N", help="micro-batch (512)")
+    group.add_argument(
+        "-b", "--batch-size", type=size, default=512, metavar="N", help="tokens of a batch (%(default)s)"
+    )
+    group.add_argument(
+        "-ub", "--ubatch-size", type=size, default=of(512), metavar="N", help="tokens of a micro-batch (512)"
+    )
     group.add_argument(
         "-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layers, default=-1, metavar="N",
         help="layers on the GPU (all)",

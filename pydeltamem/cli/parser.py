@@ -27,18 +27,32 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override] # overloaded there
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        if args is not None and self._subparsers is None:
-            for arg in args:  # before argparse reports a missing argument instead
-                name = arg.partition("=")[0]
-                if arg == "--":
-                    break
-                known = any(option.startswith(name) for option in self._option_string_actions)
-                if name.startswith("--") and " " not in name and not known:
-                    self._refuse(name)
+        if args is not None:
+            self._refuse_unknown(args)
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self._refuse(unknown[0])
         return namespace, unknown
+
+    def _refuse_unknown(self, args: Sequence[str]) -> None:
+        """Refuses an option or a command that there is not, before argparse reports a missing argument instead."""
+        commands = next((action for action in self._actions if isinstance(action, argparse._SubParsersAction)), None)
+        rest = iter(args)
+        for arg in rest:
+            name, equals, _ = arg.partition("=")
+            if arg == "--":
+                return
+            if arg.startswith("-"):
+                found = [action for option, action in self._option_string_actions.items() if option.startswith(name)]
+                if not found and " " not in name and (commands or name.startswith("--")):
+                    self._refuse(name)
+                if commands and found and found[0].nargs is None and not equals:
+                    next(rest, None)  # its value
+            elif commands and arg not in commands.choices:
+                near = nearest(arg, commands.choices)
+                self.error(f"there is no {self.prog} {arg}{near} ({self.prog} --help lists what there is)")
+            elif commands:
+                return  # what follows is the command's
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """argparse drops what went wrong; here a full disk, or a reader that is gone, ends a command as ever."""

@@ -11,10 +11,10 @@ from .parser import at_least, positive
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
-    parser.add_argument("--port", type=at_least(1, 65535), default=DEFAULT_PORT, help="port (%(default)s)")
+    parser.add_argument("--port", type=at_least(1, 65535), default=DEFAULT_PORT, metavar="N", help="port (%(default)s)")
     parser.add_argument(
         "-t", "--threads", type=positive, default=max(1, usable() // 2), metavar="N",
-        help="threads if there is no GPU (half the CPUs)",
+        help="threads if there is no GPU (half of the usable CPUs)",
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF")
     group.add_argument(
         "-c", "--ctx-size", type=count, default=4096, metavar="TOKENS",
-        help="context of one request (%(default)s; 0: the model's)",
+        help="tokens of one request's context (%(default)s; 0: the model's)",
     )  # fmt: skip
     group.add_argument(
         "-np", "--parallel", type=positive, default=4, metavar="N", help="slots: requests decoded at once (%(default)s)"
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key-file", metavar="FILE", help="API keys, one a line; sessions belong to a key")
     group.add_argument(
         "--drain", type=count, default=0, metavar="SECONDS",
-        help="at SIGTERM, answer for so long while /health says 503, so that a balancer sends no more (%(default)s)",
+        help="at SIGTERM, seconds to answer on while /health says 503, so that a balancer sends no more (%(default)s)",
     )  # fmt: skip
     group.add_argument("--no-page", action="store_true", help="no page at /")
     group.add_argument(
@@ -60,14 +60,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--queue", type=positive, default=64, metavar="N", help="requests that wait (%(default)s)")
     group.add_argument(
         "--turn-timeout", type=positive_number, default=10.0, metavar="SECONDS",
-        help="how long a turn waits for another one of its session (%(default)s)",
+        help="seconds that a turn waits for another one of its session (%(default)g)",
     )  # fmt: skip
-    group.add_argument("--max-body", type=positive, default=8 << 20, metavar="BYTES", help="of a request (%(default)s)")
+    group.add_argument(
+        "--max-body", type=positive, default=8 << 20, metavar="BYTES", help="bytes of a request (%(default)s)"
+    )
     group.add_argument(
         "--max-sessions", type=positive, default=100_000, metavar="N", help="sessions of one key (%(default)s)"
     )
     group.add_argument(
-        "--requests-per-minute", type=count, default=0, metavar="N", help="of one key (%(default)s: any number)"
+        "--requests-per-minute",
+        type=count,
+        default=0,
+        metavar="N",
+        help="requests of one key in a minute (%(default)s: any number)",
     )
 
 

@@ -32,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, help in (("export", "write the memory of a session to a memory file"),
                        ("import", "replace the memory of a session by a memory file")):  # fmt: skip
         action = add(name, help)
-        action.add_argument("session", metavar="SESSION")
-        action.add_argument("file", metavar="FILE")
+        action.add_argument("session", metavar="SESSION", help="its id")
+        action.add_argument("file", metavar="FILE", help="memory file")
         _add_owner(action)
     delete = add("delete", "delete sessions")
-    delete.add_argument("session", metavar="SESSION", nargs="+")
+    delete.add_argument("session", metavar="SESSION", nargs="+", help="their ids")
     _add_owner(delete)
     add("vacuum", "give the space of deleted sessions back")
 

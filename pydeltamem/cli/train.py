@@ -156,7 +156,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="messages before the question whose text stays (%(default)s)",
     )
-    training.add_argument("--seed", type=count, default=Options.seed, help="seed of weights and batches (%(default)s)")
+    training.add_argument(
+        "--seed", type=count, default=Options.seed, metavar="N", help="seed of weights and batches (%(default)s)"
+    )
     training.add_argument(
         "--save-every",
         type=positive,

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what must not become slower, and counts (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=positive_number, default=120.0, metavar="N", help="about how long it may take (120)"
+        "--seconds", type=positive_number, default=120.0, metavar="N", help="seconds that it may take, about (120)"
     )
     parser.add_argument(
         "--kv-types", metavar="TYPE,...",
