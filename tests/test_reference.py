@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -562,6 +563,21 @@ def test_a_damaged_checkpoint_is_refused(golden_dir, backbone, attach, tmp_path)
             DeltaMem.from_checkpoint(backbone("qwen3"), tmp_path)
     with refuses(ModelError, "layer 7"):
         DeltaMem(backbone("qwen3"), DeltaMemConfig(target_layers=(1, 7)))
+
+
+def test_a_checkpoint_with_any_initial_values(golden_dir, backbone, attach, tmp_path):
+    """They do not matter to trained weights, and stay as they were. The file may begin with a byte order mark."""
+    source = golden_dir / "qwen3" / "o_rmsnorm_scale_head"
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    initial = {"beta_bias_init": None, "output_init": "ones", "base_slice_ref_width": "all", "delta_scale_init": [1]}
+    fields = {**json.loads((source / CONFIG).read_text()), **initial, "online_gain": 0.1}
+    (tmp_path / CONFIG).write_text(json.dumps(fields), encoding="utf-8-sig")
+    memory, expected = attach(backbone("qwen3"), tmp_path), attach(backbone("qwen3"), source)
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(memory.get_parameter(name), parameter), name
+    assert memory.config.online_gain == 0.1
+    memory.save_checkpoint(tmp_path)  # over it
+    assert Checkpoint(tmp_path).config == Checkpoint(source).config
 
 
 def test_a_failed_save_keeps_the_old_checkpoint(attach, tmp_path):

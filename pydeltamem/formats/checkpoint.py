@@ -37,11 +37,10 @@ _FLAGS = ("normalize_qk", "couple_lambda", "rankwise_gates", "delta_o_rmsnorm", 
 _NUMBERS = ("alpha", "delta_o_rmsnorm_eps", "delta_scale_max")
 
 # Fields that only chose the initial weights: any value will do.
-_INITIAL = ("beta_bias_init", "output_init", "base_slice_ref_width", "delta_scale_init")
+INITIAL = ("beta_bias_init", "output_init", "base_slice_ref_width", "online_gain", "delta_scale_init")
 
 # Fields of experiments that the publication has archived, with the only values that have no effect.
 ARCHIVED: dict[str, Any] = {
-    "online_gain": 0.05,
     "num_memory_partitions": 1,
     "num_global_memory_partitions": 0,
     "memory_partition_routing": "soft",
@@ -72,7 +71,7 @@ ARCHIVED: dict[str, Any] = {
     "target_modules": ["self_attn"],
 }
 
-# Values of the fields that an older configuration may lack. It must have rank and alpha.
+# The publication's values of the fields that a configuration may lack. It must have rank and alpha.
 _DEFAULTS: dict[str, Any] = {
     "normalize_qk": True,
     "couple_lambda": True,
@@ -81,7 +80,7 @@ _DEFAULTS: dict[str, Any] = {
     "num_state_heads": 1,
     "memory_write_granularity": "token",
     "target_layers": [],
-    "delta_heads": ["q", "o"],
+    "delta_heads": list(HEADS),
     "delta_o_rmsnorm": False,
     "delta_o_rmsnorm_eps": 1e-6,
     "trainable_delta_scale": False,
@@ -198,10 +197,10 @@ class Checkpoint:
             )
 
 
-def read_config(path: Path) -> Config:
-    """Reads and checks delta_mem_config.json. Raises CheckpointError, naming field and value."""
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of delta_mem_config.json, as they are. Raises CheckpointError."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a PyTorch checkpoint is {CONFIG} and {WEIGHTS[0]}") from None
     except OSError as error:
@@ -210,11 +209,17 @@ def read_config(path: Path) -> Config:
         raise CheckpointError(f"{path}: is not a readable JSON file ({shown(error)})") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: holds no JSON object")
+    return fields
+
+
+def read_config(path: Path) -> Config:
+    """Reads and checks delta_mem_config.json. Raises CheckpointError, naming field and value."""
+    fields = read_fields(path)
 
     def refuse(name: str, why: str) -> CheckpointError:
         return CheckpointError(f"{path}: {shown(name)} = {shown(json.dumps(fields.get(name)))} {why}")
 
-    known = {*ANY_OF, *_FLAGS, *_NUMBERS, *_INITIAL, *ARCHIVED, *_DEFAULTS, "rank", "alpha"}
+    known = {*ANY_OF, *_FLAGS, *_NUMBERS, *INITIAL, *ARCHIVED, *_DEFAULTS, "rank", "alpha"}
     for name, value in fields.items():
         if name not in known:
             raise refuse(name, "is a field that this converter does not know")
@@ -238,8 +243,9 @@ def read_config(path: Path) -> Config:
         if not _is_integer(values[name]) or not 1 <= values[name] <= most:
             raise refuse(name, f"must be an integer from 1 to {most}")
 
-    if values["delta_o_rmsnorm_eps"] < 0:
-        raise refuse("delta_o_rmsnorm_eps", "must not be negative")
+    for name in ("delta_o_rmsnorm_eps", "delta_scale_max"):
+        if not np.float32(values[name]) > 0:  # without ε the norm of an empty state's correction is 0 / 0
+            raise refuse(name, "must be positive, in float32 too")
 
     heads, layers = values["delta_heads"], values["target_layers"]
     if not isinstance(heads, list) or not heads or any(head not in HEADS for head in heads):
@@ -310,12 +316,28 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _to_float32(path: Path, name: str, dtype: str, shape: list[int], data: bytes) -> np.ndarray:
     if dtype == "BF16":  # numpy has no such type: it is the upper half of a float32
         values = (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+    elif dtype in ("F8_E4M3", "F8_E5M2"):
+        values = _float8(dtype)[np.frombuffer(data, dtype=np.uint8)]
     elif dtype in ("F16", "F32", "F64"):
         with np.errstate(over="ignore"):  # an infinity is refused later, by name
             values = np.frombuffer(data, dtype=f"<f{int(dtype[1:]) // 8}").astype(np.float32)
     else:
-        raise CheckpointError(f"{path}: tensor {shown(name)} is {dtype}, weights are F16, BF16, F32 or F64")
+        raise CheckpointError(f"{path}: tensor {shown(name)} is {dtype}: save the weights as F32, F16 or BF16")
     return values.reshape(shape)
+
+
+def _float8(dtype: str) -> np.ndarray:
+    """The 256 values of a type, as float32."""
+    bits = np.arange(256, dtype=np.uint16)
+    if dtype == "F8_E5M2":  # the upper half of a float16
+        return (bits << 8).view(np.float16).astype(np.float32)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    values: np.ndarray = np.ldexp(
+        np.where(exponent > 0, 8.0 + mantissa, mantissa), np.maximum(exponent, 1).astype(int) - 10
+    )
+    values[(bits & 127) == 127] = np.nan  # there is no infinity
+    values[bits > 127] *= -1
+    return values.astype(np.float32)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -72,7 +73,7 @@ def _is_model(path: Path, shard: bool = False) -> bool:
 def _object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if it holds none."""
     with open(path, "rb") as file:
-        if file.read(1) != b"{":
+        if not file.read(4).removeprefix(codecs.BOM_UTF8).startswith(b"{"):
             return {}
     try:
         value = json.loads(path.read_bytes())

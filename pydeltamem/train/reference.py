@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,12 +33,14 @@ from ..formats.checkpoint import (
     ARCHIVED,
     CONFIG,
     HEADS,
+    INITIAL,
     MAX_RANK,
     MAX_STATE_HEADS,
     WEIGHTS,
     Checkpoint,
     Config,
     read_config,
+    read_fields,
 )
 from ..formats.outputs import check_disk, disk_errors, make_folder, writing
 
@@ -175,10 +177,12 @@ def chunked_recurrence(
 # configuration and model
 #
 
+OUTPUT_INITS = ("zero", "random", "base_slice", "base_slice_fixed")
+
 
 @dataclass(frozen=True)
 class DeltaMemConfig(Config):
-    """The published configuration, by default the released adapter's. The last four fields choose initial weights."""
+    """The published configuration, by default the released adapter's. The last five fields choose initial weights."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -197,12 +201,13 @@ class DeltaMemConfig(Config):
     delta_scale_granularity: str = "layer"
     delta_scale_parameterization: str = "alpha_over_rank"
     beta_bias_init: float = -1.5
-    output_init: str = "zero"  # or random, base_slice, base_slice_fixed
+    output_init: str = "zero"  # one of OUTPUT_INITS
     base_slice_ref_width: int = 8
+    online_gain: float = 0.05  # factor on the corrections, unless they are zero
     delta_scale_init: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, allowed in {**ANY_OF, "output_init": ("zero", "random", "base_slice", "base_slice_fixed")}.items():
+        for name, allowed in {**ANY_OF, "output_init": OUTPUT_INITS}.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} = {getattr(self, name)!r} is unknown: it must be {' or '.join(allowed)}")
         for name, most in (("rank", MAX_RANK), ("num_state_heads", MAX_STATE_HEADS)):
@@ -323,12 +328,12 @@ class LayerMemory(nn.Module):
             active = head in config.delta_heads
             values = torch.zeros(attention.rows[head], n_read, **like)
             if active and config.output_init == "random":
-                values = random(*values.shape) * ARCHIVED["online_gain"]
+                values = random(*values.shape) * config.online_gain
             elif active and config.output_init != "zero":
                 fixed = config.output_init == "base_slice_fixed"
                 width = min(config.rank, config.base_slice_ref_width) if fixed else config.rank
                 columns = F.normalize(attention.weight(head).detach()[:, :width].float(), dim=0, eps=1e-6)
-                values[:, : columns.shape[1]] = columns * ARCHIVED["online_gain"]
+                values[:, : columns.shape[1]] = columns * config.online_gain
             add(f"delta_{head}_proj", values, active)
         if config.delta_o_rmsnorm:
             add("delta_o_rmsnorm_weight", torch.ones(attention.rows["o"], **like), config.has_o_norm)
@@ -496,12 +501,12 @@ class DeltaMem(nn.Module):
     def from_checkpoint(cls, model: nn.Module, directory: str | Path, **arguments: Any) -> DeltaMem:
         """Loads a published checkpoint directory onto the model. Raises CheckpointError or ModelError."""
         checkpoint = Checkpoint(directory)
-        fields = json.loads((checkpoint.directory / CONFIG).read_text(encoding="utf-8"))
-        initial = ("beta_bias_init", "output_init", "base_slice_ref_width", "delta_scale_init")
-        config = DeltaMemConfig(
-            **asdict(checkpoint.config), **{name: fields[name] for name in initial if name in fields}
-        )
-        memory = cls(model, config, **arguments)
+        memory = cls(model, DeltaMemConfig(**asdict(checkpoint.config)), **arguments)
+        fields = read_fields(checkpoint.directory / CONFIG)
+        if fields.get("output_init") not in OUTPUT_INITS:
+            fields.pop("output_init", None)
+        # for the record: initial weights are not needed
+        memory.config = replace(memory.config, **{name: fields[name] for name in INITIAL if name in fields})
         with torch.no_grad():
             for layer, name, parameter in memory._named():
                 if parameter.requires_grad or f"model.layers.{layer}.self_attn.{name}" in checkpoint.tensors:

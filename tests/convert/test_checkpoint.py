@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 
 from pydeltamem.convert.adapter import write_adapter
@@ -147,6 +148,15 @@ def test_float64(copy, convert):
 
     bias = convert(copy("tsw_qo", change, SAFETENSORS))["blk.1.deltamem_gate.bias"]
     np.testing.assert_array_equal(bias, exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_number_of_eight_bits(copy, dtype):
+    directory = copy("tsw_qo")
+    (directory / PT).unlink()
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype)
+    safetensors.torch.save_file({"numbers": numbers}, directory / SAFETENSORS)
+    np.testing.assert_array_equal(Checkpoint(directory).tensors["numbers"], numbers.float().numpy())
 
 
 @pytest.mark.filterwarnings("error")

@@ -94,7 +94,6 @@ def reason(job):
 # the configuration
 
 ARCHIVED = {
-    "online_gain": 0.1,
     "num_memory_partitions": 2,
     "num_global_memory_partitions": 1,
     "memory_partition_routing": "hard",
@@ -149,7 +148,9 @@ BAD_FIELDS = [
     ("delta_o_rmsnorm", 0),
     ("trainable_delta_scale", {}),
     ("delta_scale_max", "2"),
+    ("delta_scale_max", 0),
     ("delta_o_rmsnorm_eps", -1e-6),
+    ("delta_o_rmsnorm_eps", 1e-60),
     ("state_update_mode", "gated"),
     ("state_update_mode", ["standard"]),
     ("memory_write_granularity", "word"),
@@ -176,22 +177,33 @@ def test_config_field(job, capsys, name, value):
 def test_every_archived_field_is_tried(golden_dir):
     """What a published configuration holds is either archived, or used by a golden case, or an initial value."""
     published = json.loads((golden_dir / "qwen3" / "tsw_qo" / CONFIG).read_text())
-    initial = {"beta_bias_init", "output_init", "base_slice_ref_width", "delta_scale_init"}
+    initial = {"beta_bias_init", "output_init", "base_slice_ref_width", "online_gain", "delta_scale_init"}
     tried = {name for name, _ in BAD_FIELDS} | initial
     assert set(published) <= tried
 
 
 def test_initial_values_do_not_matter(job):
-    job.config(beta_bias_init=3.0, output_init="base_slice", base_slice_ref_width=16, delta_scale_init=0.5)
+    initial = {"beta_bias_init": 3.0, "base_slice_ref_width": 16, "online_gain": 0.1, "delta_scale_init": 0.5}
+    job.config(output_init="base_slice", **initial)
     job.convert()
     assert job.out.is_file()
 
 
 def test_older_configuration(job):
-    """One that has only what decides the result, the rest at the publication's defaults."""
+    """One that has only what decides the result, the rest at the publication's defaults: there all are corrected."""
+    job.config(delta_heads=["q", "k", "v", "o"])
     job.convert()
     expected = job.out.read_bytes()
     (job.directory / CONFIG).write_text('{"rank": 8, "alpha": 16}')
+    job.convert()
+    assert job.out.read_bytes() == expected
+
+
+def test_a_configuration_with_a_byte_order_mark(job):
+    job.convert()
+    expected = job.out.read_bytes()
+    config = job.directory / CONFIG
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
     job.convert()
     assert job.out.read_bytes() == expected
 

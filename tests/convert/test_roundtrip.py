@@ -195,7 +195,7 @@ def test_output_types(published, adapter, arch, case, outtype):
         assert TYPES["q8_0"] in kinds.values()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize(("arch", "case"), [("qwen3", "o_rmsnorm_scale_head"), ("smollm3", "qkvo_lambda_outside")])
 def test_safetensors(golden_dir, tmp_path, arch, case, dtype):
     """The same values give the same file from .pt and .safetensors, apart from what names the source."""
