@@ -34,6 +34,7 @@ from .runtime.embedding import tokenized, vectors
 from .runtime.engine import Engine
 from .runtime.ggml import can_be_mapped
 from .runtime.history import Position, Tokens, n_common
+from .runtime.interrupt import uninterrupted
 from .runtime.library import Llama, LlamaState
 from .runtime.lock import holding
 from .runtime.names import nearest, option
@@ -167,11 +168,39 @@ class DeltaMemLlama(Llama):
         if n_ctx == 0 and n_seq_max > 1:
             n_ctx = _trained_context(model_path)  # llama.cpp would divide it among the texts
         _check_numbers(model_path, kwargs.get("kv_overrides") or {})
+        try:
+            with uninterrupted() as self._pressed:
+                self._load(model_path, n_ctx=n_ctx * n_seq_max, verbose=verbose, **kwargs)
+        except KeyboardInterrupt:
+            self.close()  # its traceback may stay long
+            raise
+
+        # plain strings: answers and pickles hold them
+        self.model_path = str(model_path)
+        self.lora_path = None if self.lora_path is None else str(self.lora_path)
+        if kwargs.get("seed") == 0:
+            self._seed = 0  # llama_cpp takes 0 for no seed
+        self._given_seed = self._seed  # each completion leaves another one
+        if type(self.tokenizer_) is library.LlamaTokenizer:
+            self.tokenizer_ = self.tokenizer()
+        self._text = self._engine.text(home=HOME)
+        # llama_cpp allocates rows that it never fills, and with a draft model only n_batch rows
+        self.scores = np.empty((self.n_ctx() if self._logits_all else 0, self.n_vocab()), dtype=np.single)
+        if self._logits_all:
+            self._text.scores = self.scores
+        self._slots.take(self._text)
+        self._n_before = 0  # tokens before the sampled one
+        self.finish_reason: str | None = None
+        self._messages: list[Any] | None = None  # of the latest chat completion that was decoded
+        self._asked: list[Any] | None = None  # of the next one
+
+    def _load(self, model_path: str, **kwargs: Any) -> None:
+        """Calls `Llama.__init__`, and attaches the first adapter."""
         with library.silencing, library.errors_held() as log:
             if not can_be_mapped(model_path):
                 kwargs["use_mmap"] = False
             try:
-                super().__init__(model_path, n_ctx=n_ctx * n_seq_max, verbose=verbose, **kwargs)
+                super().__init__(model_path, **kwargs)
             except TemplateError as error:
                 self.close()
                 raise ModelError(f"{model_path}: its chat template cannot be read: {error}") from error
@@ -196,31 +225,12 @@ class DeltaMemLlama(Llama):
                 if self._lora_adapter is not None and not self._lora_adapter:
                     raise ModelError(f"{self.lora_path}: the LoRA adapter cannot be loaded{library.reason(log)}")
                 self._stack.callback(_free, self._adapters)  # before context and model
-                self._engine = Engine(Slots(self._ctx, self._batch, self.n_batch, model_path, n_seq_max))
+                self._engine = Engine(Slots(self._ctx, self._batch, self.n_batch, model_path, self._n_seq_max))
                 _open.add(self)
                 self._attach_first()
             except (AdapterError, ModelError):
                 self.close()
                 raise
-
-        # plain strings: answers and pickles hold them
-        self.model_path = str(model_path)
-        self.lora_path = None if self.lora_path is None else str(self.lora_path)
-        if kwargs.get("seed") == 0:
-            self._seed = 0  # llama_cpp takes 0 for no seed
-        self._given_seed = self._seed  # each completion leaves another one
-        if type(self.tokenizer_) is library.LlamaTokenizer:
-            self.tokenizer_ = self.tokenizer()
-        self._text = self._engine.text(home=HOME)
-        # llama_cpp allocates rows that it never fills, and with a draft model only n_batch rows
-        self.scores = np.empty((self.n_ctx() if self._logits_all else 0, self.n_vocab()), dtype=np.single)
-        if self._logits_all:
-            self._text.scores = self.scores
-        self._slots.take(self._text)
-        self._n_before = 0  # tokens before the sampled one
-        self.finish_reason: str | None = None
-        self._messages: list[Any] | None = None  # of the latest chat completion that was decoded
-        self._asked: list[Any] | None = None  # of the next one
 
     @classmethod
     def from_pretrained(
@@ -328,11 +338,13 @@ class DeltaMemLlama(Llama):
 
     @property
     def model_params(self) -> Any:
-        """llama_model_params, with `repack` and `unpack` as given."""
+        """llama_model_params, with `repack` and `unpack` as given. Ctrl-C ends the load."""
         return self._model_params
 
     @model_params.setter
     def model_params(self, value: Any) -> None:
+        pressed = self._pressed
+        value.progress_callback = _llama.llama_progress_callback(lambda *_: not pressed)  # false ends the load
         value.use_extra_bufts = self._repack
         if self._overrides is not None:
             value.tensor_buft_overrides = ctypes.addressof(self._overrides)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
 import numpy as np
 import pytest
 
 from pydeltamem import Conversation, stream_together
+from pydeltamem.runtime import library
 from pydeltamem.runtime.interrupt import uninterrupted
 
 GREEDY = {"n_predict": 12, "temp": 0.0}
@@ -53,6 +55,37 @@ def test_a_handler_of_ones_own_is_called_once():
         assert called == ["pressed"]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_error_does_not_hide_it():
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("the step failed")
+
+
+def test_none_is_lost_where_python_drops_exceptions():
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        for _ in range(3):
+            with contextlib.suppress(KeyboardInterrupt):  # as in a callback of llama.cpp
+                signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the second one
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_model_that_loads(make_llm, monkeypatch, n):
+    """Pressed once or twice in llama.cpp's callback for its log."""
+    said = []
+
+    def press(level, text, user_data):
+        said.append(text.decode())
+        if len(said) <= n:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(library, "llama_log_callback", press)
+    with pytest.raises(KeyboardInterrupt):
+        make_llm(verbose=True)
+    assert not any("llama_context" in line for line in said)  # it ended in the middle
+    assert make_llm().create_completion("hello", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
 def test_no_token_is_lost(make_llm):

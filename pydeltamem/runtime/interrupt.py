@@ -1,7 +1,7 @@
 """Ctrl-C between two steps instead of within one.
 
 Python raises KeyboardInterrupt wherever the main thread happens to be: after a decode but before its record, or in a
-callback of llama.cpp, where Python drops exceptions.
+callback of llama.cpp (its log, for one), where Python drops exceptions.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Within it the first Ctrl-C waits for the end; a second one does not, because a callback may hang.
+def uninterrupted() -> Iterator[list[Any]]:
+    """Within it the first Ctrl-C waits for the end, however that comes; a second one does not, because a callback may
+    hang. Yields a list that is empty until then.
 
     Only the main thread is ever interrupted. A handler that is not Python's stays as it is.
     """
     handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
-    if not callable(handler):
-        yield
-        return
     pressed: list[Any] = []
+    if not callable(handler):
+        yield pressed
+        return
 
     def press(signum: int, frame: Any) -> None:
         pressed.append(frame)
@@ -32,11 +33,16 @@ def uninterrupted() -> Iterator[None]:
 
     signal.signal(signal.SIGINT, press)
     try:
-        yield
+        yield pressed
+    except KeyboardInterrupt:  # of the second one
+        pressed.clear()
+        raise
     finally:
         signal.signal(signal.SIGINT, handler)
-    if len(pressed) == 1:
-        handler(signal.SIGINT, pressed[0])
+        if pressed:
+            frame = pressed[0]
+            pressed.clear()  # frames hold the model
+            handler(signal.SIGINT, frame)
 
 
 def interruptible(pieces: Iterator[str]) -> Iterator[str]:
