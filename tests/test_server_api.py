@@ -27,6 +27,7 @@ from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server import application as application_module
 from pydeltamem.server.application import Settings, application
 from pydeltamem.server.keys import Keys
+from pydeltamem.server.lengths import Lengths
 from pydeltamem.server.openai import Chat
 from pydeltamem.server.records import StoreAway, StoreError
 from pydeltamem.server.service import Piece
@@ -842,6 +843,43 @@ def test_a_prompt_that_is_too_long(api):
         refused(answer, 400, "context_length_exceeded", "512")
     texts = ["short", "many words " * 400]
     refused(api.http.post("/v1/embeddings", json={"input": texts}), 400, "context_length_exceeded", "text 1", "512")
+
+
+DIGITS = "1" * 2_000_000
+
+
+@pytest.mark.parametrize(
+    "path, body, code",
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": DIGITS}]}, "context_length_exceeded"),
+        ("/v1/completions", {"prompt": DIGITS}, "context_length_exceeded"),
+        ("/v1/responses", {"input": DIGITS}, "context_length_exceeded"),
+        ("/v1/embeddings", {"input": DIGITS}, "context_length_exceeded"),
+        ("/tokenize", {"content": DIGITS}, "invalid_value"),
+    ],
+)
+def test_a_text_that_would_take_hours_to_tokenize(api, path, body, code):
+    """llama.cpp takes 25 s for a tenth of it, four times as long for twice as much."""
+    refused(api.http.post(path, json=body), 400, code, "2000000")
+
+
+def test_a_template_of_such_a_text(api):
+    body = {"messages": [{"role": "user", "content": DIGITS}]}
+    assert DIGITS in api.http.post("/apply-template", json=body).json()["prompt"]
+
+
+@pytest.mark.parametrize("name", ["default", "byte-level"])
+def test_how_many_tokens_a_text_has_at_least(api, base, name):
+    """Never more than it has, whatever the text."""
+    llm = api.service.llm if name == "default" else DeltaMemLlama(base("qwen3"), vocab_only=True, verbose=False)
+    lengths, rng = Lengths(llm), np.random.default_rng(0)
+    pieces = [llm.detokenize([token], special=True).decode(errors="replace") for token in range(llm.n_vocab())]
+    kinds = [pieces, list("1\n \t<|>aé"), [chr(c) for c in (*range(1, 0xD800), *range(0xE000, 0x11000))]]
+    for kind in kinds:
+        text = "".join(kind[i] for i in rng.integers(len(kind), size=12_000)).encode()
+        n = len(llm.tokenize(text, add_bos=False, special=True))
+        assert 0 < lengths.at_least(text) <= n
+    assert lengths.at_least(b"1" * 20_000) >= 10_000
 
 
 DEEP = b'{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1, "metadata": %s}'

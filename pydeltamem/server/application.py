@@ -73,6 +73,7 @@ class Settings:
 
 
 _MAX_DEPTH = 200  # of a body
+_MAX_TOKENS = 1 << 17  # of a text to tokenize, unless the context holds more
 
 
 class Server:
@@ -340,12 +341,16 @@ def _answering(server: Server) -> APIRouter:
         text = field_of(body, "content", "")
         if not isinstance(text, str):
             raise InputError("content is a text")
-        tokens = await asyncio.to_thread(
-            llm.tokenize,
-            text.encode("utf-8", "surrogatepass"),
-            add_bos=flag(body, "add_special"),
-            special=flag(body, "parse_special", default=True),
-        )
+        data, options = text.encode("utf-8", "surrogatepass"), {"add_bos": flag(body, "add_special")}
+        options["special"] = flag(body, "parse_special", default=True)
+
+        def tokenized() -> Any:
+            n = server.service.lengths.at_least(data)
+            if n > max(_MAX_TOKENS, llm.n_ctx()):
+                raise InputError(f"content has at least {n} tokens: send parts of it")
+            return llm.tokenize(data, **options)
+
+        tokens = await asyncio.to_thread(tokenized)
         if flag(body, "with_pieces"):
             return {"tokens": [{"id": token, "piece": _piece(llm, token)} for token in tokens]}
         return {"tokens": tokens}

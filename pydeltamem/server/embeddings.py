@@ -13,8 +13,9 @@ import numpy as np
 
 from ..errors import InputError, shown
 from ..llama import DeltaMemLlama
+from .lengths import PromptTooLong
 from .openai import field_of
-from .service import AsyncDeltaMem, PromptTooLong
+from .service import AsyncDeltaMem
 from .worker import QueueFull
 
 
@@ -70,9 +71,13 @@ class Embedder:
             self._llm = self._load()
         llm = self._llm
         for i, text in enumerate(texts):
-            n, n_ctx = len(llm.tokenize(text.encode("utf-8", "surrogatepass"))), llm.n_ctx()
+            data, n_ctx = text.encode("utf-8", "surrogatepass"), llm.n_ctx()
+            n = self._service.lengths.at_least(data)
+            n = n if n > n_ctx else len(llm.tokenize(data))
             if n > n_ctx:
-                raise PromptTooLong(f"input: text {i} has {n} tokens, the context holds {n_ctx}: send parts of it")
+                raise PromptTooLong(
+                    f"input: text {i} has {n} tokens or more, the context holds {n_ctx}: send parts of it"
+                )
         if llm.memory.attached:
             if state is None:
                 llm.memory.reset()

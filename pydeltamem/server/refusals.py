@@ -20,9 +20,10 @@ from ..errors import (
     shown,
 )
 from .holds import SessionBusy
+from .lengths import PromptTooLong
 from .logs import log
 from .records import Conflict, StoreError, told
-from .service import PromptTooLong, SessionLimit, SessionUnknown
+from .service import SessionLimit, SessionUnknown
 from .worker import ModelLost, QueueFull
 
 

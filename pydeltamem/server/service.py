@@ -29,6 +29,7 @@ from . import session as sessions
 from .database import N_CONNECTIONS
 from .history import Message, checked_messages, digests
 from .holds import Held, Holds
+from .lengths import Lengths, PromptTooLong
 from .options import DEFAULTS, checked, of_sampler
 from .records import NOTHING, Conflict, Identity, Record, StoreAway, StoreError, now
 from .session import Begun, Live
@@ -38,10 +39,6 @@ from .worker import ModelLost, QueueFull, Worker, taken
 T = TypeVar("T")
 
 NAME = re.compile(r"(?!\.\.?$)[\w.@:+=-]{1,128}")  # . and .. would not survive in the path of a URL
-
-
-class PromptTooLong(InputError):
-    """The prompt does not fit in the context."""
 
 
 class SessionUnknown(DeltaMemError):
@@ -130,6 +127,7 @@ class AsyncDeltaMem:
         self.about = sessions.about_memories(llm) if llm.memory.attached else {}
         self.adapter = self.about.get("adapter", "")
         self.has_memory = llm.memory.attached
+        self.lengths = Lengths(llm)
         self._outbox = _Outbox()
         self.worker = Worker(llm, n_queue, self._outbox.send)
         self._n_live = max(n_live, 2 * self.worker.n_slots)
@@ -463,16 +461,31 @@ class AsyncDeltaMem:
         """The prompt of a chat as its template writes it, for `complete`, which adds a token that begins a text itself
         where the model wants one. The text of its tokens may have other spaces. Options as `chat`.
         """
-        heard = _Heard(self.llm)
-        self._rendered(messages, options, heard)
-        text = heard.tokenized.decode(errors="replace")
+        heard = _Heard(self.llm, lambda text: False)
+        self._caught(heard, messages, options)
+        text = heard.text.decode(errors="replace")
         begins = self.llm.detokenize(self.llm.tokenize(b"", add_bos=True), special=True).decode(errors="replace")
         return text.removeprefix(begins)
 
-    def _rendered(self, messages: Sequence[Message], options: Mapping[str, Any], llm: Any = None) -> PromptCatcher:
+    def _rendered(self, messages: Sequence[Message], options: Mapping[str, Any]) -> PromptCatcher:
+        """The prompt of a chat, in tokens, and what ends its answer. Raises PromptTooLong."""
+        heard = _Heard(self.llm, self._may_fit)
+        caught = self._caught(heard, messages, options)
+        self._require_fit(heard.text)
+        return caught
+
+    def _caught(self, heard: Any, messages: Sequence[Message], options: Mapping[str, Any]) -> PromptCatcher:
         names = ("tools", "tool_choice", "response_format")
         asked = {name: options[name] for name in names if options.get(name) is not None}
-        return caught_prompt(llm or self.llm, messages, **asked, **(options.get("template") or {}))
+        return caught_prompt(heard, messages, **asked, **(options.get("template") or {}))
+
+    def _may_fit(self, text: bytes) -> bool:
+        """Whether a text is worth tokenizing."""
+        return self.lengths.at_least(text) < self.llm.n_ctx()
+
+    def _require_fit(self, text: bytes) -> None:
+        if not self._may_fit(text):
+            raise _too_long(f"at least {self.lengths.at_least(text)}", self.llm.n_ctx())
 
 
 class Answer:
@@ -664,7 +677,9 @@ class Answer:
             if caught.grammar is not None:
                 sampling["grammar"] = caught.grammar
         elif isinstance(self.prompt, str):
-            self._tokens = llm.tokenize(self.prompt.encode("utf-8", "surrogatepass"), add_bos=True, special=True)
+            text = self.prompt.encode("utf-8", "surrogatepass")
+            self.service._require_fit(text)
+            self._tokens = llm.tokenize(text, add_bos=True, special=True)
         else:
             self._tokens = llm._checked_tokens(self.prompt or ()).tolist()
         if sampling.get("grammar") is not None:
@@ -673,9 +688,7 @@ class Answer:
         n, n_ctx = len(self._tokens), llm.n_ctx()
         self.n_prompt = n
         if n >= n_ctx:
-            raise PromptTooLong(
-                f"the prompt has {n} tokens, the context holds {n_ctx}: send less, or serve a larger one"
-            )
+            raise _too_long(n, n_ctx)
         processors = []
         if options.get("logit_bias"):
             processors.append(biased(options["logit_bias"], llm.n_vocab()))
@@ -830,17 +843,28 @@ def _call_all(calls: Sequence[Callable[[], object]]) -> None:
 
 
 class _Heard:
-    """The model, as chat handlers use it, and the text that it tokenized last."""
+    """The model, as chat handlers use it.
 
-    def __init__(self, llm: DeltaMemLlama) -> None:
-        self._llm, self.tokenized = llm, b""
+    Args:
+        tokenizes: which texts are tokenized; of others there are no tokens.
+
+    Attributes:
+        text: the latest that was to be tokenized.
+    """
+
+    def __init__(self, llm: DeltaMemLlama, tokenizes: Callable[[bytes], bool]) -> None:
+        self._llm, self._tokenizes, self.text = llm, tokenizes, b""
 
     def tokenize(self, text: bytes, *arguments: Any, **options: Any) -> list[int]:
-        self.tokenized = text
-        return self._llm.tokenize(text, *arguments, **options)
+        self.text = text
+        return self._llm.tokenize(text, *arguments, **options) if self._tokenizes(text) else []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
+
+
+def _too_long(n: object, n_ctx: int) -> PromptTooLong:
+    return PromptTooLong(f"the prompt has {n} tokens, the context holds {n_ctx}: send less, or serve a larger one")
 
 
 def _as_seen(record: Record, seen: Identity | None) -> Record:
