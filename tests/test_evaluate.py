@@ -261,6 +261,23 @@ def test_a_task_counts_once():
     assert ratios_of(cases, right, ["a"])["a"]["full"].ratio == 0.5
 
 
+def test_what_was_told_has_a_row(tmp_path, monkeypatch, capsys):
+    """Of questions about conversations of people, without those that nobody told the answer; also on a model's card."""
+    made = [(kind, i) for kind in ("one", "several") for i in range(30)]
+    cases = [Case("natural", kind, ((f"{kind} {i // 3}", ""),), "?", ("x",)) for kind, i in made]
+    cases += [Case("natural", "not told", (("", ""),), "?", ()) for _ in range(4)]
+    answers = {"m": ["x"] * 30 + ["no"] * 30 + ["yes"] * 4}
+    rows = table_of(cases, right_of(cases, answers))
+    row = rows[-1]
+    assert [row.n for row in rows] == [30, 30, 4, 60] and row.accuracy == 0.5
+    low, high = wilson(30, 60)[1:]
+    assert row.high - row.low > 1.4 * (high - low)  # 20 conversations
+    (tmp_path / "recall.json").write_text(as_json({}, rows, {}, cases, answers), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["card.py", str(tmp_path / "recall.json")])
+    card.main()
+    assert capsys.readouterr().out.endswith(f"| 50 ({100 * row.low:.0f}–{100 * row.high:.0f}) |\n")
+
+
 def test_rows_count_what_is_right():
     cases = [case("?", "Lima"), case("?", "Rome")]
     (row,) = table_of(cases, right_of(cases, {"m": ["in Lima", "in Lima"]}))

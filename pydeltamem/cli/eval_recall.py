@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from ..errors import InputError
 from ..evals.corpora import CORPORA, MAX_QUESTION, missing
+from ..evals.items import DATA
 from ..evals.methods import PLAIN, answer_all, bm25s_module, chosen
 from ..evals.plot import matplotlib_figure, plot
 from ..evals.reader import MAX_ANSWER, NativeReader
@@ -25,7 +26,6 @@ from ..models import default_files
 from .model_options import ADAPTER_HELP, MODEL_HELP, add_unpack, ended_by_ctrl_c, packed_adapter
 from .parser import count, integers, positive
 
-DATA = "DELTAMEM_DATA"
 N_CTX = 2048  # default with -m
 
 
@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
                     f"--distance, --facts: a conversation of {longest} tokens and a question do not fit into the"
                     f" context of {reader.n_ctx} tokens of {model}: lower them"
                 )
-            with Progress(console=Console(stderr=True), transient=True) as progress:
+            err = Console(stderr=True)  # if this is no terminal, a bar leaves an empty line
+            with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
                 bar = progress.add_task("asking", total=len(cases) * len(methods))
                 answers = answer_all(cases, reader, adapters, args.window, methods, lambda n: progress.advance(bar, n))
         finally:

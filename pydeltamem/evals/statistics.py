@@ -13,6 +13,8 @@ from .case import Case
 from .methods import VISIBLE
 from .recall import CORPORA, MEMORY_HEAVY, NO_MEMORY
 
+TOLD = "all told"  # kinds of questions together
+
 
 @dataclass(frozen=True)
 class Row:
@@ -46,8 +48,14 @@ def right_of(cases: Sequence[Case], answers: Mapping[str, Sequence[str]]) -> dic
 
 
 def table_of(cases: Sequence[Case], right: Mapping[str, npt.NDArray[np.bool_]]) -> list[Row]:
+    """A row for each kind of question and method; of conversations of people also one of all that was told."""
+    cells = _cells(cases)
+    for task in dict.fromkeys(case.task for case in cases if case.task in CORPORA):
+        told = [i for i, case in enumerate(cases) if case.task == task and case.values]
+        if len({cases[i].kind for i in told}) > 1:
+            cells[task, TOLD] = told
     rows = []
-    for (task, kind), these in _cells(cases).items():
+    for (task, kind), these in cells.items():
         scores = {method: [[float(good[i])] for i in these] for method, good in right.items()}
         sample = Sample(scores, [cases[i].turns if task in CORPORA else None for i in these])
         for method in right:
