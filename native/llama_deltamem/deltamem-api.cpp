@@ -36,7 +36,14 @@ template <typename F> static int32_t guarded(F f) {
     return -1;
 }
 
+static void check_given(const void * pointer, const char * what) {
+    if (!pointer) {
+        throw std::runtime_error(format("%s is NULL", what));
+    }
+}
+
 static llama_deltamem_context & attached(const llama_context * ctx) {
+    check_given(ctx, "the context");
     if (!ctx->deltamem) {
         throw std::runtime_error("no adapter is attached to this context");
     }
@@ -72,9 +79,8 @@ template <typename F> static int32_t for_sequences(const llama_context * ctx, ll
 
 llama_deltamem_adapter * llama_deltamem_adapter_load(const llama_model * model, const char * path) {
     try {
-        if (!model || !path) {
-            throw std::runtime_error("the model or the path to load an adapter is NULL");
-        }
+        check_given(model, "the model to load an adapter for");
+        check_given(path, "the path of the adapter to load");
         return new llama_deltamem_adapter { std::make_shared<llama_deltamem_weights>(*model, path) };
     } catch (const std::exception & err) {
         llama_deltamem_set_error(err.what());
@@ -86,8 +92,14 @@ void llama_deltamem_adapter_free(llama_deltamem_adapter * adapter) {
     delete adapter;
 }
 
+// null for a handle that is NULL
+static const llama_deltamem_weights * weights_of(const llama_deltamem_adapter * adapter) {
+    return adapter ? adapter->weights.get() : nullptr;
+}
+
 int32_t llama_deltamem_n_layer(const llama_deltamem_adapter * adapter) {
-    return (int32_t) adapter->weights->layers.size();
+    const auto * weights = weights_of(adapter);
+    return weights ? (int32_t) weights->layers.size() : 0;
 }
 
 int32_t llama_deltamem_layer(const llama_deltamem_adapter * adapter, int32_t i) {
@@ -95,31 +107,34 @@ int32_t llama_deltamem_layer(const llama_deltamem_adapter * adapter, int32_t i) 
 }
 
 int32_t llama_deltamem_n_head(const llama_deltamem_adapter * adapter) {
-    return adapter->weights->params.n_head;
+    const auto * weights = weights_of(adapter);
+    return weights ? weights->params.n_head : 0;
 }
 
 int32_t llama_deltamem_rank(const llama_deltamem_adapter * adapter) {
-    return adapter->weights->params.rank;
+    const auto * weights = weights_of(adapter);
+    return weights ? weights->params.rank : 0;
 }
 
 enum llama_deltamem_granularity llama_deltamem_write_granularity(const llama_deltamem_adapter * adapter) {
-    return adapter->weights->granularity;
+    const auto * weights = weights_of(adapter);
+    return weights ? weights->granularity : LLAMA_DELTAMEM_TOKEN;
 }
 
 int32_t llama_deltamem_meta_val_str(const llama_deltamem_adapter * adapter, const char * key, char * buf,
                                     size_t buf_size) {
-    const auto it = adapter->weights->meta.find(key);
-    if (it == adapter->weights->meta.end()) {
-        if (buf_size > 0) {
-            buf[0] = '\0';
-        }
-        return -1;
+    const std::string * value = nullptr;
+    if (adapter && key) {
+        const auto it = adapter->weights->meta.find(key);
+        value         = it == adapter->weights->meta.end() ? nullptr : &it->second;
     }
-    return snprintf(buf, buf_size, "%s", it->second.c_str());
+    const int32_t length = snprintf(buf, buf ? buf_size : 0, "%s", value ? value->c_str() : "");
+    return value ? length : -1;
 }
 
 size_t llama_deltamem_n_bytes(const llama_deltamem_adapter * adapter) {
-    return adapter->weights->n_bytes();
+    const auto * weights = weights_of(adapter);
+    return weights ? weights->n_bytes() : 0;
 }
 
 //
@@ -169,9 +184,8 @@ void llama_context::set_deltamem(llama_deltamem_context_ptr value) {
 
 int32_t llama_deltamem_attach(llama_context * ctx, llama_deltamem_adapter * adapter) {
     return guarded([&] {
-        if (!adapter) {
-            throw std::runtime_error("the adapter to attach is NULL: it was not loaded");
-        }
+        check_given(ctx, "the context");
+        check_given(adapter, "the adapter to attach");
         if (&adapter->weights->model != &ctx->get_model()) {
             throw std::runtime_error("the adapter was loaded for another model than this context's");
         }
@@ -197,21 +211,22 @@ int32_t llama_deltamem_attach(llama_context * ctx, llama_deltamem_adapter * adap
 
 int32_t llama_deltamem_detach(llama_context * ctx) {
     return guarded([&] {
+        check_given(ctx, "the context");
         ctx->set_deltamem(nullptr);
         return 0;
     });
 }
 
 bool llama_deltamem_is_attached(const llama_context * ctx) {
-    return ctx->deltamem != nullptr;
+    return ctx && ctx->deltamem;
 }
 
 size_t llama_deltamem_state_n_bytes(const llama_context * ctx) {
-    return ctx->deltamem ? ctx->deltamem->state.n_bytes() : 0;
+    return llama_deltamem_is_attached(ctx) ? ctx->deltamem->state.n_bytes() : 0;
 }
 
 int64_t llama_deltamem_n_graphs(const llama_context * ctx) {
-    return ctx->deltamem ? ctx->deltamem->n_graphs : 0;
+    return llama_deltamem_is_attached(ctx) ? ctx->deltamem->n_graphs : 0;
 }
 
 //
@@ -219,10 +234,11 @@ int64_t llama_deltamem_n_graphs(const llama_context * ctx) {
 //
 
 size_t llama_deltamem_state_size(const llama_context * ctx) {
-    return ctx->deltamem ? ctx->deltamem->state.size() : 0;
+    return llama_deltamem_is_attached(ctx) ? ctx->deltamem->state.size() : 0;
 }
 
-static void check_size(const llama_deltamem_context & deltamem, size_t n) {
+static void check_array(const llama_deltamem_context & deltamem, const float * values, size_t n) {
+    check_given(values, "the array of a state");
     if (n != deltamem.state.size()) {
         throw std::runtime_error(format("a state of this adapter has %zu values, not %zu", deltamem.state.size(), n));
     }
@@ -231,7 +247,7 @@ static void check_size(const llama_deltamem_context & deltamem, size_t n) {
 int32_t llama_deltamem_state_get(llama_context * ctx, llama_seq_id seq_id, float * dst, size_t n) {
     return guarded([&] {
         const llama_deltamem_context & deltamem = attached(ctx, seq_id);
-        check_size(deltamem, n);
+        check_array(deltamem, dst, n);
         deltamem.check_whole(seq_id);
         ctx->synchronize();
         deltamem.state.get(seq_id, dst);
@@ -241,6 +257,7 @@ int32_t llama_deltamem_state_get(llama_context * ctx, llama_seq_id seq_id, float
 
 int32_t llama_deltamem_take_result(llama_context * ctx, llama_seq_id seq_id, int32_t i, float * dst, size_t n) {
     return guarded([&]() -> int32_t {
+        check_given(ctx, "the context");
         if (dst) {
             if (const int32_t status = llama_deltamem_state_get(ctx, seq_id, dst, n); status != 0) {
                 return status;
@@ -264,7 +281,7 @@ int32_t llama_deltamem_take_result(llama_context * ctx, llama_seq_id seq_id, int
 int32_t llama_deltamem_state_set(llama_context * ctx, llama_seq_id seq_id, const float * src, size_t n) {
     return guarded([&] {
         llama_deltamem_context & deltamem = attached(ctx, seq_id);
-        check_size(deltamem, n);
+        check_array(deltamem, src, n);
         for (size_t i = 0; i < n; ++i) {
             if (!std::isfinite(src[i])) {
                 throw std::runtime_error(format("the state has a value that is not finite, at position %zu", i));
@@ -310,6 +327,9 @@ int32_t llama_deltamem_set_checkpoints(llama_context * ctx, const int32_t * toke
             throw std::runtime_error(format("%d checkpoints were asked for, a batch keeps 0 to %d", n_tokens,
                                             LLAMA_DELTAMEM_MAX_CHECKPOINTS));
         }
+        if (n_tokens > 0) {
+            check_given(tokens, "the array of the tokens that leave checkpoints");
+        }
         for (int32_t i = 0; i < n_tokens; ++i) {
             if (tokens[i] < 0 || (i > 0 && tokens[i] <= tokens[i - 1])) {
                 throw std::runtime_error("the tokens that leave checkpoints must ascend from 0");
@@ -323,7 +343,7 @@ int32_t llama_deltamem_set_checkpoints(llama_context * ctx, const int32_t * toke
 int32_t llama_deltamem_checkpoint_get(llama_context * ctx, int32_t i, float * dst, size_t n) {
     return guarded([&] {
         const llama_deltamem_context & deltamem = attached(ctx);
-        check_size(deltamem, n);
+        check_array(deltamem, dst, n);
         const uint32_t slot = deltamem.checkpoint_slot(i);
         ctx->synchronize();
         deltamem.state.get(slot, dst);
@@ -358,6 +378,9 @@ int32_t llama_deltamem_set_segments(llama_context * ctx, const int32_t * segment
         }
         if (n_tokens < 0) {
             throw std::runtime_error(format("segments were given for %d tokens", n_tokens));
+        }
+        if (n_tokens > 0) {
+            check_given(segments, "the array of segments");
         }
         deltamem.set_segments(segments, ends, n_tokens);
         return 0;

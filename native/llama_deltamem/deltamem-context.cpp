@@ -202,6 +202,7 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
                 }
                 if (current.ends[at]) {
                     bits |= GGML_DELTAMEM_TOKEN_COMMIT;
+                    sq.torn |= sq.ingest.segment >= 0; // an ingest without segments writes nothing
                     sq.ingest = {};
                 }
             }
@@ -214,8 +215,7 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
                 }
             }
 
-            // until end_batch
-            sq.torn |= (bits & (GGML_DELTAMEM_TOKEN_WRITE | GGML_DELTAMEM_TOKEN_COMMIT)) != 0;
+            sq.torn |= (bits & GGML_DELTAMEM_TOKEN_WRITE) != 0;
             sq.ingest.torn |= current.given && at >= 0;
 
             entry[0] = (int32_t) i;

@@ -82,6 +82,9 @@ static bool rotates(const llama_hparams & hparams, const std::function<bool(uint
 }
 
 bool llama_deltamem_can_shift(const llama_context * ctx) {
+    if (!ctx) {
+        return false;
+    }
     const llama_memory_t  memory  = ctx->get_memory();
     const llama_hparams & hparams = ctx->get_model().hparams;
     if (!memory || !memory->get_can_shift() || hparams.n_pos_per_embd() != 1) {

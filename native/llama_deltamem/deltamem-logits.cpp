@@ -40,7 +40,7 @@ bool llama_deltamem_is_usable(const float * logits, size_t n) {
 }
 
 int32_t llama_deltamem_candidates(const float * logits, int32_t n, int32_t k, llama_token_data * dst) {
-    if (k < 1 || n < 1) {
+    if (!logits || !dst || k < 1 || n < 1) {
         return 0;
     }
     const auto likelier = [](const llama_token_data & a, const llama_token_data & b) {

@@ -2,7 +2,9 @@
 //
 // Threads: as for llama.h; one context is used by one thread at a time.
 // Errors:  functions that can fail return NULL, a negative number or 0 bytes as documented. They log the reason through
-//          llama_log_set's callback and keep it for llama_deltamem_last_error(). None aborts on bad input.
+//          llama_log_set's callback and keep it for llama_deltamem_last_error(), as llama_decode does where the memory
+//          refuses its batch. None aborts on bad input. A handle or an array that is NULL is bad input where its comment
+//          does not say what it means; functions that only ask return 0, false or -1 for it.
 //
 #pragma once
 
@@ -41,7 +43,7 @@ LLAMA_API const char * llama_deltamem_last_error(void);
 LLAMA_API struct llama_deltamem_adapter * llama_deltamem_adapter_load(const struct llama_model * model,
                                                                       const char *               path);
 
-// Frees the handle. Contexts that the adapter is attached to keep its weights.
+// Frees the handle, if it is not NULL. Contexts that the adapter is attached to keep its weights.
 LLAMA_API void llama_deltamem_adapter_free(struct llama_deltamem_adapter * adapter);
 
 // The layers with memory, in order: their number, and the model layer of the i-th (-1 if there is none).
@@ -56,7 +58,7 @@ llama_deltamem_write_granularity(const struct llama_deltamem_adapter * adapter);
 
 // Copies a metadata value of the adapter's file to `buf` as text, arrays as comma-separated values, and returns its
 // length, or -1 if there is no such key, as llama_adapter_meta_val_str does. `buf` is always terminated; a longer value
-// is cut.
+// is cut. A `buf` that is NULL gets nothing.
 LLAMA_API int32_t llama_deltamem_meta_val_str(const struct llama_deltamem_adapter * adapter, const char * key,
                                               char * buf, size_t buf_size);
 
@@ -70,6 +72,9 @@ LLAMA_API size_t llama_deltamem_n_bytes(const struct llama_deltamem_adapter * ad
 // Attaches the adapter to the context, with one empty state per sequence (n_seq_max of them), apart from the KV cache.
 // Replaces an adapter attached before, and its states. Returns 0; or -1, and leaves the context as it was, if the
 // model's graph does not pass through the hooks in every layer that the adapter names.
+//
+// From then on each token of a batch belongs to one sequence, below n_seq_max even where the KV cache is unified;
+// llama_decode refuses others with -1. Tokens that only warm the model up write like all others: decode them before.
 LLAMA_API int32_t llama_deltamem_attach(struct llama_context * ctx, struct llama_deltamem_adapter * adapter);
 
 // Detaches the adapter and frees the states. Returns 0, or -1 if the device failed while the call waited for it.
@@ -91,6 +96,9 @@ LLAMA_API int64_t llama_deltamem_n_graphs(const struct llama_context * ctx);
 
 //
 // states: independent of the text; llama_memory_seq_rm and related functions do not change them
+//
+// Nor do llama_state_get_data and the functions like it save or restore them: keep what llama_deltamem_state_get copies
+// beside the text. To set, reset or copy over a state ends an unfinished ingest of its sequence.
 //
 // A llama_decode that fails while it computes may have written the states of some layers, or for some tokens, of the
 // sequences in its batch. Such a state is incomplete: llama_deltamem_state_get, llama_deltamem_state_copy from it and

@@ -355,6 +355,23 @@ static void test_failed_ingest(llama_context * ctx, const llama_deltamem_adapter
         check(llama_deltamem_abandon_ingest(ctx, 0) == 0, "abandon_ingest fails");
         check(same_bits(get_state(ctx, 0), before), "an abandoned ingest has written");
     }
+
+    // what writes nothing, because its sequence only reads or because it has no segments, leaves the state, however it ends
+    for (const bool writes : { false, true }) {
+        const std::vector<int32_t> none(N_PROMPT, -1);
+        check(llama_deltamem_set_write(ctx, 0, writes) == 0, "set_write fails");
+        limit.n_seen = 0;
+        for (const bool aborted : { false, true }) {
+            llama_memory_clear(llama_get_memory(ctx), true);
+            check(llama_deltamem_set_segments(ctx, (writes ? none : segments).data(), ends.data(), N_PROMPT) == 0,
+                  "set_segments fails");
+            limit.n_left = aborted ? limit.n_seen - 1 : -1; // the last node, after the ingest has ended in each layer
+            check(decode(ctx, tokens, 0, 0) != aborted, "an aborted ingest succeeds, or another one fails");
+            limit.n_left = -1;
+            check(same_bits(get_state(ctx, 0), before), "an ingest without writes changes the state");
+        }
+        check(llama_deltamem_abandon_ingest(ctx, 0) == 0, "abandon_ingest fails");
+    }
     llama_set_abort_callback(ctx, nullptr, nullptr);
 
     llama_memory_clear(llama_get_memory(ctx), true);
@@ -364,7 +381,7 @@ static void test_failed_ingest(llama_context * ctx, const llama_deltamem_adapter
     check(llama_deltamem_state_reset(ctx, -1) == 0, "state_reset fails");
 }
 
-static void test_bad_calls(llama_context * ctx) {
+static void test_bad_calls(llama_context * ctx, llama_deltamem_adapter * adapter) {
     std::vector<float>       state  = get_state(ctx, 0);
     const std::vector<float> before = state;
     const size_t             n      = state.size();
@@ -389,6 +406,39 @@ static void test_bad_calls(llama_context * ctx) {
     expect_reason(llama_deltamem_adapter_load(llama_get_model(ctx), nullptr) == nullptr, "adapter_load, no file");
     expect_reason(llama_deltamem_adapter_load(nullptr, "no-such-file.gguf") == nullptr, "adapter_load, no model");
     check(same_bits(get_state(ctx, 0), before), "a refused call changes the state");
+
+    // arrays and handles that are NULL
+    expect_reason(llama_deltamem_state_get(ctx, 0, nullptr, n) < 0, "state_get, no array");
+    expect_reason(llama_deltamem_state_set(ctx, 0, nullptr, n) < 0, "state_set, no array");
+    expect_reason(llama_deltamem_checkpoint_get(ctx, 0, nullptr, n) < 0, "checkpoint_get, no array");
+    expect_reason(llama_deltamem_set_checkpoints(ctx, nullptr, 1) < 0, "set_checkpoints, no array");
+    expect_reason(llama_deltamem_set_segments(ctx, nullptr, nullptr, 1) < 0, "set_segments, no array");
+    expect_reason(llama_deltamem_attach(nullptr, adapter) < 0, "attach, no context");
+    expect_reason(llama_deltamem_detach(nullptr) < 0, "detach, no context");
+    expect_reason(llama_deltamem_state_get(nullptr, 0, state.data(), n) < 0, "state_get, no context");
+    expect_reason(llama_deltamem_state_reset(nullptr, -1) < 0, "state_reset, no context");
+    expect_reason(llama_deltamem_take_result(nullptr, 0, 0, nullptr, 0) < 0, "take_result, no context");
+    expect_reason(!llama_deltamem_get_write(nullptr, 0), "get_write, no context");
+    check(!llama_deltamem_is_attached(nullptr) && !llama_deltamem_can_shift(nullptr) &&
+                  llama_deltamem_state_size(nullptr) == 0 && llama_deltamem_state_n_bytes(nullptr) == 0 &&
+                  llama_deltamem_n_graphs(nullptr) == 0,
+          "a context that is NULL has something");
+
+    char buf[] = "full";
+    check(llama_deltamem_n_layer(nullptr) == 0 && llama_deltamem_layer(nullptr, 0) == -1 &&
+                  llama_deltamem_n_head(nullptr) == 0 && llama_deltamem_rank(nullptr) == 0 &&
+                  llama_deltamem_n_bytes(nullptr) == 0 &&
+                  llama_deltamem_write_granularity(nullptr) == LLAMA_DELTAMEM_TOKEN,
+          "an adapter that is NULL has something");
+    check(llama_deltamem_meta_val_str(nullptr, "adapter.type", buf, sizeof(buf)) == -1 && buf[0] == '\0',
+          "an adapter that is NULL has a key");
+    check(llama_deltamem_meta_val_str(adapter, nullptr, buf, sizeof(buf)) == -1, "a key that is NULL has a value");
+    check(llama_deltamem_meta_val_str(adapter, "adapter.type", nullptr, sizeof(buf)) == 8, "a length needs a buffer");
+    llama_deltamem_adapter_free(nullptr);
+
+    llama_token_data candidate;
+    check(llama_deltamem_candidates(nullptr, 1, 1, &candidate) == 0, "candidates of no logits");
+    check(llama_deltamem_candidates(before.data(), 1, 1, nullptr) == 0, "candidates to no array");
 }
 
 static void test_bad_files(const llama_model * model, const char * base, const char * adapter, const char * other) {
@@ -473,7 +523,7 @@ static std::vector<llama_token> run(const char * base, const char * adapter_path
     test_segments(ctx, adapter, n_vocab);
     test_failed_decode(ctx, n_vocab);
     test_failed_ingest(ctx, adapter, n_vocab);
-    test_bad_calls(ctx);
+    test_bad_calls(ctx, adapter);
     check(llama_deltamem_state_n_bytes(ctx) == n_bytes, "the states grow with use");
 
     // detached, and attached again: an empty memory and the same answer
