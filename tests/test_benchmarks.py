@@ -665,6 +665,24 @@ def test_a_report_joins_shards(whole, tmp_path, capsys):
     check_names(note, ["locomo", 2])
 
 
+@pytest.mark.parametrize("part", [["--shard", "1/2"], ["--kinds", "single-hop"], ["--limit", "3"]])
+def test_a_part_of_the_questions_is_asked_as_in_the_whole(tmp_path, part):
+    """A long question elsewhere leaves less room for every context."""
+    path = locomo(tmp_path)
+    records = json.loads(path.read_text())
+    records[1]["qa"][4] = {"question": " ".join(ASKED * 3), "answer": "no", "category": 1}
+    path.write_text(json.dumps(records))
+    run = ["eval", "locomo", "--data", str(path), "-t", "1", "-c", "256", "--methods", "backbone"]
+    shown = []
+    for folder, options in ((tmp_path / "whole", []), (tmp_path / "part", part)):
+        assert main([*run, "-o", str(folder), *options]) == 0
+        file = next(folder.glob("*.jsonl"))
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        shown.append({record["id"]: record["context"] for record in records if "answer" in record})
+    whole, some = shown
+    assert some.items() <= whole.items() and len(some) < len(whole)
+
+
 def report_of(folder, **scores):
     """The report of answers with these scores."""
     folder.mkdir()

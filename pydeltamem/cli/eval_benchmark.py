@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(no_file(args.lora, "LoRA file"))
     benchmark.check()
     data = file_of(benchmark, args.data)
-    items = chosen(_of_kinds(items_of(benchmark, args.data), args.kinds), args.limit, args.seed, args.shard)
+    every = items_of(benchmark, args.data)
+    items = chosen(_of_kinds(every, args.kinds), args.limit, args.seed, args.shard)
     if not items:
         raise InputError(f"--shard {args.shard[0]}/{args.shard[1]}: has no question: there are fewer contexts")
     model = model_file(name)
@@ -169,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
         task = bar.add_task("answers", total=None)
         run_benchmark(
             benchmark, items, methods, open_model, path, setup,
-            window=args.window, seed=args.seed, parallel=args.parallel,
+            every=every, window=args.window, seed=args.seed, parallel=args.parallel,
             progress=lambda n, total: bar.update(task, completed=n, total=total),
         )  # fmt: skip
     print(f"{path}: every prompt, answer and score", file=sys.stderr)

@@ -129,6 +129,7 @@ class Prompts:
     """The prompts of a benchmark for one model.
 
     Args:
+        items: the longest question of these decides how much of a context is shown.
         window: tokens of a context that searches, last turns and summaries may show.
         seed: of sampled answers.
     """
@@ -317,6 +318,7 @@ def run(
     path: Path,
     setup: Mapping[str, Any],
     *,
+    every: Sequence[Item] = (),
     window: int,
     seed: int,
     parallel: int,
@@ -326,6 +328,7 @@ def run(
 
     Args:
         open_model: opens the model, with or without the LoRA adapter.
+        every: all questions of the benchmark, so that contexts are shown alike whichever of them are asked.
         progress: called with the answers so far, and all.
     """
     units = list(units_of(items, methods, parallel))
@@ -340,7 +343,7 @@ def run(
                 if asker is not None:
                     asker.close()
                 asker = open_model(unit.method.lora)
-                prompts = Prompts(benchmark, items, asker, window, seed)
+                prompts = Prompts(benchmark, [item for item in every if item.context] or items, asker, window, seed)
                 latest = None
             if unit.method.view == views.SUMMARY and prompts.lacks_summary(unit.items):
                 asker.attach(None)  # the plain model writes them
