@@ -51,7 +51,7 @@ HELP = f"""\
 /load [FILE]     load a memory
 /reset           empty the memory, keep the text
 /clear           forget the text, keep the memory
-/rehearse        have the memory read the text once more, which may keep more of it
+/rehearse        decode the text once more and write it again, so that the memory may keep more of it
 /memory          show what the memory holds, per layer
 /write on|off    write the memory, or only read it
 /help            this list
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--rehearse", action="store_true",
-        help="/clear and /quit have the memory read the text once more before it goes, which may keep more of it",
+        help="before /clear and /quit, decode the text once more and write it again: the memory may keep more of it",
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     llm = load(args)
     if args.rehearse and not llm.memory.attached:
-        raise InputError("--rehearse: there is no memory to read the text again: name an adapter by --deltamem")
+        raise InputError("--rehearse: there is no memory to write the text to: name an adapter by --deltamem")
     from ..conversation import Conversation
 
     options = sampling(args, llm)
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 class Chat:
     """A conversation at the terminal: prints replies, and runs the commands.
 
-    rehearses: whether the memory reads the text once more before `/clear` forgets it.
+    rehearses: whether the text is decoded and written once more before `/clear` forgets it.
     seed: of the seeds of the replies: each has another one, so that `/again` says something else. None: random ones.
     """
 
@@ -208,7 +208,7 @@ class Chat:
             note("the text is forgotten, the memory stays")
         elif name == "rehearse":
             self.rehearse()
-            note(f"the memory has read {conversation.n_tokens} tokens once more")
+            note("the text was decoded and written once more")
         elif name == "memory":
             note(describe(memory))
         elif name == "write" and argument in ("on", "off"):
@@ -222,7 +222,7 @@ class Chat:
         return True
 
     def rehearse(self) -> None:
-        """Has the memory read the text once more."""
+        """Decodes and writes the text once more."""
         self.conversation.memory.rehearse()
         self.conversation.save()
 

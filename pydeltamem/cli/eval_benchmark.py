@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--protocol", metavar="NAME,...", default="context,memory",
-        help="context: the text stays, and is written while it is read; memory: it is dropped before the question"
+        help="context: the text stays, and is written while it is decoded; memory: it is dropped before the question"
         " (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--rehearse", action="store_true",
-        help="protocol memory: the memory reads the text twice before it is dropped",
+        help="protocol memory: the text is decoded and written twice before it is dropped",
     )  # fmt: skip
     parser.add_argument("--kinds", metavar="NAME,...", help="only questions of these kinds")
     parser.add_argument("--limit", type=positive, metavar="N", help="at most so many questions, drawn by the seed")

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whether a question and its answer write their copy of the memory, as in a chat (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--rehearse", action="store_true", help="the memory reads each conversation twice before its text goes"
+        "--rehearse", action="store_true", help="decode and write each conversation twice before its text goes"
     )
     add_unpack(parser, "none")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""A model that reads the contexts of a benchmark and answers questions about them.
+"""A model that decodes the contexts of a benchmark and answers questions about them.
 
 Questions about one context share it: it is decoded once, and each question goes on from a fork of its text and memory.
 They are decoded in common batches.
@@ -28,10 +28,10 @@ class Shared:
     """What questions are asked after.
 
     Attributes:
-        text: read before the questions, written if there is a memory; "": nothing.
+        text: decoded before the questions, written if there is a memory; "": nothing.
         is_dropped: the text leaves before the questions, and the memory stays.
         writes: whether questions and answers write the memory.
-        is_rehearsed: the memory reads the text a second time before it leaves.
+        is_rehearsed: the text is decoded and written a second time before it leaves.
     """
 
     text: str = ""

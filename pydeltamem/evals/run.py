@@ -40,9 +40,9 @@ class Method:
         name: in tables.
         view: what it sees of the context: VIEWS of views.py.
         adapter: its file; None: no memory.
-        reads: protocol `memory`: it has read all that fits, and that text is gone.
+        reads: protocol `memory`: all that fits was decoded, and that text is gone.
         writes: whether question and answer write the memory.
-        rehearses: protocol `memory`: it has read that text twice.
+        rehearses: protocol `memory`: that text was decoded and written twice.
         lora: whether it has the LoRA adapter.
     """
 
@@ -68,7 +68,7 @@ def methods_of(
 
     Args:
         writes: by protocol, whether question and answer write.
-        rehearses: whether a memory reads twice what it is asked about without the text.
+        rehearses: whether what a memory is asked about without the text is decoded and written twice.
         only: names of the methods; None: those that need no other package and no summary.
     """
     known = {name: Method(name, view) for name, view in PLAIN.items()}
