@@ -641,6 +641,27 @@ def test_the_text_is_changed_between_two_tokens(streaming, change, end):
     np.testing.assert_array_equal(llm.memory.state, state)
 
 
+@pytest.mark.parametrize("callback", ["logits_processor", "stopping_criteria"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_callback_changes_the_text(streaming, callback, n):
+    """It is not generated further, and is left as the callback left it."""
+    llm, _ = streaming()
+    left = []
+
+    def change(ids, scores):
+        if len(ids) == len(TOKENS) + n - 1:
+            llm.reset()
+            llm.eval(OTHER)
+            left.append((texts(llm), llm.memory.state, llm.memory.n_written))
+        return scores if callback == "logits_processor" else False
+
+    with refuses(InputError, "text"):
+        take(llm.generate(TOKENS, temp=0, **{callback: change}), n)
+    [(text, state, n_written)] = left
+    assert texts(llm) == text and llm.memory.n_written == n_written
+    np.testing.assert_array_equal(llm.memory.state, state)
+
+
 @pytest.mark.parametrize("end", ["go on", "close"])
 def test_the_memory_is_changed_between_two_tokens(streaming, read_once, end):
     """What comes after is written into the new one, and no more."""
