@@ -15,6 +15,7 @@ import pytest
 from pydeltamem import DecodeError, DeltaMemLlama, InputError
 from pydeltamem.evals.harness import DeltaMemLM
 from pydeltamem.models import default_files
+from refusals import refuses
 
 MODEL, ADAPTERS = default_files()
 
@@ -80,6 +81,18 @@ def test_what_is_empty_and_what_does_not_fit(lm):
     assert lm._loglikelihood_tokens([(None, [5, 6], [])], disable_tqdm=True) == [(0.0, True)]
     with pytest.raises(InputError, match=r"256.*257"):
         lm._loglikelihood_tokens([(None, [5], [6] * 257)], disable_tqdm=True)
+
+
+def test_an_answer_that_leaves_no_room_for_its_prompt(lm, caplog):
+    """Else a prompt loses as many of its first tokens as the answer may need, and the log says so."""
+    with refuses(InputError, 256, 300):
+        lm.generate_until(requests(("I live in", {"until": [], "max_gen_toks": 300})), disable_tqdm=True)
+    long = "Anna lives in Oslo. " * 20
+    lm.generate_until(requests(("I live in", {"until": ["o"], "max_gen_toks": 200})), disable_tqdm=True)
+    assert not caplog.records
+    lm.generate_until(requests((long, {"until": ["o"], "max_gen_toks": 200})), disable_tqdm=True)
+    n = len(lm.tok_encode(long)) - 56
+    assert n > 0 and str(n) in caplog.records[0].getMessage()
 
 
 def test_a_text_begins_with_a_token_of_the_model(lm):

@@ -8,6 +8,7 @@ alike share what was decoded.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,8 @@ try:
 except ImportError as missing:
     raise InputError(f"the harness needs {missing.name}: pip install 'pydeltamem[lm-eval]'") from None
 
+
+logger = logging.getLogger(__name__)
 
 OF_THE_HARNESS = ("batch_size", "max_batch_size", "device", "trust_remote_code")
 
@@ -105,6 +108,12 @@ class DeltaMemLM(TemplateLM):
             llm.n_tokens = n
         llm.eval(list(tokens[n:]))
 
+    def _last(self, tokens: list[int], n: int) -> list[int]:
+        """The last n tokens; says so if there are more."""
+        if len(tokens) > n:
+            logger.warning("n_ctx=%d: a request loses its first %d tokens", self.max_length, len(tokens) - n)
+        return tokens[-n:]
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
@@ -114,7 +123,7 @@ class DeltaMemLM(TemplateLM):
             texts, context, continuation = requests[i]
             if len(continuation) > self.max_length:
                 raise InputError(f"n_ctx={self.max_length}: a continuation has {len(continuation)} tokens: raise it")
-            tokens = (context + continuation)[-(self.max_length + 1) :]
+            tokens = self._last(context + continuation, self.max_length + 1)
             if not continuation:
                 continue
             self._read(tokens[:-1])
@@ -167,7 +176,9 @@ class DeltaMemLM(TemplateLM):
     def _generation(self, context: str, given: dict[str, Any]) -> Generation:
         """What follows a text, as a request of the engine."""
         llm, options = self.llm, normalize_gen_kwargs(dict(given), default_max_gen_toks=256)
-        n_predict = min(options["max_gen_toks"], self.max_length - 1)
+        n_predict = options["max_gen_toks"]
+        if n_predict >= self.max_length:
+            raise InputError(f"n_ctx={self.max_length}: leaves no room for a prompt beside max_gen_toks={n_predict}")
         sampling = {name: options.get(name, off) for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))}
         temperature = options.get("temperature", 1.0 if options["do_sample"] else 0.0)
         seed = random.randrange(2**32 - 1)  # which lm-eval's --seed decides; samples of one request differ
@@ -176,7 +187,7 @@ class DeltaMemLM(TemplateLM):
         generation = Generation(llm._engine.text())
         stop = [text for text in options["until"] if text]
         generation.prepare(llm._ctx, llm._model.vocab, sampler, n_predict=n_predict, stop=stop)
-        generation.ask(self.tok_encode(context)[-(self.max_length - n_predict) :])
+        generation.ask(self._last(self.tok_encode(context), self.max_length - n_predict))
         return generation
 
     #
