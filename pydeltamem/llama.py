@@ -439,8 +439,8 @@ class DeltaMemLlama(Llama):
 
         `stopping_criteria` are called with the decoded tokens, [n], and the logits that the next one was sampled from.
         Tokens given by `send` are guesses at what follows, like a draft model's; they need `logits_all=True`.
-        Other texts may be decoded between two tokens. Raises InputError when it goes on after this text was changed, also
-        by a callback.
+        Other texts may be decoded between two tokens. Raises InputError when it goes on after this text was changed,
+        also by a callback.
 
         Raises NotFiniteError if memory or logits stop being finite: text and memory are then as before the prompt.
 
@@ -459,9 +459,9 @@ class DeltaMemLlama(Llama):
             self._n_before = n = len(whole)
             row, version = self._require_logits(), text.version
             token = sampler.sample(self._ctx, self.scores[n - 1] if n < text.n_tokens else row)  # drafts follow it
-            if text.version == version and criteria is not None:
-                if criteria(np.array(whole, dtype=np.intc), self._logits_after(n)):
-                    token, self.finish_reason = None, "stop"
+            is_same = text.version == version
+            if is_same and criteria is not None and criteria(np.array(whole, dtype=np.intc), self._logits_after(n)):
+                token, self.finish_reason = None, "stop"
             if text.version != version:
                 n_taken = 0  # nothing of this is left to take back
                 raise InputError("a callback changed the text that is generated: use a Conversation in it")
