@@ -63,6 +63,12 @@ def test_the_container_is_built_from_what_is_there():
     assert set(kept) >= {*packaged, "CMakeLists.txt", "pydeltamem", "convert", "native", "cmake", "licenses"}
 
 
+def test_the_container_is_built_with_what_the_build_calls():
+    """The slim images of Python have no compiler, and no git."""
+    installed = {word for line in lines_of(DOCKERFILE) if "apt-get install" in line for word in line.split()}
+    assert installed >= {"build-essential", "git"}
+
+
 def test_the_unit_starts_a_server():
     said = unit()
     for key in ("ExecStart", "ExecStartPre"):
