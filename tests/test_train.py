@@ -359,6 +359,82 @@ def test_a_chat_template_that_training_cannot_use(hf_dir, data, tmp_path, templa
         trainer(other, data, tmp_path / "out", steps=1).train()
 
 
+NO_MARKS = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+ALTERNATES = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
+    "{% endif %}{% endfor %}" + TEMPLATE
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "line", "error"),
+    [
+        (NO_MARKS, {"messages": say("hello", "there", "what", " ")}, InputError),  # no token of an answer
+        (NO_MARKS, {"messages": say("hello", "there", "", "red")}, InputError),  # of a question
+        (NO_MARKS, {"messages": say("", "", "what", "red")}, InputError),  # of what is told
+        (NO_MARKS, {"messages": say("hello"), "asks": [say("", "red")], "visible": True}, InputError),
+        (ALTERNATES, {"messages": say("hello") + say("my door is red", "it", "what", "red")}, ModelError),
+        ("{% if messages[0]['content'] == '' %}{{ 1 // 0 }}{% endif %}" + TEMPLATE,
+         {"messages": say("", "it", "what", "red")}, ModelError),
+    ],
+)  # fmt: skip
+def test_a_line_that_the_template_cannot_use(hf_dir, tmp_path, template, line, error):
+    """It is found before the first step, not in the middle of the night."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    tokenizer.chat_template = template
+    path = tmp_path / "bad.jsonl"
+    good = json.dumps({"messages": say("hello", "yours", "hello", "yours")})
+    path.write_text(f"{good}\n{json.dumps(line)}\n", encoding="utf-8")
+    with refuses(error, path, "line 2"):
+        train.Conversations(path, tokenizer)
+
+
+def test_a_system_message_that_is_no_conversation(hf_dir, tmp_path):
+    """Some templates refuse it alone: it is written with the message that follows."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    path = tmp_path / "system.jsonl"
+    told = [{"role": "system", "content": "hello"}, *say("my door is red", "it")]
+    path.write_text(json.dumps({"messages": told + say("what", "red")}) + "\n", encoding="utf-8")
+    expected = train.Conversations(path, tokenizer)[0]
+    tokenizer.chat_template = "{% if messages | length < 2 %}{{ raise_exception('who asks?') }}{% endif %}" + TEMPLATE
+    path.write_text(json.dumps({"messages": told, "asks": [say("what", "it", "what", "red")]}) + "\n", encoding="utf-8")
+    example = train.Conversations(path, tokenizer)[0]
+    assert example.earlier == expected.earlier
+    assert example.segments == [max(segment, 1) for segment in expected.segments]
+
+
+def test_a_token_over_the_end_of_a_prompt(hf_dir, tmp_path):
+    """The answer begins with a token of its own, as a model writes it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    tokenizer.chat_template = TEMPLATE.replace("|> ", "|>")  # "<|assistant|>red" is another word than "<|assistant|>"
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": say("hello", "there", "what", "red")}) + "\n", encoding="utf-8")
+    question, _, answer = train.Conversations(path, tokenizer)[0].asks[0]
+    assert question[-1] == WORDS.index("<|assistant|>")
+    assert answer == [WORDS.index("red"), WORDS.index("<|end|>")]
+
+
+def test_plain_text_needs_no_chat_template(hf_dir, tmp_path):
+    other = shutil.copytree(hf_dir, tmp_path / "other")
+    (other / "chat_template.jinja").unlink()
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "my door is red " * 9}) + "\n", encoding="utf-8")
+    assert trainer(other, path, tmp_path / "out", steps=1).train().steps == 1
+
+
+def test_a_run_of_an_earlier_release_goes_on(hf_dir, data, tmp_path):
+    """What was added to the options since, it did not use."""
+    trainer(hf_dir, data, tmp_path / "out", steps=1).train()
+    path = tmp_path / "out" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    for name in ("online_gain", "--rehearse", "--form"):
+        del saved["run"][name]
+    torch.save(saved, path)
+    with refuses(InputError, path, "--rehearse"):
+        trainer(hf_dir, data, tmp_path / "out", rehearse=0.5)
+    assert trainer(hf_dir, data, tmp_path / "out", steps=2).step == 1
+
+
 @pytest.mark.parametrize("is_there", [False, True])
 @pytest.mark.parametrize("is_fast", [False, True])
 def test_what_a_gpu_multiplies_fast(monkeypatch, is_there, is_fast):
@@ -403,16 +479,21 @@ def test_options_of_the_command(tmp_path, option, capsys):
     check_names(capsys.readouterr().err.splitlines()[-1], option)
 
 
-def test_a_loss_that_diverges(hf_dir, data, tmp_path):
-    """The run ends, and what was saved before stays."""
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_diverges(hf_dir, data, tmp_path, what):
+    """The run ends, and what was saved before stays, even if only a gradient is not finite."""
     trainer(hf_dir, data, tmp_path / "sound", steps=1).train()
     saved = {path.name: path.read_bytes() for path in (tmp_path / "sound").iterdir()}
     run = trainer(hf_dir, data, tmp_path / "sound", steps=9, save_every=1)
-    with torch.no_grad():
-        run.parameters[0].fill_(torch.inf)
-    with refuses(TrainingError, "step 2", "--rate"):
+    if what == "loss":
+        with torch.no_grad():
+            run.parameters[0].fill_(torch.inf)
+    else:
+        run.parameters[0].register_hook(lambda gradient: gradient * torch.inf)
+    with refuses(TrainingError, "step 2", "--rate", tmp_path / "sound"):
         run.train()
     assert {path.name: path.read_bytes() for path in (tmp_path / "sound").iterdir()} == saved
+    assert what == "loss" or all(parameter.isfinite().all() for parameter in run.parameters)
 
 
 @pytest.mark.parametrize("full", [OSError(28, "No space left on device"), RuntimeError("file write failed")])

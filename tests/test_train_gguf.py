@@ -438,6 +438,9 @@ def test_bad_input(data, tmp_path):
         trainer(data, tmp_path / "out", teacher="context", teacher_share=2)
     with refuses(ModelError, tmp_path / "none.gguf"):
         trainer(data, tmp_path / "out", eval_every=1, base=str(tmp_path / "none.gguf"))
+    other = Path(__file__).parents[1] / "examples" / "tiny" / "base.gguf"
+    with refuses(InputError, other, "--eval-every"):  # before the first step
+        trainer(data, tmp_path / "out", eval_every=1, base=str(other))
     few = write(tmp_path / "few.jsonl", [{"messages": say("It is red.", "Yes.", "What?", "Red.")}] * 3)
     with refuses(InputError, "--eval-every"):
         trainer(few, tmp_path / "out", eval_every=1)

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from ..errors import InputError, ModelError, shown
 
 TEXT_ANSWER = 64  # how many of the last tokens of a plain text the model has to predict; at most half of it
+TEXT_LEAST = 4  # tokens of a plain text
+LONGEST_TOKEN = 256  # characters: a longer text than TEXT_LEAST of them is long enough
 READ = "I have read it."  # what the assistant says to a document
 
 Messages = list[dict[str, str]]
@@ -60,16 +60,16 @@ class _Line:
 
 class Conversations:
     """The lines of a training file. All are checked at once, but only their places are kept: each is made tokens when
-    it is needed.
+    it is needed, and at once if it is the first with its order of roles, which is what a chat template refuses.
 
     Args:
         path: the file.
-        tokenizer: of transformers, with a chat template.
+        tokenizer: of transformers, with a chat template if there are messages.
         tail: messages before a question that stay visible.
         max_tokens: how many of the last tokens of the earlier turns are decoded.
         teacher: whether a question may lack its answer, which is then an empty list of tokens.
 
-    Raises InputError, naming file and line.
+    Raises InputError, naming file and line; ModelError if the chat template refuses it, or there is none.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Conversations:
         self._packed_only = ""  # the first line that needs the packed form of a step, and why
         self.checksum = 0
         self.sizes: list[int] = []  # bytes of each line, about in proportion to its tokens
+        orders = set()
         try:
             with open(self.path, "rb") as file:
                 offset = 0
@@ -94,8 +95,9 @@ class Conversations:
                         self._places.append((number, offset))
                         self.sizes.append(len(line))
                         parsed = self._parsed(number, line)
-                        if parsed.text is not None and len(parsed.text) < TEXT_ANSWER:
-                            self._of_text(number, parsed.text)  # which may be too short
+                        if (order := _order(parsed)) not in orders or _may_be_short(parsed):
+                            orders.add(order)
+                            self._example(number, parsed)
                         for flag in ("visible", "keep"):
                             if getattr(parsed, flag):
                                 self._packed_only = self._packed_only or f'line {number} has "{flag}": true'
@@ -105,8 +107,6 @@ class Conversations:
             raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
         if not self._places:
             raise InputError(f"{self.path}: holds no conversation")
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ModelError(f"{tokenizer.name_or_path}: its tokenizer has no chat template, which conversations need")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -115,21 +115,16 @@ class Conversations:
         number, offset = self._places[i]
         with open(self.path, "rb") as file:
             file.seek(offset)
-            line = self._parsed(number, file.readline())
-        if line.text is not None:
-            return self._of_text(number, line.text)
-        n_earlier = self._n_earlier(line)
-        earlier, tail = line.messages[:n_earlier], line.messages[n_earlier:]
-        asks = [tail + ask for ask in line.asks]
-        ids, segments = self._segmented(earlier)
-        return Example(
-            ids[-self.max_tokens :],
-            segments[-self.max_tokens :],
-            [self._ask(ask) for ask in asks],
-            [self._continued(earlier, ids, ask) for ask in asks],
-            line.visible,
-            keep=line.keep,
-        )
+            return self._example(number, self._parsed(number, file.readline()))
+
+    def _example(self, number: int, line: _Line) -> Example:
+        """A line as tokens. Raises InputError or ModelError, naming it."""
+        try:
+            return self._of_messages(line) if line.text is None else self._of_text(line.text)
+        except ModelError as error:
+            raise ModelError(f"{self.path}: line {number}: {error}") from error
+        except ValueError as error:
+            raise InputError(f"{self.path}: line {number}: {error}") from error
 
     def refuse_packed_only(self) -> None:
         """Raises InputError if a line needs the packed form of a step."""
@@ -162,54 +157,100 @@ class Conversations:
         """How many messages are before the tail, which is written once, where it is visible."""
         return max(1, len(line.messages) - self.tail)
 
-    def _of_text(self, number: int, text: str) -> Example:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][: self.max_tokens]
-        if len(ids) < 4:
-            raise InputError(f"{self.path}: line {number}: the text is too short: it has {len(ids)} tokens")
+    def _of_text(self, text: str) -> Example:
+        ids = self._ids(text)[: self.max_tokens]
+        if len(ids) < TEXT_LEAST:
+            raise ValueError(f"the text is too short: it has {len(ids)} tokens")
         n = min(TEXT_ANSWER, len(ids) // 2)
         earlier, first, answer = ids[:-n], ids[-n : 1 - n], ids[1 - n :]
         return Example(earlier, [0] * len(earlier), [(first, [0], answer)], [first])
+
+    def _of_messages(self, line: _Line) -> Example:
+        n_earlier = self._n_earlier(line)
+        earlier, tail = line.messages[:n_earlier], line.messages[n_earlier:]
+        asks = [tail + ask for ask in line.asks]
+        ids, segments = self._segmented(earlier)
+        asked = [self._ask(ask) for ask in asks]
+        continued = [self._continued(earlier, ids, ask) for ask in asks]
+        if not (ids or line.visible):
+            raise ValueError("the chat template makes no token of the earlier messages")
+        if not all(continued if line.visible else [question for question, _, _ in asked]):
+            raise ValueError("the chat template makes no token of a question")
+        if not all(answer for ask, (_, _, answer) in zip(asks, asked) if ask[-1]["role"] == "assistant"):
+            raise ValueError("the chat template makes no token of an answer")
+        return Example(
+            ids[-self.max_tokens :], segments[-self.max_tokens :], asked, continued, line.visible, keep=line.keep
+        )
 
     def _segmented(self, messages: Messages) -> tuple[list[int], list[int]]:
         """Tokens, and for each token the message that it belongs to."""
         ids: list[int] = []
         segments: list[int] = []
         for i in range(len(messages)):
-            longer = self._tokens(messages[: i + 1])
+            try:
+                longer = self._ids(self._text(messages[: i + 1]))
+            except ModelError:
+                if i + 1 == len(messages):
+                    raise
+                continue  # of some templates a system message alone is no conversation: it belongs to the next one
             segments += [i] * (len(longer) - len(ids))
             ids = longer
         return ids, segments[: len(ids)]
 
     def _ask(self, messages: Messages) -> tuple[list[int], list[int], list[int]]:
         before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        question = self._tokens(before, add_generation_prompt=True)
+        prompt = self._text(before, add_generation_prompt=True)
+        question = self._ids(prompt)
         _, segments = self._segmented(before)
         segments += segments[-1:] * (len(question) - len(segments))
-        answer: list[int] = []
-        if before is not messages:
-            whole = self._tokens(messages)
-            if whole[: len(question)] != question:
-                raise ModelError(
-                    f"{self.tokenizer.name_or_path}: its chat template formats a prompt differently from a"
-                    " conversation that goes on"
-                )
-            answer = whole[len(question) :]
+        answer = [] if before is messages else self._after(prompt, question, self._text(messages))
+        if answer is None:
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: its chat template formats a prompt differently from a conversation"
+                " that goes on"
+            )
         return question, segments[: len(question)], answer
 
     def _continued(self, earlier: Messages, ids: list[int], messages: Messages) -> list[int]:
         before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        whole = self._tokens(earlier + before, add_generation_prompt=True)
-        n = len(ids) if whole[: len(ids)] == ids else 0  # 0: the template formats the end of a text differently
-        return whole[n:]
+        whole = self._text(earlier + before, add_generation_prompt=True)
+        after = self._after(self._text(earlier) if earlier else "", ids, whole)
+        return self._ids(whole) if after is None else after  # None: the template formats the end of a text differently
 
-    def _tokens(self, messages: Messages, **options: Any) -> list[int]:
+    def _after(self, beginning: str, ids: list[int], whole: str) -> list[int] | None:
+        """The tokens of a text after its beginning, of which `ids` are the tokens; None if it does not begin so."""
+        tokens = self._ids(whole)
+        if tokens[: len(ids)] == ids:
+            return tokens[len(ids) :]
+        # one token may hold the end of the beginning and what follows it, which a model cannot write
+        return self._ids(whole[len(beginning) :]) if whole.startswith(beginning) else None
+
+    def _text(self, messages: Messages, **options: Any) -> str:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ModelError(f"{self.tokenizer.name_or_path}: has no chat template, which messages need")
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except TemplateError as error:
-            raise ModelError(
-                f"{self.tokenizer.name_or_path}: its chat template refuses a conversation: {error}"
-            ) from error
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # a template is a program
+            reason = shown(str(error).strip() or repr(error))
+            raise ModelError(f"{self.tokenizer.name_or_path}: its chat template refuses it: {reason}") from error
+        return text
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _order(line: _Line) -> tuple[Any, ...]:
+    """The roles of a line's messages, in their order."""
+    asks = (tuple(message["role"] for message in ask) for ask in line.asks)
+    return line.text is None, line.visible, tuple(message["role"] for message in line.messages), frozenset(asks)
+
+
+def _may_be_short(line: _Line) -> bool:
+    """Whether a part of a line may have too few tokens."""
+    if line.text is not None:
+        return len(line.text) < TEXT_LEAST * LONGEST_TOKEN
+    return any(not message["content"].strip() for messages in (line.messages, *line.asks) for message in messages)
 
 
 def _of_record(line: bytes) -> _Line:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..convert.adapter import write_adapter
-from ..errors import InputError
+from ..convert.adapter import packed_tensors, write_adapter
+from ..errors import DeltaMemError, InputError
 from ..formats.base_model import Base
 from ..formats.checkpoint import Checkpoint
 from .conversations import Example
+from .reference import DeltaMem
 
 LONGEST = 48  # tokens of an answer at most
 
@@ -38,6 +39,17 @@ class NativeRecall:
                 "--eval-every: the first tenth of the conversations has no answer to a text that is gone: give more"
             )
         self.base, self.asked = os.fspath(base), asked[:n]
+
+    def check(self, memory: DeltaMem) -> None:
+        """Raises InputError if an adapter like this one cannot be converted for the base."""
+        with tempfile.TemporaryDirectory() as folder:
+            memory.save_checkpoint(folder)
+            try:
+                for _ in packed_tensors(Checkpoint(folder), Base(self.base)):
+                    pass
+            except DeltaMemError as error:
+                reason = str(error).replace(folder, "the adapter")
+                raise InputError(f"--eval-every: {self.base} takes no adapter like this: {reason}") from error
 
     def measure(self, checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         """Returns questions: how many were asked; right: the share whose answer is the file's, apart from case and

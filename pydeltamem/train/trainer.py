@@ -87,6 +87,7 @@ class Trainer:
         if options.eval_every:
             held_out = [self.data[i] for i in range(self.n_held_out)]
             self.recall = NativeRecall(model_file(options.base or named), held_out, options.eval_questions)
+            self.recall.check(self.memory)
 
     def train(self) -> Report:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -101,10 +102,6 @@ class Trainer:
                 loss = self.update()
                 self.seconds += time.monotonic() - begun
                 self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
-                if not math.isfinite(loss):
-                    raise TrainingError(
-                        f"step {self.step}: the loss is {loss}: lower --rate or --clip, with another --out"
-                    )
                 if self.step % 10 == 0:
                     self.curve.append((self.step, self.mean))
                 progress.update(bar, advance=1, description=f"{name}, loss {self.mean:.3f}")
@@ -118,7 +115,7 @@ class Trainer:
         return self.report()
 
     def update(self) -> float:
-        """One step. Returns its loss."""
+        """One step. Returns its loss. Raises TrainingError, before it changes weights, if a gradient is not finite."""
         options = self.options
         done = self.step / options.steps
         share = min((self.step + 1) / options.warm_up, SCHEDULES[options.schedule](done))
@@ -136,13 +133,19 @@ class Trainer:
         self.memory.train()
         loss = self.objective.loss(examples)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, options.clip)
+        norm, found = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip).item(), loss.item()
+        if not (math.isfinite(found) and math.isfinite(norm)):
+            saved = f", perhaps with --init {self.out}" if (self.out / WEIGHTS[0]).exists() else ""
+            raise TrainingError(
+                f"step {self.step + 1}: the loss is {found}, the norm of its gradient {norm}: lower --rate or --clip,"
+                f" with another --out{saved}"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.average.update(self.step)
         self.tokens += sum(len(example.earlier) for example in examples)
-        return loss.item()
+        return found
 
     def draw(self, draw: random.Random) -> list[int]:
         """Indices of a batch of conversations. Short ones come first: there the answer depends most on what was
@@ -184,19 +187,9 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What identifies this run. A run of more steps is the same run."""
-        names = [
-            "batch", "rate", "clip", "dropout", "short_first", "max_tokens", "tail", "seed", "init", "init_gain",
-            "heads_gain", "write_bias", "schedule", "warm_up", "gate_weight", "gate_mean", "visible", "wording",
-            "teacher", "teacher_share", "ask_writes", "first_told", "rehearse",
-            "average",
-        ]  # fmt: skip
         embedded = self.model.get_input_embeddings().weight.detach().cpu().contiguous()
         return {
-            **{
-                name: list(value) if isinstance(value, tuple) else value
-                for name, value in asdict(self.memory.config).items()
-            },
-            **{f"--{name.replace('_', '-')}": getattr(self.options, name) for name in names},
+            **_settings(self.memory.config, self.options),
             "--form": "packed" if self.objective.packed else "padded",
             "the conversations": self.data.checksum,
             "the model": zlib.crc32(embedded.view(torch.uint8).numpy()),
@@ -209,8 +202,9 @@ class Trainer:
         try:
             saved = torch.load(path, weights_only=True, map_location="cpu")
             now = self._identity()
-            saved["run"].setdefault("--form", now["--form"])  # checkpoints of before have none
-            differs = [name for name in now if saved["run"].get(name) != now[name]]
+            # one of an earlier release lacks what was added since, and ran as without it
+            was = {**now, **_settings(DeltaMemConfig(), Options("", "", "")), **saved["run"]}
+            differs = [name for name in now if was[name] != now[name]]
             if differs:
                 raise InputError(
                     f"{path}: is of another run: not the same are {', '.join(differs)}: delete it or name another --out"
@@ -260,6 +254,20 @@ class Trainer:
             plot(self.curve, self.out / "loss.png")
         except ImportError:
             self.console.print("no picture of the loss: pip install matplotlib")
+
+
+# the options that decide what a run computes, besides those of `Options.adapter`
+OF_RUN = (
+    "batch", "rate", "clip", "dropout", "short_first", "max_tokens", "tail", "seed", "init", "init_gain", "heads_gain",
+    "write_bias", "schedule", "warm_up", "gate_weight", "gate_mean", "visible", "wording", "teacher", "teacher_share",
+    "ask_writes", "first_told", "rehearse", "average",
+)  # fmt: skip
+
+
+def _settings(config: DeltaMemConfig, options: Options) -> dict[str, Any]:
+    """The configuration and the options of a run, as a checkpoint holds them."""
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    return {**fields, **{f"--{name.replace('_', '-')}": getattr(options, name) for name in OF_RUN}}
 
 
 def _is_before(line: str, step: int) -> bool:
