@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -113,6 +115,13 @@ def test_instructions_are_checked_by_the_harness(instructions, answer, strict, l
     found = ifeval.score(instructed(*instructions), answer)
     assert (found["instruction strict"], found["instruction loose"]) == (strict, loose)
     assert (found["prompt strict"], found["prompt loose"]) == (float(all(strict)), float(all(loose)))
+
+
+def test_checks_print_nothing():
+    """Standard output is for the tables."""
+    line = "from pydeltamem.evals.ifeval import checks; checks()"
+    result = subprocess.run([sys.executable, "-c", line], capture_output=True, check=True)
+    assert not result.stdout
 
 
 #

@@ -13,7 +13,7 @@ from pydeltamem import models
 from pydeltamem.cli import demo
 from pydeltamem.cli.main import main
 from pydeltamem.cli.picture import picture
-from pydeltamem.errors import FetchError
+from pydeltamem.errors import FetchError, OutputError
 from pydeltamem.evals.scoring import holds
 from pydeltamem.evals.stories import STORIES
 from pydeltamem.models import default_files
@@ -107,13 +107,14 @@ def test_the_real_model_is_shown_where_there_is_one(package, monkeypatch, capsys
     assert any(all(user in shown.out for user, _ in story.turns) for story in STORIES)
 
 
-def test_else_the_small_one_and_a_line_says_why(package, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [FetchError, OutputError])
+def test_else_the_small_one_and_a_line_says_why(package, monkeypatch, capsys, kind):
     assert main(SHOWN) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert "smollm2" in line
 
     def cannot(name):
-        raise FetchError(f"{name}: no network")
+        raise kind(f"{name}: no network")
 
     shutil.copy(package / "default-msw.gguf", package / "smollm2-msw.gguf")
     monkeypatch.setattr(demo, "model_file", cannot)

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..conversation import Conversation
-from ..errors import FetchError, InputError
+from ..errors import FetchError, InputError, OutputError
 from ..evals.case import Case
 from ..evals.reader import Asked, NativeReader
 from ..evals.stories import STORIES
@@ -97,7 +97,7 @@ def _cast(args: argparse.Namespace) -> Cast:
         if adapter is not None:
             try:
                 return Cast(model_file(REAL_MODEL), str(adapter), False)
-            except FetchError as error:
+            except (FetchError, OutputError) as error:  # no network, or no place to keep the model
                 reason = str(error)
         print(f"The small model of the package is shown: {reason}.", file=sys.stderr)
     small, memories = default_files()

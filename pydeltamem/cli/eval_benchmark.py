@@ -168,11 +168,15 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("answers", total=None)
-        run_benchmark(
-            benchmark, items, methods, open_model, path, setup,
-            every=every, window=args.window, seed=args.seed, parallel=args.parallel,
-            progress=lambda n, total: bar.update(task, completed=n, total=total),
-        )  # fmt: skip
+        try:
+            run_benchmark(
+                benchmark, items, methods, open_model, path, setup,
+                every=every, window=args.window, seed=args.seed, parallel=args.parallel,
+                progress=lambda n, total: bar.update(task, completed=n, total=total),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print(f"{path}: has the answers so far: the same command goes on", file=sys.stderr)
+            raise
     print(f"{path}: every prompt, answer and score", file=sys.stderr)
     print(markdown(results_of([path])), end="")
     return 0
