@@ -1024,6 +1024,42 @@ def test_a_turn_waits_for_a_store_that_went_away(serving, monkeypatch, patience)
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("what", ["queue", "store"])
+def test_a_turn_that_never_began_leaves_the_text_ready(serving, monkeypatch, what):
+    """Otherwise a server that is busy would decode whole texts again for those that it refused."""
+
+    async def run():
+        async with serving(n_seq_max=2, n_queue=1) as service:
+            messages, more = [user("hello there")], []
+            before = await say(service, messages)
+            hold, identity = threading.Event(), service.store.identity
+
+            def fail(*arguments, **options):
+                raise StoreError("the disk fails")
+
+            if what == "queue":
+                service.worker.call(hold.wait)  # nothing is decoded meanwhile
+                more = [service.chat([user("hello there")], session=f"s{i}", **GREEDY) for i in range(3)]
+                for each in more:
+                    await each.start()
+            else:
+                monkeypatch.setattr(service.store, "identity", fail)
+            refused = asyncio.create_task(say(service, [*messages, user("my name is Ada")]))
+            await asyncio.wait([refused], timeout=1)
+            hold.set()
+            with pytest.raises((QueueFull, StoreError)):
+                await refused
+            for each in more:
+                await each.whole()
+            monkeypatch.setattr(service.store, "identity", identity)
+            assert service.n_ready == 1 + len(more)
+            after = await say(service, [*messages, user("my name is Ada")])
+            assert after.committed.tokens_written == len(text_of(service))
+            assert after.n_cached >= before.n_prompt or more  # the others took its slot
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("what", ["memory", "text"])
 def test_a_damaged_session_is_named(serving, what):
     async def run():

@@ -393,14 +393,15 @@ class AsyncDeltaMem:
         begins, because it may be in the middle of a step now.
         """
         key = held.owner, held.name
-        live = self._live.pop(key, None)
+        live = self._live.get(key)
         known = None if live is None or live.record is None else live.record.identity
         is_current = known is not None and known == held.identity
         record = None if is_current else await self._in_store(self._newer, held, known)
         if live is not None and record is None:
-            self._live[key] = live
+            self._live.move_to_end(key)
             return live
         if live is not None:
+            del self._live[key]
             self.worker.call(functools.partial(self._leave, live))
         assert record is not None  # nothing is known
         sessions.check_adapter(record, self.adapter)
@@ -629,8 +630,9 @@ class Answer:
             self._live, self._stored = (found, None) if isinstance(found, Live) else (None, found)
             try:
                 await self._decode()
-            except BaseException:  # the text may be anywhere
-                await service._forget(self.owner, self.session)
+            except BaseException:
+                if self._used is not None or self.origin is not None:  # the text may be anywhere
+                    await service._forget(self.owner, self.session)
                 raise
             if self._record is None:
                 record = self._stored if self._live is None else self._live.record
