@@ -9,7 +9,6 @@ import contextlib
 import functools
 import inspect
 import os
-import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -25,12 +24,11 @@ from .runtime.generation import Generation
 from .runtime.history import before_content, n_common
 from .runtime.lock import all_of, holding
 from .runtime.names import option
+from .runtime.sampling import derived
 from .runtime.stream import checked_grammar
 from .runtime.text import Text
 from .runtime.tokenizer import encoded
 from .runtime.values import stop_strings, whole
-
-_RANDOM = library.llama_cpp.LLAMA_DEFAULT_SEED  # asks llama.cpp for a random one
 
 
 class Conversation:
@@ -221,11 +219,8 @@ class Conversation:
 
     def _next_seed(self) -> int:
         """The seed of the next reply: the model's decides it, but another reply to the same words is another."""
-        seed = self.llm._given_seed % 2**32
-        if seed == _RANDOM:
-            return seed
         self._n_seeds += 1
-        return random.Random(f"{seed} {self._n_seeds}").randrange(_RANDOM)
+        return derived(self.llm._given_seed, self._n_seeds)
 
     def _end_reply(self) -> None:
         """Ends an open stream."""

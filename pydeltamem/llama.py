@@ -39,7 +39,7 @@ from .runtime.library import Llama, LlamaState
 from .runtime.lock import holding
 from .runtime.names import nearest, option
 from .runtime.remote import connect
-from .runtime.sampling import Guard, Sampler, n_likeliest
+from .runtime.sampling import Guard, Sampler, derived, n_likeliest
 from .runtime.slots import Slots
 from .runtime.stream import checked_grammar
 from .runtime.text import Text
@@ -458,9 +458,9 @@ class DeltaMemLlama(Llama):
             nonlocal token, n_taken
             self._n_before = n = len(whole)
             row, version = self._require_logits(), text.version
+            logits = None if criteria is None else self._logits_after(n)  # a processor may decode other texts
             token = sampler.sample(self._ctx, self.scores[n - 1] if n < text.n_tokens else row)  # drafts follow it
-            is_same = text.version == version
-            if is_same and criteria is not None and criteria(np.array(whole, dtype=np.intc), self._logits_after(n)):
+            if text.version == version and criteria is not None and criteria(np.array(whole, dtype=np.intc), logits):
                 token, self.finish_reason = None, "stop"
             if text.version != version:
                 n_taken = 0  # nothing of this is left to take back
@@ -569,19 +569,20 @@ class DeltaMemLlama(Llama):
             text.catch_up()
 
     def _logits_after(self, n: int) -> npt.NDArray[np.float32]:
-        """The logits from which the token after the first n was just sampled."""
+        """The logits from which the token after the first n is sampled."""
         return self.scores[n - 1].copy() if self._logits_all else self.logits
 
     @holding("_text.turn")
     @holding("_engine.lock")
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """As `Llama.sample`: a token from the logits of the latest token, or with logits_all from those of token `idx`.
+        The model's seed and the position decide it.
 
         Raises InputError if there are no logits of the present text and memory, and what logits processors raise.
         """
         row: int | npt.NDArray[np.float32] = self._require_logits()
         if idx is None:  # not called by `generate`: use these options, not a reply's sampler
-            sampler = self._init_sampler(*args, **kwargs)
+            sampler = self._seeded_sampler(derived(self._seed, self.n_tokens), *args, **kwargs)
         else:
             if idx != self.n_tokens - 1:
                 if not self._logits_all or not 0 <= idx < self.n_tokens:

@@ -196,6 +196,24 @@ def test_sample(make_llm):
         llm.sample()
 
 
+def test_each_sample_is_another_draw(make_llm):
+    """Of a seed and a position it is always the same. llama_cpp draws the same number for each token."""
+    llm = make_llm(None, seed=7)
+    flat = {"temp": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logits_processor": [lambda ids, scores: scores * 0]}
+
+    def drawn(n):
+        llm.reset()
+        llm.eval(TOKENS)
+        for _ in range(n):
+            llm.eval([llm.sample(**flat)])
+        return llm.eval_tokens
+
+    tokens = drawn(8)
+    assert len({*tokens} - {*TOKENS}) > 4 and drawn(8) == tokens
+    llm.set_seed(8)
+    assert drawn(8) != tokens
+
+
 def test_sample_is_of_its_options_after_a_reply(make_llm):
     llm = make_llm(None)
     next(llm.generate(TOKENS, temp=5.0, top_k=0, top_p=1.0, min_p=0.0))
@@ -274,6 +292,24 @@ def test_what_a_processor_raises_is_raised(llm):
         llm.eval([5])
         with pytest.raises(error):
             llm.sample(**options)
+
+
+def test_a_processor_of_a_chat_uses_a_conversation(make_llm):
+    """Stopping criteria, which each chat has, get the logits of the chat."""
+    llm = make_llm(n_seq_max=2)
+    other = Conversation(llm, n_predict=1)
+
+    def ask(ids, scores):
+        other.say("well?")
+        return scores
+
+    message = [{"role": "user", "content": "hello"}]
+    options = {"max_tokens": 4, "temperature": 0}
+    alone = llm.create_chat_completion(message, **options)["choices"]
+    llm.reset()
+    llm.memory.reset()
+    assert llm.create_chat_completion(message, logits_processor=[ask], **options)["choices"] == alone
+    assert len(other.messages) == 8
 
 
 def raising(ids, scores):

@@ -7,6 +7,7 @@ It calls logits processors from C, and Python drops exceptions there: llama_cpp 
 from __future__ import annotations
 
 import ctypes
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,13 @@ from . import library
 from .keeping import Keeping
 
 _llama = library.llama_cpp
+RANDOM = _llama.LLAMA_DEFAULT_SEED  # asks llama.cpp for a random one
+
+
+def derived(seed: int, n: int) -> int:
+    """The seed of the n-th of several draws, so that each is another one; a random seed stays random."""
+    seed %= 2**32
+    return seed if seed == RANDOM else random.Random(f"{seed} {n}").randrange(RANDOM)
 
 
 class Guard(Keeping):
