@@ -327,8 +327,9 @@ def test_other_bad_input(hf_dir, data, tmp_path):
     (tmp_path / "afile").write_text("", encoding="utf-8")
     with refuses(OutputError, tmp_path / "afile"):
         trainer(hf_dir, data, tmp_path / "afile")
-    with refuses(InputError, "--device cudax"):
-        trainer(hf_dir, data, tmp_path / "device", device="cudax")
+    for device in ("cudax", "hpu"):  # the second is one that torch looks for in a module
+        with refuses(InputError, f"--device {device}"):
+            trainer(hf_dir, data, tmp_path / "device", device=device)
     with refuses(InputError, "--update", "--init"):
         trainer(hf_dir, data, tmp_path / "init", init=str(tmp_path / "out"), update="no_lambda")
     with refuses(InputError, "rank", 65, 64):
@@ -544,6 +545,24 @@ def test_a_memory_that_begins_as_a_head_adds_what_the_head_does(hf_dir, strategy
         assert any(torch.allclose(added, 0.5 * out, atol=1e-6) for out in outputs), layer
         keys = parameters.memory_k_proj @ h
         assert keys.abs().max() > 0 and torch.isfinite(keys).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 16}),  # embeddings are narrower than hidden states
+        (
+            "Qwen3Next",
+            {"head_dim": 16, "layer_types": ["full_attention"] * 2, "num_experts": 2},
+        ),  # q_proj has a gate too
+    ],
+)
+def test_heads_that_a_memory_cannot_begin_as(family, config):
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    settings = getattr(transformers, f"{family}Config")(**sizes, num_key_value_heads=1, **config)
+    model = transformers.AutoModelForCausalLM.from_config(settings).float()
+    with refuses(ModelError, "--heads-gain", "layer 0"):
+        train.start_from_heads(DeltaMem(model, DeltaMemConfig(rank=4)), model)
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "delta_mem_adapter.pt", "delta_mem_config.json", "loss.png"])

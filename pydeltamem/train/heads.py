@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ModelError
 from ..formats.checkpoint import HEADS
 from .reference import DeltaMem, find_attention
 
@@ -21,6 +22,8 @@ def start_from_heads(memory: DeltaMem, model: Any, gain: float = 1.0) -> None:
     first matrix best maps tokens to themselves. The state heads get the leading singular directions of both matrices.
 
     Both matrices are products of two narrow ones, so the decomposition costs only as much as the width of a head.
+
+    Raises ModelError if a head's queries, keys and values, or embeddings and hidden states, are not of one width.
     """
     text = model.config.get_text_config()
     embedded = model.get_input_embeddings().weight.float()
@@ -32,6 +35,12 @@ def start_from_heads(memory: DeltaMem, model: Any, gain: float = 1.0) -> None:
     for layer, parameters in zip(memory.layers, memory.memories):
         weight = {head: attentions[layer].weight(head).float() for head in HEADS}
         size = weight["q"].shape[0] // n_head
+        widths = {weight["k"].shape[0] // n_kv, weight["v"].shape[0] // n_kv, weight["o"].shape[1] // n_head}
+        if widths != {size} or weight["v"].shape[1] != embedded.shape[1]:
+            raise ModelError(
+                f"--heads-gain: in layer {layer} of {type(model).__name__} queries, keys and values, or embeddings and "
+                "hidden states, are not of one width: leave it out"
+            )
         found = []
         for i in range(n_head):
             q, kv = (slice(j * size, (j + 1) * size) for j in (i, i // (n_head // n_kv)))

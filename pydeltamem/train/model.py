@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..errors import DeltaMemError, InputError, ModelError
+from ..errors import DeltaMemError, InputError, ModelError, shown
 from ..formats.gguf_header import Header
 from .tokenizer import GgufTokenizer
 
@@ -31,8 +31,8 @@ def load_frozen(path: str | os.PathLike[str], dtype: str = "auto", device: str =
         raise ModelError(f"{path}: this is neither a GGUF nor a Hugging Face model directory: it has no config.json")
     try:
         torch.zeros(1, device=device).item()  # the device "meta" holds no value
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"--device {device}: {shown(str(error).splitlines()[0])}") from error
     if is_file:
         _check_file(path)
         folder, options = os.path.abspath(path.parent), {"gguf_file": path.name}
