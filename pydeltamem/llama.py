@@ -452,6 +452,7 @@ class DeltaMemLlama(Llama):
         is_all, criteria = options.pop("reset", True), options.pop("stopping_criteria", None)
         calls_back = criteria is not None or options.get("logits_processor") is not None
         token: int | None = None
+        n_taken = 0
 
         def take() -> None:
             """Sets `token` to the one that follows `whole`, None at the end."""
@@ -466,7 +467,7 @@ class DeltaMemLlama(Llama):
                 n_taken = 0  # nothing of this is left to take back
                 raise InputError("a callback changed the text that is generated: use a Conversation in it")
 
-        n_taken, version, messages = 0, text.version, self._messages
+        version, messages = text.version, self._messages
         try:
             with text.turn:
                 self._slots.require_open()
