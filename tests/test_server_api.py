@@ -8,6 +8,7 @@ import dataclasses
 import json
 import socket
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1429,6 +1430,31 @@ def test_a_decoder_that_is_stuck(monkeypatch):
             assert api.http.get("/health").json() == {"status": "stuck"}
             assert api.http.get("/v1/models").status_code == 200
         until(lambda: api.http.get("/health").status_code == 200)
+
+
+def test_many_who_ask_for_its_health_take_one_slot(monkeypatch):
+    """Found: who has no key could fill the queue of those that have one."""
+    with in_thread(service) as api:
+        n = {"can_decode": 0, "ping": 0}
+        can_decode, ping = api.service.can_decode, api.service.store.ping
+
+        async def counted_decode():
+            n["can_decode"] += 1
+            await asyncio.sleep(0.5)
+            return await can_decode()
+
+        def counted_ping():
+            n["ping"] += 1
+            time.sleep(0.5)
+            ping()
+
+        time.sleep(1)  # what was asked before is too old
+        monkeypatch.setattr(api.service, "can_decode", counted_decode)
+        monkeypatch.setattr(api.service.store, "ping", counted_ping)
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda _: api.http.get("/health"), range(16)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert n == {"can_decode": 1, "ping": 1}
 
 
 PREFLIGHT = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}

@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +95,7 @@ class Server:
         self.metrics = Metrics(lambda: self._service)
         self.embedder: Embedder | None = None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
-        self._healthy: tuple[float, bool] = (0.0, False)
+        self._can_decode, self._reaches_store = _Once(seconds=1), _Once()
 
     @property
     def is_loaded(self) -> bool:
@@ -175,12 +175,36 @@ class Server:
         return "ok" if is_healthy else "stuck"
 
     async def is_healthy(self) -> bool:
-        """Whether a token can be decoded; asked again after a second at the earliest."""
-        since, known = self._healthy
-        if time.monotonic() - since > 1:
-            known = await self.service.can_decode()
-            self._healthy = time.monotonic(), known
-        return known
+        """Whether a token can be decoded."""
+        return await self._can_decode(self.service.can_decode)
+
+    async def reaches_store(self) -> bool:
+        """Whether the store answers."""
+        return await self._reaches_store(self.service.reaches_store)
+
+
+class _Once:
+    """An answer that all get who ask while it is on its way: nobody needs a key to ask, and each question takes a slot,
+    or a connection to the store.
+
+    Args:
+        seconds: for which it is good afterwards.
+    """
+
+    def __init__(self, seconds: float = 0) -> None:
+        self._seconds, self._until = seconds, 0.0  # by time.monotonic
+        self._asked: asyncio.Task[bool] | None = None
+
+    async def __call__(self, ask: Callable[[], Coroutine[Any, Any, bool]]) -> bool:
+        if self._asked is None or (self._asked.done() and time.monotonic() >= self._until):
+            self._asked = asyncio.create_task(self._ask(ask))
+        return await asyncio.shield(self._asked)
+
+    async def _ask(self, ask: Callable[[], Coroutine[Any, Any, bool]]) -> bool:
+        try:
+            return await ask()
+        finally:
+            self._until = time.monotonic() + self._seconds
 
 
 def application(settings: Settings) -> FastAPI:
@@ -236,7 +260,7 @@ def _watching(server: Server) -> APIRouter:
         status = await server.life()
         if status == "ok" and server.is_draining:
             status = "draining"
-        elif status == "ok" and not await server.service.reaches_store():
+        elif status == "ok" and not await server.reaches_store():
             status = "store unavailable"
         return _health(server, status)
 
