@@ -1244,6 +1244,17 @@ def test_a_turn_of_a_session_that_was_made_again_meanwhile_is_refused(serving):
     asyncio.run(run())
 
 
+def test_two_that_swap_their_names_wait_for_nobody(serving):
+    async def run():
+        async with serving() as service:
+            for name in ("ada", "bo"):
+                await say(service, [user("hello there")], session=name)
+            both = service.rename("ada", "bo"), service.rename("bo", "ada")
+            assert [type(each) for each in await asyncio.gather(*both, return_exceptions=True)] == [Conflict] * 2
+
+    asyncio.run(run())
+
+
 def test_a_session_of_another_adapter_is_refused(make_llm, tmp_path):
     url = f"sqlite:///{tmp_path / 'sessions.db'}"
 

@@ -677,6 +677,18 @@ def test_a_memory_to_take_along(api):
     np.testing.assert_array_equal(state(api, "brought"), state(api, "taken"))
 
 
+def test_a_memory_that_is_far_too_large(api, caplog):
+    """Clients read nothing of where the server has its files."""
+    ask(api, path="/sessions/large")
+    snapshot = MemorySnapshot.from_bytes(api.http.get("/v1/memories/large/file").content)
+    snapshot = dataclasses.replace(snapshot, state=np.full_like(snapshot.state, 1e38))
+    assert api.http.put("/v1/memories/large/file", content=snapshot.to_bytes()).status_code == 200
+    body = {"messages": HELLO, **GREEDY}
+    answer = refused(api.http.post("/sessions/large/v1/chat/completions", json=body), 500, "not_finite")
+    assert str(Path(BASE).parent) not in answer.text and str(Path(BASE).parent) in caplog.text
+    assert (state(api, "large") == snapshot.state).all()
+
+
 def test_the_memory_of_another_adapter(api):
     with in_thread(lambda: service(adapter="tsw")) as other:
         ask(other, path="/sessions/elsewhere")
@@ -910,6 +922,7 @@ def test_what_is_not_there(api):
     assert answer.headers["allow"] == "POST"
     refused(api.http.get("/v1/models/other"), 404, "not_found", "other", "small")
     refused(api.http.get("/v1/memories/nobody"), 404, "session_not_found", "nobody")
+    refused(api.http.get("/v1/memories/"), 404, "not_found", "/v1/memories/")  # no redirect, which a proxy may break
 
 
 NAMES = ["../x", "..", ".", "a/b", "a" * 129, " ", "a b", "a\\b", "a%2Fb", "c:\\x", "a\n", "\0"]

@@ -220,7 +220,8 @@ def application(settings: Settings) -> FastAPI:
             await asyncio.wait([loading])
         await server.close()
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    # no redirects from /v1/memories/ to /v1/memories: behind a proxy that ends TLS they would lead to http://
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.server = server
     app.add_middleware(BodyLimit, n_max=settings.max_body)
     if settings.is_private:

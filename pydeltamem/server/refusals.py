@@ -67,6 +67,13 @@ _ERRORS: tuple[tuple[type[Exception], tuple[int, str, str]], ...] = (
 )
 
 
+# what clients read in place of errors that name files of the server; the log has these
+_TOLD = {
+    "not_finite": "the memory, or what is computed with it, is no longer finite: the log of the server says more",
+    "stopping": "the server is stopping",
+}
+
+
 def status_of(error: Exception) -> tuple[int, str, str]:
     """Its status, type and code."""
     if isinstance(error, HTTPException):
@@ -86,6 +93,8 @@ def error_body(error: Exception) -> dict[str, Any]:
         message = str(error.detail)
     elif status == 500 and code == "internal":
         message = "an error of the server: see its log"
+    elif code in _TOLD:
+        message = _TOLD[code]
     else:
         message = told(error).encode("utf-8", "backslashreplace").decode()  # JSON may have half a character
     return {"error": {"message": message, "type": kind, "code": code}}

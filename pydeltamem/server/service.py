@@ -290,7 +290,8 @@ class AsyncDeltaMem:
         if checked_name(new) == name:
             await self.get(name, owner)
             return
-        async with self._holds.held(owner, checked_name(name)), self._holds.held(owner, new):
+        first, second = sorted((checked_name(name), new))  # who gives them each other's names waits for nobody
+        async with self._holds.held(owner, first), self._holds.held(owner, second):
             if not await self._in_store(self.store.rename, owner, name, new):
                 raise SessionUnknown(f"there is no session {name}")
             await self._forget(owner, name)
