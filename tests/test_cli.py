@@ -152,6 +152,29 @@ def test_what_is_misspelt_is_named_with_what_was_meant(args, wrong, right):
     check_names(result.stderr.splitlines()[-1], [wrong, right])
 
 
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        ([], ["pull", "chat", "bench"]),
+        (["eval"], ["recall", "report"]),
+        (["sessions", "--store", "x"], ["list", "vacuum"]),
+    ],
+)
+def test_a_command_that_lacks_a_word_lists_what_it_may_be(args, names):
+    result = deltamem(*args)
+    assert result.returncode == 2
+    check_names(result.stderr.splitlines()[-1], names)
+
+
+def test_names_in_a_list_may_have_spaces(tmp_path, capsys):
+    assert main(["eval", "recall", "--tasks", "recall, nothing"]) == 1
+    check_names(capsys.readouterr().err.strip(), ["--tasks", "task nothing"])
+    with pytest.raises(SystemExit) as info:
+        main(["eval", "recall", "--tasks", "recall,,visible"])
+    assert info.value.code == 2
+    check_names(capsys.readouterr().err.splitlines()[-1], ["--tasks", "recall,,visible"])
+
+
 def test_help_as_a_command():
     assert deltamem("help").stdout == deltamem("--help").stdout
     assert deltamem("help", "generate").stdout == deltamem("generate", "--help").stdout

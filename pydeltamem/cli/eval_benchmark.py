@@ -24,7 +24,7 @@ from ..hub import adapter_file, model_file
 from ..models import default_files
 from ..runtime import library
 from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, ended_by_ctrl_c, packed_adapter
-from .parser import at_least, count, positive
+from .parser import at_least, count, names, positive
 
 N_CTX = 4096  # default with -m
 WRITES = {"published": {"context": True, "memory": False}, "on": dict.fromkeys(PROTOCOLS, True)}
@@ -41,12 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", metavar="FILE", help=f"questions as published, or the folder of all data ({DATA})")
     parser.add_argument(
-        "--methods", metavar="NAME,...",
+        "--methods", type=names, metavar="NAME,...",
         help=f"only these: {', '.join(PLAIN)}, lora, and with an adapter's name NAME/context, NAME/memory,"
         f" NAME/memory+VIEW with VIEW of {', '.join(BESIDE)} (all but dense, summary and +VIEW)",
     )  # fmt: skip
     parser.add_argument(
-        "--protocol", metavar="NAME,...", default="context,memory",
+        "--protocol", type=names, metavar="NAME,...", default="context,memory",
         help="context: the text stays, and is written while it is decoded; memory: it is dropped before the question"
         " (%(default)s)",
     )  # fmt: skip
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rehearse", action="store_true",
         help="protocol memory: the text is decoded and written twice before it is dropped",
     )  # fmt: skip
-    parser.add_argument("--kinds", metavar="NAME,...", help="only questions of these kinds")
+    parser.add_argument("--kinds", type=names, metavar="NAME,...", help="only questions of these kinds")
     parser.add_argument("--limit", type=positive, metavar="N", help="at most so many questions, drawn by the seed")
     parser.add_argument(
         "--seed", type=count, default=42, metavar="N", help="of sampling, and of what is drawn (%(default)s)"
@@ -98,8 +98,7 @@ def _shard(text: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> int:
     benchmark, _ = BENCHMARKS[args.what]
     name, named = _model_and_adapters(args)
-    protocols = list(dict.fromkeys(args.protocol.split(",")))
-    for protocol in protocols:
+    for protocol in args.protocol:
         if protocol not in PROTOCOLS:
             raise InputError(f"--protocol: there is no protocol {protocol}: {', '.join(PROTOCOLS)}")
     if args.lora and not os.path.isfile(args.lora):
@@ -114,10 +113,9 @@ def run(args: argparse.Namespace) -> int:
     if not named and (packed := packed_adapter(model)):
         named = {"deltamem": packed}
     adapters = {adapter: adapter_file(file, model) for adapter, file in named.items()}
-    only = args.methods.split(",") if args.methods else None
     has_contexts = any(item.context for item in items)
     methods = methods_of(
-        adapters, protocols, WRITES[args.answer_writes], bool(args.lora), only, has_contexts, args.rehearse
+        adapters, args.protocol, WRITES[args.answer_writes], bool(args.lora), args.methods, has_contexts, args.rehearse
     )
     for method in methods:
         if method.view in NEEDS:
@@ -133,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
         "rehearse": args.rehearse or None,  # runs before there was the option have none
         "data": os.path.basename(args.data or "") or benchmark.file,
         "questions": len(items),
-        "kinds": args.kinds,
+        "kinds": args.kinds and ",".join(args.kinds),
         "limit": args.limit,
         "shard": "/".join(map(str, args.shard)),
         "seed": args.seed,
@@ -182,15 +180,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _of_kinds(items: list[Item], kinds: str | None) -> list[Item]:
+def _of_kinds(items: list[Item], kinds: list[str] | None) -> list[Item]:
     """The items of these kinds; None: all. Raises InputError if there is no such kind."""
     if kinds is None:
         return items
-    known, wanted = {item.kind for item in items}, kinds.split(",")
-    for kind in wanted:
+    known = {item.kind for item in items}
+    for kind in kinds:
         if kind not in known:
             raise InputError(f"--kinds: there is no question of {kind}: {', '.join(sorted(known))}")
-    return [item for item in items if item.kind in wanted]
+    return [item for item in items if item.kind in kinds]
 
 
 def _model_and_adapters(args: argparse.Namespace) -> tuple[str, dict[str, str]]:

@@ -24,7 +24,7 @@ from ..formats.outputs import output
 from ..hub import model_file
 from ..models import default_files
 from .model_options import ADAPTER_HELP, MODEL_HELP, add_unpack, ended_by_ctrl_c, packed_adapter
-from .parser import count, integers, positive
+from .parser import count, integers, names, positive
 
 N_CTX = 2048  # default with -m
 
@@ -39,11 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="several adapters, each under the name that the tables give it",
     )
     parser.add_argument(
-        "--tasks", metavar="NAME,...",
+        "--tasks", type=names, metavar="NAME,...",
         help=f"of {', '.join([*ALIASES, *TASKS])} ({','.join(FOR_ANY_MODEL)}; for the small model {','.join(WORLD)})",
     )  # fmt: skip
     parser.add_argument(
-        "--methods", metavar="NAME,...",
+        "--methods", type=names, metavar="NAME,...",
         help=f"only these: {', '.join(PLAIN)}, and with the name of an adapter NAME, NAME+window, NAME+full",
     )  # fmt: skip
     parser.add_argument(
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     facts = args.facts or ([1, 2, 4, 8, 16] if is_small else [1, 4, 8])
     if not 1 <= min(facts) <= max(facts) <= MOST_FACTS:
         raise InputError(f"--facts: the world holds 1 to {MOST_FACTS} facts of one person")
-    methods = chosen(adapters, args.methods.split(",") if args.methods else None)
+    methods = chosen(adapters, args.methods)
     if "bm25" in methods:
         bm25s_module()
     if args.plot:
@@ -159,7 +159,7 @@ def _model_and_adapters(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
 
 def _tasks(args: argparse.Namespace, is_small: bool) -> tuple[list[str], Path | None]:
     """The tasks whose questions can be asked, and the folder of the data."""
-    chosen = args.tasks.split(",") if args.tasks else WORLD if is_small else FOR_ANY_MODEL
+    chosen = args.tasks or (WORLD if is_small else FOR_ANY_MODEL)
     tasks = list(dict.fromkeys(task for name in chosen for task in ALIASES.get(name, (name,))))
     for task in tasks:
         if task not in TASKS:

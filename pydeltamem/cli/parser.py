@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
     def _refuse_unknown(self, args: Sequence[str]) -> None:
         """Refuses an option or a command that there is not, before argparse reports a missing argument instead."""
         commands = next((action for action in self._actions if isinstance(action, argparse._SubParsersAction)), None)
-        rest = iter(args)
+        rest, explains = iter(args), False
         for arg in rest:
             name, equals, _ = arg.partition("=")
             if arg == "--":
@@ -48,11 +48,14 @@ class Parser(argparse.ArgumentParser):
                     self._refuse(name)
                 if commands and found and found[0].nargs is None and not equals:
                     next(rest, None)  # its value
+                explains |= any(action.nargs == 0 for action in found)  # --help, --version
             elif commands and arg not in commands.choices:
                 near = nearest(arg, commands.choices)
                 self.error(f"there is no {self.prog} {arg}{near} ({self.prog} --help lists what there is)")
             elif commands:
                 return  # what follows is the command's
+        if commands and not explains:
+            self.error(f"name one of these after {self.prog}: {', '.join(commands.choices)}")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """argparse drops what went wrong; here a full disk, or a reader that is gone, ends a command as ever."""
@@ -182,6 +185,14 @@ def integers(text: str) -> list[int]:
         return [count(part) for part in text.split(",")]
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 1,2,4") from None
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between, each once."""
+    found = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    if "" in found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of names such as one,two")
+    return found
 
 
 def gpu_layers(text: str) -> int:

@@ -11,7 +11,7 @@ from ..hub import adapter_file, model_file
 from ..runtime.cpus import usable
 from .bench import progress_bar
 from .model_options import ADAPTER_HELP, CACHE_TYPES, MODEL_HELP, packed_adapter
-from .parser import gpu_layers, positive_number
+from .parser import gpu_layers, names, positive_number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=positive_number, default=120.0, metavar="N", help="seconds that it may take, about (120)"
     )
     parser.add_argument(
-        "--kv-types", metavar="TYPE,...",
+        "--kv-types", type=names, metavar="TYPE,...",
         help=f"also try these types of the KV cache, which change what a model says: {', '.join(CACHE_TYPES)}",
     )  # fmt: skip
     parser.add_argument(
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    types = args.kv_types.split(",") if args.kv_types else []
+    types = args.kv_types or []
     for name in types:
         if name not in CACHE_TYPES:
             raise InputError(f"--kv-types: {name!a} is no type of a KV cache: {', '.join(CACHE_TYPES)}")
