@@ -281,7 +281,16 @@ def test_what_a_processor_raises_is_raised(llm):
     def nothing(ids, scores):
         scores[5] = 0  # in place, which llama_cpp would take for NaN everywhere
 
-    for processor, error in ((fails, KeyError), (short, InputError), (nothing, InputError)):
+    def bad(ids, scores):
+        scores[5] = np.nan
+        return scores
+
+    def none(ids, scores):  # llama.cpp would sample token 0
+        return np.full_like(scores, -np.inf)
+
+    for processor, error in (
+        (fails, KeyError), (short, InputError), (nothing, InputError), (bad, InputError), (none, InputError)
+    ):  # fmt: skip
         options = dict(logits_processor=LogitsProcessorList([processor]))
         with pytest.raises(error):
             llm.create_completion("hello", **options)

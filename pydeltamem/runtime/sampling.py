@@ -50,6 +50,8 @@ class Guard(Keeping):
                 if given.shape != result.shape:
                     raise InputError(f"a logits processor returned an array of {given.shape}, not of {result.shape}")
                 result[:] = given
+            if not result.max() > -np.inf:
+                raise InputError("logits processors and biases exclude all tokens, or return NaN")
         except BaseException as error:
             self.error = error
             return scores
