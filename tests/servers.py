@@ -19,7 +19,8 @@ from fastapi import FastAPI
 from pydeltamem import DeltaMemLlama
 from pydeltamem.models import default_files
 from pydeltamem.server import AsyncDeltaMem
-from pydeltamem.server.application import Settings, application
+from pydeltamem.server.application import application
+from pydeltamem.server.state import Settings
 
 BASE, ADAPTERS = default_files()
 

@@ -16,7 +16,8 @@ import pydeltamem
 from conftest import ROOT
 from pydeltamem.cli.main import SUBCOMMANDS
 from pydeltamem.models import default_files
-from pydeltamem.server.application import Settings, application
+from pydeltamem.server.application import application
+from pydeltamem.server.state import Settings
 
 TUTORIAL = ROOT / "docs" / "tutorial" / "index.md"
 HEADER = ROOT / "native" / "llama_deltamem" / "llama-deltamem.h"

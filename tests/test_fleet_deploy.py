@@ -17,8 +17,9 @@ from starlette.testclient import TestClient
 from conftest import ROOT
 from fleet import CONFIGURATION, haproxy_program
 from mkdocs_hooks import command_problem
-from pydeltamem.server.application import Settings, application
+from pydeltamem.server.application import application
 from pydeltamem.server.metrics import Metrics
+from pydeltamem.server.state import Settings
 from test_deploy import DOCKERFILE, in_container
 
 MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))

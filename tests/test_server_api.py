@@ -26,12 +26,13 @@ from pydeltamem import DeltaMemLlama, InputError
 from pydeltamem.formats.memory_file import MemorySnapshot
 from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server import application as application_module
-from pydeltamem.server.application import Settings, application
+from pydeltamem.server.application import application
 from pydeltamem.server.keys import Keys
 from pydeltamem.server.lengths import Lengths
 from pydeltamem.server.openai import Chat
 from pydeltamem.server.records import StoreAway, StoreError
 from pydeltamem.server.service import Piece
+from pydeltamem.server.state import Settings
 from servers import BASE, in_thread, service, until
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
@@ -464,6 +465,25 @@ def test_embeddings_are_of_the_model_as_it_is_served():
     with in_thread(lambda: AsyncDeltaMem(DeltaMemLlama(BASE, n_seq_max=2, **options))) as api:
         answer = api.http.post("/v1/embeddings", json={"input": "one two three"}).json()
     np.testing.assert_allclose(answer["data"][0]["embedding"], expected, atol=1e-6)
+
+
+def test_what_llama_server_says_of_itself(api, two_keys, narrow):
+    props, llm = api.http.get("/props").json(), api.service.llm
+    assert props["total_slots"] == 2 and props["default_generation_settings"]["n_ctx"] == llm.n_ctx()
+    assert props["default_generation_settings"]["params"]["temperature"] == 0.8
+    assert props["model_path"] == "default.gguf" and props["model_alias"] == "small" and "llama" in props["build_info"]
+    assert props["chat_template"] == llm.metadata["tokenizer.chat_template"]
+    assert api.http.post("/tokenize", json={"content": props["eos_token"]}).json()["tokens"] == [llm.token_eos()]
+    for path in ("/props", "/slots"):
+        refused(two_keys.http.get(path), 401, "invalid_api_key")
+    free = {"id": 0, "n_ctx": narrow.service.llm.n_ctx(), "speculative": False, "is_processing": False}
+    assert narrow.http.get("/slots", params={"fail_on_no_slot": 1}).json() == [free]
+    with narrow.http.stream(
+        "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 400, "stream": True}
+    ) as answer:
+        next(answer.iter_lines())
+        assert narrow.http.get("/slots").json() == [{**free, "is_processing": True}]
+        refused(narrow.http.get("/slots", params={"fail_on_no_slot": 1}), 503, "no_slot")
 
 
 def test_tokens_and_template(api):

@@ -34,11 +34,12 @@ from fleet import PostgreSQL, free_port
 from pydeltamem import DeltaMemLlama
 from pydeltamem.models import default_files
 from pydeltamem.server import AsyncDeltaMem, logs
-from pydeltamem.server.application import Settings, application
+from pydeltamem.server.application import application
 from pydeltamem.server.keys import Keys
 from pydeltamem.server.records import Record, Turn
 from pydeltamem.server.service import Answer
 from pydeltamem.server.session import Begun, live_session
+from pydeltamem.server.state import Settings
 from pydeltamem.server.store import Store
 
 MEMORY, TEXT = os.urandom(36 * 64 * 4), os.urandom(512 * 5)

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from ..server import application, guards, logs, page, supervisor
+        from ..server import application, guards, logs, page, state, supervisor
         from ..server.keys import Keys
         from ..server.service import AsyncDeltaMem
         from ..server.store import Store
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     def stop() -> None:
         server.should_exit = True
 
-    settings = application.Settings(
+    settings = state.Settings(
         load=load,
         keys=keys,
         model=args.alias or os.path.basename(model),
@@ -163,11 +163,11 @@ def run(args: argparse.Namespace) -> int:
         """
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            state = app.state.server
-            if sig != signal.SIGTERM or not args.drain or state.is_draining:
+            running = app.state.server
+            if sig != signal.SIGTERM or not args.drain or running.is_draining:
                 super().handle_exit(sig, frame)
                 return
-            state.is_draining = True
+            running.is_draining = True
             timer = threading.Timer(args.drain, super().handle_exit, (sig, frame))
             timer.daemon = True
             timer.start()

@@ -10,7 +10,12 @@
     service        `AsyncDeltaMem`: sessions, turns, commits
     openai         requests and answers as OpenAI's API words them
     responses      those of /v1/responses
-    application    endpoints and answers
+    lengths        how many tokens a text has at least
+    state          a running server: settings, model, keys, health
+    application    the application and its endpoints; beside it memories (those of sessions), llama_server (those that
+                   llama-server has besides)
+    bodies         what a request says
+    answers        how an answer is sent: whole, or as a stream
     guards         what every request passes: log, origin, size
     refusals       errors as OpenAI's API words them
     metrics, logs  what is watched

@@ -51,7 +51,7 @@ class Logged:
         finally:
             endpoint = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(endpoint, str(status)).inc()
-            if endpoint not in ("/health", "/health/live", "/metrics", "other") and not endpoint.startswith(
+            if endpoint not in ("/health", "/health/live", "/metrics", "/slots", "other") and not endpoint.startswith(
                 "/_nicegui"
             ):
                 seconds = time.monotonic() - begin

@@ -16,7 +16,6 @@ from nicegui.events import UploadEventArguments
 
 from ..errors import DeltaMemError
 from ..formats.memory_file import MemorySnapshot
-from .application import Server
 from .logs import log
 from .page_maps import Maps
 from .page_parts import ABOVE, KEY, agreed, asked_name, complain, count, icon, printable
@@ -26,6 +25,7 @@ from .page_talk import Talk
 from .records import NOTHING, Conflict, Identity, Record
 from .service import Answer, AsyncDeltaMem, SessionUnknown, checked_name
 
+from .state import Server
 _HERE = Path(__file__).parent
 # Enter sends; not on a touch screen, where it makes a new line
 _ENTER = KEY.replace(

@@ -1,0 +1,65 @@
+"""What a request says: its body, its headers, and which session it belongs to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Request
+
+from ..errors import InputError, shown
+from .openai import field_of
+from .service import checked_name
+
+_MAX_DEPTH = 200  # of a body
+
+
+async def body_of(request: Request) -> dict[str, Any]:
+    """The body of a request, a JSON object. Raises InputError."""
+    try:
+        data = await request.body()
+        body = json.loads(data, parse_constant=_no_number)
+    except ValueError as error:
+        raise InputError(f"the body is no JSON: {error}") from None
+    except RecursionError:
+        raise InputError(f"the body is nested deeper than {_MAX_DEPTH} levels") from None
+    if not isinstance(body, dict):
+        raise InputError("the body is a JSON object")
+    if data.count(b"[") + data.count(b"{") > _MAX_DEPTH:  # otherwise it cannot be
+        _check_depth(body)
+    return body
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _check_depth(body: Any) -> None:
+    """Raises InputError for a body that is nested deeper than what reads it can go."""
+    level = [body]
+    for _ in range(_MAX_DEPTH):
+        values = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for some in values for value in some if isinstance(value, (dict, list))]
+        if not level:
+            return
+    raise InputError(f"the body is nested deeper than {_MAX_DEPTH} levels")
+
+
+def session_of(request: Request, body: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Which session a request belongs to, and whether it writes: by the path, the header, or the body."""
+    memory = body.get("memory")
+    if memory is not None and not isinstance(memory, Mapping):
+        raise InputError('memory is {"session": id, "write": true or false}')
+    memory = memory or {}
+    session = request.path_params.get("session") or header_of(request, "x-memory-session") or memory.get("session")
+    write = field_of(memory, "write", True)
+    if not isinstance(write, bool):
+        raise InputError(f"memory.write is true or false, not {shown(repr(write))}")
+    return (None if session is None else checked_name(session)), write
+
+
+def header_of(request: Request, name: str) -> str | None:
+    """A header in UTF-8, as clients send it. Starlette takes its bytes for Latin-1."""
+    value = request.headers.get(name)
+    return None if value is None else value.encode("latin-1").decode("utf-8", "surrogateescape")
