@@ -11,6 +11,7 @@
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <functional>
 #include <string>
 
@@ -51,6 +52,41 @@ static std::string cache_problem(const llama_hparams & hparams, const char * opt
     return "";
 }
 
+// why llama.cpp cannot reserve memory for so many sequences, "" if it can
+static std::string sequences_problem(const llama_model & model, const llama_context_params & params) {
+    const llama_hparams & hparams = model.hparams;
+    if (hparams.vocab_only) {
+        return "";
+    }
+    // as llama_context computes them
+    const bool causal = params.attention_type == LLAMA_ATTENTION_TYPE_UNSPECIFIED
+                                ? hparams.causal_attn
+                                : params.attention_type == LLAMA_ATTENTION_TYPE_CAUSAL;
+    const int  pooling =
+            params.pooling_type == LLAMA_POOLING_TYPE_UNSPECIFIED ? hparams.pooling_type : params.pooling_type;
+    const uint32_t n_seqs  = std::max(1u, params.n_seq_max);
+    const uint32_t n_ctx   = params.n_ctx ? params.n_ctx : hparams.n_ctx_train;
+    const uint32_t n_batch = causal ? std::min(n_ctx, params.n_batch) : params.n_batch;
+    const uint32_t n_outputs =
+            params.n_outputs_max && !llama_model_has_encoder(&model) ? params.n_outputs_max : n_batch;
+    const uint32_t n_cells  = GGML_PAD(n_ctx, 256);
+    const uint32_t n_held   = params.kv_unified ? n_cells : GGML_PAD(n_cells / n_seqs, 256) * n_seqs;
+    const uint32_t n_tokens = std::min({ n_held, n_batch, params.n_ubatch ? params.n_ubatch : n_batch });
+
+    if (n_batch == 0 || n_outputs < n_seqs) {
+        return format("a batch has at most %u tokens with logits, and n_seq_max = %u: raise n_ctx, n_batch or "
+                      "n_outputs_max, or lower n_seq_max",
+                      std::min(n_batch, n_outputs), n_seqs);
+    }
+    // it reserves as many tokens for each sequence, but not as many outputs
+    if (params.embeddings && pooling == LLAMA_POOLING_TYPE_MEAN && (n_tokens % n_seqs != 0 || n_outputs < n_tokens)) {
+        return format("means of micro-batches of %u tokens need a multiple of n_seq_max = %u, and as many outputs: "
+                      "change n_ubatch or n_seq_max",
+                      n_tokens, n_seqs);
+    }
+    return "";
+}
+
 bool llama_deltamem_check_params(const llama_model & model, const llama_context_params & params) {
     const llama_hparams & hparams = model.hparams;
 
@@ -64,6 +100,14 @@ bool llama_deltamem_check_params(const llama_model & model, const llama_context_
         (params.pooling_type < LLAMA_POOLING_TYPE_UNSPECIFIED || params.pooling_type > LLAMA_POOLING_TYPE_RANK)) {
         problem = format("pooling_type = %d is none: it is %d to %d", params.pooling_type,
                          LLAMA_POOLING_TYPE_UNSPECIFIED, LLAMA_POOLING_TYPE_RANK);
+    }
+    if (problem.empty() && (params.flash_attn_type < LLAMA_FLASH_ATTN_TYPE_AUTO ||
+                            params.flash_attn_type > LLAMA_FLASH_ATTN_TYPE_ENABLED)) {
+        problem = format("flash_attn_type = %d is none: it is %d to %d", params.flash_attn_type,
+                         LLAMA_FLASH_ATTN_TYPE_AUTO, LLAMA_FLASH_ATTN_TYPE_ENABLED);
+    }
+    if (problem.empty()) {
+        problem = sequences_problem(model, params);
     }
     if (!problem.empty()) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, problem.c_str());

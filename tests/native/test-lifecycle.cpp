@@ -106,6 +106,38 @@ static llama_context * make_context(llama_model * model) {
     return llama_init_from_model(model, params);
 }
 
+// What an assertion of llama.cpp would refuse is refused by an error.
+static void test_refused_contexts(llama_model * model) {
+    const auto made = [model](void (*change)(llama_context_params &)) {
+        llama_context_params params = llama_context_default_params();
+        params.n_ctx                = 256;
+        params.n_threads            = 1;
+        change(params);
+        logged_errors.clear();
+        llama_context * ctx = llama_init_from_model(model, params);
+        check((ctx == nullptr) == !logged_errors.empty(), "a context is refused without a reason, or made with one");
+        llama_free(ctx);
+        return ctx != nullptr;
+    };
+    using type = llama_context_params;
+
+    check(!made([](type & p) { p.n_batch = 2, p.n_seq_max = 3; }), "a batch of fewer tokens than sequences");
+    check(made([](type & p) { p.n_batch = 3, p.n_seq_max = 3; }), "a batch of as many tokens as sequences is refused");
+    check(!made([](type & p) { p.n_batch = 0; }), "a batch of no tokens");
+    check(!made([](type & p) { p.n_outputs_max = 2, p.n_seq_max = 3; }), "fewer outputs than sequences");
+    check(!made([](type & p) { p.flash_attn_type = (llama_flash_attn_type) 2; }), "an unknown type of flash attention");
+    check(!made([](type & p) { p.type_k = (ggml_type) 1000; }), "an unknown type of keys");
+
+    // the mean of what a micro-batch holds of each sequence
+    check(!made([](type & p) { p.embeddings = true, p.pooling_type = LLAMA_POOLING_TYPE_MEAN, p.n_seq_max = 3; }),
+          "means of micro-batches that are no multiple of the sequences");
+    check(made([](type & p) { p.embeddings = true, p.pooling_type = LLAMA_POOLING_TYPE_MEAN, p.n_seq_max = 2; }),
+          "means of micro-batches that are a multiple of the sequences are refused");
+    check(made([](type & p) { p.embeddings = true, p.pooling_type = LLAMA_POOLING_TYPE_LAST, p.n_seq_max = 3; }),
+          "last tokens of micro-batches that are no multiple of the sequences are refused");
+    logged_errors.clear();
+}
+
 static void test_adapter(const llama_deltamem_adapter * adapter, int n_model_layer) {
     const int32_t n_layer = llama_deltamem_n_layer(adapter);
     check(n_layer >= 1 && n_layer <= n_model_layer, "the adapter has %d layers", n_layer);
@@ -498,6 +530,7 @@ static std::vector<llama_token> run(const char * base, const char * adapter_path
         return {};
     }
     test_adapter(adapter, llama_model_n_layer(model));
+    test_refused_contexts(model);
 
     // without an adapter attached
     float nothing = 0.0f;
