@@ -461,7 +461,7 @@ class DeltaMemLlama(Llama):
             row, version = self._require_logits(), text.version
             logits = None if criteria is None else self._logits_after(n)  # a processor may decode other texts
             token = sampler.sample(self._ctx, self.scores[n - 1] if n < text.n_tokens else row)  # drafts follow it
-            if text.version == version and criteria is not None and criteria(np.array(whole, dtype=np.intc), logits):
+            if text.version == version and criteria is not None and criteria(text.tokens[:n].copy(), logits):
                 token, self.finish_reason = None, "stop"
             if text.version != version:
                 n_taken = 0  # nothing of this is left to take back

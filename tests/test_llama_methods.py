@@ -236,7 +236,7 @@ def test_sample_of_an_earlier_token(make_llm):
 @pytest.mark.parametrize("n_batch", [3, 512])
 def test_drafts_that_are_longer_than_a_batch(make_llm, n_batch):
     prompt = [*range(15, 25)] * 3
-    seen = []
+    seen, told = [], []
 
     def processor(ids, scores):
         seen.append(len(ids))
@@ -245,14 +245,20 @@ def test_drafts_that_are_longer_than_a_batch(make_llm, n_batch):
         wanted[200] += 2000 * (len(ids) % 7 == 0)  # but for some
         return wanted
 
-    options = dict(max_tokens=25, temperature=0, logits_processor=LogitsProcessorList([processor]))
+    def criteria(ids, logits):
+        told.append(ids.tolist())
+        return False
+
+    options = dict(max_tokens=25, temperature=0, logits_processor=[processor], stopping_criteria=criteria)
     plain = make_llm(None)
     plain.create_completion(prompt, **options)
-    expected, order = plain.input_ids[: plain.n_tokens].tolist(), list(seen)
+    expected, order, was_told = plain.input_ids[: plain.n_tokens].tolist(), list(seen), list(told)
     seen.clear()
+    told.clear()
     llm = make_llm(None, n_batch=n_batch, draft_model=LlamaPromptLookupDecoding(2, 10))
     llm.create_completion(prompt, **options)
     assert llm.input_ids[: llm.n_tokens].tolist()[: len(expected)] == expected and seen == order and len(seen) == 25
+    assert told == was_told == [expected[:n] for n in order]
 
 
 def test_processors_of_any_kind(llm):
