@@ -113,6 +113,12 @@ class Conversation:
         """Length of the text."""
         return self._text.n_tokens
 
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids of the text."""
+        ids: list[int] = self._text.tokens.tolist()
+        return ids
+
     #
     # talking
     #
@@ -181,6 +187,8 @@ class Conversation:
     def add(self, role: str, content: str) -> None:
         """Decodes a message without replying: "user", "assistant" or "system". Raises InputError if it does not fit."""
         self._ready()
+        if not isinstance(role, str):
+            raise InputError(f'a role is text, as "user", not {role!r}')
         self.messages.append({"role": role, "content": _checked_content(content)})
         try:
             self._make_room(0)

@@ -309,7 +309,7 @@ def test_protocols(asker):
     try:
         assert kept.memory.state.any() and (kept.memory.state == dropped.memory.state).all()
         assert kept.n_tokens - dropped.n_tokens > 20
-        assert "Oslo" not in llm.detokenize(dropped._text.tokens.tolist(), special=True).decode()
+        assert "Oslo" not in llm.detokenize(dropped.tokens, special=True).decode()
         assert kept.memory.write and not dropped.memory.write
         state = dropped.memory.state
         dropped.say("Where do I live?", **OPTIONS)
@@ -395,7 +395,7 @@ def test_one_prompt_is_one_message(asker):
     conversation = asker._read(Shared(TEXT))
     try:
         conversation.say(TEXT + ASKED[0], n_predict=0)
-        assert conversation._text.tokens.tolist() == asker._prompt(TEXT + ASKED[0])
+        assert conversation.tokens == asker._prompt(TEXT + ASKED[0])
     finally:
         conversation.close()
 

@@ -324,7 +324,7 @@ def test_a_text_is_rehearsed_before_it_goes(llm, make_llm, tmp_path, way):
     chat, other = chat_of(llm, rehearses=way == "--rehearse"), make_llm()
     chat.conversation.open(tmp_path / "a.memory")
     chat.say("hello")
-    tokens = chat.conversation._text.tokens.tolist()
+    tokens = chat.conversation.tokens
     if way == "/rehearse":
         assert chat.command(way)
         assert chat.conversation.n_tokens == len(tokens)
@@ -514,6 +514,11 @@ def test_several_lines_are_one_turn(turns, llm, keys):
 
 def test_each_line_that_is_typed_is_a_turn(turns, llm):
     np.testing.assert_allclose(turns("one\r", "two\r"), expected(llm, "one", "two"), rtol=0, atol=1e-5)
+
+
+def test_ctrl_z_is_no_text(turns, llm):
+    """It suspends; here nobody could resume, so the system goes on at once."""
+    np.testing.assert_allclose(turns("\x1aone\r"), expected(llm, "one"), rtol=0, atol=1e-5)
 
 
 def test_tab_completes_commands(terminal, command, tmp_path):

@@ -55,10 +55,6 @@ def llm(make):
     return make(n_seq_max=3)
 
 
-def tokens(conversation):
-    return conversation._text.tokens.tolist()
-
-
 def roles(conversation):
     return "".join(message["role"][0] for message in conversation.messages)
 
@@ -79,7 +75,7 @@ def test_it_says_what_a_chat_completion_says(llm):
         messages.append({"role": "user", "content": content})
         llm.create_chat_completion(messages, max_tokens=8, temperature=0)
         messages.append({"role": "assistant", "content": conversation.say(content)})
-        assert tokens(conversation) == llm._input_ids.tolist()
+        assert conversation.tokens == llm._input_ids.tolist()
         np.testing.assert_allclose(conversation.memory.state, llm.memory.state, **SAME)
     assert conversation.messages == messages
 
@@ -92,7 +88,7 @@ def test_handlers_that_ask_for_text(make, chat_format):
         messages.append({"role": "user", "content": said})
         answer = plain.create_chat_completion(messages, max_tokens=8, temperature=0)
         talk.say(said)
-        assert tokens(talk) == plain._input_ids.tolist() and answer["usage"]["completion_tokens"] == 8
+        assert talk.tokens == plain._input_ids.tolist() and answer["usage"]["completion_tokens"] == 8
         messages.append(talk.messages[-1])
     np.testing.assert_allclose(talk.memory.state, plain.memory.state, **SAME)
 
@@ -115,7 +111,7 @@ def test_every_token_is_written_once(llm, read_once):
     conversation = Conversation(llm, system="be short", **GREEDY)
     for content in ("hello there", "how are you", "good bye"):
         conversation.say(content)
-        np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+        np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
         assert conversation.memory.n_written == conversation.n_tokens
 
 
@@ -128,10 +124,10 @@ def test_going_back(llm, read_once):
     assert conversation.regenerate(seed=2) == first
     conversation.edit("what is new", seed=2)
     assert [m["content"] for m in conversation.messages if m["role"] == "user"] == ["hello there", "what is new"]
-    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
     conversation.undo()
     assert len(conversation.messages) == 3 and conversation.n_tokens >= n
-    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
     conversation.undo()
     conversation.undo() if len(conversation.messages) > 1 else None
     with refuses(InputError):
@@ -159,25 +155,25 @@ def test_reading_without_replying(llm, read_once):
     conversation = Conversation(llm, **GREEDY)
     for role, content in (("user", "my name is ada"), ("assistant", "hello ada"), ("user", "i live in lima")):
         conversation.add(role, content)
-        np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+        np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
     prompt = chat_prompt(llm, conversation.messages)[0]
-    assert tokens(conversation) == prompt
+    assert conversation.tokens == prompt
 
 
 def test_clear(llm, make):
     """The system prompt stays, and is not written again."""
     conversation, by_hand = Conversation(llm, system="be short", **GREEDY), make()
     conversation.say("my name is ada")
-    before, state = tokens(conversation), conversation.memory.state
+    before, state = conversation.tokens, conversation.memory.state
     conversation.clear()
-    system = tokens(conversation)
+    system = conversation.tokens
     assert roles(conversation) == "s" and 10 < len(system) < len(before) and before[: len(system)] == system
     np.testing.assert_array_equal(conversation.memory.state, state)
     conversation.say("what is my name")
     assert conversation.memory.n_written == len(before) + conversation.n_tokens - len(system)
     by_hand.eval(before)
     by_hand._text.begin(len(system))
-    by_hand.eval(tokens(conversation)[len(system) :])
+    by_hand.eval(conversation.tokens[len(system) :])
     np.testing.assert_allclose(conversation.memory.state, by_hand.memory.state, **SAME)
 
 
@@ -188,9 +184,9 @@ def test_a_reply_that_is_closed_counts(llm, read_once):
     stream.close()
     assert conversation.messages[-1]["role"] == "assistant"
     assert conversation.messages[-1]["content"].startswith(said)
-    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
     conversation.say("go on", **GREEDY)
-    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
 
 
 @pytest.mark.parametrize("call", [1, 3])
@@ -213,12 +209,12 @@ def test_a_failure_leaves_everything_as_it_was(make, read_once, monkeypatch, cal
     monkeypatch.undo()
     assert conversation.messages == messages
     assert conversation.n_tokens <= n  # less if the reply has other tokens when it is decoded again
-    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
     other = Conversation(make(n_batch=16), **GREEDY)
     other.say("hello there")
     for each in (conversation, other):
         each.say("good bye")
-    assert tokens(conversation) == tokens(other)
+    assert conversation.tokens == other.tokens
     np.testing.assert_allclose(conversation.memory.state, other.memory.state, **SAME)
 
 
@@ -239,7 +235,7 @@ def test_a_failing_reply_in_place_of_another_keeps_the_messages(llm, read_once, 
         conversation.say("hello", tempo=1)
     assert conversation.messages == messages
     conversation.say("how are you")
-    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
 
 
 @pytest.mark.parametrize("verb", ["say", "stream", "regenerate", "edit"])
@@ -249,7 +245,7 @@ def test_a_turn_that_fails_at_its_first_token(llm, make, tmp_path, verb):
     conversation, other = Conversation(llm, memory_file=path, **GREEDY), Conversation(make(), **GREEDY)
     for each in (conversation, other):
         each.say("my name is ada")
-    messages, text, state = list(conversation.messages), tokens(conversation), conversation.memory.state
+    messages, text, state = list(conversation.messages), conversation.tokens, conversation.memory.state
 
     def fail(*_):
         raise ValueError("no")
@@ -257,7 +253,7 @@ def test_a_turn_that_fails_at_its_first_token(llm, make, tmp_path, verb):
     said = [] if verb == "regenerate" else ["who are you"]
     with pytest.raises(ValueError):
         list(getattr(conversation, verb)(*said, logits_processor=LogitsProcessorList([fail])))
-    assert conversation.messages == messages and tokens(conversation) == text
+    assert conversation.messages == messages and conversation.tokens == text
     np.testing.assert_array_equal(conversation.memory.state, state)
     conversation.save()
     np.testing.assert_array_equal(MemorySnapshot.load(path).state, state)
@@ -291,13 +287,13 @@ def test_an_adapter_that_writes_per_segment(make, case):
     conversation, by_hand = Conversation(make(case), **GREEDY), make(case)
     conversation.say("hello there")
     prompt = chat_prompt(conversation.llm, conversation.messages[:1])[0]
-    reply = tokens(conversation)[len(prompt) :]
+    reply = conversation.tokens[len(prompt) :]
     by_hand.eval(prompt, segments=[0] * len(prompt))
     for token in reply:
         by_hand.eval([token])
     np.testing.assert_allclose(conversation.memory.state, by_hand.memory.state, **SAME)
     conversation.regenerate()
-    assert tokens(conversation)[len(prompt) :] == reply
+    assert conversation.tokens[len(prompt) :] == reply
     np.testing.assert_allclose(conversation.memory.state, by_hand.memory.state, **SAME)
 
 
@@ -308,10 +304,10 @@ def test_a_long_reply_again_where_segments_are_written(make, n):
     llm._engine.slots.is_end = lambda token: False
     conversation = Conversation(llm, temp=0.0)
     conversation.say("hello there", n_predict=20)
-    first, prompt = tokens(conversation), chat_prompt(llm, conversation.messages[:1])[0]
+    first, prompt = conversation.tokens, chat_prompt(llm, conversation.messages[:1])[0]
     conversation.say("how are you", n_predict=100)
     conversation.regenerate(n_predict=n)
-    text, second = tokens(conversation), chat_prompt(llm, conversation.messages[:-1])[0]
+    text, second = conversation.tokens, chat_prompt(llm, conversation.messages[:-1])[0]
     common = next(i for i, (a, b) in enumerate(zip(first, text)) if a != b)
     assert len(prompt) <= common < len(second) == len(text) - n + 1
     by_hand.eval(prompt, segments=[0] * len(prompt))
@@ -339,10 +335,10 @@ def test_an_undo_that_fails_changes_nothing(llm):
     conversation.say("hello there")
     conversation.say("how are you")
     conversation.memory.reset()
-    messages, text, state = list(conversation.messages), tokens(conversation), conversation.memory.state
+    messages, text, state = list(conversation.messages), conversation.tokens, conversation.memory.state
     with refuses(InputError, "memory", conversation.n_tokens):
         conversation.undo()
-    assert conversation.messages == messages and tokens(conversation) == text
+    assert conversation.messages == messages and conversation.tokens == text
     np.testing.assert_array_equal(conversation.memory.state, state)
 
 
@@ -401,6 +397,9 @@ def test_what_is_said_is_text(llm):
                 act(content)
         with refuses(InputError, "message", "Unicode"):
             act("half a \ud83d")
+    for role in (None, 5):
+        with refuses(InputError, "role", repr(role)):
+            conversation.add(role, "hello")
     assert conversation.messages == [] and conversation.n_tokens == 0
     with refuses(InputError, "message", "int"):
         Conversation(llm, system=5)
@@ -454,8 +453,8 @@ def test_stop_strings(llm):
 def test_how_much_is_predicted(llm, read_once):
     conversation = Conversation(llm, temp=0.0)
     assert conversation.say("hello there", n_predict=0) == "" and conversation.finish_reason == "length"
-    assert tokens(conversation) == chat_prompt(llm, conversation.messages[:1])[0]
-    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    assert conversation.tokens == chat_prompt(llm, conversation.messages[:1])[0]
+    np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
     assert roles(conversation) == "ua"
     llm._engine.slots.is_end = lambda token: conversation.n_tokens > 100
     n = {n_predict: len(Conversation(llm).say("hello there", seed=1, n_predict=n_predict)) for n_predict in (2, 20)}
@@ -478,7 +477,7 @@ def test_logits_processors_get_the_text_of_the_conversation(llm, processors):
     conversation = Conversation(llm, n_predict=3, temp=0.0)
     llm.eval([5, 6, 7, 8])
     conversation.say("hello there", logits_processor=processors(process))
-    text, prompt = tokens(conversation), chat_prompt(llm, conversation.messages[:1])[0]
+    text, prompt = conversation.tokens, chat_prompt(llm, conversation.messages[:1])[0]
     assert seen == [text[:n] for n in range(len(prompt), len(prompt) + 3)]
 
 
@@ -495,11 +494,11 @@ def test_rolling_its_memory_back(llm, read_once):
     position = conversation.memory.checkpoint()
     conversation.say("a secret")
     conversation.memory.rollback(position)
-    np.testing.assert_array_equal(conversation.memory.state, read_once(tokens(conversation)))
+    np.testing.assert_array_equal(conversation.memory.state, read_once(conversation.tokens))
     assert conversation.n_tokens == position and roles(conversation) == "suaua"
     conversation.say("well")
     assert roles(conversation) == "suauaua" and conversation.memory.n_written == conversation.n_tokens
-    np.testing.assert_allclose(conversation.memory.state, read_once(tokens(conversation)), **SAME)
+    np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
 
 
 # a conversation whose stream is still open
@@ -528,11 +527,11 @@ def test_it_is_used_while_it_speaks(llm, read_once, use, expected, end):
     next(stream)
     use(conversation)
     assert roles(conversation) == expected
-    messages, text, state = list(conversation.messages), tokens(conversation), conversation.memory.state
+    messages, text, state = list(conversation.messages), conversation.tokens, conversation.memory.state
     if end == "close":
         stream.close()
     assert list(stream) == []
-    assert conversation.messages == messages and tokens(conversation) == text
+    assert conversation.messages == messages and conversation.tokens == text
     np.testing.assert_array_equal(conversation.memory.state, state)
     if text:
         np.testing.assert_allclose(state, read_once(text), **SAME)
@@ -571,7 +570,7 @@ def test_a_callback_uses_the_conversation_that_speaks(llm, use, in_pieces):
     else:
         assert talk.say("a question", logits_processor=process) == ""
     use(other)
-    assert talk.messages == other.messages and tokens(talk) == tokens(other)
+    assert talk.messages == other.messages and talk.tokens == other.tokens
     np.testing.assert_array_equal(talk.memory.state, other.memory.state)
 
 
@@ -607,10 +606,10 @@ def test_its_text_moves_while_it_is_told(make, read_once, what):
     assert any(conversation is other for conversation, _ in pieces)
     if what == "rollback":
         assert one.messages == messages and one.n_tokens == 4
-        np.testing.assert_array_equal(one.memory.state, read_once(tokens(one)))
+        np.testing.assert_array_equal(one.memory.state, read_once(one.tokens))
     else:
         prompt = chat_prompt(llm, one.messages[:-1])[0]
-        assert tokens(one)[: len(prompt)] == prompt and len(messages) < len(one.messages)
+        assert one.tokens[: len(prompt)] == prompt and len(messages) < len(one.messages)
         assert one.memory.n_written == one.n_tokens - (n_read if what == "attach" else 0)
 
 
@@ -623,13 +622,13 @@ def test_one_is_used_while_several_are_told(make, read_once, end):
     pieces = [next(stream)]
     assert pieces[0][0] is other and one.n_tokens > 0
     one.say("i live in lima")
-    messages, text = list(one.messages), tokens(one)
+    messages, text = list(one.messages), one.tokens
     if end == "close":
         stream.close()
     pieces += stream
     assert all(conversation is other for conversation, _ in pieces)
     assert other.messages[-1]["content"].startswith("".join(piece for _, piece in pieces))
-    assert one.messages == messages and roles(one) == "ua" and tokens(one) == text
+    assert one.messages == messages and roles(one) == "ua" and one.tokens == text
     assert one.memory.n_written == one.n_tokens
     np.testing.assert_allclose(one.memory.state, read_once(text), **SAME)
 
@@ -673,9 +672,9 @@ def test_the_oldest_turns_leave_the_text(make, monkeypatch, can_shift):
     conversation = Conversation(llm, system="be short", n_predict=6)
     written = 0
     for i in range(15):
-        before = tokens(conversation)
+        before = conversation.tokens
         conversation.say(f"this is message number {i}", seed=i)
-        after, prompt = tokens(conversation), chat_prompt(llm, conversation.messages[:-1])[0]
+        after, prompt = conversation.tokens, chat_prompt(llm, conversation.messages[:-1])[0]
         assert after[: len(prompt)] == prompt and len(after) <= 256
         assert conversation.messages[0]["role"] == "system"
         written += len(after) if not before else 0
@@ -706,9 +705,9 @@ def test_what_left_the_text_is_not_written_again(make, read_once):
         conversation._drop(2)
         np.testing.assert_array_equal(conversation.memory.state, state)
         assert [m["content"] for m in conversation.messages] == ["be short", "three", "four"]
-        text = tokens(conversation)
+        text = conversation.tokens
         conversation.add("user", "five")
-        assert tokens(conversation)[: len(text)] == text
+        assert conversation.tokens[: len(text)] == text
         assert conversation.memory.n_written - n == conversation.n_tokens - len(text)
 
 
@@ -723,7 +722,7 @@ def test_an_interrupt_while_a_turn_leaves_keeps_it(make, monkeypatch, can_shift)
         return chat_prompt(llm, messages)
 
     def present():
-        return list(conversation.messages), tokens(conversation), conversation.memory.n_written, conversation.n_dropped
+        return list(conversation.messages), conversation.tokens, conversation.memory.n_written, conversation.n_dropped
 
     before, state = present(), conversation.memory.state
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -776,7 +775,7 @@ def test_they_say_together_what_they_say_alone(llm, make):
         replies = say_together({c: content + turn for c, content in zip(together, contents)})
         for one, other, content in zip(together, alone, contents):
             assert replies[one] == other.say(content + turn)
-            assert tokens(one) == tokens(other)
+            assert one.tokens == other.tokens
             np.testing.assert_allclose(one.memory.state, other.memory.state, **SAME)
 
 
@@ -801,7 +800,7 @@ def test_nothing_of_one_shows_in_another(make):
             said = [f"turn {turn}", *(f"{text}{turn}" for text in others)]
             say_together(dict(zip([mine, *rest], said)))
             states.append(mine.memory.state)
-        return tokens(mine), states, logits
+        return mine.tokens, states, logits
 
     first, second = run(["aaaaa ", "bbbbb "]), run(["ccccc ", "ddddd "])
     assert first[0] == second[0] and len(first[2]) == 36
@@ -944,12 +943,12 @@ def test_messages_are_decoded_once(monkeypatch, strategy):
 def test_saved_states_leave_them_alone(llm):
     conversation = Conversation(llm, **GREEDY)
     conversation.say("hello there")
-    text, state = tokens(conversation), conversation.memory.state
+    text, state = conversation.tokens, conversation.memory.state
     llm.eval([14, 15, 16])
     saved = llm.save_state()
     llm.eval([17, 18])
     llm.load_state(saved)
-    assert tokens(conversation) == text
+    assert conversation.tokens == text
     np.testing.assert_array_equal(conversation.memory.state, state)
     assert conversation.regenerate()
     assert conversation.memory.n_decoded_again == 0

@@ -104,13 +104,12 @@ def test_no_token_is_lost(make_llm):
     with pytest.raises(KeyboardInterrupt):
         list(stream_together({one: "hello there", two: "and how are you"}))
     for conversation in (one, two):
-        text = conversation._text
         assert conversation.messages[-1]["role"] == "assistant"
         llm.reset()
         llm.memory.reset()
-        llm.eval(text.tokens.tolist())
+        llm.eval(conversation.tokens)
         np.testing.assert_allclose(conversation.memory.state, llm.memory.state, rtol=0, atol=2e-6)
-        assert conversation.memory.n_written == text.n_tokens
+        assert conversation.memory.n_written == conversation.n_tokens
 
 
 def test_a_callback_that_decodes_keeps_nobody_waiting(make_llm):

@@ -216,7 +216,7 @@ class World:
         for i, was_lost in zip(indices, lost):
             conversation = self.conversations[i]
             prompt = chat_prompt(self.llm, conversation.messages[:-1])[0]
-            self.simple[i].go_on(prompt, conversation._text.tokens.tolist(), was_lost)
+            self.simple[i].go_on(prompt, conversation.tokens, was_lost)
 
     def add(self, i, role):
         conversation, simple, lost = self.conversations[i], self.simple[i], self.lost(i)
@@ -339,7 +339,7 @@ class World:
         self.agree(self.llm, self.own)
 
     def agree(self, owner, simple):
-        assert owner._text.tokens.tolist() == simple.tokens, "; ".join(self.log)
+        assert list(owner.eval_tokens if owner is self.llm else owner.tokens) == simple.tokens, "; ".join(self.log)
         # float32 sums in another order, over a text of some hundred tokens
         np.testing.assert_allclose(
             owner.memory.state, simple.states[-1], rtol=0, atol=1e-5, err_msg="; ".join(self.log)

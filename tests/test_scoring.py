@@ -175,7 +175,7 @@ def test_a_reply_is_scored(scorer, echo, draft, stream):
     logprobs = {name: [value for part in parts for value in part[name]] for name in parts[0]}
     n_prompt = 24 if echo else 0
     assert len(logprobs["tokens"]) > n_prompt + 3
-    tokens = llm._text.tokens.tolist()
+    tokens = list(llm.eval_tokens)
     assert tokens[:24] == TOKENS * 2
     right = expected(llm, tokens)
     first = 1 if echo else 24
@@ -223,7 +223,7 @@ def test_log_probabilities_of_a_chat(scorer, stream):
     alone = contents(logprobs=True)
     assert [token["logprob"] for token in alone] == pytest.approx([token["logprob"] for token in tokens], abs=1e-4)
     assert all(token["top_logprobs"] == [] for token in alone)
-    read = llm._text.tokens.tolist()
+    read = list(llm.eval_tokens)
     right = expected(llm, read)
     n_prompt = len(read) - len(tokens) + (0 if len(tokens) < 5 else 1)
     values = [right[i - 1, read[i]] for i in range(n_prompt, len(read))]
@@ -246,7 +246,7 @@ def test_no_tokens(llm, stream, echo):
         assert answer["choices"][0]["text"] == TEXT * echo
         assert answer["choices"][0]["finish_reason"] == "length"
         assert answer["usage"]["completion_tokens"] == 0
-    assert llm._text.tokens.tolist() == llm.tokenize(TEXT.encode())
+    assert list(llm.eval_tokens) == llm.tokenize(TEXT.encode())
     assert llm.memory.n_written == llm.n_tokens
 
 
@@ -345,7 +345,7 @@ def test_a_bias_beside_processors(make_llm):
         max_tokens=3, temperature=0, logit_bias={"77": 1e9}, logits_processor=LogitsProcessorList([processor])
     )
     llm.create_completion(TOKENS, **options)
-    assert llm._text.tokens.tolist()[12:] == [77, 77] and called == [12, 13, 14]
+    assert list(llm.eval_tokens)[12:] == [77, 77] and called == [12, 13, 14]
 
 
 def test_a_suffix(make_llm):
@@ -356,7 +356,7 @@ def test_a_suffix(make_llm):
         answer = llm.create_completion(TEXT, suffix=" end", max_tokens=4, temperature=0, stream=stream)
         text = "".join(each["choices"][0]["text"] for each in (answer if stream else [answer]))
         assert text == plain["choices"][0]["text"] + " end"
-    assert llm._text.tokens.tolist()[: len(llm.tokenize(TEXT.encode()))] == llm.tokenize(TEXT.encode())
+    assert list(llm.eval_tokens)[: len(llm.tokenize(TEXT.encode()))] == llm.tokenize(TEXT.encode())
 
 
 class Characters:
