@@ -22,6 +22,13 @@ def named(path: str | os.PathLike[str]) -> str:
     return name if name.isprintable() and 0 < len(name) <= 160 else f"'{shown(name)}'"
 
 
+def no_file(path: str | os.PathLike[str], what: str) -> str:
+    """Why `path`, which is no file, is not the `what` that was asked for."""
+    if not os.path.exists(path):
+        return f"{named(path)}: no such {what}"
+    return f"{named(path)}: is a {'folder' if os.path.isdir(path) else 'device or a pipe'}, not a {what}"
+
+
 def naming(path: str, reason: str) -> str:
     """A reason that names the file."""
     return reason if path in reason else f"{path}: {reason}"

@@ -30,8 +30,7 @@ from typing import Any
 
 import platformdirs
 
-from .errors import AdapterError, FetchError, InputError, ModelError
-from .formats.atomic import no_file
+from .errors import AdapterError, FetchError, InputError, ModelError, no_file
 from .formats.ending import ending_in_order
 from .formats.kinds import MEMORY
 from .formats.outputs import disk_errors

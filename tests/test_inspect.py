@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -17,6 +19,7 @@ import safetensors.numpy
 from pydeltamem import DeltaMemLlama
 from pydeltamem.cli.main import main
 from pydeltamem.errors import AdapterError, MemoryFileError, ModelError
+from pydeltamem.formats.base_model import Base
 from pydeltamem.formats.description import describe
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.formats.memory_file import write_memory_file
@@ -343,7 +346,8 @@ def refused(path, error, says, capsys):
 
 
 def test_not_a_file_of_ours(tmp_path, capsys):
-    refused(tmp_path / "none", ModelError, "no such file", capsys)
+    refused(tmp_path / "none", ModelError, "no such", capsys)
+    refused(Path(os.devnull), ModelError, "device", capsys)
     refused(tmp_path, ModelError, "is a folder", capsys)
     path = tmp_path / "file"
     for content in (b"", b"GG", b"just text, nothing else", bytes(100)):
@@ -396,6 +400,17 @@ def test_an_epsilon_that_is_no_number(adapter, tmp_path, capsys):
     refused(tmp_path / "odd.gguf", AdapterError, "deltamem.o_norm_epsilon of an unexpected type", capsys)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_json_does_not_have(adapter, tmp_path, capsys, value):
+    path = rewritten(tmp_path / "odd.gguf", adapter("qwen3", "tsw_qo"), deltamem__alpha=value)
+    refused(path, AdapterError, "deltamem.alpha", capsys)
+
+
+def test_layers_that_do_not_ascend(adapter, tmp_path, capsys):
+    path = rewritten(tmp_path / "odd.gguf", adapter("qwen3", "tsw_qo"), deltamem__layers=[0, 1, 1, 2])
+    refused(path, AdapterError, "deltamem.layers", capsys)
+
+
 def test_adapter_of_an_unknown_tensor_type(adapter, tmp_path, capsys):
     """A type that is newer than the gguf package can be listed, its values cannot be read."""
     data, name = adapter("qwen3", "tsw_qo").read_bytes(), b"blk.1.deltamem_o.weight"
@@ -442,6 +457,35 @@ def test_damaged_header(tmp_path, keys, entries, names):
     path.write_bytes(start + b"".join([*keys, *entries]) + bytes(4096))
     with refuses(ModelError, path, *names):
         describe(path)
+
+
+def test_a_header_without_end(tmp_path):
+    """A file of no size on the disk must not take all memory."""
+    path = tmp_path / "sparse.gguf"
+    for layout, *value in (("<IIQ", 9, 0, 3 << 30), ("<IIQ", 9, 8, 1 << 28), ("<IQ", 8, 3 << 30)):
+        with open(path, "wb") as file:
+            file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("many") + struct.pack(layout, *value))
+            file.truncate(4 << 30)
+        with refuses(ModelError, path, "header"):
+            Header(path)
+
+
+def test_a_file_of_the_other_byte_order(tmp_path):
+    path = tmp_path / "big.gguf"
+    path.write_bytes(b"GGUF" + struct.pack(">IQQ", 3, 0, 0))
+    with refuses(ModelError, path, "byte order"):
+        Header(path)
+
+
+@pytest.mark.parametrize("keys", [{"general.architecture": "a\x1b[31m\nb"}, {"general.type": "a\nb"}])
+def test_errors_of_a_base_stay_on_one_line(base, tmp_path, keys):
+    header = Header(base())
+    header.keys.update(keys)
+    header.types.update(dict.fromkeys(keys, gguf.GGUFValueType.STRING))
+    write_like(tmp_path / "odd.gguf", header)
+    with refuses(ModelError, tmp_path / "odd.gguf", "a") as info:
+        Base(tmp_path / "odd.gguf")
+    assert str(info.value).isprintable()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a file of /proc that cannot be read")

@@ -186,6 +186,32 @@ def test_an_adapter_of_other_shapes_is_not_packed(base, adapter, tmp_path):
         pack(base(), tmp_path / "adapter.gguf", tmp_path / "out.gguf")
 
 
+@pytest.mark.parametrize(
+    ("of", "keys", "tensor"),
+    [
+        ("adapter", {}, "token_embd.weight"),  # the base's, too
+        ("adapter", {}, "other.weight"),  # unpacking would give it to the base
+        ("adapter", {"deltamem.packed.general.name": 1}, None),
+        ("base", {}, "blk.0.deltamem_o.weight"),
+        ("base", {"deltamem.rank": 8}, None),
+    ],
+)
+def test_names_that_would_be_there_twice(base, adapter, tmp_path, of, keys, tensor):
+    """The file could not be read, nor unpacked."""
+    files = {"base": base(), "adapter": adapter("qwen3", "tsw_qo")}
+    header = Header(files[of])
+    header.keys.update(keys)
+    header.types.update(dict.fromkeys(keys, gguf.GGUFValueType.UINT32))
+    tensors = {name: header.read(name) for name in header.tensors}
+    if tensor:
+        tensors[tensor] = np.zeros((4, 4), np.float32)
+    files[of] = tmp_path / "odd.gguf"
+    write_like(files[of], header, tensors)
+    with refuses({"base": ModelError, "adapter": AdapterError}[of], files[of], tensor or next(iter(keys))):
+        pack(files["base"], files["adapter"], tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_layers_that_predict_further_tokens_are_not_counted(base, adapter, tmp_path):
     """As llama.cpp counts: what loads, packs."""
     header = Header(base())

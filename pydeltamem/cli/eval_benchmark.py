@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors import InputError
+from ..errors import InputError, no_file
 from ..evals.asker import Asker
 from ..evals.benchmarks import BENCHMARKS
 from ..evals.items import DATA, Item, chosen, digest_of_file, file_of, items_of
@@ -19,7 +19,6 @@ from ..evals.results import markdown, results_of
 from ..evals.run import BESIDE, PLAIN, PROTOCOLS, methods_of
 from ..evals.run import run as run_benchmark
 from ..evals.views import NEEDS
-from ..formats.atomic import no_file
 from ..hub import adapter_file, model_file
 from ..models import default_files
 from ..runtime import library

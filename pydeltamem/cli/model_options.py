@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
-from ..formats.atomic import no_file
+from ..errors import InputError, no_file
 from ..formats.gguf_header import Header
 from ..formats.memory_file import check_writable, read_memory_file
 from ..hub import adapter_file, model_file

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import named
 from .ending import ending_in_order
 from .kinds import Kind
 
@@ -95,8 +94,3 @@ def leftovers(path: str | os.PathLike[str]) -> list[Path]:
     """Temporary files that killed processes left for `path`."""
     target = Path(os.path.realpath(path))
     return list(target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"))
-
-
-def no_file(path: str | os.PathLike[str], what: str) -> str:
-    """Why `path`, which is no file, is not the `what` that was asked for."""
-    return f"{os.fspath(path)}: is a folder, not a {what}" if os.path.isdir(path) else f"{named(path)}: no such {what}"

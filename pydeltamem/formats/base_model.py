@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ModelError, named
+from ..errors import ModelError, named, shown
 from .gguf_header import Header
 from .model_numbers import MAX_LAYERS
 
@@ -75,7 +75,7 @@ class Base:
         self._shapes = {tensor.name: tensor.shape for tensor in header.tensors.values()}
 
         if (kind := self._keys.get("general.type", "model")) != "model":
-            raise ModelError(f"{self.path}: is no base model: its general.type is '{kind}'")
+            raise ModelError(f"{self.path}: is no base model: its general.type is '{shown(kind)}'")
         self.architecture: str = self._value("general.architecture")
         # the file also counts the layers that predict further tokens, llama.cpp does not
         self.n_layer = self._size("block_count") - self._size("nextn_predict_layers", 0)
@@ -97,7 +97,7 @@ class Base:
         if self.architecture not in PERMUTED:
             raise ModelError(
                 f"{self.path}: it is not known whether llama.cpp's converter permutes the q and k rows of architecture "
-                f"'{self.architecture}', which this checkpoint corrects"
+                f"'{shown(self.architecture)}', which this checkpoint corrects"
             )
         n_head = self.layers[layer].n_head if head == "q" else self.layers[layer].n_head_kv
         if n_head < 1 or len(rows) % (2 * n_head):
@@ -111,7 +111,7 @@ class Base:
     def _value(self, key: str, default: Any = None) -> Any:
         value = self._keys.get(key, default)
         if value is None:
-            raise ModelError(f"{self.path}: has no key {key}, it is no language model")
+            raise ModelError(f"{self.path}: has no key {shown(key)}, it is no language model")
         return value
 
     def _size(self, key: str, default: int | None = None) -> int:
@@ -121,13 +121,13 @@ class Base:
         value = self._value(f"{self.architecture}.{key}", default)
         if isinstance(value, list) and len(value) < self.n_layer:
             raise ModelError(
-                f"{self.path}: {self.architecture}.{key} has {len(value)} values for {self.n_layer} layers"
+                f"{self.path}: {shown(self.architecture)}.{key} has {len(value)} values for {self.n_layer} layers"
             )
         return self._integer(key, value[layer] if isinstance(value, list) else value)
 
     def _integer(self, key: str, value: Any) -> int:
         if not isinstance(value, int) or value < 0:
-            raise ModelError(f"{self.path}: {key} is {value!r}, it must be a whole number")
+            raise ModelError(f"{self.path}: {shown(key)} is {shown(value)}, it must be a whole number")
         return value
 
     def _layer(self, i: int) -> Layer:

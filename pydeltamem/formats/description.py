@@ -6,6 +6,7 @@ Reads only the header of a model, whatever its size; of an adapter also the corr
 from __future__ import annotations
 
 import datetime
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType
 
-from ..errors import AdapterError, ModelError, named
+from ..errors import AdapterError, ModelError, no_file, shown
 from .gguf_header import MAGIC, Header, Tensor
 from .memory_file import MemorySnapshot
 
@@ -28,10 +29,8 @@ def describe(path: str) -> dict[str, Any]:
     Raises ModelError, AdapterError or MemoryFileError.
     """
     file = Path(path)
-    if os.path.isdir(file):
-        raise ModelError(f"{file}: is a folder; give an adapter, model or memory file")
     if not os.path.isfile(file):
-        raise ModelError(f"{named(file)}: no such file")
+        raise ModelError(no_file(file, "adapter, model or memory file"))
     try:
         with open(file, "rb") as opened:
             start = opened.read(9)
@@ -48,7 +47,7 @@ def describe(path: str) -> dict[str, Any]:
     if header.keys.get("general.type") == "adapter":
         kind = header.keys.get("adapter.type", "unknown")
         if kind != "deltamem":
-            raise AdapterError(f"{file}: is an adapter of type '{kind}', not a δ-mem adapter")
+            raise AdapterError(f"{file}: is an adapter of type '{shown(kind)}', not a δ-mem adapter")
         return {**common, "kind": "adapter", "adapter": _adapter(header)}
     if "deltamem.version" in header.keys:
         return {**common, "kind": "packed", "model": _model(header), "adapter": _adapter(header)}
@@ -88,7 +87,8 @@ def _adapter(header: Header) -> dict[str, Any]:
     version = header.keys.get("deltamem.version")
     if version != ADAPTER_VERSION:
         raise AdapterError(
-            f"{header.path}: has adapter version {version}, this release reads {ADAPTER_VERSION}: upgrade pydeltamem"
+            f"{header.path}: has adapter version {shown(version)}, this release reads {ADAPTER_VERSION}: upgrade"
+            " pydeltamem"
         )
 
     def get(key: str, kind: GGUFValueType, is_list: bool = False) -> Any:
@@ -97,17 +97,22 @@ def _adapter(header: Header) -> dict[str, Any]:
             raise AdapterError(f"{header.path}: has no key {key}, the adapter is damaged")
         if header.types[key] != kind or isinstance(header.keys[key], list) != is_list:
             raise AdapterError(f"{header.path}: has key {key} of an unexpected type, the adapter is damaged")
-        return header.keys[key]
+        value = header.keys[key]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise AdapterError(f"{header.path}: has {key} = {value}, the adapter is damaged")
+        return value
 
     u32, f32, string, flag = (getattr(GGUFValueType, name) for name in ("UINT32", "FLOAT32", "STRING", "BOOL"))
     layers, corrected = get("layers", u32, True), get("delta_heads", string, True)
+    if layers != sorted(set(layers)):
+        raise AdapterError(f"{header.path}: has layers in deltamem.layers that do not ascend, the adapter is damaged")
     norms = []
     for layer in layers:
         row: dict[str, Any] = {"layer": layer}
         for head in corrected:
             name = f"blk.{layer}.deltamem_{head}.weight"
             if name not in header.tensors:
-                raise AdapterError(f"{header.path}: has no tensor {name}, the adapter is damaged")
+                raise AdapterError(f"{header.path}: has no tensor {shown(name)}, the adapter is damaged")
             row[head] = _norm(header.read(name))
         norms.append(row)
 

@@ -21,11 +21,12 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from ..errors import ModelError, named, shown
+from ..errors import ModelError, no_file, shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMS = 4
+MAX_HEADER = 1 << 27  # bytes of keys and entries; those of the largest vocabularies have a tenth. A list takes more RAM
 
 _SCALARS = {
     GGUFValueType.UINT8: "u1",
@@ -92,10 +93,8 @@ class Header:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        if os.path.isdir(self.path):  # unlike Path.is_dir it takes every name
-            raise ModelError(f"{self.path}: is a folder; name a GGUF file")
-        if not os.path.isfile(self.path):
-            raise ModelError(f"{named(self.path)}: no such file")
+        if not os.path.isfile(self.path):  # unlike Path.is_file it takes every name
+            raise ModelError(no_file(self.path, "GGUF file"))
         try:
             with open(self.path, "rb") as file:
                 if file.read(len(MAGIC)) != MAGIC:
@@ -167,6 +166,8 @@ class _Parser:
 
     def parse(self) -> tuple[dict[str, Any], dict[str, GGUFValueType], dict[str, Tensor]]:
         self.version = version = self.scalar(GGUFValueType.UINT32)
+        if version & 0xFFFF == 0 < version:
+            raise _Damaged("it was written for a processor of the other byte order: convert the model again")
         if version not in VERSIONS:
             raise _Damaged(f"its version is {version}, this release reads {' and '.join(map(str, VERSIONS))}")
         n_tensors, n_keys = self.scalar(GGUFValueType.UINT64), self.scalar(GGUFValueType.UINT64)
@@ -204,11 +205,16 @@ class _Parser:
 
     def take(self, n_bytes: int) -> int:
         """Skips n_bytes. Returns the position where they begin."""
-        at = self.at
-        if n_bytes > len(self.data) - at:
-            raise _Damaged("it is truncated")
+        self.expect(n_bytes)
         self.at += n_bytes
-        return at
+        return self.at - n_bytes
+
+    def expect(self, n_bytes: int) -> None:
+        """Raises _Damaged if the header cannot go on for that long."""
+        if n_bytes > len(self.data) - self.at:
+            raise _Damaged("it is truncated")
+        if self.at + n_bytes > MAX_HEADER:
+            raise _Damaged(f"its header has more than {MAX_HEADER >> 20} MiB")
 
     def scalar(self, kind: GGUFValueType) -> Any:
         return self.scalars(kind, 1)[0]
@@ -231,7 +237,10 @@ class _Parser:
         kind, n = self.value_type(), self.scalar(GGUFValueType.UINT64)
         if kind == GGUFValueType.ARRAY:
             raise _Damaged("it has an array of arrays")
-        return [self.string() for _ in range(n)] if kind == GGUFValueType.STRING else self.scalars(kind, n), kind
+        if kind != GGUFValueType.STRING:
+            return self.scalars(kind, n), kind
+        self.expect(8 * n)  # their lengths alone
+        return [self.string() for _ in range(n)], kind
 
     def value_type(self) -> GGUFValueType:
         kind = self.scalar(GGUFValueType.UINT32)

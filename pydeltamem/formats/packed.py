@@ -24,6 +24,7 @@ from .outputs import disk_errors, refuse_inputs, writing
 
 PREFIX = "deltamem."
 OTHERS = "deltamem.packed."  # prefix of the adapter's other keys
+OF_ADAPTER = ".deltamem_"  # in the names of its tensors
 SPLIT = "split."  # prefix of the keys that describe shards
 PIECE = 8 << 20  # bytes that are copied at a time
 MAX_SHARDS = 65535  # split.count has 16 bits
@@ -63,6 +64,7 @@ def pack(
         raise ModelError(f"{model.path}: is packed already: unpack it first")
     if weights.keys.get("adapter.type") != "deltamem":
         raise AdapterError(f"{weights.path}: is no δ-mem adapter")
+    _check_names(model, weights)
     _check_fit(Base(base), weights)
     in_shards = max_size is not None or max_tensors is not None
     merged = len(model.files) == 1 and not in_shards  # may have such keys, which then mean nothing
@@ -79,6 +81,22 @@ def pack(
     return list(parts)
 
 
+def _check_names(model: Header, weights: Header) -> None:
+    """Raises ModelError or AdapterError if one has names that belong to the other, of which a file would have two."""
+    for name in model.keys:
+        if name.startswith(PREFIX):
+            raise ModelError(f"{model.path}: has key {shown(name)} of an adapter: it is no base model")
+    for name in model.tensors:
+        if OF_ADAPTER in name:
+            raise ModelError(f"{model.path}: has tensor {shown(name)} of an adapter: it is no base model")
+    for name in weights.keys:
+        if name.startswith(OTHERS):
+            raise AdapterError(f"{weights.path}: has key {shown(name)} of a packed model: convert the adapter again")
+    for name in weights.tensors:
+        if OF_ADAPTER not in name:
+            raise AdapterError(f"{weights.path}: has tensor {shown(name)} of no adapter: convert it again")
+
+
 def _check_fit(base: Base, weights: Header) -> None:
     """Raises AdapterError if the adapter is for another model, as loading it would."""
     for key, mine, theirs in (
@@ -87,7 +105,9 @@ def _check_fit(base: Base, weights: Header) -> None:
         ("block_count", base.n_layer, weights.keys.get("deltamem.base.block_count")),
     ):
         if mine != theirs:
-            raise AdapterError(f"{weights.path}: is for another model than {base.path}: {key} {theirs}, not {mine}")
+            raise AdapterError(
+                f"{weights.path}: is for another model than {base.path}: {key} {shown(theirs)}, not {shown(mine)}"
+            )
     for i, layer in enumerate(base.layers):
         for head in "qkvo":
             tensor = weights.tensors.get(f"blk.{i}.deltamem_{head}.weight")
@@ -124,7 +144,7 @@ def unpack(
     of_adapter = [_key(model, key, key.removeprefix(OTHERS)) for key in model.keys if key.startswith(PREFIX)]
     tensors: tuple[list[Tensor], list[Tensor]] = ([], [])
     for name, tensor in model.tensors.items():
-        tensors[".deltamem_" in name].append(tensor)
+        tensors[OF_ADAPTER in name].append(tensor)
     alignment = model.keys.get(OTHERS + "general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise ModelError(
