@@ -1,0 +1,288 @@
+// Nodes of a graph that the CPU computes as one (deltamem-cpu.h): which may be, and how. Compiled into ggml-cpu, as
+// deltamem-cpu.cpp.
+//
+// Threads of a node that is computed with the one before it have not waited for each other in between. So a result that the
+// allocator gave memory of what another thread still reads keeps nodes apart.
+
+#include "deltamem-bf16.h"
+#include "deltamem-cpu.h"
+#include "deltamem-norm.h"
+#include "deltamem-share.h"
+#include "ggml-cpu-impl.h"
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <cstring>
+#include <initializer_list>
+
+namespace deltamem {
+
+// Whether forward_project computes this product. Those that no constructor of ggml makes are left to ggml, which
+// refuses them.
+static bool takes_projection(const struct ggml_tensor * mul_mat) {
+    const struct ggml_tensor * weight = mul_mat->src[0];
+    const struct ggml_tensor * in     = mul_mat->src[1];
+    if (!weight || !in || !mul_mat->data || !weight->data || !in->data) {
+        return false;
+    }
+    const bool takes_type =
+            weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_F32 || weight->type == GGML_TYPE_Q8_0;
+    return takes_type && !weight->extra && (mul_mat->ne[1] <= FEW_TOKENS || takes_tiles(weight)) &&
+           in->type == GGML_TYPE_F32 && mul_mat->type == GGML_TYPE_F32 && ggml_deltamem_is_matrix_of_rows(in) &&
+           ggml_deltamem_is_matrix_of_rows(weight) && ggml_deltamem_is_matrix_of_rows(mul_mat) &&
+           weight->ne[0] == in->ne[0] && weight->ne[1] == mul_mat->ne[0] && in->ne[1] == mul_mat->ne[1];
+}
+
+static bool apart(const struct ggml_tensor * a, const struct ggml_tensor * b) {
+    const char * pa = (const char *) a->data;
+    const char * pb = (const char *) b->data;
+    return pa + ggml_nbytes(a) <= pb || pb + ggml_nbytes(b) <= pa;
+}
+
+// whether a thread may write its elements of dst while others still read theirs of src, of the same shape
+static bool in_place_or_apart(const struct ggml_tensor * dst, const struct ggml_tensor * src) {
+    return (dst->data == src->data && dst->nb[1] == src->nb[1]) || apart(dst, src);
+}
+
+static bool takes_addition(const struct ggml_tensor * correction, const struct ggml_tensor * add,
+                           const struct ggml_tensor * added) {
+    // the allocator may have given `add` the memory of what only the correction reads
+    return added && added->data && add->data && added->type == GGML_TYPE_F32 && add->type == GGML_TYPE_F32 &&
+           ggml_are_same_shape(added, correction) && ggml_deltamem_is_matrix_of_rows(added) &&
+           ggml_deltamem_is_matrix_of_rows(add) && in_place_or_apart(add, correction->src[0]) &&
+           in_place_or_apart(add, added) && apart(add, correction->src[1]) && apart(add, correction->src[2]);
+}
+
+// A read and its correction, of one token. Each thread computes S q of all heads for its own corrections, instead of
+// waiting for the thread that has the head; only that one writes the state.
+static constexpr int64_t OWN_HEADS  = 8,
+                         OWN_STATES = 1024; // the most heads, and floats of S, for which a thread does so
+
+// a thread's copy of S from before the synchronisation after which it is written
+alignas(64) static thread_local float own_states[OWN_STATES];
+
+static void copy_states(const struct ggml_tensor * read) {
+    const struct ggml_deltamem_params p       = ggml_deltamem_get_params(read);
+    const int64_t                     n_state = (int64_t) p.rank * p.rank;
+    for (int64_t head = 0; head < p.n_head; ++head) {
+        memcpy(own_states + head * n_state, head_args(read, 0, head).record, n_state * sizeof(float));
+    }
+}
+
+// A read, its correction, and perhaps a norm, of which a thread has the rows that it has corrected.
+static void forward_read_correct(const struct ggml_compute_params * params, struct ggml_tensor * read,
+                                 struct ggml_tensor * correction, const struct followers & next) {
+    const struct ggml_deltamem_params p = ggml_deltamem_get_params(read);
+
+    const int64_t n_state                             = (int64_t) p.rank * p.rank;
+    const int32_t only_read[GGML_DELTAMEM_PLAN_TOKEN] = { 0, 0 };
+
+    alignas(64) float reads[OWN_HEADS * GGML_DELTAMEM_MAX_RANK];
+
+    for (int64_t head = 0; head < p.n_head; ++head) {
+        struct deltamem_head_args args = head_args(read, 0, head);
+        if (head % params->nth == params->ith) {
+            deltamem_head_forward(&args);
+            memcpy(reads + head * p.rank, args.read + head * p.rank, p.rank * sizeof(float));
+            continue;
+        }
+        args.record  = own_states + head * n_state;
+        args.read    = reads;
+        args.entries = only_read;
+        deltamem_head_forward(&args);
+    }
+    const int64_t n_row = next.norm ? next.norm->ne[0] : 0;
+    forward_correct(params, correction, reads, p.n_head * p.rank, {}, correction, n_row);
+    if (next.norm) {
+        const int64_t n_rows = ggml_nrows(next.norm);
+        ggml_cpu_deltamem_norm_rows(next.norm, next.mul, n_rows * params->ith / params->nth,
+                                    n_rows * (params->ith + 1) / params->nth);
+    }
+}
+
+static bool takes_correction(const struct ggml_tensor * read, const struct ggml_tensor * correction) {
+    if (!(correction->flags & GGML_TENSOR_FLAG_COMPUTE) || correction->op != GGML_OP_DELTAMEM ||
+        ggml_deltamem_get_kind(correction) != GGML_DELTAMEM_CORRECT || correction->src[2] != read) {
+        return false;
+    }
+    ggml_deltamem_check(correction);
+    for (int i = 0; i < 4; ++i) {
+        if (!apart(correction, read->src[i])) {
+            return false; // the allocator gave the correction the memory of what only the read needs
+        }
+    }
+    const struct ggml_deltamem_params p = ggml_deltamem_get_params(read);
+    return read->ne[1] == 1 && p.n_seqs == 1 && ((const int32_t *) read->src[3]->data)[2] == 1 &&
+           p.n_head <= OWN_HEADS && p.n_head * p.rank * p.rank <= OWN_STATES;
+}
+
+// whether nodes [begin, end) are in the graph and have something to compute
+static bool are_computed(const struct ggml_cgraph * cgraph, int begin, int end) {
+    if (end > cgraph->n_nodes) {
+        return false;
+    }
+    return std::all_of(cgraph->nodes + begin, cgraph->nodes + end, [](const struct ggml_tensor * node) {
+        return (node->flags & GGML_TENSOR_FLAG_COMPUTE) && !ggml_is_empty(node);
+    });
+}
+
+// whether nodes i and i + 1 are a projection that forward_project computes, and its read
+static bool takes_projection(const struct ggml_cgraph * cgraph, int i) {
+    if (i + 1 >= cgraph->n_nodes) {
+        return false;
+    }
+    const struct ggml_tensor * projection = cgraph->nodes[i];
+    const struct ggml_tensor * read       = cgraph->nodes[i + 1];
+    if (projection->op != GGML_OP_MUL_MAT || read->op != GGML_OP_DELTAMEM || read->src[0] != projection ||
+        !are_computed(cgraph, i, i + 2) || ggml_deltamem_get_kind(read) != GGML_DELTAMEM_READ ||
+        !takes_projection(projection)) {
+        return false;
+    }
+    ggml_deltamem_check(read);
+    return true;
+}
+
+// whether node i, the correction that follows a projection and its read, is computed with the read
+static bool takes_correction(const struct ggml_cgraph * cgraph, int i) {
+    return i < cgraph->n_nodes && takes_correction(cgraph->nodes[i - 1], cgraph->nodes[i]);
+}
+
+// Adds the norm of node i's rows, which lie one after the other in it, to its followers, if it and the multiplication by weights
+// after it may be computed with node i, by threads that are at different nodes. Of `by_rows`, a thread reads or writes rows that
+// it normalises; of `whole`, all. Returns the last node that is then computed.
+static int add_norm(const struct ggml_cgraph * cgraph, int i, std::initializer_list<const struct ggml_tensor *> by_rows,
+                    std::initializer_list<const struct ggml_tensor *> whole, struct followers & next) {
+    const struct ggml_tensor * node = cgraph->nodes[i];
+
+    int j = i + 1;
+    while (j < cgraph->n_nodes && ggml_op_is_empty(cgraph->nodes[j]->op)) { // the node as rows
+        ++j;
+    }
+    if (j + 2 > cgraph->n_nodes || !are_computed(cgraph, j, j + 2) ||
+        !ggml_can_fuse(cgraph, j, { GGML_OP_RMS_NORM, GGML_OP_MUL })) {
+        return i;
+    }
+    const struct ggml_tensor * norm    = cgraph->nodes[j];
+    struct ggml_tensor *       mul     = cgraph->nodes[j + 1];
+    const struct ggml_tensor * rows    = norm->src[0];
+    const struct ggml_tensor * weights = mul->src[mul->src[0] == norm ? 1 : 0];
+    if (rows->data != node->data || !ggml_is_contiguous(rows) || !ggml_is_contiguous(node) ||
+        !ggml_is_contiguous(mul) || ggml_nelements(rows) != ggml_nelements(node) || rows->ne[0] % UNIT != 0 ||
+        node->ne[0] % rows->ne[0] != 0 || !weights->data || !mul->data || weights->ne[0] != rows->ne[0] ||
+        !ggml_cpu_deltamem_takes_norm(norm, mul) || !apart(mul, weights)) {
+        return i;
+    }
+    // the result may have the memory of its own rows
+    const bool sound = std::all_of(by_rows.begin(), by_rows.end(), [&](const struct ggml_tensor * t) {
+        return (mul->data == t->data && ggml_is_contiguous(t)) || apart(mul, t);
+    });
+    const bool alone =
+            std::all_of(whole.begin(), whole.end(), [&](const struct ggml_tensor * t) { return apart(mul, t); });
+    if (!sound || !alone) {
+        return i;
+    }
+    next.norm = norm;
+    next.mul  = mul;
+    return j + 1;
+}
+
+// whether nodes i and i + 1 are products of the same input, neither of which needs the other's memory
+static bool share_input(const struct ggml_cgraph * cgraph, int i) {
+    if (i < 0 || !are_computed(cgraph, i, i + 2)) {
+        return false;
+    }
+    const struct ggml_tensor * first  = cgraph->nodes[i];
+    const struct ggml_tensor * second = cgraph->nodes[i + 1];
+    return first->op == GGML_OP_MUL_MAT && second->op == GGML_OP_MUL_MAT && first->src[1] == second->src[1] &&
+           apart(second, first) && apart(second, first->src[0]) && apart(second, first->src[1]) &&
+           apart(first, second->src[0]);
+}
+
+// Whether the projection at node i, which takes_projection takes, is computed ahead of the product at node i - 1: the
+// synchronisation after that product is then the projection's, too. Both nodes ask this, in turn.
+static bool joins_product(const struct ggml_cgraph * cgraph, int i) {
+    return cgraph->nodes[i]->ne[1] <= FEW_TOKENS && share_input(cgraph, i - 1);
+}
+
+// A projection at node i, which takes_projection takes, its read, and perhaps a correction and a norm. Returns the last node
+// computed.
+static int fuse_projection(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
+    struct ggml_tensor * projection = cgraph->nodes[i];
+    struct ggml_tensor * read       = cgraph->nodes[i + 1];
+    const bool           corrects   = takes_correction(cgraph, i + 2);
+    if (!joins_product(cgraph, i)) {
+        if (corrects) {
+            copy_states(read);
+        }
+        forward_project(params, projection);
+        ggml_barrier(params->threadpool);
+    }
+    if (!corrects) {
+        forward_read(params, read);
+        return i + 1;
+    }
+    struct ggml_tensor * correction = cgraph->nodes[i + 2];
+    struct followers     next;
+    const int            last =
+            add_norm(cgraph, i + 2, { correction, correction->src[0] },
+                     { correction->src[1], read, read->src[0], read->src[1], read->src[2], read->src[3] }, next);
+    forward_read_correct(params, read, correction, next);
+    return last;
+}
+
+// A correction at node i, and an addition and a norm if they follow. Returns the last node computed; i: nothing was done.
+static int fuse_correction(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
+    const struct ggml_tensor * correction = cgraph->nodes[i];
+    struct followers           next;
+    int                        last = i;
+    ggml_deltamem_check(correction);
+    if (are_computed(cgraph, i, i + 2) && ggml_can_fuse(cgraph, i, { GGML_OP_DELTAMEM, GGML_OP_ADD })) {
+        const struct ggml_tensor * add   = cgraph->nodes[i + 1];
+        const struct ggml_tensor * added = add->src[add->src[0] == correction ? 1 : 0];
+        if (takes_addition(correction, add, added)) {
+            next.added = added;
+            last       = i + 1;
+        }
+    }
+    struct ggml_tensor * dst = cgraph->nodes[last];
+    if (is_by_tokens(params, correction)) {
+        last = add_norm(cgraph, last, { dst, correction->src[0], next.added ? next.added : dst },
+                        { correction->src[1], correction->src[2] }, next);
+    }
+    if (last > i) {
+        forward_correct(params, correction, next, dst);
+    }
+    return last;
+}
+
+} // namespace deltamem
+
+int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
+    using namespace deltamem;
+
+    struct ggml_tensor ** nodes = cgraph->nodes + i;
+
+    // a product, whose own computation is ggml's, and a projection
+    if (nodes[0]->op == GGML_OP_MUL_MAT && takes_projection(cgraph, i + 1) && joins_product(cgraph, i + 1)) {
+        if (takes_correction(cgraph, i + 3)) {
+            copy_states(nodes[2]);
+        }
+        forward_project(params, nodes[1]);
+        return 0;
+    }
+
+    // two products of the same input: of a layer's, one may be the packed projection
+    if (nodes[0]->ne[1] > FEW_TOKENS && share_input(cgraph, i) &&
+        ggml_cpu_deltamem_bf16_two(params, nodes[0], nodes[1])) {
+        return 1;
+    }
+
+    if (takes_projection(cgraph, i)) {
+        return fuse_projection(params, cgraph, i) - i;
+    }
+    if (nodes[0]->op == GGML_OP_DELTAMEM && are_computed(cgraph, i, i + 1) &&
+        ggml_deltamem_get_kind(nodes[0]) == GGML_DELTAMEM_CORRECT) {
+        return fuse_correction(params, cgraph, i) - i;
+    }
+    return 0;
+}
