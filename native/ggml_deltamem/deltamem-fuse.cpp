@@ -111,6 +111,12 @@ static bool takes_correction(const struct ggml_tensor * read, const struct ggml_
             return false; // the allocator gave the correction the memory of what only the read needs
         }
     }
+    const struct ggml_tensor * written[] = { read, read->src[2] };
+    for (const struct ggml_tensor * t : written) {
+        if (!apart(t, correction->src[0]) || !apart(t, correction->src[1])) {
+            return false; // the correction needs what other threads still write
+        }
+    }
     const struct ggml_deltamem_params p = ggml_deltamem_get_params(read);
     return read->ne[1] == 1 && p.n_seqs == 1 && ((const int32_t *) read->src[3]->data)[2] == 1 &&
            p.n_head <= OWN_HEADS && p.n_head * p.rank * p.rank <= OWN_STATES;
@@ -169,15 +175,15 @@ static int add_norm(const struct ggml_cgraph * cgraph, int i, std::initializer_l
     if (rows->data != node->data || !ggml_is_contiguous(rows) || !ggml_is_contiguous(node) ||
         !ggml_is_contiguous(mul) || ggml_nelements(rows) != ggml_nelements(node) || rows->ne[0] % UNIT != 0 ||
         node->ne[0] % rows->ne[0] != 0 || !weights->data || !mul->data || weights->ne[0] != rows->ne[0] ||
-        !ggml_cpu_deltamem_takes_norm(norm, mul) || !apart(mul, weights)) {
+        !ggml_cpu_deltamem_takes_norm(norm, mul) || !apart(mul, weights) || !apart(node, weights)) {
         return i;
     }
     // the result may have the memory of its own rows
     const bool sound = std::all_of(by_rows.begin(), by_rows.end(), [&](const struct ggml_tensor * t) {
         return (mul->data == t->data && ggml_is_contiguous(t)) || apart(mul, t);
     });
-    const bool alone =
-            std::all_of(whole.begin(), whole.end(), [&](const struct ggml_tensor * t) { return apart(mul, t); });
+    const bool alone = std::all_of(whole.begin(), whole.end(),
+                                   [&](const struct ggml_tensor * t) { return apart(mul, t) && apart(weights, t); });
     if (!sound || !alone) {
         return i;
     }
@@ -199,9 +205,11 @@ static bool share_input(const struct ggml_cgraph * cgraph, int i) {
 }
 
 // Whether the projection at node i, which takes_projection takes, is computed ahead of the product at node i - 1: the
-// synchronisation after that product is then the projection's, too. Both nodes ask this, in turn.
+// synchronisation after that product is then the projection's, too. Both nodes ask this, in turn. States may be copied before
+// that product, so they are no result of it.
 static bool joins_product(const struct ggml_cgraph * cgraph, int i) {
-    return cgraph->nodes[i]->ne[1] <= FEW_TOKENS && share_input(cgraph, i - 1);
+    return cgraph->nodes[i]->ne[1] <= FEW_TOKENS && share_input(cgraph, i - 1) &&
+           apart(cgraph->nodes[i - 1], cgraph->nodes[i + 1]->src[2]);
 }
 
 // A projection at node i, which takes_projection takes, its read, and perhaps a correction and a norm. Returns the last node

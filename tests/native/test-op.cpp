@@ -31,14 +31,18 @@ struct tested {
     bool takes_blocks; // corrections may have weights in Q8_0
 };
 
-// A graph that the allocator of llama.cpp's has laid out, which may put a node in the place of a source of its shape.
+// A graph that the allocator of llama.cpp's has laid out, which may put a node in the place of a source of its shape. `first`
+// comes before all nodes that it does not need.
 class allocated_graph {
 public:
-    allocated_graph(ggml_backend_t backend, ggml_context * ctx, ggml_tensor * node) :
+    allocated_graph(ggml_backend_t backend, ggml_context * ctx, ggml_tensor * node, ggml_tensor * first = nullptr) :
         backend(backend),
         cgraph(ggml_new_graph(ctx)),
         galloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend))) {
         ggml_set_output(node);
+        if (first) {
+            ggml_build_forward_expand(cgraph, first);
+        }
         ggml_build_forward_expand(cgraph, node);
         check(ggml_gallocr_alloc_graph(galloc.get(), cgraph), "the graph cannot be allocated");
     }
@@ -693,6 +697,92 @@ static void test_malformed(const tested & on, bool fused) {
     ggml_free(ctx);
 }
 
+// Nodes that a backend may compute as one, though one of them reads what all threads write in another: a correction of the read
+// itself, weights of a norm that are a row of what is normalised, and a state that is a product of the projection's input. A copy
+// in between keeps them apart: the same bits.
+enum dependence {
+    CORRECTED_READ,
+    NORMED_ROW,
+    STATE_OF_A_PRODUCT
+};
+
+static void test_dependent(const tested & on, dependence kind) {
+    constexpr int N_EMBD = 64, N_OUT = 64;
+    const int     n_tokens = kind == NORMED_ROW ? 40 : 1;
+
+    const ggml_deltamem_params p =
+            params_of({ 8, N_OUT / 8, 1, n_tokens, GGML_DELTAMEM_LAMBDA_COUPLED, GGML_DELTAMEM_NORMALIZE_QK });
+
+    random_source  random(n_tokens);
+    ggml_context * ctx    = ggml_init({ ggml_tensor_overhead() * 8, nullptr, true });
+    ggml_tensor *  weight = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, N_EMBD, ggml_deltamem_n_proj(&p));
+    ggml_tensor *  input  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, N_EMBD, n_tokens);
+    ggml_tensor *  bias   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ggml_deltamem_n_gates(&p));
+    ggml_tensor *  state  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, p.n_head * ggml_deltamem_n_record(&p), 1);
+    ggml_tensor *  plan   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_deltamem_n_plan(1, n_tokens));
+    ggml_tensor *  delta  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, N_OUT, N_OUT);
+    ggml_tensor *  out    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, N_OUT, n_tokens);
+    ggml_tensor *  other  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, N_EMBD, state->ne[0]);
+
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, on.backend);
+
+    const auto fill = [&](ggml_tensor * t) {
+        std::vector<float> x(ggml_nelements(t));
+        for (float & value : x) {
+            value = random.normal();
+        }
+        ggml_backend_tensor_set(t, x.data(), 0, ggml_nbytes(t));
+        return x;
+    };
+    for (ggml_tensor * t : { weight, input, bias, delta, out, other }) {
+        fill(t);
+    }
+    const std::vector<float> before    = fill(state);
+    std::vector<int32_t>     plan_data = { 0, 0, n_tokens };
+    for (int i = 0; i < n_tokens; ++i) {
+        plan_data.insert(plan_data.end(), { i, GGML_DELTAMEM_TOKEN_WRITE });
+    }
+    ggml_backend_tensor_set(plan, plan_data.data(), 0, ggml_nbytes(plan));
+
+    std::vector<float> expected;
+    for (const bool copied : { true, false }) {
+        ggml_context * nodes = ggml_init({ ggml_tensor_overhead() * 16 + ggml_graph_overhead(), nullptr, true });
+        const auto     copy  = [&](ggml_tensor * t) { return copied ? ggml_cont(nodes, t) : t; };
+        ggml_tensor *  proj  = ggml_deltamem_mul_mat(nodes, weight, input);
+        ggml_tensor *  first = kind == STATE_OF_A_PRODUCT ? copy(ggml_deltamem_mul_mat(nodes, other, input)) : nullptr;
+        ggml_tensor *  read  = ggml_deltamem(nodes, proj, bias, first ? first : state, plan, p);
+        ggml_tensor *  last  = ggml_deltamem_correct(nodes, kind == CORRECTED_READ ? copy(read) : out, delta, read);
+        ggml_tensor *  used  = first ? first : kind == NORMED_ROW ? last : read; // by nodes that must wait for it
+        if (kind == NORMED_ROW) {
+            first = copy(ggml_view_2d(nodes, last, N_OUT, 1, last->nb[1], 0));
+            last  = ggml_mul(nodes, ggml_rms_norm(nodes, last, EPSILON), first);
+        }
+        for (ggml_tensor * t : { proj, read, first }) {
+            if (t) {
+                ggml_set_output(t); // no result takes its memory
+            }
+        }
+        allocated_graph graph(on.backend, nodes, last, first);
+        for (int i = 0; i < 50; ++i) {
+            on.set_way(1 + i % on.n_ways);
+            ggml_backend_tensor_set(state, before.data(), 0, ggml_nbytes(state));
+            const std::vector<float> guards(ggml_nelements(used), guard_value());
+            ggml_backend_tensor_set(used, guards.data(), 0, ggml_nbytes(used));
+            check(graph.compute(), "computing nodes that depend on each other failed");
+            std::vector<float> got(ggml_nelements(last));
+            ggml_backend_tensor_get(last, got.data(), 0, ggml_nbytes(last));
+            if (expected.empty()) {
+                expected = got;
+            }
+            check(same_bits(got, expected), "nodes that depend on each other, kind %d: other bits than with a copy",
+                  kind);
+        }
+        ggml_free(nodes);
+    }
+    ggml_backend_buffer_free(buffer);
+    ggml_free(ctx);
+}
+
 static void test_read(const tested & on, const shape & s, uint64_t seed) {
     char name[160];
     snprintf(name, sizeof(name), "rank %d, heads %d, sequences %d, tokens %d, lambda %d, flags %d", s.rank, s.n_head,
@@ -766,6 +856,9 @@ static void test(const tested & on) {
     uint64_t seed = 1;
     for (const shape & s : shapes) {
         test_read(on, s, seed++);
+    }
+    for (dependence kind : { CORRECTED_READ, NORMED_ROW, STATE_OF_A_PRODUCT }) {
+        test_dependent(on, kind);
     }
     for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
         if (ggml_is_quantized(type) && !on.takes_blocks) {
