@@ -67,42 +67,73 @@ def test_pooling_types():
     assert refused.split() == ["-2", "5", "99"]
 
 
-@pytest.fixture(scope="module")
-def sliding(tmp_path_factory) -> Path:
-    """A Gemma 3 all of whose layers slide: the tiny Qwen3 with the norms that Gemma 3 has besides."""
-    path = tmp_path_factory.mktemp("gemma3") / "sliding.gguf"
-    reader = gguf.GGUFReader(TINY)
-    writer = gguf.GGUFWriter(path, "gemma3")
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
+def write_as(path: Path, architecture: str, tensors: dict[str, np.ndarray], **keys: int) -> Path:
+    """A model of another architecture: these float32 tensors, and the keys of the tiny Qwen3 but for `keys`."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, field in gguf.GGUFReader(TINY).fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture" or name.removeprefix("qwen3.") in keys:
             continue
         kind = field.types[0]
         sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name.replace("qwen3.", "gemma3."), field.contents(), kind, sub)
-    writer.add_uint32("gemma3.attention.sliding_window", 512)
-    n_layer = 0
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        n_layer += tensor.name.endswith("attn_norm.weight")
-        width = len(tensor.data) if tensor.name.endswith("output_norm.weight") else 0
-        for i in range(n_layer if width else 0):
-            for norm in ("post_attention_norm", "post_ffw_norm"):
-                writer.add_tensor(f"blk.{i}.{norm}.weight", np.ones(width, dtype=np.float32))
+        writer.add_key_value(name.replace("qwen3.", f"{architecture}."), field.contents(), kind, sub)
+    for name, number in keys.items():
+        writer.add_uint32(f"{architecture}.{name}", number)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert n_layer < 6  # of six layers Gemma 3's sixth is one of full attention
     return path
 
 
-def test_a_model_that_slides_throughout_forgets_its_oldest_turns(sliding):
-    code = f"""
+@pytest.fixture(scope="module")
+def sliding(tmp_path_factory) -> Path:
+    """A Gemma 3 all of whose layers slide: the tiny Qwen3 with the norms that Gemma 3 has besides."""
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(TINY).tensors}
+    n_layer = sum(name.endswith("attn_norm.weight") for name in tensors)
+    assert n_layer < 6  # of six layers Gemma 3's sixth is one of full attention
+    for i in range(n_layer):
+        for norm in ("post_attention_norm", "post_ffw_norm"):
+            tensors[f"blk.{i}.{norm}.weight"] = np.ones_like(tensors["output_norm.weight"])
+    path = tmp_path_factory.mktemp("gemma3") / "sliding.gguf"
+    return write_as(path, "gemma3", tensors, **{"attention.sliding_window": 512})
+
+
+@pytest.fixture(scope="module")
+def rotated_in_part(tmp_path_factory) -> Path:
+    """A Phi 3 of one layer, random, that rotates half of each head."""
+    rng = np.random.default_rng(0)
+    n_vocab = next(t for t in gguf.GGUFReader(TINY).tensors if t.name == "token_embd.weight").data.shape[0]
+    shapes = {
+        "token_embd": (n_vocab, 128), "output_norm": (128,), "blk.0.attn_norm": (128,), "blk.0.ffn_norm": (128,),
+        "blk.0.attn_q": (128, 128), "blk.0.attn_k": (64, 128), "blk.0.attn_v": (64, 128),
+        "blk.0.attn_output": (128, 128), "blk.0.ffn_up": (64, 128), "blk.0.ffn_down": (128, 32),
+    }  # fmt: skip
+    tensors = {f"{name}.weight": rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
+    keys = {
+        "block_count": 1, "embedding_length": 128, "feed_forward_length": 32, "rope.dimension_count": 32,
+        "attention.head_count": 2, "attention.head_count_kv": 1,
+        "attention.key_length": 64, "attention.value_length": 64,
+    }  # fmt: skip
+    return write_as(tmp_path_factory.mktemp("phi3") / "part.gguf", "phi3", tensors, **keys)
+
+
+TALK = """
 from pydeltamem import Conversation
-llm = DeltaMemLlama({str(sliding)!r}, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
+llm = DeltaMemLlama({model!r}, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False, {options})
 talk = Conversation(llm)
 for _ in range(12):
     talk.say("one two three four five", n_predict=8)
 print(len(talk.messages) < 24)
 """
-    assert outcome(code) == "True"
+
+
+def test_a_model_that_slides_throughout_forgets_its_oldest_turns(sliding):
+    assert outcome(TALK.format(model=str(sliding), options="")) == "True"
+
+
+@pytest.mark.parametrize("type_k", [1, 8, 30])  # f16 q8_0 bf16
+def test_keys_that_cannot_be_rotated_are_computed_again(rotated_in_part, type_k):
+    options = f"type_k={type_k}, flash_attn=True"
+    assert outcome(TALK.format(model=str(rotated_in_part), options=options)) == "True"

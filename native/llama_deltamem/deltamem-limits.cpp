@@ -115,14 +115,23 @@ bool llama_deltamem_check_params(const llama_model & model, const llama_context_
     return problem.empty();
 }
 
-// Whether a layer of a cache has positions to rotate. llama.cpp cannot build the graph that shifts a cache without one.
-static bool rotates(const llama_hparams & hparams, const std::function<bool(uint32_t)> & in_cache) {
+// Whether llama.cpp can build and compute the graph that shifts a cache, in which these layers are. There must be a layer
+// with rotated positions. It rotates keys in float32 and float16, and makes quantised ones float32: only those of a whole
+// head can be written back.
+static bool can_rotate(const llama_kv_cache & cache, const llama_hparams & hparams,
+                       const std::function<bool(uint32_t)> & in_cache) {
+    bool rotates = false;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (hparams.has_kv(il) && hparams.has_rope(il) && in_cache(il)) {
-            return true;
+        if (!hparams.has_kv(il) || !hparams.has_rope(il) || !in_cache(il)) {
+            continue;
         }
+        const ggml_type type = cache.type_k();
+        if (ggml_is_quantized(type) ? hparams.n_rot(il) != hparams.n_embd_head_k(il) : type == GGML_TYPE_BF16) {
+            return false;
+        }
+        rotates = true;
     }
-    return false;
+    return rotates;
 }
 
 bool llama_deltamem_can_shift(const llama_context * ctx) {
@@ -137,14 +146,16 @@ bool llama_deltamem_can_shift(const llama_context * ctx) {
     if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
         return true; // a shift changes the positions only, and no key
     }
+    const auto all     = [&hparams](uint32_t il) { return !hparams.is_recr(il); };
     const auto full    = [&hparams](uint32_t il) { return !hparams.is_recr(il) && !hparams.is_swa(il); };
     const auto sliding = [&hparams](uint32_t il) { return !hparams.is_recr(il) && hparams.is_swa(il); };
 
-    if (dynamic_cast<llama_kv_cache_iswa *>(memory) || dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
-        return rotates(hparams, full) && rotates(hparams, sliding);
+    const auto * hybrid      = dynamic_cast<llama_memory_hybrid *>(memory);
+    const auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory);
+    const auto * iswa        = hybrid_iswa ? hybrid_iswa->get_mem_attn() : dynamic_cast<llama_kv_cache_iswa *>(memory);
+    const auto * plain       = hybrid ? hybrid->get_mem_attn() : dynamic_cast<llama_kv_cache *>(memory);
+    if (iswa) {
+        return can_rotate(*iswa->get_base(), hparams, full) && can_rotate(*iswa->get_swa(), hparams, sliding);
     }
-    if (dynamic_cast<llama_kv_cache *>(memory) || dynamic_cast<llama_memory_hybrid *>(memory)) {
-        return rotates(hparams, [&hparams](uint32_t il) { return !hparams.is_recr(il); });
-    }
-    return false; // caches of several parts, one of which may have no such layer
+    return plain && can_rotate(*plain, hparams, all); // others have several parts, one of which may have no such layer
 }

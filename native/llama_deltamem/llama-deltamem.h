@@ -83,8 +83,9 @@ LLAMA_API int32_t llama_deltamem_detach(struct llama_context * ctx);
 LLAMA_API bool llama_deltamem_is_attached(const struct llama_context * ctx);
 
 // Whether positions in the KV cache can be shifted: llama_memory_can_shift, but false where llama.cpp would abort at
-// the next llama_decode, because one of the model's caches has no layer with rotated positions. In a model whose layers
-// all have sliding windows, the cache of full attention is such a one.
+// the next llama_decode, because one of the model's caches has no layer with rotated positions, or keys that cannot be
+// rotated: in bf16, or quantised where a part of each head has no position. In a model whose layers all have sliding
+// windows, the cache of full attention has no layer.
 LLAMA_API bool llama_deltamem_can_shift(const struct llama_context * ctx);
 
 // bytes of all states of the context and its checkpoints; constant while the adapter is attached
