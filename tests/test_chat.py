@@ -518,7 +518,7 @@ def test_each_line_that_is_typed_is_a_turn(turns, llm):
 
 def test_ctrl_z_is_no_text(turns, llm):
     """It suspends; here nobody could resume, so the system goes on at once."""
-    np.testing.assert_allclose(turns("\x1aone\r"), expected(llm, "one"), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(turns("\x1a", "one\r"), expected(llm, "one"), rtol=0, atol=1e-5)
 
 
 def test_tab_completes_commands(terminal, command, tmp_path):

@@ -38,10 +38,13 @@ N_CTX = 1024
 MAX_REPLY = 64  # tokens
 PICTURES = 16  # of states
 HELP = """\
-Tell it something ("{told}"), /forget to throw the text away, ask ("{asked}"). A message that ends with
-a question mark leaves the memory as it was.{limits}
-/forget   throw the text away, keep the memory     /reset   empty the memory too     /facts   examples     /quit"""
-LIMITS = """
+Tell it something ("{told}"), /forget to throw the text away, ask ("{asked}"). \
+A message that ends with a question mark leaves the memory as it was.{limits}
+/forget   throw the text away, keep the memory
+/reset    empty the memory too
+/facts    examples
+/quit     leave (also Ctrl-D)"""
+LIMITS = """ \
 It knows the words of its small world only: names, cities, jobs, pets, colours, food, sports, music, languages."""
 
 

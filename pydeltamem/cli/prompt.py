@@ -49,6 +49,7 @@ def _typed(commands: Mapping[str, str | Sequence[str]]) -> Iterator[str]:
         completer=_completer(commands),
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,
+        enable_suspend=True,  # by Ctrl-Z, as while a reply is generated
         output=create_output(always_prefer_tty=True),  # replies may go to a file
     )
     interrupted = False
