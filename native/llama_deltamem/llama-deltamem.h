@@ -6,6 +6,8 @@
 //          refuses its batch. None aborts on bad input. A handle or an array that is NULL is bad input where its comment
 //          does not say what it means; functions that only ask return 0, false or -1 for it.
 //
+// What is said of llama_decode holds for llama_process, too.
+//
 #pragma once
 
 #include "llama.h"
