@@ -17,7 +17,7 @@
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 
-#if defined(__AVX512F__) && defined(DELTAMEM_TRANSPOSES)
+#if defined(DELTAMEM_TRANSPOSES)
 
     #include "common.h"
     #include "simd-gemm.h"
@@ -234,9 +234,7 @@ bool ggml_cpu_deltamem_attention(const ggml_compute_params * params, ggml_tensor
 
 #else
 
-bool ggml_cpu_deltamem_attention(const ggml_compute_params * params, ggml_tensor * dst) {
-    GGML_UNUSED(params);
-    GGML_UNUSED(dst);
+bool ggml_cpu_deltamem_attention(const ggml_compute_params *, ggml_tensor *) {
     return false;
 }
 

@@ -125,26 +125,15 @@ void ggml_cpu_deltamem_norm_rows(const struct ggml_tensor * norm, struct ggml_te
 
 #else
 
-bool ggml_cpu_deltamem_norm(const struct ggml_compute_params * params, struct ggml_tensor * norm,
-                            struct ggml_tensor * mul) {
-    GGML_UNUSED(params);
-    GGML_UNUSED(norm);
-    GGML_UNUSED(mul);
+bool ggml_cpu_deltamem_norm(const struct ggml_compute_params *, struct ggml_tensor *, struct ggml_tensor *) {
     return false;
 }
 
-bool ggml_cpu_deltamem_takes_norm(const struct ggml_tensor * norm, const struct ggml_tensor * mul) {
-    GGML_UNUSED(norm);
-    GGML_UNUSED(mul);
+bool ggml_cpu_deltamem_takes_norm(const struct ggml_tensor *, const struct ggml_tensor *) {
     return false;
 }
 
-void ggml_cpu_deltamem_norm_rows(const struct ggml_tensor * norm, struct ggml_tensor * mul, int64_t begin,
-                                 int64_t end) {
-    GGML_UNUSED(norm);
-    GGML_UNUSED(mul);
-    GGML_UNUSED(begin);
-    GGML_UNUSED(end);
+void ggml_cpu_deltamem_norm_rows(const struct ggml_tensor *, struct ggml_tensor *, int64_t, int64_t) {
     GGML_ABORT("norms are not taken here");
 }
 
