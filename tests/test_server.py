@@ -63,7 +63,7 @@ async def say(service, messages, session="ada", **options):
 
 
 def text_of(service, session="ada"):
-    return service._live["", session].text.tokens.tolist()
+    return service._shared.live["", session].text.tokens.tolist()
 
 
 async def state_of(service, session="ada"):
@@ -662,7 +662,7 @@ def test_who_goes_away_ends_within_a_step(serving, read_once):
                 if len(said) > 10:
                     break
             await other
-            while service._turns:
+            while service._shared.turns:
                 await asyncio.sleep(0.01)
             assert other.result() == alone
             assert long.n_generated < 300

@@ -26,12 +26,12 @@ from pydeltamem import DeltaMemLlama, InputError
 from pydeltamem.formats.memory_file import MemorySnapshot
 from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server import application as application_module
+from pydeltamem.server.answer import Piece
 from pydeltamem.server.application import application
 from pydeltamem.server.keys import Keys
 from pydeltamem.server.lengths import Lengths
 from pydeltamem.server.openai import Chat
 from pydeltamem.server.records import StoreAway, StoreError
-from pydeltamem.server.service import Piece
 from pydeltamem.server.state import Settings
 from servers import BASE, in_thread, service, until
 
@@ -467,7 +467,7 @@ def test_embeddings_are_of_the_model_as_it_is_served():
     np.testing.assert_allclose(answer["data"][0]["embedding"], expected, atol=1e-6)
 
 
-def test_what_llama_server_says_of_itself(api, two_keys, narrow):
+def test_what_llama_server_says_of_itself(api, two_keys, narrow, monkeypatch):
     props, llm = api.http.get("/props").json(), api.service.llm
     assert props["total_slots"] == 2 and props["default_generation_settings"]["n_ctx"] == llm.n_ctx()
     assert props["default_generation_settings"]["params"]["temperature"] == 0.8
@@ -478,12 +478,16 @@ def test_what_llama_server_says_of_itself(api, two_keys, narrow):
         refused(two_keys.http.get(path), 401, "invalid_api_key")
     free = {"id": 0, "n_ctx": narrow.service.llm.n_ctx(), "speculative": False, "is_processing": False}
     assert narrow.http.get("/slots", params={"fail_on_no_slot": 1}).json() == [free]
-    with narrow.http.stream(
-        "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 400, "stream": True}
-    ) as answer:
-        next(answer.iter_lines())
-        assert narrow.http.get("/slots").json() == [{**free, "is_processing": True}]
-        refused(narrow.http.get("/slots", params={"fail_on_no_slot": 1}), 503, "no_slot")
+    go_on = threading.Event()
+    monkeypatch.setattr(narrow.service.llm._engine, "stepped", lambda seconds: go_on.wait(60))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(narrow.http.post, "/v1/completions", json={"prompt": "a", "max_tokens": 4})
+        try:
+            until(lambda: narrow.http.get("/slots").json() == [{**free, "is_processing": True}])
+            refused(narrow.http.get("/slots", params={"fail_on_no_slot": 1}), 503, "no_slot")
+        finally:
+            go_on.set()
+        assert asked.result().status_code == 200
 
 
 def test_tokens_and_template(api):
@@ -1238,7 +1242,7 @@ def test_a_client_that_goes_away(narrow, monkeypatch, streams):
     with socket.create_connection((narrow.http.base_url.host, narrow.http.base_url.port)) as client:
         client.sendall(head.encode() + body)
         until(lambda: len(steps) > 5)
-    until(lambda: worker.n_active == 0 and not narrow.service._turns)
+    until(lambda: worker.n_active == 0 and not narrow.service._shared.turns)
     n_commits, n_generated = counts()
     assert n_commits == before[0] + 1 and n_generated > before[1] + 5
     assert len(late) <= 1 and len(steps) < 400
@@ -1264,7 +1268,7 @@ def test_a_client_that_goes_away_while_it_waits_for_its_session(api, streams):
             if streams:
                 until(lambda: counted(api, "deltamem_requests_total", status="499") == left + 1)
         assert first.result()["memory"]["version"] == 1
-    until(lambda: not api.service._turns)
+    until(lambda: not api.service._shared.turns)
     assert about(api, name)["version"] == 1
 
 
@@ -1303,7 +1307,7 @@ def test_a_request_of_an_asgi_server(how):
                     await asyncio.sleep(0.01)
             hold.set()
             await asyncio.wait([request])
-            while server.service._turns:
+            while server.service._shared.turns:
                 await asyncio.sleep(0.01)
             return request.cancelled(), sent, [record.tokens for record in await server.service.list()]
 

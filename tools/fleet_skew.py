@@ -29,24 +29,25 @@ from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server.holds import SessionBusy
 from pydeltamem.server.records import Conflict
 from pydeltamem.server.session import snapshot_of
+from pydeltamem.server.shared import Shared
 from pydeltamem.server.store import Store
 
 
 class Waiting(StandIn):
     """A turn that takes a slot for a while."""
 
-    slots: dict[AsyncDeltaMem, asyncio.Semaphore]
+    slots: dict[Shared, asyncio.Semaphore]
     seconds = 0.2
 
     async def _decode(self) -> None:
-        async with self.slots[self.service]:
+        async with self.slots[self.shared]:
             await asyncio.sleep(self.seconds)
         await super()._decode()
         # another replica can read it
         assert self._record is not None  # made by the stand-in
-        service = self.service
+        shared = self.shared
         empty = replace(self._record, memory=b"")
-        memory = snapshot_of(empty, service.about, service.llm.memory.shape).to_bytes()
+        memory = snapshot_of(empty, shared.about, shared.llm.memory.shape).to_bytes()
         self._record = replace(self._record, memory=memory, text=b"", history=())
 
 
@@ -58,7 +59,7 @@ async def run(url: str, args: argparse.Namespace, is_hashed: bool) -> None:
         return AsyncDeltaMem(llm, Store(url), n_live=1024, turn_timeout=args.turn_timeout)
 
     replicas = [replica() for _ in range(args.replicas)]
-    Waiting.slots = {service: asyncio.Semaphore(args.slots) for service in replicas}
+    Waiting.slots = {service._shared: asyncio.Semaphore(args.slots) for service in replicas}
     Waiting.seconds = args.turn
     weights = np.arange(1, args.sessions + 1) ** -args.skew
     draw, random_source = np.random.default_rng(1), random.Random(1)
@@ -73,7 +74,7 @@ async def run(url: str, args: argparse.Namespace, is_hashed: bool) -> None:
             name = f"{is_hashed}-{number}"
             at = zlib.crc32(name.encode()) % len(replicas) if is_hashed else random_source.randrange(len(replicas))
             try:
-                await Waiting(replicas[at], [], None, name, "", True, {}).whole()
+                await Waiting(replicas[at]._shared, [], None, name, "", True, {}).whole()
             except (SessionBusy, Conflict):
                 refused[number] += 1
             else:

@@ -34,10 +34,10 @@ from fleet import PostgreSQL, free_port
 from pydeltamem import DeltaMemLlama
 from pydeltamem.models import default_files
 from pydeltamem.server import AsyncDeltaMem, logs
+from pydeltamem.server.answer import Answer
 from pydeltamem.server.application import application
 from pydeltamem.server.keys import Keys
 from pydeltamem.server.records import Record, Turn
-from pydeltamem.server.service import Answer
 from pydeltamem.server.session import Begun, live_session
 from pydeltamem.server.state import Settings
 from pydeltamem.server.store import Store
@@ -58,15 +58,15 @@ class StandIn(Answer):
     async def _decode(self) -> None:
         if self._stored is not None:
             key = self._stored.owner, self._stored.name
-            self._live, self._stored = live_session(self.service.llm, self._stored), None
-            self.service._keep(key, self._live)
+            self._live, self._stored = live_session(self.shared.llm, self._stored), None
+            self.shared.keep(key, self._live)
         assert self._live is not None and self._live.record is not None  # of a session
         record, turns = self._live.record, self._live.turns
         number = record.turns + 1
         turn = Turn(number, "chat", record.tokens, record.tokens, MEMORY, DIGESTS)
         self._begun = Begun([], None, 0, turn, 0, turns, "chat", self._live.text.position)
         self._record = replace(
-            record, turns=number, tokens=record.tokens + 64, adapter=self.service.adapter, memory=MEMORY, text=TEXT,
+            record, turns=number, tokens=record.tokens + 64, adapter=self.shared.adapter, memory=MEMORY, text=TEXT,
             chat="chat", history=(*turns, turn),
         )  # fmt: skip
         self._started.set_result(None)
@@ -78,7 +78,7 @@ class Standing(AsyncDeltaMem):
     def chat(
         self, messages: Any, *, session: str | None = None, owner: str = "", write: bool = True, **options: Any
     ) -> Answer:
-        return StandIn(self, messages, None, session, owner, write, {})
+        return StandIn(self._shared, messages, None, session, owner, write, {})
 
 
 def service(url: str, clients: int) -> Standing:

@@ -47,7 +47,7 @@ def _add_owner(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from ..server.service import checked_name
+        from ..server.records import checked_name
         from ..server.store import Store
     except ImportError as error:
         raise InputError(f"a package of the server is missing ({error}): pip install 'pydeltamem[server]'") from error

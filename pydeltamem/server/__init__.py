@@ -7,7 +7,10 @@
     session        a session in use: its text on the engine
     holds          one turn of a session at a time: locks and leases
     options        options of an answer
-    service        `AsyncDeltaMem`: sessions, turns, commits
+    prompts        messages to tokens, as the model's template has them
+    shared         what turns share: model, store, sessions ready in memory
+    answer         a turn, from its prompt to its commit; its news for event loops go through outbox
+    service        `AsyncDeltaMem`: all of it for asyncio programs
     openai         requests and answers as OpenAI's API words them
     responses      those of /v1/responses
     lengths        how many tokens a text has at least

@@ -13,11 +13,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Send
 
 from ..errors import DeltaMemError
+from .answer import Answer
 from .logs import log
 from .openai import Chat, Completion, to_json
 from .refusals import error_body, status_of
 from .responses import Reply
-from .service import Answer
 from .state import Server
 
 

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from ..errors import InputError, shown
 from .openai import field_of
-from .service import checked_name
+from .records import checked_name
 
 _MAX_DEPTH = 200  # of a body
 

@@ -10,8 +10,7 @@ from fastapi.responses import Response
 
 from ..formats.memory_file import MemorySnapshot
 from .bodies import body_of
-from .records import Record
-from .service import checked_name
+from .records import Record, checked_name
 from .state import Server
 
 

@@ -10,8 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from .answer import Answer
 from .records import StoreError
-from .service import Answer, AsyncDeltaMem
+from .service import AsyncDeltaMem
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _PATIENCE = 1.0  # seconds that a scrape waits for the database

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import InputError, shown
 from ..runtime.stream import LlamaGrammar
+from .answer import Answer, Piece
 from .options import checked_n_top, checked_template, checked_whole
-from .service import Answer, Piece
 
 _OPTIONS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",

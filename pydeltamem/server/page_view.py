@@ -16,14 +16,15 @@ from nicegui.events import UploadEventArguments
 
 from ..errors import DeltaMemError
 from ..formats.memory_file import MemorySnapshot
+from .answer import Answer
 from .logs import log
 from .page_maps import Maps
 from .page_parts import ABOVE, KEY, agreed, asked_name, complain, count, icon, printable
 from .page_said import Said
 from .page_sessions import Sessions
 from .page_talk import Talk
-from .records import NOTHING, Conflict, Identity, Record
-from .service import Answer, AsyncDeltaMem, SessionUnknown, checked_name
+from .records import NOTHING, Conflict, Identity, Record, SessionUnknown, checked_name
+from .service import AsyncDeltaMem
 
 from .state import Server
 _HERE = Path(__file__).parent

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..errors import DeltaMemError
+from ..errors import DeltaMemError, InputError
+
+_NAME = re.compile(r"(?!\.\.?$)[\w.@:+=-]{1,128}")  # . and .. would not survive in the path of a URL
 
 
 class StoreError(DeltaMemError):
@@ -32,6 +35,14 @@ def told(error: object) -> str:
 
 class Conflict(DeltaMemError):
     """Another process has changed or holds the session."""
+
+
+class SessionUnknown(DeltaMemError):
+    """There is no such session."""
+
+
+class SessionLimit(DeltaMemError):
+    """The owner has as many sessions as it may have."""
 
 
 class Identity(NamedTuple):
@@ -123,3 +134,22 @@ class Listed(Record):
 def now() -> datetime.datetime:
     """The present time, UTC, without a time zone, as databases keep it."""
     return datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
+
+
+def as_seen(record: Record, seen: Identity | None) -> Record:
+    """The session, if it is at the commit that was seen. Raises Conflict."""
+    if seen is not None and record.identity != seen:
+        raise Conflict(
+            f"session {record.name}: version {seen.version} was seen, but it is at {record.version} now, or was made "
+            "again: look at it again"
+        )
+    return record
+
+
+def checked_name(name: str) -> str:
+    """The name of a session. Raises InputError if it cannot be one."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(
+            f"{str(name)[:40]!r} cannot be the name of a session: letters, digits and . _ - @ : + =, at most 128"
+        )
+    return name

@@ -22,8 +22,7 @@ from ..errors import (
 from .holds import SessionBusy
 from .lengths import PromptTooLong
 from .logs import log
-from .records import Conflict, StoreError, told
-from .service import SessionLimit, SessionUnknown
+from .records import Conflict, SessionLimit, SessionUnknown, StoreError, told
 from .worker import ModelLost, QueueFull
 
 

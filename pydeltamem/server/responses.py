@@ -15,10 +15,11 @@ from typing import Any
 
 from ..errors import InputError, shown
 from . import history
+from .answer import Answer, Piece
 from .openai import flag, format_options, likelihoods, memory, options_of, refuse_grammar, to_json
 from .options import checked_n_top
-from .records import Record
-from .service import Answer, AsyncDeltaMem, Piece, SessionUnknown
+from .records import Record, SessionUnknown
+from .service import AsyncDeltaMem
 
 _PREFIX = "resp_"
 _LOGPROBS = "message.output_text.logprobs"  # of `include`
