@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import random
 import re
@@ -364,6 +365,31 @@ def test_a_worker_that_does_not_end_is_killed(options, monkeypatch):
 def of_no_architecture(base, tmp_path):
     """A file that our reader takes and llama.cpp does not load."""
     return rewrite(base(), tmp_path / "qwen99.gguf", "qwen99")
+
+
+def test_ctrl_c_while_a_model_is_loaded_is_not_lost(options, monkeypatch):
+    """It comes within the callback for llama.cpp's log, where Python drops exceptions."""
+
+    class Press(logging.Handler):
+        def emit(self, record):
+            pressed.append(record)
+            if len(pressed) == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    pressed, press = [], Press()
+    log = logging.getLogger("pydeltamem.llama_cpp")
+    before, level = signal.signal(signal.SIGINT, signal.default_int_handler), log.level
+    monkeypatch.setattr(library.logger, "level", logging.ERROR)  # as without --verbose
+    log.addHandler(press)
+    log.setLevel(logging.DEBUG)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runs.Model(library.llama_cpp, options)
+    finally:
+        log.removeHandler(press)
+        log.setLevel(level)
+        signal.signal(signal.SIGINT, before)
+    assert len(pressed) > 1
 
 
 def test_what_cannot_be_run(options, runner, bitnet, adapter, of_no_architecture, tmp_path):  # noqa: F811

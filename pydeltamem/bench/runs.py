@@ -1,6 +1,7 @@
 """Timed runs over llama.cpp's C API: prompts and single tokens in one context.
 
-worker.py does the same over another llama library, so nothing here needs δ-mem without an adapter and `unpack`.
+worker.py does the same over another llama library, so nothing here needs δ-mem without an adapter and `unpack`. Ctrl-C
+waits for the end of what llama.cpp does: it would be lost in a callback for its log or its nodes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from time import perf_counter_ns
 from typing import Any
 
 from ..errors import AdapterError, DecodeError, ModelError, naming
+from ..runtime.interrupt import uninterrupted
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Model:
         if not options.use_mmap:
             params.load_mode = llama.LLAMA_LOAD_MODE_NONE
         self.llama, self.options = llama, options
-        self.pointer = llama.llama_model_load_from_file(os.fsencode(options.model), params)
+        with uninterrupted():
+            self.pointer = llama.llama_model_load_from_file(os.fsencode(options.model), params)
         if not self.pointer:
             raise ModelError(f"{options.model}: the model cannot be loaded")
         self.n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.pointer))
@@ -96,6 +99,7 @@ class Runner:
         for i in range(self.options.n_ctx):
             self._tokens[i] = choice.randrange(model.n_vocab)
 
+    @uninterrupted()
     def _open(self) -> None:
         llama, options = self.llama, self.options
         params = llama.llama_context_default_params()
@@ -166,6 +170,7 @@ class Runner:
         self._cut(depth)
         return self._timed(token * n_tokens, True)
 
+    @uninterrupted()
     def _timed(self, batches: list[Any], wait_for_each: bool) -> tuple[int, int]:
         decode, synchronize, ctx = self.llama.llama_decode, self.llama.llama_synchronize, self.ctx
         n_graphs = self.n_graphs

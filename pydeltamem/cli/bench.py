@@ -218,6 +218,7 @@ def _bench_return(args: argparse.Namespace, err: Console) -> dict[str, Any]:
     from ..bench import returning
     from ..llama import DeltaMemLlama
     from ..runtime import library
+    from ..runtime.interrupt import uninterrupted
 
     library.logger.setLevel("DEBUG" if args.verbose else "ERROR")
     with progress_bar(err) as show:
@@ -239,7 +240,8 @@ def _bench_return(args: argparse.Namespace, err: Console) -> dict[str, Any]:
         }
 
         def load(n_ctx: int) -> DeltaMemLlama:
-            return DeltaMemLlama(model, deltamem_path=None if adapter == model else adapter, n_ctx=n_ctx, **options)
+            with uninterrupted():
+                return DeltaMemLlama(model, deltamem_path=None if adapter == model else adapter, n_ctx=n_ctx, **options)
 
         report = returning.run(load, args.returning, args.pairs, args.rereads, show)
     return {"setup": {"model": model, "deltamem": adapter, **options}, "return": report}
