@@ -20,11 +20,10 @@ import pytest
 from pydeltamem import DeltaMemError, DeltaMemLlama, InputError, ModelError
 from pydeltamem.conversation import caught_prompt
 from pydeltamem.runtime.history import n_common
-from pydeltamem.server import AsyncDeltaMem
+from pydeltamem.server import AsyncDeltaMem, history
 from pydeltamem.server.history import begins, digests, known_messages
 from pydeltamem.server.holds import SessionBusy
-from pydeltamem.server.records import NOTHING, Conflict, Record, StoreAway, StoreError
-from pydeltamem.server.service import SessionUnknown
+from pydeltamem.server.records import NOTHING, Conflict, Record, SessionUnknown, StoreAway, StoreError
 from pydeltamem.server.store import Store
 from pydeltamem.server.worker import QueueFull
 
@@ -48,9 +47,9 @@ def assistant(content):
 def serving(make_llm, tmp_path):
     """serving(n_seq_max=2, **options): a service on a store in this test's folder."""
 
-    def serve(n_seq_max=2, store=None, **options):
+    def serve(n_seq_max=2, store=None, n_ctx=512, **options):
         store = Store(f"sqlite:///{tmp_path / 'sessions.db'}") if store is None else store
-        return AsyncDeltaMem(make_llm(n_seq_max=n_seq_max, **F32), store, **options)
+        return AsyncDeltaMem(make_llm(n_seq_max=n_seq_max, n_ctx=n_ctx, **F32), store, **options)
 
     return serve
 
@@ -555,6 +554,35 @@ def test_which_messages_are_known():
 #
 # several at once
 #
+
+
+def test_a_chat_with_many_runs_of_known_messages(serving, monkeypatch):
+    """Found: it was rendered from its beginning twice for each of them, 10 s of a thousand messages, and all waited."""
+    rendered = []
+    begins = history.begins
+    monkeypatch.setattr(history, "begins", lambda render, said, i: rendered.append(i) or begins(render, said, i))
+
+    async def run():
+        async with serving(n_ctx=2048) as service:
+            await say(service, [user("x"), assistant("a"), user("b")])
+            before = (await service.get("ada")).tokens
+            several = [message for i in range(3) for message in (user(str(i)), assistant("a"), user("b"))]
+            answer = await say(service, [user("y"), *several])
+            n_written = answer.committed.tokens_written - before
+            assert n_written < answer.n_prompt + answer.n_generated and rendered  # what is known is not written again
+            rendered.clear()
+            many = [message for i in range(25) for message in (user(f"{i}."), assistant("a"), user("b"))]
+            await say(service, [user("z"), *many])
+            assert 0 < len(rendered) < 40
+
+    asyncio.run(run())
+
+
+def test_the_longest_runs_are_kept():
+    marks = [True, False, True, True, True, False, False, True, True]
+    assert history.fewer_runs(marks, 2) == [False, False, True, True, True, False, False, True, True]
+    assert history.fewer_runs(marks, 3) == marks and history.fewer_runs([], 2) == []
+    assert not any(history.fewer_runs(marks, 0))
 
 
 def test_a_second_turn_of_a_session_waits_or_is_refused(serving):

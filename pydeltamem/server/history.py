@@ -8,6 +8,7 @@ A message that stands after the same one as then is known, and is not written ag
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -98,6 +99,20 @@ def known_messages(messages: Sequence[Message], known: Collection[str]) -> list[
     if n + 1 < len(messages) and marks[n + 1]:
         marks[n] = True
     return marks
+
+
+def fewer_runs(marks: Sequence[bool], n: int) -> list[bool]:
+    """Marks of known messages with at most n runs of them, the longest. Messages of other runs are read as if they were
+    new: to find where a run begins and ends, the chat is rendered from its beginning, four times a run.
+    """
+    runs, at = [], 0
+    for mark, run in itertools.groupby(marks):
+        end = at + len(list(run))
+        if mark:
+            runs.append(range(at, end))
+        at = end
+    kept = {i for run in sorted(runs, key=len, reverse=True)[:n] for i in run}
+    return [i in kept for i in range(len(marks))]
 
 
 def known_tokens(

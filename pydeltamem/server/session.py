@@ -30,6 +30,8 @@ RAW = "raw"  # in place of the first message: a text that is no chat
 # What going back finds without decoding again, of each text in use. Turns have checkpoints of their own.
 N_LAST, N_BYTES = 17, 1 << 20
 
+_N_RUNS = 16  # of known messages in a chat: all others wait while they are looked for
+
 
 @dataclass
 class Live:
@@ -114,7 +116,7 @@ def begin_chat(
     n = min(n, history.begins(render, messages, system) if system < len(messages) else n)
     begun = _begin_another(live, prompt, n, first)
     known = {digest for turn in live.turns for digest in turn.digests}
-    marks = history.known_messages(messages, known)
+    marks = history.fewer_runs(history.known_messages(messages, known), _N_RUNS)
     if any(marks):
         mask = history.known_tokens(prompt, messages, marks, lambda i: history.begins(render, messages, i))
         begun.known = mask[n:]
