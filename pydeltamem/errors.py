@@ -26,7 +26,7 @@ def no_file(path: str | os.PathLike[str], what: str) -> str:
     """Why `path`, which is no file, is not the `what` that was asked for."""
     if not os.path.exists(path):
         return f"{named(path)}: no such {what}"
-    return f"{named(path)}: is a {'folder' if os.path.isdir(path) else 'device or a pipe'}, not a {what}"
+    return f"{named(path)}: is a {'folder' if os.path.isdir(path) else 'device or a pipe'}, no {what}"
 
 
 def naming(path: str, reason: str) -> str:
