@@ -12,8 +12,17 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 #include <string>
+
+// The number of an enum that C code has set, which may be one that C++ does not let the enum have.
+template <typename E> static int number_of(const E & value) {
+    static_assert(sizeof(E) == sizeof(int), "C's enums are ints");
+    int number;
+    memcpy(&number, &value, sizeof(number));
+    return number;
+}
 
 // Whether a KV cache may have this type. The others have no conversion from float32 or no product, or no longer exist.
 static bool is_cache_type(int type) {
@@ -59,9 +68,9 @@ static std::string sequences_problem(const llama_model & model, const llama_cont
         return "";
     }
     // as llama_context computes them
-    const bool causal = params.attention_type == LLAMA_ATTENTION_TYPE_UNSPECIFIED
+    const bool causal = number_of(params.attention_type) == LLAMA_ATTENTION_TYPE_UNSPECIFIED
                                 ? hparams.causal_attn
-                                : params.attention_type == LLAMA_ATTENTION_TYPE_CAUSAL;
+                                : number_of(params.attention_type) == LLAMA_ATTENTION_TYPE_CAUSAL;
     const int  pooling =
             params.pooling_type == LLAMA_POOLING_TYPE_UNSPECIFIED ? hparams.pooling_type : params.pooling_type;
     const uint32_t n_seqs  = std::max(1u, params.n_seq_max);
@@ -90,22 +99,21 @@ static std::string sequences_problem(const llama_model & model, const llama_cont
 bool llama_deltamem_check_params(const llama_model & model, const llama_context_params & params) {
     const llama_hparams & hparams = model.hparams;
 
-    std::string problem = cache_problem(hparams, "type_k", params.type_k,
+    std::string problem = cache_problem(hparams, "type_k", number_of(params.type_k),
                                         [&hparams](uint32_t il) { return hparams.n_embd_head_k(il); });
     if (problem.empty()) {
-        problem = cache_problem(hparams, "type_v", params.type_v,
+        problem = cache_problem(hparams, "type_v", number_of(params.type_v),
                                 [&hparams](uint32_t il) { return hparams.n_embd_head_v(il); });
     }
-    if (problem.empty() &&
-        (params.pooling_type < LLAMA_POOLING_TYPE_UNSPECIFIED || params.pooling_type > LLAMA_POOLING_TYPE_RANK)) {
-        problem = format("pooling_type = %d is none: it is %d to %d", params.pooling_type,
-                         LLAMA_POOLING_TYPE_UNSPECIFIED, LLAMA_POOLING_TYPE_RANK);
-    }
-    if (problem.empty() && (params.flash_attn_type < LLAMA_FLASH_ATTN_TYPE_AUTO ||
-                            params.flash_attn_type > LLAMA_FLASH_ATTN_TYPE_ENABLED)) {
-        problem = format("flash_attn_type = %d is none: it is %d to %d", params.flash_attn_type,
-                         LLAMA_FLASH_ATTN_TYPE_AUTO, LLAMA_FLASH_ATTN_TYPE_ENABLED);
-    }
+    const auto check_one_of = [&problem](const char * option, int number, int first, int last) {
+        if (problem.empty() && (number < first || number > last)) {
+            problem = format("%s = %d is none: it is %d to %d", option, number, first, last);
+        }
+    };
+    check_one_of("pooling_type", number_of(params.pooling_type), LLAMA_POOLING_TYPE_UNSPECIFIED,
+                 LLAMA_POOLING_TYPE_RANK);
+    check_one_of("flash_attn_type", number_of(params.flash_attn_type), LLAMA_FLASH_ATTN_TYPE_AUTO,
+                 LLAMA_FLASH_ATTN_TYPE_ENABLED);
     if (problem.empty()) {
         problem = sequences_problem(model, params);
     }
