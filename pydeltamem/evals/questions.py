@@ -1,6 +1,6 @@
 """Questions for conversations that others published, each written by hand for this. Data only (corpora.py).
 
-No recipe that trains a memory may use them.
+No recipe that trains an adapter may use them.
 """
 
 from __future__ import annotations

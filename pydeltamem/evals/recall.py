@@ -15,7 +15,7 @@ from .reader import Reader
 from .world import FACTS, Fact, Part, Turn, World, rivals
 
 # Of the small world (world.py). recall: any of several facts. overwrite: one that replaced another. distance: after
-# small talk. new_values: values that no memory was trained on. visible: told in the last turn, so that a window shows
+# small talk. new_values: values that no adapter was trained on. visible: told in the last turn, so that a window shows
 # it. knowledge: what the model knows by itself.
 WORLD = ("recall", "overwrite", "distance", "new_values", "visible", "knowledge")
 # Conversations of people (corpora.py), in the language of any model.

@@ -1,6 +1,6 @@
 """What people tell an assistant in the course of a day, and what they ask it later: `deltamem demo`. Data only.
 
-Written by hand for this; no memory is trained on it.
+Written by hand for this; no adapter is trained on it.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from .world_phrases import (
     VALUES,
 )
 
-# seen: trained on; new_pair: this attribute never had this value in a memory's training, others may have had it;
-# new_value: no memory was trained on this value in any place. The backbone was trained on all.
+# seen: trained on; new_pair: this attribute never had this value in an adapter's training, others may have had it;
+# new_value: no adapter was trained on this value in any place. The backbone was trained on all.
 Part = Literal["seen", "new_pair", "new_value", "any"]
 Turn = tuple[str, str]  # what the user says, what the assistant answers
 
@@ -47,7 +47,7 @@ class Fact:
 
 
 def _is_new(kind: str, value: str) -> bool:
-    """Whether no memory is trained on this value."""
+    """Whether no adapter is trained on this value."""
     return zlib.crc32(f"{kind}:{value}".encode()) % 8 == 0
 
 

@@ -1,6 +1,6 @@
 """The words of the small world (world.py): values, and the phrasings of each fact. Data only.
 
-The last statement, update and question of each attribute is held out: no memory is trained on it.
+The last statement, update and question of each attribute is held out: no adapter is trained on it.
 """
 
 from __future__ import annotations
