@@ -105,6 +105,12 @@ def model_file(name: str | os.PathLike[str], also: Sequence[str] = (), **where: 
     return path
 
 
+def model_path(name: str | os.PathLike[str]) -> str:
+    """As `model_file`, but of a name only: every path stays, also that of a directory, and need not exist."""
+    path = os.fsdecode(name)
+    return model_file(path) if is_name(path) else path
+
+
 def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **where: Any) -> str:
     """Path of the GGUF of an adapter for the model that is in the file `model`.
 

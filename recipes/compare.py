@@ -26,7 +26,7 @@ from pydeltamem.evals.case import Case
 from pydeltamem.evals.reader import MAX_ANSWER, Asked, NativeReader
 from pydeltamem.evals.recall import make_cases
 from pydeltamem.formats.checkpoint import Checkpoint
-from pydeltamem.hub import is_name, model_file
+from pydeltamem.hub import model_path
 from pydeltamem.models import default_files
 from pydeltamem.train.model import load_frozen
 from pydeltamem.train.reference import DeltaMem
@@ -73,16 +73,11 @@ def native_answers(reader: NativeReader, adapter: Path, cases: Sequence[Case]) -
     return [answer for (answer,) in reader.answer(asked)]
 
 
-def found(name: str) -> Path:
-    """A file, or the one of a name (`deltamem pull`)."""
-    return Path(model_file(name) if is_name(name) else name)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, nargs="?")
     for option in ("--model", "--base", "--shipped"):
-        parser.add_argument(option, type=found, metavar="MODEL")
+        parser.add_argument(option, type=lambda name: Path(model_path(name)), metavar="MODEL")
     parser.add_argument("--memory", type=Path, nargs=2, action="append", metavar=("CHECKPOINT", "ADAPTER"))
     parser.add_argument("-n", type=int, default=50)
     args = parser.parse_args()

@@ -14,7 +14,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.ending import ending_in_order
 from ..formats.kinds import ADAPTER
 from ..formats.outputs import check_target, files_of, refuse_inputs
-from ..hub import fetch, is_name, model_file, repository
+from ..hub import fetch, is_name, model_path, repository
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _base(path: str, outfile: str) -> Base:
     """The model that the adapter must fit. A Hugging Face directory is converted to a temporary GGUF."""
-    if is_name(path):
-        path = model_file(path)
+    path = model_path(path)
     refuse_inputs(outfile, files_of(path) if os.path.isdir(path) else [path])
     check_target(outfile, ADAPTER)  # before a conversion, which may take long
     if not os.path.isdir(path):

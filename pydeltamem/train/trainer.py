@@ -18,7 +18,7 @@ from ..errors import InputError, TrainingError
 from ..formats import kinds
 from ..formats.checkpoint import CONFIG, WEIGHTS
 from ..formats.outputs import check_target, make_folder, writing
-from ..hub import is_name, model_file
+from ..hub import model_file, model_path
 from .average import Average
 from .conversations import Conversations
 from .heads import start_from_heads
@@ -54,7 +54,7 @@ class Trainer:
             ("loss.png", kinds.PNG),
         ):  # fmt: skip
             check_target(self.out / name, kind)
-        named = model_file(options.model) if is_name(options.model) else options.model
+        named = model_path(options.model)
         self.model, self.tokenizer = load_frozen(named, options.dtype, options.device)
         self.data = Conversations(options.data, self.tokenizer, options.tail, options.max_tokens, bool(options.teacher))
         self.n_held_out = min(HELD_OUT, len(self.data) // 10)
