@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 
@@ -421,6 +422,16 @@ def test_plain_text_needs_no_chat_template(hf_dir, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps({"text": "my door is red " * 9}) + "\n", encoding="utf-8")
     assert trainer(other, path, tmp_path / "out", steps=1).train().steps == 1
+
+
+def test_what_killed_runs_leave_is_removed(hf_dir, data, tmp_path):
+    names = [".checkpoint.pt.0123abcd.tmp", f".{WEIGHTS[0]}.89abcdef.tmp", f".{WEIGHTS[0]}.01234567.tmp"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"PK")
+    for name in names[:2]:  # the third may be another run's, which is saving
+        os.utime(tmp_path / name, (0, 0))
+    trainer(hf_dir, data, tmp_path)
+    assert [name for name in names if (tmp_path / name).exists()] == names[2:]
 
 
 def test_a_run_of_an_earlier_release_goes_on(hf_dir, data, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import torch
 
 from ..errors import InputError, TrainingError
 from ..formats import kinds
+from ..formats.atomic import leftovers
 from ..formats.checkpoint import CONFIG, WEIGHTS
 from ..formats.outputs import check_target, make_folder, writing
 from ..hub import model_file, model_path
@@ -29,6 +31,7 @@ from .recall import NativeRecall
 from .reference import DeltaMem, DeltaMemConfig, chunked_recurrence, fused_recurrence, torch_save
 from .report import Report, measure, plot
 
+LEFT = 600  # seconds, longer than any save takes: a temporary file that old is nobody's
 HELD_OUT = 64  # conversations that only measure the loss; at most a tenth of all
 
 
@@ -54,6 +57,7 @@ class Trainer:
             ("loss.png", kinds.PNG),
         ):  # fmt: skip
             check_target(self.out / name, kind)
+        _clear(self.out)
         named = model_path(options.model)
         self.model, self.tokenizer = load_frozen(named, options.dtype, options.device)
         self.data = Conversations(options.data, self.tokenizer, options.tail, options.max_tokens, bool(options.teacher))
@@ -268,6 +272,15 @@ def _settings(config: DeltaMemConfig, options: Options) -> dict[str, Any]:
     """The configuration and the options of a run, as a checkpoint holds them."""
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     return {**fields, **{f"--{name.replace('_', '-')}": getattr(options, name) for name in OF_RUN}}
+
+
+def _clear(out: Path) -> None:
+    """Removes what runs that were killed while they saved have left, but not what another may be writing."""
+    for name in ("checkpoint.pt", WEIGHTS[0], CONFIG):
+        for leftover in leftovers(out / name):
+            with contextlib.suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > LEFT:
+                    leftover.unlink()
 
 
 def _is_before(line: str, step: int) -> bool:
