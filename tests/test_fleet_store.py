@@ -78,6 +78,8 @@ def test_a_commit_is_read_back(store):
     assert store.identity("o", "ada") == second.identity and store.identity("o", "nobody").version == 0
     assert store.get("x", "ada") is None
     assert [(one.name, one.size) for one in store.list("o")] == [("ada", 9000)] and store.list("x") == []
+    assert store.list("o", containing="DA") == store.list("o", limit=1) == store.list("o")
+    assert store.list("o", containing="%") == store.list("o", containing="b") == []
     assert (store.count(), store.count("x")) == (1, 0)
 
 

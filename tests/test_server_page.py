@@ -49,7 +49,7 @@ def load():
     return service
 
 def chat_of(service, real=AsyncDeltaMem.chat):
-    async def lost(owner):
+    async def lost(*args, **options):
         del service.list  # once
         raise StoreError("the store is away")
 
@@ -184,6 +184,8 @@ def prepared(tmp_path_factory):
         "long": [said(f"What is {i}?", f"It is {i}.") for i in range(130)],
         "evil": [({"role": EVIL, "content": EVIL}, *said("Links?", LINKS))],
         "half": [said("Half \ud83d", "a \ud83d")],
+        **{f"chat-{i}": [said("Hello", "Hi")] for i in range(1, 100)},
+        "Ярославль": [said("Hello", "Hi")],
     }
     for name, talk in talks.items():
         turns, before = [], []
@@ -763,6 +765,98 @@ def test_sessions_are_made_forked_renamed_and_deleted(server, browse):
     browse(server).heading("chat-2")  # the latest, where none is named
 
 
+def test_many_sessions_are_found_by_their_names(prepared, browse):
+    tab = browse(prepared, "long")  # the oldest, whose tools are there all the same
+
+    def names():
+        return [each.text.split("\n")[0] for each in tab.find(".names .pick")]
+
+    until(lambda: len(names()) == 101)
+    assert names()[0] == "long" and tab.button("Fork") and "Older ones" in tab.js("return document.body.innerText")
+    for wanted, found in (("яРОС", ["Ярославль"]), ("LONG", ["long"]), ("-9_", []), ("T-99", ["chat-99"])):
+        tab.fill("Find", wanted)
+        until(lambda found=found: names() == found)
+    tab.press("New session")
+    tab.heading("chat-100")
+
+
+def test_keys_go_to_the_message_when_what_had_them_is_gone(keeping, browse):
+    from selenium.webdriver.common.keys import Keys
+
+    def use(find):
+        def focused():
+            tab.js("arguments[0].focus()", element := find())
+            return tab.driver.switch_to.active_element == element
+
+        until(focused)
+        tab.driver.switch_to.active_element.send_keys(Keys.ENTER)
+
+    tab = browse(keeping, "keys-1")
+    tab.say("My name is Hugo.")
+    use(lambda: tab.button("Rename"))
+    tab.choose("keys-2")
+    until(lambda: tab.focused == "Message")
+    use(lambda: tab.button("New session"))
+    until(lambda: tab.text and tab.text[0][0] == "note")
+    use(lambda: next(each for each in tab.find(".pick") if each.text.startswith("keys-2")))
+    tab.heading("keys-2")
+    until(lambda: tab.focused == "Message")
+    use(lambda: tab.button("Regenerate the answer"))
+    until(lambda: keeping.get("/v1/memories/keys-2").json()["version"] == 3)
+    until(lambda: tab.focused == "Message")
+
+
+def test_the_browser_goes_back_to_the_session_before(keeping, browse):
+    keeping.say("back-2", "I have a cat.")
+    tab = browse(keeping, "back-1")
+    tab.say("My name is Hugo.")
+    tab.press("Rename")
+    tab.choose("back-0")  # not one more
+    tab.click(lambda: next(each for each in tab.find(".pick") if each.text.startswith("back-2")))
+    for go, name, said in (
+        (lambda: None, "back-2", "I have a cat."),
+        (tab.driver.back, "back-0", "My name is Hugo."),
+        (tab.driver.forward, "back-2", "I have a cat."),
+    ):
+        go()
+        tab.heading(name)
+        until(lambda said=said: tab.text[0] == ("You", said))
+        assert tab.driver.current_url.endswith(f"session={name}")
+    tab.press("Fork")
+    until(lambda: tab.focused == "Name")
+    tab.driver.back()  # not now
+    until(lambda: tab.driver.current_url.endswith("session=back-2"))
+    tab.dialog(0)
+    tab.heading("back-2")
+
+
+def test_what_is_typed_outlives_a_reload(server, browse):
+    tab = browse(server, "draft")
+    tab.replace("My name\nis Hugo.")
+    tab.reload()
+    tab.keeps("My name\nis Hugo.")
+    tab.box.send_keys("\n")
+    tab.answered(1)
+    assert ("You", "My name\nis Hugo.") in tab.text
+    tab.reload()
+    assert tab.say("What is my name?") and ("You", "What is my name?") in tab.text
+
+
+def test_a_dialog_has_a_name_and_asks_until_it_gets_one(server, browse):
+    tab = browse(server, "named")
+    tab.say("My name is Hugo.")
+    for opens, name in (("Rename", "Another name"), ("Delete", "Delete named")):
+        tab.press(opens)
+        assert until(lambda: tab.shown("[role=dialog]")).accessible_name.startswith(name)
+        tab.dialog(0)
+    tab.press("Rename")
+    tab.fill("Name", 'The "first" one\n')
+    assert 'The "first" one' in until(lambda: (shown := tab.shown("[role=dialog] [role=alert]")) and shown.text)
+    assert tab.field("Name").get_attribute("value") == 'The "first" one'
+    tab.choose("first")
+    assert "first" in server.sessions()
+
+
 def test_a_dialog_that_opens_gets_the_keys(server, browse):
     tab = browse(server, "modal")
     tab.say("My name is Hugo.")
@@ -829,6 +923,12 @@ def test_a_memory_is_exported_and_imported(server, browse, tmp_path):
     assert np.array_equal(server.memory("imported").state, memory.state)
     assert tab.text == [("note", MEMORY_ONLY)]
     assert "Oslo" in tab.say("Where do I live?")
+
+    again = tmp_path / "export (1).memory"  # as browsers call a second one
+    file.rename(again)
+    tab.find("input[type=file]")[0].send_keys(str(again))
+    assert tab.field("Name").get_attribute("value") == "export-1"
+    tab.dialog(0)
 
     other = tmp_path / "no.memory"
     other.write_bytes(b"nothing of the kind")
@@ -926,7 +1026,8 @@ def test_it_waits_for_the_model_and_an_answer_can_be_stopped(browse, tmp_path):
         tab.box.send_keys("And now?\n")
         tab.answered(1)
         assert not tab.shown(".q-notification")
-        assert server.get("/v1/memories/long").json()["version"] == 4
+        about = server.get("/v1/memories/long").json()
+        assert about["version"] == 4
         answers = tab.answers
         tab.fill("Tokens at most", "8000")
         tab.box.send_keys("Break\n")
@@ -938,7 +1039,7 @@ def test_it_waits_for_the_model_and_an_answer_can_be_stopped(browse, tmp_path):
         until(lambda: len(tab.answers) == 2 and tab.answers[-1])
         tab.driver.get("about:blank")
         until(lambda: server.get("/v1/memories/long").json()["version"] == 5)
-        assert server.get("/v1/memories/long").json()["tokens"] < 8000
+        assert server.get("/v1/memories/long").json()["tokens"] - about["tokens"] < 8000
 
 
 #

@@ -34,5 +34,24 @@ addEventListener("click", (event) => {
   if (link && !link.getAttribute("href").startsWith("#")) Object.assign(link, { target: "_blank", rel: "noopener" });
 }, true);
 
+// Shows the session that the browser goes back or forth to.
+addEventListener("popstate", () => emitEvent("moves", new URLSearchParams(location.search).get("session") ?? ""));
+
 // Tells the server that this tab goes: it need not wait for it to come back.
 addEventListener("pagehide", () => emitEvent("goes"));
+
+// The message gets the keys; not on a touch screen, where the keyboard would hide the conversation. What is typed but not
+// sent stays: a tab that was away for long is loaded anew.
+(() => {
+  const box = () => document.querySelector("textarea[aria-label=Message]");
+  window.takeKeys = () => { if (!matchMedia("(pointer: coarse)").matches) box().focus(); };
+  const keep = () => { if (box()) sessionStorage.setItem("draft", box().value); };
+  addEventListener("pagehide", keep);
+  document.addEventListener("visibilitychange", keep);
+  window.restoreDraft = () => {
+    const draft = sessionStorage.getItem("draft");
+    if (!draft || box().value) return;
+    box().value = draft;
+    box().dispatchEvent(new Event("input", { bubbles: true }));
+  };
+})();

@@ -7,8 +7,9 @@ from typing import Any
 
 from nicegui import ui
 
+from ..errors import InputError
 from .logs import log
-from .records import StoreError, told
+from .records import StoreError, checked_name, told
 
 ABOVE = 'anchor="top middle" self="bottom middle"'  # a tooltip that hides nothing below
 # A key that is for the page, not for an input method that composes a word. Safari ends the word before it tells of the
@@ -36,22 +37,30 @@ def complain(error: object) -> None:
 
 
 async def asked_name(text: str, action: str, name: str) -> str | None:
-    """Asks for the name of a session; None if the user would rather not."""
-    with ui.dialog() as dialog, ui.card().classes("ask-card"):
+    """Asks for the name of a session, until it can be one; None if the user would rather not."""
+
+    def submit() -> None:
+        wanted = (field.value or "").strip()
+        try:
+            dialog.submit(checked_name(wanted) if wanted else None)
+        except InputError as error:
+            field.error = printable(str(error))
+
+    with ui.dialog().props(_called(text)) as dialog, ui.card().classes("ask-card"):
         ui.label(text)
         field = ui.input("Name", value=name).props("autofocus outlined dense dir=auto").classes("full")
-        field.on("keydown.enter", lambda: dialog.submit(field.value), js_handler=KEY)
+        field.on("keydown.enter", submit, js_handler=KEY)
         with ui.row().classes("ends"):
             ui.button("Cancel", on_click=lambda: dialog.submit(None)).props("flat no-caps")
-            ui.button(action, on_click=lambda: dialog.submit(field.value)).props("no-caps")
+            ui.button(action, on_click=submit).props("no-caps")
     answer: str | None = await dialog
     _drop(dialog)
-    return (answer or "").strip() or None
+    return answer
 
 
 async def agreed(text: str, action: str) -> bool:
     """Asks whether to do something that cannot be undone."""
-    with ui.dialog() as dialog, ui.card().classes("ask-card"):
+    with ui.dialog().props(_called(text)) as dialog, ui.card().classes("ask-card"):
         ui.label(text)
         with ui.row().classes("ends"):
             ui.button("Cancel", on_click=lambda: dialog.submit(False)).props("flat no-caps")
@@ -59,6 +68,11 @@ async def agreed(text: str, action: str) -> bool:
     answer = bool(await dialog)
     _drop(dialog)
     return answer
+
+
+def _called(text: str) -> str:
+    """What a screen reader calls a dialog. No name of a session has quotes."""
+    return f'aria-label="{text}"'
 
 
 def _drop(dialog: ui.dialog) -> None:

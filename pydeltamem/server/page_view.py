@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import time
 import weakref
 from collections.abc import Awaitable, Callable
@@ -12,9 +14,9 @@ from urllib.parse import quote
 
 import numpy as np
 from nicegui import app, ui
-from nicegui.events import UploadEventArguments
+from nicegui.events import GenericEventArguments, UploadEventArguments
 
-from ..errors import DeltaMemError
+from ..errors import DeltaMemError, InputError
 from ..formats.memory_file import MemorySnapshot
 from .answer import Answer
 from .logs import log
@@ -25,8 +27,8 @@ from .page_sessions import Sessions
 from .page_talk import Talk
 from .records import NOTHING, Conflict, Identity, Record, SessionUnknown, checked_name
 from .service import AsyncDeltaMem
-
 from .state import Server
+
 _HERE = Path(__file__).parent
 # Enter sends; not on a touch screen, where it makes a new line
 _ENTER = KEY.replace(
@@ -79,6 +81,7 @@ class View:
         self._build()
         self.client.on_delete(self._gone)
         ui.on("goes", self._gone)  # page.js
+        ui.on("moves", self._go)
         await self.client.connected()
         if not self.client.is_deleted:
             self.dark.value = app.storage.tab.get("dark")
@@ -99,18 +102,16 @@ class View:
             return
         try:
             if self.service.has_memory:
-                await self._list()
-                listed = self.sessions.listed
-                await self._show(self.name or (listed[0].name if listed else self._free_name()))
+                await self._show_first()
             else:
                 self.name = ""
                 self._draw_talk()
-        except DeltaMemError as error:  # a name that cannot be one, or the store fails
+        except DeltaMemError as error:  # the store fails
             complain(error)
-            self.name, self.record = self._free_name(), None
-            self.heading.text = self.name
+            self.name = self.heading.text = self.name or "chat-1"
             self._draw_talk()
         self._let_in(True)
+        ui.run_javascript("restoreDraft()")
         self._focus()
 
     async def _is_loaded(self) -> bool:
@@ -175,13 +176,16 @@ class View:
         def doing(what: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
             return lambda: self._doing(what)
 
+        def show(name: str) -> Awaitable[None]:
+            return self._doing(lambda: self._show(name, moves=True))
+
         tools = [
             ("call_split", "Fork", doing(self._fork)),
             ("edit", "Rename", doing(self._rename)),
             ("delete", "Delete", doing(self._delete)),
         ]
         with ui.column().classes("side") as self.sessions_part:
-            self.sessions = Sessions(lambda name: self._doing(lambda: self._show(name)), self._new, tools, n_stored=1)
+            self.sessions = Sessions(self._found, show, self._new, tools, n_stored=1)
         with ui.column().classes("side") as self.out:
             ui.button("Forget the key", icon="logout", on_click=self._leave).props("flat no-caps")
 
@@ -207,12 +211,10 @@ class View:
         with ui.column().classes("side") as self.options:
             ui.label("Answers").classes("title").props("role=heading aria-level=2")
             with ui.row().classes("full pair"):
-                ui.number("Temperature", min=0, max=2, step=0.1).classes("grow").props("dense").bind_value(
-                    self, "temperature"
-                )
-                ui.number("Tokens at most", min=1, step=64, precision=0).classes("grow").props("dense").bind_value(
-                    self, "max_tokens"
-                )
+                temperature = ui.number("Temperature", min=0, max=2, step=0.1)
+                max_tokens = ui.number("Tokens at most", min=1, step=64, precision=0, format="%d")
+            for field, name in ((temperature, "temperature"), (max_tokens, "max_tokens")):
+                field.classes("grow").props("dense").bind_value(self, name)
 
     def _build_input(self) -> None:
         with ui.column().classes("center writes"):
@@ -268,6 +270,7 @@ class View:
 
     def _leave(self) -> None:
         app.storage.tab.pop("owner", None)
+        self.input.value = ""  # whoever comes next gets no draft
         ui.navigate.to("/")
 
     def _switch_theme(self) -> None:
@@ -280,8 +283,22 @@ class View:
     # sessions
     #
 
-    async def _list(self) -> None:
-        self.sessions.draw(await self.service.list(self.owner), self.name, self.record is not None)
+    async def _found(self, containing: str, limit: int) -> list[Record]:
+        return await self.service.list(self.owner, containing=containing, limit=limit)
+
+    async def _show_first(self) -> None:
+        """Shows the session that the tab was opened for; else, and if its name can be none, another one."""
+        try:
+            name = checked_name(self.name) if self.name else await self._latest()
+        except InputError as error:
+            complain(error)
+            name = await self._free_name()
+        await self._show(name)
+
+    async def _latest(self) -> str:
+        """The name of the latest session; of a new one if there is none."""
+        found = await self._found("", 1)
+        return found[0].name if found else await self._free_name()
 
     async def _stored(self, name: str) -> Record | None:
         """The session as the store has it; None if it has none."""
@@ -290,9 +307,13 @@ class View:
         except SessionUnknown:
             return None
 
-    async def _show(self, name: str) -> None:
-        """Shows a session, which need not be there yet. If the store fails, the tab stays as it is."""
+    async def _show(self, name: str, *, moves: bool = False) -> None:
+        """Shows a session, which need not be there yet. If the store fails, the tab stays as it is. `moves`: the
+        browser's "back" comes back from it.
+        """
         record = await self._stored(checked_name(name))
+        history, moves = ui.navigate.history, moves and name != self.name
+        (history.push if moves else history.replace)(f"/?session={quote(name)}")
         self.name, self.record = name, record
         self._cancel_edit()
         known = self.talks.get(name)
@@ -300,17 +321,23 @@ class View:
             self.talks[name] = Talk() if record is None else Talk.of(record)
         self.heading.text = name
         ui.page_title(f"{name} · δ-mem")
-        ui.navigate.history.replace(f"/?session={quote(name)}")
         ui.run_javascript(f"if (innerWidth < 1024) getElement({self.left.id}).hide()")
         self._draw_talk()
         self._draw_input()
-        await self._list()
+        await self.sessions.draw(name, record)
         await self._draw_memory()
+        self._take_keys()  # what had them may be gone
 
     @property
     def _identity(self) -> Identity:
         """Which commit of the session the store had at the latest look."""
         return NOTHING if self.record is None else self.record.identity
+
+    async def _go(self, event: GenericEventArguments) -> None:
+        """The browser went back or forth to a session."""
+        if self.is_open and self.service.has_memory and event.args != self.name:
+            await self._doing(lambda: self._show(event.args))
+            ui.navigate.history.replace(f"/?session={quote(self.name)}")  # where it is, if it could not go
 
     async def _show_anew(self) -> None:
         """Shows the session as the store has it, because it is no longer what this tab shows."""
@@ -327,22 +354,37 @@ class View:
     async def _refresh(self) -> None:
         """Everything that the store knows, after something has changed."""
         self.record = await self._stored(self.name)
-        await self._list()
+        await self.sessions.draw(self.name, self.record)
         await self._draw_memory()
         self._draw_input()
 
-    def _free_name(self, base: str = "chat") -> str:
-        names = {record.name for record in self.sessions.listed} | set(self.talks)
-        n = next(n for n in range(1, len(names) + 2) if f"{base}-{n}" not in names)
-        return f"{base}-{n}"
+    async def _free_name(self, base: str = "chat") -> str:
+        """A name that no session has: the one after a number that is taken, found without looking at all of them."""
+
+        async def is_taken(n: int) -> bool:
+            return named(n) in self.talks or await self._stored(named(n)) is not None
+
+        def named(n: int) -> str:
+            return f"{base[:120]}-{n}"
+
+        taken, free = 0, 1
+        while await is_taken(free):
+            taken, free = free, 2 * free
+        while free - taken > 1:
+            n = (taken + free) // 2
+            taken, free = (n, free) if await is_taken(n) else (taken, n)
+        return named(free)
 
     async def _new(self) -> None:
+        async def show() -> None:
+            await self._show(await self._free_name(), moves=True)
+
         if self.record is not None or self.talk.messages:  # this one is not new
-            await self._doing(lambda: self._show(self._free_name()))
+            await self._doing(show)
         self._focus()
 
     async def _fork(self) -> None:
-        new = await asked_name("A second session that goes on from here", "Fork", self._free_name(self.name))
+        new = await asked_name("A second session that goes on from here", "Fork", await self._free_name(self.name))
         if not new:
             return
         await self._refresh()
@@ -352,7 +394,7 @@ class View:
         forked = await self.service.fork(self.name, new, self.owner)
         self.talks[new] = self.talk.copy()
         self.talks[new].seen = forked.identity
-        await self._show(new)
+        await self._show(new, moves=True)
 
     async def _rename(self) -> None:
         new = await asked_name("Another name for this session", "Rename", self.name)
@@ -371,8 +413,7 @@ class View:
         if self.record is not None:
             await self.service.delete(self.name, self.owner)
         self.talks.pop(self.name, None)
-        listed = await self.service.list(self.owner)
-        await self._show(listed[0].name if listed else self._free_name())
+        await self._show(await self._latest())
 
     async def _forget_text(self) -> None:
         async def forget() -> None:
@@ -396,12 +437,12 @@ class View:
     async def _import(self, event: UploadEventArguments) -> None:
         async def bring() -> None:
             snapshot = await asyncio.to_thread(MemorySnapshot.from_bytes, data)
-            stem = Path(event.file.name).stem
+            stem = re.sub(r"[^\w.@:+=-]+", "-", Path(event.file.name).stem).strip("-")  # "ada (1)" of a second download
             name = await asked_name("The session to take this memory; one that is there loses its own", "Import", stem)
             if name:
                 await self.service.replace(name, snapshot, self.owner)
                 self.talks.pop(name, None)
-                await self._show(name)
+                await self._show(name, moves=True)
 
         data = await event.file.read()
         self.upload.reset()
@@ -445,6 +486,7 @@ class View:
     async def _regenerate(self) -> None:
         with self.client:  # the answer outlives the button
             await self._answered(self.talk.messages[:-1])
+            self._focus()
 
     async def _answered(self, messages: list[dict[str, Any]], replaces_last: bool = False, typed: bool = False) -> bool:
         """Lets the model answer. False if the turn does not count; text and memory are then as before. `typed`: the new
@@ -502,21 +544,30 @@ class View:
         return counts
 
     async def _stream(self, answer: Answer) -> None:
-        watching = asyncio.create_task(self._watch(answer))
+        watching, drawing = asyncio.create_task(self._watch(answer)), None
         text, wait, since = "", 0.05, 0.0
         try:
             async for piece in answer:
                 text += piece.text
                 begin = time.monotonic()
-                if begin - since < wait or self.client.is_deleted:
+                is_drawing = drawing is not None and not drawing.done()
+                if is_drawing or begin - since < wait or self.client.is_deleted:
                     continue
                 self.status.text = ""
                 self.said.stream(printable(text))
                 since = time.monotonic()
                 wait = max(0.05, 10 * (since - begin))  # a long answer is drawn less often
+                drawing = asyncio.create_task(self._drawn())
         finally:
-            watching.cancel()
-            await asyncio.wait([watching])
+            tasks = [each for each in (watching, drawing) if each is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def _drawn(self) -> None:
+        """Waits until the browser has drawn what it was sent: a slow one would hear of no click otherwise."""
+        with contextlib.suppress(TimeoutError):  # the connection broke
+            await self.client.run_javascript("new Promise((done) => setTimeout(done))", timeout=10)
 
     async def _watch(self, answer: Answer) -> None:
         """The heat map while the model reads and answers."""
@@ -524,6 +575,7 @@ class View:
             state = answer.state
             if state is not None and state is not self.maps.state:
                 self.maps.draw(state, self._layers)
+                await self._drawn()
             await asyncio.sleep(0.25)
 
     def _stop(self) -> None:
@@ -535,7 +587,10 @@ class View:
     def _focus(self) -> None:
         """Lets the user type the next message, but not while a dialog waits: its own field would lose the keys."""
         if not self.is_changing:
-            self.input.run_method("focus")
+            self._take_keys()
+
+    def _take_keys(self) -> None:
+        self.client.run_javascript("takeKeys()")  # page.js
 
     async def _changed(self, change: Callable[..., Awaitable[Record]]) -> bool:
         """Changes the session by a method of the service, if it is what this tab shows; otherwise shows it anew."""

@@ -164,9 +164,11 @@ class AsyncDeltaMem:
     # sessions
     #
 
-    async def list(self, owner: str = "") -> list[Record]:
-        """The sessions of an owner, the latest first, without their memories."""
-        return await self._shared.in_store(self.store.list, owner)
+    async def list(self, owner: str = "", *, containing: str = "", limit: int | None = None) -> list[Record]:
+        """The sessions of an owner, the latest first, without their memories. `containing`: a part of their names;
+        `limit`: at most so many.
+        """
+        return await self._shared.in_store(self.store.list, owner, containing=containing, limit=limit)
 
     async def get(self, name: str, owner: str = "") -> Record:
         """A session as it was committed."""
