@@ -287,6 +287,8 @@ def test_options_without_effect_are_refused(hf_dir, data, tmp_path):
         ({"teacher": "context", "first_told": 3.0}, ["--first-told", "--teacher"]),
         ({"teacher_share": 0.5}, ["--teacher-share", "--teacher"]),
         ({"init_gain": 10.0}, ["--init-gain", "--init"]),
+        ({"gate_mean": 0.5}, ["--gate-mean", "--gate-weight"]),
+        ({"base": "base.gguf"}, ["--base", "--eval-every"]),
     ):
         with refuses(InputError, *names):
             trainer(hf_dir, data, tmp_path / "out", **options)

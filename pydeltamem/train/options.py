@@ -89,6 +89,10 @@ class Options:
             raise InputError(f"--teacher-share {self.teacher_share}: there is no --teacher: name it")
         if self.init_gain != 1 and not self.init:
             raise InputError(f"--init-gain {self.init_gain}: there is no --init: name it")
+        if self.gate_mean != Options.gate_mean and not self.gate_weight:
+            raise InputError(f"--gate-mean {self.gate_mean}: there is no --gate-weight: name it")
+        if self.base and not self.eval_every:
+            raise InputError(f"--base {self.base}: there is no --eval-every: name it")
         if not corrections or not set(corrections) <= set(HEADS):
             raise InputError(f"--corrections '{self.corrections}': must be letters of q, k, v, o")
         if self.init:
