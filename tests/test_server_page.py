@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -1172,9 +1171,3 @@ def test_what_a_tab_shows_of_a_session():
     bare = Turn(1, "x-1", 0, 0, None, turns[0].digests)
     assert Talk.of(Record("", "s", chat="x-1", history=(bare,))).past == [{"role": NOTE, "content": MEMORY_ONLY}]
     assert Talk.of(Record("", "s")) == Talk()
-
-
-def test_the_paths_of_the_page_are_installed():
-    import pydeltamem.server.page as page
-
-    assert all((Path(page.__file__).parent / name).is_file() for name in ("page.css", "page.js"))
