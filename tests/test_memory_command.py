@@ -166,13 +166,14 @@ def test_identical_are_equal_bits(memory, run):
         ({"adapter": "cd" * 32, "adapter_name": "second"}, ["second", "cdcdcdcdcdcd", "abababababab"]),
         ({"architecture": "llama"}, ["llama", "qwen3"]),
         ({"layers": "2,6"}, ["2,6", "2,5"]),
+        ({"layers": "2,\n\x1b[31m6"}, ["2,5"]),  # on one line, and no command to a terminal
         ({"state": random_state(shape=(2, 1, 4, 4))}, ["(2, 1, 4, 4)", "(2, 1, 8, 8)"]),
     ],
 )
 def test_diff_of_memories_that_have_nothing_in_common(memory, run, other, names):
     a, b = memory("a.memory"), memory("b.memory", **other)
     code, _, err = run("diff", a, b)
-    assert code == 1
+    assert code == 1 and err.rstrip("\n").isprintable()
     check_names(err.rstrip("\n"), [a, b, *names])
 
 

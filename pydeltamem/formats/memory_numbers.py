@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import MemoryFileError
+from ..errors import MemoryFileError, shown
 from .memory_file import MemorySnapshot, owner
 
 
@@ -51,8 +51,8 @@ def compare_memories(a_name: str, a: MemorySnapshot, b_name: str, b: MemorySnaps
         )
     if mine.get("layers", "") != theirs.get("layers", "") or a.state.shape != b.state.shape:
         raise MemoryFileError(
-            f"{b_name}: holds layers {theirs.get('layers', '')} of shape {b.state.shape}; "
-            f"{a_name} holds layers {mine.get('layers', '')} of shape {a.state.shape}"
+            f"{b_name}: holds layers {shown(theirs.get('layers', ''))} of shape {b.state.shape}; "
+            f"{a_name} holds layers {shown(mine.get('layers', ''))} of shape {a.state.shape}"
         )
     return {
         "a": a_name,
