@@ -19,6 +19,11 @@ static inline bool ggml_cpu_deltamem_fuses(const struct ggml_tensor * node) {
     return node->op == GGML_OP_DELTAMEM || node->op == GGML_OP_MUL_MAT;
 }
 
+// Decides for all nodes of a graph what ggml_cpu_deltamem_fuse computes together, before its threads begin. It is kept for
+// a graph with an identifier (`uid`), which the scheduler gives a graph whose tensors stay where they are. Valid until the
+// calling thread has asked for eight other graphs.
+const void * ggml_cpu_deltamem_fusions(const struct ggml_cgraph * cgraph);
+
 // Computes node i of the graph together with the nodes that follow it, where that saves a synchronisation of all
 // threads, or a pass over memory:
 //     product, packed projection               up to four tokens: the projection only, ahead of the product
@@ -28,6 +33,7 @@ static inline bool ggml_cpu_deltamem_fuses(const struct ggml_tensor * node) {
 //     correction [, addition] [, norm of its rows, weights]
 //                                              a norm: more than four tokens
 // Returns the number of nodes besides i that are done, or 0 if node i itself is still to be computed.
+// `params` has what ggml_cpu_deltamem_fusions decided.
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i);
 
 // Whether threads wait at OpenMP's barrier instead of deltamem-wait.h's: if the environment said how OpenMP waits when

@@ -1,6 +1,9 @@
 // Nodes of a graph that the CPU computes as one (deltamem-cpu.h): which may be, and how. Compiled into ggml-cpu, as
 // deltamem-cpu.cpp.
 //
+// One thread decides it for all nodes before they are computed, and keeps it for the next token: the tensors that it asks and its
+// code are in no cache after a layer's weights, and asking them at each node took all threads 3 us a layer.
+//
 // Threads of a node that is computed with the one before it have not waited for each other in between. So a result that the
 // allocator gave memory of what another thread still reads keeps nodes apart.
 
@@ -14,6 +17,7 @@
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
+#include <vector>
 
 namespace deltamem {
 
@@ -118,8 +122,7 @@ static bool takes_correction(const struct ggml_tensor * read, const struct ggml_
         }
     }
     const struct ggml_deltamem_params p = ggml_deltamem_get_params(read);
-    return read->ne[1] == 1 && p.n_seqs == 1 && ((const int32_t *) read->src[3]->data)[2] == 1 &&
-           p.n_head <= OWN_HEADS && p.n_head * p.rank * p.rank <= OWN_STATES;
+    return read->ne[1] == 1 && p.n_seqs == 1 && p.n_head <= OWN_HEADS && p.n_head * p.rank * p.rank <= OWN_STATES;
 }
 
 // whether nodes [begin, end) are in the graph and have something to compute
@@ -153,11 +156,12 @@ static bool takes_correction(const struct ggml_cgraph * cgraph, int i) {
     return i < cgraph->n_nodes && takes_correction(cgraph->nodes[i - 1], cgraph->nodes[i]);
 }
 
-// Adds the norm of node i's rows, which lie one after the other in it, to its followers, if it and the multiplication by weights
-// after it may be computed with node i, by threads that are at different nodes. Of `by_rows`, a thread reads or writes rows that
-// it normalises; of `whole`, all. Returns the last node that is then computed.
-static int add_norm(const struct ggml_cgraph * cgraph, int i, std::initializer_list<const struct ggml_tensor *> by_rows,
-                    std::initializer_list<const struct ggml_tensor *> whole, struct followers & next) {
+// Where the norm of node i's rows is, which lie one after the other in it, if it and the multiplication by weights after it may be
+// computed with node i, by threads that are at different nodes; else 0. Of `by_rows`, a thread reads rows that it normalises; of
+// `whole`, all.
+static int find_norm(const struct ggml_cgraph * cgraph, int i,
+                     std::initializer_list<const struct ggml_tensor *> by_rows,
+                     std::initializer_list<const struct ggml_tensor *> whole) {
     const struct ggml_tensor * node = cgraph->nodes[i];
 
     int j = i + 1;
@@ -166,17 +170,17 @@ static int add_norm(const struct ggml_cgraph * cgraph, int i, std::initializer_l
     }
     if (j + 2 > cgraph->n_nodes || !are_computed(cgraph, j, j + 2) ||
         !ggml_can_fuse(cgraph, j, { GGML_OP_RMS_NORM, GGML_OP_MUL })) {
-        return i;
+        return 0;
     }
     const struct ggml_tensor * norm    = cgraph->nodes[j];
-    struct ggml_tensor *       mul     = cgraph->nodes[j + 1];
+    const struct ggml_tensor * mul     = cgraph->nodes[j + 1];
     const struct ggml_tensor * rows    = norm->src[0];
     const struct ggml_tensor * weights = mul->src[mul->src[0] == norm ? 1 : 0];
     if (rows->data != node->data || !ggml_is_contiguous(rows) || !ggml_is_contiguous(node) ||
         !ggml_is_contiguous(mul) || ggml_nelements(rows) != ggml_nelements(node) || rows->ne[0] % UNIT != 0 ||
         node->ne[0] % rows->ne[0] != 0 || !weights->data || !mul->data || weights->ne[0] != rows->ne[0] ||
         !ggml_cpu_deltamem_takes_norm(norm, mul) || !apart(mul, weights) || !apart(node, weights)) {
-        return i;
+        return 0;
     }
     // the result may have the memory of its own rows
     const bool sound = std::all_of(by_rows.begin(), by_rows.end(), [&](const struct ggml_tensor * t) {
@@ -184,12 +188,7 @@ static int add_norm(const struct ggml_cgraph * cgraph, int i, std::initializer_l
     });
     const bool alone = std::all_of(whole.begin(), whole.end(),
                                    [&](const struct ggml_tensor * t) { return apart(mul, t) && apart(weights, t); });
-    if (!sound || !alone) {
-        return i;
-    }
-    next.norm = norm;
-    next.mul  = mul;
-    return j + 1;
+    return sound && alone ? j : 0;
 }
 
 // whether nodes i and i + 1 are products of the same input, neither of which needs the other's memory
@@ -205,20 +204,102 @@ static bool share_input(const struct ggml_cgraph * cgraph, int i) {
 }
 
 // Whether the projection at node i, which takes_projection takes, is computed ahead of the product at node i - 1: the
-// synchronisation after that product is then the projection's, too. Both nodes ask this, in turn. States may be copied before
-// that product, so they are no result of it.
+// synchronisation after that product is then the projection's, too. States may be copied before that product, so they are no
+// result of it.
 static bool joins_product(const struct ggml_cgraph * cgraph, int i) {
     return cgraph->nodes[i]->ne[1] <= FEW_TOKENS && share_input(cgraph, i - 1) &&
            apart(cgraph->nodes[i - 1], cgraph->nodes[i + 1]->src[2]);
 }
 
-// A projection at node i, which takes_projection takes, its read, and perhaps a correction and a norm. Returns the last node
-// computed.
-static int fuse_projection(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
-    struct ggml_tensor * projection = cgraph->nodes[i];
-    struct ggml_tensor * read       = cgraph->nodes[i + 1];
-    const bool           corrects   = takes_correction(cgraph, i + 2);
-    if (!joins_product(cgraph, i)) {
+//
+// decisions, by one thread
+//
+
+// What is computed with a node. Distances are from that node; 0: there is none.
+struct fusion {
+    enum : uint8_t {
+        NONE,
+        PRODUCT,    // a projection, ahead of it
+        PRODUCTS,   // a product of the same input
+        PROJECTION, // a read, and perhaps a correction and a norm
+        JOINED,     // the same, by a projection that was computed ahead of the product before it
+        CORRECTION, // an addition, a norm, or both
+    } kind;
+    uint8_t correction; // of a read, if that is of one token
+    uint8_t addition;
+    uint8_t norm;
+};
+
+static uint8_t distance(int from, int to) {
+    return to > from && to - from <= UINT8_MAX ? to - from : 0;
+}
+
+static struct fusion decide(const struct ggml_cgraph * cgraph, int i) {
+    struct ggml_tensor ** nodes  = cgraph->nodes + i;
+    struct fusion         fusion = {};
+
+    if (nodes[0]->op == GGML_OP_MUL_MAT && takes_projection(cgraph, i + 1) && joins_product(cgraph, i + 1)) {
+        fusion.kind       = fusion::PRODUCT;
+        fusion.correction = takes_correction(cgraph, i + 3) ? 3 : 0;
+        return fusion;
+    }
+    if (takes_projection(cgraph, i)) {
+        fusion.kind       = joins_product(cgraph, i) ? fusion::JOINED : fusion::PROJECTION;
+        fusion.correction = takes_correction(cgraph, i + 2) ? 2 : 0;
+        if (fusion.correction) {
+            const struct ggml_tensor * read       = nodes[1];
+            const struct ggml_tensor * correction = nodes[2];
+
+            const int norm =
+                    find_norm(cgraph, i + 2, { correction, correction->src[0] },
+                              { correction->src[1], read, read->src[0], read->src[1], read->src[2], read->src[3] });
+            fusion.norm = distance(i, norm);
+        }
+        return fusion;
+    }
+    if (nodes[0]->op == GGML_OP_DELTAMEM && are_computed(cgraph, i, i + 1) &&
+        ggml_deltamem_get_kind(nodes[0]) == GGML_DELTAMEM_CORRECT) {
+        const struct ggml_tensor * correction = nodes[0];
+        const struct ggml_tensor * dst        = nodes[0];
+        const struct ggml_tensor * added      = nullptr;
+        ggml_deltamem_check(correction);
+        if (are_computed(cgraph, i, i + 2) && ggml_can_fuse(cgraph, i, { GGML_OP_DELTAMEM, GGML_OP_ADD })) {
+            added = nodes[1]->src[nodes[1]->src[0] == correction ? 1 : 0];
+            if (takes_addition(correction, nodes[1], added)) {
+                dst             = nodes[1];
+                fusion.addition = 1;
+            }
+        }
+        const int norm =
+                find_norm(cgraph, i + fusion.addition, { dst, correction->src[0], fusion.addition ? added : dst },
+                          { correction->src[1], correction->src[2] });
+        fusion.norm = distance(i, norm);
+        fusion.kind = fusion.addition || fusion.norm ? fusion::CORRECTION : fusion::NONE;
+        return fusion;
+    }
+    if (nodes[0]->ne[1] > FEW_TOKENS && share_input(cgraph, i)) {
+        fusion.kind = fusion::PRODUCTS;
+    }
+    return fusion;
+}
+
+//
+// computation, by all threads
+//
+
+// whether a read, for which a correction was found, is of one token of the ingest: its plan changes with every token
+static bool is_of_one_token(const struct ggml_tensor * read) {
+    return ((const int32_t *) read->src[3]->data)[2] == 1;
+}
+
+// Each of these returns the distance of the last node computed.
+
+static int fuse_projection(const struct ggml_compute_params * params, struct ggml_tensor ** nodes,
+                           struct fusion fusion) {
+    struct ggml_tensor * projection = nodes[0];
+    struct ggml_tensor * read       = nodes[1];
+    const bool           corrects   = fusion.correction && is_of_one_token(read);
+    if (fusion.kind == fusion::PROJECTION) {
         if (corrects) {
             copy_states(read);
         }
@@ -227,70 +308,90 @@ static int fuse_projection(const struct ggml_compute_params * params, const stru
     }
     if (!corrects) {
         forward_read(params, read);
-        return i + 1;
+        return 1;
     }
-    struct ggml_tensor * correction = cgraph->nodes[i + 2];
-    struct followers     next;
-    const int            last =
-            add_norm(cgraph, i + 2, { correction, correction->src[0] },
-                     { correction->src[1], read, read->src[0], read->src[1], read->src[2], read->src[3] }, next);
-    forward_read_correct(params, read, correction, next);
+    struct followers next;
+    int              last = fusion.correction;
+    if (fusion.norm) {
+        last      = fusion.norm + 1;
+        next.norm = nodes[fusion.norm];
+        next.mul  = nodes[last];
+    }
+    forward_read_correct(params, read, nodes[fusion.correction], next);
     return last;
 }
 
-// A correction at node i, and an addition and a norm if they follow. Returns the last node computed; i: nothing was done.
-static int fuse_correction(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
-    const struct ggml_tensor * correction = cgraph->nodes[i];
+static int fuse_correction(const struct ggml_compute_params * params, struct ggml_tensor ** nodes,
+                           struct fusion fusion) {
+    const struct ggml_tensor * correction = nodes[0];
+    struct ggml_tensor *       dst        = nodes[fusion.addition];
     struct followers           next;
-    int                        last = i;
-    ggml_deltamem_check(correction);
-    if (are_computed(cgraph, i, i + 2) && ggml_can_fuse(cgraph, i, { GGML_OP_DELTAMEM, GGML_OP_ADD })) {
-        const struct ggml_tensor * add   = cgraph->nodes[i + 1];
-        const struct ggml_tensor * added = add->src[add->src[0] == correction ? 1 : 0];
-        if (takes_addition(correction, add, added)) {
-            next.added = added;
-            last       = i + 1;
-        }
+    int                        last = fusion.addition;
+    if (fusion.addition) {
+        next.added = dst->src[dst->src[0] == correction ? 1 : 0];
     }
-    struct ggml_tensor * dst = cgraph->nodes[last];
-    if (is_by_tokens(params, correction)) {
-        last = add_norm(cgraph, last, { dst, correction->src[0], next.added ? next.added : dst },
-                        { correction->src[1], correction->src[2] }, next);
+    if (fusion.norm && is_by_tokens(params, correction)) {
+        last      = fusion.norm + 1;
+        next.norm = nodes[fusion.norm];
+        next.mul  = nodes[last];
     }
-    if (last > i) {
+    if (last) {
         forward_correct(params, correction, next, dst);
     }
     return last;
 }
 
+// graphs whose decisions a thread keeps: those of several contexts that decode in turn
+static constexpr int N_GRAPHS = 8;
+
 } // namespace deltamem
+
+const void * ggml_cpu_deltamem_fusions(const struct ggml_cgraph * cgraph) {
+    using namespace deltamem;
+
+    struct decided {
+        uint64_t                   uid = 0; // of the graph; 0: it has none
+        std::vector<struct fusion> fusions; // of its nodes
+    };
+    static thread_local struct decided graphs[N_GRAPHS]; // the last first
+
+    struct decided * const end      = graphs + N_GRAPHS;
+    struct decided *       known    = std::find_if(graphs, end, [cgraph](const struct decided & graph) {
+        return cgraph->uid && graph.uid == cgraph->uid && graph.fusions.size() == (size_t) cgraph->n_nodes;
+    });
+    const bool             is_known = known != end;
+    known                           = is_known ? known : end - 1;
+    std::rotate(graphs, known, known + 1);
+    if (!is_known) {
+        graphs[0].uid = cgraph->uid;
+        graphs[0].fusions.assign(cgraph->n_nodes, {});
+        for (int i = 0; i < cgraph->n_nodes; ++i) {
+            if (ggml_cpu_deltamem_fuses(cgraph->nodes[i])) {
+                graphs[0].fusions[i] = decide(cgraph, i);
+            }
+        }
+    }
+    return graphs[0].fusions.data();
+}
 
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
     using namespace deltamem;
 
-    struct ggml_tensor ** nodes = cgraph->nodes + i;
+    struct ggml_tensor ** nodes  = cgraph->nodes + i;
+    const struct fusion   fusion = ((const struct fusion *) params->fusions)[i];
 
-    // a product, whose own computation is ggml's, and a projection
-    if (nodes[0]->op == GGML_OP_MUL_MAT && takes_projection(cgraph, i + 1) && joins_product(cgraph, i + 1)) {
-        if (takes_correction(cgraph, i + 3)) {
-            copy_states(nodes[2]);
-        }
-        forward_project(params, nodes[1]);
-        return 0;
-    }
-
-    // two products of the same input: of a layer's, one may be the packed projection
-    if (nodes[0]->ne[1] > FEW_TOKENS && share_input(cgraph, i) &&
-        ggml_cpu_deltamem_bf16_two(params, nodes[0], nodes[1])) {
-        return 1;
-    }
-
-    if (takes_projection(cgraph, i)) {
-        return fuse_projection(params, cgraph, i) - i;
-    }
-    if (nodes[0]->op == GGML_OP_DELTAMEM && are_computed(cgraph, i, i + 1) &&
-        ggml_deltamem_get_kind(nodes[0]) == GGML_DELTAMEM_CORRECT) {
-        return fuse_correction(params, cgraph, i) - i;
+    switch (fusion.kind) {
+        case fusion::NONE: return 0;
+        case fusion::PRODUCT:
+            if (fusion.correction && is_of_one_token(nodes[2])) {
+                copy_states(nodes[2]);
+            }
+            forward_project(params, nodes[1]);
+            return 0; // the product itself is ggml's
+        case fusion::PRODUCTS:   return ggml_cpu_deltamem_bf16_two(params, nodes[0], nodes[1]) ? 1 : 0;
+        case fusion::PROJECTION:
+        case fusion::JOINED:     return fuse_projection(params, nodes, fusion);
+        case fusion::CORRECTION: return fuse_correction(params, nodes, fusion);
     }
     return 0;
 }

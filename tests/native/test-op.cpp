@@ -783,6 +783,60 @@ static void test_dependent(const tested & on, dependence kind) {
     ggml_free(ctx);
 }
 
+// Nodes that a backend computes as one, and then, in the same graph, as two: the correction gets other reads. What a backend keeps
+// of a graph, it keeps by the graph's identifier, which this one has not.
+static void test_changed(const tested & on) {
+    constexpr int N_EMBD = 32, N_OUT = 64;
+
+    const ggml_deltamem_params p = params_of({ 8, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, GGML_DELTAMEM_NORMALIZE_QK });
+
+    random_source  random(8);
+    ggml_context * ctx    = ggml_init({ ggml_tensor_overhead() * 8, nullptr, true });
+    ggml_tensor *  weight = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, N_EMBD, ggml_deltamem_n_proj(&p));
+    ggml_tensor *  input  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, N_EMBD, 1);
+    ggml_tensor *  bias   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ggml_deltamem_n_gates(&p));
+    ggml_tensor *  state  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_deltamem_n_record(&p), 1);
+    ggml_tensor *  plan   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_deltamem_n_plan(1, 1));
+    ggml_tensor *  delta  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, N_OUT, p.rank);
+    ggml_tensor *  out    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, N_OUT, 1);
+    ggml_tensor *  other  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, p.rank, 1);
+
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, on.backend);
+    for (ggml_tensor * t : { weight, input, bias, state, delta, out, other }) {
+        std::vector<float> x(ggml_nelements(t));
+        for (float & value : x) {
+            value = random.normal();
+        }
+        ggml_backend_tensor_set(t, x.data(), 0, ggml_nbytes(t));
+    }
+    const std::vector<int32_t> plan_data = { 0, 0, 1, 0, GGML_DELTAMEM_TOKEN_WRITE };
+    ggml_backend_tensor_set(plan, plan_data.data(), 0, plan_data.size() * sizeof(plan_data[0]));
+
+    ggml_context * nodes = ggml_init({ ggml_tensor_overhead() * 16 + ggml_graph_overhead() * 2, nullptr, true });
+    ggml_tensor *  alone = ggml_deltamem_correct(nodes, out, delta, other);
+    ggml_tensor *  read  = ggml_deltamem(nodes, ggml_deltamem_mul_mat(nodes, weight, input), bias, state, plan, p);
+    ggml_tensor *  last  = ggml_deltamem_correct(nodes, out, delta, read);
+
+    allocated_graph expected(on.backend, nodes, alone);
+    allocated_graph changed(on.backend, nodes, last);
+
+    const auto result = [](allocated_graph & graph, ggml_tensor * node) {
+        check(graph.compute(), "computing a graph that changes failed");
+        std::vector<float> x(ggml_nelements(node));
+        ggml_backend_tensor_get(node, x.data(), 0, ggml_nbytes(node));
+        return x;
+    };
+    on.set_way(1);
+    const std::vector<float> by_other = result(expected, alone);
+    check(!same_bits(result(changed, last), by_other), "a correction by two reads is the same");
+    last->src[2] = other;
+    check(same_bits(result(changed, last), by_other), "a graph that changed was computed as before");
+
+    ggml_free(nodes);
+    ggml_backend_buffer_free(buffer);
+    ggml_free(ctx);
+}
+
 static void test_read(const tested & on, const shape & s, uint64_t seed) {
     char name[160];
     snprintf(name, sizeof(name), "rank %d, heads %d, sequences %d, tokens %d, lambda %d, flags %d", s.rank, s.n_head,
@@ -858,6 +912,7 @@ static void test(const tested & on) {
         test_read(on, s, seed++);
     }
     for (dependence kind : { CORRECTED_READ, NORMED_ROW, STATE_OF_A_PRODUCT }) {
+        test_changed(on);
         test_dependent(on, kind);
     }
     for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
