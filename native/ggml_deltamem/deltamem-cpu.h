@@ -11,18 +11,9 @@ extern "C" {
 
 struct ggml_cgraph;
 struct ggml_compute_params;
+struct ggml_cpu_deltamem_fusion; // deltamem-known.h
 
 void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, struct ggml_tensor * dst);
-
-// Whether ggml_cpu_deltamem_fuse may have something to do with a node: asked of every node, so inline.
-static inline bool ggml_cpu_deltamem_fuses(const struct ggml_tensor * node) {
-    return node->op == GGML_OP_DELTAMEM || node->op == GGML_OP_MUL_MAT;
-}
-
-// Decides for all nodes of a graph what ggml_cpu_deltamem_fuse computes together, before its threads begin. It is kept for
-// a graph with an identifier (`uid`), which the scheduler gives a graph whose tensors stay where they are. Valid until the
-// calling thread has asked for eight other graphs.
-const void * ggml_cpu_deltamem_fusions(const struct ggml_cgraph * cgraph);
 
 // Computes node i of the graph together with the nodes that follow it, where that saves a synchronisation of all
 // threads, or a pass over memory:
@@ -32,9 +23,10 @@ const void * ggml_cpu_deltamem_fusions(const struct ggml_cgraph * cgraph);
 //     product, product of the same input       as ggml_cpu_deltamem_bf16_two
 //     correction [, addition] [, norm of its rows, weights]
 //                                              a norm: more than four tokens
-// Returns the number of nodes besides i that are done, or 0 if node i itself is still to be computed.
-// `params` has what ggml_cpu_deltamem_fusions decided.
-int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i);
+// as fusions[i] says. Returns the number of nodes besides i that are done, or 0 if node i itself is still to be
+// computed.
+int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph,
+                           const struct ggml_cpu_deltamem_fusion * fusions, int i);
 
 // Whether threads wait at OpenMP's barrier instead of deltamem-wait.h's: if the environment said how OpenMP waits when
 // this library was loaded, which is when OpenMP reads it, too.

@@ -1,23 +1,25 @@
 // Nodes of a graph that the CPU computes as one (deltamem-cpu.h): which may be, and how. Compiled into ggml-cpu, as
 // deltamem-cpu.cpp.
 //
-// One thread decides it for all nodes before they are computed, and keeps it for the next token: the tensors that it asks and its
-// code are in no cache after a layer's weights, and asking them at each node took all threads 3 us a layer.
+// One thread decides it for all nodes before they are computed, and deltamem-known.cpp keeps it for the next token: after a layer's
+// weights, the tensors that it asks are in no cache.
 //
 // Threads of a node that is computed with the one before it have not waited for each other in between. So a result that the
 // allocator gave memory of what another thread still reads keeps nodes apart.
 
 #include "deltamem-bf16.h"
 #include "deltamem-cpu.h"
+#include "deltamem-known.h"
 #include "deltamem-norm.h"
 #include "deltamem-share.h"
+#include "deltamem-simd.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <initializer_list>
-#include <vector>
 
 namespace deltamem {
 
@@ -215,50 +217,44 @@ static bool joins_product(const struct ggml_cgraph * cgraph, int i) {
 // decisions, by one thread
 //
 
-// What is computed with a node. Distances are from that node; 0: there is none.
-struct fusion {
-    enum : uint8_t {
-        NONE,
-        PRODUCT,    // a projection, ahead of it
-        PRODUCTS,   // a product of the same input
-        PROJECTION, // a read, and perhaps a correction and a norm
-        JOINED,     // the same, by a projection that was computed ahead of the product before it
-        CORRECTION, // an addition, a norm, or both
-    } kind;
-    uint8_t correction; // of a read, if that is of one token
-    uint8_t addition;
-    uint8_t norm;
-};
+using fusion = struct ggml_cpu_deltamem_fusion;
 
 static uint8_t distance(int from, int to) {
     return to > from && to - from <= UINT8_MAX ? to - from : 0;
 }
 
-static struct fusion decide(const struct ggml_cgraph * cgraph, int i) {
-    struct ggml_tensor ** nodes  = cgraph->nodes + i;
-    struct fusion         fusion = {};
+static bool is_correction(const struct ggml_tensor * node) {
+    return node->op == GGML_OP_DELTAMEM && ggml_deltamem_get_kind(node) == GGML_DELTAMEM_CORRECT;
+}
 
+static fusion decide(const struct ggml_cgraph * cgraph, int i) {
+    struct ggml_tensor ** nodes = cgraph->nodes + i;
+    fusion                with  = {}; // skipped
+
+    if (!are_computed(cgraph, i, i + 1) || ggml_op_is_empty(nodes[0]->op)) {
+        return with;
+    }
+    with.kind = DELTAMEM_SINGLE;
     if (nodes[0]->op == GGML_OP_MUL_MAT && takes_projection(cgraph, i + 1) && joins_product(cgraph, i + 1)) {
-        fusion.kind       = fusion::PRODUCT;
-        fusion.correction = takes_correction(cgraph, i + 3) ? 3 : 0;
-        return fusion;
+        with.kind       = DELTAMEM_PRODUCT;
+        with.correction = takes_correction(cgraph, i + 3) ? 3 : 0;
+        return with;
     }
     if (takes_projection(cgraph, i)) {
-        fusion.kind       = joins_product(cgraph, i) ? fusion::JOINED : fusion::PROJECTION;
-        fusion.correction = takes_correction(cgraph, i + 2) ? 2 : 0;
-        if (fusion.correction) {
+        with.kind       = joins_product(cgraph, i) ? DELTAMEM_JOINED : DELTAMEM_PROJECTION;
+        with.correction = takes_correction(cgraph, i + 2) ? 2 : 0;
+        if (with.correction) {
             const struct ggml_tensor * read       = nodes[1];
             const struct ggml_tensor * correction = nodes[2];
 
             const int norm =
                     find_norm(cgraph, i + 2, { correction, correction->src[0] },
                               { correction->src[1], read, read->src[0], read->src[1], read->src[2], read->src[3] });
-            fusion.norm = distance(i, norm);
+            with.norm = distance(i, norm);
         }
-        return fusion;
+        return with;
     }
-    if (nodes[0]->op == GGML_OP_DELTAMEM && are_computed(cgraph, i, i + 1) &&
-        ggml_deltamem_get_kind(nodes[0]) == GGML_DELTAMEM_CORRECT) {
+    if (is_correction(nodes[0])) {
         const struct ggml_tensor * correction = nodes[0];
         const struct ggml_tensor * dst        = nodes[0];
         const struct ggml_tensor * added      = nullptr;
@@ -266,21 +262,24 @@ static struct fusion decide(const struct ggml_cgraph * cgraph, int i) {
         if (are_computed(cgraph, i, i + 2) && ggml_can_fuse(cgraph, i, { GGML_OP_DELTAMEM, GGML_OP_ADD })) {
             added = nodes[1]->src[nodes[1]->src[0] == correction ? 1 : 0];
             if (takes_addition(correction, nodes[1], added)) {
-                dst             = nodes[1];
-                fusion.addition = 1;
+                dst           = nodes[1];
+                with.addition = 1;
             }
         }
-        const int norm =
-                find_norm(cgraph, i + fusion.addition, { dst, correction->src[0], fusion.addition ? added : dst },
-                          { correction->src[1], correction->src[2] });
-        fusion.norm = distance(i, norm);
-        fusion.kind = fusion.addition || fusion.norm ? fusion::CORRECTION : fusion::NONE;
-        return fusion;
+        const int norm = find_norm(cgraph, i + with.addition, { dst, correction->src[0], with.addition ? added : dst },
+                                   { correction->src[1], correction->src[2] });
+        with.norm      = distance(i, norm);
+        with.kind      = with.addition || with.norm ? DELTAMEM_CORRECTION : DELTAMEM_SINGLE;
+        return with;
+    }
+    if (nodes[0]->op == GGML_OP_MUL_MAT && are_computed(cgraph, i, i + 2) && is_correction(nodes[1]) &&
+        nodes[1]->ne[1] <= FEW_TOKENS && decide(cgraph, i + 1).addition) {
+        with.kind = DELTAMEM_AHEAD;
     }
     if (nodes[0]->ne[1] > FEW_TOKENS && share_input(cgraph, i)) {
-        fusion.kind = fusion::PRODUCTS;
+        with.kind = DELTAMEM_PRODUCTS;
     }
-    return fusion;
+    return with;
 }
 
 //
@@ -292,14 +291,42 @@ static bool is_of_one_token(const struct ggml_tensor * read) {
     return ((const int32_t *) read->src[3]->data)[2] == 1;
 }
 
+// Asks for tensors that this thread needs after the next product, which loads its weights meanwhile. Inlined, because GCC leaves out
+// calls of functions that only prefetch.
+[[gnu::always_inline]] static inline void load_ahead(std::initializer_list<const struct ggml_tensor *> tensors) {
+    for (const struct ggml_tensor * t : tensors) {
+        prefetch((const char *) t, offsetof(struct ggml_tensor, name));
+    }
+}
+
+// A projection, ahead of the product before it, whose own computation is ggml's. `next`: what is then computed with the projection.
+static void fuse_product(const struct ggml_compute_params * params, struct ggml_tensor ** nodes, const fusion & with,
+                         const fusion & next) {
+    if (with.correction && is_of_one_token(nodes[2])) {
+        copy_states(nodes[2]);
+    }
+    forward_project(params, nodes[1]);
+    if (with.correction) {
+        const struct ggml_tensor * correction = nodes[with.correction];
+        load_ahead({ correction, correction->src[1] });
+    }
+    if (next.norm) {
+        const struct ggml_tensor * norm    = nodes[1 + next.norm];
+        const struct ggml_tensor * mul     = nodes[1 + next.norm + 1];
+        const struct ggml_tensor * weights = mul->src[mul->src[0] == norm ? 1 : 0];
+        load_ahead({ norm, mul, weights });
+        prefetch((const char *) weights->data, weights->ne[0] * sizeof(float));
+    }
+}
+
 // Each of these returns the distance of the last node computed.
 
 static int fuse_projection(const struct ggml_compute_params * params, struct ggml_tensor ** nodes,
-                           struct fusion fusion) {
+                           const fusion & with) {
     struct ggml_tensor * projection = nodes[0];
     struct ggml_tensor * read       = nodes[1];
-    const bool           corrects   = fusion.correction && is_of_one_token(read);
-    if (fusion.kind == fusion::PROJECTION) {
+    const bool           corrects   = with.correction && is_of_one_token(read);
+    if (with.kind == DELTAMEM_PROJECTION) {
         if (corrects) {
             copy_states(read);
         }
@@ -311,28 +338,28 @@ static int fuse_projection(const struct ggml_compute_params * params, struct ggm
         return 1;
     }
     struct followers next;
-    int              last = fusion.correction;
-    if (fusion.norm) {
-        last      = fusion.norm + 1;
-        next.norm = nodes[fusion.norm];
+    int              last = with.correction;
+    if (with.norm) {
+        last      = with.norm + 1;
+        next.norm = nodes[with.norm];
         next.mul  = nodes[last];
     }
-    forward_read_correct(params, read, nodes[fusion.correction], next);
+    forward_read_correct(params, read, nodes[with.correction], next);
     return last;
 }
 
 static int fuse_correction(const struct ggml_compute_params * params, struct ggml_tensor ** nodes,
-                           struct fusion fusion) {
+                           const fusion & with) {
     const struct ggml_tensor * correction = nodes[0];
-    struct ggml_tensor *       dst        = nodes[fusion.addition];
+    struct ggml_tensor *       dst        = nodes[with.addition];
     struct followers           next;
-    int                        last = fusion.addition;
-    if (fusion.addition) {
+    int                        last = with.addition;
+    if (with.addition) {
         next.added = dst->src[dst->src[0] == correction ? 1 : 0];
     }
-    if (fusion.norm && is_by_tokens(params, correction)) {
-        last      = fusion.norm + 1;
-        next.norm = nodes[fusion.norm];
+    if (with.norm && is_by_tokens(params, correction)) {
+        last      = with.norm + 1;
+        next.norm = nodes[with.norm];
         next.mul  = nodes[last];
     }
     if (last) {
@@ -341,57 +368,36 @@ static int fuse_correction(const struct ggml_compute_params * params, struct ggm
     return last;
 }
 
-// graphs whose decisions a thread keeps: those of several contexts that decode in turn
-static constexpr int N_GRAPHS = 8;
-
 } // namespace deltamem
 
-const void * ggml_cpu_deltamem_fusions(const struct ggml_cgraph * cgraph) {
-    using namespace deltamem;
-
-    struct decided {
-        uint64_t                   uid = 0; // of the graph; 0: it has none
-        std::vector<struct fusion> fusions; // of its nodes
-    };
-    static thread_local struct decided graphs[N_GRAPHS]; // the last first
-
-    struct decided * const end      = graphs + N_GRAPHS;
-    struct decided *       known    = std::find_if(graphs, end, [cgraph](const struct decided & graph) {
-        return cgraph->uid && graph.uid == cgraph->uid && graph.fusions.size() == (size_t) cgraph->n_nodes;
-    });
-    const bool             is_known = known != end;
-    known                           = is_known ? known : end - 1;
-    std::rotate(graphs, known, known + 1);
-    if (!is_known) {
-        graphs[0].uid = cgraph->uid;
-        graphs[0].fusions.assign(cgraph->n_nodes, {});
-        for (int i = 0; i < cgraph->n_nodes; ++i) {
-            if (ggml_cpu_deltamem_fuses(cgraph->nodes[i])) {
-                graphs[0].fusions[i] = decide(cgraph, i);
-            }
-        }
+void ggml_cpu_deltamem_decide(const struct ggml_cgraph * cgraph, struct ggml_cpu_deltamem_fusion * fusions) {
+    for (int i = 0; i < cgraph->n_nodes; ++i) {
+        fusions[i] = deltamem::decide(cgraph, i);
     }
-    return graphs[0].fusions.data();
 }
 
-int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph, int i) {
+int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph,
+                           const struct ggml_cpu_deltamem_fusion * fusions, int i) {
     using namespace deltamem;
 
-    struct ggml_tensor ** nodes  = cgraph->nodes + i;
-    const struct fusion   fusion = ((const struct fusion *) params->fusions)[i];
+    struct ggml_tensor ** nodes = cgraph->nodes + i;
+    const fusion &        with  = fusions[i];
 
-    switch (fusion.kind) {
-        case fusion::NONE: return 0;
-        case fusion::PRODUCT:
-            if (fusion.correction && is_of_one_token(nodes[2])) {
-                copy_states(nodes[2]);
-            }
-            forward_project(params, nodes[1]);
-            return 0; // the product itself is ggml's
-        case fusion::PRODUCTS:   return ggml_cpu_deltamem_bf16_two(params, nodes[0], nodes[1]) ? 1 : 0;
-        case fusion::PROJECTION:
-        case fusion::JOINED:     return fuse_projection(params, nodes, fusion);
-        case fusion::CORRECTION: return fuse_correction(params, nodes, fusion);
+    switch (with.kind) {
+        case DELTAMEM_SKIPPED:
+        case DELTAMEM_SINGLE:  return 0;
+        case DELTAMEM_AHEAD:   {
+            const struct ggml_tensor * correction = nodes[1];
+            const struct ggml_tensor * add        = nodes[2];
+            load_ahead({ correction, correction->src[1], correction->src[2], add,
+                         add->src[add->src[0] == correction ? 1 : 0] });
+            return 0;
+        }
+        case DELTAMEM_PRODUCT:    fuse_product(params, nodes, with, fusions[i + 1]); return 0;
+        case DELTAMEM_PRODUCTS:   return ggml_cpu_deltamem_bf16_two(params, nodes[0], nodes[1]) ? 1 : 0;
+        case DELTAMEM_PROJECTION:
+        case DELTAMEM_JOINED:     return fuse_projection(params, nodes, with);
+        case DELTAMEM_CORRECTION: return fuse_correction(params, nodes, with);
     }
     return 0;
 }
