@@ -354,8 +354,9 @@ class DeltaMemLlama(Llama):
     def context_params(self) -> Any:
         """llama_context_params, with n_seq_max as given."""
         params = self._context_params
-        if params.embeddings:  # llama_cpp sets one sequence per token of a batch, and llama.cpp ends the process
-            params.n_seq_max = min(params.n_seq_max, params.n_ubatch or params.n_batch)
+        if params.embeddings:  # llama_cpp asks for one sequence per token of a batch, llama.cpp for a divisor of it
+            n = min(params.n_batch, params.n_ubatch or params.n_batch)
+            params.n_seq_max = next(k for k in range(max(1, min(params.n_seq_max, n)), 0, -1) if n % k == 0)
         return params
 
     @context_params.setter

@@ -202,7 +202,7 @@ def test_a_projection_that_is_not_of_attention_is_refused(tmp_path):
         pass
 
 
-def test_prefill_in_pieces_is_the_same(tmp_path):
+def test_a_prompt_in_pieces_is_the_same(tmp_path):
     """Sliding windows and the memory over several batches."""
     prompt, logits, state, *_ = reference("Gemma2", tmp_path)
     base, adapter = converted(tmp_path)

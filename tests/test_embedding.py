@@ -83,6 +83,14 @@ def test_a_text_longer_than_its_share_of_the_context(make_llm):
     assert len(llm.embed(["hello " * 400, "one"])) == 2
 
 
+@pytest.mark.parametrize("n_ctx, n_batch", [(512, 400), (384, 384), (300, 512)])
+def test_a_batch_that_no_power_of_two_divides(make_llm, n_ctx, n_batch):
+    llm = make_llm(embedding=True, pooling_type=MEAN, n_ctx=n_ctx, n_batch=n_batch)
+    usual = make_llm(embedding=True, pooling_type=MEAN, n_ctx=512, n_batch=512)
+    texts = ["one", "two three"]
+    np.testing.assert_allclose(llm.embed(texts), usual.embed(texts), rtol=1e-4, atol=1e-6)
+
+
 # texts of nothing
 
 

@@ -64,6 +64,9 @@ def test_tokens_and_bytes(llm):
         assert llm.tokenizer().detokenize(tokens) == llm.detokenize(tokens)
         assert llm.tokenizer().tokenize(data) == llm.tokenize(data, special=True)
     assert llm.tokenize(b"\xff\xfe")  # no UTF-8
+    for beyond in (b"\xf4\x90\x80\x80", b"\xf7\xbf\xbf\xbf"):  # after the last character of Unicode
+        assert llm.tokenize(b"a" + beyond + b"b") == llm.tokenize("a\ufffdb".encode())
+    assert llm.detokenize(llm.tokenize("\U0010ffff".encode())).removeprefix(b" ") == "\U0010ffff".encode()
     assert isinstance(llm.tokenizer(), LlamaTokenizer)
     assert llm.tokenizer().decode(llm.tokenizer().encode("hello")) in ("hello", " hello")
 

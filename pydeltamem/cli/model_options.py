@@ -204,8 +204,8 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
 
 @contextlib.contextmanager
 def ended_by_ctrl_c() -> Iterator[None]:
-    """Within it Ctrl-C ends the process at once: for loading a model, of which nothing is left behind. Python would see
-    it in llama.cpp's callback for its log only, where exceptions are dropped.
+    """Within it Ctrl-C ends the process at once: for loading a model, of which nothing is left behind. Python would
+    look at it only where llama.cpp asks whether to go on, between tensors.
     """
     is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not ignored, nor an application's
     if is_ours:

@@ -1,12 +1,13 @@
-"""Tokens as bytes.
+"""Tokens as bytes, and bytes as tokens.
 
 llama_cpp's own `detokenize` drops every token of more than 32 bytes, and ends the process at a token id that the model
-does not have.
+does not have; `tokenize` ends it at bytes beyond Unicode.
 """
 
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,8 +45,18 @@ def encoded(text: str, what: str) -> bytes:
         raise InputError(f"{what} is no Unicode text: {error.reason} at character {error.start}") from None
 
 
+# what UTF-8 would be of characters after U+10FFFF: llama.cpp replaces all else that is no UTF-8
+BEYOND_UNICODE = re.compile(rb"(?:\xf4[\x90-\xbf]|[\xf5-\xf7][\x80-\xbf])[\x80-\xbf]{2}")
+REPLACEMENT = "\ufffd".encode()
+
+
 class Tokenizer(library.LlamaTokenizer):
     """The tokenizer of a model."""
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+        """The tokens of a text, in which bytes that are no UTF-8 are the replacement character."""
+        tokens: list[int] = super().tokenize(BEYOND_UNICODE.sub(REPLACEMENT, text), add_bos, special)
+        return tokens
 
     def detokenize(
         self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
