@@ -180,6 +180,7 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     store = Store(f"sqlite:///{folder / 'sessions.db'}", keep_messages=True)
     talks = {
+        "oldest": [said("Hello", "Hi")],
         "long": [said(f"What is {i}?", f"It is {i}.") for i in range(130)],
         "evil": [({"role": EVIL, "content": EVIL}, *said("Links?", LINKS))],
         "half": [said("Half \ud83d", "a \ud83d")],
@@ -765,13 +766,13 @@ def test_sessions_are_made_forked_renamed_and_deleted(server, browse):
 
 
 def test_many_sessions_are_found_by_their_names(prepared, browse):
-    tab = browse(prepared, "long")  # the oldest, whose tools are there all the same
+    tab = browse(prepared, "oldest")  # its tools are there all the same
 
     def names():
         return [each.text.split("\n")[0] for each in tab.find(".names .pick")]
 
     until(lambda: len(names()) == 101)
-    assert names()[0] == "long" and tab.button("Fork") and "Older ones" in tab.js("return document.body.innerText")
+    assert names()[0] == "oldest" and tab.button("Fork") and "Older ones" in tab.js("return document.body.innerText")
     for wanted, found in (("яРОС", ["Ярославль"]), ("LONG", ["long"]), ("-9_", []), ("T-99", ["chat-99"])):
         tab.fill("Find", wanted)
         until(lambda found=found: names() == found)
