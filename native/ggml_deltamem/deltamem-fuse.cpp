@@ -45,6 +45,11 @@ static bool apart(const struct ggml_tensor * a, const struct ggml_tensor * b) {
     return pa + ggml_nbytes(a) <= pb || pb + ggml_nbytes(b) <= pa;
 }
 
+// of an addition or a multiplication, what it has besides this source
+static const struct ggml_tensor * other_source(const struct ggml_tensor * node, const struct ggml_tensor * source) {
+    return node->src[node->src[0] == source ? 1 : 0];
+}
+
 // whether a thread may write its elements of dst while others still read theirs of src, of the same shape
 static bool in_place_or_apart(const struct ggml_tensor * dst, const struct ggml_tensor * src) {
     return (dst->data == src->data && dst->nb[1] == src->nb[1]) || apart(dst, src);
@@ -177,7 +182,7 @@ static int find_norm(const struct ggml_cgraph * cgraph, int i,
     const struct ggml_tensor * norm    = cgraph->nodes[j];
     const struct ggml_tensor * mul     = cgraph->nodes[j + 1];
     const struct ggml_tensor * rows    = norm->src[0];
-    const struct ggml_tensor * weights = mul->src[mul->src[0] == norm ? 1 : 0];
+    const struct ggml_tensor * weights = other_source(mul, norm);
     if (rows->data != node->data || !ggml_is_contiguous(rows) || !ggml_is_contiguous(node) ||
         !ggml_is_contiguous(mul) || ggml_nelements(rows) != ggml_nelements(node) || rows->ne[0] % UNIT != 0 ||
         node->ne[0] % rows->ne[0] != 0 || !weights->data || !mul->data || weights->ne[0] != rows->ne[0] ||
@@ -260,7 +265,7 @@ static fusion decide(const struct ggml_cgraph * cgraph, int i) {
         const struct ggml_tensor * added      = nullptr;
         ggml_deltamem_check(correction);
         if (are_computed(cgraph, i, i + 2) && ggml_can_fuse(cgraph, i, { GGML_OP_DELTAMEM, GGML_OP_ADD })) {
-            added = nodes[1]->src[nodes[1]->src[0] == correction ? 1 : 0];
+            added = other_source(nodes[1], correction);
             if (takes_addition(correction, nodes[1], added)) {
                 dst           = nodes[1];
                 with.addition = 1;
@@ -313,7 +318,7 @@ static void fuse_product(const struct ggml_compute_params * params, struct ggml_
     if (next.norm) {
         const struct ggml_tensor * norm    = nodes[1 + next.norm];
         const struct ggml_tensor * mul     = nodes[1 + next.norm + 1];
-        const struct ggml_tensor * weights = mul->src[mul->src[0] == norm ? 1 : 0];
+        const struct ggml_tensor * weights = other_source(mul, norm);
         load_ahead({ norm, mul, weights });
         prefetch((const char *) weights->data, weights->ne[0] * sizeof(float));
     }
@@ -355,7 +360,7 @@ static int fuse_correction(const struct ggml_compute_params * params, struct ggm
     struct followers           next;
     int                        last = with.addition;
     if (with.addition) {
-        next.added = dst->src[dst->src[0] == correction ? 1 : 0];
+        next.added = other_source(dst, correction);
     }
     if (with.norm && is_by_tokens(params, correction)) {
         last      = with.norm + 1;
@@ -389,8 +394,7 @@ int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const stru
         case DELTAMEM_AHEAD:   {
             const struct ggml_tensor * correction = nodes[1];
             const struct ggml_tensor * add        = nodes[2];
-            load_ahead({ correction, correction->src[1], correction->src[2], add,
-                         add->src[add->src[0] == correction ? 1 : 0] });
+            load_ahead({ correction, correction->src[1], correction->src[2], add, other_source(add, correction) });
             return 0;
         }
         case DELTAMEM_PRODUCT:    fuse_product(params, nodes, with, fusions[i + 1]); return 0;
