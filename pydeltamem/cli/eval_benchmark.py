@@ -22,7 +22,14 @@ from ..evals.views import NEEDS
 from ..hub import adapter_file, model_file
 from ..models import default_files
 from ..runtime import library
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, ended_by_ctrl_c, packed_adapter
+from .model_options import (
+    ADAPTER_HELP,
+    MODEL_HELP,
+    add_context_arguments,
+    add_eval_arguments,
+    ended_by_ctrl_c,
+    packed_adapter,
+)
 from .parser import at_least, count, names, positive
 
 N_CTX = 4096  # default with -m
@@ -69,14 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=positive, default=512, metavar="N",
         help="tokens that searches, last turns and summaries may show (%(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "-c",
-        "--ctx-size",
-        type=count,
-        metavar="N",
-        help=f"tokens of the context ({N_CTX}; 0, or the small model: the model's)",
-    )
-    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
+    add_eval_arguments(parser, N_CTX)
     parser.add_argument(
         "--parallel", type=at_least(2), default=8, metavar="N", help="texts that are decoded together (%(default)s)"
     )

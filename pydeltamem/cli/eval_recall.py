@@ -23,7 +23,7 @@ from ..formats.kinds import PNG
 from ..formats.outputs import output
 from ..hub import model_file
 from ..models import default_files
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_unpack, ended_by_ctrl_c, packed_adapter
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_eval_arguments, add_unpack, ended_by_ctrl_c, packed_adapter
 from .parser import count, integers, names, positive
 
 N_CTX = 2048  # default with -m
@@ -59,14 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--window", type=positive, default=64, metavar="N", help="tokens of a window (%(default)s)")
     parser.add_argument("--seed", type=count, default=1, metavar="N", help="of the questions (%(default)s)")
-    parser.add_argument(
-        "-c",
-        "--ctx-size",
-        type=count,
-        metavar="N",
-        help=f"tokens of the context ({N_CTX}; 0, or the small model: the model's)",
-    )
-    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
+    add_eval_arguments(parser, N_CTX)
     parser.add_argument(
         "--answer-writes", choices=("on", "off"), default="on",
         help="whether a question and its answer write their copy of the memory, as in a chat (%(default)s)",

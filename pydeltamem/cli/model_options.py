@@ -99,6 +99,18 @@ def add_context_arguments(group: argparse._ArgumentGroup, tuned: bool = False) -
         )
 
 
+def add_eval_arguments(parser: argparse.ArgumentParser, n_ctx: int) -> None:
+    """Adds context and threads of a model that answers questions. n_ctx: tokens of the context with -m."""
+    parser.add_argument(
+        "-c",
+        "--ctx-size",
+        type=count,
+        metavar="N",
+        help=f"tokens of the context ({n_ctx}; 0, or the small model: the model's)",
+    )
+    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
+
+
 def add_unpack(group: argparse._ActionsContainer, default: str | None) -> None:
     """The option `--unpack`."""
     group.add_argument(
