@@ -147,23 +147,26 @@ def chunked_recurrence(
     q, k = fold(q), fold(k)
     v, keep, erase, write = fold(v).mT, fold(keep, 1.0).mT, fold(erase).mT, fold(write).mT  # [B, chunks, H, r, C]
 
-    # logarithms of products of keeps, from the chunk's start to after and to before each token
-    step = keep.clamp_min(torch.finfo(keep.dtype).tiny).log()
-    after = step.cumsum(-1)
-    before = after - step
-    past = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril(-1)
-    between = (before[..., :, None] - after[..., None, :]).masked_fill(~past, -math.inf).exp()  # K(t, τ)
+    # Products of the keeps before each token and after the chunk: of all from its start, of those since each token.
+    # Not by logarithms: their gradient divides by the keep, and so divides rounding errors by what may be nearly 0.
+    marks = torch.eye(chunk + 1, dtype=q.dtype, device=q.device)
+    product, products = marks[0].expand(*keep.shape[:-1], -1), []
+    for keep_t, mark in zip(keep.unbind(-1), marks[1:]):
+        products.append(product)
+        product = keep_t[..., None] * product + mark
+    since_start, between = torch.stack(products, -2).split([1, chunk], -1)  # [..., C, 1], [..., C, C]: K(t, τ)
+    whole, to_end = product.split([1, chunk], -1)
     k_rows, q_rows = k[..., None, :, :], q[..., None, :, :]  # [B, chunks, H, 1, C, r]: the same for every row
 
     system = erase[..., None] * between * (k @ k.mT)[..., None, :, :]
-    right = torch.cat([(write * v)[..., None], (erase * before.exp())[..., None] * k_rows], -1)
+    right = torch.cat([(write * v)[..., None], erase[..., None] * since_start * k_rows], -1)
     u = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)  # [..., r, C, 1 + r]: a and A
 
     read = (between * (q @ k.mT)[..., None, :, :]) @ u
-    read_fixed, read_linear = read[..., 0], before.exp()[..., None] * q_rows - read[..., 1:]
-    end = k_rows.mT @ ((after[..., -1:] - after).exp()[..., None] * u)
+    read_fixed, read_linear = read[..., 0], since_start * q_rows - read[..., 1:]
+    end = k_rows.mT @ (to_end[..., None] * u)
     identity = torch.eye(rank, dtype=q.dtype, device=q.device)
-    end_fixed, end_linear = end[..., 0], after[..., -1].exp()[..., None, None] * identity - end[..., 1:]
+    end_fixed, end_linear = end[..., 0], whole[..., None] * identity - end[..., 1:]
 
     starts = []
     for fixed, linear in zip(end_fixed.unbind(1), end_linear.unbind(1)):
