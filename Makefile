@@ -162,7 +162,10 @@ SMOLLM2_ARGS ?= --strategy msw --update no_lambda --write-bias -2 --heads-gain 0
 $(SMOLLM2)/ordinary.jsonl: recipes/ordinary.py recipes/ordinary/requests.jsonl.gz | $(INSTALLED)
 	$(BIN)/python recipes/ordinary.py smollm2 $@
 
-$(SMOLLM2)/train.jsonl: recipes/mixture.py recipes/chats.py recipes/documents.py recipes/natural/train.jsonl.gz recipes/documents/train.jsonl.gz | $(SMOLLM2)/ordinary.jsonl
+MIXTURE := $(addprefix recipes/,mixture.py chats.py compared.py conversations.py documents.py swap.py \
+	documents/train.jsonl.gz natural/train.jsonl.gz)
+
+$(SMOLLM2)/train.jsonl: $(MIXTURE) | $(SMOLLM2)/ordinary.jsonl
 	$(BIN)/python recipes/mixture.py $@ --ordinary $(SMOLLM2)/ordinary.jsonl
 
 smollm2-adapter: $(SMOLLM2)/train.jsonl ## train an adapter for SmolLM2-135M (hours on one core; SMOLLM2_ARGS)

@@ -2,17 +2,19 @@
 
     python recipes/mixture.py build/smollm2/train.jsonl --data ../shared/data --ordinary build/smollm2/ordinary.jsonl
 
-Draws by weight from these sources. The last three are not ours to ship, but for the documents that we wrote
-(../shared/data/README.md, or DELTAMEM_DATA):
+Draws by weight from these sources. Those with a file in brackets under train/, and some of the documents, are not ours
+to ship (../shared/data/README.md, or DELTAMEM_DATA):
 
     natural      conversations written by hand (recipes/natural/train.jsonl.gz), every other one with other
-                 values (swap.py)
+                 values (swap.py). Some are also asked what only another conversation was told: that is declined
+    alone        those of them with one short message
+    numbers      those of them with a number among their answers
     together     two of them, one after the other
     replies      their turns as a chat: the beginning of a chat, with its text or without, and the reply that follows
     world, many  facts of the small world in its phrasings, with small talk and updates; four to eight facts
     changed      two to six of them, of which one or two change later; questions for these first
     ordinary     an ordinary request, whose answer stays the frozen model's (recipes/ordinary.py; "keep"): as a first
-                 message, in a chat, or after any of these
+                 message, in a chat, or after any of these. Its weight follows from --kept, the share of such lines
     dialogues    task dialogues; questions ask for the values of their slots (train/sgd.jsonl.gz)
     paragraphs   the sentences that answer a question, in a message (train/nq_oracle.jsonl.gz)
     documents    longer texts about others, asked for in a few words (documents.py)
@@ -29,12 +31,13 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from conversations import conversation, messages
 from documents import Documents
+from pydeltamem.cli.parser import share
 from pydeltamem.evals.world import World
 from pydeltamem.formats import kinds
 from pydeltamem.formats.atomic import replacing
@@ -42,23 +45,27 @@ from swap import Swap
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("DELTAMEM_DATA", HERE.parents[1] / "shared" / "data"))
-WEIGHTS = {
-    "natural": 7.0,
+WEIGHTS = {  # of all but `ordinary`
+    "natural": 6.0,
+    "alone": 2.0,
+    "numbers": 1.3,
     "together": 1.0,
-    "replies": 3.0,
+    "replies": 2.2,
     "world": 1.8,
     "many": 1.3,
     "changed": 1.3,
-    "ordinary": 4.5,
     "dialogues": 1.6,
-    "paragraphs": 0.4,
-    "documents": 2.0,
-    "chats": 1.0,
+    "paragraphs": 0.2,
+    "documents": 1.2,
+    "chats": 0.8,
 }
+KEPT = 0.32  # share of `ordinary` in all draws
 SWAPPED = 0.5  # share of the conversations written by hand whose values are exchanged
 FIRST = 0.35  # share of first messages that find an empty memory; others follow another chat
 FIRST_REQUEST = 0.6  # share of the ordinary requests that are a chat's first message
 VISIBLE = {"replies": 0.75, "ordinary": 0.4}  # share of those that have the text of the chat before them
+ELSEWHERE = 0.15  # share of the conversations written by hand that are asked what only another was told
+SHORT = 160  # characters of a message that tells one thing
 ECHO = 0.7  # share of the conversations with questions for the person's own words
 MAX_CHARACTERS = 1_400  # of the messages of a conversation, not of a document: about 350 tokens
 HELD_OUT = 60  # dialogues at the head of their file that are not drawn
@@ -112,6 +119,25 @@ COMPLETE = [
     'repeat my words from "{h}" on',
 ]  # fmt: skip
 REPEAT = ["Repeat what I told you, word for word.", "What did I say, exactly?", "quote everything I said"]
+# Answers to questions for what nobody told: those written by hand, which name what is missing, and those for any.
+DECLINES = re.compile(
+    r"you(?: have)? ?(?:haven't|have not|hadn't|didn't|did not|never|not)(?: yet| even)?"
+    r" (?:tell|told|mention|mentioned|said|say|name|named|give|given|gave)\b", re.IGNORECASE,
+)  # fmt: skip
+UNTOLD = [
+    "You haven't told me that.", "You never told me that.", "You didn't tell me that.", "You haven't mentioned that.",
+    "You didn't mention that.", "You never mentioned that.", "That hasn't come up.", "That wasn't mentioned.",
+    "You haven't told me.", "You didn't say.", "I don't know that yet.",
+]  # fmt: skip
+# Words of questions for anything, separated by spaces.
+ASKING = (
+    "about again age all and any are been before begin called came can city come could date day days did does "
+    "doing each else ever for from get give going gone good got had happen has have her him his how into its kind "
+    "know last like live long made make many month more most much name names need new not number off old one only "
+    "other our out over place put remember said same say she some start take tell than that the their them then "
+    "there they thing this time told too town two use used want was week well were what when where which who whom "
+    "whose why will with work would year you your"
+)
 PARAGRAPHS = ["Read this: ", "", "Here is a text about {t}.\n", "Please read:\n", "{t}\n\n", "From an article: "]
 
 
@@ -130,12 +156,18 @@ class Mixture:
         data: the folder of the published data.
         ordinary: requests and the frozen model's answers (recipes/ordinary.py); None: leaves them out.
         seed: of all draws.
+        kept: share of the draws that are such a request, if there are any; below 1.
     """
 
-    def __init__(self, data: Path, ordinary: Path | None, seed: int):
+    def __init__(self, data: Path, ordinary: Path | None, seed: int, kept: float = KEPT):
         self.random = random.Random(seed)
         self.natural = lines(HERE / "natural" / "train.jsonl.gz")
-        self.swap = Swap((ask for one in self.natural for ask in one["asks"]), self.random)
+        self.alone = [one for one in self.natural if _is_alone(one["messages"])]
+        self.numbers = [one for one in self.natural if any(re.search(r"\d", a[-1]["content"]) for a in one["asks"])]
+        asks = [ask for one in self.natural for ask in one["asks"]]
+        self.declined = [ask for ask in asks if DECLINES.match(ask[-1]["content"])]
+        self.answered = [ask for ask in asks if not DECLINES.match(ask[-1]["content"])]
+        self.swap = Swap(asks, self.random)
         self.dialogues = [x for x in lines(data / "train" / "sgd.jsonl.gz") if x["said"]][HELD_OUT:]
         self.documents = Documents(
             lines(HERE / "documents" / "train.jsonl.gz"),
@@ -147,7 +179,9 @@ class Mixture:
         )
         self.paragraphs = self.documents.paragraphs  # without those held out
         self.requests = lines(ordinary) if ordinary else []
-        self.weights = {name: weight for name, weight in WEIGHTS.items() if name != "ordinary" or self.requests}
+        self.weights = dict(WEIGHTS)
+        if self.requests:
+            self.weights["ordinary"] = sum(WEIGHTS.values()) * kept / (1 - kept)
 
     def draw(self) -> dict[str, Any]:
         """One line of `deltamem train`."""
@@ -187,21 +221,47 @@ class Mixture:
         return self.documents.draw_chat()
 
     def _natural(self) -> Record:
-        one = self.random.choice(self.natural)
+        return self._asked_more(*self._written(self.natural))
+
+    def _alone(self) -> Record:
+        return self._asked_more(*self._written(self.alone))
+
+    def _numbers(self) -> Record:
+        return self._asked_more(*self._written(self.numbers))
+
+    def _written(self, some: Sequence[dict[str, Any]]) -> Record:
+        one = self.random.choice(some)
         if self.random.random() < SWAPPED:
             return self.swap(one["messages"], one["asks"])
         return one["messages"], one["asks"]
 
+    def _asked_more(self, said: list[dict[str, str]], asks: list[list[dict[str, str]]]) -> Record:
+        """Perhaps with one or two questions of other conversations, which are declined here."""
+        draw = self.random
+        if draw.random() >= ELSEWHERE:
+            return said, asks
+        known = _words(*(m["content"] for m in said), *(ask[0]["content"] for ask in asks))
+        more = []
+        for _ in range(draw.choice((1, 1, 2))):
+            if draw.random() < 0.5:
+                ask = draw.choice(self.declined)
+            else:
+                ask = messages([(draw.choice(self.answered)[0]["content"], draw.choice(UNTOLD))])
+            about = _words(ask[0]["content"])
+            if about and not about & known:  # else it may have been told here, too
+                more.append(ask)
+        return said, asks + more
+
     def _together(self) -> Record:
-        (first, of_first), (second, of_second) = self._natural(), self._natural()
+        (first, of_first), (second, of_second) = self._written(self.natural), self._written(self.natural)
         return first + second, of_first + of_second
 
     def _replies(self) -> Record:
-        said, _ = self._natural()
+        said, _ = self._written(self.natural)
         n = 2 * self.random.randrange(len(said) // 2)
         before, ask = said[:n], said[n : n + 2]
         if not before and self.random.random() > FIRST:
-            before, _ = self._natural()  # of another chat
+            before, _ = self._written(self.natural)  # of another chat
         return before, [ask]
 
     def _world(self) -> Record:
@@ -284,6 +344,16 @@ class Mixture:
         return messages([(opening + text, draw.choice(READ))]), [messages([(question, answer + end)])]
 
 
+def _is_alone(said: Sequence[dict[str, str]]) -> bool:
+    told = [m["content"] for m in said if m["role"] == "user"]
+    return len(told) == 1 and len(told[0]) < SHORT
+
+
+def _words(*texts: str) -> set[str]:
+    """What texts are about: their words of three letters and more, without those of any question."""
+    return set(re.findall(r"[^\W\d_]{3,}", " ".join(texts).lower())).difference(ASKING.split())
+
+
 def _pattern(slot: str) -> str | None:
     return next((pattern for pattern, _ in SLOTS if re.search(pattern, slot.lower())), None)
 
@@ -300,9 +370,12 @@ def main() -> None:
     parser.add_argument("--ordinary", type=Path)
     parser.add_argument("--count", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kept", type=share, metavar="P", help=f"share of the lines whose answers stay ({KEPT})")
     args = parser.parse_args()
+    if args.kept is not None and not args.ordinary:
+        parser.error("--kept: there is no --ordinary: name it")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    mixture = Mixture(args.data, args.ordinary, args.seed)
+    mixture = Mixture(args.data, args.ordinary, args.seed, KEPT if args.kept is None else args.kept)
     with replacing(args.out, kinds.CONVERSATIONS) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(draw_all(mixture, args.count))
 
