@@ -5,24 +5,34 @@
 The requests: those written by hand (recipes/ordinary/requests.jsonl.gz: letters, poems, plans, with demands on their
 form), questions of the published data, later messages of our chats, and a few made of parts. The answers are sampled.
 Training learns the frozen model's distribution along them, so it does not matter whether they are good, or cut.
+
+The answers so far are in OUT.part. The same command goes on from there when it was interrupted, to the same answers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from documents import drawable
 from mixture import DATA, HERE, lines
+from pydeltamem.errors import DeltaMemError, InputError
 from pydeltamem.evals.asker import Ask, Asker, Shared
+from pydeltamem.evals.items import digest, digest_of_file
 from pydeltamem.formats import kinds
 from pydeltamem.formats.atomic import replacing
+from pydeltamem.formats.lock import held
+from pydeltamem.hub import model_file
 
 TOGETHER = 16  # answers that are decoded together
+BATCH = 8 * TOGETHER  # requests that are asked, and whose answers are kept, at once
 ROW = 7  # words in a row that no request may share with IFEval
 SUBJECTS = (
     "the sea, photosynthesis, black holes, democracy, bread, bicycles, the printing press, gravity, volcanoes, coffee,"
@@ -70,6 +80,61 @@ def requests(data: Path, seed: int) -> list[str]:
     return made
 
 
+def answer_all(asked: Sequence[str], setup: Mapping[str, Any], open_model: Callable[[], Asker], out: Path) -> None:
+    """Writes all requests with their answers to `out`, and goes on from what an interrupted run has left.
+
+    Args:
+        setup: what decides the answers: "seed" and "longest", and what identifies model and requests.
+
+    Raises InputError if what was left is of another setup, or another process is at it.
+    """
+    part = out.with_name(f"{out.name}.part")
+    with open(part, "a+b") as file, held(part):
+        file.seek(0)
+        done = _left(file.read(), setup, part)
+        file.truncate(sum(map(len, done)))
+        if not done:
+            done = [_line({"setup": setup})]
+            _append(file, done)
+        asker: Asker | None = None
+        try:
+            for i in range(len(done) - 1, len(asked), BATCH):
+                asker = asker or open_model()
+                some = asked[i : i + BATCH]
+                options = {
+                    "n_predict": setup["longest"], "temp": 0.7, "top_p": 0.95, "seed": setup["seed"] + i,
+                }  # fmt: skip
+                answers = asker.answer([Ask(Shared(), text, options) for text in some])
+                new = [_line({"prompt": text, "answer": answer.strip()}) for text, answer in zip(some, answers)]
+                _append(file, new)
+                done += new
+        finally:
+            if asker is not None:
+                asker.close()
+        with replacing(out, kinds.CONVERSATIONS) as temporary:
+            temporary.write_bytes(b"".join(done[1:]))
+        part.unlink()
+
+
+def _left(data: bytes, setup: Mapping[str, Any], part: Path) -> list[bytes]:
+    """The lines of the setup and of whole batches; none if not even the setup was written."""
+    first = _line({"setup": setup})
+    if not data.startswith(first) and not first.startswith(data):
+        raise InputError(f"{part}: holds answers of another model, or to other options or requests: remove it")
+    lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
+    return lines[: 1 + (len(lines) - 1) // BATCH * BATCH] if lines else []
+
+
+def _append(file: Any, lines: Iterable[bytes]) -> None:
+    file.write(b"".join(lines))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="GGUF, or its name")
@@ -86,14 +151,18 @@ def main() -> None:
     quoted = quoting(asked, (item["prompt"] for item in lines(args.data / "eval" / "ifeval.jsonl")))
     if quoted:
         raise SystemExit(f"{len(quoted)} requests quote IFEval, such as: {quoted[0]}")
-    asker = Asker(args.model, n_ctx=1024, threads=args.threads, parallel=TOGETHER, unpack="rest")
-    with replacing(args.out, kinds.CONVERSATIONS) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for i in range(0, len(asked), 8 * TOGETHER):
-            some = asked[i : i + 8 * TOGETHER]
-            options = {"n_predict": args.longest, "temp": 0.7, "top_p": 0.95, "seed": args.seed + i}
-            for request, answer in zip(some, asker.answer([Ask(Shared(), text, options) for text in some])):
-                file.write(json.dumps({"prompt": request, "answer": answer.strip()}, ensure_ascii=False) + "\n")
-    asker.close()
+    try:
+        setup = {
+            "model": digest_of_file(model_file(args.model)), "requests": digest(json.dumps(asked)), "seed": args.seed,
+            "longest": args.longest,
+        }  # fmt: skip
+
+        def open_model() -> Asker:
+            return Asker(args.model, n_ctx=1024, threads=args.threads, parallel=TOGETHER, unpack="rest")
+
+        answer_all(asked, setup, open_model, args.out)
+    except DeltaMemError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

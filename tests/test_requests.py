@@ -4,9 +4,15 @@ import gzip
 import json
 import re
 
+import pytest
+
 import documents
 import mixture
 import ordinary
+from conftest import ROOT
+from pydeltamem.errors import InputError
+from pydeltamem.evals.asker import Asker
+from refusals import refuses
 
 WRITTEN = mixture.HERE / "ordinary" / "requests.jsonl.gz"
 
@@ -51,6 +57,94 @@ def test_answers_to_requests_stay(tmp_path, monkeypatch):
     assert all(line["visible"] for line in kept if not line["messages"])
     assert any(line["messages"] and not line["visible"] for line in kept)
     assert not any("Time, lime." in json.dumps(line) for line in drawn if not line.get("keep"))
+
+
+ASKED = [f"Say {word} again, please." for word in ("red", "green", "blue", "white", "one", "two", "three")]
+SETUP = {"model": "default", "seed": 3, "longest": 9}
+
+
+@pytest.fixture
+def answer(monkeypatch):
+    """Answers requests by threes, and is stopped while it answers batch number `last`."""
+    monkeypatch.setattr(ordinary, "BATCH", 3)
+
+    def answer(out, last=None, setup=SETUP):
+        calls = []
+
+        def open_model():
+            asker = Asker(ROOT / "pydeltamem" / "models" / "default.gguf", n_ctx=256, threads=1, parallel=2)
+            real = asker.answer
+
+            def counted(asks):
+                if len(calls) == last:
+                    raise KeyboardInterrupt
+                calls.append(len(asks))
+                return real(asks)
+
+            asker.answer = counted
+            return asker
+
+        ordinary.answer_all(ASKED, setup, open_model, out)
+        return calls
+
+    return answer
+
+
+@pytest.fixture
+def whole(answer, tmp_path):
+    assert answer(tmp_path / "whole.jsonl") == [3, 3, 1]
+    return (tmp_path / "whole.jsonl").read_bytes()
+
+
+def stopped(answer, tmp_path, last):
+    """The file of answers, and what a run that was stopped has left of it."""
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        answer(out, last)
+    (left,) = set(tmp_path.glob("out.jsonl*"))
+    assert left != out
+    return out, left
+
+
+def test_an_interrupted_run_goes_on_to_the_same_answers(answer, whole, tmp_path):
+    out, left = stopped(answer, tmp_path, 2)
+    with open(left, "ab") as file:
+        file.write(b'{"prompt": "Say o')  # as where it was killed while it wrote
+    assert answer(out) == [1]  # the rest
+    assert out.read_bytes() == whole and not left.exists()
+    assert [json.loads(line)["prompt"] for line in whole.splitlines()] == ASKED
+
+
+@pytest.mark.parametrize("lost", [5, 400])
+def test_a_batch_that_was_cut_off_is_asked_again(answer, whole, tmp_path, lost):
+    out, left = stopped(answer, tmp_path, 2)
+    data = left.read_bytes()
+    left.write_bytes(data[: max(len(data) - lost, 20)])  # into an answer, or into the first line
+    assert answer(out) == ([3, 1] if lost < 100 else [3, 3, 1])
+    assert out.read_bytes() == whole
+
+
+def test_answers_to_other_options_stay(answer, tmp_path):
+    out, left = stopped(answer, tmp_path, 1)
+    before = left.read_bytes()
+    with refuses(InputError, left):
+        answer(out, setup={**SETUP, "seed": 4})
+    left.write_bytes(b"somebody's notes")
+    with refuses(InputError, left):
+        answer(out)
+    assert left.read_bytes() == b"somebody's notes" and before
+
+
+def test_two_runs_do_not_write_one_file(answer, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    out, left = stopped(answer, tmp_path, 1)
+    before = left.read_bytes()
+    with open(left, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with refuses(InputError, left):
+            answer(out)
+    assert left.read_bytes() == before
+    assert answer(out) == [3, 1]
 
 
 def test_no_paragraph_that_is_held_out(tmp_path, monkeypatch):

@@ -28,7 +28,6 @@ import json
 import os
 import re
 import stat
-import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,11 +43,7 @@ from ..errors import InputError, MemoryFileError, MemoryFileInUse, named, shown
 from .atomic import is_stream, leftovers, replacing, target_of
 from .kinds import MEMORY, MEMORY_JSON, MEMORY_NPZ, Kind
 from .kinds import MEMORY_FORMAT as FORMAT
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from .lock import take_lock
 
 FORMAT_VERSION = 1
 MAX_WRITTEN = 2**53  # tokens; a larger number is none that was counted, and stores could not hold it
@@ -291,7 +286,7 @@ class MemoryFileLock:
             return None
         file, is_ours = opened
         try:
-            if not _lock(file):
+            if not take_lock(file):
                 is_ours = False
                 holder = os.pread(file, 32, 1).decode("ascii", "replace").strip() if os.name == "posix" else ""
                 if holder == str(os.getpid()):
@@ -386,18 +381,6 @@ def _not_kept_elsewhere(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _lock(file: int) -> bool:
-    """Takes the lock; False if it is not free. Raises OSError if the file system has no locks."""
-    try:
-        if sys.platform == "win32":
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter on Windows
-        return False
-    return True
 
 
 def _is_shape_of_state(shape: Sequence[int]) -> bool:
