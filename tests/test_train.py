@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -289,6 +290,8 @@ def test_options_without_effect_are_refused(hf_dir, data, tmp_path):
         ({"init_gain": 10.0}, ["--init-gain", "--init"]),
         ({"gate_mean": 0.5}, ["--gate-mean", "--gate-weight"]),
         ({"base": "base.gguf"}, ["--base", "--eval-every"]),
+        ({"batch": 4, "micro_batch": 5}, ["--micro-batch", "--batch"]),
+        ({"micro_batch": 2, "gate_weight": 0.01}, ["--micro-batch", "--gate-weight"]),
     ):
         with refuses(InputError, *names):
             trainer(hf_dir, data, tmp_path / "out", **options)
@@ -427,13 +430,38 @@ def test_plain_text_needs_no_chat_template(hf_dir, tmp_path):
 
 
 def test_what_killed_runs_leave_is_removed(hf_dir, data, tmp_path):
-    names = [".checkpoint.pt.0123abcd.tmp", f".{WEIGHTS[0]}.89abcdef.tmp", f".{WEIGHTS[0]}.01234567.tmp"]
+    names = [f".{name}.0123abcd.tmp" for name in ("checkpoint.pt", WEIGHTS[0], "log.jsonl", "loss.png")]
+    names.append(f".{WEIGHTS[0]}.01234567.tmp")
     for name in names:
         (tmp_path / name).write_bytes(b"PK")
-    for name in names[:2]:  # the third may be another run's, which is saving
+    for name in names[:-1]:  # the last may be another run's, which is saving
         os.utime(tmp_path / name, (0, 0))
     trainer(hf_dir, data, tmp_path)
-    assert [name for name in names if (tmp_path / name).exists()] == names[2:]
+    assert [name for name in names if (tmp_path / name).exists()] == names[-1:]
+
+
+def test_two_runs_do_not_share_a_folder(hf_dir, data, tmp_path):
+    """While one is open no other begins, in this process or another. After it has trained, or was refused, one may."""
+    out = tmp_path / "out"
+    run = trainer(hf_dir, data, out, steps=2)
+    with refuses(InputError, out):
+        trainer(hf_dir, data, out, steps=2)
+    command = [sys.executable, "-m", "pydeltamem.cli.main", "train", hf_dir, data, "-o", out, "--steps", "2"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1 and str(out) in refused.stderr.replace("\n", "")
+    run.train()
+    assert trainer(hf_dir, data, out, steps=3).train().steps == 3
+    with refuses(InputError, out / "checkpoint.pt"):
+        trainer(hf_dir, data, out, steps=3, rate=1.0)
+    assert trainer(hf_dir, data, out, steps=4).step == 3
+
+
+def test_a_folder_without_locks(hf_dir, data, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    assert trainer(hf_dir, data, tmp_path / "out", steps=1).train().steps == 1
 
 
 def test_a_run_of_an_earlier_release_goes_on(hf_dir, data, tmp_path):

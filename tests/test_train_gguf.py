@@ -103,6 +103,41 @@ def test_a_run_on_a_gguf(data, tmp_path):
     assert [row["step"] for row in log] == [2, 3]
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_what_a_killed_run_did_not_measure_is_measured(data, tmp_path, monkeypatch, step):
+    """It was saved before; the log has each step once."""
+    options = {"steps": 4, "eval_every": 2, "heads_gain": 0.5}
+    run = trainer(data, tmp_path, **options)
+    measure = run.recall.measure
+
+    def killed(checkpoint):
+        if run.step == step:
+            raise KeyboardInterrupt
+        return measure(checkpoint)
+
+    monkeypatch.setattr(run.recall, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    for _ in range(2):
+        again = trainer(data, tmp_path, **options)
+        assert again.step >= step
+        again.train()
+        log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [row["step"] for row in log] == [2, 4]
+
+
+def test_answers_that_stay_are_not_measured(tmp_path):
+    """They were drawn, and may be cut: an adapter that gives others is not wrong."""
+    line = {"messages": say("It is red.", "Yes."), "asks": [say("What is it?", "red")]}
+    stays = {"messages": say("It is red.", "Yes."), "asks": [say("Why?", "Zzyzx.")], "keep": True}
+    lines = [line, stays] * 12  # of which two are held out
+    runs = {}
+    for name, records in (("mixed", lines), ("alone", [line] * 24), ("none", [stays] * 24)):
+        runs[name] = trainer(write(tmp_path / f"{name}.jsonl", records), tmp_path / name, heads_gain=0.5).report()
+    assert runs["mixed"].held_out.n == 1 and runs["none"].held_out.n == 0
+    assert runs["mixed"].held_out.loss == pytest.approx(runs["alone"].held_out.loss, rel=1e-3)
+
+
 def test_a_run_without_a_break_is_one_with(data, tmp_path):
     options = {
         "short_first": 0, "schedule": "constant", "visible": 0.5, "gate_weight": 0.01, "strategy": "msw",
@@ -151,6 +186,42 @@ def test_packed_and_padded_learn_the_same(tmp_path):
     assert reports["packed"].held_out.loss == pytest.approx(reports["padded"].held_out.loss, rel=1e-3)
     assert reports["packed"].held_out.loss_without == pytest.approx(reports["padded"].held_out.loss_without, rel=1e-5)
     assert reports["packed"].held_out.loss != pytest.approx(reports["packed"].held_out.loss_without, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"wording": 0.35, "first_told": 3.0, "visible": 0.5, "ask_writes": 0.5, "rehearse": 0.5},
+        {"teacher": "context", "teacher_share": 0.5},
+        {"form": "padded", "wording": 0.35},
+    ],
+    ids=["packed", "teacher", "padded"],
+)
+def test_micro_batches_have_the_gradient_of_the_batch(tmp_path, options, size):
+    """Whatever the lengths of their answers, and with answers that stay."""
+    records = []
+    for i in range(12):
+        said, ask = say(f"It is {WORDS[i % 4]}.", "Yes."), say("What is it?", f"{'It is ' * (i % 3)}{WORDS[i % 4]}")
+        stays = options.get("form") != "padded" and i % 3 == 0
+        records.append({"messages": said, "asks": [ask, say("Yes?", "No.")], "keep": stays})
+    data = write(tmp_path / "x.jsonl", records)
+    same = {"dtype": "float32", "heads_gain": 0.5, "batch": 5, "warm_up": 1, **options}
+    whole, parts = (trainer(data, tmp_path / str(n), micro_batch=n, **same) for n in (None, size))
+    losses = [run.objective.backward([run.data[i] for i in range(5)]) for run in (whole, parts)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    largest = max(p.grad.abs().max().item() for p in whole.parameters)
+    for one, other in zip(whole.parameters, parts.parameters, strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6 * largest)
+    for run in (whole, parts):
+        run.optimizer.zero_grad()
+        for _ in range(2):
+            run.update()
+    far, n = 0, 0
+    for one, other in zip(whole.parameters, parts.parameters, strict=True):
+        far += ((one - other).abs() > 0.01 * whole.options.rate).sum().item()
+        n += one.numel()
+    assert far < 1e-3 * n  # Adam makes whole steps of gradients that are rounding errors
 
 
 def test_the_weight_of_wording(data, tmp_path):
@@ -284,9 +355,9 @@ def trained_on(run, n_steps):
     """The examples of so many steps."""
     seen, loss = [], run.objective.loss
 
-    def watched(examples):
+    def watched(examples, total):
         seen.extend(examples)
-        return loss(examples)
+        return loss(examples, total)
 
     run.objective.loss = watched
     for _ in range(n_steps):

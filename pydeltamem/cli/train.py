@@ -77,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive, default=Options.batch, metavar="N", help="conversations per step (%(default)s)"
     )
     training.add_argument(
+        "--micro-batch", type=positive, metavar="N",
+        help="compute a step's conversations N at a time, in less memory, to the same gradient (all at once)",
+    )  # fmt: skip
+    training.add_argument(
         "--rate", type=positive_number, default=Options.rate, metavar="X", help="highest learning rate (%(default)s)"
     )
     training.add_argument(
@@ -224,6 +228,6 @@ def print_report(report: Report, console: Any) -> None:
         )
         table.add_row("answers right", f"{held_out.right:.1%} with, {held_out.right_without:.1%} without")
     else:
-        table.add_row("held out", "none of fewer than 10 conversations")
+        table.add_row("held out", "none of fewer than 10 conversations, nor of answers that stay")
     console.print(table)
     sys.stdout.flush()

@@ -47,8 +47,28 @@ class Objective:
                 raise InputError(f"{option}: needs the packed form of a step: {reason or '--form is padded'}")
         return None
 
-    def loss(self, examples: Sequence[Example]) -> Tensor:
-        """The mean over the answers' tokens, plus the terms that the options add."""
+    def backward(self, examples: Sequence[Example]) -> float:
+        """Adds the gradient of a batch's loss, --micro-batch conversations at a time, and returns that loss."""
+        if self.options.teacher:
+            examples = self.answered(examples)
+        size, total, loss = self.options.micro_batch or len(examples), self.total(examples), 0.0
+        for begin in range(0, len(examples), size):
+            part = self.loss(examples[begin : begin + size], total)
+            part.backward()
+            loss += part.item()
+        return loss
+
+    def total(self, examples: Sequence[Example]) -> Tensor:
+        """What the sum over the answers' tokens is divided by: their weights. For a teacher all count alike."""
+        options = self.options
+        wording, first = (1.0, 1.0) if options.teacher else (options.wording, options.first_told)
+        return torch.tensor(told_weights(examples, wording, first), device=options.device).sum()
+
+    def loss(self, examples: Sequence[Example], total: Tensor | None = None) -> Tensor:
+        """The mean over the answers' tokens, plus the terms that the options add.
+
+        total: of the whole batch if these are a part of it; the losses of all parts add up to the batch's.
+        """
         options = self.options
         if not options.teacher:
             logits, targets = self.student(examples)
@@ -59,14 +79,16 @@ class Objective:
                 kept = torch.tensor(stays, device=each.device)
                 each = each.masked_scatter(kept, self.drift(logits[kept], staying))
             weights = torch.tensor(told_weights(examples, options.wording, options.first_told), device=each.device)
-            loss = (each * weights).sum() / weights.sum()
+            loss = (each * weights).sum() / (weights.sum() if total is None else total)
         else:
             examples = self.answered(examples)
             logits, targets = self.student(examples)
             taught = self.teacher(examples).log_softmax(-1)
-            loss = F.kl_div(logits.log_softmax(-1), taught, reduction="batchmean", log_target=True)
+            loss = F.kl_div(logits.log_softmax(-1), taught, reduction="sum", log_target=True)
             if options.teacher_share < 1:
-                loss = options.teacher_share * loss + (1 - options.teacher_share) * F.cross_entropy(logits, targets)
+                of_file = F.cross_entropy(logits, targets, reduction="sum")
+                loss = options.teacher_share * loss + (1 - options.teacher_share) * of_file
+            loss = loss / (len(targets) if total is None else total)
         if options.gate_weight and self.packed:
             means = torch.stack(self.packed.gate_means)
             loss = loss + options.gate_weight * (means - options.gate_mean).pow(2).mean()

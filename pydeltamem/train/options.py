@@ -49,6 +49,7 @@ class Options:
     short_first: float = 0.4
     steps: int = 1000
     batch: int = 16
+    micro_batch: int | None = None  # conversations that are computed at once; None: all of a batch
     rate: float = 2e-3
     warm_up: int = 50
     schedule: str = "cosine"
@@ -91,6 +92,10 @@ class Options:
             raise InputError(f"--init-gain {self.init_gain}: there is no --init: name it")
         if self.gate_mean != Options.gate_mean and not self.gate_weight:
             raise InputError(f"--gate-mean {self.gate_mean}: there is no --gate-weight: name it")
+        if self.micro_batch and self.micro_batch > self.batch:
+            raise InputError(f"--micro-batch {self.micro_batch}: is more than --batch {self.batch}: lower it")
+        if self.micro_batch and self.gate_weight:
+            raise InputError("--micro-batch: --gate-weight needs the mean of a whole batch: leave one of them out")
         if self.base and not self.eval_every:
             raise InputError(f"--base {self.base}: there is no --eval-every: name it")
         if not corrections or not set(corrections) <= set(HEADS):

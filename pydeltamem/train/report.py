@@ -41,7 +41,9 @@ class Report:
 
 @torch.no_grad()
 def measure(objective: Objective, examples: Sequence[Example]) -> HeldOut:
-    """Measures an adapter on conversations, a batch at a time."""
+    """Measures an adapter on conversations, a batch at a time; not on answers that stay, of which none is right."""
+    if not objective.options.teacher:  # it answers them too
+        examples = [example for example in examples if not example.keep]
     objective.memory.eval()
     size = objective.options.batch
     sums, count = [0.0] * 4, 0

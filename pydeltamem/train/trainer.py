@@ -19,6 +19,7 @@ from ..errors import InputError, TrainingError
 from ..formats import kinds
 from ..formats.atomic import leftovers
 from ..formats.checkpoint import CONFIG, WEIGHTS
+from ..formats.lock import held
 from ..formats.outputs import check_target, make_folder, writing
 from ..hub import model_file, model_path
 from .average import Average
@@ -36,7 +37,8 @@ HELD_OUT = 64  # conversations that only measure the loss; at most a tenth of al
 
 
 class Trainer:
-    """One run of `deltamem train`. It goes on from `checkpoint.pt` in the output directory if there is one.
+    """One run of `deltamem train`. It goes on from `checkpoint.pt` in the output directory if there is one. It holds
+    the lock of that directory until it has trained.
 
     console: of rich, for the progress bar and messages.
 
@@ -50,6 +52,14 @@ class Trainer:
         if options.init and self.out.exists() and os.path.exists(options.init) and self.out.samefile(options.init):
             raise InputError(f"{self.out}: holds the weights of --init, which stay: name another --out")
         make_folder(self.out)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(held(self.out))
+            self._open(config)
+            self._held = stack.pop_all()
+
+    def _open(self, config: DeltaMemConfig) -> None:
+        """Opens model, conversations and what a run has saved."""
+        options = self.options
         if (self.out / WEIGHTS[1]).exists():
             raise InputError(f"{self.out / WEIGHTS[1]}: holds other weights for the same files: name another --out")
         for name, kind in (
@@ -94,6 +104,13 @@ class Trainer:
             self.recall.check(self.memory)
 
     def train(self) -> Report:
+        """Does the steps that are left. To be called once."""
+        with self._held:
+            self._train()
+            self._plot()
+        return self.report()
+
+    def _train(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         options = self.options
@@ -101,6 +118,8 @@ class Trainer:
         with Progress(*columns, console=self.console) as progress:
             name = options.strategy or "adapter"
             bar = progress.add_task(name, total=options.steps, completed=self.step)
+            if self.recall and self._is_measured() and self.step not in map(_step_of, self._log()):
+                self._measure(self.recall)  # it was killed before it had
             while self.step < options.steps:
                 begun = time.monotonic()
                 loss = self.update()
@@ -109,14 +128,15 @@ class Trainer:
                 if self.step % 10 == 0:
                     self.curve.append((self.step, self.mean))
                 progress.update(bar, advance=1, description=f"{name}, loss {self.mean:.3f}")
-                last = self.step == options.steps
-                measured = options.eval_every is not None and (last or self.step % options.eval_every == 0)
-                if last or measured or self.step % options.save_every == 0:
+                if self.step == options.steps or self._is_measured() or self.step % options.save_every == 0:
                     self._save()
-                if measured and self.recall:
+                if self.recall and self._is_measured():
                     self._measure(self.recall)
-        self._plot()
-        return self.report()
+
+    def _is_measured(self) -> bool:
+        """Whether what is recalled after this step goes to the log."""
+        steps, every = self.options.steps, self.options.eval_every
+        return every is not None and self.step > 0 and (self.step == steps or self.step % every == 0)
 
     def update(self) -> float:
         """One step. Returns its loss. Raises TrainingError, before it changes weights, if a gradient is not finite."""
@@ -135,9 +155,8 @@ class Trainer:
         if options.rehearse:
             examples = [replace(example, rehearsed=draw.random() < options.rehearse) for example in examples]
         self.memory.train()
-        loss = self.objective.loss(examples)
-        loss.backward()
-        norm, found = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip).item(), loss.item()
+        found = self.objective.backward(examples)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip).item()
         if not (math.isfinite(found) and math.isfinite(norm)):
             saved = f", perhaps with --init {self.out}" if (self.out / WEIGHTS[0]).exists() else ""
             raise TrainingError(
@@ -182,12 +201,14 @@ class Trainer:
     def _measure(self, recall: NativeRecall) -> None:
         row = {"step": self.step, "loss": self.mean, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
         row.update(recall.measure(self.out))
-        path = self.out / "log.jsonl"
-        with writing(path, kinds.CONVERSATIONS) as temporary:
-            before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            rows = [line for line in before if _is_before(line, self.step)]  # others are of an earlier run
+        with writing(self.out / "log.jsonl", kinds.CONVERSATIONS) as temporary:
+            rows = [line for line in self._log() if -1 < _step_of(line) < self.step]  # others are of an earlier run
             temporary.write_text("\n".join([*rows, json.dumps(row), ""]), encoding="utf-8")
         self.console.print(f"step {self.step}: of {row['questions']} held-out questions {row['right']:.0%} right")
+
+    def _log(self) -> list[str]:
+        path = self.out / "log.jsonl"
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
     def _identity(self) -> dict[str, Any]:
         """What identifies this run. A run of more steps is the same run."""
@@ -276,16 +297,16 @@ def _settings(config: DeltaMemConfig, options: Options) -> dict[str, Any]:
 
 def _clear(out: Path) -> None:
     """Removes what runs that were killed while they saved have left, but not what another may be writing."""
-    for name in ("checkpoint.pt", WEIGHTS[0], CONFIG):
+    for name in ("checkpoint.pt", WEIGHTS[0], CONFIG, "log.jsonl", "loss.png"):
         for leftover in leftovers(out / name):
             with contextlib.suppress(OSError):
                 if time.time() - leftover.stat().st_mtime > LEFT:
                     leftover.unlink()
 
 
-def _is_before(line: str, step: int) -> bool:
-    """Whether a line of log.jsonl is of an earlier step. One that was cut off is of none."""
+def _step_of(line: str) -> int:
+    """The step of a line of log.jsonl; -1: it was cut off."""
     try:
-        return bool(json.loads(line)["step"] < step)
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return False
+        return -1
