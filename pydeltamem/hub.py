@@ -102,6 +102,8 @@ def model_file(name: str | os.PathLike[str], also: Sequence[str] = (), **where: 
     path = _as_gguf(path, title)
     if not os.path.isfile(path):
         raise ModelError(no_file(path, "model file") + nearest(path, PACKAGES))
+    if _is_memory(path):
+        raise ModelError(f"{path}: is a memory file, not a model: name the base model")
     return path
 
 
@@ -131,6 +133,8 @@ def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **
         path = _converted_adapter(path, model, title)
     if not os.path.isfile(path):
         raise AdapterError(no_file(path, "adapter file"))
+    if _is_memory(path):
+        raise AdapterError(f"{path}: is a memory file, not an adapter: name the adapter that wrote it")
     return path
 
 
@@ -353,7 +357,9 @@ def _hub_errors(hub: Any, name: str) -> Iterator[None]:
     except hub.errors.RepositoryNotFoundError as error:
         raise FetchError(f"{title}: does not exist or is private: correct it, or log in with hf auth login") from error
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if any(kind.__name__ in ("ConnectionError", "TransportError") for kind in type(error).__mro__):
+            reason += ": connect to the network, or name a file"
         raise FetchError(f"{title}: cannot be fetched: {reason}") from error
 
 
@@ -402,12 +408,12 @@ def _read_of_model(folder: str) -> list[Path]:
     """The files of a Hugging Face directory that decide about its conversion."""
     suffixes = (*_MODEL_SUFFIXES, ".bin")
     files = [path for path in Path(folder).iterdir() if path.suffix in suffixes and path.is_file()]
-    return [path for path in files if not _is_memory(path)]
+    return [path for path in files if not (path.suffix == ".safetensors" and _is_memory(path))]
 
 
-def _is_memory(path: Path) -> bool:
+def _is_memory(path: str | os.PathLike[str]) -> bool:
     with contextlib.suppress(OSError):
-        return path.suffix == ".safetensors" and MEMORY.is_one(path)
+        return MEMORY.is_one(Path(path))
     return False
 
 

@@ -466,6 +466,9 @@ def test_verbose_shows_the_log(generate):
         (["-m", "BASE", "--deltamem", "SMOLLM3", "-p", "x"], "smollm3"),
         (["-m", "BASE", "--deltamem", "TSW", "-p", "x", "--load-memory", "none"], "none: no such memory file"),
         (["-m", "BASE", "--deltamem", "TSW", "-p", "x", "--load-memory", "text"], "text: cut off or not a memory file"),
+        (["-m", "tsw.memory", "-p", "x"], "tsw.memory: .*memory file"),
+        (["-m", "BASE", "--deltamem", "tsw.memory", "-p", "x"], "tsw.memory: .*memory file"),
+        (["-m", "BASE", "--deltamem", "TSW", "-p", "x", "--load-memory", "TSW"], "GGUF file, an adapter"),
         (
             ["-m", "BASE", "--deltamem", "MSW", "-p", "x", "--load-memory", "tsw.memory"],
             "the memory of another adapter",

@@ -444,7 +444,8 @@ def test_errors_of_the_hub_are_refused(standing, tmp_path):
         refused(deltamem("pull", name), name)
     refused(deltamem("generate", "-m", name, "-p", "a"), name)
     refused(deltamem("generate", "-m", BASE, "--deltamem", name, "-p", "a"), name)
-    refused(deltamem("pull", "hf:us/text", env={**os.environ, "HF_ENDPOINT": NOWHERE}), "hf:us/text")
+    for without in ({"HF_ENDPOINT": NOWHERE}, {"HF_HUB_OFFLINE": "1"}):
+        refused(deltamem("pull", "hf:us/text", env={**os.environ, **without}), "hf:us/text", "network")
 
 
 def test_without_the_hub_what_was_fetched_is_there(standing):
@@ -580,6 +581,12 @@ def test_other_commands_take_names_too(standing, tmp_path):
         result = deltamem(*args)
         assert result.returncode == 0, result.stderr
     assert packed.stat().st_size > model.stat().st_size
+    standing.repository("us/packed", {"model.gguf": packed})
+    result = deltamem(
+        "unpack", "hf:us/packed", "--base", tmp_path / "base.gguf", "--adapter", tmp_path / "adapter.gguf"
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "base.gguf").read_bytes() == model.read_bytes()
 
 
 def test_the_shipped_adapter_has_its_models_name(monkeypatch, tmp_path):

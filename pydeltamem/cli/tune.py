@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         record = tuned.kept(model, args.gpu_layers)
         if record is None:
             raise InputError(
-                f"{model}: nothing is kept for it on this machine with {usable()} CPUs: leave out --show to measure it"
+                f"{model}: nothing is kept for it on this machine (CPUs: {usable()}): leave out --show to measure it"
             )
         path = tuned.record_path(tuned.circumstances(model, args.gpu_layers))
         try:

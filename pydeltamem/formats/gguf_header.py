@@ -97,8 +97,11 @@ class Header:
             raise ModelError(no_file(self.path, "GGUF file"))
         try:
             with open(self.path, "rb") as file:
-                if file.read(len(MAGIC)) != MAGIC:
-                    raise ModelError(f"{self.path}: is not a GGUF file")
+                start = file.read(9)
+                if not start.startswith(MAGIC):
+                    is_safetensors = start[8:] == b"{"  # after the length of its header
+                    what = ", but a safetensors file, as memory files are" if is_safetensors else ""
+                    raise ModelError(f"{self.path}: is not a GGUF file{what}")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     parser = _Parser(data, self.path)
                     self.keys, self.types, self.tensors = parser.parse()

@@ -168,13 +168,16 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str
     """
     name = os.fsdecode(path)
     try:
-        open(name, "rb").close()  # safetensors does not say what is wrong
+        with open(name, "rb") as opened:  # safetensors does not say what is wrong
+            is_gguf = opened.read(4) == b"GGUF"
     except FileNotFoundError:
         raise MemoryFileError(f"{named(name)}: no such memory file") from None
     except OSError as error:
         raise MemoryFileError(f"{named(name)}: the memory file cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise MemoryFileError(f"{named(name)}: no file can have this name ({error})") from error
+    if is_gguf:
+        raise MemoryFileError(f"{name}: is a GGUF file, an adapter or a model, not a memory file")
     try:
         with safetensors.safe_open(name, framework="numpy") as file:
             metadata = file.metadata() or {}
