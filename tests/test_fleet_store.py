@@ -429,6 +429,12 @@ def test_a_folder_is_no_store(tmp_path):
         Store(f"sqlite:///{tmp_path}")
 
 
+def test_a_folder_that_is_missing(tmp_path):
+    folder = tmp_path / "missing"
+    with refuses(StoreError, f"{folder}:"):
+        Store(f"sqlite:///{folder / 'sessions.db'}")
+
+
 def test_a_store_that_must_exist(tmp_path):
     url = f"sqlite:///{tmp_path / 'sessions.db'}"
     with refuses(StoreError, tmp_path / "sessions.db"):

@@ -232,10 +232,14 @@ def _sqlite_file(url: str) -> str | None:
 
 
 def _check_file(path: str) -> None:
-    """Raises StoreError if a file is there that is no SQLite database, or that of another program. It stays as it is,
-    to the last byte, and no file comes beside it: so it is only read, and a journal left as it is.
+    """Raises StoreError if its folder is missing, or a file is there that is no SQLite database, or that of another
+    program. It stays as it is, to the last byte, and no file comes beside it: so it is only read, and a journal left
+    as it is.
     """
     if not os.path.exists(path):
+        folder = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(folder):
+            raise StoreError(f"{path}: no folder {folder}: make it, or name another file (--store)")
         return
     if os.path.isfile(path) and os.access(path, os.R_OK):
         with open(path, "rb") as file:
