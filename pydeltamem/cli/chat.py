@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         conversation.open(args.memory)
     chat = Chat(conversation, args.memory or args.save_memory or args.load_memory, args.rehearse, seed)
     with contextlib.closing(conversation), memory_saved(conversation.memory, args.save_memory):
-        note(memory_attached(llm, args))
+        note(memory_attached(llm, args, conversation.memory.n_written if llm.memory.attached else 0))
         if sys.stdin.isatty():
             note("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
         for said in prompt.said(COMMANDS):

@@ -243,15 +243,15 @@ def context_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"n_gpu_layers": args.gpu_layers, "tuned": not args.no_tune, **options}
 
 
-def memory_attached(llm: DeltaMemLlama, args: argparse.Namespace) -> str:
-    """Which memory the model has, in a line."""
+def memory_attached(llm: DeltaMemLlama, args: argparse.Namespace, n_written: int = 0) -> str:
+    """Which memory the model has, in a line. n_written: tokens that were written to it."""
     if args.no_memory:
         return "memory: none (--no-memory)"
     if not llm.memory.attached:
         return "memory: none, this is the plain model (--deltamem FILE attaches an adapter)"
     parts = [f"memory: adapter {llm.deltamem_path or llm.model_path}"]
     file = getattr(args, "memory", None) or args.load_memory
-    parts.append(f"memory of {file}" if file else "empty")
+    parts.append(f"memory of {file}, {n_written} tokens written" if file else "empty")
     return ", ".join(parts + ["only read"] * args.no_write)
 
 
