@@ -1,4 +1,4 @@
-"""δ-mem for llama.cpp: `DeltaMemLlama` is `llama_cpp.Llama` with a memory that learns as it reads.
+"""δ-mem for llama.cpp: `DeltaMemLlama` is `llama_cpp.Llama` with a memory that learns from every token.
 
 The names below load llama.cpp when they are first used, so `deltamem convert` and `deltamem inspect` start without it.
 Once this package is imported, llama-cpp-python loads the package's own library (_pydeltamem_startup.py).

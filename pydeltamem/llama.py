@@ -1,4 +1,4 @@
-"""`DeltaMemLlama`: `llama_cpp.Llama` with a memory that learns as it reads."""
+"""`DeltaMemLlama`: `llama_cpp.Llama` with a memory that learns from every token."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _COMPLETE = inspect.signature(Llama.create_completion)
 
 
 class DeltaMemLlama(Llama):
-    """A llama.cpp model whose attention is corrected by a memory that learns as it reads.
+    """A llama.cpp model whose attention is corrected by a memory that learns from every token.
 
     What `llama_cpp.Llama` does works: completion, chat, grammars, streaming, LoRA, embeddings; but not images.
 

@@ -129,7 +129,7 @@ def _show(console: Console, reader: NativeReader, cast: Cast, args: argparse.Nam
     layers = reader.llm.memory.layers
     name = reader.llm.metadata.get("general.name", cast.model)
     console.print(
-        f"A frozen model, {name}, reads {len(turns)} messages and their replies, {n_token} tokens"
+        f"A frozen model, {name}, decodes {len(turns)} messages and their replies, {n_token} tokens"
         f"{', twice' if reader.rehearses else ''}. Its memory: {memory.state.size} numbers in {len(layers)} layers.\n",
         markup=False,
     )
