@@ -27,7 +27,7 @@ from .formats.memory_file import MemorySnapshot
 from .formats.model_numbers import MAX_CONTEXT, check_numbers
 from .hub import HUB, adapter_file, model_file
 from .memory import Memory
-from .runtime import library
+from .runtime import json_grammar, library
 from .runtime.completion import Completion
 from .runtime.cpus import MAX_THREADS, default_threads
 from .runtime.embedding import tokenized, vectors
@@ -51,6 +51,8 @@ from .tuned import kept
 HOME = 0  # the slot of the model's own text: the one that llama_cpp.Llama uses
 
 _llama = library.llama_cpp
+json_grammar.install()  # for create_chat_completion
+
 _GENERATE = inspect.signature(Llama.generate)
 _KEYWORDS = [name for name, of in inspect.signature(Llama.__init__).parameters.items() if of.kind == of.KEYWORD_ONLY]
 _SAMPLER = inspect.signature(Llama._init_sampler)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError, shown
-from ..runtime.stream import LlamaGrammar
+from ..runtime import json_grammar
 from .answer import Answer, Piece
 from .options import checked_n_top, checked_template, checked_whole
 
@@ -360,7 +360,7 @@ def _checked_schema(name: str, schema: Any) -> dict[str, Any]:
             raise ValueError(f"it is an object, not {shown(repr(schema))}")
         if _n_repeated(schema) > _MAX_REPEATED:
             raise ValueError(f"it repeats more than {_MAX_REPEATED:,} times")
-        LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+        json_grammar.of_schema(schema)
     except Exception as error:
         raise InputError(f"{name}: answers cannot be held to this JSON schema: {error}") from error
     return schema
