@@ -439,6 +439,43 @@ def test_structured_output(api):
     assert set(answer) == {"city", "sure"} and answer["city"] in ("Lima", "Oslo") and isinstance(answer["sure"], bool)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("field", ["response_format", "json_schema"])
+def test_a_schema_in_either_field(api, path, field):
+    """Found: llama-server's json_schema was ignored, and so was any format of a completion."""
+    schema = {"type": "object", "properties": {"city": {"enum": ["Lima", "Oslo"]}}, "required": ["city"]}
+    wanted = {"type": "json_schema", "json_schema": {"schema": schema}} if field == "response_format" else schema
+    asked = {"messages": HELLO} if "chat" in path else {"prompt": "My name is Ada."}
+    answer = api.http.post(path, json={**asked, **GREEDY, "max_tokens": 60, field: wanted}).json()["choices"][0]
+    text = answer["message"]["content"] if "chat" in path else answer["text"]
+    assert json.loads(text)["city"] in ("Lima", "Oslo")
+
+
+def test_a_completion_that_is_any_object(api):
+    asked = {"prompt": "{", "response_format": {"type": "json_object"}, **GREEDY}
+    assert api.http.post("/v1/completions", json=asked).json()["choices"][0]["text"].lstrip().startswith("{")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_number_of_tokens_in_the_words_of_llama_server(api, path):
+    """Found: n_predict was ignored, and an answer went on to the end of the context."""
+    asked = {"messages": HELLO, "prompt": "a", "temperature": 0, "grammar": "root ::= [a-z] root", "n_predict": 3}
+    assert api.http.post(path, json=asked).json()["usage"]["completion_tokens"] == 3
+
+
+def test_a_token_that_is_excluded(api):
+    """llama-server's false, and its list of pairs. Found: false was no bias at all."""
+    asked = {"prompt": "My name is", "logprobs": 0, **GREEDY, "max_tokens": 1}
+
+    def first(**body):
+        answer = api.http.post("/v1/completions", json={**asked, **body}).json()["choices"][0]
+        return answer["text"], api.http.post("/tokenize", json={"content": answer["text"]}).json()["tokens"][-1]
+
+    text, token = first()
+    for never in ({str(token): False}, [[token, False]], [[token, -100]]):
+        assert first(logit_bias=never)[0] != text
+
+
 def test_embeddings(api):
     def embed(**body):
         return api.http.post("/v1/embeddings", json={"input": ["one", "two"], **body}).json()
@@ -775,6 +812,13 @@ def test_without_an_adapter_there_are_no_sessions():
         ({"logit_bias": {"1": 10**400}}, "logit_bias"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": "x"}, "logit_bias"),
+        ({"logit_bias": {"1": True}}, "logit_bias"),
+        ({"logit_bias": [1, 2]}, "logit_bias"),
+        ({"n_predict": "many"}, "n_predict"),
+        ({"json_schema": 5}, "json_schema"),
+        ({"json_schema": {"type": "nothing"}}, "json_schema"),
+        ({"json_schema": {}, "response_format": {"type": "text"}}, "json_schema"),
+        ({"json_schema": {}, "grammar": 'root ::= "a"'}, "grammar"),
         ({"grammar": "root ::= ("}, "grammar"),
         ({"grammar": 5}, "grammar"),
         ({"grammar": 'root ::= "\ud800"'}, "grammar"),
@@ -792,6 +836,7 @@ def test_without_an_adapter_there_are_no_sessions():
         ({"tools": [{"type": "function", "function": {"name": "axe", "parameters": {"type": "x"}}}]}, "axe"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "axe"}}}, "axe"),
         ({"tools": [WEATHER], "tool_choice": "perhaps"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "allowed_tools"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "\ud800"}}}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "\ud800"}}]}, "tools"),
         ({"functions": [5]}, "functions"),
@@ -837,6 +882,8 @@ def test_a_chat_that_cannot_be_answered(api, body, name):
         ("/v1/completions", {"prompt": "a", "logprobs": 100}, "logprobs"),
         ("/v1/completions", {"prompt": "a", "logprobs": "x"}, "logprobs"),
         ("/v1/completions", {"prompt": "a", "temperature": -1}, "temperature"),
+        ("/v1/completions", {"prompt": "a", "json_schema": {}, "grammar": 'root ::= "a"'}, "grammar"),
+        ("/v1/completions", {"prompt": "a", "response_format": {"type": "xml"}}, "response_format"),
         ("/v1/completions", {"prompt": [10**30]}, "token"),
         ("/v1/responses", {"input": "a", "text": {"format": {"type": "text", "x": "\ud800"}}}, "text.format"),
         ("/v1/responses", {"input": "a", "metadata": {"x": "\ud800"}}, "metadata"),

@@ -15,7 +15,7 @@ import random
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -301,11 +301,14 @@ class _Criteria:
         return self.ended
 
 
-def biased(logit_bias: Mapping[Any, float], n_vocab: int) -> Any:
-    """A logits processor. Raises InputError if a token or a bias is invalid."""
+def biased(logit_bias: Mapping[Any, float] | Iterable[tuple[Any, float]], n_vocab: int) -> Any:
+    """A logits processor. A bias of False excludes its token. Raises InputError if a token or a bias is invalid."""
     try:
-        bias = {int(token): float(value) for token, value in logit_bias.items()}
-    except (AttributeError, TypeError, ValueError, OverflowError):
+        given = dict(logit_bias)
+        if any(value is True for value in given.values()):
+            raise TypeError
+        bias = {int(token): -math.inf if value is False else float(value) for token, value in given.items()}
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"logit_bias is a mapping of token ids to numbers, not {logit_bias!r}") from None
     for token, value in bias.items():
         if math.isnan(value):

@@ -161,7 +161,7 @@ def _answering(server: Server) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         owner, body = server.owner(request), await body_of(request)
-        asked = Completion(body, settings.model)
+        asked = await asyncio.to_thread(Completion, body, settings.model)
         session, write = session_of(request, body)
         answer = server.service.complete(asked.prompt, session=session, owner=owner, write=write, **asked.options)
         return await respond(server, request, asked, answer)

@@ -34,8 +34,9 @@ def options_of(body: Mapping[str, Any]) -> dict[str, Any]:
         if body.get(name) not in (None, 1):
             raise InputError(f"{name}: one answer a request, not {shown(repr(body[name]))}")
     options = {name: body[name] for name in _OPTIONS if body.get(name) is not None}
-    if body.get("max_completion_tokens") is not None:
-        options["max_tokens"] = checked_whole("max_completion_tokens", body["max_completion_tokens"], -1)
+    for name in ("max_completion_tokens", "n_predict"):
+        if body.get(name) is not None:
+            options["max_tokens"] = checked_whole(name, body[name], -1)
     if options.get("max_tokens") == -1:  # as llama-server
         del options["max_tokens"]
     if body.get("chat_template_kwargs") is not None:
@@ -64,7 +65,7 @@ class Chat:
             self.options["n_top"] = checked_n_top("top_logprobs", body.get("top_logprobs")) or 0
         self._set_tools(body)
         if self.forced is None and not self._as_json:
-            self.options.update(format_options("response_format", body.get("response_format")))
+            self.options.update(_format_of(body))
         if self.forced is not None or "response_format" in self.options:
             refuse_grammar(self.options)
 
@@ -102,9 +103,8 @@ class Chat:
             return
         self.options["tools"] = tools
         self.calls = True
-        if isinstance(choice, Mapping):
-            function = choice.get("function")
-            name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(choice, Mapping) and isinstance(choice.get("function"), Mapping):
+            name = choice["function"].get("name")
             if name not in names:
                 raise InputError(f"{name_choice}: {shown(name)} is none of {shown(', '.join(names))}")
             self.forced = name
@@ -231,6 +231,11 @@ class Completion:
         self.n_top = checked_n_top("logprobs", body.get("logprobs"))
         if self.n_top is not None:
             self.options["n_top"] = self.n_top
+        wanted = _format_of(body).get("response_format")
+        if wanted is not None:
+            refuse_grammar(self.options)
+            schema = wanted.get("schema")
+            self.options["grammar"] = json_grammar.of_json() if schema is None else json_grammar.of_schema(schema)
         if body.get("suffix"):
             raise InputError("suffix: this server continues texts, and does not fill gaps")
         if self.echo and (self.n_top is not None or not isinstance(prompt, str)):
@@ -329,6 +334,15 @@ def _with_usage(body: Mapping[str, Any]) -> bool:
     if not isinstance(options, Mapping):
         raise InputError('stream_options is {"include_usage": true or false}')
     return flag(options, "include_usage")
+
+
+def _format_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an answer in the format that a body asks for, in OpenAI's words or in llama-server's."""
+    if body.get("json_schema") is None:
+        return format_options("response_format", body.get("response_format"))
+    if body.get("response_format") is not None:
+        raise InputError("json_schema: there is a response_format already: send one of them")
+    return format_options("json_schema", {"type": "json_object", "schema": body["json_schema"]})
 
 
 def format_options(name: str, wanted: Any) -> dict[str, Any]:
