@@ -686,6 +686,28 @@ def test_list_and_metadata(api):
         np.testing.assert_allclose(layer["singular_values"], np.linalg.svd(matrices)[1], rtol=1e-3, atol=1e-5)
 
 
+def test_sessions_in_parts(api):
+    """Found: a list of many sessions came as a whole only."""
+    ask(api, path="/sessions/whole")
+    file = api.http.get("/v1/memories/whole/file").content
+    for name in ("part-a", "part-b", "part-c"):
+        api.http.put(f"/v1/memories/{name}/file", content=file)
+    everything = api.http.get("/v1/memories").json()
+    assert everything["has_more"] is False
+    found, part = [], {"has_more": True}
+    while part["has_more"]:
+        after = {"after": found[-1]} if found else {}
+        part = api.http.get("/v1/memories", params={"limit": 2, **after}).json()
+        found += [entry["id"] for entry in part["data"]]
+        assert len(part["data"]) == 2 or not part["has_more"]
+    assert found == [entry["id"] for entry in everything["data"]]
+    assert api.http.get("/v1/memories", params={"after": found[-1]}).json()["data"] == []
+    for limit in ("0", "-1", "x", "", "1" * 50, "1.5", "²"):
+        refused(api.http.get("/v1/memories", params={"limit": limit}), 400, "invalid_value", "limit")
+    refused(api.http.get("/v1/memories", params={"after": "nobody"}), 404, "session_not_found", "nobody")
+    refused(api.http.get("/v1/memories", params={"after": "a b"}), 400, "invalid_value", "a b")
+
+
 def test_fork(api):
     ask(api, path="/sessions/root")
     answer = api.http.post("/v1/memories/root/fork", json={"id": "branch"})
@@ -1195,7 +1217,7 @@ def test_a_database_that_hangs_holds_nothing_but_metrics_of_its_own(api, monkeyp
 
 
 def test_an_error_of_the_server_is_for_its_log_only(api, monkeypatch, caplog):
-    async def fail(*arguments):
+    async def fail(*arguments, **options):
         raise RuntimeError("a detail of /home/ada")
 
     monkeypatch.setattr(api.service, "list", fail)

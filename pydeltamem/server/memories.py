@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,8 +11,12 @@ from fastapi.responses import Response
 
 from ..formats.memory_file import MemorySnapshot
 from .bodies import body_of
+from .options import checked_whole
 from .records import Record, checked_name
 from .state import Server
+
+_MAX_LIMIT = 100_000  # of sessions in one answer
+_DIGITS = re.compile("[0-9]{1,9}")
 
 
 def remembering(server: Server) -> APIRouter:
@@ -19,8 +24,12 @@ def remembering(server: Server) -> APIRouter:
 
     @router.get("")
     async def listed(request: Request) -> Any:
-        owner = server.owner(request)
-        return {"object": "list", "data": [about(record) for record in await server.service.list(owner)]}
+        owner, limit = server.owner(request), _limit(request)
+        after = request.query_params.get("after")
+        more = None if limit is None else limit + 1
+        records = await server.service.list(owner, limit=more, after=after)
+        data = [about(record) for record in records[:limit]]
+        return {"object": "list", "data": data, "has_more": len(data) < len(records)}
 
     @router.get("/{id}")
     async def metadata(request: Request, id: str) -> Any:
@@ -69,6 +78,12 @@ def remembering(server: Server) -> APIRouter:
         return {"id": id, "object": "memory", "deleted": True}
 
     return router
+
+
+def _limit(request: Request) -> int | None:
+    """How many sessions to list at most. Raises InputError."""
+    text = request.query_params.get("limit")
+    return checked_whole("limit", int(text) if text and _DIGITS.fullmatch(text) else text, 1, _MAX_LIMIT)
 
 
 def about(record: Record) -> dict[str, Any]:

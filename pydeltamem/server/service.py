@@ -164,11 +164,14 @@ class AsyncDeltaMem:
     # sessions
     #
 
-    async def list(self, owner: str = "", *, containing: str = "", limit: int | None = None) -> list[Record]:
+    async def list(
+        self, owner: str = "", *, containing: str = "", limit: int | None = None, after: str | None = None
+    ) -> list[Record]:
         """The sessions of an owner, the latest first, without their memories. `containing`: a part of their names;
-        `limit`: at most so many.
+        `limit`: at most so many; `after`: those that come after the session of this name.
         """
-        return await self._shared.in_store(self.store.list, owner, containing=containing, limit=limit)
+        last = None if after is None else await self.get(after, owner)
+        return await self._shared.in_store(self.store.list, owner, containing=containing, limit=limit, after=last)
 
     async def get(self, name: str, owner: str = "") -> Record:
         """A session as it was committed."""

@@ -124,18 +124,24 @@ class Store:
         """Which commit of a session the store has; version 0 if there is none."""
         return self._transaction(lambda connection: identity_of(connection, owner, name), alone=True)
 
-    def list(self, owner: str | None = None, *, containing: str = "", limit: int | None = None) -> list[Record]:
+    def list(
+        self, owner: str | None = None, *, containing: str = "", limit: int | None = None, after: Record | None = None
+    ) -> list[Record]:
         """Sessions, of one owner or of all, the latest first: without memories, texts and turns.
 
         Args:
             containing: a part of their names, in small or capital letters.
             limit: at most so many.
+            after: those that come after this one.
         """
         columns = [column for column in SESSIONS.c if column.name not in ("memory", "text")]
         size = sa.func.length(SESSIONS.c.memory).label("size")
         query = sa.select(*columns, size).order_by(SESSIONS.c.updated.desc(), SESSIONS.c.name).limit(limit)
         if owner is not None:
             query = query.where(SESSIONS.c.owner == owner)
+        if after is not None:
+            updated, name = SESSIONS.c.updated, SESSIONS.c.name
+            query = query.where(sa.or_(updated < after.updated, sa.and_(updated == after.updated, name > after.name)))
         if containing:  # of other letters than ASCII's, SQLite does not know which is the small one of a capital one
             spelled = {containing, containing.lower(), containing.upper(), containing.title()}
             query = query.where(sa.or_(*(SESSIONS.c.name.icontains(each, autoescape=True) for each in spelled)))
