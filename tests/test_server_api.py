@@ -1496,6 +1496,17 @@ def test_requests_a_minute(tmp_path):
         assert api.http.get("/v1/models", headers=with_key("bo")).status_code == 200
 
 
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_set_changes_no_limit(monkeypatch, hours):
+    """Found: keys were shut out for as long as the clock was set back, and let in where it was set forward."""
+    with in_thread(per_minute=1) as api:
+        assert api.http.get("/v1/models").status_code == 200
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
+        answer = refused(api.http.get("/v1/models"), 429, "rate_limited")
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+
+
 def test_while_the_model_is_loaded():
     loaded = threading.Event()
 
