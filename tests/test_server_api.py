@@ -1018,6 +1018,20 @@ def test_what_is_not_there(api):
     refused(api.http.get("/v1/memories/"), 404, "not_found", "/v1/memories/")  # no redirect, which a proxy may break
 
 
+@pytest.mark.parametrize(
+    "path, meant",
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/completions", "/v1/completions"),
+        ("/sessions/ada/responses", "/sessions/ada/v1/responses"),
+        ("/v1/tokenize", "/tokenize"),
+    ],
+)
+def test_an_endpoint_with_another_version(api, path, meant):
+    refused(api.http.post(path, json={}), 404, "not_found", path, f" {meant}?")
+    assert "?" not in api.http.post(f"{path}/x", json={}).json()["error"]["message"]
+
+
 NAMES = ["../x", "..", ".", "a/b", "a" * 129, " ", "a b", "a\\b", "a%2Fb", "c:\\x", "a\n", "\0"]
 
 

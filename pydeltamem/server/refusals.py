@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Mount
 
 from ..errors import (
     AdapterError,
@@ -66,6 +68,7 @@ _ERRORS: tuple[tuple[type[Exception], tuple[int, str, str]], ...] = (
 )
 
 
+_PATH = re.compile(r"(/sessions/[^/]+)?(?:/v1)*(.*)", re.DOTALL)  # what stands before /v1, and behind it
 # what clients read in place of errors that name files of the server; the log has these
 _TOLD = {
     "not_finite": "the memory, or what is computed with it, is no longer finite: the log of the server says more",
@@ -109,12 +112,24 @@ async def answer_error(request: Request, error: Exception) -> Response:
         log.error("%s", error)
     body, headers = error_body(error), dict(getattr(error, "headers", None) or {})  # which methods there are
     if isinstance(error, HTTPException) and error.detail == HTTPStatus(status).phrase:  # the router's own
-        body["error"]["message"] = f"{request.method} {shown(request.url.path)}: there is no such endpoint"
+        message = f"{request.method} {shown(request.url.path)}: there is no such endpoint"
+        body["error"]["message"] = message + _meant(request)
     if status in (429, 503):
         headers["Retry-After"] = str(getattr(error, "seconds", 1))
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body, status, headers)
+
+
+def _meant(request: Request) -> str:
+    """The endpoint that is there with /v1, or without it, as text to end a sentence with; empty if there is none."""
+    before, path = _PATH.fullmatch(request.url.path).groups(default="")  # type: ignore[union-attr]
+    for version in ("/v1", ""):
+        scope = {**request.scope, "path": f"{before}{version}{path}"}
+        routes = (route for route in request.app.routes if not isinstance(route, Mount))  # the page takes any path
+        if any(route.matches(scope)[0] is Match.FULL for route in routes):
+            return f": did you mean {shown(scope['path'])}?"
+    return ""
 
 
 async def refuse(error: Exception, scope: Any, receive: Any, send: Any) -> None:
