@@ -119,9 +119,9 @@ sanitize: $(DEMO)/adapter.gguf ## the native tests under the address, leak and u
 tsan: $(DEMO)/adapter.gguf ## the operator, and calls from two threads, under the thread sanitizer
 	cmake -S . -B build/tsan $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_TSAN=ON -DGGML_OPENMP=OFF \
 		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
-	cmake --build build/tsan --target test-op test-bf16 test-wait test-threads test-lifecycle
+	cmake --build build/tsan --target test-op test-bf16 test-known test-wait test-threads test-lifecycle
 	TSAN_OPTIONS=halt_on_error=1 \
-		ctest --test-dir build/tsan --output-on-failure -R '^(op|bf16|wait|wait-pool|threads|lifecycle|lifecycle-segments)$$'
+		ctest --test-dir build/tsan --output-on-failure -R '^(op|bf16|known|wait|wait-pool|threads|lifecycle|lifecycle-segments)$$'
 
 memcheck: $(DEMO)/adapter.gguf ## load, generate, save, load, free under valgrind
 	cmake -S . -B $(MEMCHECK) $(MEMCHECK_ARGS) $(NATIVE_TESTS)
