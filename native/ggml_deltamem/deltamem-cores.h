@@ -1,11 +1,11 @@
-// Two of ggml's threads on one core, and another core idle. Included by ggml-cpu.c.
+// Two of ggml's threads on one core, and another core idle. Included by ggml-cpu.c. OpenMP's threads are not known here.
 //
 // Linux likes to wake a thread where it slept, or on the core of whoever wakes it. Two that wait for each other then stay on one
 // core: if they sleep by turns, it never has too much to do, and if both want to run, it takes up to 40 ms until one is moved
 // (docs/lab/threads.md). So a thread that waited in vain looks whether another one is kept from running by it, and leaves.
 #pragma once
 
-#if defined(__gnu_linux__)
+#if defined(__gnu_linux__) && !defined(GGML_USE_OPENMP)
     #include <fcntl.h>
     #include <limits.h>
     #include <sys/syscall.h>
@@ -20,7 +20,6 @@ static struct {
 
 static _Thread_local bool g_deltamem_is_known;
 
-    #ifndef GGML_USE_OPENMP // whose threads are nobody's here
 // Called by each thread before it computes.
 static void ggml_cpu_deltamem_know(void) {
     if (!g_deltamem_is_known) {
@@ -35,7 +34,6 @@ static void ggml_cpu_deltamem_know_nobody(void) {
     g_deltamem_is_known = false;
     atomic_store(&g_deltamem_known.n, 0);
 }
-    #endif
 
 // The beginning of a file of /proc as text; empty if it cannot be read.
 static const char * ggml_cpu_deltamem_proc(const char * path, char * text, size_t size) {
