@@ -23,9 +23,19 @@ from pydeltamem.runtime.history import n_common
 from pydeltamem.server import AsyncDeltaMem, history
 from pydeltamem.server.history import begins, digests, known_messages
 from pydeltamem.server.holds import SessionBusy
-from pydeltamem.server.records import NOTHING, Conflict, Record, SessionUnknown, StoreAway, StoreError
+from pydeltamem.server.records import (
+    NOTHING,
+    Conflict,
+    Record,
+    SessionDamaged,
+    SessionUnknown,
+    StoreAway,
+    StoreError,
+    now,
+)
 from pydeltamem.server.store import Store
 from pydeltamem.server.worker import QueueFull
+from refusals import refuses
 
 SAME = {"rtol": 0, "atol": 3e-6}  # float32 sums in another order
 # letters that no token joins: an answer that is sent back has the tokens that it was sampled with
@@ -1099,6 +1109,31 @@ def test_a_damaged_session_is_named(serving, what):
                 await say(service, [user("hello there")])
             assert (await service.get("ada")).version == 2
             await say(service, [user("hello there")], session="bob")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("what", ["memory", "text", "state"])
+def test_a_damaged_session_is_named_whatever_is_asked_of_it(serving, what):
+    """Its store is to blame, not the file or the values that the caller gave."""
+
+    async def run():
+        async with serving() as service:
+            messages = []
+            for said in ("hello there", "my name is Ada"):
+                messages.append(user(said))
+                await say(service, messages)
+            record = service.store.get("", "ada")
+            last = dataclasses.replace(record.history[-1], state=b"damaged", created=now())
+            damage = {"history": (*record.history[:-1], last)} if what == "state" else {what: b"damaged"}
+            damaged = service.store.commit(dataclasses.replace(record, **damage))
+            with refuses(SessionDamaged, "ada"):
+                await service.undo("ada")
+            if what == "memory":
+                with refuses(SessionDamaged, "ada"):
+                    await service.snapshot("ada")
+            assert await service.get("ada") == damaged
+            assert (await service.reset("ada")).turns == 0
 
     asyncio.run(run())
 

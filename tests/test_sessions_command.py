@@ -91,6 +91,13 @@ def test_a_memory_goes_out_and_into_another_session(sessions, store, tmp_path):
     assert store.get("1" * 64, "diary").tokens == 13
 
 
+def test_a_damaged_session_is_named(sessions, store, tmp_path):
+    store.commit(dataclasses.replace(store.get("", "bo"), memory=b"damaged"))
+    code, out, error = sessions("export", "bo", tmp_path / "bo.memory")
+    assert (code, out) == (1, "") and not (tmp_path / "bo.memory").exists()
+    check_names(error.rstrip("\n"), ["bo"])
+
+
 def test_delete_and_vacuum(sessions, store, tmp_path):
     assert sessions("delete", "ada", "bo")[0] == 0
     assert sessions("delete", "diary", "--owner", "12")[0] == 0

@@ -120,10 +120,12 @@ def _record(store: Store, args: argparse.Namespace) -> Record:
 
 
 def _export(store: Store, args: argparse.Namespace) -> None:
+    from ..server.session import stored_memory
+
     record = _record(store, args)
     if not record.memory:
         raise InputError(f"{args.session}: its memory is empty")
-    MemorySnapshot.from_bytes(record.memory).save(args.file)
+    stored_memory(record).save(args.file)
     note(f"{args.file}: the memory of {args.session}, {record.tokens} tokens")
 
 

@@ -5,9 +5,10 @@ Everything here runs in the thread of the worker, which alone touches texts.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -241,16 +242,23 @@ def live_session(llm: DeltaMemLlama, record: Record) -> Live:
     text = new_text(llm)
     if record.version == 0 and not record.memory:  # begins as no other session
         return Live(record, text)
-    try:
+    with _undamaged(record):
         state = _state(record, text.slots.shape)
         if record.text:
             arrays = safetensors.numpy.load(record.text)
             text.position = _position(text, arrays, _metadata(record.text), state, record)
         else:
             text.become(state, record.tokens)
+    return Live(record, text, record.chat, record.history)
+
+
+@contextlib.contextmanager
+def _undamaged(record: Record) -> Iterator[None]:
+    """Reads what the store has of a session within it. Raises SessionDamaged."""
+    try:
+        yield
     except (ValueError, KeyError, safetensors.SafetensorError) as error:
         raise SessionDamaged(f"session {record.name}: what the store has of it is damaged: {error}") from error
-    return Live(record, text, record.chat, record.history)
 
 
 def check_adapter(record: Record, adapter: str) -> None:
@@ -319,10 +327,16 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 
 def snapshot_of(record: Record, about: dict[str, str], shape: tuple[int, ...]) -> MemorySnapshot:
-    """The memory of a session, as a memory file holds it."""
+    """The memory of a session, as a memory file holds it. Raises SessionDamaged."""
     if record.memory:
-        return MemorySnapshot.from_bytes(record.memory)
+        return stored_memory(record)
     return MemorySnapshot.from_bytes(_memory_file(np.zeros(shape, dtype=np.float32), about, record, 0))
+
+
+def stored_memory(record: Record) -> MemorySnapshot:
+    """The memory of a session that has one. Raises SessionDamaged."""
+    with _undamaged(record):
+        return MemorySnapshot.from_bytes(record.memory)
 
 
 def with_memory(llm: DeltaMemLlama, record: Record, snapshot: MemorySnapshot) -> Record:
@@ -348,18 +362,21 @@ def imported(record: Record, snapshot: MemorySnapshot) -> Record:
 
 
 def taken_back(record: Record) -> Record:
-    """A session without its latest turn. Raises InputError if there is none, or its memory is no longer kept."""
+    """A session without its latest turn. Raises InputError if there is none, or its memory is no longer kept, and
+    SessionDamaged.
+    """
     if not record.history:
         raise InputError(f"session {record.name}: there is no turn to take back")
     last, kept = record.history[-1], record.history[:-1]
     if last.state is None:
         raise InputError(f"session {record.name}: the memory before turn {last.number} is no longer kept")
     text, chat = b"", ""
-    if kept and kept[-1].chat == last.chat == record.chat and last.position >= 0:
-        chat, text = last.chat, _cut_text(record.text, last.position)
-    now = MemorySnapshot.from_bytes(record.memory)
-    state = np.frombuffer(last.state, np.float32).reshape(now.state.shape)
-    memory = MemorySnapshot(state, {**now.metadata, "tokens_written": str(last.tokens)}).to_bytes()
+    now = stored_memory(record)
+    with _undamaged(record):
+        if kept and kept[-1].chat == last.chat == record.chat and last.position >= 0:
+            chat, text = last.chat, _cut_text(record.text, last.position)
+        state = np.frombuffer(last.state, np.float32).reshape(now.state.shape)
+        memory = MemorySnapshot(state, {**now.metadata, "tokens_written": str(last.tokens)}).to_bytes()
     return replace(
         record,
         turns=kept[-1].number if kept else 0,
