@@ -145,8 +145,10 @@ class Memory:
         return self._text.checkpoint()
 
     @property
+    @holding("_text.turn")
     def checkpoints(self) -> list[int]:
         """The positions of the checkpoints, in tokens: the memory can go back to them without decoding again."""
+        self._text.renew()  # an adapter that was attached since has none of them
         return self._text.position.checkpoints.positions
 
     @holding("_text.turn")

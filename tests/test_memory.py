@@ -193,6 +193,36 @@ def test_load_refuses_other_shapes(llm, tmp_path, layers, shape):
     np.testing.assert_array_equal(llm.memory.state, state)
 
 
+@pytest.mark.parametrize("wrote", ["an older release", "this model", "another model"])
+def test_the_memory_of_another_base_model_is_loaded_with_a_warning(llm, tmp_path, caplog, wrote):
+    """Its adapter fits; what it learned with that model may say less to this one."""
+    path = tmp_path / "a.memory"
+    llm.eval(TOKENS)
+    snapshot = llm.memory.copy()
+    metadata = dict(snapshot.metadata)
+    if wrote == "another model":
+        metadata["base"] = "0" * 64
+    elif wrote == "an older release":  # which did not name it
+        del metadata["base"]
+    write_memory_file(path, snapshot.state, metadata)
+    llm.memory.reset()
+    llm.memory.load(path)
+    np.testing.assert_array_equal(llm.memory.state, snapshot.state)
+    assert [str(path) in record.getMessage() for record in caplog.records] == [True] * (wrote == "another model")
+
+
+def test_the_checkpoints_of_an_adapter_go_with_it(llm):
+    llm.eval(TOKENS)
+    llm.memory.attach()
+    assert llm.memory.n_written == 0
+    llm.eval(TOKENS)
+    llm.memory.attach()
+    assert llm.memory.checkpoints == [2 * len(TOKENS)]  # where the new memory began
+    llm.eval(TOKENS)
+    llm.memory.detach()
+    assert llm.memory.checkpoints == []
+
+
 def test_detach_and_attach(make_llm):
     plain = make_llm(None, logits_all=True)
     plain.eval(TOKENS)
@@ -235,6 +265,11 @@ def test_without_adapter(make_llm, tmp_path):
         lambda: memory.write,
         lambda: setattr(memory, "write", False),
         lambda: memory.shape,
+        lambda: memory.n_written,
+        lambda: memory.checkpoint(),
+        lambda: memory.rollback(0),
+        lambda: memory.rehearse(),
+        lambda: memory.copy(),
         lambda: memory.reset(),
         lambda: memory.save(tmp_path / "a.memory"),
         lambda: memory.load(tmp_path / "a.memory"),
