@@ -549,6 +549,16 @@ def test_it_is_cleared_while_it_speaks(llm):
     np.testing.assert_array_equal(conversation.memory.state, written)
 
 
+def test_it_is_rehearsed_while_it_speaks(llm, read_once):
+    conversation = Conversation(llm, n_predict=20, temp=0.0)
+    stream = conversation.stream("hello there")
+    next(stream)
+    conversation.memory.rehearse()
+    text = conversation.tokens
+    assert list(stream) == [] and roles(conversation) == "ua" and conversation.tokens == text
+    np.testing.assert_allclose(conversation.memory.state, read_once(text, read_once(text)), **SAME)
+
+
 @pytest.mark.parametrize("in_pieces", [False, True])
 @pytest.mark.parametrize(
     "use",

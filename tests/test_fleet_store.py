@@ -120,6 +120,7 @@ def test_delete_and_rename(store):
     with pytest.raises(Conflict, match="bo"):
         store.rename("", "ada", "bo")
     assert store.rename("", "ada", "carl") and not store.rename("", "ada", "dan")
+    assert store.identity("", "carl") == (one.version + 1, one.created)
     with pytest.raises(Conflict):  # who had it under its old name
         store.commit(after(one, turn(2)))
     assert store.delete("", "carl") and not store.delete("", "carl")
@@ -435,10 +436,24 @@ def test_a_folder_that_is_missing(tmp_path):
         Store(f"sqlite:///{folder / 'sessions.db'}")
 
 
+def test_a_sqlite_that_is_closed_is_one_file(tmp_path):
+    """Whoever copies it has all commits."""
+    path, copy = tmp_path / "sessions.db", tmp_path / "copy.db"
+    store = Store(f"sqlite:///{path}", keep_messages=True)
+    committed = store.commit(after(Record("", "ada"), turn(1)))
+    store.close()
+    assert os.listdir(tmp_path) == ["sessions.db"]
+    copy.write_bytes(path.read_bytes())
+    store = Store(f"sqlite:///{copy}", must_exist=True)
+    assert store.get("", "ada") == committed
+    store.close()
+
+
 def test_a_store_that_must_exist(tmp_path):
     url = f"sqlite:///{tmp_path / 'sessions.db'}"
-    with refuses(StoreError, tmp_path / "sessions.db"):
-        Store(url, must_exist=True)
+    for address in (url, f"sqlite:///file:{tmp_path / 'sessions.db'}?uri=true"):
+        with refuses(StoreError, tmp_path / "sessions.db"):
+            Store(address, must_exist=True)
     assert not os.listdir(tmp_path)
     Store(url).close()
     Store(url, must_exist=True).close()
@@ -492,7 +507,10 @@ def test_a_postgresql_is_shared_unless_names_clash(database, made):
 # in memory
 
 
-@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file::memory:?uri=true"])
+@pytest.mark.parametrize(
+    "url",
+    ["sqlite://", "sqlite:///:memory:", "sqlite:///file::memory:?uri=true", "sqlite:///file:some?mode=memory&uri=true"],
+)
 def test_threads_share_a_store_in_memory(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store = Store(url, must_exist=True)

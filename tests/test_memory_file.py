@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -100,6 +101,32 @@ def test_save_where_nothing_can_be_saved(tmp_path, target):
         check_writable(tmp_path / target)
 
 
+@posix
+def test_a_folder_where_nobody_may_write(tmp_path, monkeypatch):
+    """A pipe there may be written to. Root may write everywhere: so the system's answer is given here."""
+    monkeypatch.setattr(os, "access", lambda path, mode: not (os.path.samefile(path, tmp_path) and mode & os.W_OK))
+    with refuses(MemoryFileError, tmp_path / "a.memory"):
+        check_writable(tmp_path / "a.memory")
+    os.mkfifo(tmp_path / "pipe")
+    check_writable(tmp_path / "pipe")
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+@posix
+def test_a_folder_that_may_be_written_but_not_read(tmp_path, monkeypatch):
+    """Root may read everywhere: so the system's answer is given here."""
+    path, make = tmp_path / "a.memory", os.open
+
+    def refuse(name, flags, *args, **kwargs):
+        if os.path.isdir(name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+        return make(name, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    write_memory_file(path, random_state(), METADATA)
+    np.testing.assert_array_equal(read_memory_file(path)[0], random_state())
+
+
 def test_a_file_of_the_first_release_is_read(tmp_path):
     """It has no base, no count of tokens and no date of saving."""
     path, state = tmp_path / "a.memory", random_state()
@@ -138,6 +165,9 @@ def bad_file(path, kind):
     if kind == "other safetensors":
         save({"weight": state}, {"format": "pt"})
         return []
+    if kind == "another program's state":
+        save({"state": state}, {**good, "format": "pt"})
+        return []
     if kind == "no metadata":
         save({"state": state}, None)
         return []
@@ -163,8 +193,8 @@ def bad_file(path, kind):
 
 
 BAD_FILES = [
-    "missing", "folder", "truncated", "empty", "text", "other safetensors", "no metadata", "newer version", "no state",
-    "half precision", "not square", "empty state", "NaN",
+    "missing", "folder", "truncated", "empty", "text", "other safetensors", "another program's state", "no metadata",
+    "newer version", "no state", "half precision", "not square", "empty state", "NaN",
 ]  # fmt: skip
 
 
@@ -186,7 +216,7 @@ def test_bad_files_are_told_apart(tmp_path):
         said[kind] = re.sub(r"\(.*\)", "", str(info.value).replace(str(path), ""))  # what safetensors says
     assert said["truncated"] == said["empty"] == said["text"]
     assert said["other safetensors"] == said["no metadata"]
-    assert len(set(said.values())) == len(BAD_FILES) - 3
+    assert len(set(said.values())) == len(BAD_FILES) - 4
 
 
 @posix
@@ -269,8 +299,9 @@ def test_a_bad_snapshot(state, value):
 
 @pytest.mark.parametrize("count", ["-3", "many", "1.5", "9" * 5000, "9" * 19, str(2**63 - 1)])
 def test_odd_metadata(count):
-    snapshot = MemorySnapshot(random_state(), {"layers": "x,y", "tokens_written": count})
-    assert snapshot.layers == [0, 1] and snapshot.tokens_written == 0
+    for layers in ("x,y", "7,y", "7", "7,8,9"):
+        snapshot = MemorySnapshot(random_state(), {"layers": layers, "tokens_written": count})
+        assert snapshot.layers == [0, 1] and snapshot.tokens_written == 0
 
 
 def test_norms_and_singular_values():
@@ -342,7 +373,7 @@ def test_a_killed_process_holds_nothing(tmp_path, holder):
     holder.wait()
     assert os.listdir(tmp_path) == [".a.memory.lock"]
     with MemoryFileLock(tmp_path / "a.memory"):
-        pass
+        assert (tmp_path / ".a.memory.lock").read_text().split() == [str(os.getpid())]
     assert os.listdir(tmp_path) == []
 
 
@@ -356,6 +387,22 @@ def test_the_second_in_one_process_is_told(tmp_path):
         lock.acquire()  # it has it
     lock.release()
     with MemoryFileLock(path):
+        pass
+
+
+def test_who_released_it_holds_nothing(tmp_path):
+    path = tmp_path / "a.memory"
+    with MemoryFileLock(path) as lock:
+        assert MemoryFileLock.is_held_here(path) and not MemoryFileLock.is_held_here(tmp_path / "b.memory")
+    assert not MemoryFileLock.is_held_here(path), f"{lock} is still there, and others may take the file"
+
+
+@posix
+def test_a_lock_whose_file_was_removed_is_released(tmp_path):
+    """Somebody tidied up."""
+    with MemoryFileLock(tmp_path / "a.memory"):
+        (tmp_path / ".a.memory.lock").unlink()
+    with MemoryFileLock(tmp_path / "a.memory"):
         pass
 
 
@@ -431,9 +478,9 @@ def test_a_lock_that_cannot_be_had_is_not_in_use(tmp_path, monkeypatch, module, 
         with pytest.raises(MemoryFileError) as info:
             MemoryFileLock(path).acquire()
     assert str(info.value) == f"{path}: the memory cannot be saved: the reason"
+    assert os.listdir(tmp_path) == []
     with MemoryFileLock(path):
         pass
-    assert os.listdir(tmp_path) == []
 
 
 def planted(what, path):

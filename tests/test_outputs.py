@@ -23,7 +23,7 @@ from pydeltamem.convert.hf import convert_base
 from pydeltamem.formats.base_model import Base
 from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from pydeltamem.formats.kinds import CONVERSATIONS, MEMORY, MODEL, PNG
-from pydeltamem.formats.memory_file import write_memory_file
+from pydeltamem.formats.memory_file import check_writable, write_memory_file
 from pydeltamem.formats.outputs import check_target, output, writing
 from pydeltamem.formats.packed import pack, unpack
 from pydeltamem.runtime.quantize import quantize
@@ -104,6 +104,19 @@ def refused(act, path, files, own, error):
     path.write_bytes(b"")  # of every kind
     act()
     assert path.stat().st_size > 0
+
+
+def test_a_memory_that_is_to_be_saved_later(files, tmp_path):
+    """It is refused at once, not after the conversation."""
+    path = tmp_path / "a.memory"
+    for kind in KINDS:
+        shutil.copy(files[kind], path)
+        if kind == "memory":
+            check_writable(path)
+        else:
+            with refuses(MemoryFileError, path):
+                check_writable(path)
+        assert path.read_bytes() == files[kind].read_bytes() and os.listdir(tmp_path) == ["a.memory"]
 
 
 # signals
