@@ -235,7 +235,12 @@ def test_raw_prompts_continue_their_text(serving, read_once):
             prompt = "once upon a time"
             for _ in range(3):
                 answer = service.complete(prompt, session="ada", **GREEDY)
+                last = prompt
                 prompt += await answer.whole() + " and then"
+            assert (await service.get("ada")).turns == 3
+            np.testing.assert_allclose(await state_of(service), read_once(text_of(service)), **SAME)
+            await service.complete(last, session="ada", **GREEDY).whole()
+            assert (await service.get("ada")).turns == 3  # the last one, once more
             np.testing.assert_allclose(await state_of(service), read_once(text_of(service)), **SAME)
 
     asyncio.run(run())
@@ -311,6 +316,26 @@ def test_a_session_that_begins_as_another_one(serving, read_once, restart):
             assert (await service.get("cy")).turns == 3
             await service.undo("bo")
             np.testing.assert_array_equal(await state_of(service, "bo"), before)
+
+    asyncio.run(run())
+
+
+def test_a_session_that_begins_as_another_one_was(serving, read_once):
+    """That one has gone on since: its text is not taken from it."""
+
+    async def run():
+        async with serving() as service:
+            chat = [user("My name is Ada.")]
+            await say(service, chat)
+            origin, other = await service.get("ada"), [*chat, user("and mine")]
+            await say(service, [*chat, user("and yours")])
+            tokens = text_of(service)
+            await say(service, other, "bo", origin=origin)
+            assert (await service.get("bo")).turns == 2
+            np.testing.assert_allclose(await state_of(service, "bo"), read_once(text_of(service, "bo")), **SAME)
+            assert text_of(service) == tokens
+            with refuses(InputError, "ada"):
+                await say(service, [*chat], "cy", origin=dataclasses.replace(origin, adapter="ab" * 32))
 
     asyncio.run(run())
 
@@ -511,6 +536,26 @@ def test_sessions_of_another_owner_are_invisible(serving):
             await say(service, [user("hello there")], owner="b")
             assert (await service.get("ada", "b")).version == 1
             assert (await service.get("ada", "a")).version == 1
+
+    asyncio.run(run())
+
+
+def test_what_is_cached_without_a_session_is_of_its_owner(serving):
+    """Nobody can tell by it what another one asked. As many texts are kept as there are slots."""
+
+    async def run():
+        async with serving() as service:
+
+            async def n_cached(content, owner):
+                answer = service.chat([user(content)], owner=owner, **GREEDY)
+                await answer.whole()
+                return answer.n_cached
+
+            said = "my name is Ada and I live in Lima"
+            assert [await n_cached(said, owner) for owner in "ab"] == [0, 0]
+            assert await n_cached(said, "a") > 0
+            assert [await n_cached("who are you?", owner) for owner in "cd"] == [0, 0]
+            assert await n_cached(said, "a") == 0
 
     asyncio.run(run())
 
@@ -1204,6 +1249,55 @@ def test_a_lease_ends_with_its_use(serving, monkeypatch, how):
                     await service.chat(messages, session="ada", logit_bias={-1: 1}).whole()
                 await say(service, messages, write=False)
             assert service.store.lease("", "ada", "another", 60)
+
+    asyncio.run(run())
+
+
+def test_a_session_that_another_process_holds_is_busy(serving, monkeypatch):
+    monkeypatch.setattr(Store, "is_local", False)
+
+    async def run():
+        async with serving(turn_timeout=0.1) as service:
+            assert service.store.lease("", "ada", "another", 60)
+            for use in (lambda: say(service, [user("hello there")]), lambda: service.reset("ada")):
+                with refuses(SessionBusy, "ada"):
+                    await use()
+            service.store.release("", "ada", "another")
+            assert (await say(service, [user("hello there")])).committed.version == 1
+            assert service.n_turns("ada") == 0
+
+    asyncio.run(run())
+
+
+def test_a_lease_is_prolonged_as_long_as_its_turn_goes_on(serving, monkeypatch):
+    """And no longer: those of turns that are over are not asked for again."""
+    monkeypatch.setattr(Store, "is_local", False)
+    prolonged, prolong = [], Store.prolong
+
+    def note(store, holder, seconds, sessions):
+        prolonged.append(list(sessions))
+        if len(prolonged) == 1:  # the next one may reach it
+            raise StoreAway("the database is away")
+        prolong(store, holder, seconds, sessions)
+
+    async def is_prolonged(name):
+        while len(prolonged) < 2 or prolonged[-1] != [("", name)]:
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(Store, "prolong", note)
+
+    async def run():
+        async with serving(lease=0.03) as service:
+            for name in ("ada", "bob"):
+                hold = threading.Event()
+                service.worker.call(hold.wait)  # nothing is decoded meanwhile
+                answer = service.chat([user("hello there")], session=name, **GREEDY)
+                await answer.start()
+                try:
+                    await asyncio.wait_for(is_prolonged(name), 60)
+                finally:
+                    hold.set()
+                assert await answer.whole()
 
     asyncio.run(run())
 
