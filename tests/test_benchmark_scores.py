@@ -20,6 +20,7 @@ def test_exact_match_and_substring():
     assert metrics.exact("Eiffel Tower in Paris", ["Eiffel Tower"]) == 0
     assert metrics.holds("It is the Eiffel tower!", ["Big Ben", "Eiffel Tower"]) == 1
     assert metrics.holds("I do not know.", ["Eiffel Tower"]) == 0
+    assert metrics.holds("Lima", ["The"]) == 0 and metrics.holds("The.", ["A"]) == 1  # nothing is left of them
     assert metrics.first_line("\n\n Lima \nand more") == "Lima"
 
 

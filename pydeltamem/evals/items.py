@@ -181,7 +181,8 @@ def json_lines(text: str) -> list[Any]:
 def answers_of(given: Any) -> tuple[str, ...]:
     """Right answers: a list of them, or a single one. Raises ValueError if there is none: nothing could be right."""
     found = tuple(str(one) for one in (given if isinstance(given, (list, tuple)) else [given]) if one is not None)
-    if not any(one.strip() for one in found):
+    found = tuple(one for one in found if one.strip())  # an empty one is a part of every answer
+    if not found:
         raise ValueError("a question has no right answer")
     return found
 

@@ -34,8 +34,9 @@ def exact(answer: str, rights: Sequence[str]) -> float:
 
 
 def holds(answer: str, rights: Sequence[str]) -> float:
-    """1 if one of the right answers is a part of the answer."""
-    return float(any(normalised(right) in normalised(answer) for right in rights))
+    """1 if one of the right answers is a part of the answer; one of which nothing is left must be all of it."""
+    said = normalised(answer)
+    return float(any(wanted in said if wanted else not said for wanted in map(normalised, rights)))
 
 
 def f1(answer: str, rights: Sequence[str]) -> float:
