@@ -28,6 +28,7 @@ from pydeltamem.evals.run import Prompts, methods_of, units_of
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.models import default_files
 from pydeltamem.runtime.stream import TextStream
+from pydeltamem.version import __version__
 from refusals import check_names
 from test_cli import deltamem
 
@@ -188,8 +189,9 @@ def test_only_a_line_feed_ends_a_line_of_json(name, tmp_path):
 
 
 def test_a_single_answer_is_one(tmp_path):
-    """Given as a plain string, where a list of right answers is usual."""
+    """Given as a plain string, where a list of right answers is usual; beside an empty one, which all answers hold."""
     for name, record in (
+        ("memory-agent-bench", {"context": "0. Built in 1889.", "questions": ["When?"], "answers": [["1889", " "]]}),
         ("qa", {"context": "Built in 1889.", "qa": [["When?", "1889"]]}),
         ("memory-agent-bench", {"context": "0. Built in 1889.", "questions": ["When?"], "answers": ["1889"]}),
     ):
@@ -559,6 +561,19 @@ def test_summaries_and_lora(tmp_path):
         assert file.read_bytes() == data
 
 
+def test_a_summary_in_a_small_context(tmp_path, capsys):
+    """Parts of the text are as long as fit; what cannot fit is named."""
+    record = json.loads(locomo(tmp_path, 1).read_text())
+    said = [{"speaker": "Anna", "text": f"{text} My number is {i}."} for i in range(12) for text in TALK]
+    record[0]["conversation"]["session_1"] = said
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps(record))
+    arguments = [*command(path, tmp_path / "a"), "--methods", "summary", "--limit", "1", "-c", "768"]
+    assert main([*arguments, "--window", "32"]) == 0
+    assert main([*arguments, "-o", str(tmp_path / "b"), "--window", "400"]) == 1
+    check_names(capsys.readouterr().err.strip().splitlines()[-1], ["-c", 768, "--window", 400])
+
+
 def test_a_file_of_another_run_stays(whole, capsys):
     path, folder = whole
     before = (folder / "locomo.jsonl").read_bytes()
@@ -762,13 +777,13 @@ def with_setup(path, **changes):
         ("a/context", {"answer_writes": "off"}), ("a/context", {"adapters": {"a": "y.gguf"}, "sha256": {"model": "1"}}),
         ("a/memory", {"sha256": {"model": "1", "adapters": {"a": "2"}}}), ("lora", {"lora": "y.gguf"}),
         ("backbone", {"unpack": "all"}), ("backbone", {"sha256": {"model": "1", "data": "2"}}),
-        ("backbone", {"sha256": {"model": "2"}}),
+        ("backbone", {"sha256": {"model": "2"}}), ("none", {"version": "2"}), ("none", {"version": None}),
     ],
 )  # fmt: skip
 def test_answers_under_other_conditions_are_not_joined(tmp_path, method, changes):
     """Shards of one method must have been asked alike, but for what does not concern the method."""
     setup = {"n_ctx": 9, "seed": 9, "window": 9, "answer_writes": "on", "adapters": {"a": "x.gguf"}, "lora": "x.gguf"}
-    setup["sha256"] = {"model": "1", "data": "1", "adapters": {"a": "1"}}
+    setup |= {"version": "1", "sha256": {"model": "1", "data": "1", "adapters": {"a": "1"}}}
     one, two = (answers_of(tmp_path / f"{id}.jsonl", method=method, **{id: (1, "x")}) for id in "ab")
     assert results_of([with_setup(one, **setup), with_setup(two, **setup)]).rows[0].n == 2
     with pytest.raises(InputError) as error:
@@ -784,6 +799,8 @@ def test_methods_under_other_conditions_are_noted(tmp_path):
     assert not results_of([one, two]).notes
     (note,) = results_of([with_setup(one, n_ctx=11), with_setup(two, n_ctx=12)]).notes
     check_names(note, ["n_ctx", 11, 12])
+    (note,) = results_of([with_setup(one, n_ctx=12, version="0.0.8"), with_setup(two, version="0.0.9")]).notes
+    check_names(note, ["version", "0.0.8", "0.0.9"])
     with pytest.raises(InputError):  # other questions under the same ids
         results_of([with_setup(one, sha256={"data": "1"}), with_setup(two, sha256={"data": "2"})])
 
@@ -808,6 +825,35 @@ def test_a_damaged_line_is_named(tmp_path, gone):
     check_names(str(error.value), [path])
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"id": "x"', '"id": ["x"]'), ('"method": "a/memory"', '"method": {}'), ('"method": "a/memory"', '"method": 1'),
+        ('"kind": ""', '"kind": 1'), ('"about": null', '"about": []'),
+        ('"benchmark": "qa", "kind"', '"benchmark": 1, "kind"'),
+        ('"f1": 1', '"f1": "x"'), ('"f1": 1', '"f1": null'), ('"f1": 1', '"f1": [{}]'), ('"model": "m"', '"model": []'),
+        ('"model": "m"', '"model": "m", "methods": [1]'), ('"model": "m"', '"model": "m", "questions": "9"'),
+        ('"model": "m"', '"model": "m", "sha256": "x"'), ('"model": "m"', '"model": "m", "sha256": {"data": []}'),
+        ('"model": "m"', '"model": "m", "n_ctx": [1]'), ('"model": "m"', '"model": "m", "cache": [[]]'),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_named(tmp_path, before, after):
+    path = answers_of(tmp_path / "x.jsonl", x=(1, "Lima"), y=(0, "Rome"))
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+    with pytest.raises(InputError) as error:
+        results_of([path])
+    check_names(str(error.value), [path])
+
+
+def test_answers_that_lack_their_method_are_asked_again(whole, tmp_path):
+    path, folder = whole
+    data, file = (folder / "locomo.jsonl").read_bytes(), tmp_path / "locomo.jsonl"
+    file.write_bytes(data.replace(b'"method": "bm25"', b'"other": "bm25"'))
+    assert main(command(path, tmp_path)) == 0
+    assert file.read_bytes() == data
+
+
 def test_a_run_does_not_go_on_with_other_files(whole, tmp_path, capsys):
     """Of the same name: another adapter, or other questions, though as many."""
     path, adapter = whole[0], tmp_path / "a.gguf"
@@ -825,20 +871,35 @@ def test_a_run_does_not_go_on_with_other_files(whole, tmp_path, capsys):
     other.write_text(path.read_text().replace("Rex", "Max"))
     assert main(command(other, tmp_path, *options)) == 1
     assert (tmp_path / "locomo.jsonl").read_bytes() == data
-    # what an earlier version began goes on
-    setup, rest = data.split(b"\n", 1)
-    setup = json.loads(setup)
-    del setup["setup"]["sha256"]
-    begun = json.dumps(setup, ensure_ascii=False).encode() + b"\n"
-    (tmp_path / "locomo.jsonl").write_bytes(begun + rest[:500])
-    assert main(command(path, tmp_path, *options)) == 0
-    assert (tmp_path / "locomo.jsonl").read_bytes() == begun + rest
+
+
+@pytest.mark.parametrize("version", ["0.0.9", None])
+def test_a_run_of_another_version_stays(whole, tmp_path, capsys, version):
+    """Its prompts or sampling may have been others."""
+    path, folder = whole
+    first, rest = (folder / "locomo.jsonl").read_text(encoding="utf-8").split("\n", 1)
+    setup = json.loads(first)["setup"]
+    assert setup.pop("version") == __version__
+    begun = json.dumps({"setup": setup if version is None else {"version": version, **setup}}) + "\n" + rest[:5000]
+    (tmp_path / "locomo.jsonl").write_text(begun, encoding="utf-8")
+    assert main(command(path, tmp_path)) == 1
+    check_names(capsys.readouterr().err.strip(), [tmp_path / "locomo.jsonl", "version", "--output"])
+    assert (tmp_path / "locomo.jsonl").read_text(encoding="utf-8") == begun
 
 
 def test_answers_with_separators_of_lines(tmp_path):
     path = answers_of(tmp_path / "x.jsonl", x=(1, "Lima"), y=(0, "here"))
     path.write_text(path.read_text().replace("here", "one\u2028two\x85three"), encoding="utf-8")
     assert [(row.n, row.mean.value) for row in results_of([path]).rows] == [(2, 0.5)]
+
+
+def test_few_contexts_are_noted(tmp_path):
+    """Also where there is no method to compare with."""
+    path = answers_of(tmp_path / "x.jsonl", **{str(i): (i % 2, "x") for i in range(20)})
+    assert not results_of([path]).notes
+    path.write_text(path.read_text().replace('"about": null', '"about": "one"'))
+    (note,) = results_of([path]).notes
+    check_names(note, ["qa", 1])
 
 
 def test_benchmarks_are_drawn_apart(tmp_path):
@@ -888,6 +949,31 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text(FILES["ifeval"][0] + "\n")
     assert main(["eval", "ifeval", "--data", str(tmp_path / "x.jsonl"), "-o", str(tmp_path), "-t", "1"]) == 1
     check_names(capsys.readouterr().err.strip(), ["-c", 1024, 1500])
+
+
+def test_a_run_that_failed_before_its_first_answer(tmp_path, capsys):
+    """The same folder takes the run with other options. A context holds a multiple of 256 tokens."""
+    path = locomo(tmp_path)
+    path.write_text(path.read_text().replace(ASKED[0], ASKED[0] * 100))
+    arguments = command(path, tmp_path, "--methods", "none", "--limit", "1")
+    assert main([*arguments, "-c", "100"]) == 1
+    check_names(capsys.readouterr().err.strip(), ["-c", 256])
+    assert main([*arguments, "-c", "1000"]) == 0
+    setup, *records = lines(tmp_path)
+    assert setup["setup"]["n_ctx"] == 1024 and len(records) == 1
+
+
+def test_a_model_without_a_chat_template(tmp_path, capsys):
+    """It is refused: llama_cpp would ask in Llama 2's form, whatever the model was trained on."""
+    data, key = default_files()[0].read_bytes(), b"tokenizer.chat_template"
+    assert data.count(key) == 1
+    bare = tmp_path / "bare.gguf"
+    bare.write_bytes(data.replace(key, key[:-1] + b"x"))
+    options = ["-m", str(bare), "--methods", "none", "-t", "1", "-c", "256"]
+    assert main(["eval", "locomo", "--data", str(locomo(tmp_path)), "-o", str(tmp_path), *options]) == 1
+    check_names(capsys.readouterr().err.strip(), [bare])
+    assert main(["eval", "recall", "-n", "1", "--tasks", "natural", *options]) == 1
+    check_names(capsys.readouterr().err.strip(), [bare])
 
 
 def test_a_benchmark_without_contexts_asks_once(tmp_path, capsys):

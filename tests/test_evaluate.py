@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -26,6 +27,7 @@ from pydeltamem.evals.recall import make_cases
 from pydeltamem.evals.report import as_json, print_tables
 from pydeltamem.evals.statistics import ratios_of, right_of, table_of
 from pydeltamem.models import default_files
+from pydeltamem.version import __version__
 from refusals import check_names, refuses
 from test_cli import deltamem
 
@@ -513,6 +515,10 @@ def test_the_package_model_remembers(tmp_path):
     assert accuracy["full", "recall", 1] >= 0.9
     assert found["ratios"]["msw"]["memory_heavy"]["ratio"] > 1.1
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+    setup, (model, memories) = found["setup"], default_files()
+    assert setup["version"] == __version__ and setup["facts"] == [1, 4]
+    assert setup["sha256"]["model"] == hashlib.sha256(model.read_bytes()).hexdigest()
+    assert setup["sha256"]["adapters"]["msw"] == hashlib.sha256(memories["msw"].read_bytes()).hexdigest()
 
 
 def test_shipped_files_are_small():

@@ -22,6 +22,7 @@ from ..evals.views import NEEDS
 from ..hub import adapter_file, model_file
 from ..models import default_files
 from ..runtime import library
+from ..version import __version__
 from .model_options import (
     ADAPTER_HELP,
     MODEL_HELP,
@@ -29,6 +30,7 @@ from .model_options import (
     add_eval_arguments,
     ended_by_ctrl_c,
     packed_adapter,
+    padded,
 )
 from .parser import at_least, count, names, positive
 
@@ -119,15 +121,16 @@ def run(args: argparse.Namespace) -> int:
     for method in methods:
         if method.view in NEEDS:
             NEEDS[method.view]()
-    n_ctx = args.ctx_size if args.ctx_size is not None else 0 if args.model is None else N_CTX
+    n_ctx = padded(args.ctx_size) if args.ctx_size is not None else 0 if args.model is None else N_CTX
     setup = {
+        "version": __version__,
         "benchmark": benchmark.name,
         "model": os.path.basename(name),
         "adapters": {adapter: os.path.basename(file) for adapter, file in named.items()},
         "lora": args.lora and os.path.basename(args.lora),
         "methods": [method.name for method in methods],
         "answer_writes": args.answer_writes,
-        "rehearse": args.rehearse or None,  # runs before there was the option have none
+        "rehearse": args.rehearse,
         "data": os.path.basename(args.data or "") or benchmark.file,
         "questions": len(items),
         "kinds": args.kinds and ",".join(args.kinds),
@@ -140,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         "batch": [args.batch_size, args.ubatch_size],
         "flash_attn": args.flash_attn,
         "cache": [args.cache_type_k, args.cache_type_v],
-        "unpack": None if args.unpack == "none" else args.unpack,  # as above
+        "unpack": args.unpack,
         "sha256": {
             "model": digest_of_file(model),
             "data": digest_of_file(data),

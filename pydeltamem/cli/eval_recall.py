@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from ..errors import InputError
 from ..evals.corpora import CORPORA, MAX_QUESTION, missing
-from ..evals.items import DATA
+from ..evals.items import DATA, digest_of_file
 from ..evals.methods import PLAIN, answer_all, bm25s_module, chosen
 from ..evals.plot import matplotlib_figure, plot
 from ..evals.reader import MAX_ANSWER, NativeReader
@@ -21,9 +21,18 @@ from ..evals.report import REPORT, as_json, print_tables, show
 from ..evals.statistics import ratios_of, right_of, table_of
 from ..formats.kinds import PNG
 from ..formats.outputs import output
-from ..hub import model_file
+from ..hub import adapter_file, model_file
 from ..models import default_files
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_eval_arguments, add_unpack, ended_by_ctrl_c, packed_adapter
+from ..version import __version__
+from .model_options import (
+    ADAPTER_HELP,
+    MODEL_HELP,
+    add_eval_arguments,
+    add_unpack,
+    ended_by_ctrl_c,
+    packed_adapter,
+    padded,
+)
 from .parser import count, integers, names, positive
 
 N_CTX = 2048  # default with -m
@@ -87,37 +96,45 @@ def run(args: argparse.Namespace) -> int:
         bm25s_module()
     if args.plot:
         matplotlib_figure()
-    n_ctx = args.ctx_size if args.ctx_size is not None else 0 if is_small else N_CTX
+    n_ctx = padded(args.ctx_size) if args.ctx_size is not None else 0 if is_small else N_CTX
     with output(args.json, REPORT) as write, output(args.plot, PNG) as write_plot:
         path = model_file(model)
+        files = {name: adapter_file(file, path) for name, file in adapters.items()}
         with ended_by_ctrl_c():
             reader = NativeReader(
                 path, n_ctx=n_ctx, threads=args.threads, answer_writes=args.answer_writes == "on",
                 rehearses=args.rehearse, unpack=args.unpack,
             )  # fmt: skip
         try:
-            for adapter in adapters.values():  # raises now if one does not fit
+            n_ctx = reader.n_ctx
+            for adapter in files.values():  # raises now if one does not fit
                 reader.attach(adapter)
             cases = list(make_cases(tasks, args.n, facts, args.distance, args.seed, reader, data))
             longest = max((reader.n_tokens(case.turns) for case in cases), default=0)
-            if longest + MAX_QUESTION + MAX_ANSWER > reader.n_ctx:
+            if longest + MAX_QUESTION + MAX_ANSWER > n_ctx:
                 raise InputError(
                     f"--distance, --facts: a conversation of {longest} tokens and a question do not fit into the"
-                    f" context of {reader.n_ctx} tokens of {model}: lower them"
+                    f" context of {n_ctx} tokens of {model}: lower them"
                 )
             err = Console(stderr=True)  # if this is no terminal, a bar leaves an empty line
             with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
                 bar = progress.add_task("asking", total=len(cases) * len(methods))
-                answers = answer_all(cases, reader, adapters, args.window, methods, lambda n: progress.advance(bar, n))
+                answers = answer_all(cases, reader, files, args.window, methods, lambda n: progress.advance(bar, n))
         finally:
             reader.close()
         right = right_of(cases, answers)
         rows, ratios = table_of(cases, right), ratios_of(cases, right, list(adapters))
         setup = {
+            "version": __version__,
             "model": os.path.basename(os.fspath(model)),
-            "adapters": {name: os.path.basename(path) for name, path in adapters.items()},
-            "n": args.n, "window": args.window, "seed": args.seed, "answer_writes": args.answer_writes,
-            "rehearse": args.rehearse, "unpack": args.unpack,
+            "adapters": {name: os.path.basename(file) for name, file in adapters.items()},
+            "tasks": tasks, "facts": facts, "distance": args.distance, "n": args.n, "window": args.window,
+            "seed": args.seed, "n_ctx": n_ctx, "answer_writes": args.answer_writes, "rehearse": args.rehearse,
+            "unpack": args.unpack,
+            "sha256": {
+                "model": digest_of_file(path),
+                "adapters": {name: digest_of_file(file) for name, file in files.items()},
+            },
         }  # fmt: skip
         write(as_json(setup, rows, ratios, cases, answers))
         if args.plot:

@@ -111,6 +111,11 @@ def add_eval_arguments(parser: argparse.ArgumentParser, n_ctx: int) -> None:
     parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
 
 
+def padded(n_ctx: int) -> int:
+    """The tokens that a context holds if so many are asked for, as llama.cpp pads it."""
+    return -(-n_ctx // 256) * 256
+
+
 def add_unpack(group: argparse._ActionsContainer, default: str | None) -> None:
     """The option `--unpack`."""
     group.add_argument(
@@ -177,7 +182,7 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
         read_memory_file(args.load_memory)
     if args.lora and not os.path.isfile(args.lora):
         raise InputError(no_file(args.lora, "LoRA file"))
-    n_ctx = -(-args.ctx_size // 256) * 256  # llama.cpp pads it likewise
+    n_ctx = padded(args.ctx_size)
 
     from ..llama import DeltaMemLlama
 

@@ -18,7 +18,7 @@ from ..conversation import Conversation, chat_prompt, say_together
 from ..llama import DeltaMemLlama
 from ..runtime.cpus import usable
 from ..runtime.history import n_common
-from .reader import attach
+from .reader import attach, require_template
 
 MARGIN = 16  # tokens that pieces may take together beyond what they take one by one
 
@@ -77,6 +77,7 @@ class Asker:
         self.llm = DeltaMemLlama(
             model, lora_path=lora, n_ctx=n_ctx, n_seq_max=parallel, n_threads=threads, n_threads_batch=threads, **kwargs
         )
+        require_template(self.llm)
         self.parallel, self.shares = parallel, shares
         with self.llm._engine.lock:
             self.llm._engine.slots.leave(self.llm._text)  # every slot is for questions

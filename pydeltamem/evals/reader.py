@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..conversation import Conversation, chat_prompt, say_together
+from ..errors import InputError
 from ..formats.memory_file import MemorySnapshot
 from ..llama import DeltaMemLlama
 from ..runtime.cpus import usable
@@ -84,6 +85,7 @@ class NativeReader:
             model, deltamem_path=adapter, n_ctx=n_ctx, n_seq_max=parallel, n_threads=threads, n_threads_batch=threads,
             unpack=unpack,
         )  # fmt: skip
+        require_template(self.llm)
         self._parallel = parallel
         self._answer_writes, self.rehearses = answer_writes, rehearses
         self._opening = len(self.prompt([], ""))
@@ -166,6 +168,14 @@ class NativeReader:
         yield first
         for _ in range(count - 1):
             yield first.fork()
+
+
+def require_template(llm: DeltaMemLlama) -> None:
+    """Raises InputError, and closes the model, if it has no chat template: llama_cpp would take Llama 2's for it."""
+    if "tokenizer.chat_template" not in llm.metadata:
+        path = llm.model_path
+        llm.close()
+        raise InputError(f"{path}: has no chat template, by which questions are asked: name a model that has one")
 
 
 def attach(llm: DeltaMemLlama, adapter: str | os.PathLike[str] | None) -> None:

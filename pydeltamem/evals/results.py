@@ -24,7 +24,7 @@ RESULTS = json_of("results of deltamem eval", {"setups", "rows", "ratios"})
 
 # What all methods of a benchmark should have alike; of other models and questions they cannot be compared at all
 OF_ONE = ("model", "questions")
-OF_ALL = (*OF_ONE, "n_ctx", "seed", "flash_attn", "KV cache", "unpack")
+OF_ALL = (*OF_ONE, "version", "n_ctx", "seed", "flash_attn", "KV cache", "unpack")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def results_of(folders: Iterable[str | Path]) -> Results:
                 some = {id: answer for id, answer in of.items() if kind in ("", answer["kind"])}
                 for metric in metrics:
                     sample = _sample(benchmark, {method: some}, metric)
+                    if not kind and metric == metrics[0]:
+                        notes += _few_contexts(benchmark, some, sample)
                     rows.append(Row(benchmark, kind, metric, method, sample.n, sample.mean(method)))
         pairs[benchmark] = {}
         for method, over in _compared(by_method):
@@ -88,10 +90,7 @@ def results_of(folders: Iterable[str | Path]) -> Results:
             sample = _sample(benchmark, both, metrics[0])
             pairs[benchmark][method, over] = sample.means(method), sample.means(over), sample.n_drawn
             ratios += _ratio(benchmark, method, over, sample.n, *pairs[benchmark][method, over])
-            if not sample.by_context:
-                contexts = {answer["about"] for answer in both[method].values()}
-                if 1 <= len(contexts - {None}) < sample.n:
-                    notes.append(f"{benchmark}: too few contexts ({len(contexts)}) to draw them: questions were drawn")
+            notes += _few_contexts(benchmark, both[method], sample)
     if len(pairs) > 1:
         for method, over in next(iter(pairs.values())):
             if all((method, over) in of for of in pairs.values()):
@@ -117,6 +116,14 @@ def _ratio(benchmark: str, method: str, over: str, n: int, above: Any, below: An
     """Empty if the second mean is 0."""
     found = ratio(above, below, n_drawn)
     return [] if found is None else [Ratio(benchmark, method, over, n, found)]
+
+
+def _few_contexts(benchmark: str, answers: Mapping[str, Mapping[str, Any]], sample: Sample) -> list[str]:
+    """A note if questions were drawn where several are about one context."""
+    contexts = {answer["about"] for answer in answers.values()}
+    if sample.by_context or not 1 <= len(contexts - {None}) < sample.n:
+        return []
+    return [f"{benchmark}: too few contexts ({len(contexts)}) to draw them: questions were drawn"]
 
 
 def _sample(benchmark: str, by_method: Mapping[str, Mapping[str, Any]], metric: str) -> Sample:
@@ -197,15 +204,47 @@ def _records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         setup = dict(json.loads(first)["setup"])
-        _ = setup["model"], setup["benchmark"]
+        _check_setup(setup)
         records = [record for record in map(json.loads, lines) if "answer" in record]
         for record in records:
-            _ = record["benchmark"], record["method"], record["id"], record["kind"], record["about"]
+            _check_answer(record)
             if record["scores"].keys() != records[0]["scores"].keys():
                 raise ValueError("other scores")
     except (OSError, *DAMAGED) as error:
         raise InputError(f"{path}: is no file of deltamem eval: {error!r}") from error
     return setup, records
+
+
+def _check_setup(setup: Mapping[str, Any]) -> None:
+    """Raises TypeError or KeyError if what a report reads of it has other types. Much of it may be missing."""
+    of_types: tuple[tuple[type, tuple[Any, ...]], ...] = (
+        (str, (setup["benchmark"], setup["model"])),
+        (int, (setup.get("questions", 0),)),
+        (list, tuple(setup.get(name) or [] for name in ("methods", "cache"))),
+        (dict, tuple(setup.get(name) or {} for name in ("adapters", "sha256"))),
+    )
+    for type_, values in of_types:
+        if not all(isinstance(value, type_) for value in values):
+            raise TypeError("other types")
+    digests = dict(setup.get("sha256") or {})
+    inner = {**(setup.get("adapters") or {}), **(digests.pop("adapters", None) or {}), **digests}
+    listed = [*(setup.get("methods") or ()), *(setup.get("cache") or ())]
+    if not all(text is None or isinstance(text, str) for text in (*listed, *inner.values())):
+        raise TypeError("other types")
+    for name in ("version", "shard", "kinds", "limit", "seed", "n_ctx", "flash_attn", "unpack", "window", "lora",
+                 "answer_writes", "rehearse"):  # fmt: skip
+        hash(setup.get(name))
+
+
+def _check_answer(record: Mapping[str, Any]) -> None:
+    """Raises TypeError or KeyError if an answer lacks something, or has another type of it."""
+    texts = [record[name] for name in ("benchmark", "method", "id", "kind")]
+    if record["about"] is not None:
+        texts.append(record["about"])
+    scores = record["scores"].values()
+    values = [value for score in scores for value in (score if isinstance(score, list) else [score])]
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(v, (int, float)) for v in values):
+        raise TypeError("other types")
 
 
 def _conditions(setup: Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -218,6 +257,7 @@ def _conditions(setup: Mapping[str, Any], method: str) -> dict[str, Any]:
     return {
         "model": digests.get("model") or setup["model"],
         "questions": digests.get("data"),
+        "version": setup.get("version") or "an earlier one",
         **{name: setup.get(name) for name in ("n_ctx", "seed", "flash_attn")},
         "KV cache": cache and "/".join(cache),
         "unpack": setup.get("unpack") or "none",

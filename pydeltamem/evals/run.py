@@ -186,11 +186,20 @@ class Prompts:
         return any(item.context is not None and id(item.context) not in self._summaries for item in items)
 
     def summarise(self, items: Iterable[Item]) -> None:
-        """Has the model write a summary of each context that has none."""
+        """Has the model write a summary of each context that has none. Raises InputError if a piece of one does not
+        fit beside two summaries."""
         for item in items:
             if item.context is not None and self.lacks_summary([item]):
                 clipped, count = self.clipped(item.context), self.asker.count
-                self._summaries[id(item.context)] = views.summary(clipped, self.window, count, self.asker.say)
+                request = self.asker.n_prompt(views.summary_request(clipped.title, "x", ""))
+                room = self.asker.n_ctx - 2 * self.window - request - MARGIN
+                if room < max(views.lengths(clipped.pieces, count), default=0):
+                    raise InputError(
+                        f"-c {self.asker.n_ctx}: two summaries of --window {self.window} tokens and a part of"
+                        f" {clipped.title} do not fit into the context: raise it, or lower --window"
+                    )
+                found = views.summary(clipped, self.window, count, self.asker.say, min(views.PART, room))
+                self._summaries[id(item.context)] = found
 
     def ask(self, item: Item, method: Method) -> Ask:
         """An item's question by a method. Raises KeyError if it shows a summary that was not written."""
@@ -206,9 +215,9 @@ class Prompts:
 class AnswerFile:
     """The JSON lines of a run: the setup, then each text that is shown before its first answer, and the answers.
 
-    Opening it takes away what a killed run left of an unfinished unit. It is locked until it is closed, where there are
-    locks of files: two runs would write every answer twice. Raises InputError if it holds another run, or if another
-    process writes it, and OutputError if it cannot be written.
+    Opening it takes away what a killed run left of an unfinished unit, and the setup of a run that failed before it had
+    an answer. It is locked until it is closed, where there are locks of files: two runs would write every answer twice.
+    Raises InputError if it holds another run, or if another process writes it, and OutputError if it cannot be written.
     """
 
     def __init__(self, path: Path, setup: Mapping[str, Any], units: Sequence[Unit]):
@@ -222,12 +231,12 @@ class AnswerFile:
             self._lock()
             self._file.seek(0)
             data = self._file.read()
-            first, end, _ = data.partition(b"\n")
-            if end:
+            first, end, rest = data.partition(b"\n")
+            if end and (rest or not isinstance(_line(first).get("setup"), dict)):
                 self._check_setup(_line(first), setup)
                 self._n_bytes = len(first) + 1
-                self._find_end(data[self._n_bytes :].splitlines(keepends=True), units)
-            elif not _encoded({"setup": setup}).startswith(first):  # killed while it wrote its setup
+                self._find_end(rest.splitlines(keepends=True), units)
+            elif not end and not _encoded({"setup": setup}).startswith(first):  # killed while it wrote its setup
                 self._check_setup({}, setup)
             self._file.truncate(self._n_bytes)
             if self._n_bytes == 0:
@@ -258,8 +267,8 @@ class AnswerFile:
         before, now = found.get("setup"), json.loads(json.dumps(setup))
         if not isinstance(before, dict):
             raise InputError(f"{self.path}: is no file of deltamem eval: name another folder by --output")
-        if "sha256" not in before:  # by an earlier version
-            now.pop("sha256", None)
+        if "version" not in before:
+            raise InputError(f"{self.path}: holds a run of an earlier version: name another folder by --output")
         for name in {**before, **now}:
             if before.get(name) != now.get(name):
                 raise InputError(
@@ -269,14 +278,14 @@ class AnswerFile:
 
     def _find_end(self, lines: Sequence[bytes], units: Sequence[Unit]) -> None:
         """Counts the complete units, the texts they show, and the bytes up to the end of the last one."""
-        at, texts, given = self._n_bytes, set[str](), list[tuple[str, str]]()
+        at, texts, given = self._n_bytes, set[str](), list[tuple[Any, Any]]()
         for line in lines:
             record = _line(line) if line.endswith(b"\n") else {}
             at += len(line)
-            if "text" in record:
+            if "text" in record and isinstance(record.get("context"), str):
                 texts.add(record["context"])
             elif "answer" in record:
-                given.append((record["method"], record["id"]))
+                given.append((record.get("method"), record.get("id")))
             else:
                 return
             if self.n_done < len(units):

@@ -147,20 +147,24 @@ NEEDS: dict[str, Callable[[], Any]] = {BM25: bm25s_module, DENSE: encoder}
 #
 
 
-def summary(context: Context, window: int, count: Count, write: Callable[[str, int], str]) -> str:
+def summary(context: Context, window: int, count: Count, write: Callable[[str, int], str], part: int = PART) -> str:
     """A running summary by the model itself: each part and the summary so far become the next one.
 
-    write: answers a prompt with so many tokens at most.
+    write: answers a prompt with so many tokens at most. part: tokens of a context that a prompt has; a longer piece is
+    taken as it is.
     """
     sizes, text, at = lengths(context.pieces, count), "", 0
     while at < len(context.pieces):
-        n = max(1, _n_first(sizes[at:], PART))
-        part = context.shown(range(at, at + n))
-        before = f"Summary so far:\n{text}\n\n" if text else ""
-        text = write(
-            f"{before}What follows, of {context.title}:\n{part}\n\nWrite one summary of all this, as short as you can."
-            " Keep names, dates, numbers and what changed.",
-            window,
-        ).strip()
+        n = max(1, _n_first(sizes[at:], part))
+        text = write(summary_request(context.title, text, context.shown(range(at, at + n))), window).strip()
         at += n
     return text
+
+
+def summary_request(title: str, before: str, part: str) -> str:
+    """What asks for a summary of a part of a context and of the summary before it, if there is one."""
+    so_far = f"Summary so far:\n{before}\n\n" if before else ""
+    return (
+        f"{so_far}What follows, of {title}:\n{part}\n\nWrite one summary of all this, as short as you can."
+        " Keep names, dates, numbers and what changed."
+    )
