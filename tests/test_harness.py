@@ -171,6 +171,23 @@ def test_sampled_answers(lm):
     assert len(set(first)) > 50  # of the 40 likeliest by llama_cpp's default
 
 
+def test_the_temperature_comes_first(lm):
+    """As in lm-eval's other models: top-p looks at the distribution that it made flat."""
+    context, kept = "I live in", 0.5
+    lm._read(lm.tok_encode(context))
+    shares = np.sort(np.exp(lm.llm.logits.astype(np.float64)))[::-1]
+    n_uncooled = 1 + int(np.searchsorted(np.cumsum(shares) / shares.sum(), kept))
+    request = (context, {"until": [], "max_gen_toks": 1, "temperature": 5.0, "top_p": kept})
+    said = set(lm.generate_until(requests(*[request] * 40), disable_tqdm=True))
+    assert n_uncooled < 20 <= len(said)
+
+
+def test_options_of_a_task_without_effect_are_logged(lm, caplog):
+    request = ("I live in", {"until": [], "max_gen_toks": 1, "num_beams": 4})
+    lm.generate_until(requests(request, request), disable_tqdm=True)
+    assert [record.args for record in caplog.records if record.levelname == "WARNING"] == [("num_beams",)]
+
+
 def test_texts_that_are_generated_together_do_not_meet(lm):
     asked = [("I live in", {"until": [], "max_gen_toks": n}) for n in (3, 9, 5, 7, 4, 8)]
     together = lm.generate_until(requests(*asked), disable_tqdm=True)

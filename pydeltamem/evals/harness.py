@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..llama import DeltaMemLlama
 from ..runtime.generation import Generation
 from ..runtime.history import n_common
+from .sampling import cooled_first
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -71,6 +72,7 @@ class DeltaMemLM(TemplateLM):
             n_threads_batch=n_threads, n_seq_max=int(parallel), logits_all=True,
         )  # fmt: skip
         self.parallel = int(parallel)
+        self._known = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p"}
 
     @property
     def max_length(self) -> int:
@@ -177,18 +179,25 @@ class DeltaMemLM(TemplateLM):
         """What follows a text, as a request of the engine."""
         llm, options = self.llm, normalize_gen_kwargs(dict(given), default_max_gen_toks=256)
         n_predict = options["max_gen_toks"]
+        self._name_ignored(options)
         if n_predict >= self.max_length:
             raise InputError(f"n_ctx={self.max_length}: leaves no room for a prompt beside max_gen_toks={n_predict}")
         sampling = {name: options.get(name, off) for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))}
         temperature = options.get("temperature", 1.0 if options["do_sample"] else 0.0)
         seed = random.randrange(2**32 - 1)  # which lm-eval's --seed decides; samples of one request differ
         with llm._engine.lock:
-            sampler = llm._seeded_sampler(seed, temp=temperature, **sampling)
+            sampler = llm._seeded_sampler(seed, **cooled_first(temperature, **sampling))
         generation = Generation(llm._engine.text())
         stop = [text for text in options["until"] if text]
         generation.prepare(llm._ctx, llm._model.vocab, sampler, n_predict=n_predict, stop=stop)
         generation.ask(self._last(self.tok_encode(context), self.max_length - n_predict))
         return generation
+
+    def _name_ignored(self, options: Mapping[str, Any]) -> None:
+        """Logs once each option of a task that has no effect."""
+        for name in options.keys() - self._known:
+            self._known.add(name)
+            logger.warning("generation_kwargs: %s has no effect here", name)
 
     #
     # chat templates

@@ -11,14 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from .items import Benchmark, Context, Item, Piece, answers_of, text_of
 from .metrics import first_line, locomo_f1, stemmer
+from .sampling import cooled_first
 
 KINDS = {1: "multi-hop", 2: "temporal", 3: "open", 4: "single-hop"}
-TEMPERATURE = np.float32(0.4)
 DATE = " Say the date, as nearly as the conversation tells it."
 
 
@@ -57,13 +54,7 @@ def _context(conversation: dict[str, Any]) -> Context:
 
 
 def _sampling(index: int, seed: int) -> dict[str, Any]:
-    return {
-        "logits_processor": [_cooled], "temp": 1.0, "top_k": 10, "top_p": 0.9, "min_p": 0.0, "seed": seed + index,
-    }  # fmt: skip
-
-
-def _cooled(_: Any, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return np.asarray(logits / TEMPERATURE)
+    return cooled_first(0.4, top_k=10, top_p=0.9, min_p=0.0, seed=seed + index)
 
 
 def score(item: Item, answer: str) -> dict[str, float | list[float]]:
