@@ -57,7 +57,13 @@ def test_what_two_threads_say_is_decoded_together(make, recorded):
     llm, alone = make(), make()
     decodes = recorded(llm)
     talks = [Conversation(llm, temp=0.0, n_predict=100) for _ in range(2)]
-    replies = in_threads(*(lambda talk=talk, i=i: talk.say(f"hello {i}") for i, talk in enumerate(talks)))
+    barrier = threading.Barrier(2)
+
+    def say(talk, content):
+        barrier.wait(TIMEOUT)  # however late a thread begins
+        return talk.say(content)
+
+    replies = in_threads(*(lambda talk=talk, i=i: say(talk, f"hello {i}") for i, talk in enumerate(talks)))
     assert replies == [Conversation(alone, temp=0.0, n_predict=100).say(f"hello {i}") for i in range(2)]
     # 100 each; decodes are common after both have begun and before one has ended
     assert sum(len(decode) == 2 for decode in decodes) > 50 and len(decodes) < 150
