@@ -1211,6 +1211,8 @@ def test_a_damaged_session_is_named_to_clients(api):
     store.commit(dataclasses.replace(store.get("", "damaged"), memory=b"damaged"))
     answer = api.http.post("/sessions/damaged/v1/chat/completions", json={"messages": HELLO, **GREEDY})
     refused(answer, 503, "store_unavailable", "damaged")
+    for method, path in (("GET", ""), ("GET", "/file"), ("POST", "/undo")):
+        refused(api.http.request(method, f"/v1/memories/damaged{path}"), 503, "store_unavailable", "damaged")
     api.http.delete("/v1/memories/damaged")
 
 
