@@ -210,7 +210,10 @@ class Memory:
         """Why the snapshot does not fit the attached adapter; None if it does."""
         mine, theirs = self._metadata, snapshot.metadata
         if any(theirs.get(key, "") != mine[key] for key in ("adapter", "architecture")):
-            return f"the memory of another adapter, {owner(theirs)}; attached is {owner(mine)}"
+            return (
+                f"the memory of another adapter, {owner(theirs)}; attached is {owner(mine)}: attach that adapter, or "
+                "take another memory"
+            )
         if theirs.get("layers", "") != mine["layers"] or snapshot.state.shape != self.shape:
             return (
                 f"holds layers {theirs.get('layers', '')} of shape {snapshot.state.shape}; "

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--rehearse", action="store_true",
-        help="before /clear and /quit, decode the text once more and write it again: the memory may keep more of it",
+        help="before /clear and at the end, decode the text once more and write it again: the memory may keep more",
     )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ class Chat:
                 raise InputError(f"{file!a} cannot be a file name: {getattr(error, 'strerror', error)}") from error
             return file
         if not self.memory_file:
-            raise InputError("name a file")
+            raise InputError("name a file after it, such as ada.memory")
         return self.memory_file
 
 

@@ -34,8 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what must not become slower, and counts (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=positive_number, default=120.0, metavar="N", help="seconds that it may take, about (120)"
-    )
+        "--seconds", type=positive_number, default=120.0, metavar="N",
+        help="seconds that it takes, about; a busy machine takes longer (120)",
+    )  # fmt: skip
     parser.add_argument(
         "--kv-types", type=names, metavar="TYPE,...",
         help=f"also try these types of the KV cache, which change what a model says: {', '.join(CACHE_TYPES)}",
