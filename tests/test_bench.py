@@ -534,6 +534,28 @@ def test_a_library_that_hides_ggml(monkeypatch, what, option):
         what()
 
 
+def test_a_cycle_is_measured_by_one_chain(monkeypatch):
+    """One vector of outputs of one token: what the kernel computes side by side would pass for a faster core."""
+    real, chains = ggml_graph.ggml_library(), []
+
+    class Watched:
+        def __getattr__(self, name):
+            function = getattr(real, name)
+            if name != "deltamem_correct_forward":
+                return function
+
+            def called(args):
+                chains.append((args.n_out, args.n_tokens))
+                function.argtypes, function.restype = [ctypes.c_void_p], None
+                function(ctypes.byref(args))
+
+            return called
+
+    monkeypatch.setattr(floor, "ggml_library", Watched)
+    cycle = floor.cycle_ns(2, 64)
+    assert (cycle is None and not chains) or set(chains) == {(min(8, floor.lanes()), 1)}
+
+
 def test_a_kernel_that_cannot_be_called(monkeypatch):
     """As in a build with a ggml-cpu per CPU: the floor has cycles only, for the widest vectors that any CPU has."""
     monkeypatch.setattr(floor, "ggml_library", object)

@@ -41,15 +41,15 @@ class _CorrectArgs(ctypes.Structure):
     )
 
 
-def cycle_ns(n_runs: int, length: int = 512) -> float | None:
+def cycle_ns(n_runs: int, length: int = 1 << 15) -> float | None:
     """Time of a clock cycle while vectors of float32 are multiplied.
 
     A correction of one narrow vector of outputs is a chain of multiply-adds, each of which waits for the one before:
-    LATENCY cycles each. None where the kernel cannot be called from outside, as in a build with a ggml-cpu per CPU.
+    LATENCY cycles each. Of one token, because the kernel computes several side by side. None where the kernel cannot
+    be called from outside, as in a build with a ggml-cpu per CPU.
     """
-    n_chains = 64
-    least = _correction_ns(n_runs, min(8, lanes()), length, n_chains)
-    return None if least is None else least / (length * n_chains * LATENCY)
+    least = _correction_ns(n_runs, min(8, lanes()), length, 1)
+    return None if least is None else least / (length * LATENCY)
 
 
 def per_cycle(n_runs: int, cycle: float | None) -> float | None:
