@@ -38,5 +38,5 @@ def held(path: str | os.PathLike[str]) -> Iterator[None]:
                 file = os.open(path, os.O_RDONLY)
                 stack.callback(os.close, file)
                 if not take_lock(file):
-                    raise InputError(f"{named(path)}: another run writes it: wait for its end, or name another --out")
+                    raise InputError(f"{named(path)}: another run writes it: wait for its end, or name another output")
         yield
