@@ -6,6 +6,7 @@ unit depends on what was asked before, so a run that was killed goes on where it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -15,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, OutputError
+from ..formats.lock import take_lock
 from . import views
 from .asker import MARGIN, Ask, Asker, Shared
 from .items import Benchmark, Context, Item, digest
-
-if sys.platform != "win32":
-    import fcntl
 
 PLAIN = {
     "none": views.NONE, "backbone": views.FULL, "last": views.LAST, "bm25": views.BM25, "dense": views.DENSE,
@@ -251,14 +250,11 @@ class AnswerFile:
     def _lock(self) -> None:
         """The system releases it with the file, also when it kills the process."""
         if sys.platform != "win32":
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{self.path}: another process writes it: wait for its end, or name another folder by --output"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
+            with contextlib.suppress(OSError):  # a file system without locks
+                if not take_lock(self._file.fileno()):
+                    raise InputError(
+                        f"{self.path}: another process writes it: wait for its end, or name another folder by --output"
+                    )
 
     def close(self) -> None:
         self._file.close()
