@@ -20,6 +20,7 @@ BAD = [
     ({"block_count": 0}, "block_count"),
     ({"block_count": 513}, "block_count"),
     ({"block_count": 100000}, "block_count"),
+    ({"context_length": 2**31}, "context_length"),
     ({"nextn_predict_layers": 50}, "nextn_predict_layers"),
     ({"expert_count": 2**31, "expert_used_count": 2}, "expert_count"),
     ({"expert_used_count": 2}, "expert_used_count"),
@@ -123,6 +124,7 @@ HEADS = {"attention.head_count": 4, "embedding_length": 128}  # of 32
     ("architecture", "changes", "key"),
     [
         ("qwen3", {"attention.key_length": 32, "attention.value_length": 16}, "attention.value_length"),
+        ("gemma3", {"context_length": -5}, "context_length"),  # by an override
         ("gemma3", {"rope.dimension_count": 31}, "rope.dimension_count"),
         ("gemma3", {"rope.dimension_count": 34}, "rope.dimension_count"),
         ("hunyuan-moe", {"expert_count": 2, "expert_used_count": 3}, "expert_used_count"),

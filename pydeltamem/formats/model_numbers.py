@@ -48,6 +48,9 @@ def check_numbers(path: str | os.PathLike[str], keys: Mapping[str, Any]) -> None
     if number("nextn_predict_layers") > n_layer:
         refuse("nextn_predict_layers", f"at most the {n_layer} of block_count")
 
+    if not 0 <= number("context_length") < 2**31:  # llama_cpp makes an array of so many tokens for each text
+        refuse("context_length", "0 or more, in 31 bits")
+
     n_expert, n_used = number("expert_count"), number("expert_used_count")
     if str(architecture).startswith("hunyuan") and n_expert <= 1:
         n_expert = n_used = 0
