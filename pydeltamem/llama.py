@@ -12,16 +12,17 @@ import inspect
 import itertools
 import os
 import types
+import typing
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
-from .errors import AdapterError, InputError, ModelError, NotFiniteError, naming, shown
+from .errors import AdapterError, DeltaMemError, InputError, ModelError, NotFiniteError, naming, shown
 from .formats.gguf_header import Header
 from .formats.memory_file import MemorySnapshot
 from .formats.model_numbers import MAX_CONTEXT, check_numbers
@@ -53,13 +54,20 @@ HOME = 0  # the slot of the model's own text: the one that llama_cpp.Llama uses
 _llama = library.llama_cpp
 json_grammar.install()  # for create_chat_completion
 
+LlamaChatCompletionHandlerNotFoundException: Any = (
+    _llama.llama_chat_format.LlamaChatCompletionHandlerNotFoundException  # mypy does not know it
+)
 _GENERATE = inspect.signature(Llama.generate)
 _KEYWORDS = [name for name, of in inspect.signature(Llama.__init__).parameters.items() if of.kind == of.KEYWORD_ONLY]
+_TYPES = typing.get_type_hints(Llama.__init__)
+_FORMER = {"f16_kv", "n_parts"}  # llama_cpp took them once, and LangChain still gives them
 _SAMPLER = inspect.signature(Llama._init_sampler)
 _WHOLE, _NUMBERS = (
     {name for name, of in _SAMPLER.parameters.items() if type(of.default) is kind} for kind in (int, float)
 )
+_MAX_OVERRIDE = 127  # bytes of a key or text of llama_model_kv_override, beside the null
 _COMPLETE = inspect.signature(Llama.create_completion)
+_CHAT = inspect.signature(Llama.create_chat_completion)
 
 
 class DeltaMemLlama(Llama):
@@ -139,7 +147,10 @@ class DeltaMemLlama(Llama):
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
+        kwargs = {name: value for name, value in kwargs.items() if name not in _FORMER}
         _check_keywords(kwargs, n_ctx, n_seq_max)
+        if kwargs.get("vocab_only") and deltamem_path is not None:
+            raise InputError(f"{option('deltamem_path')} needs the model's weights: leave out one of it and vocab_only")
         if kwargs.get("seed") is not None:
             kwargs["seed"] = whole(kwargs["seed"], "seed")
         if kwargs.get("lora_path") is not None:
@@ -273,7 +284,7 @@ class DeltaMemLlama(Llama):
 
     def _attach_first(self) -> None:
         path = self.deltamem_path
-        if path is None and "deltamem.version" in self.metadata:
+        if path is None and "deltamem.version" in self.metadata and not self.model_params.vocab_only:
             path = self.model_path  # packed
         if path is not None:
             self._attach(path)
@@ -695,15 +706,30 @@ class DeltaMemLlama(Llama):
         `logprobs=True` gives the log probability of each token of the reply; `top_logprobs` says how many of the
         likeliest tokens to list with it. Both need `logits_all=True`.
         """
+        options = _CHAT.bind(self, messages, *args, **kwargs).arguments
+        del options["self"]
+        if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
+            raise InputError(f"messages is a list of messages, not {shown(repr(messages))}")
+        options["messages"] = messages = list(messages)
+        if options.get("response_format") is not None and self.chat_handler is None:
+            options["response_format"] = _response_format(options["response_format"])
         asked = copy.deepcopy(messages)
-        n_top = kwargs.get("top_logprobs") or 0
-        if kwargs.get("logprobs"):
-            kwargs["top_logprobs"] = n_top  # with None there would be no log probabilities at all
+        n_top = options.get("top_logprobs") or 0
+        if options.get("logprobs"):
+            options["top_logprobs"] = n_top  # with None there would be no log probabilities at all
         with self._text.turn, self._asking(asked):
             try:
-                answer = super().create_chat_completion(messages, *args, **kwargs)
+                answer = super().create_chat_completion(**options)
+            except DeltaMemError:
+                raise
             except UnicodeEncodeError as error:
                 raise InputError(f"the messages are no Unicode text: {error.reason}") from None
+            except LlamaChatCompletionHandlerNotFoundException as error:
+                raise InputError(str(error)) from None
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
+                if self._asked is None or self.chat_handler is not None:  # raised while it generates, or by the user's
+                    raise
+                raise InputError(f"the model's chat format refuses these messages or options: {error}") from error
         if not isinstance(answer, Iterator):
             return _with_best(answer, n_top)
         return (_with_best(chunk, n_top) for chunk in self._streamed(asked, answer))
@@ -857,6 +883,8 @@ class DeltaMemLlama(Llama):
         """
         text, ours = self._text, state if isinstance(state, DeltaMemState) else None
         self._slots.require_open()
+        if not isinstance(state, LlamaState):
+            raise InputError(f"load_state takes what save_state returned, not {shown(repr(state))}")
         if ours is None and self._n_seq_max > 1:
             raise InputError("a state that plain llama_cpp saved is for a context of one sequence")
         tokens = self._checked_tokens(state.input_ids[: state.n_tokens])
@@ -1007,10 +1035,11 @@ class _Closed:
 
 def _check_keywords(kwargs: dict[str, Any], n_ctx: int, n_seq_max: int) -> None:
     """Raises InputError if a keyword of llama_cpp is unknown, or a number is out of range."""
-    for name in kwargs:  # llama_cpp ignores unknown ones
-        if name not in _KEYWORDS:
+    for name, value in kwargs.items():
+        if name not in _KEYWORDS:  # llama_cpp ignores unknown ones
             known = {*inspect.signature(DeltaMemLlama).parameters, *_KEYWORDS} - {"kwargs"}
             raise InputError(f"{name} is no keyword of DeltaMemLlama{nearest(name, known)}")
+        _check_type(name, value)
     n_batch = kwargs.get("n_batch", n_seq_max)
     threads = {name: kwargs.get(name) or 0 for name in ("n_threads", "n_threads_batch")}
     for name, n in {"n_ctx": n_ctx, "n_seq_max": n_seq_max, "n_batch": n_batch, **threads}.items():
@@ -1026,6 +1055,39 @@ def _check_keywords(kwargs: dict[str, Any], n_ctx: int, n_seq_max: int) -> None:
     longest = min(MAX_CONTEXT, (2**31 - 1) // n_seq_max)  # llama.cpp's numbers are of 32 bits
     if not 0 <= n_ctx <= longest:
         raise InputError(f"{option('n_ctx')} is 0 to {longest}, not {n_ctx}")
+
+
+def _check_type(name: str, value: Any) -> None:
+    """Raises InputError if a keyword of llama_cpp is no number where it must be one, or too large for llama.cpp."""
+    kinds = typing.get_args(_TYPES[name]) or (_TYPES[name],)
+    if value is None and type(None) in kinds:
+        return
+    if name == "kv_overrides":
+        _check_overrides(value)
+    elif name == "tensor_split":
+        if not isinstance(value, (list, tuple)) or len(value) > _llama.LLAMA_MAX_DEVICES:
+            raise InputError(f"tensor_split is a list of at most {_llama.LLAMA_MAX_DEVICES} numbers, not {value!r}")
+        for part in value:
+            number(part, "a number of tensor_split")
+    elif float in kinds:
+        number(value, name)
+    elif int in kinds and name != "seed" and not -(2**31) <= whole(value, option(name)) < 2**31:
+        raise InputError(f"{option(name)} is a number of 32 bits, not {value}")
+
+
+def _check_overrides(overrides: Any) -> None:
+    """Raises InputError if a value for a key of the model's header cannot be given to llama.cpp."""
+    if not isinstance(overrides, dict):
+        raise InputError(f"kv_overrides is a dict of keys and values, not {shown(overrides)}")
+    for key, value in overrides.items():
+        if not isinstance(key, str) or not key or "\0" in key or len(key.encode()) > _MAX_OVERRIDE:
+            raise InputError(f"kv_overrides: a key is text of 1 to {_MAX_OVERRIDE} bytes, not {shown(key)}")
+        if not isinstance(value, (int, float, str)):
+            raise InputError(f"kv_overrides: {key} is a bool, an int, a float or a str, not {shown(repr(value))}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise InputError(f"kv_overrides: {key} is a number of 64 bits, not {value}")
+        if isinstance(value, str) and ("\0" in value or len(value.encode()) > _MAX_OVERRIDE):
+            raise InputError(f"kv_overrides: {key} is text of at most {_MAX_OVERRIDE} bytes, not {shown(value)}")
 
 
 def _hub_name(repository: str, file: str | None) -> str:
@@ -1068,6 +1130,20 @@ def _tokens_before(llm: weakref.ref[DeltaMemLlama]) -> npt.NDArray[np.intc]:
     model = llm()
     assert model is not None  # it samples
     return model.input_ids[: model._n_before]
+
+
+def _response_format(wanted: Any) -> Any:
+    """A response format as llama_cpp knows it: of any other, like the type "json_schema", it would say nothing."""
+    kind = wanted.get("type") if isinstance(wanted, Mapping) else None
+    if kind in ("text", "json_object"):
+        return wanted
+    given = wanted.get("json_schema") if kind == "json_schema" else None
+    if not isinstance(given, Mapping) or not isinstance(given.get("schema"), Mapping):
+        raise InputError(
+            'response_format is {"type": "text"}, "json_object" with or without a "schema", or "json_schema" with '
+            f'{{"json_schema": {{"schema": {{…}}}}}}, not {shown(repr(wanted))}'
+        )
+    return {"type": "json_object", "schema": given["schema"]}
 
 
 def _with_best(answer: Any, n_top: int) -> Any:

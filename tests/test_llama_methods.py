@@ -21,6 +21,7 @@ from llama_cpp.llama_tokenizer import LlamaHFTokenizer, LlamaTokenizer
 
 from pydeltamem import Conversation, DeltaMemLlama, InputError, ModelError
 from pydeltamem.formats.memory_file import MemorySnapshot
+from pydeltamem.formats.packed import pack
 from refusals import refuses
 from test_inspect import rewritten
 
@@ -557,9 +558,134 @@ def test_segments_are_for_an_adapter_that_writes_them(llm):
     assert llm.n_tokens == 0 and not llm.memory.state.any()
 
 
-def test_options_that_llama_cpp_refuses(base):
-    with pytest.raises(ValueError, match="no-such-kind"):
-        DeltaMemLlama(base(), kv_overrides={"no-such-kind": object()}, verbose=False)
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("n_gpu_layers", "all", "all"),
+        ("n_gpu_layers", None, None),
+        ("n_gpu_layers", 2**40, 2**40),  # would be 0
+        ("n_ubatch", 1.5, 1.5),
+        ("split_mode", "layer", "layer"),
+        ("pooling_type", "mean", "mean"),
+        ("type_k", "f16", "f16"),
+        ("numa", "distribute", "distribute"),
+        ("last_n_tokens_size", None, None),
+        ("rope_freq_base", "x", "x"),
+        ("yarn_ext_factor", None, None),
+        ("lora_scale", float("nan"), "nan"),
+        ("tensor_split", 0.5, 0.5),
+        ("tensor_split", ["a"], "a"),
+        ("tensor_split", [1] * 17, 16),
+        ("kv_overrides", [("a", 1)], "a"),
+        ("kv_overrides", {1: 2}, 1),
+        ("kv_overrides", {"a\0b": 1}, "a"),
+        ("kv_overrides", {"k" * 128: 1}, 127),
+        ("kv_overrides", {"some.key": object()}, "some.key"),
+        ("kv_overrides", {"some.key": None}, "some.key"),
+        ("kv_overrides", {"some.key": 2**63}, 2**63),  # would be negative
+        ("kv_overrides", {"some.key": "v" * 128}, 127),  # llama.cpp would read past it
+    ],
+    ids=str,
+)
+def test_values_that_llama_cpp_cannot_take(base, name, value, told):
+    with refuses(InputError, name, told):
+        DeltaMemLlama(base(), verbose=False, **{name: value})
+
+
+def test_values_that_llama_cpp_takes(make_llm):
+    """As its annotations say: also None, numbers of NumPy, and names of long ago, which LangChain still gives."""
+    llm = make_llm(
+        n_gpu_layers=np.int64(0), rope_scaling_type=None, type_k=None, rope_freq_base=1000000, numa=False,
+        tensor_split=[1, 0.5], op_offload=None, kv_overrides={"a": True, "b": 2, "c": 0.5, "k" * 127: "v" * 127},
+        f16_kv=True, n_parts=-1,
+    )  # fmt: skip
+    assert len(list(llm.create_completion(TOKENS, max_tokens=2, stream=True))) >= 1
+
+
+def test_an_unknown_chat_format(make_llm):
+    llm = make_llm(chat_format="no-such-format")
+    with refuses(InputError, "no-such-format"):
+        llm.create_chat_completion([{"role": "user", "content": "hello"}], max_tokens=1)
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "options"),
+    [
+        (None, {}),
+        ("hello", {}),
+        ({"role": "user", "content": "hello"}, {}),
+        (["hello"], {}),
+        ([{}], {}),
+        ([{"role": "user"}], {}),
+        (HELLO, {"response_format": "json"}),
+        (HELLO, {"response_format": {}}),
+        (HELLO, {"response_format": {"type": "json_schema"}}),
+        (HELLO, {"response_format": {"type": "yaml"}}),
+        (HELLO, {"functions": 5}),
+        (HELLO, {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "tool_choice": {}}),
+        (HELLO, {"temperature": None}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_that_is_refused(llm, messages, options, stream):
+    """Of a stream some refuse with its first piece. Nothing is decoded, and the next chat works."""
+    with pytest.raises(InputError):
+        list(llm.create_chat_completion(messages, max_tokens=2, stream=stream, **options))
+    assert llm.n_tokens == 0 and not llm.memory.state.any()
+    assert llm.create_chat_completion(HELLO, max_tokens=1)["choices"]
+
+
+def test_errors_of_a_chat_that_are_not_of_its_format(make_llm):
+    """Those of a logits processor and of the user's own handler are raised as they are."""
+
+    def failing(*args, **kwargs):
+        raise LookupError("mine")
+
+    llm = make_llm()
+    with pytest.raises(LookupError, match="mine"):
+        llm.create_chat_completion(HELLO, max_tokens=1, logits_processor=LogitsProcessorList([failing]))
+    with pytest.raises(LookupError, match="mine"):
+        make_llm(chat_handler=failing).create_chat_completion(HELLO)
+    with pytest.raises(TypeError):
+        llm.create_chat_completion(HELLO, no_such_option=1)
+
+
+def test_a_response_format_of_a_json_schema(llm):
+    """As OpenAI's API and the packages for it write it; llama_cpp answers without a schema."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+    answers = []
+    for form in (wanted, {"type": "json_object", "schema": schema}):
+        llm.reset()
+        llm.memory.reset()
+        answers.append(llm.create_chat_completion(HELLO, response_format=form, max_tokens=24, temperature=0))
+    first, second = (answer["choices"][0]["message"]["content"] for answer in answers)
+    assert first == second and re.match(r'\{\s*"n"', first)
+
+
+def test_values_that_are_none_of_ours(llm):
+    for text in ("hello", None, 5):
+        with pytest.raises(InputError):
+            llm.tokenize(text)
+    for tokens in ([1.5], ["a"], [None]):
+        with pytest.raises(InputError):
+            llm.detokenize(tokens)
+    for state in (None, b"", llm):
+        with pytest.raises(InputError):
+            llm.load_state(state)
+
+
+def test_a_vocabulary_has_no_memory(base, adapter, tmp_path):
+    """A packed model has its adapter's file; what names one besides is refused."""
+    pack(base(), adapter("qwen3", "tsw_qo"), tmp_path / "packed.gguf")
+    with DeltaMemLlama(tmp_path / "packed.gguf", vocab_only=True, verbose=False) as llm:
+        assert llm.tokenize(b"hello") and not llm.memory.attached
+    with refuses(InputError, "deltamem_path", "vocab_only"):
+        DeltaMemLlama(base(), deltamem_path=adapter("qwen3", "tsw_qo"), vocab_only=True, verbose=False)
 
 
 def test_a_model_that_does_not_say_its_context(base, tmp_path):

@@ -394,7 +394,7 @@ def test_a_tokenizer_of_ones_own(make_llm, stream):
         ({"stop": 5}, ["stop", 5]),
         ({"stop": ["a", b"b"]}, ["stop", "b'b'"]),
         ({"suffix": 5}, ["suffix", 5]),
-        ({"temperature": "hot"}, ["temp", "'hot'"]),
+        ({"temperature": "hot"}, ["temperature", "'hot'"]),
         ({"logit_bias": {400: 1.0}}, ["logit_bias", 400]),
         ({"logit_bias": {-1: 1.0}}, ["logit_bias", -1]),
         ({"logit_bias": {7: float("nan")}}, ["logit_bias", 7]),

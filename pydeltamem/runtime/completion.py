@@ -28,7 +28,7 @@ from .logprobs import Scored, scored
 from .model import Model
 from .stream import Assembler
 from .tokenizer import Tokenizer, encoded, piece
-from .values import stop_strings, whole
+from .values import number, stop_strings, whole
 
 _llama = library.llama_cpp
 
@@ -96,7 +96,7 @@ class Completion:
             processors.append(biased(logit_bias, llm.n_vocab()))
         self.sampling = {
             **sampling,
-            "temp": temperature,
+            "temp": number(temperature, "temperature"),
             "logits_processor": _llama.LogitsProcessorList(processors) if processors else None,
             "stopping_criteria": self._criteria,
         }

@@ -12,8 +12,10 @@ _OPTIONS = {
     "deltamem_path": "--deltamem",
     "lora_path": "--lora",
     "rpc_servers": "--rpc",
+    "n_gpu_layers": "--gpu-layers",
     "n_ctx": "--ctx-size",
     "n_batch": "--batch-size",
+    "n_ubatch": "--ubatch-size",
     "n_seq_max": "--parallel",
     "n_threads": "--threads",
     "n_threads_batch": "--threads-batch",
@@ -24,8 +26,8 @@ _on_the_command_line = False
 
 
 def option(keyword: str) -> str:
-    """A keyword under the name that the reader of the error knows: in Python, or on the command line."""
-    return _OPTIONS[keyword] if _on_the_command_line else keyword
+    """A keyword under the name that the reader of the error knows: in Python, or on the command line, if it has one."""
+    return _OPTIONS.get(keyword, keyword) if _on_the_command_line else keyword
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from . import library
+from .values import whole
 
 _llama = library.llama_cpp
 
@@ -54,7 +55,12 @@ class Tokenizer(library.LlamaTokenizer):
     """The tokenizer of a model."""
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
-        """The tokens of a text, in which bytes that are no UTF-8 are the replacement character."""
+        """The tokens of a text, in which bytes that are no UTF-8 are the replacement character.
+
+        Raises InputError if it is not given as bytes.
+        """
+        if not isinstance(text, bytes):
+            raise InputError(f"tokenize takes the bytes of a text, as its encode() gives them, not {shown(repr(text))}")
         tokens: list[int] = super().tokenize(BEYOND_UNICODE.sub(REPLACEMENT, text), add_bos, special)
         return tokens
 
@@ -66,9 +72,10 @@ class Tokenizer(library.LlamaTokenizer):
         Raises InputError if the model has no such token.
         """
         vocab, n_vocab = self._model.vocab, self._model.n_vocab()
+        tokens = [whole(token, "a token id") for token in tokens]
         for token in tokens:
             if not 0 <= token < n_vocab:
                 raise InputError(f"{token} is no token id of this model: they are 0 to {n_vocab - 1}")
-        data = b"".join(piece(vocab, int(token), special) for token in tokens)
+        data = b"".join(piece(vocab, token, special) for token in tokens)
         begins = len(tokens) > 0 and tokens[0] == self._model.token_bos()
         return data.removeprefix(b" ") if begins else data
