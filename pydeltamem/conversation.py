@@ -690,6 +690,11 @@ def _checked_options(llm: DeltaMemLlama, options: Mapping[str, Any]) -> dict[str
     return options
 
 
+def has_template(llm: DeltaMemLlama) -> bool:
+    """Whether the model's file or a handler says how a chat is written; else llama_cpp takes Llama 2's form."""
+    return llm.chat_handler is not None or "tokenizer.chat_template" in llm.metadata
+
+
 def chat_prompt(llm: DeltaMemLlama, messages: list[dict[str, str]]) -> tuple[list[int], dict[str, Any]]:
     """The tokens that create_chat_completion decodes for these messages, and the chat format's options that end a
     reply, stop and stopping_criteria. Raises InputError if its template fails.

@@ -42,6 +42,19 @@ def piped(command):
     return run
 
 
+def test_a_model_without_a_chat_template(base, tmp_path):
+    """The chat says so, and goes on: llama_cpp takes Llama 2's form."""
+    bare, key = tmp_path / "bare.gguf", b"tokenizer.chat_template"
+    for model, notes in ((base(), 0), (bare, 1)):
+        if notes:
+            with open(base(), "rb") as file:
+                bare.write_bytes(file.read().replace(key, key[:-1] + b"x"))
+        command = [sys.executable, "-m", "pydeltamem.cli", "chat", "-m", str(model), *OPTIONS]
+        result = subprocess.run(command, input="hello\n", capture_output=True, encoding="utf-8", timeout=300)
+        assert result.returncode == 0 and result.stdout.strip()
+        assert result.stderr.count(f"{bare}: ") == notes
+
+
 def norms(text):
     return [float(value) for value in re.findall(r"\d+: ([\d.e+-]+)", text)]
 

@@ -1523,6 +1523,15 @@ def test_a_clock_that_is_set_changes_no_limit(monkeypatch, hours):
         assert 1 <= int(answer.headers["retry-after"]) <= 60
 
 
+@pytest.mark.parametrize("key", [b"tokenizer.chat_template", b"tokenizer.chat_templatx"])
+def test_the_log_tells_of_a_model_without_a_chat_template(tmp_path, caplog, key):
+    model = tmp_path / "model.gguf"
+    model.write_bytes(Path(BASE).read_bytes().replace(b"tokenizer.chat_template", key))
+    with in_thread(lambda: AsyncDeltaMem(DeltaMemLlama(str(model), n_ctx=256, n_threads=1, verbose=False))):
+        warned = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == (key != b"tokenizer.chat_template")
+
+
 def test_while_the_model_is_loaded():
     loaded = threading.Event()
 

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     llm = load(args)
     if args.rehearse and not llm.memory.attached:
         raise InputError("--rehearse: there is no memory to write the text to: name an adapter by --deltamem")
-    from ..conversation import Conversation
+    from ..conversation import Conversation, has_template
 
     options = sampling(args, llm)
     seed = options.pop("seed")
@@ -98,6 +98,11 @@ def run(args: argparse.Namespace) -> int:
         conversation.open(args.memory)
     chat = Chat(conversation, args.memory or args.save_memory or args.load_memory, args.rehearse, seed)
     with contextlib.closing(conversation), memory_saved(conversation.memory, args.save_memory):
+        if not has_template(llm):
+            note(
+                f"{llm.model_path}: has no chat template: messages stand in Llama 2's form, so answers may be poor."
+                " deltamem generate goes on with a text as it is"
+            )
         note(memory_attached(llm, args, conversation.memory.n_written if llm.memory.attached else 0))
         if sys.stdin.isatty():
             note("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")

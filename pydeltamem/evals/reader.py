@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..conversation import Conversation, chat_prompt, say_together
+from ..conversation import Conversation, chat_prompt, has_template, say_together
 from ..errors import InputError
 from ..formats.memory_file import MemorySnapshot
 from ..llama import DeltaMemLlama
@@ -172,7 +172,7 @@ class NativeReader:
 
 def require_template(llm: DeltaMemLlama) -> None:
     """Raises InputError, and closes the model, if it has no chat template: llama_cpp would take Llama 2's for it."""
-    if "tokenizer.chat_template" not in llm.metadata:
+    if not has_template(llm):
         path = llm.model_path
         llm.close()
         raise InputError(f"{path}: has no chat template, by which questions are asked: name a model that has one")

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 
+from ..conversation import has_template
 from .bodies import header_of
 from .embeddings import Embedder
 from .keys import Keys
@@ -100,6 +101,8 @@ class Server:
             log.error("the model cannot be loaded: %s", error)
             self.settings.failed()
             raise
+        if not has_template(self._service.llm):
+            log.warning("the model has no chat template: messages stand in Llama 2's form, so answers may be poor")
         log.info("ready")
 
     def lose(self, reason: str) -> None:
