@@ -155,18 +155,16 @@ default-ssw: default-tsw
 	$(BIN)/deltamem train $(DEFAULT)/hf $(DEFAULT)/train.jsonl -o $(DEFAULT)/ssw --strategy ssw $(SSW_ARGS)
 
 # The adapter of SmolLM2-135M. Resumes where it was interrupted. SMOLLM2_ARGS="--init recipes/smollm2/msw --rate 2.2e-3 --steps
-# 600 --schedule linear" goes on from the weights that are shipped. ordinary.py and mixture.py read ../shared/data, or DELTAMEM_DATA.
+# 600 --schedule linear" goes on from the weights that are shipped. mixture.py reads ../shared/data, or DELTAMEM_DATA.
 SMOLLM2      := build/smollm2
 SMOLLM2_ARGS ?= --strategy msw --update no_lambda --write-bias -2 --heads-gain 0.5
 
-$(SMOLLM2)/ordinary.jsonl: recipes/ordinary.py recipes/ordinary/requests.jsonl.gz | $(INSTALLED)
-	$(BIN)/python recipes/ordinary.py smollm2 $@
-
-MIXTURE := $(addprefix recipes/,mixture.py chats.py compared.py conversations.py documents.py swap.py \
+ORDINARY     := recipes/ordinary/answers.jsonl.gz
+MIXTURE      := $(ORDINARY) $(addprefix recipes/,mixture.py chats.py compared.py conversations.py documents.py swap.py \
 	documents/train.jsonl.gz natural/train.jsonl.gz)
 
-$(SMOLLM2)/train.jsonl: $(MIXTURE) | $(SMOLLM2)/ordinary.jsonl
-	$(BIN)/python recipes/mixture.py $@ --ordinary $(SMOLLM2)/ordinary.jsonl
+$(SMOLLM2)/train.jsonl: $(MIXTURE) | $(INSTALLED)
+	$(BIN)/python recipes/mixture.py $@ --ordinary $(ORDINARY)
 
 smollm2-adapter: $(SMOLLM2)/train.jsonl ## train an adapter for SmolLM2-135M (hours on one core; SMOLLM2_ARGS)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \

@@ -1,9 +1,9 @@
 """Writes the conversations that SmolLM2's adapters are trained on, one per line, for `deltamem train`.
 
-    python recipes/mixture.py build/smollm2/train.jsonl --data ../shared/data --ordinary build/smollm2/ordinary.jsonl
+    python recipes/mixture.py build/smollm2/train.jsonl --ordinary recipes/ordinary/answers.jsonl.gz
 
 Draws by weight from these sources. Those with a file in brackets under train/, and some of the documents, are not ours
-to ship (../shared/data/README.md, or DELTAMEM_DATA):
+to ship (../shared/data/README.md; their folder by --data or DELTAMEM_DATA):
 
     natural      conversations written by hand (recipes/natural/train.jsonl.gz), every other one with other
                  values (swap.py). Some are also asked what only another conversation was told: that is declined

@@ -6,6 +6,8 @@ The requests: those written by hand (recipes/ordinary/requests.jsonl.gz: letters
 form), questions of the published data, later messages of our chats, and a few made of parts. The answers are sampled.
 Training learns the frozen model's distribution along them, so it does not matter whether they are good, or cut.
 
+recipes/ordinary/answers.jsonl.gz holds SmolLM2's to `--ours --longest 640`, an hour of one core, for mixture.py.
+
 The answers so far are in OUT.part. The same command goes on from there when it was interrupted, to the same answers.
 """
 
@@ -62,11 +64,13 @@ def quoting(made: Iterable[str], asked: Iterable[str]) -> list[str]:
     return [text for text in made if in_a_row(text) & theirs]
 
 
-def requests(data: Path, seed: int) -> list[str]:
+def requests(data: Path | None, seed: int) -> list[str]:
+    """All requests. `data`: the folder of the published data; None: without its questions, not ours to ship."""
     draw = random.Random(seed)
     made = [item["prompt"] for item in lines(HERE / "ordinary" / "requests.jsonl.gz")]
-    questions = [item["question"] for item in drawable(lines(data / "train" / "nq_oracle.jsonl.gz"))]
-    made += [f"{question[0].upper()}{question[1:]}?" for question in draw.sample(questions, 220)]
+    if data is not None:
+        questions = [item["question"] for item in drawable(lines(data / "train" / "nq_oracle.jsonl.gz"))]
+        made += [f"{question[0].upper()}{question[1:]}?" for question in draw.sample(questions, 220)]
     natural = lines(HERE / "natural" / "train.jsonl.gz")
     later = [m["content"] for x in natural for m in x["messages"][2:] if m["role"] == "user" and len(m["content"]) > 25]
     made += draw.sample(later, 200)
@@ -140,6 +144,7 @@ def main() -> None:
     parser.add_argument("model", help="GGUF, or its name")
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--ours", action="store_true", help="leave out the questions of the published data")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument(
         "--longest", type=int, default=192, help="tokens of an answer; longer ones are cut (%(default)s)"
@@ -147,7 +152,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    asked = requests(args.data, args.seed)
+    asked = requests(None if args.ours else args.data, args.seed)
     quoted = quoting(asked, (item["prompt"] for item in lines(args.data / "eval" / "ifeval.jsonl")))
     if quoted:
         raise SystemExit(f"{len(quoted)} requests quote IFEval, such as: {quoted[0]}")

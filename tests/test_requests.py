@@ -38,6 +38,15 @@ def test_a_request_that_quotes_a_benchmark_is_found():
     assert ordinary.quoting(written(), asked) == []
 
 
+def test_answers_that_are_shipped():
+    """SmolLM2's to requests of ours, as recipes/ordinary.py --ours writes them."""
+    shipped = mixture.lines(mixture.HERE / "ordinary" / "answers.jsonl.gz")
+    asked = [item["prompt"] for item in shipped]
+    assert len(set(asked)) == len(asked) and set(asked) >= set(written())
+    assert len(set(asked) & set(ordinary.requests(None, 3))) > 1400
+    assert sum(len(item["answer"].split()) >= 320 for item in shipped) > 100  # they were not cut at 192 tokens
+
+
 def test_answers_to_requests_stay(tmp_path, monkeypatch):
     """A request is a chat's first message, or follows one; and its line says that the answer stays."""
     folder = tmp_path / "train"
