@@ -84,7 +84,7 @@ def holds(text: str, value: str) -> bool:
 def _begin_alike(words: list[str], wanted: list[str]) -> bool:
     for i, word in enumerate(wanted):
         found = words[i] if i < len(words) else ""
-        if found == word:
+        if found and (found == word or found in _plurals(word) or word in _plurals(found)):
             continue
         if word in _HALVES and found in _HALVES:
             return False
@@ -104,7 +104,19 @@ def normalised(text: str) -> list[str]:
 
 
 def _singular(word: str) -> str:
+    """A word without the s of most plurals. Short words keep it: bus, his, this."""
     return word[:-1] if len(word) > 4 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def _plurals(word: str) -> tuple[str, ...]:
+    """Plurals of a word that `_singular` does not see: dog, dogs; cherry, cherrie(s); box, boxe(s)."""
+    if len(word) < 3 or not word.isalpha():
+        return ()
+    if re.search("[^aeiou]y$", word):
+        return (word[:-1] + "ie",)
+    if word.endswith(("s", "x", "z", "ch", "sh", "o")):
+        return (word + "e", word + "s")
+    return (word + "s",)
 
 
 def _numbers(words: list[str]) -> list[str]:
