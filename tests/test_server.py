@@ -127,6 +127,32 @@ async def test_going_back_takes_the_memory_back(serving, read_once, what, restar
         assert (await service.get("ada")).turns == {"again": 3, "edit": 3}.get(what, 2)
 
 
+@pytest.mark.parametrize("what", ["undo", "again", "edit", "deeper"])
+async def test_what_is_taken_back_after_a_restart_was_never_there(serving, read_once, what):
+    """Undo brings back the memory of before the turn to the last bit, also of a turn that replaced it."""
+
+    messages, before = [], []
+    async with serving() as service:
+        for said in ["hello there", "my name is Ada", "and yours"]:
+            before.append(await state_of(service) if before else 0)
+            messages.append(user(said))
+            await say(service, messages)
+    back = {
+        "again": messages[:-1],
+        "edit": [*messages[:4], user("something else")],
+        "deeper": [*messages[:2], user("something else")],
+    }
+    async with serving() as service:
+        if what in back:
+            await say(service, back[what])
+        for n in reversed(range(2 if what == "deeper" else 3)):
+            record = await service.undo("ada")
+            assert record.turns == n
+            np.testing.assert_array_equal(await state_of(service), before[n])
+        await say(service, [user("hello there")])
+        np.testing.assert_allclose(await state_of(service), read_once(text_of(service)), **SAME)
+
+
 async def test_a_restart_writes_nothing_twice(serving, read_once):
     messages = []
     for said in ["hello there", "my name is Ada", "and yours", "well then"]:

@@ -282,7 +282,7 @@ def _memory_file(state: Any, about: dict[str, str], record: Record, n_written: i
 
 
 def _position(text: Text, arrays: dict[str, Any], about: dict[str, str], state: Any, record: Record) -> Position:
-    n, n_ctx, shape = len(arrays["tokens"]), text.n_ctx, text.slots.shape
+    n, n_ctx = len(arrays["tokens"]), text.n_ctx
     if n > n_ctx:  # served with a smaller context now: the text is gone, the memory stays
         text.become(state, record.tokens, about["since"])
         return text.position
@@ -290,23 +290,18 @@ def _position(text: Text, arrays: dict[str, Any], about: dict[str, str], state: 
     log.end = n
     log.tokens[:n], log.wrote[:n] = arrays["tokens"], arrays["wrote"]
     log.segment[:n], log.begins[:n] = arrays.get("segment", TOKEN), arrays.get("begins", 0)
-    floor = int(about["floor"])
-    old = []
+    # nothing is in the KV cache: all is decoded again from where the text began, which makes the checkpoints in between
+    first: tuple[Checkpoint, ...] = ()
     if "first" in arrays and int(about["first_position"]) < n:
-        old.append(Checkpoint(int(about["first_position"]), arrays["first"], int(about["first_written"]), True))
-    for turn in record.history:
-        if turn.chat == record.chat and turn.state is not None and (old[-1].position if old else 0) < turn.position < n:
-            old.append(
-                Checkpoint(turn.position, np.frombuffer(turn.state, np.float32).reshape(shape), turn.tokens, True)
-            )
-    checkpoints = Checkpoints(tuple(old), (Checkpoint(n, state, record.tokens, True),), N_BYTES, N_LAST)
+        first = (Checkpoint(int(about["first_position"]), arrays["first"], int(about["first_written"]), True),)
+    checkpoints = Checkpoints(first, (Checkpoint(n, state, record.tokens, True),), N_BYTES, N_LAST)
     return Position(
         log,
         about["since"],
         n_tokens=n,
         n=n,
         n_kv=0,
-        floor=min(floor, n),
+        floor=min(int(about["floor"]), n),
         fresh=int(about["fresh"]),
         n_written=record.tokens,
         epoch=text.position.epoch + 1,
