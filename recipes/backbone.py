@@ -26,9 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from pydeltamem.errors import DeltaMemError
 from pydeltamem.evals.world import Turn, World
 from pydeltamem.formats.atomic import replacing
 from pydeltamem.formats.kinds import PYTORCH, TOKENIZER
+from pydeltamem.formats.lock import held
 
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (
@@ -264,6 +266,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with held(args.directory):
+            train(args)
+    except DeltaMemError as error:
+        sys.exit(str(error))
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains in a folder that no other run writes."""
     torch.manual_seed(args.seed)
 
     if (args.directory / "tokenizer.model").exists():
@@ -286,7 +297,7 @@ def main() -> None:
     n_parameter = sum(p.numel() for p in model.parameters())
     print(f"{n_parameter / 1e6:.2f} million parameters, {tokenizer.vocab_size()} tokens, from step {step}", flush=True)
 
-    log = (args.directory / "log.jsonl").open("a", encoding="utf-8")
+    log = (args.directory / "log.jsonl").open("a" if step else "w", encoding="utf-8")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         bar = progress.add_task("backbone", total=sum(args.steps), completed=step)
@@ -311,10 +322,10 @@ def main() -> None:
                 row = {"step": step, "loss": mean, "seconds": round(time.monotonic() - begun)}
                 row["recall"] = {n: recall(model, text, 7, n) for n in (1, 4, 8)}
                 model.train()
-                print(json.dumps(row), file=log, flush=True)
                 with replacing(checkpoint, PYTORCH) as temporary:
                     states = [stepper.state_dict() for stepper in steppers]
                     torch.save({"step": step, "model": model.state_dict(), "optimizers": states}, temporary)
+                print(json.dumps(row), file=log, flush=True)  # after what it is of: no step is there twice
     model.save_pretrained(args.directory)
 
 

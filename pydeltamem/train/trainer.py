@@ -32,6 +32,7 @@ from .recall import NativeRecall
 from .reference import DeltaMem, DeltaMemConfig, chunked_recurrence, fused_recurrence, torch_save
 from .report import Report, measure, plot
 
+LOG = "log.jsonl"
 LEFT = 600  # seconds, longer than any save takes: a temporary file that old is nobody's
 HELD_OUT = 64  # conversations that only measure the loss; at most a tenth of all
 
@@ -63,7 +64,7 @@ class Trainer:
         if (self.out / WEIGHTS[1]).exists():
             raise InputError(f"{self.out / WEIGHTS[1]}: holds other weights for the same files: name another --out")
         for name, kind in (
-            (WEIGHTS[0], kinds.PYTORCH), (CONFIG, kinds.CONFIG), ("log.jsonl", kinds.CONVERSATIONS),
+            (WEIGHTS[0], kinds.PYTORCH), (CONFIG, kinds.CONFIG), (LOG, kinds.CONVERSATIONS),
             ("loss.png", kinds.PNG),
         ):  # fmt: skip
             check_target(self.out / name, kind)
@@ -96,7 +97,7 @@ class Trainer:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.curve: list[tuple[int, float]] = []  # steps and the loss
         self.mean: float | None = None  # moving average of the loss
-        self._resume()
+        self._goes_on = self._resume()
         self.recall: NativeRecall | None = None
         if options.eval_every:
             held_out = [self.data[i] for i in range(self.n_held_out)]
@@ -187,6 +188,9 @@ class Trainer:
     def _save(self) -> None:
         with self.average.in_place():
             self.memory.save_checkpoint(self.out)
+        if not self._goes_on:  # its rows are of an earlier run, whose weights are gone now
+            (self.out / LOG).unlink(missing_ok=True)
+            self._goes_on = True
         saved = {
             "run": self._identity(), "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
             "curve": self.curve, "mean": self.mean, "random": torch.get_rng_state(),
@@ -201,13 +205,13 @@ class Trainer:
     def _measure(self, recall: NativeRecall) -> None:
         row = {"step": self.step, "loss": self.mean, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
         row.update(recall.measure(self.out))
-        with writing(self.out / "log.jsonl", kinds.CONVERSATIONS) as temporary:
-            rows = [line for line in self._log() if -1 < _step_of(line) < self.step]  # others are of an earlier run
+        with writing(self.out / LOG, kinds.CONVERSATIONS) as temporary:
+            rows = [line for line in self._log() if -1 < _step_of(line) < self.step]  # others were not saved
             temporary.write_text("\n".join([*rows, json.dumps(row), ""]), encoding="utf-8")
         self.console.print(f"step {self.step}: of {row['questions']} held-out questions {row['right']:.0%} right")
 
     def _log(self) -> list[str]:
-        path = self.out / "log.jsonl"
+        path = self.out / LOG
         return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
     def _identity(self) -> dict[str, Any]:
@@ -220,10 +224,11 @@ class Trainer:
             "the model": zlib.crc32(embedded.view(torch.uint8).numpy()),
         }
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Whether there is a run to go on with."""
         path = self.out / "checkpoint.pt"
         if not path.exists():
-            return
+            return False
         try:
             saved = torch.load(path, weights_only=True, map_location="cpu")
             now = self._identity()
@@ -247,6 +252,7 @@ class Trainer:
         except Exception as error:  # torch passes on whatever its readers raise
             raise InputError(f"{path}: cannot be read: delete it or name another --out") from error
         self.console.print(f"{path}: goes on from step {self.step}")
+        return True
 
     @torch.no_grad()
     def _change(self, config: DeltaMemConfig) -> None:
@@ -297,7 +303,7 @@ def _settings(config: DeltaMemConfig, options: Options) -> dict[str, Any]:
 
 def _clear(out: Path) -> None:
     """Removes what runs that were killed while they saved have left, but not what another may be writing."""
-    for name in ("checkpoint.pt", WEIGHTS[0], CONFIG, "log.jsonl", "loss.png"):
+    for name in ("checkpoint.pt", WEIGHTS[0], CONFIG, LOG, "loss.png"):
         for leftover in leftovers(out / name):
             with contextlib.suppress(OSError):
                 if time.time() - leftover.stat().st_mtime > LEFT:
