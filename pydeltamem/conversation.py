@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError, MemoryFileError, NotFiniteError
+from .errors import InputError, MemoryFileError, NotFiniteError, shown
 from .formats.memory_file import MemoryFileLock
 from .llama import DeltaMemLlama
 from .memory import Memory
@@ -28,7 +28,7 @@ from .runtime.sampling import derived
 from .runtime.stream import checked_grammar
 from .runtime.text import Text
 from .runtime.tokenizer import encoded
-from .runtime.values import stop_strings, whole
+from .runtime.values import functions, stop_strings, whole
 
 
 class Conversation:
@@ -457,10 +457,9 @@ class Reply(Generation):
         llm, text, messages = conversation.llm, conversation._text, conversation.messages
         n_predict, stop, seed = (options.pop(name, None) for name in ("n_predict", "stop", "seed"))
         n_predict = -1 if n_predict is None else n_predict
-        processors = options.get("logits_processor")
-        if processors is not None:
+        processors = functions(options.get("logits_processor"), "logits_processor")
+        if processors:
             self.calls_back = True
-            processors = [processors] if callable(processors) else processors
             options["logits_processor"] = [functools.partial(_process, text, each) for each in processors]
         with text.lock:
             sampler = llm._seeded_sampler(conversation._next_seed() if seed is None else seed, **options)
@@ -574,9 +573,10 @@ def say_together(asked: Mapping[Conversation, str], **options: Any) -> dict[Conv
 
     If one memory cannot be saved, all turns are still made, and MemoryFileError is raised at the end.
     """
+    waiting = _asked(asked, options)
     replies = dict.fromkeys(asked, "")
     with all_of(conversation._text.turn for conversation in asked):
-        for conversation, piece in _speak(_asked(asked, options), in_pieces=False):
+        for conversation, piece in _speak(waiting, in_pieces=False):
             replies[conversation] += piece
     return replies
 
@@ -589,6 +589,8 @@ def stream_together(asked: Mapping[Conversation, str], **options: Any) -> Iterat
 
 
 def _asked(asked: Mapping[Conversation, str], options: Mapping[str, Any]) -> list[Reply]:
+    if not isinstance(asked, Mapping) or not all(isinstance(each, Conversation) for each in asked):
+        raise InputError(f"what is said together is a dict of conversations and messages, not {shown(repr(asked))}")
     if len({conversation.llm for conversation in asked}) > 1:
         raise InputError("conversations of different models cannot be decoded together")
     return [Reply(conversation, _checked_content(content), options) for conversation, content in asked.items()]
@@ -682,6 +684,7 @@ def _checked_options(llm: DeltaMemLlama, options: Mapping[str, Any]) -> dict[str
     if options.get("n_predict") is not None:
         options["n_predict"] = whole(options["n_predict"], "n_predict")
     stop_strings(options.get("stop"))
+    functions(options.get("logits_processor"), "logits_processor")
     grammar = options.get("grammar")
     if isinstance(grammar, str):
         options["grammar"] = checked_grammar(llm, grammar)

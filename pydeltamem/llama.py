@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
-from .errors import AdapterError, DeltaMemError, InputError, ModelError, NotFiniteError, naming, shown
+from .errors import AdapterError, DeltaMemError, InputError, ModelError, NotFiniteError, naming, no_file, shown
 from .formats.gguf_header import Header
 from .formats.memory_file import MemorySnapshot
 from .formats.model_numbers import MAX_CONTEXT, check_numbers
@@ -46,7 +46,7 @@ from .runtime.stream import checked_grammar
 from .runtime.text import Text
 from .runtime.tokenizer import Tokenizer
 from .runtime.unpacking import NONE, UNPACK, overrides
-from .runtime.values import number, whole
+from .runtime.values import functions, number, whole
 from .tuned import kept
 
 HOME = 0  # the slot of the model's own text: the one that llama_cpp.Llama uses
@@ -154,14 +154,16 @@ class DeltaMemLlama(Llama):
         if kwargs.get("seed") is not None:
             kwargs["seed"] = whole(kwargs["seed"], "seed")
         if kwargs.get("lora_path") is not None:
-            kwargs["lora_path"] = _Path(os.fsdecode(kwargs["lora_path"]))
+            kwargs["lora_path"] = path = _Path(os.fsdecode(kwargs["lora_path"]))
+            if not os.path.isfile(path):
+                raise ModelError(no_file(path, "LoRA file"))
         self._adapter: library.llama_deltamem_adapter_p | None = None
         self._adapters: list[library.llama_deltamem_adapter_p] = []  # the same, to be freed
         self._text = cast(Text, None)  # Llama.__init__ sets n_tokens before there is a text
         self._n_seq_max = n_seq_max
         self._rpc_servers = rpc_servers
         if n_ctx and "n_batch" in kwargs:  # as llama.cpp does; llama_cpp would first make a row of logits for each
-            kwargs["n_batch"] = min(kwargs["n_batch"], n_ctx * n_seq_max)
+            kwargs["n_batch"] = min(int(kwargs["n_batch"]), n_ctx * n_seq_max)
         model_path = _Path(model_file(model_path))
         self.tuned: dict[str, Any] = {}
         if tuned and not rpc_servers and (record := kept(model_path, kwargs.get("n_gpu_layers", 0))) is not None:
@@ -460,11 +462,12 @@ class DeltaMemLlama(Llama):
 
         When it ends by itself, `finish_reason` says why: "length" in a full context, "stop" after a stopping criterion.
         """
-        text, whole = self._text, list(tokens)
+        text, whole = self._text, list(tokens) if isinstance(tokens, Iterable) else tokens
         options = _GENERATE.bind(self, whole, *args, **kwargs).arguments
         del options["self"], options["tokens"]
-        is_all, criteria = options.pop("reset", True), options.pop("stopping_criteria", None)
-        calls_back = criteria is not None or options.get("logits_processor") is not None
+        is_all = options.pop("reset", True)
+        criteria = functions(options.pop("stopping_criteria", None), "stopping_criteria")
+        calls_back = bool(criteria) or options.get("logits_processor") is not None
         token: int | None = None
         n_taken = 0
 
@@ -473,9 +476,9 @@ class DeltaMemLlama(Llama):
             nonlocal token, n_taken
             self._n_before = n = len(whole)
             row, version = self._require_logits(), text.version
-            logits = None if criteria is None else self._logits_after(n)  # a processor may decode other texts
+            logits = self._logits_after(n) if criteria else None  # a processor may decode other texts
             token = sampler.sample(self._ctx, self.scores[n - 1] if n < text.n_tokens else row)  # drafts follow it
-            if text.version == version and criteria is not None and criteria(text.tokens[:n].copy(), logits):
+            if text.version == version and any([ends(text.tokens[:n].copy(), logits) for ends in criteria]):
                 token, self.finish_reason = None, "stop"
             if text.version != version:
                 n_taken = 0  # nothing of this is left to take back
@@ -617,7 +620,7 @@ class DeltaMemLlama(Llama):
         bound.apply_defaults()
         options = bound.arguments
         del options["self"]
-        processors, guard = options.pop("logits_processor"), None
+        processors, guard = functions(options.pop("logits_processor"), "logits_processor"), None
         for name, value in options.items():
             if name in _WHOLE:
                 options[name] = whole(value, name)

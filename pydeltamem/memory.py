@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import AdapterError, InputError, MemoryFileError
+from .errors import AdapterError, InputError, MemoryFileError, named, shown
 from .formats.memory_file import MemorySnapshot, owner
 from .hub import adapter_file
 from .runtime import library
@@ -192,6 +192,8 @@ class Memory:
 
     def restore(self, snapshot: MemorySnapshot) -> None:
         """Replaces this memory by the copy. Raises MemoryFileError if another adapter wrote the copy."""
+        if not isinstance(snapshot, MemorySnapshot):
+            raise InputError(f"restore takes what copy returned, not {shown(repr(snapshot))}")
         self._restore(snapshot, "the copy")
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -204,7 +206,7 @@ class Memory:
         Raises MemoryFileError if the file cannot be read or belongs to another adapter; the memory is then unchanged.
         """
         self._require_memory()
-        self._restore(MemorySnapshot.load(path), os.fspath(path))
+        self._restore(MemorySnapshot.load(path), named(path))
 
     def _misfit(self, snapshot: MemorySnapshot) -> str | None:
         """Why the snapshot does not fit the attached adapter; None if it does."""

@@ -967,7 +967,12 @@ def test_saved_states_leave_them_alone(llm):
 def test_bad_company(llm, make):
     with refuses(InputError, "models"):
         say_together({Conversation(llm): "a", Conversation(make()): "b"})
-    assert list(stream_together({})) == []
+    assert list(stream_together({})) == [] and say_together({}) == {}
+    for asked in (None, 5, "hello", [], [Conversation(llm)], {"ada": "hello"}, {None: "hello"}):
+        with refuses(InputError, asked):
+            say_together(asked)
+        with refuses(InputError, asked):
+            list(stream_together(asked))
     with refuses(InputError, "n_seq_max", 0):
         make(n_seq_max=0)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from llama_cpp import Llama, LlamaGrammar, LlamaRAMCache, LogitsProcessorList
+from llama_cpp import Llama, LlamaGrammar, LlamaRAMCache, LogitsProcessorList, StoppingCriteriaList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from llama_cpp.llama_tokenizer import LlamaHFTokenizer, LlamaTokenizer
 
@@ -573,6 +573,7 @@ def test_segments_are_for_an_adapter_that_writes_them(llm):
         ("rope_freq_base", "x", "x"),
         ("yarn_ext_factor", None, None),
         ("lora_scale", float("nan"), "nan"),
+        ("rpc_servers", 50052, 50052),
         ("tensor_split", 0.5, 0.5),
         ("tensor_split", ["a"], "a"),
         ("tensor_split", [1] * 17, 16),
@@ -592,6 +593,12 @@ def test_values_that_llama_cpp_cannot_take(base, name, value, told):
         DeltaMemLlama(base(), verbose=False, **{name: value})
 
 
+@pytest.mark.parametrize("path", ["none.gguf", "\ud800"])
+def test_a_lora_that_is_not_there(base, path):
+    with pytest.raises(ModelError):
+        DeltaMemLlama(base(), lora_path=path, verbose=False)
+
+
 def test_values_that_llama_cpp_takes(make_llm):
     """As its annotations say: also None, numbers of NumPy, and names of long ago, which LangChain still gives."""
     llm = make_llm(
@@ -606,6 +613,52 @@ def test_an_unknown_chat_format(make_llm):
     llm = make_llm(chat_format="no-such-format")
     with refuses(InputError, "no-such-format"):
         llm.create_chat_completion([{"role": "user", "content": "hello"}], max_tokens=1)
+
+
+@pytest.mark.parametrize("name", ["logits_processor", "stopping_criteria"])
+@pytest.mark.parametrize("value", [5, "greedy", b"x", True, [None], ["greedy"], {"a": 1}, np.zeros(3)], ids=str)
+def test_callbacks_that_are_no_functions(llm, name, value):
+    """They are refused before anything is decoded."""
+    calls = [
+        lambda: llm.create_completion(TOKENS, max_tokens=2, **{name: value}),
+        lambda: next(llm.generate(TOKENS, **{name: value})),
+    ]
+    if name == "logits_processor":
+        calls.append(lambda: Conversation(llm, **{name: value}))
+        calls.append(lambda: Conversation(llm).say("hello", **{name: value}))
+    for call in calls:
+        with refuses(InputError, name):
+            call()
+        assert llm.n_tokens == 0 and not llm.memory.state.any()
+
+
+def test_callbacks_in_plain_lists(llm):
+    """They are called one after the other, as those in llama_cpp's own lists; an empty list is none."""
+    seen = []
+
+    def exclude(ids, scores):
+        seen.append(len(ids))
+        scores[chosen] = -np.inf
+        return scores
+
+    chosen = next(llm.generate(TOKENS, temp=0))
+    for nobody, nothing in (([], []), ((), ()), (LogitsProcessorList(), StoppingCriteriaList())):
+        assert next(llm.generate(TOKENS, temp=0, logits_processor=nobody, stopping_criteria=nothing)) == chosen
+    assert next(llm.generate(TOKENS, temp=0, logits_processor=[exclude, exclude])) != chosen
+    assert seen == [len(TOKENS)] * 2
+    ends = [lambda ids, logits: False, lambda ids, logits: len(ids) >= len(TOKENS) + 2]
+    for criteria in (ends, StoppingCriteriaList(ends)):
+        assert len(list(llm.generate(TOKENS, temp=0, stopping_criteria=criteria))) == 2
+        answer = llm.create_completion(TOKENS, temperature=0, stopping_criteria=criteria)
+        assert answer["usage"]["completion_tokens"] == 2 and answer["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("tokens", [None, 5, "hello", ["a"], object()], ids=str)
+def test_tokens_that_are_none(llm, tokens):
+    for call in (llm.eval, lambda tokens: next(llm.generate(tokens))):
+        with pytest.raises(InputError):
+            call(tokens)
+    assert llm.n_tokens == 0
 
 
 HELLO = [{"role": "user", "content": "hello"}]

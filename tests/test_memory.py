@@ -41,6 +41,15 @@ def test_state_is_a_copy(llm):
     np.testing.assert_array_equal(llm.memory.state, before)
 
 
+@pytest.mark.parametrize("value", [None, 5, "a.memory", np.zeros((4, 1, 8, 8))], ids=str)
+def test_only_a_copy_is_restored(llm, value):
+    llm.eval(TOKENS)
+    before = llm.memory.state
+    with refuses(InputError, "copy"):
+        llm.memory.restore(value)
+    np.testing.assert_array_equal(llm.memory.state, before)
+
+
 def test_state_is_set(llm):
     state = random_state(llm.memory.shape)
     llm.memory.state = state

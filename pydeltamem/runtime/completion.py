@@ -28,7 +28,7 @@ from .logprobs import Scored, scored
 from .model import Model
 from .stream import Assembler
 from .tokenizer import Tokenizer, encoded, piece
-from .values import number, stop_strings, whole
+from .values import functions, number, stop_strings, whole
 
 _llama = library.llama_cpp
 
@@ -84,14 +84,15 @@ class Completion:
         self.completion: list[int] = []
         self.finish_reason = "length"
         self._n_bytes = 0  # of the text so far, where the caller gave a tokenizer
-        self._criteria = None if stopping_criteria is None else _Criteria(stopping_criteria)
+        criteria = functions(stopping_criteria, "stopping_criteria")
+        self._criteria = _Criteria(criteria) if criteria else None
         self._about = {
             "id": f"cmpl-{uuid.uuid4()}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": llm.model_path if model is None else model,
         }
-        processors = [logits_processor] if callable(logits_processor) else list(logits_processor or ())
+        processors = functions(logits_processor, "logits_processor")
         if logit_bias:
             processors.append(biased(logit_bias, llm.n_vocab()))
         self.sampling = {
@@ -293,11 +294,11 @@ class Completion:
 class _Criteria:
     """Stopping criteria that note whether they ended the text."""
 
-    def __init__(self, criteria: Callable[..., Any]) -> None:
+    def __init__(self, criteria: Sequence[Callable[..., Any]]) -> None:
         self._criteria, self.ended = criteria, False
 
     def __call__(self, ids: npt.NDArray[np.intc], logits: npt.NDArray[np.float32]) -> bool:
-        self.ended = bool(self._criteria(ids, logits))
+        self.ended = any([ends(ids, logits) for ends in self._criteria])
         return self.ended
 
 

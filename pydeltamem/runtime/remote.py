@@ -56,6 +56,8 @@ def connect(endpoints: str) -> None:
 
 def parsed(endpoints: str) -> list[str]:
     """Each `host:port`. Raises InputError if one is malformed."""
+    if not isinstance(endpoints, str):
+        raise InputError(f"rpc_servers is host:port, several with commas, not {endpoints!r}")
     found = [part.strip() for part in endpoints.split(",") if part.strip()]
     for endpoint in found:
         _parse(endpoint)

@@ -36,11 +36,8 @@ class Guard(Keeping):
         tokens: gives the tokens before the sampled one; llama_cpp would give drafted ones too.
     """
 
-    def __init__(
-        self, processors: Callable[..., Any] | Sequence[Callable[..., Any]], tokens: Callable[[], Any]
-    ) -> None:
-        self.processors = list(processors) if isinstance(processors, Sequence) else [processors]
-        self.tokens = tokens
+    def __init__(self, processors: Sequence[Callable[..., Any]], tokens: Callable[[], Any]) -> None:
+        self.processors, self.tokens = processors, tokens
 
     def __call__(self, _: Any, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         result: npt.NDArray[np.float32] = scores.copy()
