@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 
 import llama_cpp
 import pytest
 
-from pydeltamem import DeltaMemLlama
+from pydeltamem import DeltaMemLlama, InputError
 from pydeltamem.runtime.stream import checked_grammar
 from pydeltamem.runtime.tokenizer import piece
+from pydeltamem.server.openai import Completion
+from refusals import refuses
 from servers import BASE
 
 
@@ -47,6 +50,10 @@ STRING = {"type": "string"}
 MAIL = {"type": "string", "pattern": "^[^@]+@x$"}
 
 
+def pattern(text):
+    return {"type": "string", "pattern": text}
+
+
 @pytest.mark.parametrize(
     "schema, text",
     [
@@ -58,7 +65,11 @@ MAIL = {"type": "string", "pattern": "^[^@]+@x$"}
         ({}, '{"a\n'),
         (MAIL, '"a"@x"'),
         (MAIL, '"a\\@x"'),
-        ({"type": "string", "pattern": "^.+$"}, '"a"b"'),
+        (pattern("^.+$"), '"a"b"'),
+        (pattern(r"^[ -~]+$"), '"a"b"'),
+        (pattern('^"$'), '"""'),
+        (pattern(r"^\\$"), '"\\"'),
+        (pattern(r"^\n$"), '"\n"'),
     ],
 )
 def test_what_is_no_json_is_not_allowed(llm, byte_tokens, schema, text):
@@ -73,6 +84,7 @@ def test_what_is_no_json_is_not_allowed(llm, byte_tokens, schema, text):
         (MAIL, '"a b@x"'),
         ({"type": "string", "pattern": "^[a-z]{2}.$"}, '"abc"'),
         ({"const": "[^a]"}, '"[^a]"'),
+        (pattern(r"^[\w-\.]+$"), '"a-b.c"'),  # as JavaScript reads it
     ],
 )
 def test_json_is_allowed(llm, byte_tokens, schema, text):
@@ -89,6 +101,51 @@ def test_constants_and_names_of_any_text(llm, byte_tokens, value):
     if is_text:
         named = {"type": "object", "properties": {value: {"type": "null"}}, "required": [value]}
         assert allows(llm, byte_tokens, named, f"{{{text}: null}}")
+
+
+@pytest.mark.parametrize(
+    "regex, yes, no",
+    [
+        (r"^\d{3}-\d{4}$", ["555-0199"], ["55a", "5550"]),
+        (r"^\w+\.\w+$", ["a_1.Z"], ["a-", "a.."]),
+        (r"^[\w.-]+@[\w\-.]+$", ["a.b-c@d-e.f"], ["a b", "a@@"]),
+        (r"^[+-]?[\d,]*$", ["+1,000", "-", ""], ["+-", "1.0"]),
+        (r"^\S+\s\S$", ["a b"], [" b"]),
+        (r"^\D\W$", ["a-"], ["1", "aa"]),
+        (r"^[^\s\d]+$", ["a-b"], ["a b", "a1"]),
+        (r"^[ -~]+$", ["say: hi!", 'say "hi"', "a\\b"], ["é", "a\nb"]),
+        (r'^"a"$', ['"a"'], ["a"]),
+        (r'^[a"]\\$', ['"\\', "a\\"], ["ab"]),
+        (r"^a\nb\t?$", ["a\nb", "a\nb\t"], ["anb"]),
+        (r"^[\r\n]+$", ["\n\r"], ["n", "a"]),
+        (r"^\x41\u00e9\/$", ["Aé/"], ["x", "A/"]),
+        (r"^[à-ü\]\^]+$", ["é]^"], ["e"]),
+        (r"^(?:ab)+?c$", ["ababc"], ["c", "aab"]),
+    ],
+)
+def test_patterns(llm, byte_tokens, regex, yes, no):
+    """Found: an escape was no grammar, and a quote or a backslash no JSON."""
+    for value in yes:
+        assert re.fullmatch(regex, value)
+        assert allows(llm, byte_tokens, pattern(regex), json.dumps(value, ensure_ascii=False)), value
+    for value in no:
+        assert not allows(llm, byte_tokens, pattern(regex), json.dumps(value, ensure_ascii=False)), value
+
+
+@pytest.mark.parametrize(
+    "regex", ["a", "^a", "a$", r"^a\$", r"^\ba$", r"^(a)\1$", r"^\p{L}$", "^[z-a]$", "^[]$", "^(?=a)$", "^a$|^b$", 5]
+)
+def test_patterns_that_are_refused(regex):
+    with pytest.raises(InputError) as info:
+        Completion({"prompt": "x", "response_format": {"type": "json_object", "schema": pattern(regex)}}, "model")
+    assert "response_format" in str(info.value)
+
+
+@pytest.mark.parametrize("schema", [{"type": "string", "maxLength": 5000}, pattern("^\ud800$")], ids=["deep", "half"])
+def test_a_schema_whose_grammar_cannot_be_used_is_named(schema):
+    """Found: the error named a grammar, which nobody had sent."""
+    with refuses(InputError, "json_schema"):
+        Completion({"prompt": "x", "json_schema": schema}, "model")
 
 
 def test_chat_handlers_use_them(llm, byte_tokens):

@@ -145,6 +145,18 @@ def _n_nested(grammar: str) -> int:
     return deepest
 
 
+def grammar_bytes(text: str, name: str) -> bytes:
+    """A GBNF grammar for llama.cpp's parser. Raises InputError, which names it `name`, if that would not survive it."""
+    if "\0" in text:  # where the parser would take the text for ended
+        raise InputError(f"{name}: it has a null character")
+    if _n_nested(text) > _MAX_NESTED:  # the parser calls itself for each, until the stack ends
+        raise InputError(f"{name}: its parentheses are nested deeper than {_MAX_NESTED:,} levels")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: no UTF-8: {error.reason} at character {error.start}") from None
+
+
 def checked_grammar(llm: Model, text: Any, name: str = "grammar") -> Any:
     """A GBNF grammar, text or a LlamaGrammar, for sampling. Raises InputError, which names it `name`, if llama.cpp
     cannot use it.
@@ -157,14 +169,7 @@ def checked_grammar(llm: Model, text: Any, name: str = "grammar") -> Any:
         raise InputError(f"{name} is GBNF text or a LlamaGrammar, not {grammar!r}")
     if grammar in _checked_grammars:
         return grammar
-    if "\0" in grammar._grammar:  # where the parser would take the text for ended
-        raise InputError(f"{name}: it has a null character")
-    if _n_nested(grammar._grammar) > _MAX_NESTED:  # llama.cpp's parser calls itself for each, until the stack ends
-        raise InputError(f"{name}: its parentheses are nested deeper than {_MAX_NESTED:,} levels")
-    try:
-        text = grammar._grammar.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{name}: no UTF-8: {error.reason} at character {error.start}") from None
+    text = grammar_bytes(grammar._grammar, name)
     with library.silencing, library.errors_held() as log, suppress_stdout_stderr(disable=llm.verbose):
         sampler = llm._engine.slots.call(
             lambda: _llama.llama_sampler_init_grammar(llm._model.vocab, text, grammar._root.encode())

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..runtime.completion import biased
 from ..runtime.generation import Generation
 from ..runtime.history import n_common
-from ..runtime.stream import checked_grammar
+from ..runtime.stream import LlamaGrammar, checked_grammar
 from . import session as sessions
 from .history import Message, digests
 from .options import of_sampler
@@ -257,7 +257,8 @@ class Answer:
         else:
             self._tokens = llm._checked_tokens(self.prompt or ()).tolist()
         if sampling.get("grammar") is not None:
-            sampling["grammar"] = checked_grammar(llm, sampling["grammar"])
+            name = "response_format" if isinstance(sampling["grammar"], LlamaGrammar) else "grammar"
+            sampling["grammar"] = checked_grammar(llm, sampling["grammar"], name)
         self._tokens = self._tokens or [llm.token_bos()]
         n, n_ctx = len(self._tokens), llm.n_ctx()
         self.n_prompt = n
