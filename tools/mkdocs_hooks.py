@@ -179,10 +179,11 @@ def command_line() -> str:
     lines = [
         "# Command line",
         "",
-        "Options of `generate` and `chat` are named as llama.cpp's. `deltamem help COMMAND` prints the same.",
-        "Every command exits with 0; with 1 after an error, which is one sentence; and with 2 after wrong usage. A",
-        "signal that ends it counts as in a shell: 130 after Ctrl-C, 141 where the reader of its output is gone, 143",
-        "after SIGTERM.",
+        "`deltamem help COMMAND` prints what this page says of a command. The options of `generate` and `chat` have",
+        "llama.cpp's names.",
+        "",
+        "The exit code is 0 after success, 1 after an error, which is one sentence, and 2 after wrong usage. After a",
+        "signal it is a shell's: 130 after Ctrl-C, 141 if the reader of the output is gone, 143 after SIGTERM.",
         "",
     ]
     for name in SUBCOMMANDS:
@@ -196,7 +197,7 @@ def _command(made: argparse.ArgumentParser, level: int) -> list[str]:
         lines += [made.epilog, ""]
     nested = [action for action in made._actions if isinstance(action, argparse._SubParsersAction)]
     if not nested:
-        lines += ["```text", " ".join(made.format_usage().split()), "```", ""]
+        lines += ["```text", _usage(made), "```", ""]
     for group in made._action_groups:
         shown = [
             action
@@ -213,6 +214,12 @@ def _command(made: argparse.ArgumentParser, level: int) -> list[str]:
                 command.description = f"{summaries[name][0].upper()}{summaries[name][1:]}."
             lines += _command(command, level + 1)
     return lines
+
+
+def _usage(made: argparse.ArgumentParser) -> str:
+    formatter = made.formatter_class(made.prog, width=90)  # else it has the width of the terminal
+    formatter.add_usage(made.usage, made._actions, made._mutually_exclusive_groups)
+    return formatter.format_help().strip()
 
 
 def _row(made: argparse.ArgumentParser, action: argparse.Action) -> str:
