@@ -14,8 +14,8 @@ REPOSITORY = Path(__file__).parents[1]
 def commands():
     """As they stand in the page."""
     text = (REPOSITORY / "docs" / "how-to" / "convert.md").read_text(encoding="utf-8")
-    block = re.search(r"From two PyTorch directories.*?\n\n((?: {4}deltamem [^\n]*\n)+)", text, re.DOTALL)
-    return [shlex.split(line) for line in block[1].splitlines()]
+    block = re.search(r"^ {4}deltamem convert-base .*\n(?: {4}deltamem .*\n)+", text, re.MULTILINE)
+    return [shlex.split(line) for line in block[0].splitlines()]
 
 
 def test_from_two_directories_to_a_chat(directories, tmp_path):
