@@ -141,6 +141,37 @@ def test_one_of_several(load, adapter):
     assert bob.memory.n_written == bob.n_tokens and np.isfinite(bob.memory.state).all()
 
 
+@pytest.mark.parametrize("operator", [None, "composite"])
+@pytest.mark.parametrize("case", ["tsw_qo", "ssw_message"])
+@pytest.mark.parametrize("value", [1e30, 3e38])
+def test_the_others_do_not_notice(load, adapter, monkeypatch, operator, case, value):
+    """What they say, and what their memories learn, is as if they were alone: one in the same batches, one that waits, and
+    the model's own text. Found: their texts were decoded again without writing, and of a composite with segments all failed.
+    """
+    if operator:
+        monkeypatch.setenv("DELTAMEM_OPERATOR", operator)
+    said, states = [], []
+    for is_alone in (True, False):
+        llm = load(adapter("qwen3", case), n_seq_max=4)
+        ada, bob, eve = (Conversation(llm, **GREEDY) for _ in range(3))
+        eve.say("my name is eve")
+        llm.eval(TOKENS)
+        if is_alone:
+            replies = [bob.say("hello")]
+        else:
+            ada.memory.state = np.full(ada.memory.shape, value)
+            with pytest.raises(NotFiniteError):
+                say_together({ada: "hello", bob: "hello"})
+            assert ada.messages == []
+            replies = [bob.messages[-1]["content"]]
+        replies += [bob.say("and you?"), eve.say("hello again"), list(llm.generate([*TOKENS, 5], temp=0.0))[:8]]
+        said.append(replies)
+        states.append([one.memory.state for one in (bob, eve, llm)])
+    assert said[0] == said[1]
+    for alone, beside in zip(*states):
+        np.testing.assert_allclose(alone, beside, rtol=0, atol=1e-5)
+
+
 class Fails:
     """Makes everything not finite from the n-th decode on."""
 

@@ -39,12 +39,16 @@ ggml_deltamem_composite_inputs ggml_deltamem_new_composite_inputs(ggml_context *
     in.shape.n_means   = schedule.n_means;
     in.shape.n_runs    = schedule.n_runs;
     in.shape.n_steps   = schedule.n_steps;
+    in.shape.n_each    = schedule.n_each;
 
-    const auto matrix = [ctx](ggml_type type, int64_t n, int64_t rows, const char * what) {
-        ggml_tensor * t = ggml_new_tensor_2d(ctx, type, n, rows);
+    const auto matrices = [ctx](ggml_type type, int64_t n, int64_t rows, int64_t n_matrices, const char * what) {
+        ggml_tensor * t = ggml_new_tensor_3d(ctx, type, n, rows, n_matrices);
         ggml_set_input(t);
         ggml_format_name(t, "deltamem_%s", what);
         return t;
+    };
+    const auto matrix = [&](ggml_type type, int64_t n, int64_t rows, const char * what) {
+        return matrices(type, n, rows, 1, what);
     };
     const auto vector = [&](ggml_type type, int64_t n, const char * what) { return matrix(type, n, 1, what); };
     in.slot           = vector(GGML_TYPE_I32, schedule.n_records, "slot");
@@ -56,10 +60,14 @@ ggml_deltamem_composite_inputs ggml_deltamem_new_composite_inputs(ggml_context *
         const int64_t n_sums = schedule.n_means + schedule.n_records;
 
         in.first  = vector(GGML_TYPE_I32, schedule.n_seqs, "first");
-        in.weight = matrix(GGML_TYPE_F32, schedule.n_tokens, n_sums, "weight");
-        in.carry  = vector(GGML_TYPE_I32, n_sums, "carry");
-        in.one    = matrix(GGML_TYPE_F32, 1, schedule.n_tokens, "one");
-        in.count  = matrix(GGML_TYPE_F32, 1, n_sums, "count");
+        in.weight = matrices(GGML_TYPE_F32, schedule.n_each, n_sums, schedule.n_seqs, "weight");
+        if (schedule.n_seqs > 1) {
+            in.member = vector(GGML_TYPE_I32, schedule.n_seqs * schedule.n_each, "member");
+            in.pick   = vector(GGML_TYPE_I32, n_sums, "pick");
+        }
+        in.carry = vector(GGML_TYPE_I32, n_sums, "carry");
+        in.one   = matrix(GGML_TYPE_F32, 1, schedule.n_tokens, "one");
+        in.count = matrix(GGML_TYPE_F32, 1, n_sums, "count");
     }
     return in;
 }
@@ -78,7 +86,9 @@ void ggml_deltamem_set_composite_inputs(const ggml_deltamem_composite_inputs & i
     set(inputs.write, schedule.write);
     set(inputs.read, schedule.read);
     set(inputs.out, schedule.out);
+    set(inputs.member, schedule.member);
     set(inputs.weight, schedule.weight);
+    set(inputs.pick, schedule.pick);
     set(inputs.first, schedule.first);
     set(inputs.carry, schedule.carry);
     set(inputs.one, schedule.one);
@@ -324,9 +334,7 @@ private:
         sum   = ggml_get_rows(ctx, ggml_pad(ctx, sum, 0, 1, 0, 0), in.carry);
         count = ggml_get_rows(ctx, ggml_pad(ctx, count, 0, 1, 0, 0), in.carry);
 
-        ggml_tensor * tokens = ggml_cont(ctx, ggml_transpose(ctx, proj)); // [n_tokens, n_proj]
-
-        sum   = ggml_add(ctx, ggml_deltamem_mul_mat(ctx, tokens, in.weight), sum);
+        sum   = ggml_add(ctx, sums_of_tokens(), sum);
         count = ggml_add(ctx, in.count, count);
 
         left_sum   = ggml_view_2d(ctx, sum, sum->ne[0], in.shape.n_records, sum->nb[1], n_means * sum->nb[1]);
@@ -339,6 +347,24 @@ private:
         proj = ggml_concat(ctx, proj, ggml_div(ctx, sum, clamped(ggml_scale(ctx, n, 1.0f), 1.0f, FLT_MAX)), 1);
 
         return ggml_get_rows(ctx, ggml_concat(ctx, S, pending, 1), in.source);
+    }
+
+    // of projections: [n_proj, n_means + n_records]
+    ggml_tensor * sums_of_tokens() {
+        const int64_t n_seqs = in.shape.n_seqs, n_each = in.shape.n_each;
+
+        ggml_tensor * rows = proj;
+        if (in.member) {
+            rows = ggml_get_rows(ctx, ggml_pad(ctx, proj, 0, 1, 0, 0), in.member);
+            rows = ggml_reshape_3d(ctx, rows, proj->ne[0], n_each, n_seqs);
+        }
+        ggml_tensor * tokens = ggml_cont(ctx, ggml_transpose(ctx, rows)); // [n_each, n_proj, n_seqs]
+        ggml_tensor * sums   = ggml_deltamem_mul_mat(ctx, tokens, in.weight);
+        if (in.pick) {
+            sums = ggml_reshape_2d(ctx, sums, sums->ne[0], sums->ne[1] * n_seqs);
+            sums = ggml_get_rows(ctx, sums, in.pick);
+        }
+        return sums;
     }
 
     // The records, [S, pending, sum, count] for each head: [H*n_record, n_records]
@@ -367,23 +393,28 @@ ggml_deltamem_composite_result ggml_deltamem_composite(ggml_context * ctx, ggml_
     return composite(ctx, proj, gate_bias, state, inputs, params, width).build();
 }
 
-// whether the device computes every node for two tokens of a sequence
+// whether the device computes every node for two tokens of a sequence and one of another
 static bool supports(ggml_backend_dev_t device, ggml_deltamem_params params, int width) {
-    params.n_seqs = 1;
+    params.n_seqs = 2;
 
     const bool    segments = (params.flags & GGML_DELTAMEM_SEGMENTS) != 0;
     const int     write    = GGML_DELTAMEM_TOKEN_WRITE;
     const int     first    = GGML_DELTAMEM_TOKEN_BEGIN | GGML_DELTAMEM_TOKEN_ACCUMULATE;
     const int     last     = GGML_DELTAMEM_TOKEN_ACCUMULATE | GGML_DELTAMEM_TOKEN_COMMIT;
-    const int32_t plan[]   = { 0, 0, 2, 0, segments ? first : write, 1, segments ? last : write };
+    const int32_t plan[]   = { 0, 0,
+                               2, 1,
+                               2, 1, // slots and entries, then tokens
+                               0, segments ? first : write,
+                               1, segments ? last : write,
+                               2, segments ? first : write };
 
     const size_t   n_tensors = 2 * GGML_DELTAMEM_COMPOSITE_NODES;
     ggml_context * ctx       = ggml_init({ n_tensors * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true });
     GGML_ASSERT(ctx);
 
     const ggml_deltamem_composite_inputs inputs =
-            ggml_deltamem_new_composite_inputs(ctx, ggml_deltamem_make_schedule(params, plan, 2));
-    ggml_deltamem_composite(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_deltamem_n_proj(&params), 2),
+            ggml_deltamem_new_composite_inputs(ctx, ggml_deltamem_make_schedule(params, plan, 3));
+    ggml_deltamem_composite(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_deltamem_n_proj(&params), 3),
                             ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ggml_deltamem_n_gates(&params)),
                             ggml_new_tensor_2d(ctx, GGML_TYPE_F32, params.n_head * ggml_deltamem_n_record(&params), 2),
                             inputs, params, width);

@@ -22,6 +22,7 @@ struct ggml_deltamem_schedule {
     int64_t n_means   = 0; // segments that end, rounded up to 16; without GGML_DELTAMEM_SEGMENTS 0
     int64_t n_runs    = 0;
     int64_t n_steps   = 0; // of the longest run
+    int64_t n_each    = 0; // with segments: tokens of the longest sequence
 
     std::vector<int32_t> slot;   // [n_records] where a record is
     std::vector<int32_t> source; // [n_runs] the state that a run begins with: a slot; with segments a sequence, or
@@ -30,9 +31,13 @@ struct ggml_deltamem_schedule {
     std::vector<int32_t> read;   // [n_runs][n_steps] rows
     std::vector<int32_t> out;    // [n_tokens] run * n_steps + step that reads for a token
 
-    // with segments: sums of projections, for each mean, then for each record what its segment has so far
-    std::vector<int32_t> first;  // [n_seqs] where the records of the sequences are
-    std::vector<float>   weight; // [n_means + n_records][n_tokens] 1 for a token in the sum
+    // With segments: sums of projections, for each mean, then for each record what its segment has so far. Each is a product with
+    // all tokens of its sequence and no others: 0 times a value that is not finite is none.
+    std::vector<int32_t> first; // [n_seqs] where the records of the sequences are
+    std::vector<int32_t>
+            member; // [n_seqs][n_each] the tokens of a sequence, then n_tokens; of a single one empty: all, in order
+    std::vector<float>   weight; // [n_seqs][n_means + n_records][n_each] 1 for a token in the sum
+    std::vector<int32_t> pick;   // [n_means + n_records] where the sum is of all these; of a single sequence empty
     std::vector<int32_t> carry;  // [n_means + n_records] the sequence whose record begins the sum, n_seqs for none
     std::vector<float>   one;    // [n_tokens] 1
     std::vector<float>   count;  // [n_means + n_records] tokens in the sum, without the record's
@@ -55,7 +60,9 @@ struct ggml_deltamem_composite_inputs {
     ggml_tensor * read   = nullptr;
     ggml_tensor * out    = nullptr;
     ggml_tensor * first  = nullptr; // with segments
+    ggml_tensor * member = nullptr; // of several sequences
     ggml_tensor * weight = nullptr;
+    ggml_tensor * pick   = nullptr; // of several sequences
     ggml_tensor * carry  = nullptr;
     ggml_tensor * one    = nullptr;
     ggml_tensor * count  = nullptr;

@@ -3,6 +3,7 @@
 #include "deltamem-composite.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -40,6 +41,7 @@ struct run {
 struct sum {
     std::vector<int32_t> tokens;
     int32_t              carry = 0; // the sequence whose record begins it, n_seqs for none
+    int32_t              seq   = 0;
 };
 
 // one sequence of a plan
@@ -142,7 +144,7 @@ private:
         seq.state.source   = carried ? pending : S;
         seq.pending.source = pending;
         seq.before.source  = S;
-        seq.left.carry     = i;
+        seq.left           = { {}, i, i };
 
         run * now        = carried ? &seq.before : &seq.state; // ends with S as it is
         bool  has_writes = false;                              // of tokens, that the pending state has not
@@ -156,7 +158,7 @@ private:
             if (segments && (bits & GGML_DELTAMEM_TOKEN_BEGIN)) {
                 seq.pending = now->without_reads(none);
                 seq.ingest.clear();
-                seq.left   = { {}, n_seqs };
+                seq.left   = { {}, n_seqs, i };
                 has_writes = false;
             }
 
@@ -195,7 +197,7 @@ private:
     void end_segment(sequence & seq) {
         const int32_t row = n_tokens + (int32_t) means.size();
         means.push_back(seq.left);
-        seq.left = { {}, n_seqs };
+        seq.left = { {}, n_seqs, seq.left.seq };
         seq.pending.write(row, none);
         seq.ingest.push_back(row);
     }
@@ -246,18 +248,48 @@ private:
         }
     }
 
+    // Where each token is among those of its sequence. Of a single sequence, the order of all tokens is as good.
+    std::vector<int32_t> lay_out_members() {
+        std::vector<int32_t> column(n_tokens);
+        if (n_seqs == 1) {
+            std::iota(column.begin(), column.end(), 0);
+            s.n_each = n_tokens;
+            return column;
+        }
+        s.n_each = 1;
+        for (int32_t i = 0; i < n_seqs; ++i) {
+            s.n_each = std::max<int64_t>(s.n_each, plan[GGML_DELTAMEM_PLAN_SEQ * i + 2]);
+        }
+        s.member.assign(n_seqs * s.n_each, n_tokens);
+        for (int32_t i = 0; i < n_seqs; ++i) {
+            const int64_t first = plan[GGML_DELTAMEM_PLAN_SEQ * i + 1], count = plan[GGML_DELTAMEM_PLAN_SEQ * i + 2];
+            for (int64_t j = 0; j < count; ++j) {
+                const int32_t token        = entries[GGML_DELTAMEM_PLAN_TOKEN * (first + j)];
+                s.member[i * s.n_each + j] = token;
+                column[token]              = (int32_t) j;
+            }
+        }
+        return column;
+    }
+
     // of the means, then of the records; a checkpoint's is zero
     void lay_out_sums() {
-        const int64_t n_sums = s.n_means + s.n_records;
+        const int64_t              n_sums = s.n_means + s.n_records;
+        const std::vector<int32_t> column = lay_out_members();
         s.first.assign(s.slot.begin(), s.slot.begin() + n_seqs);
-        s.weight.assign(n_sums * n_tokens, 0.0f);
+        s.weight.assign(n_seqs * n_sums * s.n_each, 0.0f);
+        s.pick.assign(n_seqs > 1 ? n_sums : 0, 0);
         s.carry.assign(n_sums, n_seqs);
         s.one.assign(n_tokens, 1.0f);
         s.count.assign(n_sums, 0.0f);
 
-        const auto lay_out = [this](int64_t at, const sum & of) {
+        const auto lay_out = [&](int64_t at, const sum & of) {
+            const int64_t row = of.seq * n_sums + at;
             for (const int32_t token : of.tokens) {
-                s.weight[at * n_tokens + token] = 1.0f;
+                s.weight[row * s.n_each + column[token]] = 1.0f;
+            }
+            if (n_seqs > 1) {
+                s.pick[at] = (int32_t) row;
             }
             s.carry[at] = of.carry;
             s.count[at] = (float) of.tokens.size();
@@ -275,7 +307,7 @@ private:
 
 bool ggml_deltamem_schedule::has_shape_of(const ggml_deltamem_schedule & other) const {
     return n_tokens == other.n_tokens && n_seqs == other.n_seqs && n_records == other.n_records &&
-           n_means == other.n_means && n_runs == other.n_runs && n_steps == other.n_steps;
+           n_means == other.n_means && n_runs == other.n_runs && n_steps == other.n_steps && n_each == other.n_each;
 }
 
 ggml_deltamem_schedule ggml_deltamem_make_schedule(const ggml_deltamem_params & params, const int32_t * plan,

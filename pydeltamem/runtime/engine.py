@@ -383,7 +383,7 @@ class Engine:
                 _try(request, request.sampled, row)
                 request.is_sampled, request.n_sampled = True, self._n_steps
         if any(result.fault for result in results):
-            self.slots.empty_kv()
+            self.slots.empty_kv(by_failure=True)
         for (request, _, _), result in zip(batch, results):
             if result.fault is not None:
                 request.end(NotFiniteError(result.fault))

@@ -43,8 +43,8 @@ class Holder(Protocol):
     slot: int | None
     home: int | None
 
-    def lost_kv(self) -> None:
-        """Notes that its KV cache is gone."""
+    def lost_kv(self, *, by_failure: bool = False) -> None:
+        """Notes that its KV cache is gone. `by_failure`: another text's, which is to change nothing for this one."""
 
 
 class Job(NamedTuple):
@@ -317,13 +317,13 @@ class Slots:
         return True
 
     @holding("lock")
-    def lost_kv(self) -> None:
+    def lost_kv(self, by_failure: bool = False) -> None:
         """Notes that the KV cache was emptied and the states changed: texts will be decoded again."""
         self._forget()
         for slot in range(self.n_seq_max):
             text = self.text(slot)
             if text is not None:
-                text.lost_kv()
+                text.lost_kv(by_failure=by_failure)
 
     #
     # KV cache
@@ -472,14 +472,14 @@ class Slots:
         return found if len(found) + len(used) <= self.n_batch else []
 
     @holding("lock")
-    def empty_kv(self) -> None:
+    def empty_kv(self, by_failure: bool = False) -> None:
         """Empties the KV cache. Values that are not finite reach others even from cells that nobody attends to: 0 times
-        NaN is NaN.
+        NaN is NaN. `by_failure`: as `Holder.lost_kv`.
         """
         memory = _llama.llama_get_memory(self.ctx)
         if memory is not None:
             _llama.llama_memory_clear(memory, True)
-        self.lost_kv()
+        self.lost_kv(by_failure)
 
     @holding("lock")
     def decode_alone(self, texts: Sequence[Sequence[int]]) -> int:

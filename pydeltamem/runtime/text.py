@@ -58,7 +58,7 @@ class Text:
         self.n_decoded_again = 0
         self.position = Position(Log(slots.n_ctx), now())
         self._decode = decode
-        self._was_restored = False  # after a failure that took tokens from the KV cache: they come back as if `exact`
+        self._is_exact_once = False  # after a failure that took tokens from the KV cache: they come back as if `exact`
         self._logits: tuple[int, Position, int] | None = None  # where they are: decode, record, row
         self.renew()
 
@@ -272,7 +272,7 @@ class Text:
             n_kv = n_common(position.log.tokens[:n_kv], before.log.tokens[:n_kv])
             if self.scores is not None:
                 self.scores[n_kv : before.n_tokens] = np.nan  # not kept: other tokens may have taken their place
-        self._was_restored = n_kv < before.n
+        self._is_exact_once = n_kv < before.n
         self.position = before._replace(n_kv=n_kv, epoch=position.epoch)
         return True
 
@@ -280,9 +280,10 @@ class Text:
     # slots
     #
 
-    def lost_kv(self, n: int = 0) -> None:
+    def lost_kv(self, n: int = 0, by_failure: bool = False) -> None:
         """Notes that its KV cache is gone except for the first n tokens: the rest must be decoded again."""
         self.position = self.position._replace(n_kv=min(self.position.n_kv, n))
+        self._is_exact_once |= by_failure
 
     #
     # reading
@@ -355,12 +356,12 @@ class Text:
             self.n_decoded_again += position.n - position.floor
             position = position.memory_at(position.floor)
             n_kv = slots.truncate(slot, min(n_kv, position.n))
-        elif slots.has_memory and (self.exact or self._was_restored) and n_kv < position.n:
+        elif slots.has_memory and (self.exact or self._is_exact_once) and n_kv < position.n:
             position = position.memory_at(max(n_kv, position.floor))
             n_kv = slots.truncate(slot, min(n_kv, position.n))
             if n_kv < position.n:  # the model cannot cut its cache
                 position = position.memory_at(position.floor)
-        self._was_restored = False
+        self._is_exact_once = False
         if position is not self.position or n_kv != position.n_kv:
             self.position = position._replace(n_kv=n_kv)
 

@@ -115,7 +115,8 @@ public:
         random.shuffle(slots);
     }
 
-    void batch(int n_tokens, bool any_bits = false) {
+    // `infected`: a sequence of whose projections one is not finite, which no other one may notice; -1: none
+    void batch(int n_tokens, bool any_bits = false, int infected = -1) {
         const std::vector<int32_t> plan = make_plan(n_tokens, any_bits);
 
         std::vector<float> proj_data(ggml_deltamem_n_proj(&p) * n_tokens), bias_data(ggml_deltamem_n_gates(&p));
@@ -131,6 +132,12 @@ public:
             for (int64_t i = 3 * s.n_head * s.rank; i < ggml_deltamem_n_proj(&p); ++i) {
                 proj_data[i] = 90.0f * random.sign();
             }
+        }
+
+        if (infected >= 0) {
+            const int32_t entry = plan[GGML_DELTAMEM_PLAN_SEQ * infected + 1];
+            const int32_t token = plan[GGML_DELTAMEM_PLAN_SEQ * s.n_seqs + GGML_DELTAMEM_PLAN_TOKEN * entry];
+            std::fill_n(&proj_data[token * ggml_deltamem_n_proj(&p)], ggml_deltamem_n_proj(&p), NAN);
         }
 
         const ggml_deltamem_schedule schedule = ggml_deltamem_make_schedule(p, plan.data(), n_tokens);
@@ -182,7 +189,7 @@ public:
         ggml_deltamem_set_composite_inputs(inputs, schedule);
         check(ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS, "%s: computing failed", name);
 
-        compare(plan, n_tokens, any_bits, proj_data, bias_data, values(result.reads),
+        compare(plan, n_tokens, any_bits, infected, proj_data, bias_data, values(result.reads),
                 kernel ? values(kernel) : std::vector<float>());
     }
 
@@ -319,9 +326,9 @@ private:
         return plan;
     }
 
-    void compare(const std::vector<int32_t> & plan, int n_tokens, bool any_bits, const std::vector<float> & proj_data,
-                 const std::vector<float> & bias_data, const std::vector<float> & reads,
-                 const std::vector<float> & kernel_reads) {
+    void compare(const std::vector<int32_t> & plan, int n_tokens, bool any_bits, int infected,
+                 const std::vector<float> & proj_data, const std::vector<float> & bias_data,
+                 const std::vector<float> & reads, const std::vector<float> & kernel_reads) {
         const bool   segments = (s.flags & GGML_DELTAMEM_SEGMENTS) != 0;
         const size_t n_record = ggml_deltamem_n_record(&p), n_state = (size_t) s.rank * s.rank;
         const size_t stride = n_row + PADDING, n_read = (size_t) s.n_head * s.rank;
@@ -339,6 +346,20 @@ private:
         };
         for (int seq = 0; seq < s.n_seqs; ++seq) {
             const int32_t * range = plan.data() + GGML_DELTAMEM_PLAN_SEQ * seq;
+            if (seq == infected) { // goes on as it was, and so do its checkpoints
+                for (int e = range[1]; e < range[1] + range[2]; ++e) {
+                    const int32_t * entry = entries + GGML_DELTAMEM_PLAN_TOKEN * e;
+                    if (const int slot = GGML_DELTAMEM_TOKEN_CHECKPOINT_SLOT(entry[1]); slot >= 0) {
+                        std::copy_n(&now[slot * stride], n_row, &others[slot * stride]);
+                        std::copy_n(&now[slot * stride], n_row, &after[slot * stride]);
+                    }
+                    std::fill_n(&expected[entry[0] * n_read], n_read, NAN);
+                }
+                std::copy_n(&now[range[0] * stride], n_row, &others[range[0] * stride]);
+                std::copy_n(&now[range[0] * stride], n_row, &after[range[0] * stride]);
+                open[seq] = filled[seq] = false;
+                continue;
+            }
             for (int head = 0; head < s.n_head; ++head) {
                 const size_t   at = range[0] * stride + head * n_record;
                 reference_head ref(p, head, &now[at]);
@@ -367,6 +388,9 @@ private:
             }
         }
         for (size_t i = 0; i < reads.size(); ++i) {
+            if (std::isnan(expected[i])) {
+                continue;
+            }
             e_reads.add(reads[i], expected[i]);
             if (with_kernel) {
                 e_kernel.add(reads[i], kernel_reads[i]);
@@ -427,6 +451,12 @@ static void test_device(ggml_backend_dev_t device, ggml_backend_t backend) {
             if (s.flags & segments) {
                 for (const int n_tokens : { s.n_tokens, s.n_seqs, s.n_seqs - 1, s.n_tokens }) {
                     c.batch(n_tokens, true);
+                }
+            }
+            if (s.n_seqs > 1) {
+                for (int infected = 0; infected < s.n_seqs; ++infected) {
+                    c.batch(s.n_tokens, false, infected);
+                    c.batch(s.n_seqs, false, infected);
                 }
             }
             c.report();
