@@ -145,8 +145,9 @@ def test_one_of_several(load, adapter):
 @pytest.mark.parametrize("case", ["tsw_qo", "ssw_message"])
 @pytest.mark.parametrize("value", [1e30, 3e38])
 def test_the_others_do_not_notice(load, adapter, monkeypatch, operator, case, value):
-    """What they say, and what their memories learn, is as if they were alone: one in the same batches, one that waits, and
-    the model's own text. Found: their texts were decoded again without writing, and of a composite with segments all failed.
+    """They say and learn what they would alone: one in the same batches, one that waits, and the model's own text.
+
+    Found: their texts were decoded again without writing, and of a composite with segments all failed.
     """
     if operator:
         monkeypatch.setenv("DELTAMEM_OPERATOR", operator)
