@@ -581,7 +581,7 @@ def test_segments_are_for_an_adapter_that_writes_them(llm):
         ("kv_overrides", {1: 2}, 1),
         ("kv_overrides", {"a\0b": 1}, "a"),
         ("kv_overrides", {"k" * 128: 1}, 127),
-        ("kv_overrides", {"some.key": object()}, "some.key"),
+        ("kv_overrides", {"some.key": 1j}, "some.key"),
         ("kv_overrides", {"some.key": None}, "some.key"),
         ("kv_overrides", {"some.key": 2**63}, 2**63),  # would be negative
         ("kv_overrides", {"some.key": "v" * 128}, 127),  # llama.cpp would read past it
