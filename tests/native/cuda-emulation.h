@@ -59,6 +59,7 @@ public:
         if (bytes > MAX_SHARED || block.x % WARP != 0 || block.x > 1024) {
             fail("a launch that CUDA would refuse");
         }
+        trapped = false;
         for (unsigned y = 0; y < grid.y; ++y) {
             for (unsigned x = 0; x < grid.x; ++x) {
                 blockIdx = { x, y };
@@ -87,7 +88,7 @@ public:
         current->wait(DONE);
     }
 
-    static inline bool trapped = false; // was a launch, since this was set to false
+    static inline bool trapped = false; // was the last launch
 
     static void sync_warp() { current->wait(AT_WARP); }
 
@@ -116,7 +117,7 @@ private:
     struct fiber {
         ucontext_t              context; // for the first time; jumps are faster, they leave the signal mask alone
         jmp_buf                 place;
-        bool                    begun;
+        bool                    begun; // it has a place to go on from: also after a launch, for the next one
         std::unique_ptr<char[]> stack;
     };
 
@@ -125,7 +126,9 @@ private:
     std::vector<status>           statuses;
     std::vector<float>            values;
     std::vector<char>             votes;
-    bool                          voted = false;
+    bool                          voted     = false;
+    unsigned                      n_barrier = 0; // that wait at the barrier
+    std::vector<unsigned>         n_warp;        // at that of each warp
     std::vector<unsigned>         ready;
     jmp_buf                       scheduler;
 
@@ -135,7 +138,7 @@ private:
     }
 
     cuda_emulation(unsigned n, const std::function<void()> & kernel) :
-        n(n), kernel(kernel), statuses(n, READY), values(n), votes(n) {}
+        n(n), kernel(kernel), statuses(n, READY), values(n), votes(n), n_warp(n / WARP) {}
 
     [[noreturn]] static void fail(const char * what) {
         fprintf(stderr, "FAILED: %s\n", what);
@@ -143,8 +146,10 @@ private:
     }
 
     static void begin() {
-        current->kernel();
-        current->wait(DONE);
+        while (true) { // once in each launch
+            current->kernel();
+            current->wait(DONE);
+        }
     }
 
     void wait(status s) {
@@ -172,15 +177,16 @@ private:
         current = this;
         for (unsigned i = 0; i < n; ++i) {
             fiber & f = fibers()[i];
-            if (!f.stack) {
-                f.stack.reset(new char[STACK]);
+            if (!f.begun) {
+                if (!f.stack) {
+                    f.stack.reset(new char[STACK]);
+                }
+                getcontext(&f.context);
+                f.context.uc_stack.ss_sp   = f.stack.get();
+                f.context.uc_stack.ss_size = STACK;
+                f.context.uc_link          = nullptr;
+                makecontext(&f.context, begin, 0);
             }
-            getcontext(&f.context);
-            f.context.uc_stack.ss_sp   = f.stack.get();
-            f.context.uc_stack.ss_size = STACK;
-            f.context.uc_link          = nullptr;
-            f.begun                    = false;
-            makecontext(&f.context, begin, 0);
             ready.push_back(i);
         }
         while (!ready.empty()) {
@@ -192,31 +198,28 @@ private:
 
             go_on(i);
 
-            if (statuses[i] == AT_WARP) {
-                const unsigned begin = i / WARP * WARP;
-                release(begin, begin + WARP, AT_WARP);
-            } else {
-                release(0, n, AT_BARRIER);
+            if (statuses[i] == AT_WARP && ++n_warp[i / WARP] == WARP) {
+                n_warp[i / WARP] = 0;
+                release(i / WARP * WARP, WARP);
+            } else if (statuses[i] == AT_BARRIER && ++n_barrier == n) {
+                n_barrier = 0;
+                voted     = std::find(votes.begin(), votes.end(), 1) != votes.end();
+                release(0, n);
             }
         }
-        for (const status s : statuses) {
-            if (s != DONE && !trapped) {
+        for (unsigned i = 0; i < n; ++i) {
+            if (statuses[i] != DONE && !trapped) {
                 fail("a barrier that not all threads reach");
+            }
+            if (trapped) { // it stands somewhere in the kernel
+                fibers()[i].begun = false;
             }
         }
     }
 
-    // lets go of the threads [begin, end) if all of them wait there
-    void release(unsigned begin, unsigned end, status s) {
-        for (unsigned i = begin; i < end; ++i) {
-            if (statuses[i] != s) {
-                return;
-            }
-        }
-        if (s == AT_BARRIER) {
-            voted = std::find(votes.begin(), votes.end(), 1) != votes.end();
-        }
-        for (unsigned i = begin; i < end; ++i) {
+    // lets go of so many threads from `begin`
+    void release(unsigned begin, unsigned count) {
+        for (unsigned i = begin; i < begin + count; ++i) {
             statuses[i] = READY;
             ready.push_back(i);
         }

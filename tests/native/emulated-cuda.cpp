@@ -187,7 +187,6 @@ bool deltamem_sequence_fits(const int32_t * plan, int64_t n_seqs, int64_t i, int
     args.read        = read.data();
     args.read_stride = 8;
 
-    cuda_emulation::trapped = false;
     cuda_emulation::launch({ 1, 1 }, { (unsigned) (args.n_recur_warps + args.n_stage_warps) * WARP }, deltamem_shared,
                            args.layout.size * sizeof(float), [&] {
                                blockIdx.y = (unsigned) i;
