@@ -1,4 +1,4 @@
-"""Shared fixtures: the golden data, adapters converted from it, and models that use them."""
+"""Shared fixtures: the golden data, adapters converted from it, models that use them, and servers."""
 
 from __future__ import annotations
 
@@ -115,3 +115,35 @@ def directories(tmp_path):
     config = DeltaMemConfig(rank=8, output_init="random", delta_heads=("q", "o"))
     DeltaMem(model, config).save_checkpoint(checkpoint_dir)
     return model_dir, checkpoint_dir
+
+
+@pytest.fixture(scope="module")
+def api():
+    """A server in a thread (servers.py)."""
+    from servers import in_thread
+
+    with in_thread(model="small", base="default.gguf", adapter="default-msw.gguf") as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def two_keys(tmp_path_factory):
+    """A server with two keys."""
+    from pydeltamem.server.keys import Keys
+    from servers import in_thread
+
+    path = tmp_path_factory.mktemp("keys") / "keys.txt"
+    path.write_text("# who may use it\nkey-of-ada\n\nkey-of-bo\n")
+    with in_thread(keys=Keys(path)) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """A server with one slot, a queue of one, and small limits."""
+    from servers import in_thread, service
+
+    with in_thread(
+        lambda: service(slots=1, n_queue=1, n_sessions=2, turn_timeout=0.1), max_body=8000, heartbeat=0.1
+    ) as api:
+        yield api

@@ -1,8 +1,11 @@
-"""Servers for tests: an application in a thread of this process, and `deltamem serve` as a process of its own."""
+"""Servers for tests: an application in a thread of this process, and `deltamem serve` as a process of its own; and what
+tests ask an application.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import subprocess
 import sys
@@ -13,16 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
 
 from pydeltamem import DeltaMemLlama
+from pydeltamem.formats.memory_file import MemorySnapshot
 from pydeltamem.models import default_files
 from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server.application import application
 from pydeltamem.server.state import Settings
 
 BASE, ADAPTERS = default_files()
+
+GREEDY = {"temperature": 0, "max_tokens": 8}
+HELLO = [{"role": "user", "content": "My name is Ada."}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"]},
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
 
 
 def service(*, slots: int = 2, adapter: str | None = "msw", n_ctx: int = 512, **options: Any) -> AsyncDeltaMem:
@@ -135,3 +152,70 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "it does not come true"
         time.sleep(0.02)
+
+
+#
+# what tests ask
+#
+
+
+def ask(
+    api: Api, messages: list[Any] = HELLO, *, path: str = "", headers: dict[str, str] | None = None, **body: Any
+) -> Any:
+    """One chat completion, which succeeds."""
+    answer = api.http.post(
+        f"{path}/v1/chat/completions", json={"messages": messages, **GREEDY, **body}, headers=headers
+    )
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def said(answer: Any) -> str:
+    """The text of a chat completion."""
+    return answer["choices"][0]["message"]["content"]
+
+
+def chunks(api: Api, path: str = "/v1/chat/completions", **body: Any) -> list[Any]:
+    """What a stream sends, without its end."""
+    with api.http.stream("POST", path, json={"stream": True, **GREEDY, **body}) as answer:
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def refused(answer: httpx.Response, status: int, code: str, *names: str) -> httpx.Response:
+    """An answer is OpenAI's error object and names these."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["x-request-id"]
+    (error,) = answer.json().values()
+    assert set(error) == {"message", "type", "code"} and error["code"] == code, error
+    for name in names:
+        assert name in error["message"], error
+    return answer
+
+
+def state(api: Api, session: str) -> np.ndarray:
+    """The state of a session's memory."""
+    answer = api.http.get(f"/v1/memories/{session}/file")
+    assert answer.status_code == 200, answer.text
+    return MemorySnapshot.from_bytes(answer.content).state
+
+
+def about(api: Api, session: str) -> Any:
+    """What the server says of a session."""
+    answer = api.http.get(f"/v1/memories/{session}")
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def with_key(key: str) -> dict[str, str]:
+    """The header of a request."""
+    return {"Authorization": f"Bearer {key}"}
+
+
+def counted(api: Api, name: str, timeout: float = 60, **labels: str) -> float:
+    """A metric of the server; 0 if there is none yet."""
+    families = text_string_to_metric_families(api.http.get("/metrics", timeout=timeout).text)
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
