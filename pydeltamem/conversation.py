@@ -709,7 +709,7 @@ def chat_prompt(llm: DeltaMemLlama, messages: list[dict[str, str]]) -> tuple[lis
 def caught_prompt(llm: DeltaMemLlama, messages: Sequence[Mapping[str, Any]], **options: Any) -> PromptCatcher:
     """What the model's chat handler asks for these messages: prompt, what ends the reply, and a grammar.
 
-    Options: `tools`, `tool_choice`, `response_format` as create_chat_completion; others are variables of the template.
+    Options: `tools`, `tool_choice` as create_chat_completion; others are variables of the template.
     Raises InputError if the handler refuses them.
     """
     from llama_cpp.llama_chat_format import get_chat_completion_handler

@@ -28,7 +28,7 @@ from .formats.memory_file import MemorySnapshot
 from .formats.model_numbers import MAX_CONTEXT, check_numbers
 from .hub import HUB, adapter_file, model_file
 from .memory import Memory
-from .runtime import json_grammar, library
+from .runtime import library
 from .runtime.completion import Completion
 from .runtime.cpus import MAX_THREADS, default_threads
 from .runtime.embedding import tokenized, vectors
@@ -40,6 +40,7 @@ from .runtime.library import Llama, LlamaState
 from .runtime.lock import holding
 from .runtime.names import nearest, option
 from .runtime.remote import connect
+from .runtime.response_format import grammar_of_format
 from .runtime.sampling import Guard, Sampler, derived, n_likeliest
 from .runtime.slots import Slots
 from .runtime.stream import checked_grammar
@@ -52,7 +53,6 @@ from .tuned import kept
 HOME = 0  # the slot of the model's own text: the one that llama_cpp.Llama uses
 
 _llama = library.llama_cpp
-json_grammar.install()  # for create_chat_completion
 
 LlamaChatCompletionHandlerNotFoundException: Any = (
     _llama.llama_chat_format.LlamaChatCompletionHandlerNotFoundException  # mypy does not know it
@@ -714,8 +714,8 @@ class DeltaMemLlama(Llama):
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
             raise InputError(f"messages is a list of messages, not {shown(repr(messages))}")
         options["messages"] = messages = list(messages)
-        if options.get("response_format") is not None and self.chat_handler is None:
-            options["response_format"] = _response_format(options["response_format"])
+        if self.chat_handler is None and (grammar := grammar_of_format(options.pop("response_format", None))):
+            options["grammar"] = grammar
         asked = copy.deepcopy(messages)
         n_top = options.get("top_logprobs") or 0
         if options.get("logprobs"):
@@ -1133,20 +1133,6 @@ def _tokens_before(llm: weakref.ref[DeltaMemLlama]) -> npt.NDArray[np.intc]:
     model = llm()
     assert model is not None  # it samples
     return model.input_ids[: model._n_before]
-
-
-def _response_format(wanted: Any) -> Any:
-    """A response format as llama_cpp knows it: of any other, like the type "json_schema", it would say nothing."""
-    kind = wanted.get("type") if isinstance(wanted, Mapping) else None
-    if kind in ("text", "json_object"):
-        return wanted
-    given = wanted.get("json_schema") if kind == "json_schema" else None
-    if not isinstance(given, Mapping) or not isinstance(given.get("schema"), Mapping):
-        raise InputError(
-            'response_format is {"type": "text"}, "json_object" with or without a "schema", or "json_schema" with '
-            f'{{"json_schema": {{"schema": {{…}}}}}}, not {shown(repr(wanted))}'
-        )
-    return {"type": "json_object", "schema": given["schema"]}
 
 
 def _with_best(answer: Any, n_top: int) -> Any:

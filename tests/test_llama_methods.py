@@ -677,6 +677,7 @@ HELLO = [{"role": "user", "content": "hello"}]
         (HELLO, {"response_format": {}}),
         (HELLO, {"response_format": {"type": "json_schema"}}),
         (HELLO, {"response_format": {"type": "yaml"}}),
+        (HELLO, {"response_format": {"type": "json_object", "schema": {"type": "nothing"}}}),
         (HELLO, {"functions": 5}),
         (HELLO, {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "tool_choice": {}}),
         (HELLO, {"temperature": None}),

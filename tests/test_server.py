@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import os
 import random
 import re
@@ -541,6 +542,16 @@ async def test_options(serving):
         known = {"seed": 1, "max_tokens": 6, "grammar": LETTERS["grammar"]}
         default = await service.chat([user("hello")], **known).whole()
         assert await service.chat([user("hello")], temperature=None, stop=None, **known).whole() == default
+
+
+async def test_a_response_format_of_a_json_schema(serving):
+    """Found: of OpenAI's type json_schema nothing was followed, and nothing said."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "letters", "schema": {"enum": ["qx", "xq"]}}}
+    async with serving() as service:
+        answer = await service.chat([user("hello")], response_format=wanted, temperature=0).whole()
+        assert json.loads(answer) in ("qx", "xq")
+        with refuses(InputError, "response_format", "yaml"):
+            service.chat([user("hello")], response_format={"type": "yaml"})
 
 
 def test_a_message_begins_with_the_space_that_its_first_word_takes():

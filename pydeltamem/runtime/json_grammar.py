@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import library
-from .stream import grammar_bytes
 
 _llama_grammar: Any = library.llama_cpp.llama_grammar
 _PARTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(\^?)((?:\\.|[^\]\\])*)\]')  # literals and classes of characters
@@ -139,20 +138,5 @@ def _in_class(characters: Range) -> str:
     return ends[0] if characters[0] == characters[1] else "-".join(ends)
 
 
-def of_schema(schema: Any) -> Any:
-    """A LlamaGrammar. Raises llama_cpp's exceptions for a schema that it cannot convert, InputError if its parser would
-    not survive the grammar.
-    """
-    grammar = json_schema_to_gbnf(json.dumps(schema))
-    grammar_bytes(grammar, "its grammar")
-    return _llama_grammar.LlamaGrammar.from_string(grammar, verbose=False)
-
-
-def of_json() -> Any:
-    """A LlamaGrammar of any object."""
-    return _llama_grammar.LlamaGrammar.from_string(_llama_grammar.JSON_GBNF, verbose=False)
-
-
-def install() -> None:
-    """Has llama_cpp's chat handlers and `LlamaGrammar.from_json_schema` use these grammars."""
-    _llama_grammar.json_schema_to_gbnf = json_schema_to_gbnf
+# for llama_cpp's chat handlers and `LlamaGrammar.from_json_schema`
+_llama_grammar.json_schema_to_gbnf = json_schema_to_gbnf

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError, shown
-from ..runtime import json_grammar
+from ..runtime.response_format import grammar_of_format, grammar_of_schema
 from .answer import Answer, Piece
 from .options import checked_n_top, checked_template, checked_whole
 
@@ -19,9 +19,6 @@ _OPTIONS = (
     "repeat_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta", "stop", "seed", "logit_bias", "grammar",
 )  # fmt: skip
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_REPEATS = ("minLength", "maxLength", "minItems", "maxItems")
-_COUNT = re.compile(r"(?<=[{,])\s*([0-9]+)\s*(?=[,}])")  # in a pattern
-_MAX_REPEATED = 100_000
 _BYTES = re.compile(r"bytes:((?:\\x[0-9a-f]{2})+)")  # a token that is a part of a character
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|$)", re.DOTALL)
 
@@ -64,10 +61,10 @@ class Chat:
         if self.logprobs:
             self.options["n_top"] = checked_n_top("top_logprobs", body.get("top_logprobs")) or 0
         self._set_tools(body)
-        if self.forced is None and not self._as_json:
-            self.options.update(_format_of(body))
-        if self.forced is not None or "response_format" in self.options:
+        if self.forced is not None:
             refuse_grammar(self.options)
+        elif not self._as_json:
+            hold_to(self.options, *_format_of(body))
 
     def _set_tools(self, body: Mapping[str, Any]) -> None:
         tools, choice, name_tools, name_choice = body.get("tools"), body.get("tool_choice"), "tools", "tool_choice"
@@ -95,7 +92,7 @@ class Chat:
                 raise InputError(what)
             if function.get("parameters") is None:
                 function["parameters"] = {"type": "object", "properties": {}}
-            _checked_schema(f"{name_tools}: {shown(function['name'])}", function["parameters"])
+            grammar_of_schema(function["parameters"], f"{name_tools}: {shown(function['name'])}")
             names.append(function["name"])
         if not names:
             raise InputError(what)
@@ -112,10 +109,8 @@ class Chat:
             self.forced = names[0]
         elif choice == "required":
             self._as_json = True
-            self.options["response_format"] = {
-                "type": "json_object",
-                "schema": {"oneOf": [_call_schema(t) for t in tools]},
-            }
+            calls = {"oneOf": [_call_schema(tool) for tool in tools]}
+            hold_to(self.options, name_tools, {"type": "json_object", "schema": calls})
         elif choice not in (None, "auto"):
             raise InputError(f'{name_choice} is "none", "auto", "required" or a function, not {shown(repr(choice))}')
         if self.forced is not None:
@@ -231,11 +226,7 @@ class Completion:
         self.n_top = checked_n_top("logprobs", body.get("logprobs"))
         if self.n_top is not None:
             self.options["n_top"] = self.n_top
-        wanted = _format_of(body).get("response_format")
-        if wanted is not None:
-            refuse_grammar(self.options)
-            schema = wanted.get("schema")
-            self.options["grammar"] = json_grammar.of_json() if schema is None else json_grammar.of_schema(schema)
+        hold_to(self.options, *_format_of(body))
         if body.get("suffix"):
             raise InputError("suffix: this server continues texts, and does not fill gaps")
         if self.echo and (self.n_top is not None or not isinstance(prompt, str)):
@@ -336,63 +327,27 @@ def _with_usage(body: Mapping[str, Any]) -> bool:
     return flag(options, "include_usage")
 
 
-def _format_of(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an answer in the format that a body asks for, in OpenAI's words or in llama-server's."""
+def _format_of(body: Mapping[str, Any]) -> tuple[str, Any]:
+    """The response format that a body asks for, in OpenAI's words or in llama-server's, and the name of its field."""
     if body.get("json_schema") is None:
-        return format_options("response_format", body.get("response_format"))
+        return "response_format", body.get("response_format")
     if body.get("response_format") is not None:
         raise InputError("json_schema: there is a response_format already: send one of them")
-    return format_options("json_schema", {"type": "json_object", "schema": body["json_schema"]})
+    return "json_schema", {"type": "json_object", "schema": body["json_schema"]}
 
 
-def format_options(name: str, wanted: Any) -> dict[str, Any]:
-    """The options of an answer in a format. Raises InputError, which names it `name`."""
-    kind = wanted.get("type") if isinstance(wanted, Mapping) else None
-    if wanted is None or kind == "text":
-        return {}
-    if kind == "json_object":
-        if wanted.get("schema") is not None:
-            _checked_schema(name, wanted["schema"])
-        return {"response_format": dict(wanted)}
-    if kind == "json_schema":
-        given = wanted.get("json_schema", wanted)  # /v1/responses has no object of its own for it
-        schema = _checked_schema(name, given.get("schema") if isinstance(given, Mapping) else None)
-        return {"response_format": {"type": "json_object", "schema": schema}}
-    raise InputError(f'{name}: type is "text", "json_object" or "json_schema", not {shown(repr(kind))}')
+def hold_to(options: dict[str, Any], name: str, wanted: Any) -> None:
+    """Has an answer follow a response format. Raises InputError, which names it `name`."""
+    grammar = grammar_of_format(wanted, name)
+    if grammar is not None:
+        refuse_grammar(options)
+        options["grammar"] = grammar
 
 
 def refuse_grammar(options: Mapping[str, Any]) -> None:
     """Raises InputError if an answer that is held to a schema was to follow a grammar too."""
     if options.get("grammar"):
         raise InputError("grammar: the answer is held to a JSON schema already: send one of them")
-
-
-def _checked_schema(name: str, schema: Any) -> dict[str, Any]:
-    """A JSON schema that answers can be held to: llama_cpp would drop any other without a word."""
-    try:
-        if not isinstance(schema, dict):
-            raise ValueError(f"it is an object, not {shown(repr(schema))}")
-        if _n_repeated(schema) > _MAX_REPEATED:
-            raise ValueError(f"it repeats more than {_MAX_REPEATED:,} times")
-        json_grammar.of_schema(schema)
-    except Exception as error:
-        raise InputError(f"{name}: answers cannot be held to this JSON schema: {error}") from error
-    return schema
-
-
-def _n_repeated(schema: Any) -> int:
-    """How often the grammar of a schema repeats its parts: llama_cpp writes out each of them."""
-    n, left = 0, [schema]
-    while left:
-        value = left.pop()
-        if isinstance(value, list):
-            left += value
-        elif isinstance(value, dict):
-            left += value.values()
-            n += sum(count for key in _REPEATS if isinstance(count := value.get(key), int) and count > 0)
-            if isinstance(value.get("pattern"), str):
-                n += sum(map(int, _COUNT.findall(value["pattern"])))
-    return n
 
 
 def field_of(body: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import InputError, shown
 from ..runtime.names import nearest
+from ..runtime.response_format import grammar_of_format
 
 _SAMPLING = {
     "temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "typical_p": "typical_p",
@@ -63,6 +64,9 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError("stop is a text, or a list of texts")
     elif stop is not None and len(stop) > _N_STOP:
         raise InputError(f"stop has at most {_N_STOP} texts, not {len(stop)}")
+    grammar = grammar_of_format(given.pop("response_format", None))
+    if grammar is not None:
+        given["grammar"] = grammar
     return {**DEFAULTS, **{_SAMPLING.get(name, name): value for name, value in given.items()}}
 
 

@@ -40,8 +40,7 @@ class Prompts:
         return caught
 
     def _caught(self, heard: Any, messages: Sequence[Message], options: Mapping[str, Any]) -> PromptCatcher:
-        names = ("tools", "tool_choice", "response_format")
-        asked = {name: options[name] for name in names if options.get(name) is not None}
+        asked = {name: options[name] for name in ("tools", "tool_choice") if options.get(name) is not None}
         return caught_prompt(heard, messages, **asked, **(options.get("template") or {}))
 
     def _may_fit(self, text: bytes) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import InputError, shown
 from . import history
 from .answer import Answer, Piece
-from .openai import flag, format_options, likelihoods, memory, options_of, refuse_grammar, to_json
+from .openai import flag, hold_to, likelihoods, memory, options_of, to_json
 from .options import checked_n_top
 from .records import Record, SessionUnknown
 from .service import AsyncDeltaMem
@@ -56,9 +56,7 @@ class Reply:
         if not isinstance(text, Mapping):
             raise InputError('text is {"format": {"type": …}}')
         self.format = text.get("format") or {"type": "text"}
-        self.options.update(format_options("text.format", self.format))
-        if "response_format" in self.options:
-            refuse_grammar(self.options)
+        hold_to(self.options, "text.format", self.format)
         self.metadata = body.get("metadata") or {}
         if not isinstance(self.metadata, Mapping):
             raise InputError(f"metadata is an object, not {shown(repr(self.metadata))}")
