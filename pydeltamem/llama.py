@@ -12,10 +12,10 @@ import inspect
 import itertools
 import os
 import types
-import typing
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -23,22 +23,22 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from .errors import AdapterError, DeltaMemError, InputError, ModelError, NotFiniteError, naming, no_file, shown
-from .formats.gguf_header import Header
+from .formats.kinds import ADAPTER
 from .formats.memory_file import MemorySnapshot
-from .formats.model_numbers import MAX_CONTEXT, check_numbers
 from .hub import HUB, adapter_file, model_file
 from .memory import Memory
-from .runtime import library
+from .runtime import library, loading
 from .runtime.completion import Completion
-from .runtime.cpus import MAX_THREADS, default_threads
+from .runtime.cpus import default_threads
 from .runtime.embedding import tokenized, vectors
 from .runtime.engine import Engine
 from .runtime.ggml import can_be_mapped
 from .runtime.history import Position, Tokens, n_common
 from .runtime.interrupt import uninterrupted
 from .runtime.library import Llama, LlamaState
+from .runtime.loading import FileName
 from .runtime.lock import holding
-from .runtime.names import nearest, option
+from .runtime.names import option
 from .runtime.remote import connect
 from .runtime.response_format import grammar_of_format
 from .runtime.sampling import Guard, Sampler, derived, n_likeliest
@@ -58,14 +58,10 @@ LlamaChatCompletionHandlerNotFoundException: Any = (
     _llama.llama_chat_format.LlamaChatCompletionHandlerNotFoundException  # mypy does not know it
 )
 _GENERATE = inspect.signature(Llama.generate)
-_KEYWORDS = [name for name, of in inspect.signature(Llama.__init__).parameters.items() if of.kind == of.KEYWORD_ONLY]
-_TYPES = typing.get_type_hints(Llama.__init__)
-_FORMER = {"f16_kv", "n_parts"}  # llama_cpp took them once, and LangChain still gives them
 _SAMPLER = inspect.signature(Llama._init_sampler)
 _WHOLE, _NUMBERS = (
     {name for name, of in _SAMPLER.parameters.items() if type(of.default) is kind} for kind in (int, float)
 )
-_MAX_OVERRIDE = 127  # bytes of a key or text of llama_model_kv_override, beside the null
 _COMPLETE = inspect.signature(Llama.create_completion)
 _CHAT = inspect.signature(Llama.create_chat_completion)
 
@@ -147,14 +143,14 @@ class DeltaMemLlama(Llama):
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
-        kwargs = {name: value for name, value in kwargs.items() if name not in _FORMER}
-        _check_keywords(kwargs, n_ctx, n_seq_max)
+        kwargs = {name: value for name, value in kwargs.items() if name not in loading.FORMER}
+        loading.check_keywords(kwargs, n_ctx, n_seq_max, inspect.signature(DeltaMemLlama).parameters)
         if kwargs.get("vocab_only") and deltamem_path is not None:
             raise InputError(f"{option('deltamem_path')} needs the model's weights: leave out one of it and vocab_only")
         if kwargs.get("seed") is not None:
             kwargs["seed"] = whole(kwargs["seed"], "seed")
         if kwargs.get("lora_path") is not None:
-            kwargs["lora_path"] = path = _Path(os.fsdecode(kwargs["lora_path"]))
+            kwargs["lora_path"] = path = FileName(os.fsdecode(kwargs["lora_path"]))
             if not os.path.isfile(path):
                 raise ModelError(no_file(path, "LoRA file"))
         self._adapter: library.llama_deltamem_adapter_p | None = None
@@ -164,7 +160,7 @@ class DeltaMemLlama(Llama):
         self._rpc_servers = rpc_servers
         if n_ctx and "n_batch" in kwargs:  # as llama.cpp does; llama_cpp would first make a row of logits for each
             kwargs["n_batch"] = min(int(kwargs["n_batch"]), n_ctx * n_seq_max)
-        model_path = _Path(model_file(model_path))
+        model_path = FileName(model_file(model_path))
         self.tuned: dict[str, Any] = {}
         if tuned and not rpc_servers and (record := kept(model_path, kwargs.get("n_gpu_layers", 0))) is not None:
             self.tuned = record.settings.keywords({**kwargs, "repack": repack, "unpack": unpack})
@@ -181,8 +177,8 @@ class DeltaMemLlama(Llama):
             kwargs.setdefault("n_gpu_layers", -1)  # llama_cpp's default, 0, would leave the servers idle
         self._overrides = overrides(model_path, self.unpack)
         if n_ctx == 0 and n_seq_max > 1:
-            n_ctx = _trained_context(model_path)  # llama.cpp would divide it among the texts
-        _check_numbers(model_path, kwargs.get("kv_overrides") or {})
+            n_ctx = loading.trained_context(model_path)  # llama.cpp would divide it among the texts
+        loading.check_header(model_path, kwargs.get("kv_overrides") or {})
         try:
             with uninterrupted() as self._pressed:
                 self._load(model_path, n_ctx=n_ctx * n_seq_max, verbose=verbose, **kwargs)
@@ -228,7 +224,7 @@ class DeltaMemLlama(Llama):
             except (RuntimeError, ValueError) as error:
                 self.close()
                 if str(error).startswith("Failed to "):
-                    if _is_adapter(model_path):
+                    if ADAPTER.is_one(Path(model_path)):
                         raise ModelError(
                             f"{model_path}: this is a δ-mem adapter: give it as {option('deltamem_path')}, and the "
                             f"base model as {option('model_path')}"
@@ -1000,13 +996,6 @@ def _close_all() -> None:
             llm.close()
 
 
-class _Path(str):
-    """The name of a file for llama_cpp, which encodes names as UTF-8. Not every name can be."""
-
-    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
-        return os.fsencode(str(self))  # a plain str, whose encode is not this one
-
-
 class DeltaMemState(LlamaState):
     """What `DeltaMemLlama.save_state` returns: the text, its KV cache, and the memory."""
 
@@ -1036,63 +1025,6 @@ class _Closed:
         raise ModelError(f"{self._model_path}: the model is closed")
 
 
-def _check_keywords(kwargs: dict[str, Any], n_ctx: int, n_seq_max: int) -> None:
-    """Raises InputError if a keyword of llama_cpp is unknown, or a number is out of range."""
-    for name, value in kwargs.items():
-        if name not in _KEYWORDS:  # llama_cpp ignores unknown ones
-            known = {*inspect.signature(DeltaMemLlama).parameters, *_KEYWORDS} - {"kwargs"}
-            raise InputError(f"{name} is no keyword of DeltaMemLlama{nearest(name, known)}")
-        _check_type(name, value)
-    n_batch = kwargs.get("n_batch", n_seq_max)
-    threads = {name: kwargs.get(name) or 0 for name in ("n_threads", "n_threads_batch")}
-    for name, n in {"n_ctx": n_ctx, "n_seq_max": n_seq_max, "n_batch": n_batch, **threads}.items():
-        whole(n, option(name))
-    n_max = _llama.llama_max_parallel_sequences()
-    if not 1 <= n_seq_max <= n_max:
-        raise InputError(f"{option('n_seq_max')} is 1 to {n_max}, not {n_seq_max}")
-    for name, n in threads.items():
-        if not 0 <= n <= MAX_THREADS:
-            raise InputError(f"{option(name)} is 1 to {MAX_THREADS}, not {n}")
-    if n_batch < n_seq_max:
-        raise InputError(f"{option('n_batch')} is at least {option('n_seq_max')}, {n_seq_max}, not {n_batch}")
-    longest = min(MAX_CONTEXT, (2**31 - 1) // n_seq_max)  # llama.cpp's numbers are of 32 bits
-    if not 0 <= n_ctx <= longest:
-        raise InputError(f"{option('n_ctx')} is 0 to {longest}, not {n_ctx}")
-
-
-def _check_type(name: str, value: Any) -> None:
-    """Raises InputError if a keyword of llama_cpp is no number where it must be one, or too large for llama.cpp."""
-    kinds = typing.get_args(_TYPES[name]) or (_TYPES[name],)
-    if value is None and type(None) in kinds:
-        return
-    if name == "kv_overrides":
-        _check_overrides(value)
-    elif name == "tensor_split":
-        if not isinstance(value, (list, tuple)) or len(value) > _llama.LLAMA_MAX_DEVICES:
-            raise InputError(f"tensor_split is a list of at most {_llama.LLAMA_MAX_DEVICES} numbers, not {value!r}")
-        for part in value:
-            number(part, "a number of tensor_split")
-    elif float in kinds:
-        number(value, name)
-    elif int in kinds and name != "seed" and not -(2**31) <= whole(value, option(name)) < 2**31:
-        raise InputError(f"{option(name)} is a number of 32 bits, not {value}")
-
-
-def _check_overrides(overrides: Any) -> None:
-    """Raises InputError if a value for a key of the model's header cannot be given to llama.cpp."""
-    if not isinstance(overrides, dict):
-        raise InputError(f"kv_overrides is a dict of keys and values, not {shown(overrides)}")
-    for key, value in overrides.items():
-        if not isinstance(key, str) or not key or "\0" in key or len(key.encode()) > _MAX_OVERRIDE:
-            raise InputError(f"kv_overrides: a key is text of 1 to {_MAX_OVERRIDE} bytes, not {shown(key)}")
-        if not isinstance(value, (int, float, str)):
-            raise InputError(f"kv_overrides: {key} is a bool, an int, a float or a str, not {shown(repr(value))}")
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise InputError(f"kv_overrides: {key} is a number of 64 bits, not {value}")
-        if isinstance(value, str) and ("\0" in value or len(value.encode()) > _MAX_OVERRIDE):
-            raise InputError(f"kv_overrides: {key} is text of at most {_MAX_OVERRIDE} bytes, not {shown(value)}")
-
-
 def _hub_name(repository: str, file: str | None) -> str:
     return f"{HUB}{repository}" if file is None else f"{HUB}{repository}:{file}"
 
@@ -1100,32 +1032,6 @@ def _hub_name(repository: str, file: str | None) -> str:
 def _free(adapters: list[library.llama_deltamem_adapter_p]) -> None:
     while adapters:
         library.llama_deltamem_adapter_free(adapters.pop())
-
-
-def _trained_context(model_path: str) -> int:
-    """The length of context, in tokens, that the model was trained on. Raises ModelError if its file does not say."""
-    keys = Header(model_path).keys
-    n_ctx = keys.get(f"{keys.get('general.architecture')}.context_length")
-    if not isinstance(n_ctx, int) or n_ctx < 1:
-        raise ModelError(f"{model_path}: does not say on how long a context it was trained: give {option('n_ctx')}")
-    return n_ctx
-
-
-def _check_numbers(model_path: str, overrides: dict[str, Any]) -> None:
-    try:
-        keys = Header(model_path).keys
-    except ModelError:
-        return  # llama.cpp reports what is wrong
-    if keys.get("general.type") != "adapter":
-        check_numbers(model_path, {**keys, **overrides})
-
-
-def _is_adapter(path: str) -> bool:
-    """Whether a file is an adapter."""
-    try:
-        return Header(path).keys.get("adapter.type") == "deltamem"
-    except ModelError:
-        return False
 
 
 def _tokens_before(llm: weakref.ref[DeltaMemLlama]) -> npt.NDArray[np.intc]:
