@@ -14,7 +14,7 @@ import os
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,11 +29,12 @@ from .hub import HUB, adapter_file, model_file
 from .memory import Memory
 from .runtime import library, loading
 from .runtime.completion import Completion
+from .runtime.continuation import Continuation
 from .runtime.cpus import default_threads
 from .runtime.embedding import tokenized, vectors
 from .runtime.engine import Engine
 from .runtime.ggml import can_be_mapped
-from .runtime.history import Position, Tokens, n_common
+from .runtime.history import Position, Tokens
 from .runtime.interrupt import uninterrupted
 from .runtime.library import Llama, LlamaState
 from .runtime.loading import FileName
@@ -427,14 +428,7 @@ class DeltaMemLlama(Llama):
     @holding("_engine.lock")
     def logits(self) -> npt.NDArray[np.float32]:
         """A copy of the logits after the latest token, float32 [n_vocab]. Raises InputError if there are none."""
-        return self._slots.logits(self._require_logits())
-
-    def _require_logits(self) -> int:
-        """The context's row of the latest token's logits. Raises InputError if there is none."""
-        row = self._text.row
-        if self.n_tokens == 0 or row is None:
-            raise InputError("there are no logits of the present text and memory: eval tokens first")
-        return row
+        return self._slots.logits(self._text.require_row())
 
     @property
     def eval_logits(self) -> deque[list[float]]:
@@ -458,133 +452,10 @@ class DeltaMemLlama(Llama):
 
         When it ends by itself, `finish_reason` says why: "length" in a full context, "stop" after a stopping criterion.
         """
-        text, whole = self._text, list(tokens) if isinstance(tokens, Iterable) else tokens
-        options = _GENERATE.bind(self, whole, *args, **kwargs).arguments
+        options = _GENERATE.bind(self, tokens, *args, **kwargs).arguments
         del options["self"], options["tokens"]
-        is_all = options.pop("reset", True)
-        criteria = functions(options.pop("stopping_criteria", None), "stopping_criteria")
-        calls_back = bool(criteria) or options.get("logits_processor") is not None
-        token: int | None = None
-        n_taken = 0
-
-        def take() -> None:
-            """Sets `token` to the one that follows `whole`, None at the end."""
-            nonlocal token, n_taken
-            self._n_before = n = len(whole)
-            row, version = self._require_logits(), text.version
-            logits = self._logits_after(n) if criteria else None  # a processor may decode other texts
-            token = sampler.sample(self._ctx, self.scores[n - 1] if n < text.n_tokens else row)  # drafts follow it
-            if text.version == version and any([ends(text.tokens[:n].copy(), logits) for ends in criteria]):
-                token, self.finish_reason = None, "stop"
-            if text.version != version:
-                n_taken = 0  # nothing of this is left to take back
-                raise InputError("a callback changed the text that is generated: use a Conversation in it")
-
-        version, messages = text.version, self._messages
-        try:
-            with text.turn:
-                self._slots.require_open()
-                self.finish_reason = None
-                self._sampler = sampler = self._init_sampler(**options)
-                whole = self._checked_tokens(whole).tolist()
-                text.require_room(0 if is_all else text.n_tokens, len(whole))
-                messages = self._messages
-                before = begun = text.position
-                try:
-                    with text.lock:
-                        undecoded = self._begin(whole) if is_all else whole
-                        whole = whole if is_all else [*text.tokens.tolist(), *whole]
-                        begun = text.position
-                        if not undecoded:
-                            take()
-                    if undecoded:
-                        undo = None if begun is before else before
-                        before = self._eval(undecoded, undo, then=take, goes_on=True, calls_back=calls_back) or before
-                except BaseException:
-                    self._messages = messages
-                    if before is not begun is text.position:  # nothing was decoded
-                        text.restore(before, begun.epoch)
-                    raise
-                version = text.version
-            while token is not None:
-                whole.append(token)
-                n_taken += 1
-                sent = yield token
-                if len(whole) > text.n_ctx:  # the token cannot be decoded
-                    self.finish_reason = "length"
-                    return
-                with text.turn:
-                    if text.version != version:
-                        raise InputError("the text was changed during generation: start again")
-                    try:
-                        if not self._was_drafted(whole, take):
-                            text.n_tokens = len(whole) - 1
-                            new = self._with_drafts(whole, sent)
-                            drafted = self.draft_model is not None
-                            text.eval(
-                                new, drafted=drafted, then=take, generates=True, goes_on=True, calls_back=calls_back
-                            )
-                    except NotFiniteError:
-                        if text.restore(before):
-                            self._messages, n_taken = messages, 0
-                        raise
-                    finally:
-                        version = text.version
-        finally:
-            # do not wait forever, see Reply.fail
-            if n_taken > 0 and text.turn.acquire(timeout=1):
-                try:
-                    if version == text.version:  # else another call has changed the text
-                        self._take_back(whole)
-                finally:
-                    text.turn.release()
-
-    def _was_drafted(self, whole: list[int], take: Callable[[], None]) -> bool:
-        """Whether the last of these tokens was drafted and decoded already and its logits are there. If so, takes the
-        next one.
-        """
-        text, n = self._text, len(whole)
-        if n > text.n_tokens:
-            return False
-        with text.lock:
-            if text.row is None or text.tokens[n - 1] != whole[-1]:
-                return False
-            take()
-        return True
-
-    def _with_drafts(self, whole: list[int], sent: Sequence[int] | None) -> Tokens:
-        """The last of these tokens, and guesses at what follows: those given by `send`, and the draft model's."""
-        if sent is None and self.draft_model is None:
-            return whole[-1:]
-        drafts = [] if sent is None else list(sent)
-        if drafts and not self._logits_all:
-            raise InputError("tokens given by send need the logits of every token: load the model with logits_all=True")
-        if self.draft_model is not None:
-            drafts += self.draft_model(np.array([*whole, *drafts], dtype=np.intc)).astype(int).tolist()
-        return self._checked_tokens([whole[-1], *drafts[: self.n_ctx() - len(whole)]])
-
-    def _begin(self, whole: list[int]) -> list[int]:
-        """Takes the text back to where a prompt differs from it. Returns the tokens to decode, none if the logits are
-        there.
-        """
-        text = self._text
-        if self._asked is not None:
-            before, self._messages, self._asked = self._messages, self._asked, None
-            if before is not None and self.memory.attached and not _agree(before, self._messages):
-                self._begin_after(text.position.common(0, whole))
-        return self._undecoded(whole)
-
-    def _take_back(self, whole: list[int]) -> None:
-        """Removes what was drafted beyond these tokens."""
-        text = self._text
-        n = text.position.common(0, whole)
-        if n < max(text.n_tokens, text.position.n):
-            text.n_tokens = min(text.n_tokens, n)
-            text.catch_up()
-
-    def _logits_after(self, n: int) -> npt.NDArray[np.float32]:
-        """The logits from which the token after the first n is sampled."""
-        return self.scores[n - 1].copy() if self._logits_all else self.logits
+        whole: Any = list(tokens) if isinstance(tokens, Iterable) else tokens
+        yield from Continuation(self, whole, options).tokens()
 
     @holding("_text.turn")
     @holding("_engine.lock")
@@ -594,7 +465,7 @@ class DeltaMemLlama(Llama):
 
         Raises InputError if there are no logits of the present text and memory, and what logits processors raise.
         """
-        row: int | npt.NDArray[np.float32] = self._require_logits()
+        row: int | npt.NDArray[np.float32] = self._text.require_row()
         if idx is None:  # not called by `generate`: use these options, not a reply's sampler
             sampler = self._seeded_sampler(derived(self._seed, self.n_tokens), *args, **kwargs)
         else:
@@ -640,24 +511,6 @@ class DeltaMemLlama(Llama):
         """As `Llama.set_seed`; -1: a random seed each time. Raises InputError if it is no whole number."""
         super().set_seed(whole(seed, "seed"))
         self._given_seed = self._seed
-
-    def _undecoded(self, tokens: list[int]) -> list[int]:
-        """Goes back to where the text and `tokens` differ. Returns the tokens to decode, none if the logits are there.
-
-        llama_cpp does the same, but starts over where it cannot cut the KV cache, which would write everything again.
-        """
-        text = self._text
-        n = n_common(text.tokens, tokens)
-        if n == len(tokens) == text.n_tokens and text.row is not None:
-            return []
-        n = max(0, min(n, len(tokens) - 1))
-        if n == 0:
-            self.reset()
-        elif text.position.common(0, tokens) == 1:
-            self._begin_after(1)  # only the token that begins every text agrees: this is another text
-        else:
-            text.n_tokens = n
-        return tokens[n:]
 
     def create_completion(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """As `Llama.create_completion`, with these rules for `max_tokens=0` and log probabilities.
@@ -739,6 +592,13 @@ class DeltaMemLlama(Llama):
         yield from first
         yield from chunks
 
+    def _begins_another_chat(self) -> bool:
+        """For `generate`, as it begins: whether it decodes a chat that is not the latest one."""
+        if self._asked is None:
+            return False
+        before, self._messages, self._asked = self._messages, self._asked, None
+        return before is not None and self.memory.attached and not _agree(before, self._messages)
+
     @contextlib.contextmanager
     def _asking(self, messages: list[Any]) -> Iterator[None]:
         """Tells `generate` that it decodes a chat of these messages, if it is called."""
@@ -747,12 +607,6 @@ class DeltaMemLlama(Llama):
             yield
         finally:
             self._asked = None
-
-    def _begin_after(self, n: int) -> None:
-        """Begins another text after the first n tokens, which both share."""
-        text = self._text
-        if n < text.n_tokens:
-            text.begin(n)
 
     def _checked_tokens(self, tokens: Tokens) -> npt.NDArray[np.integer]:
         try:

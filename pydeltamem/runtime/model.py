@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .engine import Engine
+from .history import Position
 from .text import Text
 
 
@@ -21,7 +22,12 @@ class Model(Protocol):
     _model: Any
     _seed: int
     _logits_all: bool
+    _messages: list[Any] | None
+    _n_before: int
+    _sampler: Any
     cache: Any
+    draft_model: Any
+    finish_reason: str | None
     metadata: dict[str, str]
     model_path: str
     n_batch: int
@@ -47,4 +53,7 @@ class Model(Protocol):
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]: ...
     def save_state(self) -> Any: ...
     def load_state(self, state: Any) -> None: ...
+    def _begins_another_chat(self) -> bool: ...
+    def _eval(self, tokens: Sequence[int], undo: Position | None = None, **options: Any) -> Position | None: ...
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any: ...
     def _checked_tokens(self, tokens: Sequence[int]) -> npt.NDArray[np.integer]: ...

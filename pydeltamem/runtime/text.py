@@ -107,6 +107,13 @@ class Text:
         n_decodes, position, row = self._logits
         return row if position is self.position and n_decodes == self.slots.n_decodes else None
 
+    def require_row(self) -> int:
+        """As `row`. Raises InputError if there is none."""
+        row = self.row
+        if self.n_tokens == 0 or row is None:
+            raise InputError("there are no logits of the present text and memory: eval tokens first")
+        return row
+
     #
     # the memory
     #
