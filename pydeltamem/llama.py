@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import itertools
 import os
-import types
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
-from .errors import AdapterError, DeltaMemError, InputError, ModelError, NotFiniteError, naming, no_file, shown
+from .errors import AdapterError, DeltaMemError, InputError, ModelError, naming, no_file, shown
 from .formats.kinds import ADAPTER
 from .formats.memory_file import MemorySnapshot
 from .hub import HUB, adapter_file, model_file
@@ -31,7 +30,7 @@ from .runtime import library, loading
 from .runtime.completion import Completion
 from .runtime.continuation import Continuation
 from .runtime.cpus import default_threads
-from .runtime.embedding import tokenized, vectors
+from .runtime.embedding import vectors
 from .runtime.engine import Engine
 from .runtime.ggml import can_be_mapped
 from .runtime.history import Position, Tokens
@@ -42,13 +41,12 @@ from .runtime.lock import holding
 from .runtime.names import option
 from .runtime.remote import connect
 from .runtime.response_format import grammar_of_format
-from .runtime.sampling import Guard, Sampler, derived, n_likeliest
+from .runtime.sampling import Sampler, derived, made_sampler
 from .runtime.slots import Slots
-from .runtime.stream import checked_grammar
 from .runtime.text import Text
 from .runtime.tokenizer import Tokenizer
 from .runtime.unpacking import NONE, UNPACK, overrides
-from .runtime.values import functions, number, whole
+from .runtime.values import whole
 from .tuned import kept
 
 HOME = 0  # the slot of the model's own text: the one that llama_cpp.Llama uses
@@ -59,10 +57,6 @@ LlamaChatCompletionHandlerNotFoundException: Any = (
     _llama.llama_chat_format.LlamaChatCompletionHandlerNotFoundException  # mypy does not know it
 )
 _GENERATE = inspect.signature(Llama.generate)
-_SAMPLER = inspect.signature(Llama._init_sampler)
-_WHOLE, _NUMBERS = (
-    {name for name, of in _SAMPLER.parameters.items() if type(of.default) is kind} for kind in (int, float)
-)
 _COMPLETE = inspect.signature(Llama.create_completion)
 _CHAT = inspect.signature(Llama.create_chat_completion)
 
@@ -483,29 +477,7 @@ class DeltaMemLlama(Llama):
 
     def _seeded_sampler(self, seed: int, *args: Any, **kwargs: Any) -> Sampler:
         """As `_init_sampler`, with a seed that is not the model's."""
-        bound = _SAMPLER.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        options = bound.arguments
-        del options["self"]
-        processors, guard = functions(options.pop("logits_processor"), "logits_processor"), None
-        for name, value in options.items():
-            if name in _WHOLE:
-                options[name] = whole(value, name)
-            elif name in _NUMBERS:
-                options[name] = number(value, name)
-        if options["grammar"] is not None:
-            options["grammar"] = checked_grammar(self, options["grammar"])
-        if processors:
-            guard = Guard(processors, functools.partial(_tokens_before, weakref.ref(self)))
-        options["logits_processor"] = [guard] if guard else None
-        # not self: a sampler with processors would keep it alive until the garbage collector runs
-        names = ("_n_vocab", "_model", "last_n_tokens_size")
-        owner: Any = types.SimpleNamespace(
-            _input_ids=None, _seed=whole(seed, "seed"), **{name: getattr(self, name) for name in names}
-        )
-        sampler = Llama._init_sampler(owner, **options)
-        likeliest = n_likeliest(options, self.last_n_tokens_size)
-        return Sampler(sampler, self._candidates, guard, likeliest, options["grammar"] is not None)
+        return made_sampler(self, seed, *args, **kwargs)
 
     def set_seed(self, seed: int) -> None:
         """As `Llama.set_seed`; -1: a random seed each time. Raises InputError if it is no whole number."""
@@ -675,26 +647,9 @@ class DeltaMemLlama(Llama):
         NotFiniteError if a vector is not finite.
         """
         self._slots.require_open()
-        if not self.context_params.embeddings:
-            raise InputError("embed needs a model that was loaded with embedding=True")
-        texts = tokenized(self, [input] if isinstance(input, str) else list(input), truncate)
-        try:
-            if self.memory.attached:
-                self._text.renew()
-                checkpoint = self._text.position.checkpoint
-                assert checkpoint is not None  # there is a memory
-                self._slots.share_state(checkpoint.state, len(texts))
-            with library.decoding():
-                embedded = vectors(self, texts, normalize)
-        finally:
-            self._slots.empty_kv()
-            self.reset()
-        for i, vector in enumerate(embedded):
-            rows = np.atleast_2d(vector)
-            if not np.isfinite(rows).all() or (rows.shape[1] > 1 and not rows.any(axis=1).all()):
-                raise NotFiniteError(self._slots.not_finite(f"the vector of text {i}"))
+        embedded, n_tokens = vectors(self, [input] if isinstance(input, str) else list(input), normalize, truncate)
         result = embedded[0] if isinstance(input, str) else embedded
-        return (result, sum(map(len, texts))) if return_count else result
+        return (result, n_tokens) if return_count else result
 
     #
     # saving
@@ -886,13 +841,6 @@ def _hub_name(repository: str, file: str | None) -> str:
 def _free(adapters: list[library.llama_deltamem_adapter_p]) -> None:
     while adapters:
         library.llama_deltamem_adapter_free(adapters.pop())
-
-
-def _tokens_before(llm: weakref.ref[DeltaMemLlama]) -> npt.NDArray[np.intc]:
-    """The tokens before the sampled one."""
-    model = llm()
-    assert model is not None  # it samples
-    return model.input_ids[: model._n_before]
 
 
 def _with_best(answer: Any, n_top: int) -> Any:

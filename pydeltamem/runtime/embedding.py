@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import InputError, NotFiniteError
 from . import library
 from .model import Model
 from .tokenizer import encoded
@@ -19,7 +19,30 @@ from .tokenizer import encoded
 _llama = library.llama_cpp
 
 
-def tokenized(llm: Model, texts: list[str], truncate: bool) -> list[list[int]]:
+def vectors(llm: Model, texts: list[str], normalize: bool, truncate: bool) -> tuple[list[Any], int]:
+    """The vectors of texts, as `DeltaMemLlama.embed` returns them, and the number of their tokens."""
+    if not llm.context_params.embeddings:
+        raise InputError("embed needs a model that was loaded with embedding=True")
+    tokens, text, slots = _tokenized(llm, texts, truncate), llm._text, llm._engine.slots
+    try:
+        if slots.has_memory:
+            text.renew()
+            checkpoint = text.position.checkpoint
+            assert checkpoint is not None  # there is a memory
+            slots.share_state(checkpoint.state, len(tokens))
+        with library.decoding():
+            embedded = _vectors(llm, tokens, normalize)
+    finally:
+        slots.empty_kv()
+        text.reset()
+    for i, vector in enumerate(embedded):
+        rows = np.atleast_2d(vector)
+        if not np.isfinite(rows).all() or (rows.shape[1] > 1 and not rows.any(axis=1).all()):
+            raise NotFiniteError(slots.not_finite(f"the vector of text {i}"))
+    return embedded, sum(map(len, tokens))
+
+
+def _tokenized(llm: Model, texts: list[str], truncate: bool) -> list[list[int]]:
     """The tokens of texts to embed. Raises InputError, which counts texts from 0, if one cannot be embedded."""
     limit = n_tokens_max(llm)
     pooled = llm.pooling_type() != _llama.LLAMA_POOLING_TYPE_NONE
@@ -59,7 +82,7 @@ def _in_one_go(llm: Model) -> bool:
     return encodes or not causal or llm.pooling_type() not in in_parts
 
 
-def vectors(llm: Model, texts: list[list[int]], normalize: bool) -> list[Any]:
+def _vectors(llm: Model, texts: list[list[int]], normalize: bool) -> list[Any]:
     """One vector per text, a list of floats; without pooling one list of vectors per text, one vector per token."""
     limit, n_seq_max = n_tokens_max(llm), _llama.llama_n_seq_max(llm.ctx)
     result: list[Any] = []

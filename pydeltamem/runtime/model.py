@@ -21,13 +21,16 @@ class Model(Protocol):
     _ctx: Any  # llama_cpp's wrappers
     _model: Any
     _seed: int
+    _candidates: Any
     _logits_all: bool
     _messages: list[Any] | None
     _n_before: int
+    _n_vocab: int
     _sampler: Any
     cache: Any
     draft_model: Any
     finish_reason: str | None
+    last_n_tokens_size: int
     metadata: dict[str, str]
     model_path: str
     n_batch: int
@@ -40,6 +43,8 @@ class Model(Protocol):
     def ctx(self) -> Any: ...
     @property
     def context_params(self) -> Any: ...
+    @property
+    def input_ids(self) -> npt.NDArray[np.intc]: ...
     @property
     def model(self) -> Any: ...
     def n_ctx(self) -> int: ...

@@ -7,7 +7,11 @@ It calls logits processors from C, and Python drops exceptions there: llama_cpp 
 from __future__ import annotations
 
 import ctypes
+import functools
+import inspect
 import random
+import types
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +21,15 @@ import numpy.typing as npt
 from ..errors import InputError
 from . import library
 from .keeping import Keeping
+from .model import Model
+from .stream import checked_grammar
+from .values import functions, number, whole
 
 _llama = library.llama_cpp
+_OPTIONS = inspect.signature(library.Llama._init_sampler)
+_WHOLE, _NUMBERS = (
+    {name for name, of in _OPTIONS.parameters.items() if type(of.default) is kind} for kind in (int, float)
+)
 RANDOM = _llama.LLAMA_DEFAULT_SEED  # asks llama.cpp for a random one
 
 
@@ -149,3 +160,37 @@ class Sampler:
             )
         _llama.llama_sampler_accept(chain, taken.id)
         return int(taken.id)
+
+
+def made_sampler(llm: Model, seed: int, *args: Any, **kwargs: Any) -> Sampler:
+    """A sampler of a model. Options as `Llama._init_sampler`; raises InputError if one is invalid."""
+    bound = _OPTIONS.bind(llm, *args, **kwargs)
+    bound.apply_defaults()
+    options = bound.arguments
+    del options["self"]
+    processors, guard = functions(options.pop("logits_processor"), "logits_processor"), None
+    for name, value in options.items():
+        if name in _WHOLE:
+            options[name] = whole(value, name)
+        elif name in _NUMBERS:
+            options[name] = number(value, name)
+    if options["grammar"] is not None:
+        options["grammar"] = checked_grammar(llm, options["grammar"])
+    if processors:
+        guard = Guard(processors, functools.partial(_tokens_before, weakref.ref(llm)))
+    options["logits_processor"] = [guard] if guard else None
+    # not the model itself: a sampler with processors would keep it alive until the garbage collector runs
+    names = ("_n_vocab", "_model", "last_n_tokens_size")
+    owner: Any = types.SimpleNamespace(
+        _input_ids=None, _seed=whole(seed, "seed"), **{name: getattr(llm, name) for name in names}
+    )
+    sampler = library.Llama._init_sampler(owner, **options)
+    likeliest = n_likeliest(options, llm.last_n_tokens_size)
+    return Sampler(sampler, llm._candidates, guard, likeliest, options["grammar"] is not None)
+
+
+def _tokens_before(llm: weakref.ref[Model]) -> npt.NDArray[np.intc]:
+    """The tokens before the sampled one."""
+    model = llm()
+    assert model is not None  # it samples
+    return model.input_ids[: model._n_before]
