@@ -23,7 +23,6 @@ from jinja2 import TemplateError
 
 from .errors import AdapterError, DeltaMemError, InputError, ModelError, naming, no_file, shown
 from .formats.kinds import ADAPTER
-from .formats.memory_file import MemorySnapshot
 from .hub import HUB, adapter_file, model_file
 from .memory import Memory
 from .runtime import library, loading
@@ -42,14 +41,13 @@ from .runtime.names import option
 from .runtime.remote import connect
 from .runtime.response_format import grammar_of_format
 from .runtime.sampling import Sampler, derived, made_sampler
+from .runtime.saved import DeltaMemState, kv_of, load_kv
 from .runtime.slots import Slots
 from .runtime.text import Text
 from .runtime.tokenizer import Tokenizer
 from .runtime.unpacking import NONE, UNPACK, overrides
-from .runtime.values import whole
+from .runtime.values import segment_ids, token_ids, whole
 from .tuned import kept
-
-HOME = 0  # the slot of the model's own text: the one that llama_cpp.Llama uses
 
 _llama = library.llama_cpp
 
@@ -189,7 +187,7 @@ class DeltaMemLlama(Llama):
         self._given_seed = self._seed  # each completion leaves another one
         if type(self.tokenizer_) is library.LlamaTokenizer:
             self.tokenizer_ = self.tokenizer()
-        self._text = self._engine.text(home=HOME)
+        self._text = self._engine.text(home=0)  # the slot that llama_cpp.Llama uses
         # llama_cpp allocates rows that it never fills, and with a draft model only n_batch rows
         self.scores = np.empty((self.n_ctx() if self._logits_all else 0, self.n_vocab()), dtype=np.single)
         if self._logits_all:
@@ -581,32 +579,14 @@ class DeltaMemLlama(Llama):
             self._asked = None
 
     def _checked_tokens(self, tokens: Tokens) -> npt.NDArray[np.integer]:
-        try:
-            ids = np.asarray(tokens)
-        except ValueError:  # lists of several lengths
-            ids = np.empty((0, 0))
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise InputError("tokens must be a list of token ids, whole numbers")
-        if ids.size and not 0 <= ids.min() <= ids.max() < self._n_vocab:
-            wrong = ids[(ids < 0) | (ids >= self._n_vocab)][0]
-            raise InputError(f"{wrong} is no token id of this model: they are 0 to {self._n_vocab - 1}")
-        return ids
+        return token_ids(tokens, self._n_vocab)
 
     def _checked_segments(self, tokens: Tokens, segments: Sequence[int]) -> npt.NDArray[np.int32]:
         if not self.memory.attached:
             raise AdapterError("segments were given but no adapter is attached")
         if not self._slots.writes_by_segment:
             raise InputError("segments were given but the adapter writes per token: call eval without them")
-        if len(segments) != len(tokens):
-            raise InputError(f"{len(segments)} segment ids were given for {len(tokens)} tokens")
-        ids = np.asarray(segments)
-        if ids.size and not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(f"segment ids must be integers, not {ids.dtype}")
-        if ids.size and (ids.min() < -1 or ids.max() > np.iinfo(np.int32).max):
-            raise InputError("segment ids must be -1 or from 0 to 2147483647")
-        if np.any(np.diff(ids[ids >= 0]) < 0):
-            raise InputError("segment ids must not decrease from one token to the next")
-        return ids.astype(np.int32)
+        return segment_ids(segments, len(tokens))
 
     def tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
         """As `Llama.tokenize`."""
@@ -662,18 +642,15 @@ class DeltaMemLlama(Llama):
         text = self._text
         if self.memory.attached:
             text.catch_up()
-        self._slots.take(text)
-        size = _llama.llama_state_seq_get_size(self.ctx, HOME)
-        data = (ctypes.c_uint8 * size)()
-        n = _llama.llama_state_seq_get_data(self.ctx, data, size, HOME)
+        data = kv_of(self)
         position = text.position
         n_log = max(position.n, position.n_tokens)
         return DeltaMemState(
             input_ids=self._input_ids.copy(),
             scores=self._scores.copy(),  # none without logits_all
             n_tokens=self.n_tokens,
-            llama_state=bytes(data)[:n],
-            llama_state_size=n,
+            llama_state=data,
+            llama_state_size=len(data),
             seed=self._seed,
             position=position._replace(log=position.log.without(n_log, n_log, n_log)),
             memory=self.memory.copy() if self.memory.attached else None,
@@ -708,7 +685,7 @@ class DeltaMemLlama(Llama):
             raise InputError(f"the state: {reason}")
         text.renew()
         text.finish()
-        self._load_kv(state, ours is not None)
+        load_kv(self, state)
         # a state of plain llama_cpp does not say which rows hold logits; NaN: not kept
         n_scored = min(len(state.scores), len(tokens)) if ours and self._logits_all else 0
         self.scores[:n_scored] = state.scores[:n_scored]
@@ -726,20 +703,6 @@ class DeltaMemLlama(Llama):
             text.position = text.position.with_text(tokens, ours.position.n_kv if ours else len(tokens))
         self._seed = state.seed
         self._messages = ours.messages if ours and memory is not None else None
-
-    def _load_kv(self, state: LlamaState, is_ours: bool) -> None:
-        """Takes the KV cache from a state. If it raises InputError, the present text must be decoded again."""
-        size, text = len(state.llama_state), self._text
-        data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
-        self._slots.take(text)
-        text.lost_kv()
-        if is_ours:
-            n_read = _llama.llama_state_seq_set_data(self.ctx, data, size, HOME)
-        else:
-            n_read = _llama.llama_state_set_data(self.ctx, data, size)
-        if not n_read:
-            self._slots.truncate(HOME, 0)
-            raise InputError("the state is of another model, or damaged: llama.cpp cannot read its KV cache")
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: how to load the model again, and the memory. The text is decoded again when it is needed."""
@@ -803,25 +766,6 @@ def _close_all() -> None:
     for llm in tuple(_open):
         if llm._engine.is_idle:
             llm.close()
-
-
-class DeltaMemState(LlamaState):
-    """What `DeltaMemLlama.save_state` returns: the text, its KV cache, and the memory."""
-
-    def __init__(
-        self,
-        *,
-        position: Position,
-        memory: MemorySnapshot | None,
-        write: bool,
-        messages: list[Any] | None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.position = position
-        self.memory = memory
-        self.write = write
-        self.messages = messages  # if the text is a chat
 
 
 class _Closed:
