@@ -20,6 +20,7 @@ from .formats.memory_file import MemoryFileLock
 from .llama import DeltaMemLlama
 from .memory import Memory
 from .runtime import library
+from .runtime.chat_format import caught_prompt, chat_prompt
 from .runtime.generation import Generation
 from .runtime.history import before_content, n_common
 from .runtime.lock import all_of, holding
@@ -328,12 +329,12 @@ class Conversation:
 
     def _prompt(self) -> list[int]:
         """Tokens of the messages, and of the beginning of a reply."""
-        return chat_prompt(self.llm, self.messages)[0]
+        return chat_prompt(self.llm, self.messages)
 
     def _whole(self, messages: list[dict[str, str]]) -> list[int]:
         """Tokens of messages, and of the beginning of the next one."""
         if messages and messages[-1]["role"] == "user":
-            return chat_prompt(self.llm, messages)[0]
+            return chat_prompt(self.llm, messages)
         return self._ended_tokens(messages=messages)
 
     def _ended_tokens(self, n_messages: int | None = None, messages: list[dict[str, str]] | None = None) -> list[int]:
@@ -345,7 +346,7 @@ class Conversation:
             role = following[0]["role"]
         else:
             role = "assistant" if messages and messages[-1]["role"] == "user" else "user"
-        return before_content(lambda chat: chat_prompt(self.llm, chat)[0], messages, role)
+        return before_content(functools.partial(chat_prompt, self.llm), messages, role)
 
     def _said_last(self) -> int:
         """Index of the user's last message. Raises InputError if there is none."""
@@ -385,7 +386,7 @@ class Conversation:
             return
         said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         latest = [*self._system(), *self.messages[said[-1] if said else len(self._system()) :]]
-        if len(chat_prompt(self.llm, latest)[0]) + reserve > n_ctx:
+        if len(chat_prompt(self.llm, latest)) + reserve > n_ctx:
             raise InputError(
                 f"the message is too long for a context of {n_ctx} tokens: raise {option('n_ctx')} or say less"
             )
@@ -470,17 +471,17 @@ class Reply(Generation):
         messages[start:] = [{"role": "user", "content": said}]
         try:
             conversation._make_room(min(text.n_ctx // 4, n_predict if n_predict >= 0 else 256))
-            prompt, ends = chat_prompt(llm, messages)
+            asked = caught_prompt(llm, messages)
             self.prepare(
                 llm._ctx,
                 llm._model.vocab,
                 sampler,
                 n_predict=n_predict,
-                stop=[*stop_strings(stop), *ends["stop"]],
-                criteria=ends["stopping_criteria"],
+                stop=[*stop_strings(stop), *asked.stop],
+                criteria=asked.stopping_criteria,
             )
             begun, was = conversation._begun(), text.position
-            undecoded = conversation._undecoded(prompt)
+            undecoded = conversation._undecoded(asked.prompt)
             self.ask(undecoded, conversation._segments(undecoded), begun)
             self.undo = was
             self._before_prompt = None
@@ -691,62 +692,3 @@ def _checked_options(llm: DeltaMemLlama, options: Mapping[str, Any]) -> dict[str
     elif grammar is not None and not isinstance(grammar, library.llama_cpp.LlamaGrammar):
         raise InputError(f"grammar is GBNF text or a LlamaGrammar, not {grammar!r}")
     return options
-
-
-def has_template(llm: DeltaMemLlama) -> bool:
-    """Whether the model's file or a handler says how a chat is written; else llama_cpp takes Llama 2's form."""
-    return llm.chat_handler is not None or "tokenizer.chat_template" in llm.metadata
-
-
-def chat_prompt(llm: DeltaMemLlama, messages: list[dict[str, str]]) -> tuple[list[int], dict[str, Any]]:
-    """The tokens that create_chat_completion decodes for these messages, and the chat format's options that end a
-    reply, stop and stopping_criteria. Raises InputError if its template fails.
-    """
-    asked = caught_prompt(llm, messages)
-    return asked.prompt, {"stop": asked.stop, "stopping_criteria": asked.stopping_criteria}
-
-
-def caught_prompt(llm: DeltaMemLlama, messages: Sequence[Mapping[str, Any]], **options: Any) -> PromptCatcher:
-    """What the model's chat handler asks for these messages: prompt, what ends the reply, and a grammar.
-
-    Options: `tools`, `tool_choice` as create_chat_completion; others are variables of the template.
-    Raises InputError if the handler refuses them.
-    """
-    from llama_cpp.llama_chat_format import get_chat_completion_handler
-
-    llm._engine.slots.require_open()  # llama_cpp would follow a null pointer
-    catcher: Any = PromptCatcher(llm)
-    name = str(llm.chat_format)
-    handler: Any = llm.chat_handler or llm._chat_handlers.get(name) or get_chat_completion_handler(name)
-    try:
-        handler(llama=catcher, messages=list(messages), stream=True, **options)
-    except Exception as error:
-        raise InputError(f"the model's chat template refuses this conversation: {error}") from error
-    return catcher  # type: ignore[no-any-return]
-
-
-class PromptCatcher:
-    """Stands in for the model in a chat handler, and keeps the prompt instead of decoding it."""
-
-    def __init__(self, llm: DeltaMemLlama) -> None:
-        self._llm = llm
-        self.prompt: list[int] = []
-        self.stop: list[str] = []
-        self.stopping_criteria: Any = None
-        self.grammar: Any = None
-
-    def create_completion(
-        self,
-        prompt: str | list[int],
-        stop: list[str] | None = None,
-        stopping_criteria: Any = None,
-        grammar: Any = None,
-        **kwargs: Any,
-    ) -> Iterator[Any]:
-        if isinstance(prompt, str):  # as some handlers give it
-            prompt = self._llm.tokenize(encoded(prompt, "the prompt"), add_bos=True, special=True)
-        self.prompt, self.stop, self.stopping_criteria, self.grammar = prompt, stop or [], stopping_criteria, grammar
-        return iter(())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._llm, name)

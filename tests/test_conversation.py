@@ -37,8 +37,8 @@ from pydeltamem import (
     say_together,
     stream_together,
 )
-from pydeltamem.conversation import chat_prompt
 from pydeltamem.models import default_files
+from pydeltamem.runtime.chat_format import chat_prompt
 from refusals import refuses
 
 GREEDY = {"n_predict": 8, "temp": 0.0}
@@ -156,7 +156,7 @@ def test_reading_without_replying(llm, read_once):
     for role, content in (("user", "my name is ada"), ("assistant", "hello ada"), ("user", "i live in lima")):
         conversation.add(role, content)
         np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
-    prompt = chat_prompt(llm, conversation.messages)[0]
+    prompt = chat_prompt(llm, conversation.messages)
     assert conversation.tokens == prompt
 
 
@@ -286,7 +286,7 @@ def test_an_adapter_that_writes_per_segment(make, case):
     """What is said is one segment, and each token of the reply."""
     conversation, by_hand = Conversation(make(case), **GREEDY), make(case)
     conversation.say("hello there")
-    prompt = chat_prompt(conversation.llm, conversation.messages[:1])[0]
+    prompt = chat_prompt(conversation.llm, conversation.messages[:1])
     reply = conversation.tokens[len(prompt) :]
     by_hand.eval(prompt, segments=[0] * len(prompt))
     for token in reply:
@@ -304,10 +304,10 @@ def test_a_long_reply_again_where_segments_are_written(make, n):
     llm._engine.slots.is_end = lambda token: False
     conversation = Conversation(llm, temp=0.0)
     conversation.say("hello there", n_predict=20)
-    first, prompt = conversation.tokens, chat_prompt(llm, conversation.messages[:1])[0]
+    first, prompt = conversation.tokens, chat_prompt(llm, conversation.messages[:1])
     conversation.say("how are you", n_predict=100)
     conversation.regenerate(n_predict=n)
-    text, second = conversation.tokens, chat_prompt(llm, conversation.messages[:-1])[0]
+    text, second = conversation.tokens, chat_prompt(llm, conversation.messages[:-1])
     common = next(i for i, (a, b) in enumerate(zip(first, text)) if a != b)
     assert len(prompt) <= common < len(second) == len(text) - n + 1
     by_hand.eval(prompt, segments=[0] * len(prompt))
@@ -453,7 +453,7 @@ def test_stop_strings(llm):
 def test_how_much_is_predicted(llm, read_once):
     conversation = Conversation(llm, temp=0.0)
     assert conversation.say("hello there", n_predict=0) == "" and conversation.finish_reason == "length"
-    assert conversation.tokens == chat_prompt(llm, conversation.messages[:1])[0]
+    assert conversation.tokens == chat_prompt(llm, conversation.messages[:1])
     np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
     assert roles(conversation) == "ua"
     llm._engine.slots.is_end = lambda token: conversation.n_tokens > 100
@@ -477,7 +477,7 @@ def test_logits_processors_get_the_text_of_the_conversation(llm, processors):
     conversation = Conversation(llm, n_predict=3, temp=0.0)
     llm.eval([5, 6, 7, 8])
     conversation.say("hello there", logits_processor=processors(process))
-    text, prompt = conversation.tokens, chat_prompt(llm, conversation.messages[:1])[0]
+    text, prompt = conversation.tokens, chat_prompt(llm, conversation.messages[:1])
     assert seen == [text[:n] for n in range(len(prompt), len(prompt) + 3)]
 
 
@@ -618,7 +618,7 @@ def test_its_text_moves_while_it_is_told(make, read_once, what):
         assert one.messages == messages and one.n_tokens == 4
         np.testing.assert_array_equal(one.memory.state, read_once(one.tokens))
     else:
-        prompt = chat_prompt(llm, one.messages[:-1])[0]
+        prompt = chat_prompt(llm, one.messages[:-1])
         assert one.tokens[: len(prompt)] == prompt and len(messages) < len(one.messages)
         assert one.memory.n_written == one.n_tokens - (n_read if what == "attach" else 0)
 
@@ -684,7 +684,7 @@ def test_the_oldest_turns_leave_the_text(make, monkeypatch, can_shift):
     for i in range(15):
         before = conversation.tokens
         conversation.say(f"this is message number {i}", seed=i)
-        after, prompt = conversation.tokens, chat_prompt(llm, conversation.messages[:-1])[0]
+        after, prompt = conversation.tokens, chat_prompt(llm, conversation.messages[:-1])
         assert after[: len(prompt)] == prompt and len(after) <= 256
         assert conversation.messages[0]["role"] == "system"
         written += len(after) if not before else 0
@@ -1173,9 +1173,9 @@ def test_the_latest_message_stays_however_long_it_is(make):
     llm = make(n_ctx=256)
     with Conversation(llm, **GREEDY) as talk:
         talk.say("hello there")
-        n = len(chat_prompt(llm, [{"role": "user", "content": ""}])[0])
+        n = len(chat_prompt(llm, [{"role": "user", "content": ""}]))
         long = "a " * 230
-        while len(chat_prompt(llm, [{"role": "user", "content": long}])[0]) > 240:
+        while len(chat_prompt(llm, [{"role": "user", "content": long}])) > 240:
             long = long[:-2]
         assert n < 240
         talk.say(long, n_predict=2)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from native_context import llama, open_context
-from pydeltamem.conversation import Conversation, chat_prompt, say_together
+from pydeltamem.conversation import Conversation, say_together
 from pydeltamem.runtime import library
+from pydeltamem.runtime.chat_format import chat_prompt
 
 N_SCHEDULES = int(os.environ.get("DELTAMEM_SCHEDULES", "40"))  # `make schedules` runs 1,000
 N_OPERATIONS = 12
@@ -215,7 +216,7 @@ class World:
         act()
         for i, was_lost in zip(indices, lost):
             conversation = self.conversations[i]
-            prompt = chat_prompt(self.llm, conversation.messages[:-1])[0]
+            prompt = chat_prompt(self.llm, conversation.messages[:-1])
             self.simple[i].go_on(prompt, conversation.tokens, was_lost)
 
     def add(self, i, role):

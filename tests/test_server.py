@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from pydeltamem import DeltaMemError, DeltaMemLlama, InputError, ModelError
-from pydeltamem.conversation import caught_prompt
+from pydeltamem.runtime.chat_format import caught_prompt
 from pydeltamem.runtime.history import n_common
 from pydeltamem.server import AsyncDeltaMem, history
 from pydeltamem.server.history import begins, digests, known_messages

@@ -22,10 +22,10 @@ from rich.progress import track
 from rich.table import Table
 
 from pydeltamem import Conversation, DeltaMemLlama, say_together
-from pydeltamem.conversation import chat_prompt
 from pydeltamem.evals.bootstrap import Estimate, Sample
 from pydeltamem.evals.corpora import file_of
 from pydeltamem.evals.items import records_of
+from pydeltamem.runtime.chat_format import chat_prompt
 
 PLACES = (0, 16, 64, 192, 512)  # tokens of an answer, where ranges begin and end
 
@@ -92,7 +92,7 @@ def main() -> None:
     scores: dict[str, list[list[list[float]]]] = {name: [[] for _ in range(len(ranges) + 1)] for name, _ in named}
     heard = chats(len(asked)) if args.heard else []
     for i, (request, answer) in enumerate(track(list(zip(asked, given)), console=console, transient=True)):
-        prompt, _ = chat_prompt(models["frozen"], [{"role": "user", "content": request}])
+        prompt = chat_prompt(models["frozen"], [{"role": "user", "content": request}])
         tokens = models["frozen"].tokenize(answer.encode(), add_bos=False)[: PLACES[-1]]
         tokens = tokens[: args.ctx_size - len(prompt)]
         if not tokens:
@@ -103,7 +103,7 @@ def main() -> None:
             llm.memory.reset()
             if heard:
                 llm.reset()
-                llm.eval(chat_prompt(llm, heard[i])[0])
+                llm.eval(chat_prompt(llm, heard[i]))
             found = log_probs(llm, prompt, tokens)
             drift = (np.exp(expected) * (expected - found)).sum(axis=-1)
             for j, (begin, end) in enumerate(ranges):

@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     llm = load(args)
     if args.rehearse and not llm.memory.attached:
         raise InputError("--rehearse: there is no memory to write the text to: name an adapter by --deltamem")
-    from ..conversation import Conversation, has_template
+    from ..conversation import Conversation
+    from ..runtime.chat_format import has_template
 
     options = sampling(args, llm)
     seed = options.pop("seed")

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..conversation import Conversation, chat_prompt, say_together
+from ..conversation import Conversation, say_together
 from ..llama import DeltaMemLlama
+from ..runtime.chat_format import chat_prompt
 from ..runtime.cpus import usable
 from ..runtime.history import n_common
 from .reader import attach, require_template
@@ -110,7 +111,7 @@ class Asker:
         return len(self._prompt(text))
 
     def _prompt(self, text: str) -> list[int]:
-        return chat_prompt(self.llm, [{"role": "user", "content": text}])[0]
+        return chat_prompt(self.llm, [{"role": "user", "content": text}])
 
     def say(self, text: str, n_predict: int) -> str:
         """The greedy answer to a prompt alone."""

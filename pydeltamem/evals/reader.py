@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..conversation import Conversation, chat_prompt, has_template, say_together
+from ..conversation import Conversation, say_together
 from ..errors import InputError
 from ..formats.memory_file import MemorySnapshot
 from ..llama import DeltaMemLlama
+from ..runtime.chat_format import chat_prompt, has_template
 from ..runtime.cpus import usable
 from ..runtime.history import n_common
 from .world import Turn
@@ -109,7 +110,7 @@ class NativeReader:
 
     def prompt(self, turns: Sequence[Turn], question: str) -> list[int]:
         """The tokens of turns and a question, up to where its answer begins."""
-        return chat_prompt(self.llm, [*messages_of(turns), {"role": "user", "content": question}])[0]
+        return chat_prompt(self.llm, [*messages_of(turns), {"role": "user", "content": question}])
 
     def tokens(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
         """The tokens of turns, up to where another message begins, and of each the message that it belongs to."""
@@ -125,8 +126,8 @@ class NativeReader:
     def _ended(self, messages: Messages) -> list[int]:
         """What a text of these messages, at least one, begins with, whatever follows."""
         follows = "assistant" if messages[-1]["role"] == "user" else "user"
-        longer = chat_prompt(self.llm, [*messages, {"role": follows, "content": "?"}])[0]
-        return longer[: n_common(chat_prompt(self.llm, messages)[0], longer)]
+        longer = chat_prompt(self.llm, [*messages, {"role": follows, "content": "?"}])
+        return longer[: n_common(chat_prompt(self.llm, messages), longer)]
 
     def read(self, turns: Sequence[Turn]) -> MemorySnapshot:
         llm = self.llm

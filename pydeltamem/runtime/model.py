@@ -22,12 +22,15 @@ class Model(Protocol):
     _model: Any
     _seed: int
     _candidates: Any
+    _chat_handlers: dict[str, Any]
     _logits_all: bool
     _messages: list[Any] | None
     _n_before: int
     _n_vocab: int
     _sampler: Any
     cache: Any
+    chat_format: str | None
+    chat_handler: Any
     draft_model: Any
     finish_reason: str | None
     last_n_tokens_size: int

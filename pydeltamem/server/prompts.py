@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..conversation import PromptCatcher, caught_prompt
 from ..llama import DeltaMemLlama
+from ..runtime.chat_format import PromptCatcher, caught_prompt
 from .history import Message
 from .lengths import Lengths, PromptTooLong
 

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 
-from ..conversation import has_template
+from ..runtime.chat_format import has_template
 from .bodies import header_of
 from .embeddings import Embedder
 from .keys import Keys
