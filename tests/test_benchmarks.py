@@ -805,6 +805,31 @@ def test_methods_under_other_conditions_are_noted(tmp_path):
         results_of([with_setup(one, sha256={"data": "1"}), with_setup(two, sha256={"data": "2"})])
 
 
+def test_shards_of_several_machines_are_joined_and_noted(tmp_path):
+    """Each rounds in its own way. What was written before that was recorded says nothing of it."""
+    old, one, two, gpu = (answers_of(tmp_path / f"{id}.jsonl", **{id: (1, "x")}) for id in "abcd")
+    with_setup(one, processor=["Xeon"], gpu_layers=0)
+    assert not results_of([old, one]).notes
+    (note,) = results_of([old, one, with_setup(two, processor=["EPYC"], gpu_layers=0)]).notes
+    check_names(note, ["Xeon", "EPYC"])
+    notes = results_of([one, with_setup(gpu, processor=["Xeon", "H200"], gpu_layers=9)]).notes
+    assert len(notes) == 2
+    check_names(" ".join(notes), ["H200", 0, 9])
+
+
+@pytest.mark.parametrize("name", ["processor", "gpu_layers"])
+def test_a_run_does_not_go_on_on_another_processor(whole, tmp_path, capsys, name):
+    path, folder = whole
+    first, rest = (folder / "locomo.jsonl").read_text(encoding="utf-8").split("\n", 1)
+    setup = json.loads(first)["setup"]
+    for value, status in (("another", 1), (None, 0)):  # None: begun before it was recorded
+        changed = {**setup, name: value} if value else {key: setup[key] for key in setup if key != name}
+        (tmp_path / "locomo.jsonl").write_text(f"{json.dumps({'setup': changed})}\n{rest}", encoding="utf-8")
+        assert main(command(path, tmp_path)) == status
+        if status:
+            check_names(capsys.readouterr().err.strip(), [tmp_path / "locomo.jsonl", name, "another"])
+
+
 def test_a_report_of_a_run_that_was_killed(whole, tmp_path):
     """Of what is whole; and it says how much that is."""
     data, path = (whole[1] / "locomo.jsonl").read_bytes(), tmp_path / "locomo.jsonl"

@@ -22,6 +22,8 @@ from ..evals.views import NEEDS
 from ..hub import adapter_file, model_file
 from ..models import default_files
 from ..runtime import library
+from ..runtime.cpus import cpu_name
+from ..runtime.remote import gpu_names
 from ..version import __version__
 from .model_options import (
     ADAPTER_HELP,
@@ -122,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
         if method.view in NEEDS:
             NEEDS[method.view]()
     n_ctx = padded(args.ctx_size) if args.ctx_size is not None else 0 if args.model is None else N_CTX
+    gpus = gpu_names()
     setup = {
         "version": __version__,
         "benchmark": benchmark.name,
@@ -144,6 +147,8 @@ def run(args: argparse.Namespace) -> int:
         "flash_attn": args.flash_attn,
         "cache": [args.cache_type_k, args.cache_type_v],
         "unpack": args.unpack,
+        "processor": [cpu_name(), *gpus],
+        "gpu_layers": args.gpu_layers if gpus else 0,
         "sha256": {
             "model": digest_of_file(model),
             "data": digest_of_file(data),

@@ -23,6 +23,7 @@ from ..formats.kinds import PNG
 from ..formats.outputs import output
 from ..hub import adapter_file, model_file
 from ..models import default_files
+from ..runtime.cpus import cpu_name
 from ..version import __version__
 from .model_options import (
     ADAPTER_HELP,
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
             "adapters": {name: os.path.basename(file) for name, file in adapters.items()},
             "tasks": tasks, "facts": facts, "distance": args.distance, "n": args.n, "window": args.window,
             "seed": args.seed, "n_ctx": n_ctx, "answer_writes": args.answer_writes, "rehearse": args.rehearse,
-            "unpack": args.unpack,
+            "unpack": args.unpack, "processor": [cpu_name()],
             "sha256": {
                 "model": digest_of_file(path),
                 "adapters": {name: digest_of_file(file) for name, file in files.items()},

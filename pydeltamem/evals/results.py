@@ -25,6 +25,8 @@ RESULTS = json_of("results of deltamem eval", {"setups", "rows", "ratios"})
 # What all methods of a benchmark should have alike; of other models and questions they cannot be compared at all
 OF_ONE = ("model", "questions")
 OF_ALL = (*OF_ONE, "version", "n_ctx", "seed", "flash_attn", "KV cache", "unpack")
+# What shards may have had on several machines: it decides rounding, after which a greedy answer may be another one
+OF_MACHINE = ("processor", "gpu_layers")
 
 
 @dataclass(frozen=True)
@@ -153,14 +155,18 @@ def _read(
             raise InputError(f"{folder}: has no answers of deltamem eval (*.jsonl)")
         paths += found
     seen: dict[tuple[str, str], dict[str, Any]] = {}  # by benchmark and method: under what it was asked
+    machines: dict[tuple[str, str], set[str]] = {}  # by benchmark and name of OF_MACHINE
     for path in paths:
         setup, records = _records(path)
         setups.append({**setup, "file": path.name})
+        machine = {name: _in_words(setup[name]) for name in OF_MACHINE if setup.get(name) is not None}
         expected = setup.get("questions", 0) * len(setup.get("methods") or ())
         if len(records) < expected:
             notes.append(f"{path}: has {len(records)} of {expected} answers so far")
         for record in records:
             benchmark, method = record["benchmark"], record["method"]
+            for name, value in machine.items():
+                machines.setdefault((benchmark, name), set()).add(value)
             now = _conditions(setup, method)
             for name, value in seen.setdefault((benchmark, method), now).items():
                 if now[name] != value and None not in (now[name], value):
@@ -182,7 +188,14 @@ def _read(
                 raise InputError(f"{note}: report the files one by one")
             if len(values) > 1:
                 notes.append(note)
+    for (benchmark, name), values in machines.items():
+        if len(values) > 1:
+            notes.append(f"{benchmark}: not all answers are of the same {name}: {' and '.join(sorted(values))}")
     return setups, answers, notes + _missing_parts(setups)
+
+
+def _in_words(value: Any) -> str:
+    return " + ".join(value) if isinstance(value, list) else str(value)
 
 
 def _missing_parts(setups: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -220,7 +233,7 @@ def _check_setup(setup: Mapping[str, Any]) -> None:
     of_types: tuple[tuple[type, tuple[Any, ...]], ...] = (
         (str, (setup["benchmark"], setup["model"])),
         (int, (setup.get("questions", 0),)),
-        (list, tuple(setup.get(name) or [] for name in ("methods", "cache"))),
+        (list, tuple(setup.get(name) or [] for name in ("methods", "cache", "processor"))),
         (dict, tuple(setup.get(name) or {} for name in ("adapters", "sha256"))),
     )
     for type_, values in of_types:
@@ -228,7 +241,7 @@ def _check_setup(setup: Mapping[str, Any]) -> None:
             raise TypeError("other types")
     digests = dict(setup.get("sha256") or {})
     inner = {**(setup.get("adapters") or {}), **(digests.pop("adapters", None) or {}), **digests}
-    listed = [*(setup.get("methods") or ()), *(setup.get("cache") or ())]
+    listed = [text for name in ("methods", "cache", "processor") for text in setup.get(name) or ()]
     if not all(text is None or isinstance(text, str) for text in (*listed, *inner.values())):
         raise TypeError("other types")
     for name in ("version", "shard", "kinds", "limit", "seed", "n_ctx", "flash_attn", "unpack", "window", "lora",

@@ -266,6 +266,8 @@ class AnswerFile:
         if "version" not in before:
             raise InputError(f"{self.path}: holds a run of an earlier version: name another folder by --output")
         for name in {**before, **now}:
+            if name in ("processor", "gpu_layers") and name not in before:  # begun before that was written down
+                continue
             if before.get(name) != now.get(name):
                 raise InputError(
                     f"{self.path}: holds a run with {name} {before.get(name)}, not {now.get(name)}: "
