@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import html
 import importlib
 import io
 import re
@@ -226,16 +227,17 @@ def _row(made: argparse.ArgumentParser, action: argparse.Action) -> str:
     formatter = made._get_formatter()
     if action.option_strings:
         value = "" if action.nargs == 0 else " " + formatter._format_args(action, action.dest.upper())
-        names = ", ".join(f"`{name}`" for name in action.option_strings[:-1])
-        names += (", " if names else "") + f"`{action.option_strings[-1]}{value}`"
+        names = [*action.option_strings[:-1], action.option_strings[-1] + value]
     else:
-        names = f"`{formatter._format_args(action, action.dest)}`"
+        names = [formatter._format_args(action, action.dest)]
     text = formatter._expand_help(action) if action.help else ""
-    return f"| {_cell(names)} | {_cell(text).replace('*', chr(92) + '*')} |"
+    shown = ", ".join(f"<code>{_cell(name)}</code>" for name in names)
+    return f"| {shown} | {_cell(text)} |"
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """As HTML: in a table, Markdown's code shows the backslash that a | needs."""
+    return re.sub(r"[|*_`\[\]]", lambda mark: f"&#{ord(mark[0])};", html.escape(" ".join(text.split()), quote=False))
 
 
 def c_api() -> str:
