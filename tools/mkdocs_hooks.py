@@ -181,7 +181,7 @@ def command_line() -> str:
         "# Command line",
         "",
         "`deltamem help COMMAND` prints what this page says of a command. The options of `generate` and `chat` have",
-        "llama.cpp's names.",
+        "llama.cpp's names. Defaults are in brackets.",
         "",
         "The exit code is 0 after success, 1 after an error, which is one sentence, and 2 after wrong usage. After a",
         "signal it is a shell's: 130 after Ctrl-C, 141 if the reader of the output is gone, 143 after SIGTERM.",
@@ -237,7 +237,7 @@ def _row(made: argparse.ArgumentParser, action: argparse.Action) -> str:
 
 def _cell(text: str) -> str:
     """As HTML: in a table, Markdown's code shows the backslash that a | needs."""
-    return re.sub(r"[|*_`\[\]]", lambda mark: f"&#{ord(mark[0])};", html.escape(" ".join(text.split()), quote=False))
+    return re.sub(r"[|*_\[\]]", lambda mark: f"&#{ord(mark[0])};", html.escape(" ".join(text.split()), quote=False))
 
 
 def c_api() -> str:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub: Any = what.add_parser(name, help=summary, description=sentence(summary))
         return sub
 
-    eval_recall.add_arguments(add("recall", "facts that were told before the text was thrown away"))
+    eval_recall.add_arguments(add("recall", "ask for facts that were told before the text was thrown away"))
     for name, (_, summary) in BENCHMARKS.items():
         eval_benchmark.add_arguments(add(name, summary))
     eval_report.add_arguments(add("report", "join the results of benchmarks and print their tables"))

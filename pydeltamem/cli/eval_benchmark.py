@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapters", metavar="NAME=FILE", nargs="+", help="several adapters, each under its name")
     parser.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF, for the method lora")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="folder of the answers; a run goes on there"
+        "-o", "--output", required=True, metavar="DIR", help="folder of the answers; the same command continues a run"
     )
     parser.add_argument("--data", metavar="FILE", help=f"questions as published, or the folder of all data ({DATA})")
     parser.add_argument(
@@ -69,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="protocol memory: the text is decoded and written twice before it is dropped",
     )  # fmt: skip
     parser.add_argument("--kinds", type=names, metavar="NAME,...", help="only questions of these kinds")
-    parser.add_argument("--limit", type=positive, metavar="N", help="at most so many questions, drawn by the seed")
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most N questions, drawn by the seed")
     parser.add_argument(
-        "--seed", type=count, default=42, metavar="N", help="of sampling, and of what is drawn (%(default)s)"
+        "--seed", type=count, default=42, metavar="N", help="seed of sampling, and of what is drawn (%(default)s)"
     )
     parser.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="I/N", help="the I-th of N parts of the questions"

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of small talk after four facts (64,128,256)",
     )  # fmt: skip
     parser.add_argument("--window", type=positive, default=64, metavar="N", help="tokens of a window (%(default)s)")
-    parser.add_argument("--seed", type=count, default=1, metavar="N", help="of the questions (%(default)s)")
+    parser.add_argument("--seed", type=count, default=1, metavar="N", help="seed of the questions (%(default)s)")
     add_eval_arguments(parser, N_CTX)
     parser.add_argument(
         "--answer-writes", choices=("on", "off"), default="on",

@@ -86,7 +86,7 @@ def add_context_arguments(group: argparse._ArgumentGroup, tuned: bool = False) -
     for letter in "kv":
         group.add_argument(
             f"-ct{letter}", f"--cache-type-{letter}", choices=CACHE_TYPES, default=of("f16"), metavar="TYPE",
-            help=f"KV cache type of {letter.upper()} (f16): {', '.join(CACHE_TYPES)}",
+            help=f"type of {letter.upper()} in the KV cache: {', '.join(CACHE_TYPES)} (f16)",
         )  # fmt: skip
     add_unpack(group, of("none"))
     if tuned:
@@ -95,7 +95,7 @@ def add_context_arguments(group: argparse._ArgumentGroup, tuned: bool = False) -
             help="put weights into the layout of this CPU's fastest products when they are loaded (yes)",
         )  # fmt: skip
         group.add_argument(
-            "--no-tune", action="store_true", help="leave out what deltamem tune found for this model and machine"
+            "--no-tune", action="store_true", help="ignore what deltamem tune found for this model and machine"
         )
 
 
@@ -120,7 +120,7 @@ def add_unpack(group: argparse._ActionsContainer, default: str | None) -> None:
     """The option `--unpack`."""
     group.add_argument(
         "--unpack", choices=("none", "rest", "all"), default=default,
-        help="weights that prompts multiply in BF16, if the CPU can: all, what is not repacked (rest), or none (none)",
+        help="which weights prompts multiply in BF16, if the CPU can: all, those not repacked (rest), or none (none)",
     )  # fmt: skip
 
 

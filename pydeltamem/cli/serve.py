@@ -37,20 +37,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key-file", metavar="FILE", help="API keys, one a line; sessions belong to a key")
     group.add_argument(
         "--drain", type=count, default=0, metavar="SECONDS",
-        help="at SIGTERM, seconds to answer on while /health says 503, so that a balancer sends no more (%(default)s)",
+        help="seconds to answer on after SIGTERM, while /health says 503 and a balancer sends no more (%(default)s)",
     )  # fmt: skip
-    group.add_argument("--no-page", action="store_true", help="no page at /")
+    group.add_argument("--no-page", action="store_true", help="serve no page at /")
     group.add_argument(
         "--cors-origin", type=_origin, action="append", default=[], metavar="ORIGIN",
         help="let pages of this origin use the API, such as https://page.example (* with keys: of any)",
     )  # fmt: skip
-    group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(info)")
+    group.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="lowest level that is logged (info)",
+    )
     group.add_argument("--supervised", metavar="FD,FD", help=argparse.SUPPRESS)  # by whom: `server/supervisor.py`
 
     group = parser.add_argument_group("sessions")
-    group.add_argument("--store", metavar="URL", help="sqlite:///FILE or postgresql+psycopg://… (a file of the user's)")
     group.add_argument(
-        "--keep-messages", action="store_true", help="store what was said, for the page; otherwise only digests of it"
+        "--store",
+        metavar="URL",
+        help="where sessions are: sqlite:///FILE or postgresql+psycopg://… (a file in the user's data folder)",
+    )
+    group.add_argument(
+        "--keep-messages",
+        action="store_true",
+        help="store what was said, for the page and /v1/responses; otherwise only digests of it",
     )
     group.add_argument(
         "--undo", type=positive, default=8, metavar="N", help="turns of a session that can be taken back (%(default)s)"

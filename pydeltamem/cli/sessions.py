@@ -20,7 +20,7 @@ _WIDE = 400  # columns, more than a line has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", metavar="URL", help="as deltamem serve --store")
+    parser.add_argument("--store", metavar="URL", help="where the sessions are, as for deltamem serve")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
@@ -28,21 +28,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return action
 
     listed = add("list", "list sessions, the latest first")
-    listed.add_argument("--json", action="store_true", help="as JSON")
+    listed.add_argument("--json", action="store_true", help="print JSON")
     for name, help in (("export", "write the memory of a session to a memory file"),
                        ("import", "replace the memory of a session by a memory file")):  # fmt: skip
         action = add(name, help)
-        action.add_argument("session", metavar="SESSION", help="its id")
+        action.add_argument("session", metavar="SESSION", help="name of the session")
         action.add_argument("file", metavar="FILE", help="memory file")
         _add_owner(action)
     delete = add("delete", "delete sessions")
-    delete.add_argument("session", metavar="SESSION", nargs="+", help="their ids")
+    delete.add_argument("session", metavar="SESSION", nargs="+", help="names of the sessions")
     _add_owner(delete)
     add("vacuum", "give the space of deleted sessions back")
 
 
 def _add_owner(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--owner", default="", metavar="ID", help="of a server with keys, as `list` shows it")
+    parser.add_argument(
+        "--owner", default="", metavar="ID", help="owner of the session, if the server has keys; `list` shows it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -144,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--average", type=share, metavar="D",
-        help="save the moving average of the weights: after each step D of it stays (not averaged)",
+        help="save the moving average of the weights, of which D stays at each step (the last weights)",
     )  # fmt: skip
     training.add_argument(
         "--max-tokens",

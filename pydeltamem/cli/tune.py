@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
     parser.add_argument(
         "--for", dest="counts", choices=("both", "prompts", "decode"), default="both",
-        help="what must not become slower, and counts (%(default)s)",
+        help="what counts, and must not become slower (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=positive_number, default=120.0, metavar="N",
-        help="seconds that it takes, about; a busy machine takes longer (120)",
+        help="how many seconds to take, about; a busy machine takes longer (120)",
     )  # fmt: skip
     parser.add_argument(
         "--kv-types", type=names, metavar="TYPE,...",

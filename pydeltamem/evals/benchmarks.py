@@ -13,11 +13,11 @@ from .qa import QA
 BENCHMARKS: dict[str, tuple[Benchmark, str]] = {
     benchmark.name: (benchmark, summary)
     for benchmark, summary in (
-        (LOCOMO, "questions about very long conversations of two people"),
-        (MEMORY_AGENT_BENCH, "facts that later facts replace"),
-        (HOTPOTQA, "questions that two of ten passages answer together"),
-        (IFEVAL, "instructions that a program can check"),
-        (GPQA, "hard questions of science, from a file that you have"),
-        (QA, "questions about a paragraph"),
+        (LOCOMO, "ask about very long conversations of two people"),
+        (MEMORY_AGENT_BENCH, "ask for facts that later facts replace"),
+        (HOTPOTQA, "ask what two of ten passages say together"),
+        (IFEVAL, "give instructions whose results a program can check"),
+        (GPQA, "ask hard questions of science, from a file that you have"),
+        (QA, "ask about a paragraph"),
     )
 }
