@@ -62,7 +62,7 @@ _CHAT = inspect.signature(Llama.create_chat_completion)
 class DeltaMemLlama(Llama):
     """A llama.cpp model whose attention is corrected by a memory that learns from every token.
 
-    What `llama_cpp.Llama` does works: completion, chat, grammars, streaming, LoRA, embeddings; but not images.
+    It does what `llama_cpp.Llama` does: completion, chat, grammars, streaming, LoRA, embeddings. It takes no images.
 
         with DeltaMemLlama(model_path="base.gguf", deltamem_path="adapter.gguf") as llm:
             llm.create_completion("...")
@@ -77,19 +77,20 @@ class DeltaMemLlama(Llama):
             A batch (n_batch) is no larger than the context.
         n_seq_max: texts that the context holds at once: this object's own, and those of `Conversation`. The context is
             n_seq_max times as large.
-        rpc_servers: `host:port` of machines that run `deltamem rpc-server`, several with commas. Layers go there first:
+        rpc_servers: `host:port` of machines that run `deltamem rpc-server`, separated by commas. They get layers first:
             all of them, unless n_gpu_layers says how many.
         n_threads, n_threads_batch: threads for a reply, and for prompts. None or 0: half of the CPUs that the process
             may use, and all of them.
-        repack: whether llama.cpp puts weights into the layout of this CPU's fastest products when it loads them (it is
-            not always the faster one). None: yes.
-        unpack: which quantised weights a prompt multiplies in BF16, where the processor has AVX512-BF16 and no AMX:
-            "none", "all", or "rest", those that llama.cpp does not repack. None: "none". Of Q4_0 to Q8_0, Q6_K and
-            (all) BF16; others stay as `repack` says. Tokens that are decoded beside seven others, of whatever text, are
-            then rounded otherwise than alone, and the weights are a copy in memory. Nothing is unpacked beside a GPU.
-        tuned: take what `deltamem tune` found fastest for this model on this machine, where no keyword says otherwise.
-            Where nothing was found, or for layers on other machines, the defaults stay, and no error says so.
-        verbose: print llama.cpp's log at once. Otherwise it goes to the logger `pydeltamem.llama_cpp`.
+        repack: whether llama.cpp puts weights into the layout of this CPU's fastest products when it loads them. That
+            is not always the faster layout. None: yes.
+        unpack: which quantised weights a prompt multiplies in BF16: "none", "all", or "rest", those that llama.cpp does
+            not repack. None: "none". It applies to weights in Q4_0 to Q8_0, Q6_K and (with "all") BF16, on a processor
+            with AVX512-BF16 and no AMX, without a GPU; other weights stay as `repack` says. Tokens that are decoded
+            beside seven others, of whatever text, are then rounded differently than alone. The weights are a copy in
+            memory.
+        tuned: take what `deltamem tune` found fastest for this model on this machine, unless a keyword says otherwise.
+            If nothing was found, or layers are on other machines, the defaults stay without an error.
+        verbose: print llama.cpp's log. Otherwise it goes to the logger `pydeltamem.llama_cpp`.
         **kwargs: as `llama_cpp.Llama`.
 
     Raises:
@@ -103,7 +104,7 @@ class DeltaMemLlama(Llama):
         finish_reason: why the latest `generate` ended, "length" or "stop"; None before its end, or if it was closed
             early.
         tuned: the keywords and values that `tuned=True` took; empty if there were none.
-        unpack: which weights prompts multiply in BF16, if the processor does, as given or chosen.
+        unpack: which weights prompts multiply in BF16, if the processor can: as given, or as `tuned=True` chose.
 
     Memory and text are independent: `reset()` forgets the text and keeps the memory, `memory.reset()` the reverse.
 
@@ -111,12 +112,12 @@ class DeltaMemLlama(Llama):
 
     Threads may share it (docs/reference/threads.md). Calls that use this object's own text run one after the other.
     They may run between two pieces of a stream, which ends with InputError if they change its text. A `Conversation`
-    has its own text; requests of several threads are decoded in common batches. Logits processors and stopping criteria
+    has its own text. Requests of several threads are decoded in common batches. Logits processors and stopping criteria
     are called in the thread that asks.
 
-    Each token of a text is written once (docs/reference/one-write.md). A text may go back: a prompt is asked again or
-    edited, or drafted tokens were wrong. It takes the memory back with it. A text that shares nothing with the present
-    one, or in a chat only the system prompt, is another text: the memory goes on.
+    Each token of a text is written once (docs/reference/one-write.md). If a text goes back, because a prompt is asked
+    again or edited or drafted tokens were wrong, the memory goes back with it. A text that shares nothing with the
+    present one, or in a chat only the system prompt, is another text: the memory goes on.
     """
 
     _sampler: Any  # of the current reply

@@ -166,9 +166,9 @@ class Memory:
     def rehearse(self) -> None:
         """Decodes the text once more from its beginning: each token that wrote writes a second time.
 
-        For the moment before the text goes (`DeltaMemLlama.reset`, `Conversation.clear`): more of it is recalled then.
-        It takes as long as decoding the text took. The text stays; the memory cannot go back to before the second
-        writes. What did not write, because `write` was off, does not write now.
+        Call it before the text goes (`DeltaMemLlama.reset`, `Conversation.clear`): more of the text is recalled then.
+        It takes as long as decoding the text took. The text stays. The memory cannot go back to before the second
+        writes. A token that did not write, because `write` was off, does not write now.
         """
         self._require_memory()
         self._end_reply()
@@ -255,7 +255,7 @@ class Memory:
 
     @holding("_text.lock")
     def detach(self) -> None:
-        """Detaches the adapter: the plain model again. The state is lost; `attach` begins with an empty memory."""
+        """Detaches the adapter, which leaves the plain model. The state is lost; `attach` begins with an empty one."""
         self._require_memory()
         self._llm._engine.slots.detach()
 

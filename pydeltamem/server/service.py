@@ -79,11 +79,13 @@ class AsyncDeltaMem:
         await self.aclose()
 
     def lose(self, error: ModelLost) -> None:
-        """Fails what is decoded: the model is lost. What was decoded already is committed. Any thread may call this."""
+        """Fails the turns that are being decoded, because the model is lost. Turns that were decoded already are
+        committed. Any thread may call this.
+        """
         self.worker.lose(error)
 
     def cut(self) -> None:
-        """Ends the answers that run, as after `max_tokens`. Those without a token, and all that come, raise ModelError.
+        """Ends the running answers as `max_tokens` does. Answers without a token, and all later ones, raise ModelError.
         Any thread may call this.
         """
         self.worker.cut()
@@ -168,7 +170,7 @@ class AsyncDeltaMem:
         self, owner: str = "", *, containing: str = "", limit: int | None = None, after: str | None = None
     ) -> list[Record]:
         """The sessions of an owner, the latest first, without their memories. `containing`: a part of their names;
-        `limit`: at most so many; `after`: those that come after the session of this name.
+        `limit`: at most this many; `after`: only those after the session of this name.
         """
         last = None if after is None else await self.get(after, owner)
         return await self._shared.in_store(self.store.list, owner, containing=containing, limit=limit, after=last)
@@ -217,8 +219,8 @@ class AsyncDeltaMem:
             return await self._shared.commit(await asyncio.to_thread(sessions.taken_back, record), held)
 
     async def forget_text(self, name: str, owner: str = "", *, seen: Identity | None = None) -> Record:
-        """Forgets the text and keeps the memory. The latest turns can no longer be gone back to, but undone. `seen`: as
-        in `chat`.
+        """Forgets the text and keeps the memory. Messages can no longer go back to the latest turns, but `undo` can
+        take them back. `seen`: as in `chat`.
         """
         async with self._shared.holds.held(owner, checked_name(name)) as held:
             record = as_seen(await self.get(name, owner), seen)

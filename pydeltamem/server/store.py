@@ -131,8 +131,8 @@ class Store:
 
         Args:
             containing: a part of their names, in small or capital letters.
-            limit: at most so many.
-            after: those that come after this one.
+            limit: at most this many.
+            after: only those after this one.
         """
         columns = [column for column in SESSIONS.c if column.name not in ("memory", "text")]
         size = sa.func.length(SESSIONS.c.memory).label("size")
