@@ -33,6 +33,9 @@ BENCH_ARGS   ?= $(if $(wildcard build/stock/bin/libllama.*),--against build/stoc
 # versions of llama-cpp-python for `make upstream-check`; empty: the three newest
 UPSTREAM_RELEASES ?=
 
+# processes that `make test` runs tests in, one a core; PYTEST_ARGS=-n0: in one, which -s and --pdb need
+JOBS         ?= 2
+
 # random inputs that `make fuzz` gives each test
 FUZZ         ?= 20000
 FUZZ_NATIVE  ?= 300000
@@ -79,8 +82,9 @@ $(DEMO)/adapter.gguf: $(INSTALLED) $(wildcard $(TINY)/base.gguf $(TINY)/adapter/
 
 test: test-native ## all tests: native, then Python (PYTEST_ARGS; STRICT=1 fails on avoidable skips)
 	@# STRICT: where the browser cannot be installed, says so and skips the tests that need it
+	@# torch would take all cores in each process, which all then wait for each other
 	$(if $(STRICT),if tests/install-browser.sh; then export DELTAMEM_REQUIRE_BROWSER=1; fi;) \
-		$(BIN)/python -m pytest $(if $(STRICT),--strict-skips) $(PYTEST_ARGS)
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(if $(STRICT),--strict-skips) $(PYTEST_ARGS)
 
 coverage: $(INSTALLED) ## which lines of the package the Python tests run (PYTEST_ARGS)
 	$(BIN)/coverage erase
@@ -92,7 +96,7 @@ test-native: $(DEMO)/adapter.gguf ## the kernel, the operator and the C API
 	require=OFF; $(if $(STRICT),if tests/native/install-cross-tools.sh && tests/native/install-clang.sh; then require=ON; fi;) \
 		cmake -S . -B $(BUILD) $(NATIVE_TESTS) -DDELTAMEM_REQUIRE_TOOLS=$$require
 	cmake --build $(BUILD)
-	ctest --test-dir $(BUILD) --output-on-failure --parallel 2
+	ctest --test-dir $(BUILD) --output-on-failure --parallel $(JOBS)
 
 test-neon: ## the NEON kernel under qemu-user (installs Debian's cross compiler and emulator if they are missing)
 	tests/native/install-cross-tools.sh

@@ -31,9 +31,10 @@ WHOLE_FILE = "import pytest\npytest.skip({reason!r}, allow_module_level=True)\n"
 
 
 def run(folder, *options):
-    command = [sys.executable, "-m", "pytest", "-p", "skip_limits", "--rootdir", folder, "-c", os.devnull, *options]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTEST_ADDOPTS": ""}
-    result = subprocess.run([*command, folder], capture_output=True, text=True, env=env)
+    command = [sys.executable, "-m", "pytest", "-p", "skip_limits", "-p", "xdist", "-c", os.devnull, *options]
+    # without the other plugins, which take long to load
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    result = subprocess.run([*command, "--rootdir", folder, folder], capture_output=True, text=True, env=env)
     return result.returncode, result.stdout
 
 
@@ -58,6 +59,17 @@ def test_a_file_that_skips_as_a_whole(tmp_path):
     (tmp_path / "test_whole.py").write_text(WHOLE_FILE.format(reason="no such tool"))
     status, output = run(tmp_path, "--strict-skips")
     assert status == pytest.ExitCode.TESTS_FAILED and "no such tool" in output.rpartition("skip_limits.py")[2]
+
+
+def test_in_several_processes(tmp_path):
+    for file in (FILE, "test_it.py"):
+        (tmp_path / file).write_text(TESTS.format(reason=REASON))
+    (tmp_path / "test_whole.py").write_text(WHOLE_FILE.format(reason="no such tool"))
+    status, output = run(tmp_path, "--strict-skips", "-n2", "--dist=loadfile")
+    assert status == pytest.ExitCode.TESTS_FAILED
+    told = output.rpartition("skip_limits.py")[2]
+    assert f"test_it.py: 100 skipped: {REASON}" in told and "test_whole.py: 1 skipped: no such tool" in told
+    assert FILE not in told
 
 
 def test_the_files_that_may_skip_exist():
