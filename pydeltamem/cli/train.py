@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..formats.ending import ending_in_order
-from ..train.model import DTYPES
-from ..train.options import SCHEDULES, STRATEGIES, Options
-from ..train.report import Report
-from ..train.trainer import Trainer
+from ..train.options import DTYPES, SCHEDULES, STRATEGIES, Options
 from .parser import count, finite, integers, positive, positive_number, share
+
+if TYPE_CHECKING:
+    from ..train import Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    import torch
-
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -171,9 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps between saves (%(default)s)",
     )
     training.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device, as PyTorch names it (%(default)s)",
+        "--device", metavar="DEVICE", help="device, as PyTorch names it (cuda, if PyTorch has one; else cpu)"
     )
     training.add_argument(
         "--eval-every", type=positive, metavar="N",
@@ -202,6 +198,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from ..train import Trainer  # which loads torch: not before the options are right
+
+    if args.device is None:
+        import torch
+
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     console = Console(stderr=True)
     options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
     with ending_in_order():

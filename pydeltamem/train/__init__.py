@@ -12,26 +12,26 @@ format, for `deltamem convert`.
     packed.py         a step, conversations end to end (kernels.py: what it does between matrix products)
     padded.py         a step by hooks on the model, the reference of packed.py
     heads.py          initial weights             recall.py          what the native runtime recalls during training
+
+The names below load torch and transformers when they are first used: that takes seconds, and the options need neither.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ..errors import InputError
-
-try:
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-except ImportError:
-    raise InputError("deltamem train needs torch and transformers: pip install 'pydeltamem[train]'") from None
-
-from .conversations import Conversations, Example
-from .heads import start_from_heads
-from .objective import Objective, told_weights
 from .options import STRATEGIES, Options
-from .packed import PackedBatch, PackedModel
-from .padded import Batch, answer_logits
-from .report import HeldOut, Report
-from .trainer import Trainer
+
+if TYPE_CHECKING:
+    from .conversations import Conversations, Example
+    from .heads import start_from_heads
+    from .objective import Objective, told_weights
+    from .packed import PackedBatch, PackedModel
+    from .padded import Batch, answer_logits
+    from .report import HeldOut, Report
+    from .trainer import Trainer
 
 __all__ = [
     "STRATEGIES",
@@ -49,3 +49,35 @@ __all__ = [
     "start_from_heads",
     "told_weights",
 ]
+
+_LAZY = {
+    "Batch": ".padded",
+    "Conversations": ".conversations",
+    "Example": ".conversations",
+    "HeldOut": ".report",
+    "Objective": ".objective",
+    "PackedBatch": ".packed",
+    "PackedModel": ".packed",
+    "Report": ".report",
+    "Trainer": ".trainer",
+    "answer_logits": ".padded",
+    "start_from_heads": ".heads",
+    "told_weights": ".objective",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError:
+        raise InputError("deltamem train needs torch and transformers: pip install 'pydeltamem[train]'") from None
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

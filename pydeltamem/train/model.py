@@ -16,8 +16,6 @@ from ..errors import DeltaMemError, InputError, ModelError, shown
 from ..formats.gguf_header import Header
 from .tokenizer import GgufTokenizer
 
-DTYPES = ("auto", "float32", "bfloat16")
-
 
 def load_frozen(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """Model and tokenizer of a Hugging Face directory or of a GGUF that transformers can dequantise.

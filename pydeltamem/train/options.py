@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..formats.checkpoint import HEADS
-from .reference import DeltaMemConfig
+
+if TYPE_CHECKING:
+    from .reference import DeltaMemConfig
 
 # The paper's write strategies: granularity and state heads.
 STRATEGIES = {"tsw": ("token", 1), "ssw": ("message_mean", 1), "msw": ("token", 4)}
+
+# Types of the frozen weights.
+DTYPES = ("auto", "float32", "bfloat16")
 
 # The share of the learning rate, by the share of the steps that are done.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -105,6 +111,8 @@ class Options:
             if given := [name for name in of_checkpoint if getattr(self, name)]:
                 option = given[0].replace("_", "-")
                 raise InputError(f"--{option}: with --init the checkpoint sets it: leave it out")
+        from .reference import DeltaMemConfig  # which loads torch
+
         return DeltaMemConfig(
             rank=self.rank or 8,
             alpha=self.alpha or 16.0,
