@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,23 @@ def read_once(make_llm):
         return fresh.memory.state
 
     return read
+
+
+@pytest.fixture
+def in_process(capfd):
+    """in_process(*args): `deltamem` in this process: for what ends before a model is loaded."""
+    from pydeltamem.cli.main import main
+
+    def run(*args):
+        capfd.readouterr()
+        arguments = [str(arg) for arg in args]
+        try:
+            status = main(arguments)
+        except SystemExit as end:  # argparse's
+            status = end.code
+        return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture

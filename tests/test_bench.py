@@ -462,14 +462,15 @@ def test_median_interval_covers_the_median():
         (("-m", "x", "--json", "no-such-folder/x.json"), ("no-such-folder/x.json",)),
     ],
 )
-def test_refused(args, names, tmp_path):
-    refused(deltamem("bench", *args, cwd=tmp_path), *names)
+def test_refused(in_process, args, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(in_process("bench", *args), *names)
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("args", [("-p", "x"), ("-p", "-1"), ("--pairs", "0"), ("--synthetic", "nothing"), ("-t", "0")])
-def test_usage(args):
-    result = deltamem("bench", *args)
+def test_usage(in_process, args):
+    result = in_process("bench", *args)
     assert result.returncode == 2 and "usage:" in result.stderr
 
 

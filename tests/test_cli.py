@@ -125,9 +125,9 @@ def test_closed_streams(base, adapter, tmp_path, closed):
         (("inspect", "a", "b"), "inspect"),
     ],
 )
-def test_usage(args, usage):
+def test_usage(in_process, args, usage):
     """The usage is that of the command that did not understand."""
-    result = deltamem(*args)
+    result = in_process(*args)
     assert result.returncode == 2
     assert result.stderr.startswith(f"usage: deltamem {usage}".rstrip() + " [-h]"), result.stderr
 
@@ -146,8 +146,8 @@ def test_usage(args, usage):
         (["sessions", "--store", "x", "lsit"], "lsit", "list"),
     ],
 )
-def test_what_is_misspelt_is_named_with_what_was_meant(args, wrong, right):
-    result = deltamem(*args)
+def test_what_is_misspelt_is_named_with_what_was_meant(in_process, args, wrong, right):
+    result = in_process(*args)
     assert result.returncode == 2
     check_names(result.stderr.splitlines()[-1], [wrong, right])
 
@@ -160,8 +160,8 @@ def test_what_is_misspelt_is_named_with_what_was_meant(args, wrong, right):
         (["sessions", "--store", "x"], ["list", "vacuum"]),
     ],
 )
-def test_a_command_that_lacks_a_word_lists_what_it_may_be(args, names):
-    result = deltamem(*args)
+def test_a_command_that_lacks_a_word_lists_what_it_may_be(in_process, args, names):
+    result = in_process(*args)
     assert result.returncode == 2
     check_names(result.stderr.splitlines()[-1], names)
 
@@ -202,9 +202,9 @@ def test_help_as_a_command():
         ("--gpu-layers", ["-3"]),
     ],
 )
-def test_values_out_of_range_are_refused(option, values):
+def test_values_out_of_range_are_refused(in_process, option, values):
     for value in values:
-        result = deltamem("generate", "-m", "none.gguf", "-p", "x", f"{option}={value}")
+        result = in_process("generate", "-m", "none.gguf", "-p", "x", f"{option}={value}")
         assert result.returncode == 2
         says = result.stderr.splitlines()[-1]
         assert option in says and value in says
@@ -214,8 +214,8 @@ def test_values_out_of_range_are_refused(option, values):
     "args", [["quantize", "a", "b", "q8_0", "-t=-1"], ["rpc-server", "--port", "99999"], ["train", "a", "b", "-o", "c",
     "--write-bias", "nan"], ["serve", "-m", "none.gguf", "--port", "99999"]]
 )  # fmt: skip
-def test_numbers_of_other_commands_too(args):
-    result = deltamem(*args)
+def test_numbers_of_other_commands_too(in_process, args):
+    result = in_process(*args)
     assert result.returncode == 2 and args[-1].split("=")[-1] in result.stderr
 
 
@@ -546,8 +546,8 @@ def test_what_follows_two_dashes_is_no_option(tmp_path):
 
 
 @pytest.mark.parametrize("share", ["1", "-0.1", "x"])
-def test_a_share_is_below_one(share):
-    result = deltamem("train", "model", "data", "-o", "out", "--short-first", share)
+def test_a_share_is_below_one(in_process, share):
+    result = in_process("train", "model", "data", "-o", "out", "--short-first", share)
     assert result.returncode == 2 and share in result.stderr.splitlines()[-1]
 
 
