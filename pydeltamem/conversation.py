@@ -19,14 +19,13 @@ from .errors import InputError, MemoryFileError, NotFiniteError, shown
 from .formats.memory_file import MemoryFileLock
 from .llama import DeltaMemLlama
 from .memory import Memory
-from .runtime import library
 from .runtime.chat_format import caught_prompt, chat_prompt
 from .runtime.generation import Generation
+from .runtime.grammar import checked_grammar
 from .runtime.history import before_content, n_common
 from .runtime.lock import all_of, holding
 from .runtime.names import option
 from .runtime.sampling import derived
-from .runtime.stream import checked_grammar
 from .runtime.text import Text
 from .runtime.tokenizer import encoded
 from .runtime.values import functions, stop_strings, whole
@@ -686,9 +685,6 @@ def _checked_options(llm: DeltaMemLlama, options: Mapping[str, Any]) -> dict[str
         options["n_predict"] = whole(options["n_predict"], "n_predict")
     stop_strings(options.get("stop"))
     functions(options.get("logits_processor"), "logits_processor")
-    grammar = options.get("grammar")
-    if isinstance(grammar, str):
-        options["grammar"] = checked_grammar(llm, grammar)
-    elif grammar is not None and not isinstance(grammar, library.llama_cpp.LlamaGrammar):
-        raise InputError(f"grammar is GBNF text or a LlamaGrammar, not {grammar!r}")
+    if options.get("grammar") is not None:
+        options["grammar"] = checked_grammar(llm, options["grammar"])
     return options

@@ -32,6 +32,7 @@ from .runtime.cpus import default_threads
 from .runtime.embedding import vectors
 from .runtime.engine import Engine
 from .runtime.ggml import can_be_mapped
+from .runtime.grammar import grammar_of_format
 from .runtime.history import Position, Tokens
 from .runtime.interrupt import uninterrupted
 from .runtime.library import Llama, LlamaState
@@ -39,7 +40,6 @@ from .runtime.loading import FileName
 from .runtime.lock import holding
 from .runtime.names import option
 from .runtime.remote import connect
-from .runtime.response_format import grammar_of_format
 from .runtime.sampling import Sampler, derived, made_sampler
 from .runtime.saved import DeltaMemState, kv_of, load_kv
 from .runtime.slots import Slots

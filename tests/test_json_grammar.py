@@ -10,7 +10,7 @@ import llama_cpp
 import pytest
 
 from pydeltamem import DeltaMemLlama, InputError
-from pydeltamem.runtime.stream import checked_grammar
+from pydeltamem.runtime.grammar import checked_grammar
 from pydeltamem.runtime.tokenizer import piece
 from pydeltamem.server.openai import Completion
 from refusals import refuses

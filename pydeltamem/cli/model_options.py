@@ -300,7 +300,7 @@ def read_text(path: str) -> str:
 
 
 def _grammar(args: argparse.Namespace, llm: DeltaMemLlama) -> Any:
-    from ..runtime.stream import checked_grammar
+    from ..runtime.grammar import checked_grammar
 
     text = read_text(args.grammar_file) if args.grammar_file else args.grammar
     return checked_grammar(llm, text, args.grammar_file or "--grammar") if text else None

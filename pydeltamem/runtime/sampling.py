@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from . import library
+from .grammar import checked_grammar
 from .keeping import Keeping
 from .model import Model
-from .stream import checked_grammar
 from .values import functions, number, whole
 
 _llama = library.llama_cpp

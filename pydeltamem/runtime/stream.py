@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import re
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..errors import InputError
 from . import library
 from .model import Model
 from .tokenizer import piece as _piece
 
 _llama = library.llama_cpp
-LlamaGrammar: Any = _llama.LlamaGrammar  # mypy does not know its type
-
-_MAX_NESTED = 2000
-_PARENTHESES = re.compile(r'"(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|#[^\n]*|([()])', re.DOTALL)
-_checked_grammars: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Assembler:
@@ -133,51 +125,3 @@ class TextStream:
         piece = text.finish()
         if piece:
             yield piece
-
-
-def _n_nested(grammar: str) -> int:
-    """How deep the parentheses of a grammar are nested at most."""
-    depth = deepest = 0
-    for match in _PARENTHESES.finditer(grammar):
-        if match[1] is not None:
-            depth = depth + 1 if match[1] == "(" else max(depth - 1, 0)
-            deepest = max(deepest, depth)
-    return deepest
-
-
-def grammar_bytes(text: str, name: str) -> bytes:
-    """A GBNF grammar for llama.cpp's parser. Raises InputError, which names it `name`, if that would not survive it."""
-    if "\0" in text:  # where the parser would take the text for ended
-        raise InputError(f"{name}: it has a null character")
-    if _n_nested(text) > _MAX_NESTED:  # the parser calls itself for each, until the stack ends
-        raise InputError(f"{name}: its parentheses are nested deeper than {_MAX_NESTED:,} levels")
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{name}: no UTF-8: {error.reason} at character {error.start}") from None
-
-
-def checked_grammar(llm: Model, text: Any, name: str = "grammar") -> Any:
-    """A GBNF grammar, text or a LlamaGrammar, for sampling. Raises InputError, which names it `name`, if llama.cpp
-    cannot use it.
-    """
-    from llama_cpp._utils import suppress_stdout_stderr
-
-    # llama_cpp would follow the null pointer of a grammar that cannot be parsed; llama.cpp's parser prints why
-    grammar = LlamaGrammar.from_string(text, verbose=False) if isinstance(text, str) else text
-    if not isinstance(grammar, LlamaGrammar):
-        raise InputError(f"{name} is GBNF text or a LlamaGrammar, not {grammar!r}")
-    if grammar in _checked_grammars:
-        return grammar
-    text = grammar_bytes(grammar._grammar, name)
-    with library.silencing, library.errors_held() as log, suppress_stdout_stderr(disable=llm.verbose):
-        sampler = llm._engine.slots.call(
-            lambda: _llama.llama_sampler_init_grammar(llm._model.vocab, text, grammar._root.encode())
-        )
-        reason = library.reason(log)
-        log.clear()
-    if not sampler:
-        raise InputError(f"{name}: not a valid GBNF grammar with a root rule{reason}")
-    _llama.llama_sampler_free(sampler)
-    _checked_grammars.add(grammar)
-    return grammar

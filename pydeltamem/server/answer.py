@@ -17,8 +17,8 @@ import numpy.typing as npt
 from ..errors import InputError
 from ..runtime.completion import biased
 from ..runtime.generation import Generation
+from ..runtime.grammar import LlamaGrammar, checked_grammar
 from ..runtime.history import n_common
-from ..runtime.stream import LlamaGrammar, checked_grammar
 from . import session as sessions
 from .history import Message, digests
 from .options import of_sampler

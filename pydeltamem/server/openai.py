@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError, shown
-from ..runtime.response_format import grammar_of_format, grammar_of_schema
+from ..runtime.grammar import grammar_of_format, grammar_of_schema
 from .answer import Answer, Piece
 from .options import checked_n_top, checked_template, checked_whole
 

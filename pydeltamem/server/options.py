@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError, shown
+from ..runtime.grammar import grammar_of_format
 from ..runtime.names import nearest
-from ..runtime.response_format import grammar_of_format
 
 _SAMPLING = {
     "temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "typical_p": "typical_p",
