@@ -59,6 +59,34 @@ def test_a_page_that_names_what_exists(line):
     assert list(hooks.problems(f"# Page\n\n{line}\n", TUTORIAL)) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "link", "shown"),
+    [
+        ("docs/tutorial/index.md", "tutorial/index.md", "[Serve](../how-to/serve.md#keys)", None),
+        ("docs/tutorial/index.md", "tutorial/index.md", "[a site](https://example.org)", None),
+        (
+            "docs/tutorial/index.md", "tutorial/index.md",
+            "[card](../../pydeltamem/models/README.md#what-mattered)", "[card](../reference/models.md#what-mattered)",
+        ),
+        (
+            "docs/tutorial/index.md", "tutorial/index.md",
+            "[the header](../../native/llama_deltamem/llama-deltamem.h)",
+            "the header (`native/llama_deltamem/llama-deltamem.h`)",
+        ),
+        (
+            "pydeltamem/models/README.md", "reference/models.md",
+            "![recall](../../docs/images/recall.png)", "![recall](../images/recall.png)",
+        ),
+        ("pydeltamem/models/README.md", "reference/models.md", "[why](#what-mattered)", None),
+        ("CONTRIBUTING.md", "contributing.md", "[CUDA](docs/how-to/cuda.md)", "[CUDA](how-to/cuda.md)"),
+        ("CONTRIBUTING.md", "contributing.md", "[tests/golden](tests/golden/README.md)", "`tests/golden/README.md`"),
+    ],
+)  # fmt: skip
+def test_links_of_a_page_in_the_site(name, place, link, shown):
+    """Pages that the site takes in are linked; a source file, which it does not hold, is a path."""
+    assert hooks.linked(f"See {link}.", ROOT / name, hooks.DOCS / place) == f"See {shown or link}."
+
+
 def test_the_page_of_the_command_line_has_every_option():
     page = hooks.command_line()
     assert str(Path.home()) not in page  # it is the same whoever builds it

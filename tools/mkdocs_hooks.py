@@ -1,8 +1,9 @@
 """What `make docs` adds to MkDocs: pages generated from the sources, and checks of what the pages name.
 
-Generates the pages of the command line, from the parser of each subcommand, and of the C API, from its header. In all
-pages and in the README files it checks links out of docs/ and into it, paths, tests and make targets in `code`, and
-every `deltamem` command, which its parser must accept. A missing name is a warning, so `mkdocs build --strict` fails.
+Generates the pages of the command line, from the parser of each subcommand, and of the C API, from its header. Takes
+pages from outside of docs/ into the site, such as the model card. In all pages and in the README files it checks links
+out of docs/ and into it, paths, tests and make targets in `code`, and every `deltamem` command, which its parser must
+accept. A missing name is a warning, so `mkdocs build --strict` fails.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import html
 import importlib
 import io
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -37,6 +39,13 @@ OUTSIDE = (
     "README.md", "CONTRIBUTING.md", "pydeltamem/models/README.md", "examples/tiny/README.md", "tests/golden/README.md",
 )  # fmt: skip
 
+# those of them that the site has too, and where
+SHOWN = {
+    "pydeltamem/models/README.md": "reference/models.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"(?:native|pydeltamem(?!/lib)|convert|recipes|tests|tools|deploy|cmake|docs|examples)/[\w./-]*")
@@ -54,8 +63,11 @@ def on_pre_build(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for name, content in (("command-line.md", command_line()), ("c-api.md", c_api())):
-        files.append(File.generated(config, f"reference/{name}", content=content))
+    pages = {"reference/command-line.md": command_line(), "reference/c-api.md": c_api()}
+    for name, place in SHOWN.items():
+        pages[place] = linked((ROOT / name).read_text(encoding="utf-8"), ROOT / name, DOCS / place)
+    for place, content in pages.items():
+        files.append(File.generated(config, place, content=content))
     return files
 
 
@@ -65,7 +77,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     path = DOCS / page.file.src_uri
     for problem in problems(markdown, path):
         log.warning("%s: %s", page.file.src_uri, problem)
-    return LINK.sub(lambda link: _without_link(link, path), markdown)
+    return linked(markdown, path, path)
 
 
 #
@@ -108,14 +120,24 @@ def _file_of(target: str, page: Path) -> Path | None:
     return None if "://" in name else (page.parent / name).resolve() if name else page
 
 
-def _without_link(link: re.Match[str], page: Path) -> str:
-    """A link out of the site, to a source file, becomes its path: the site does not hold the sources."""
+def linked(markdown: str, path: Path, place: Path) -> str:
+    """The page at `path` with links that hold at `place`, where the site has it. The site does not hold the sources: a
+    link to one becomes its path.
+    """
+    return LINK.sub(lambda link: _linked(link, path, place), markdown)
+
+
+def _linked(link: re.Match[str], path: Path, place: Path) -> str:
     image, text, target = link.groups()
-    file = _file_of(target, page)
-    if image or file is None or DOCS in file.parents or not file.is_relative_to(ROOT):
+    file, heading = _file_of(target, path), target.partition("#")[2]
+    if file is None or file == path or not file.is_relative_to(ROOT):
         return link[0]
-    path = f"`{file.relative_to(ROOT).as_posix()}`"
-    return path if text.strip("`") in path else f"{text} ({path})"
+    name = file.relative_to(ROOT).as_posix()
+    page = DOCS / SHOWN[name] if name in SHOWN else file
+    if DOCS in page.parents:
+        there = Path(os.path.relpath(page, place.parent)).as_posix()
+        return f"{image}[{text}]({there}{'#' if heading else ''}{heading})"
+    return f"`{name}`" if text.strip("`") in name else f"{text} (`{name}`)"
 
 
 @functools.cache
