@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError, MemoryFileError, NotFiniteError, shown
-from .formats.memory_file import MemoryFileLock
+from .formats.memory_lock import MemoryFileLock
 from .llama import DeltaMemLlama
 from .memory import Memory
 from .runtime.chat_format import caught_prompt, chat_prompt

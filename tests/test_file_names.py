@@ -16,7 +16,8 @@ from pydeltamem.convert.hf import convert_base
 from pydeltamem.formats.base_model import Base
 from pydeltamem.formats.checkpoint import CheckpointError
 from pydeltamem.formats.gguf_header import Header
-from pydeltamem.formats.memory_file import MemoryFileLock, check_writable
+from pydeltamem.formats.memory_file import check_writable
+from pydeltamem.formats.memory_lock import MemoryFileLock
 from pydeltamem.formats.packed import pack, unpack
 from pydeltamem.runtime.library import library_folder
 from pydeltamem.runtime.quantize import quantize

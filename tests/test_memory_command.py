@@ -12,7 +12,7 @@ import pytest
 
 from pydeltamem import MemorySnapshot
 from pydeltamem.cli import main
-from pydeltamem.formats.memory_file import MemoryFileLock
+from pydeltamem.formats.memory_lock import MemoryFileLock
 from pydeltamem.formats.memory_numbers import effective_rank
 from refusals import check_names
 

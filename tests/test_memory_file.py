@@ -22,7 +22,8 @@ import safetensors.numpy
 from pydeltamem import Conversation, InputError, MemoryFileError, MemoryFileInUse, MemorySnapshot
 from pydeltamem.formats.atomic import leftovers, replacing
 from pydeltamem.formats.kinds import MEMORY, MEMORY_JSON
-from pydeltamem.formats.memory_file import MemoryFileLock, check_writable, read_memory_file, write_memory_file
+from pydeltamem.formats.memory_file import check_writable, read_memory_file, write_memory_file
+from pydeltamem.formats.memory_lock import MemoryFileLock
 from pydeltamem.formats.outputs import output
 from refusals import refuses
 
@@ -333,7 +334,7 @@ def test_exports(tmp_path):
 
 HOLDER = """
 import sys
-from pydeltamem.formats.memory_file import MemoryFileLock
+from pydeltamem.formats.memory_lock import MemoryFileLock
 lock = MemoryFileLock(sys.argv[1])
 lock.acquire()
 print("held", flush=True)
@@ -569,7 +570,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path):
 def test_a_child_does_not_keep_the_lock_of_a_parent_that_is_gone(tmp_path):
     code = (
         "import os, sys, time\n"
-        "from pydeltamem.formats.memory_file import MemoryFileLock\n"
+        "from pydeltamem.formats.memory_lock import MemoryFileLock\n"
         "lock = MemoryFileLock(sys.argv[1])\n"
         "lock.acquire()\n"
         "if os.fork():\n"
@@ -597,7 +598,7 @@ def test_a_full_disk_leaves_no_lock(tmp_path, act):
         "import resource, sys\n"
         "import numpy as np\n"
         "from pydeltamem import MemoryFileError, MemorySnapshot\n"
-        "from pydeltamem.formats.memory_file import MemoryFileLock\n"
+        "from pydeltamem.formats.memory_lock import MemoryFileLock\n"
         "snapshot = MemorySnapshot(np.ones((1, 1, 8, 8)), {'layers': '0'})\n"
         "act = MemoryFileLock(sys.argv[1]).acquire if sys.argv[2] == 'lock' else lambda: snapshot.save(sys.argv[1])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
@@ -621,7 +622,7 @@ def test_many_processes_hold_it_in_turn(tmp_path):
     code = (
         "import sys, time\n"
         "from pydeltamem.errors import MemoryFileError\n"
-        "from pydeltamem.formats.memory_file import MemoryFileLock\n"
+        "from pydeltamem.formats.memory_lock import MemoryFileLock\n"
         "for _ in range(100):\n"
         "    while True:\n"
         "        try:\n"

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InputError, printable
-from ..formats.memory_file import MemoryFileLock, MemorySnapshot
+from ..formats.memory_file import MemorySnapshot
+from ..formats.memory_lock import MemoryFileLock
 from ..formats.memory_numbers import compare_memories, describe_memory
 from .picture import picture
 
