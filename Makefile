@@ -184,7 +184,7 @@ schedules: $(INSTALLED) ## 1,000 random schedules over four conversations agains
 	DELTAMEM_SCHEDULES=1000 $(BIN)/python -m pytest tests/test_schedules.py
 
 server-schedules: $(INSTALLED) ## 2,000 random turns of 16 clients in 4 slots of the server, against each alone (`make test` plays 120 of 8)
-	DELTAMEM_SERVER_TURNS=2000 $(BIN)/python -m pytest tests/test_server.py -k nobody
+	DELTAMEM_SERVER_TURNS=2000 $(BIN)/python -m pytest tests/test_server_together.py -k nobody
 
 server-soak: $(INSTALLED) ## an hour of mixed load on the server, 10,000 sessions in its store
 	$(BIN)/python tools/server_soak.py $(SOAK_ARGS)
@@ -203,7 +203,7 @@ llama-server: $(INSTALLED) ## build llama.cpp's own server, to compare with, in 
 	cmake --build build/llama-server --target llama-server
 
 server-kills: $(INSTALLED) ## kills a server 200 times under load, and looks what its store has (`make test` kills 3)
-	DELTAMEM_SERVER_KILLS=200 $(BIN)/python -m pytest tests/test_server.py -k killed
+	DELTAMEM_SERVER_KILLS=200 $(BIN)/python -m pytest tests/test_server_failures.py -k killed
 
 fleet-tools: ## install PostgreSQL and HAProxy, as Debian packages, for the tests of a fleet
 	tools/install_fleet_tools.sh

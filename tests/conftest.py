@@ -165,3 +165,22 @@ def narrow():
         lambda: service(slots=1, n_queue=1, n_sessions=2, turn_timeout=0.1), max_body=8000, heartbeat=0.1
     ) as api:
         yield api
+
+
+@pytest.fixture(scope="module")
+def anyio_backend():
+    """What runs the tests that are coroutines."""
+    return "asyncio"
+
+
+@pytest.fixture
+def serving(make_llm, tmp_path):
+    """serving(n_seq_max=2, **options): a service on a store in this test's folder."""
+    from pydeltamem.server import AsyncDeltaMem
+    from pydeltamem.server.store import Store
+
+    def serve(n_seq_max=2, store=None, n_ctx=512, **options):
+        store = Store(f"sqlite:///{tmp_path / 'sessions.db'}") if store is None else store
+        return AsyncDeltaMem(make_llm(n_seq_max=n_seq_max, n_ctx=n_ctx, type_k=0, type_v=0), store, **options)
+
+    return serve
