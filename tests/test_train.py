@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -454,6 +455,8 @@ def test_two_runs_do_not_share_a_folder(hf_dir, data, tmp_path):
     with refuses(InputError, out / "checkpoint.pt"):
         trainer(hf_dir, data, out, steps=3, rate=1.0)
     assert trainer(hf_dir, data, out, steps=4).step == 3
+    gc.collect()
+    assert trainer(hf_dir, data, out, steps=4).step == 3  # nobody has the one before it
 
 
 def test_a_folder_without_locks(hf_dir, data, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import time
+import weakref
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,6 +58,7 @@ class Trainer:
             stack.enter_context(held(self.out))
             self._open(config)
             self._held = stack.pop_all()
+        weakref.finalize(self, self._held.close)  # one that nobody trains keeps no folder
 
     def _open(self, config: DeltaMemConfig) -> None:
         """Opens model, conversations and what a run has saved."""
