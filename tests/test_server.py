@@ -471,6 +471,12 @@ async def test_names_that_are_refused(serving, name):
             await service.chat([user("hello")], session=name, **GREEDY).whole()
 
 
+@pytest.mark.parametrize("llm", [None, "base.gguf"])
+def test_what_is_no_model(llm):
+    with refuses(InputError, llm):
+        AsyncDeltaMem(llm)
+
+
 async def test_options(serving):
     async with serving() as service:
         with pytest.raises(InputError, match=r"temprature.*temperature"):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import InputError
 from ..formats.memory_file import MemorySnapshot
 from ..llama import DeltaMemLlama
 from . import session as sessions
@@ -57,6 +58,8 @@ class AsyncDeltaMem:
         lease: float = 6,
         store_timeout: float = 30,
     ) -> None:
+        if not isinstance(llm, DeltaMemLlama):
+            raise InputError(f"AsyncDeltaMem needs a DeltaMemLlama, not {llm!r}")
         self.llm = llm
         self.store = Store.temporary() if store is None else store
         self._shared = Shared(
