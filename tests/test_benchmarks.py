@@ -29,7 +29,7 @@ from pydeltamem.formats.gguf_header import Header
 from pydeltamem.models import default_files
 from pydeltamem.runtime.stream import TextStream
 from pydeltamem.version import __version__
-from refusals import check_names
+from refusals import check_names, refuses
 from test_cli import deltamem
 
 TALK = ("My name is Anna.", "I live in Oslo.", "My dog is called Rex.", "I work as a baker.", "I play the piano.")
@@ -938,6 +938,14 @@ def test_benchmarks_are_drawn_apart(tmp_path):
     error = 1.96 * 0.5 / 80**0.5  # of the mean of 80 rights and wrongs
     assert mean.value == 0.5
     assert mean.low == pytest.approx(0.5 - error, abs=0.03) and mean.high == pytest.approx(0.5 + error, abs=0.03)
+
+
+def test_a_large_file_that_is_no_text_is_not_quoted(tmp_path):
+    (tmp_path / "locomo10.json").write_bytes(b"\xff" * 100_000)
+    for read in (lambda: results_of([tmp_path / "locomo10.json"]), lambda: items_of(BENCHMARKS["locomo"][0], tmp_path)):
+        with refuses(InputError, tmp_path / "locomo10.json") as info:
+            read()
+        assert len(str(info.value)) < 1000
 
 
 def test_a_report_of_nothing(tmp_path, capsys):

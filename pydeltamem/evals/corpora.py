@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import InputError
 from .case import Case
-from .items import DAMAGED, answers_of, text_of
+from .items import DAMAGED, answers_of, text_of, why
 from .questions import PERSONAS, SLOTS
 from .reader import MAX_ANSWER, Reader
 from .scoring import holds
@@ -83,7 +83,7 @@ def cases(task: str, n: int, seed: int, reader: Reader, data: Path | None) -> It
         try:
             turns, asked = corpus.read(json.loads(line))
         except DAMAGED as error:
-            raise InputError(f"{path}: line {number} is no conversation of {corpus.source}: {error!r}") from error
+            raise InputError(f"{path}: line {number} is no conversation of {corpus.source}: {why(error)}") from error
         if corpus.path is not None:
             asked = draw.sample(asked, min(PER_CONVERSATION, len(asked)))
         if not turns or not asked or reader.n_tokens(turns) + MAX_QUESTION + MAX_ANSWER > reader.n_ctx:

@@ -16,11 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import InputError
+from ..errors import InputError, shown
 
 DATA = "DELTAMEM_DATA"
 # What reading a file of another form raises
 DAMAGED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, csv.Error)
+
+
+def why(error: Exception) -> str:
+    """What is wrong with a damaged file, in a few words: some errors hold all of it."""
+    return shown(error if isinstance(error, UnicodeDecodeError) else repr(error))
+
 
 T = TypeVar("T")
 
@@ -135,7 +141,7 @@ def items_of(benchmark: Benchmark, given: str | None) -> list[Item]:
     except InputError:
         raise
     except DAMAGED as error:
-        raise InputError(f"{path}: is no file of {benchmark.source}: {error!r}") from error
+        raise InputError(f"{path}: is no file of {benchmark.source}: {why(error)}") from error
     if not items:
         raise InputError(f"{path}: has no question of {benchmark.name} ({benchmark.source})")
     twice = [id for id, n in Counter(item.id for item in items).items() if n > 1]

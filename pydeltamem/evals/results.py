@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import InputError
 from ..formats.kinds import json_of
 from .bootstrap import Estimate, Sample, ratio
-from .items import DAMAGED
+from .items import DAMAGED, why
 from .plot import matplotlib_figure
 from .run import BESIDE, LORA
 
@@ -224,7 +224,7 @@ def _records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             if record["scores"].keys() != records[0]["scores"].keys():
                 raise ValueError("other scores")
     except (OSError, *DAMAGED) as error:
-        raise InputError(f"{path}: is no file of deltamem eval: {error!r}") from error
+        raise InputError(f"{path}: is no file of deltamem eval: {why(error)}") from error
     return setup, records
 
 
