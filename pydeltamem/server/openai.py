@@ -13,6 +13,7 @@ from ..errors import InputError, shown
 from ..runtime.grammar import grammar_of_format, grammar_of_schema
 from .answer import Answer, Piece
 from .options import checked_n_top, checked_template, checked_whole
+from .tools import Tools
 
 _OPTIONS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
@@ -20,7 +21,6 @@ _OPTIONS = (
 )  # fmt: skip
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _BYTES = re.compile(r"bytes:((?:\\x[0-9a-f]{2})+)")  # a token that is a part of a character
-_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|$)", re.DOTALL)
 
 
 def options_of(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,61 +60,14 @@ class Chat:
         self.logprobs = flag(body, "logprobs")
         if self.logprobs:
             self.options["n_top"] = checked_n_top("top_logprobs", body.get("top_logprobs")) or 0
-        self._set_tools(body)
-        if self.forced is not None:
+        self.tools = Tools(body)
+        self.options.update(self.tools.options)
+        if self.tools.forced is not None:
             refuse_grammar(self.options)
-        elif not self._as_json:
-            hold_to(self.options, *_format_of(body))
-
-    def _set_tools(self, body: Mapping[str, Any]) -> None:
-        tools, choice, name_tools, name_choice = body.get("tools"), body.get("tool_choice"), "tools", "tool_choice"
-        what = 'tools is a list of {"type": "function", "function": {"name": …}}'
-        # whether the request has the fields that `tools` and `tool_choice` replaced, and so has the answer
-        self.is_old = not tools and body.get("functions") is not None
-        if self.is_old:
-            tools, choice, name_tools, name_choice = (
-                body["functions"], body.get("function_call"), "functions", "function_call",
-            )  # fmt: skip
-            what = 'functions is a list of {"name": …}'
-            if isinstance(tools, list):
-                tools = [{"type": "function", "function": function} for function in tools]
-            choice = {"type": "function", "function": choice} if isinstance(choice, Mapping) else choice
-        self.forced: str | None = None  # the function that the answer calls
-        self.calls = False  # whether the answer may call functions
-        self._as_json = False
-        if not tools:
-            return
-        names = []
-        for tool in tools if isinstance(tools, list) else ():
-            function = tool.get("function") if isinstance(tool, Mapping) else None
-            name = function.get("name") if isinstance(function, dict) else None
-            if not isinstance(function, dict) or not isinstance(name, str) or not name.isprintable():
-                raise InputError(what)
-            if function.get("parameters") is None:
-                function["parameters"] = {"type": "object", "properties": {}}
-            grammar_of_schema(function["parameters"], f"{name_tools}: {shown(function['name'])}")
-            names.append(function["name"])
-        if not names:
-            raise InputError(what)
-        if choice == "none":
-            return
-        self.options["tools"] = tools
-        self.calls = True
-        if isinstance(choice, Mapping) and isinstance(choice.get("function"), Mapping):
-            name = choice["function"].get("name")
-            if name not in names:
-                raise InputError(f"{name_choice}: {shown(name)} is none of {shown(', '.join(names))}")
-            self.forced = name
-        elif choice == "required" and len(names) == 1:
-            self.forced = names[0]
-        elif choice == "required":
-            self._as_json = True
-            calls = {"oneOf": [_call_schema(tool) for tool in tools]}
-            hold_to(self.options, name_tools, {"type": "json_object", "schema": calls})
-        elif choice not in (None, "auto"):
-            raise InputError(f'{name_choice} is "none", "auto", "required" or a function, not {shown(repr(choice))}')
-        if self.forced is not None:
-            self.options["tool_choice"] = {"type": "function", "function": {"name": self.forced}}
+        elif self.tools.grammar is not None:
+            hold_to(self.options, self.tools.grammar)
+        else:
+            hold_to(self.options, _grammar_of(body))
 
     #
     # the answer
@@ -122,46 +75,38 @@ class Chat:
 
     def message(self, content: str) -> dict[str, Any]:
         """The answer as a message of a chat, with the functions that it calls."""
-        calls: list[dict[str, Any]] = []
-        if self.forced is not None:
-            calls = [_call(self.id, 0, self.forced, content)]
-        elif self._as_json:
-            calls = _called(self.id, [content])
-        elif self.calls:
-            calls = _called(self.id, _CALL.findall(content))
-            calls = calls[:1] if self.is_old else calls
-            content = _CALL.sub("", content) if calls else content
-        if not calls:
-            return {"role": "assistant", "content": content}
-        is_all = self.forced is not None or self._as_json or not content.strip()
-        return {"role": "assistant", "content": None if is_all else content.strip(), "tool_calls": calls}
+        return self.tools.message(self.id, content)
 
     def whole(self, answer: Answer, scored: Sequence[Any]) -> dict[str, Any]:
         """The response."""
         message = self.message(answer.content)
         reason = self._reason(answer, has_calls="tool_calls" in message)
-        if self.is_old and "tool_calls" in message:
-            message["function_call"] = message.pop("tool_calls")[0]["function"]
-        choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": self._logprobs(scored)}
+        choice = {
+            "index": 0,
+            "message": self.tools.in_answer(message),
+            "finish_reason": reason,
+            "logprobs": self._logprobs(scored),
+        }
         return {**self._about(), "choices": [choice], "usage": usage(answer), **memory(answer)}
 
     async def chunks(self, answer: Answer, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
         """The response in pieces, as JSON; the one with finish_reason comes once the turn is committed."""
-        yield to_json(self._chunk({"role": "assistant", "content": None if self.forced else ""}))
+        tools, is_forced = self.tools, self.tools.forced is not None
+        yield to_json(self._chunk({"role": "assistant", "content": None if is_forced else ""}))
         held, plain = "", _Template(self._chunk({"content": _Template.MARK}))
         scored: list[Any] = []  # tokens whose text has not been sent yet
-        has_calls = self.forced is not None
-        if self.forced is not None:
-            yield to_json(self._chunk(self._delta(0, _call(self.id, 0, self.forced, ""))))
+        has_calls = is_forced
+        if is_forced:
+            yield to_json(self._chunk(tools.delta(0, tools.forced_call(self.id, ""))))
         async for piece in pieces:
             scored += piece.scored
-            if self.forced is not None:
+            if is_forced:
                 text = piece.text
                 if text:
-                    yield to_json(self._chunk(self._delta(0, {"function": {"arguments": text}}), scored=scored))
+                    yield to_json(self._chunk(tools.delta(0, {"function": {"arguments": text}}), scored=scored))
             else:
                 text = held + piece.text
-                at = 0 if self._as_json else _where_calls_begin(text) if self.calls else len(text)
+                at = tools.where_begin(text)
                 text, held = text[:at], text[at:]  # a call is passed on as a whole
                 if text and self.logprobs:
                     yield to_json(self._chunk({"content": text}, scored=scored))
@@ -175,7 +120,7 @@ class Chat:
                 yield to_json(self._chunk({"content": message["content"]}, scored=scored))
                 scored = []
             for i, call in enumerate(message.get("tool_calls", ())):
-                yield to_json(self._chunk(self._delta(i, call), scored=scored))
+                yield to_json(self._chunk(tools.delta(i, call), scored=scored))
                 has_calls, scored = True, []
         if scored:  # of a stop string, or of half a character
             yield to_json(self._chunk({}, scored=scored))
@@ -183,15 +128,11 @@ class Chat:
         if self.with_usage:
             yield to_json({**self._about(".chunk"), "choices": [], "usage": usage(answer)})
 
-    def _delta(self, i: int, call: Mapping[str, Any]) -> dict[str, Any]:
-        """A call, or more of its arguments, in a stream."""
-        return {"function_call": call["function"]} if self.is_old else {"tool_calls": [{"index": i, **call}]}
-
     def _reason(self, answer: Answer, *, has_calls: bool) -> str | None:
         """Why the answer ends. One that was cut may end in the middle of a call."""
         if not has_calls or answer.finish_reason == "length":
             return answer.finish_reason
-        return "function_call" if self.is_old else "tool_calls"
+        return self.tools.reason
 
     def _about(self, suffix: str = "") -> dict[str, Any]:
         return {"id": self.id, "object": self.object + suffix, "created": self.created, "model": self.model}
@@ -226,7 +167,7 @@ class Completion:
         self.n_top = checked_n_top("logprobs", body.get("logprobs"))
         if self.n_top is not None:
             self.options["n_top"] = self.n_top
-        hold_to(self.options, *_format_of(body))
+        hold_to(self.options, _grammar_of(body))
         if body.get("suffix"):
             raise InputError("suffix: this server continues texts, and does not fill gaps")
         if self.echo and (self.n_top is not None or not isinstance(prompt, str)):
@@ -327,18 +268,17 @@ def _with_usage(body: Mapping[str, Any]) -> bool:
     return flag(options, "include_usage")
 
 
-def _format_of(body: Mapping[str, Any]) -> tuple[str, Any]:
-    """The response format that a body asks for, in OpenAI's words or in llama-server's, and the name of its field."""
+def _grammar_of(body: Mapping[str, Any]) -> Any:
+    """Of the response format that a body asks for, in OpenAI's words or in llama-server's; None for any text."""
     if body.get("json_schema") is None:
-        return "response_format", body.get("response_format")
+        return grammar_of_format(body.get("response_format"))
     if body.get("response_format") is not None:
         raise InputError("json_schema: there is a response_format already: send one of them")
-    return "json_schema", {"type": "json_object", "schema": body["json_schema"]}
+    return grammar_of_schema(body["json_schema"], "json_schema")
 
 
-def hold_to(options: dict[str, Any], name: str, wanted: Any) -> None:
-    """Has an answer follow a response format. Raises InputError, which names it `name`."""
-    grammar = grammar_of_format(wanted, name)
+def hold_to(options: dict[str, Any], grammar: Any) -> None:
+    """Has an answer follow the grammar of a schema, if there is one."""
     if grammar is not None:
         refuse_grammar(options)
         options["grammar"] = grammar
@@ -361,41 +301,3 @@ def flag(body: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"{name} is true or false, not {shown(repr(value))}")
     return value
-
-
-def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
-    function = tool["function"]
-    return {
-        "type": "object",
-        "properties": {"name": {"const": function["name"]}, "arguments": function["parameters"]},
-        "required": ["name", "arguments"],
-    }
-
-
-def _call(id: str, i: int, name: str, arguments: str) -> dict[str, Any]:
-    return {
-        "id": f"call_{id[-24:]}_{i}",
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
-
-
-def _called(id: str, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The calls in an answer; none if one of them cannot be read."""
-    calls = []
-    for i, text in enumerate(texts):
-        try:
-            call = json.loads(text)
-            arguments = call.get("arguments", call.get("parameters", {}))
-            calls.append(_call(id, i, str(call["name"]), json.dumps(arguments, ensure_ascii=False)))
-        except (ValueError, KeyError, AttributeError):
-            return []
-    return calls
-
-
-def _where_calls_begin(text: str) -> int:
-    """Where in a text its first call begins, or one that its end may begin; its length if there is none."""
-    mark = "<tool_call>"
-    if mark in text:
-        return text.index(mark)
-    return len(text) - max((n for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)

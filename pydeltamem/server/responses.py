@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError, shown
+from ..runtime.grammar import grammar_of_format
 from . import history
 from .answer import Answer, Piece
 from .openai import flag, hold_to, likelihoods, memory, options_of, to_json
@@ -56,7 +57,7 @@ class Reply:
         if not isinstance(text, Mapping):
             raise InputError('text is {"format": {"type": …}}')
         self.format = text.get("format") or {"type": "text"}
-        hold_to(self.options, "text.format", self.format)
+        hold_to(self.options, grammar_of_format(self.format, "text.format"))
         self.metadata = body.get("metadata") or {}
         if not isinstance(self.metadata, Mapping):
             raise InputError(f"metadata is an object, not {shown(repr(self.metadata))}")
