@@ -1,8 +1,9 @@
-"""A bar on the terminal while a file is written."""
+"""Bars on the terminal: of files that are written, and of what is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -26,3 +27,19 @@ class progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.__exit__(kind, error, trace)
+
+
+@contextmanager
+def progress_bar(err: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on the terminal. Yields the function that moves it: (what runs, how much is done, of how much)."""
+    percent = TextColumn("{task.percentage:.0f} %")
+    columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
+    bar = Progress(*columns, console=err, auto_refresh=False, transient=True, disable=not err.is_terminal)
+    with bar:
+        task = bar.add_task("")
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+            bar.refresh()  # drawn by hand: no thread may draw while a run is timed
+
+        yield show

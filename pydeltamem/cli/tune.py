@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..hub import adapter_file, model_file
 from ..runtime.cpus import usable
-from .bench import progress_bar
 from .model_options import ADAPTER_HELP, CACHE_TYPES, MODEL_HELP, packed_adapter
 from .parser import gpu_layers, names, positive_number
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from pathlib import Path
