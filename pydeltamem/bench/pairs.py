@@ -88,17 +88,17 @@ def compare(a: Sequence[float], b: Sequence[float], n_shared: int) -> dict[str, 
     return {**found, "pairs": len(ratios), "groups": len(values)}
 
 
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Confidence interval of the median by order statistics, which assumes nothing of the distribution.
 
     The number of values below the true median is binomial with p = 1/2. Returns (low, high, confidence reached): at
-    least `confidence`, or with fewer than six values that of the least and the greatest.
+    least CONFIDENCE, or with fewer than six values that of the least and the greatest.
     """
     ordered, n = sorted(values), len(values)
     rank, outside = 1, 2 * 0.5**n
     while 2 * (rank + 1) <= n:
         wider = outside + 2 * math.comb(n, rank) * 0.5**n
-        if wider > 1 - confidence:
+        if wider > 1 - CONFIDENCE:
             break
         rank, outside = rank + 1, wider
     return ordered[rank - 1], ordered[n - rank], max(0.0, 1 - outside)

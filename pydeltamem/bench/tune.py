@@ -80,14 +80,12 @@ def halve(
     times_of: Callable[[_Arm], Sequence[float]],
     seconds: float,
     keep: int = 1,
-    least: int = 2,
-    clock: Callable[[], float] = perf_counter,
 ) -> tuple[list[_Arm], dict[_Arm, float]]:
     """Successive halving: all take turns, the slower half leaves, until `keep` are left.
 
     Args:
         times_of: runs one, and returns its times; their geometric mean counts.
-        seconds: for all of it, shared out evenly; each round of turns takes place `least` times in any case.
+        seconds: for all of it, shared out evenly; each round of turns takes place twice in any case.
 
     Returns those that are left, the fastest first, and of each how fast it was, relative to the fastest beside which it
     ran last.
@@ -95,10 +93,10 @@ def halve(
     left, speeds = list(arms), dict.fromkeys(arms, 1.0)
     n_rungs = max(1, math.ceil(math.log2(len(left) / keep)))
     while len(left) > keep:
-        end = clock() + seconds / n_rungs
+        end = perf_counter() + seconds / n_rungs
         logs: dict[_Arm, list[float]] = {arm: [] for arm in left}
         n_rounds = 0
-        while n_rounds < least or clock() < end:
+        while n_rounds < 2 or perf_counter() < end:
             times = {arm: mean(map(math.log, times_of(arm))) for arm in (left[::-1] if n_rounds % 2 else left)}
             middle = mean(times.values())  # what a round's neighbours share: the machine was fast or slow
             for arm, time in times.items():

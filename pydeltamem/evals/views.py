@@ -14,7 +14,6 @@ from .items import Context, Piece
 from .methods import bm25s_module, relevance
 
 NONE, FULL, LAST, BM25, DENSE, SUMMARY = VIEWS = ("none", "full", "last", "bm25", "dense", "summary")
-SEARCHES = (BM25, DENSE)
 PART = 1024  # tokens of a context that a summary takes up at a time
 
 Count = Callable[[str], int]  # of tokens
