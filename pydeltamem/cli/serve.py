@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import signal
 import socket
-import threading
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ..errors import InputError, RpcServerAway
 from .model_options import ADAPTER_HELP, MODEL_HELP, add_running_arguments, context_options, note
 from .parser import at_least, count, positive, positive_number
+
+if TYPE_CHECKING:
+    from ..server.service import AsyncDeltaMem
+    from ..server.store import Store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,26 +92,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        import uvicorn
-
-        from ..server import application, guards, logs, page, state, supervisor
+        from ..server import application, logs, page, state, supervisor
+        from ..server.draining import server_of
         from ..server.keys import Keys
-        from ..server.service import AsyncDeltaMem
         from ..server.store import Store
     except ImportError as error:
         raise InputError(f"a package of the server is missing ({error}): pip install 'pydeltamem[server]'") from error
     from ..hub import adapter_file, model_file
-    from ..runtime.remote import parsed, watch_connections, when_lost
+    from ..runtime.remote import parsed, when_lost
 
     keys = Keys(args.api_key_file)
-    if not keys and not guards.is_loopback(args.host):
-        raise InputError(
-            f"--host {args.host}: without keys the server listens to this machine only: give --api-key-file"
-        )
-    if not keys and "*" in args.cors_origin:
-        raise InputError(
-            "--cors-origin *: without keys any page could use the server: name pages, or give --api-key-file"
-        )
+    _check_access(args, has_keys=bool(keys))
     if args.rpc and not args.supervised:
         logs.set_up(args.log_level)
         endpoints, shared = parsed(args.rpc), supervisor.listening(args.host, args.port)
@@ -120,33 +113,11 @@ def run(args: argparse.Namespace) -> int:
     store = Store(args.store, n_undo=args.undo, keep_messages=args.keep_messages, may_be_away=True)
     listener = None if args.supervised else supervisor.listening(args.host, args.port)
 
-    def load() -> AsyncDeltaMem:
-        from ..llama import DeltaMemLlama
-
-        llm = DeltaMemLlama(
-            model,
-            deltamem_path=adapter,
-            lora_path=args.lora,
-            n_ctx=args.ctx_size,
-            n_seq_max=args.parallel,
-            n_batch=max(args.batch_size, args.parallel),
-            n_threads=args.threads,
-            n_threads_batch=args.threads_batch or args.threads,
-            rpc_servers=args.rpc,
-            **context_options(args),
-            use_mmap=not args.no_mmap,
-        )
-        if args.rpc:
-            watch_connections(args.rpc)
-        return AsyncDeltaMem(
-            llm, store, n_queue=args.queue, n_sessions=args.max_sessions, turn_timeout=args.turn_timeout
-        )
-
     def stop() -> None:
         server.should_exit = True
 
     settings = state.Settings(
-        load=load,
+        load=lambda: _service(args, model, adapter, store),
         keys=keys,
         model=args.alias or os.path.basename(model),
         base=os.path.basename(model),
@@ -160,41 +131,12 @@ def run(args: argparse.Namespace) -> int:
     )
     logs.set_up(args.log_level)
     app = application.application(settings)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=application.GRACE + application.LAST,
-        timeout_keep_alive=75,  # longer than clients and proxies keep theirs: who closes first is not asked meanwhile
-    )
-
-    class Draining(supervisor.Relay if args.supervised else uvicorn.Server):  # type: ignore[misc]
-        """At the first SIGTERM answers for a while, and tells balancers to send no more. At the end it cuts answers
-        before uvicorn cancels their requests, so that they end in order.
-        """
-
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            running = app.state.server
-            if sig != signal.SIGTERM or not args.drain or running.is_draining:
-                super().handle_exit(sig, frame)
-                return
-            running.is_draining = True
-            timer = threading.Timer(args.drain, super().handle_exit, (sig, frame))
-            timer.daemon = True
-            timer.start()
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            cut = asyncio.get_running_loop().call_later(application.GRACE, app.state.server.cut)
-            await super().shutdown(sockets)
-            cut.cancel()
-            if app.state.server.lost is not None:
-                os._exit(supervisor.AGAIN)  # Python would wait for the thread that does not come back
 
     def lost(reason: str) -> None:
         supervisor.end_soon()
         app.state.server.lose(reason)
 
-    server = Draining(config)
+    server = server_of(app, drain=args.drain, is_followed=bool(args.supervised))
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends in order, and raises the signal again afterwards
     if args.supervised:
         when_lost(lost)
@@ -208,6 +150,44 @@ def run(args: argparse.Namespace) -> int:
     if failure is not None:
         raise failure
     return 0 if server.started else 1
+
+
+def _check_access(args: argparse.Namespace, has_keys: bool) -> None:
+    """Raises InputError if anybody could use a server that has no keys."""
+    from ..server.guards import is_loopback
+
+    if not has_keys and not is_loopback(args.host):
+        raise InputError(
+            f"--host {args.host}: without keys the server listens to this machine only: give --api-key-file"
+        )
+    if not has_keys and "*" in args.cors_origin:
+        raise InputError(
+            "--cors-origin *: without keys any page could use the server: name pages, or give --api-key-file"
+        )
+
+
+def _service(args: argparse.Namespace, model: str, adapter: str | None, store: Store) -> AsyncDeltaMem:
+    """Loads the model."""
+    from ..llama import DeltaMemLlama
+    from ..runtime.remote import watch_connections
+    from ..server.service import AsyncDeltaMem
+
+    llm = DeltaMemLlama(
+        model,
+        deltamem_path=adapter,
+        lora_path=args.lora,
+        n_ctx=args.ctx_size,
+        n_seq_max=args.parallel,
+        n_batch=max(args.batch_size, args.parallel),
+        n_threads=args.threads,
+        n_threads_batch=args.threads_batch or args.threads,
+        rpc_servers=args.rpc,
+        **context_options(args),
+        use_mmap=not args.no_mmap,
+    )
+    if args.rpc:
+        watch_connections(args.rpc)
+    return AsyncDeltaMem(llm, store, n_queue=args.queue, n_sessions=args.max_sessions, turn_timeout=args.turn_timeout)
 
 
 def _origin(text: str) -> str:
