@@ -32,7 +32,7 @@ from .runtime.cpus import default_threads
 from .runtime.embedding import vectors
 from .runtime.engine import Engine
 from .runtime.ggml import can_be_mapped
-from .runtime.grammar import grammar_of_format
+from .runtime.grammar import check_forced_call, grammar_of_format
 from .runtime.history import Position, Tokens
 from .runtime.interrupt import uninterrupted
 from .runtime.library import Llama, LlamaState
@@ -536,6 +536,10 @@ class DeltaMemLlama(Llama):
         options["messages"] = messages = list(messages)
         if self.chat_handler is None and (grammar := grammar_of_format(options.pop("response_format", None))):
             options["grammar"] = grammar
+        if self.chat_handler is None:
+            with contextlib.suppress(AttributeError, TypeError):  # malformed: as the chat handler has it
+                for choice in ("tool_choice", "function_call"):
+                    check_forced_call(options.get("tools"), options.get("functions"), options.get(choice))
         asked = copy.deepcopy(messages)
         n_top = options.get("top_logprobs") or 0
         if options.get("logprobs"):

@@ -817,3 +817,21 @@ def test_tokens_that_begin_and_end_a_prompt(make_llm, monkeypatch):
     monkeypatch.setattr(bare, "token_bos", lambda: -1)  # as of a T5
     with pytest.raises(InputError):
         bare.create_completion("", max_tokens=1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("pattern", [r"^\d+$", r"^(a)\1$"])
+def test_a_call_that_an_answer_cannot_be_held_to(llm, pattern, stream):
+    """llama_cpp takes any JSON for it, without a word."""
+    parameters = {"type": "object", "properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
+    function = {"name": "find", "parameters": parameters}
+    tools = {"tools": [{"type": "function", "function": function}]}
+    forced = {"tool_choice": {"type": "function", "function": {"name": "find"}}}
+    asked = [{**tools, **forced}, {"functions": [function], "function_call": {"name": "find"}}]
+    for options in asked:
+        if pattern == r"^\d+$":
+            assert list(llm.create_chat_completion(HELLO, max_tokens=2, stream=stream, **options))
+            continue
+        with refuses(InputError, "find"):
+            list(llm.create_chat_completion(HELLO, max_tokens=2, stream=stream, **options))
+    assert llm.create_chat_completion(HELLO, max_tokens=1, **tools)["choices"]

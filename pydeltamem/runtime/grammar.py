@@ -84,6 +84,19 @@ def grammar_of_schema(schema: Any, name: str) -> Any:
         raise InputError(f"{name}: answers cannot be held to this JSON schema: {error}") from error
 
 
+def check_forced_call(tools: Any, functions: Any, choice: Any) -> None:
+    """Raises InputError if the answer must call a function whose parameters it cannot be held to: llama_cpp would hold
+    it to any JSON.
+    """
+    if not isinstance(choice, Mapping):
+        return
+    name = choice.get("name") or (choice.get("function") or {}).get("name")
+    offered = [*(functions or ()), *(tool.get("function") or {} for tool in tools or ())]
+    for function in offered:
+        if function.get("name") == name and "parameters" in function:
+            grammar_of_schema(function["parameters"], f"the parameters of {shown(name)}")
+
+
 def _n_repeated(schema: Any) -> int:
     """How often the grammar of a schema repeats its parts: llama_cpp writes out each of them."""
     n, left = 0, [schema]
