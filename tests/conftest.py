@@ -87,7 +87,7 @@ def read_once(make_llm):
 
 @pytest.fixture
 def in_process(capfd):
-    """in_process(*args): `deltamem` in this process: for what ends before a model is loaded."""
+    """in_process(*args): `deltamem` in this process: for what it refuses, which takes less than its start."""
     from pydeltamem.cli.main import main
 
     def run(*args):

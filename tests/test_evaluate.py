@@ -459,7 +459,7 @@ def test_what_a_memory_reads(native):
     assert native.n_tokens(TOLD) == len(tokens)
 
 
-def test_bad_options_are_named(tmp_path):
+def test_bad_options_are_named(in_process, tmp_path):
     for options, code, names in (
         (("--tasks", "recal"), 1, ["recal"]),
         (("--methods", "magic", "-n", "1"), 1, ["magic"]),
@@ -475,7 +475,7 @@ def test_bad_options_are_named(tmp_path):
         (("--plot", tmp_path), 1, [tmp_path]),
         (("-m", TINY / "base.gguf", "--adapters", f"a={TINY / 'base.gguf'}"), 1, [TINY / "base.gguf"]),
     ):
-        result = deltamem("eval", "recall", *options)
+        result = in_process("eval", "recall", *options)
         assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
         check_names(result.stderr.splitlines()[-1], names)
 
