@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import re
 import sys
@@ -496,8 +497,8 @@ def test_the_package_model_remembers(tmp_path):
     """The shipped files, run as a user runs them: the memory recalls what the frozen model cannot know."""
     path = tmp_path / "recall.json"
     result = deltamem(
-        "eval", "recall", "-n", "20", "--facts", "1,4", "--distance", "64", "--json", path,
-        "--plot", tmp_path / "recall.png", "--show", "2", timeout=600,
+        "eval", "recall", "--tasks", "recall,distance", "-n", "20", "--facts", "1,4", "--distance", "64",
+        "--json", path, "--plot", tmp_path / "recall.png", "--show", "2", timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     shown = result.stdout.split("\n\n")[-2:]  # two questions, with what was told, and what each method says
@@ -519,6 +520,19 @@ def test_the_package_model_remembers(tmp_path):
     assert setup["version"] == __version__ and setup["facts"] == [1, 4]
     assert setup["sha256"]["model"] == hashlib.sha256(model.read_bytes()).hexdigest()
     assert setup["sha256"]["adapters"]["msw"] == hashlib.sha256(memories["msw"].read_bytes()).hexdigest()
+
+
+def test_what_the_package_model_is_asked_by_default(tmp_path):
+    """All that it has learned, of the whole memory and of parts of the text."""
+    path = tmp_path / "recall.json"
+    result = deltamem("eval", "recall", "-n", "1", "--facts", "1", "--distance", "64", "--json", path)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    tasks = {"recall", "overwrite", "distance", "new_values", "visible", "knowledge"}
+    adapters = [name + text for name in ("tsw", "msw", "ssw") for text in ("", "+window", "+full")]
+    assert {(row["method"], row["task"]) for row in rows} == set(
+        itertools.product(("none", "window", "bm25", "full", *adapters), tasks)
+    )
 
 
 def test_shipped_files_are_small():
