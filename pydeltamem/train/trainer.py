@@ -21,7 +21,7 @@ from ..formats import kinds
 from ..formats.atomic import leftovers
 from ..formats.checkpoint import CONFIG, WEIGHTS
 from ..formats.lock import held
-from ..formats.outputs import check_target, make_folder, writing
+from ..formats.outputs import check_target, disk_errors, make_folder, writing
 from ..hub import model_file, model_path
 from .average import Average
 from .conversations import Conversations
@@ -191,7 +191,8 @@ class Trainer:
         with self.average.in_place():
             self.memory.save_checkpoint(self.out)
         if not self._goes_on:  # its rows are of an earlier run, whose weights are gone now
-            (self.out / LOG).unlink(missing_ok=True)
+            with disk_errors(self.out / LOG):
+                (self.out / LOG).unlink(missing_ok=True)
             self._goes_on = True
         saved = {
             "run": self._identity(), "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
