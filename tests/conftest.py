@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from golden_data import lay_out
 from skip_limits import pytest_addoption, pytest_configure  # noqa: F401 - hooks of pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    """A test has the same name in each of the processes that share the tests out."""
+    for item in items:
+        if re.search(r" at 0x[0-9a-f]", item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid}: an address differs from process to process: give the test an id")
 
 
 @pytest.fixture(scope="session")
