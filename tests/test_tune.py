@@ -401,9 +401,12 @@ def test_no_tune(cache, model, module):
 
 
 def test_the_server_takes_the_same_options(model):
-    options = model_options.context_options(arguments(serve, "-m", model, "-ub", 32, "--no-repack"))
-    assert options == {"n_gpu_layers": -1, "tuned": True, "n_ubatch": 32, "repack": False}
-    assert model_options.context_options(arguments(serve, "-m", model, "--no-tune"))["tuned"] is False
+    options = model_options.running_options(arguments(serve, "-m", model, "-ub", 32, "--no-repack"))
+    assert options == {
+        "n_batch": 512, "n_ubatch": 32, "n_gpu_layers": -1, "repack": False, "tuned": True, "use_mmap": True,
+        "n_threads": None, "n_threads_batch": None, "rpc_servers": None,
+    }  # fmt: skip
+    assert model_options.running_options(arguments(serve, "-m", model, "--no-tune"))["tuned"] is False
 
 
 #

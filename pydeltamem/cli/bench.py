@@ -18,7 +18,7 @@ from ..hub import adapter_file, model_file
 from ..runtime.cpus import usable
 from ..version import __version__
 from .bench_tables import print_costs, print_operator, print_returns, say
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, packed_adapter
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, context_options, packed_adapter
 from .parser import count, integers, positive
 from .progress import progress_bar
 
@@ -225,16 +225,10 @@ def _bench_return(args: argparse.Namespace, err: Console) -> dict[str, Any]:
             raise InputError(f"{model}: has no memory to return to: add --deltamem ADAPTER")
         _check_unpack(args, model, err)
         options = {
-            "n_batch": args.batch_size,
-            "n_ubatch": args.ubatch_size,
+            **context_options(args),
             "n_threads": args.threads or usable(),
             "n_threads_batch": args.threads_batch or args.threads or usable(),
-            "n_gpu_layers": args.gpu_layers,
-            "flash_attn": args.flash_attn == "on",
-            "type_k": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
-            "type_v": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
             "repack": not args.no_repack,
-            "unpack": args.unpack,
         }
 
         def load(n_ctx: int) -> DeltaMemLlama:

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,7 +20,6 @@ from ..evals.run import run as run_benchmark
 from ..evals.views import NEEDS
 from ..hub import adapter_file, model_file
 from ..models import default_files
-from ..runtime import library
 from ..runtime.cpus import cpu_name
 from ..runtime.remote import gpu_names
 from ..version import __version__
@@ -30,6 +28,7 @@ from .model_options import (
     MODEL_HELP,
     add_context_arguments,
     add_eval_arguments,
+    context_options,
     ended_by_ctrl_c,
     packed_adapter,
     padded,
@@ -162,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         with ended_by_ctrl_c():
             asker = Asker(
                 model, lora=args.lora if lora else None, n_ctx=n_ctx, threads=args.threads, parallel=args.parallel,
-                shares=not args.no_sharing, **_context(args),
+                shares=not args.no_sharing, **context_options(args),
             )  # fmt: skip
         bar.start()
         return asker
@@ -212,16 +211,3 @@ def _model_and_adapters(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
         model, shipped = default_files()
         return os.fspath(model), adapters or {name: os.fspath(path) for name, path in shipped.items()}
     return args.model, adapters
-
-
-def _context(args: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of DeltaMemLlama."""
-    return {
-        "n_batch": args.batch_size,
-        "n_ubatch": args.ubatch_size,
-        "n_gpu_layers": args.gpu_layers,
-        "flash_attn": args.flash_attn == "on",
-        "type_k": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_k.upper()}"),
-        "type_v": getattr(library.llama_cpp, f"GGML_TYPE_{args.cache_type_v.upper()}"),
-        "unpack": args.unpack,
-    }

@@ -194,12 +194,7 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
             deltamem_path=adapter,
             lora_path=args.lora,
             n_ctx=n_ctx,
-            n_batch=args.batch_size,
-            n_threads=args.threads,
-            n_threads_batch=args.threads_batch or args.threads,
-            rpc_servers=args.rpc,
-            **context_options(args),
-            use_mmap=not args.no_mmap,
+            **running_options(args),
             use_mlock=args.mlock,
             last_n_tokens_size=args.repeat_last_n,
             verbose=args.verbose,
@@ -234,18 +229,31 @@ def ended_by_ctrl_c() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def running_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_running_arguments` took, as keywords of DeltaMemLlama."""
+    return {
+        **context_options(args),
+        **({} if args.repack is None else {"repack": args.repack}),
+        "n_threads": args.threads,
+        "n_threads_batch": args.threads_batch or args.threads,
+        "rpc_servers": args.rpc,
+        "tuned": not args.no_tune,
+        "use_mmap": not args.no_mmap,
+    }
+
+
 def context_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_context_arguments` took with `tuned`, but for the batch, as keywords of DeltaMemLlama."""
+    """What `add_context_arguments` took without `tuned`, as keywords of DeltaMemLlama."""
     from ..runtime import library
 
-    given: dict[str, Any] = {"n_ubatch": args.ubatch_size, "repack": args.repack, "unpack": args.unpack}
+    options = {"n_batch": args.batch_size, "n_gpu_layers": args.gpu_layers}
+    given: dict[str, Any] = {"n_ubatch": args.ubatch_size, "unpack": args.unpack}
     if args.flash_attn is not None:
         given["flash_attn"] = args.flash_attn == "on"
     for letter in "kv":
         if name := getattr(args, f"cache_type_{letter}"):
             given[f"type_{letter}"] = getattr(library.llama_cpp, f"GGML_TYPE_{name.upper()}")
-    options = {name: value for name, value in given.items() if value is not None}
-    return {"n_gpu_layers": args.gpu_layers, "tuned": not args.no_tune, **options}
+    return {**options, **{name: value for name, value in given.items() if value is not None}}
 
 
 def memory_attached(llm: DeltaMemLlama, args: argparse.Namespace, n_written: int = 0) -> str:

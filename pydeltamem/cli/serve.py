@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ..errors import InputError, RpcServerAway
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_running_arguments, context_options, note
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_running_arguments, note, running_options
 from .parser import at_least, count, positive, positive_number
 
 if TYPE_CHECKING:
@@ -178,12 +178,7 @@ def _service(args: argparse.Namespace, model: str, adapter: str | None, store: S
         lora_path=args.lora,
         n_ctx=args.ctx_size,
         n_seq_max=args.parallel,
-        n_batch=max(args.batch_size, args.parallel),
-        n_threads=args.threads,
-        n_threads_batch=args.threads_batch or args.threads,
-        rpc_servers=args.rpc,
-        **context_options(args),
-        use_mmap=not args.no_mmap,
+        **{**running_options(args), "n_batch": max(args.batch_size, args.parallel)},
     )
     if args.rpc:
         watch_connections(args.rpc)
