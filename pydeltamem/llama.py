@@ -180,24 +180,11 @@ class DeltaMemLlama(Llama):
             self.close()  # its traceback may stay long
             raise
 
-        # plain strings: answers and pickles hold them
-        self.model_path = str(model_path)
+        self.model_path = str(model_path)  # plain strings: answers and pickles hold them
         self.lora_path = None if self.lora_path is None else str(self.lora_path)
         if kwargs.get("seed") == 0:
             self._seed = 0  # llama_cpp takes 0 for no seed
-        self._given_seed = self._seed  # each completion leaves another one
-        if type(self.tokenizer_) is library.LlamaTokenizer:
-            self.tokenizer_ = self.tokenizer()
-        self._text = self._engine.text(home=0)  # the slot that llama_cpp.Llama uses
-        # llama_cpp allocates rows that it never fills, and with a draft model only n_batch rows
-        self.scores = np.empty((self.n_ctx() if self._logits_all else 0, self.n_vocab()), dtype=np.single)
-        if self._logits_all:
-            self._text.scores = self.scores
-        self._slots.take(self._text)
-        self._n_before = 0  # tokens before the sampled one
-        self.finish_reason: str | None = None
-        self._messages: list[Any] | None = None  # of the latest chat completion that was decoded
-        self._asked: list[Any] | None = None  # of the next one
+        self._take_over()
 
     def _load(self, model_path: str, **kwargs: Any) -> None:
         """Calls `Llama.__init__`, and attaches the first adapter."""
@@ -236,6 +223,22 @@ class DeltaMemLlama(Llama):
             except (AdapterError, ModelError):
                 self.close()
                 raise
+
+    def _take_over(self) -> None:
+        """Replaces what `Llama.__init__` has set."""
+        self._given_seed = self._seed  # each completion leaves another one
+        if type(self.tokenizer_) is library.LlamaTokenizer:
+            self.tokenizer_ = self.tokenizer()
+        self._text = self._engine.text(home=0)  # the slot that llama_cpp.Llama uses
+        # llama_cpp allocates rows that it never fills, and with a draft model only n_batch rows
+        self.scores = np.empty((self.n_ctx() if self._logits_all else 0, self.n_vocab()), dtype=np.single)
+        if self._logits_all:
+            self._text.scores = self.scores
+        self._slots.take(self._text)
+        self._n_before = 0  # tokens before the sampled one
+        self.finish_reason: str | None = None
+        self._messages: list[Any] | None = None  # of the latest chat completion that was decoded
+        self._asked: list[Any] | None = None  # of the next one
 
     @classmethod
     def from_pretrained(

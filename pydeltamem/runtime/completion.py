@@ -24,7 +24,7 @@ import numpy.typing as npt
 from ..errors import InputError
 from . import library
 from .history import n_common
-from .logprobs import Scored, scored
+from .logprobs import Scored, listed, scored
 from .model import Model
 from .stream import Assembler
 from .tokenizer import Tokenizer, encoded, piece
@@ -257,14 +257,7 @@ class Completion:
         return scored(self._vocab, token, offset, row, self.logprobs or 0)
 
     def _logprobs(self, scored: list[Scored]) -> dict[str, Any] | None:
-        if self.logprobs is None:
-            return None
-        return {
-            "tokens": [each.token for each in scored],
-            "text_offset": [each.offset for each in scored],
-            "token_logprobs": [each.logprob for each in scored],
-            "top_logprobs": [each.top for each in scored],
-        }
+        return None if self.logprobs is None else listed(scored)
 
     #
     # as OpenAI's API puts it

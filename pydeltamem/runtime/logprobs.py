@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,16 @@ class Scored(NamedTuple):
     offset: int  # characters of the text before it
     logprob: float | None  # None: nothing stands before it
     top: dict[str, float] | None  # the likeliest first, and the token itself
+
+
+def listed(each: Sequence[Scored]) -> dict[str, Any]:
+    """Scored tokens as OpenAI's completions have them."""
+    return {
+        "tokens": [one.token for one in each],
+        "text_offset": [one.offset for one in each],
+        "token_logprobs": [one.logprob for one in each],
+        "top_logprobs": [one.top for one in each],
+    }
 
 
 def scored(vocab: Any, token: int, offset: int, row: npt.NDArray[np.float32] | None, n_top: int) -> Scored:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import InputError, shown
 from ..runtime.grammar import grammar_of_format, grammar_of_schema
+from ..runtime.logprobs import listed
 from .answer import Answer, Piece
 from .options import checked_n_top, checked_template, checked_whole
 from .tools import Tools
@@ -196,14 +197,7 @@ class Completion:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
 
     def _choice(self, text: str, reason: str | None = None, scored: Sequence[Any] = ()) -> dict[str, Any]:
-        logprobs = None
-        if self.n_top is not None:
-            logprobs = {
-                "tokens": [each.token for each in scored],
-                "text_offset": [each.offset for each in scored],
-                "token_logprobs": [each.logprob for each in scored],
-                "top_logprobs": [each.top for each in scored],
-            }
+        logprobs = None if self.n_top is None else listed(scored)
         choice = {"text": text, "index": 0, "logprobs": logprobs, "finish_reason": reason}
         return {**self._about(), "choices": [choice]}
 
