@@ -297,8 +297,14 @@ private:
         for (size_t i = 0; i < means.size(); ++i) {
             lay_out((int64_t) i, means[i]);
         }
+        int64_t at = s.n_means;
         for (int32_t i = 0; i < n_seqs; ++i) {
-            lay_out(s.n_means + i, seqs[i].left);
+            lay_out(at++, seqs[i].left);
+        }
+        for (int32_t i = 0; i < n_seqs; ++i) {
+            for (size_t k = 0; k < seqs[i].checkpoints.size(); ++k) {
+                lay_out(at++, { {}, n_seqs, i });
+            }
         }
     }
 };

@@ -18,6 +18,7 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 
+#include <algorithm>
 #include <chrono>
 #include <functional>
 #include <memory>
@@ -370,6 +371,9 @@ private:
                     if (const int slot = GGML_DELTAMEM_TOKEN_CHECKPOINT_SLOT(entry[1]); slot >= 0) {
                         const size_t kept = slot * stride + head * n_record;
                         same(kept, n_state, ref.record.data());
+                        check(!segments || std::all_of(&after[kept + 2 * n_state], &after[kept + n_record],
+                                                       [](float x) { return x == 0.0f; }),
+                              "%s: the sums of a checkpoint are not zero", name);
                         std::copy(&now[kept], &now[kept] + n_record, &others[kept]);
                     }
                 }
