@@ -30,7 +30,6 @@ from pydeltamem.models import default_files
 from pydeltamem.runtime.stream import TextStream
 from pydeltamem.version import __version__
 from refusals import check_names, refuses
-from test_cli import deltamem
 
 TALK = ("My name is Anna.", "I live in Oslo.", "My dog is called Rex.", "I work as a baker.", "I play the piano.")
 ASKED = (
@@ -473,12 +472,12 @@ def started(path, folder):
 
 
 def test_a_killed_run_ends_with_the_same_file(whole, tmp_path):
-    """SIGKILL after a random number of bytes, ten times."""
+    """SIGKILL after a random number of bytes, four times."""
     path, folder = whole
     data, file, draw = (folder / "locomo.jsonl").read_bytes(), tmp_path / "locomo.jsonl", random.Random(3)
-    for _ in range(10):
+    for _ in range(4):
         size = file.stat().st_size if file.exists() else 0
-        until = size + draw.randrange(1, len(data) // 12)
+        until = size + draw.randrange(1, len(data) // 5)
         run = started(path, tmp_path)
         while run.poll() is None and (not file.exists() or file.stat().st_size < until):
             time.sleep(0.002)
@@ -971,8 +970,8 @@ def test_a_report_of_nothing(tmp_path, capsys):
         (("--lora", "nothing.gguf"), 1, ["nothing.gguf"]),
     ],
 )
-def test_bad_options_are_named(tmp_path, options, code, names):
-    result = deltamem("eval", "locomo", "--data", locomo(tmp_path), "-o", tmp_path / "out", "-t", "1", *options)
+def test_bad_options_are_named(in_process, tmp_path, options, code, names):
+    result = in_process("eval", "locomo", "--data", locomo(tmp_path), "-o", tmp_path / "out", "-t", "1", *options)
     assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
     check_names(result.stderr.splitlines()[-1], names)
 
