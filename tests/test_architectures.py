@@ -98,14 +98,29 @@ def reference(name, folder):
     return prompt[0].tolist(), logits, state, plain, memory.layers
 
 
-def converted(folder):
+def convert(*folders):
+    """Converts the models, in one process. Returns what it said."""
+    script = [sys.executable, str(ROOT / "tools" / "convert_tiny.py"), str(hf.converter().parent)]
+    paths = [str(folder / name) for folder in folders for name in ("hf", "base.gguf")]
+    return subprocess.run([*script, *paths], capture_output=True, text=True).stderr
+
+
+def converted(folder, said):
     """The model and the adapter as GGUF."""
     base, adapter = folder / "base.gguf", folder / "adapter.gguf"
-    script = [sys.executable, str(ROOT / "tools" / "convert_tiny.py"), str(hf.converter().parent)]
-    done = subprocess.run([*script, str(folder / "hf"), str(base)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert base.exists(), said[-2000:]
     write_adapter(Checkpoint(folder / "adapter"), Base(base), adapter)
     return base, adapter
+
+
+@pytest.fixture(scope="module")
+def models(request, tmp_path_factory):
+    """models(name): the reference, the model and the adapter of each that a test will ask for."""
+    tests = [item for item in request.session.items if item.path == request.path and "models" in item.fixturenames]
+    folders = {test.callspec.params["name"]: tmp_path_factory.mktemp("model") for test in tests}
+    references = {name: reference(name, folder) for name, folder in folders.items()}
+    said = convert(*folders.values())
+    return lambda name: (references[name], *converted(folders[name], said))
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +140,8 @@ def results():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_architecture(tmp_path, name, results):
-    prompt, logits, state, plain, layers = reference(name, tmp_path)
-    base, adapter = converted(tmp_path)
+def test_architecture(models, name, results):
+    (prompt, logits, state, plain, layers), base, adapter = models(name)
     with open_context(base) as context:
         without = context.decode([(token, 0) for token in prompt])
     with open_context(base, adapter) as context:
@@ -152,7 +166,7 @@ def test_going_back_where_the_cache_holds_a_window_only(tmp_path, monkeypatch):
     """swa_full=False: what was overwritten is read again, without writing."""
     monkeypatch.setitem(SETTINGS, "Gemma3Text", {**SETTINGS["Gemma3Text"], "sliding_window": 16})
     reference("Gemma3Text", tmp_path)
-    base, adapter = converted(tmp_path)
+    base, adapter = converted(tmp_path, convert(tmp_path))
     text = tokens(1, 300)[0].tolist()
     found = []
     for goes_back in (False, True):
@@ -187,7 +201,7 @@ def test_the_results_in_the_package_are_of_this_library():
 def test_a_hybrid_that_goes_around_a_hook_is_refused(tmp_path):
     """llama.cpp's Qwen3-Next applies a gate between attention and output projection, outside of the common function."""
     reference("Qwen3Next", tmp_path)
-    base, adapter = converted(tmp_path)
+    base, adapter = converted(tmp_path, convert(tmp_path))
     with pytest.raises(AssertionError, match=r"'qwen3next'.* layer 1\b"), open_context(base, adapter):
         pass
 
@@ -195,7 +209,7 @@ def test_a_hybrid_that_goes_around_a_hook_is_refused(tmp_path):
 def test_a_projection_that_is_not_of_attention_is_refused(tmp_path):
     """Qwen3-Next's layers without attention have a fused projection, too; here narrower than k and v would be."""
     reference("Qwen3Next", tmp_path)
-    base, adapter = converted(tmp_path)
+    base, adapter = converted(tmp_path, convert(tmp_path))
     with open_context(base) as context:
         assert tiny_models().deltamem_tiny_adapter(context.model, 0, b"k", str(adapter).encode()) == 0
     with pytest.raises(AssertionError, match=r"'qwen3next'.* layer 0\b"), open_context(base, adapter):
@@ -205,7 +219,7 @@ def test_a_projection_that_is_not_of_attention_is_refused(tmp_path):
 def test_a_prompt_in_pieces_is_the_same(tmp_path):
     """Sliding windows and the memory over several batches."""
     prompt, logits, state, *_ = reference("Gemma2", tmp_path)
-    base, adapter = converted(tmp_path)
+    base, adapter = converted(tmp_path, convert(tmp_path))
     with open_context(base, adapter) as context:
         got = np.concatenate([context.decode([(token, 0) for token in prompt[i : i + 3]]) for i in range(0, 14, 3)])
         assert nmse(got, logits) <= bound_of("Gemma2") and nmse(context.state(0), state) <= bound_of("Gemma2")
