@@ -493,7 +493,7 @@ async def test_a_response_format_of_a_json_schema(serving):
         answer = await service.chat([user("hello")], response_format=wanted, temperature=0).whole()
         assert json.loads(answer) in ("qx", "xq")
         with refuses(InputError, "response_format", "yaml"):
-            service.chat([user("hello")], response_format={"type": "yaml"})
+            await service.chat([user("hello")], response_format={"type": "yaml"}).start()
 
 
 def test_a_message_begins_with_the_space_that_its_first_word_takes():

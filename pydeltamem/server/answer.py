@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..errors import InputError
 from ..runtime.completion import biased
 from ..runtime.generation import Generation
-from ..runtime.grammar import LlamaGrammar, checked_grammar
+from ..runtime.grammar import LlamaGrammar, checked_grammar, grammar_of_format
 from ..runtime.history import n_common
 from . import session as sessions
 from .history import Message, digests
@@ -244,6 +244,8 @@ class Answer:
         self._stop = list(options.get("stop") or ())
         self._criteria = None
         sampling = of_sampler(options)
+        if (grammar := grammar_of_format(options.get("response_format"))) is not None:  # a schema takes its time
+            sampling["grammar"] = grammar
         if self.messages is not None:
             caught = self.shared.prompts.rendered(self.messages, options)
             self._tokens, self._criteria = list(caught.prompt), caught.stopping_criteria

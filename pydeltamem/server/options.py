@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError, shown
-from ..runtime.grammar import grammar_of_format
 from ..runtime.names import nearest
 
 _SAMPLING = {
@@ -64,9 +63,6 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError("stop is a text, or a list of texts")
     elif stop is not None and len(stop) > _N_STOP:
         raise InputError(f"stop has at most {_N_STOP} texts, not {len(stop)}")
-    grammar = grammar_of_format(given.pop("response_format", None))
-    if grammar is not None:
-        given["grammar"] = grammar
     return {**DEFAULTS, **{_SAMPLING.get(name, name): value for name, value in given.items()}}
 
 
