@@ -36,11 +36,11 @@ def llm(make):
 @pytest.fixture(scope="module")
 def hybrid_files(tmp_path_factory):
     """A tiny LFM2, whose layers without attention keep a state of their own, and a memory on its attention."""
-    from test_architectures import converted, reference
+    from test_architectures import convert, converted, reference
 
     folder = tmp_path_factory.mktemp("lfm2")
     reference("Lfm2", folder)
-    return converted(folder)
+    return converted(folder, convert(folder))
 
 
 @pytest.fixture
