@@ -18,15 +18,13 @@ from ..formats.kinds import json_of
 from .bootstrap import Estimate, Sample, ratio
 from .items import DAMAGED, why
 from .plot import matplotlib_figure
-from .run import BESIDE, LORA
+from .run import BESIDE, LORA, OF_MACHINE
 
 RESULTS = json_of("results of deltamem eval", {"setups", "rows", "ratios"})
 
 # What all methods of a benchmark should have alike; of other models and questions they cannot be compared at all
 OF_ONE = ("model", "questions")
 OF_ALL = (*OF_ONE, "version", "n_ctx", "seed", "flash_attn", "KV cache", "unpack")
-# What shards may have had on several machines: it decides rounding, after which a greedy answer may be another one
-OF_MACHINE = ("processor", "gpu_layers")
 
 
 @dataclass(frozen=True)

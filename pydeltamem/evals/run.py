@@ -28,6 +28,8 @@ PLAIN = {
 LORA = "lora"
 PROTOCOLS = ("context", "memory")
 WAVES = 4  # questions without a text before them that are asked together, for each slot
+# of a setup: what several machines may differ in. It decides rounding, after which a greedy answer may be another one
+OF_MACHINE = ("processor", "gpu_layers")
 BESIDE = ("last", "bm25", "dense", "summary")  # text that a memory may have besides: NAME/memory+bm25
 
 
@@ -266,7 +268,7 @@ class AnswerFile:
         if "version" not in before:
             raise InputError(f"{self.path}: holds a run of an earlier version: name another folder by --output")
         for name in {**before, **now}:
-            if name in ("processor", "gpu_layers") and name not in before:  # begun before that was written down
+            if name in OF_MACHINE and name not in before:  # begun before that was written down
                 continue
             if before.get(name) != now.get(name):
                 raise InputError(
