@@ -537,9 +537,9 @@ class DeltaMemLlama(Llama):
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
             raise InputError(f"messages is a list of messages, not {shown(repr(messages))}")
         options["messages"] = messages = list(messages)
-        if self.chat_handler is None and (grammar := grammar_of_format(options.pop("response_format", None))):
-            options["grammar"] = grammar
         if self.chat_handler is None:
+            if grammar := grammar_of_format(options.pop("response_format", None)):
+                options["grammar"] = grammar
             with contextlib.suppress(AttributeError, TypeError):  # malformed: as the chat handler has it
                 for choice in ("tool_choice", "function_call"):
                     check_forced_call(options.get("tools"), options.get("functions"), options.get(choice))
