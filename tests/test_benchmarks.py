@@ -371,14 +371,15 @@ def test_more_questions_than_slots(asker):
 
 
 def test_what_is_asked_together():
-    """As many as fit, four times as many where a question has nothing before it; never two contexts."""
+    """As many as fit, about four times as many where a question has nothing before it; never two contexts."""
     talks = [Context((Piece("Ann: I keep bees.", "[1 May]"),), f"talk {i}") for i in range(2)]
     items = [Item(f"{i}", "k", "q", ("a",), i, talks[i % 2]) for i in range(10)]
     alone = [Item(f"{i}", "k", "q", ("a",), i, None) for i in range(40)]
     none, backbone = methods_of({}, (), {}, False, ["none", "backbone"], True)
     sizes = {method.name: [len(unit.items) for unit in units_of(items, [method], 4)] for method in (none, backbone)}
     assert sizes == {"none": [10], "backbone": [3, 2, 3, 2]}
-    assert [len(unit.items) for unit in units_of(alone, [backbone], 4)] == [16, 16, 8]
+    for n, units in (40, [20, 20]), (34, [17, 17]), (17, [17]), (3, [3]), (0, []):
+        assert [len(unit.items) for unit in units_of(alone[:n], [backbone], 4)] == units
 
 
 def test_a_text_that_is_read_twice(asker):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ PLAIN = {
 }  # fmt: skip
 LORA = "lora"
 PROTOCOLS = ("context", "memory")
-WAVES = 4  # questions without a text before them that are asked together, for each slot
+WAVES = 4  # about as many questions without a text before them are asked together, for each slot
 # of a setup: what several machines may differ in. It decides rounding, after which a greedy answer may be another one
 OF_MACHINE = ("processor", "gpu_layers")
 BESIDE = ("last", "bm25", "dense", "summary")  # text that a memory may have besides: NAME/memory+bm25
@@ -107,7 +108,8 @@ class Unit:
 
 def units_of(items: Sequence[Item], methods: Sequence[Method], parallel: int) -> Iterator[Unit]:
     """The work of a run, in order. Questions that need no text before them are more than fit at once: where an answer
-    ends, the next question begins, so that a long answer is not waited for alone.
+    ends, the next question begins, so that a long answer is not waited for alone. Their units are of one size, since a
+    last one of few questions would leave most slots empty.
     """
     groups: dict[object, list[Item]] = {}
     for item in items:
@@ -122,7 +124,9 @@ def units_of(items: Sequence[Item], methods: Sequence[Method], parallel: int) ->
             else:
                 alone += group
         reads_nothing = not method.reads and (method.view == views.NONE or all(item.context is None for item in alone))
-        step = WAVES * parallel if reads_nothing else parallel
+        step = parallel
+        if reads_nothing:
+            step = math.ceil(len(alone) / max(1, round(len(alone) / (WAVES * parallel)))) or 1
         yield from (Unit(method, tuple(alone[i : i + step])) for i in range(0, len(alone), step))
 
 
