@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import gc
+import inspect
 import pickle
 import re
 import subprocess
@@ -607,6 +609,18 @@ def test_values_that_llama_cpp_takes(make_llm):
         f16_kv=True, n_parts=-1,
     )  # fmt: skip
     assert len(list(llm.create_completion(TOKENS, max_tokens=2, stream=True))) >= 1
+
+
+def test_the_server_of_llama_cpp_loads_it(make_llm):
+    """It gives keywords that llama_cpp.Llama has no more, and does not say so."""
+    source = Path(inspect.getfile(Llama)).parent / "server" / "model.py"
+    calls = [node for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    (load,) = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "create_fn"]
+    defaults = inspect.signature(Llama.__init__).parameters
+    names = [keyword.arg for keyword in load.keywords if keyword.arg not in (None, "rpc_servers", "verbose")]
+    former = [name for name in names if name not in defaults]
+    assert former and len(names) > 25
+    make_llm(**{name: True if name in former else defaults[name].default for name in names})
 
 
 def test_an_unknown_chat_format(make_llm):

@@ -22,7 +22,8 @@ from .values import number, whole
 
 _llama = library.llama_cpp
 
-FORMER = {"f16_kv", "n_parts"}  # llama_cpp took them once, and LangChain still gives them
+# keywords that llama_cpp took once and ignores now; LangChain and llama_cpp's own server still give some of them
+FORMER = {"f16_kv", "low_vram", "mul_mat_q", "n_gqa", "n_parts", "rms_norm_eps"}
 
 _KEYWORDS = [name for name, of in inspect.signature(Llama.__init__).parameters.items() if of.kind == of.KEYWORD_ONLY]
 _TYPES = typing.get_type_hints(Llama.__init__)
