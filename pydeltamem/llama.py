@@ -13,9 +13,9 @@ import itertools
 import os
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,21 @@ LlamaChatCompletionHandlerNotFoundException: Any = (
 _GENERATE = inspect.signature(Llama.generate)
 _COMPLETE = inspect.signature(Llama.create_completion)
 _CHAT = inspect.signature(Llama.create_chat_completion)
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _called_as(theirs: Callable[_P, Any]) -> Callable[[Callable[..., _R]], Callable[_P, _R]]:
+    """Decorator: says that a method has the parameters of llama_cpp's, which it passes on. Editors show them, and
+    programs ask for them to see which of their options they can give.
+    """
+
+    def decorated(ours: Callable[..., _R]) -> Callable[_P, _R]:
+        ours.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
+        return ours
+
+    return decorated
 
 
 class DeltaMemLlama(Llama):
@@ -436,6 +451,7 @@ class DeltaMemLlama(Llama):
         except InputError:
             return deque(maxlen=1)
 
+    @_called_as(Llama.generate)
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As `Llama.generate`. At its end, text and memory hold no drafted token that was not taken.
 
@@ -453,6 +469,7 @@ class DeltaMemLlama(Llama):
         whole: Any = list(tokens) if isinstance(tokens, Iterable) else tokens
         yield from Continuation(self, whole, options).tokens()
 
+    @_called_as(Llama.sample)
     @holding("_text.turn")
     @holding("_engine.lock")
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
@@ -473,8 +490,8 @@ class DeltaMemLlama(Llama):
         self._n_before = self.n_tokens if idx is None else idx + 1
         return sampler.sample(self._ctx, row)
 
-    @functools.wraps(Llama._init_sampler)
-    def _init_sampler(self, *args: Any, **kwargs: Any) -> Sampler:  # type: ignore[override]
+    @_called_as(Llama._init_sampler)
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
         return self._seeded_sampler(self._seed, *args, **kwargs)
 
     def _seeded_sampler(self, seed: int, *args: Any, **kwargs: Any) -> Sampler:
@@ -486,6 +503,7 @@ class DeltaMemLlama(Llama):
         super().set_seed(whole(seed, "seed"))
         self._given_seed = self._seed
 
+    @_called_as(Llama.create_completion)
     def create_completion(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """As `Llama.create_completion`, with these rules for `max_tokens=0` and log probabilities.
 
@@ -522,6 +540,7 @@ class DeltaMemLlama(Llama):
                     return
                 yield chunk
 
+    @_called_as(Llama.create_chat_completion)
     def create_chat_completion(self, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
         """As `Llama.create_chat_completion`.
 
@@ -596,10 +615,12 @@ class DeltaMemLlama(Llama):
             raise InputError("segments were given but the adapter writes per token: call eval without them")
         return segment_ids(segments, len(tokens))
 
+    @_called_as(Llama.tokenize)
     def tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
         """As `Llama.tokenize`."""
         return self._slots.call(super().tokenize, *args, **kwargs)
 
+    @_called_as(Llama.detokenize)
     def detokenize(self, *args: Any, **kwargs: Any) -> bytes:
         """As `Llama.detokenize`."""
         return self._slots.call(super().detokenize, *args, **kwargs)
@@ -761,6 +782,16 @@ class DeltaMemLlama(Llama):
     def __exit__(self, *error: object) -> None:
         self.close()
 
+
+def _with_llamas_keywords() -> inspect.Signature:
+    """The signature of `DeltaMemLlama.__init__`, with llama_cpp's keywords in place of `kwargs`."""
+    ours = inspect.signature(DeltaMemLlama.__init__)
+    theirs = {name: each for name, each in inspect.signature(Llama.__init__).parameters.items() if name != "kwargs"}
+    mine = [each for name, each in ours.parameters.items() if name != "kwargs"]
+    return ours.replace(parameters=[*mine, *(each for name, each in theirs.items() if name not in ours.parameters)])
+
+
+DeltaMemLlama.__init__.__signature__ = _with_llamas_keywords()  # type: ignore[attr-defined]
 
 _open: weakref.WeakSet[DeltaMemLlama] = weakref.WeakSet()
 

@@ -57,6 +57,19 @@ def test_the_page_says_which_are_our_own():
     assert set(rows().values()) == {"overridden", "inherited", "inherited and wrong"}
 
 
+@pytest.mark.parametrize("name", [name for name in PUBLIC if inspect.isroutine(getattr(Llama, name))])
+def test_the_parameters_are_those_of_llama_cpp(name):
+    """Programs ask for them to see which of their options they can give. Ours may follow."""
+    theirs, ours = (dict(inspect.signature(getattr(cls, name)).parameters) for cls in (Llama, DeltaMemLlama))
+    if name == "__init__":
+        del theirs["kwargs"]  # all that it ignores
+    positional = [key for key, each in theirs.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    assert list(ours)[: len(positional)] == positional
+    others = {"verbose": False, "filename": None}  # defaults, as docs/reference/llama-methods.md says
+    for key, each in theirs.items():
+        assert (ours[key].kind, ours[key].default) == (each.kind, others.get(key, each.default)), key
+
+
 # tokens
 
 
@@ -166,6 +179,32 @@ def test_how_long_it_took_is_printed(make_llm, capfd, verbose):
         capfd.readouterr()
         llm.create_completion("hello", max_tokens=3)
         assert ("tokens per second" in capfd.readouterr().err) == verbose
+
+
+def test_calls_that_know_nothing_of_each_other(make_llm):
+    """As the page says: after both resets it is a model just loaded."""
+    chat = {"messages": [{"role": "user", "content": "hello there"}], "max_tokens": 4, "temperature": 0}
+
+    def asked(llm):
+        choices = llm.create_chat_completion(**chat)["choices"]
+        return choices, llm.logits, llm.memory.state
+
+    llm, new = make_llm(), make_llm()
+    llm.create_chat_completion([{"role": "user", "content": "grün"}], max_tokens=4)
+    llm.reset()
+    llm.memory.reset()
+    for mine, expected in zip(asked(llm), asked(new)):
+        np.testing.assert_array_equal(mine, expected)
+
+
+def test_an_empty_memory_that_is_not_written_changes_nothing(make_llm):
+    llm, without = make_llm(), make_llm(None)
+    llm.memory.write = False
+    for model in (llm, without):
+        model.eval(TOKENS)
+        model.eval(TOKENS[::-1])
+    np.testing.assert_array_equal(llm.logits, without.logits)
+    assert not llm.memory.state.any()
 
 
 def test_call_is_create_completion(llm):
