@@ -31,9 +31,9 @@ from typing import Any
 import platformdirs
 
 from .errors import AdapterError, FetchError, InputError, ModelError, no_file
+from .formats.disk_errors import disk_errors
 from .formats.ending import ending_in_order
 from .formats.kinds import MEMORY
-from .formats.outputs import disk_errors
 from .models import ADAPTERS, shipped_adapter
 from .runtime.children import environment
 from .runtime.names import nearest

@@ -23,7 +23,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from ..formats.outputs import disk_errors
+from ..formats.disk_errors import disk_errors
 from ..llama import DeltaMemLlama
 from ..runtime.cpus import cpu_name
 from .pairs import median_interval

@@ -36,9 +36,10 @@ import safetensors.numpy
 
 from ..errors import InputError, MemoryFileError, named, shown
 from .atomic import is_stream, replacing, target_of
+from .disk_errors import save_errors
 from .kinds import MEMORY, MEMORY_JSON, MEMORY_NPZ, Kind
 from .kinds import MEMORY_FORMAT as FORMAT
-from .memory_lock import not_kept_elsewhere, save_errors
+from .memory_lock import not_kept_elsewhere
 
 FORMAT_VERSION = 1
 MAX_WRITTEN = 2**53  # tokens; a larger number is none that was counted, and stores could not hold it

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from ..errors import MemoryFileError, MemoryFileInUse, named
+from ..errors import MemoryFileError, MemoryFileInUse
 from .atomic import is_stream, leftovers, target_of
+from .disk_errors import save_errors
 from .lock import take_lock
 
 
@@ -162,11 +163,3 @@ def not_kept_elsewhere(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def save_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise MemoryFileError(f"{named(path)}: the memory cannot be saved: {error.strerror or error}") from error

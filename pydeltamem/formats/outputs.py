@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ..errors import InputError, OutputError, named
+from ..errors import InputError
 from .atomic import is_stream, replacing, target_of
+from .disk_errors import disk_errors
 from .kinds import Kind
 
 
@@ -33,15 +34,6 @@ def as_text(name: str) -> str:
         return os.fsencode(name).decode("utf-8", "replace")
     except UnicodeEncodeError:
         return name.encode("utf-8", "replace").decode("utf-8")
-
-
-@contextlib.contextmanager
-def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an OSError of writing `path` into an OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{named(path)}: cannot be written: {error.strerror or error}") from error
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:

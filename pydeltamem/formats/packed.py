@@ -18,9 +18,10 @@ import gguf
 
 from ..errors import AdapterError, InputError, ModelError, shown
 from .base_model import Base
+from .disk_errors import disk_errors
 from .gguf_header import MAGIC, Header, Tensor
 from .kinds import ADAPTER, MODEL, SHARD, Kind
-from .outputs import disk_errors, refuse_inputs, writing
+from .outputs import refuse_inputs, writing
 
 PREFIX = "deltamem."
 OTHERS = "deltamem.packed."  # prefix of the adapter's other keys

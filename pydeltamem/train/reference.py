@@ -42,7 +42,8 @@ from ..formats.checkpoint import (
     read_config,
     read_fields,
 )
-from ..formats.outputs import check_disk, disk_errors, make_folder, writing
+from ..formats.disk_errors import disk_errors
+from ..formats.outputs import check_disk, make_folder, writing
 
 #
 # the recurrence

@@ -20,8 +20,9 @@ from ..errors import InputError, TrainingError
 from ..formats import kinds
 from ..formats.atomic import leftovers
 from ..formats.checkpoint import CONFIG, WEIGHTS
+from ..formats.disk_errors import disk_errors
 from ..formats.lock import held
-from ..formats.outputs import check_target, disk_errors, make_folder, writing
+from ..formats.outputs import check_target, make_folder, writing
 from ..hub import model_file, model_path
 from .average import Average
 from .conversations import Conversations
