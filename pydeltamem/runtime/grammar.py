@@ -22,6 +22,7 @@ _PARENTHESES = re.compile(r'"(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|#[^\n]*|([(
 _REPEATS = ("minLength", "maxLength", "minItems", "maxItems")
 _COUNT = re.compile(r"(?<=[{,])\s*([0-9]+)\s*(?=[,}])")  # in a pattern
 _MAX_REPEATED = 100_000
+_parsable: weakref.WeakSet[Any] = weakref.WeakSet()  # grammars
 _checked_grammars: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -37,10 +38,11 @@ def checked_grammar(llm: Model, text: Any, name: str = "grammar") -> Any:
         raise InputError(f"{name} is GBNF text or a LlamaGrammar, not {grammar!r}")
     if grammar in _checked_grammars:
         return grammar
-    text = _bytes_of(grammar._grammar, name)
+    _check_parsable(grammar, name)
+    gbnf = grammar._grammar.encode()
     with library.silencing, library.errors_held() as log, suppress_stdout_stderr(disable=llm.verbose):
         sampler = llm._engine.slots.call(
-            lambda: _llama.llama_sampler_init_grammar(llm._model.vocab, text, grammar._root.encode())
+            lambda: _llama.llama_sampler_init_grammar(llm._model.vocab, gbnf, grammar._root.encode())
         )
         reason = library.reason(log)
         log.clear()
@@ -77,9 +79,9 @@ def grammar_of_schema(schema: Any, name: str) -> Any:
             raise ValueError(f"it is an object, not {shown(repr(schema))}")
         if _n_repeated(schema) > _MAX_REPEATED:
             raise ValueError(f"it repeats more than {_MAX_REPEATED:,} times")
-        grammar = json_schema_to_gbnf(json.dumps(schema))
-        _bytes_of(grammar, "its grammar")  # which llama.cpp's parser survives
-        return LlamaGrammar.from_string(grammar, verbose=False)
+        grammar = LlamaGrammar.from_string(json_schema_to_gbnf(json.dumps(schema)), verbose=False)
+        _check_parsable(grammar, "its grammar")
+        return grammar
     except Exception as error:
         raise InputError(f"{name}: answers cannot be held to this JSON schema: {error}") from error
 
@@ -122,13 +124,17 @@ def _n_nested(grammar: str) -> int:
     return deepest
 
 
-def _bytes_of(text: str, name: str) -> bytes:
-    """A GBNF grammar for llama.cpp's parser. Raises InputError, which names it `name`, if that would not survive it."""
+def _check_parsable(grammar: Any, name: str) -> None:
+    """Raises InputError, which names it `name`, if llama.cpp's parser would not survive a LlamaGrammar."""
+    if grammar in _parsable:
+        return
+    text = grammar._grammar
     if "\0" in text:  # where the parser would take the text for ended
         raise InputError(f"{name}: it has a null character")
     if _n_nested(text) > _MAX_NESTED:  # the parser calls itself for each, until the stack ends
         raise InputError(f"{name}: its parentheses are nested deeper than {_MAX_NESTED:,} levels")
     try:
-        return text.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{name}: no UTF-8: {error.reason} at character {error.start}") from None
+    _parsable.add(grammar)

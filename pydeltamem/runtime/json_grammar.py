@@ -8,6 +8,7 @@ GBNF, which has few, and leaves quotes and backslashes as they are.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -57,7 +58,12 @@ class _Converter(_llama_grammar.SchemaConverter):  # type: ignore[misc]
 
 def json_schema_to_gbnf(schema: str, prop_order: Sequence[str] | None = None) -> str:
     """As llama_cpp's, whose exceptions it raises."""
-    order = {name: i for i, name in enumerate(prop_order or ())}
+    return _converted(schema, tuple(prop_order or ()))
+
+
+@functools.lru_cache(maxsize=1)  # a forced call's is converted to check it, and then by llama_cpp's chat handler
+def _converted(schema: str, prop_order: Sequence[str]) -> str:
+    order = {name: i for i, name in enumerate(prop_order)}
     converter = _Converter(prop_order=order, allow_fetch=False, dotall=False, raw_pattern=False)
     converter.visit(converter.resolve_refs(json.loads(schema), "stdin"), "")
     return _PARTS.sub(_excluding, converter.format_grammar())
