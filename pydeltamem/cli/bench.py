@@ -29,7 +29,14 @@ REPORT = json_of("a report of deltamem bench", {"version", "setup"}, {"version",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
+    _add_model(parser.add_argument_group("model"))
+    _add_what(parser.add_argument_group("what is timed (the JSON repeats the first of several at its top)"))
+    _add_context(parser.add_argument_group("context"))
+    parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
+    parser.add_argument("--json", metavar="FILE", help="also write the results as JSON (-: standard output)")
+
+
+def _add_model(model: argparse._ArgumentGroup) -> None:
     source = model.add_mutually_exclusive_group()
     source.add_argument("-m", "--model", metavar="FILE", help=MODEL_HELP)
     source.add_argument(
@@ -45,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--rank", type=positive, metavar="R", help="rank of --synthetic (8) and of --op (8 and 16)")
     model.add_argument("--heads", type=positive, metavar="H", help="state heads of --synthetic and --op (1)")
 
-    what = parser.add_argument_group("what is timed (the JSON repeats the first of several at its top)")
+
+def _add_what(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "-p",
         "--n-prompt",
@@ -88,14 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--op-tokens", type=integers, default=[1, 512], metavar="N,...", help="tokens per call of --op (1,512)"
     )
 
-    context = parser.add_argument_group("context")
+
+def _add_context(context: argparse._ArgumentGroup) -> None:
     context.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (all CPUs)")
     context.add_argument("-tb", "--threads-batch", type=positive, metavar="N", help="threads for prompts (as -t)")
     add_context_arguments(context)
     context.add_argument("--no-repack", action="store_true", help="leave weights in the layout of the file")
-
-    parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
-    parser.add_argument("--json", metavar="FILE", help="also write the results as JSON (-: standard output)")
 
 
 def run(args: argparse.Namespace) -> int:

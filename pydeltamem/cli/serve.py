@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
+    _add_model(parser.add_argument_group("model"))
+    _add_server(parser.add_argument_group("server"))
+    _add_sessions(parser.add_argument_group("sessions"))
+    _add_limits(parser.add_argument_group("limits"))
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("-m", "--model", required=True, metavar="FILE", help=MODEL_HELP)
     group.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
     group.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF")
@@ -33,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_running_arguments(group)
     group.add_argument("--alias", metavar="NAME", help="name of the model in answers (its file's)")
 
-    group = parser.add_argument_group("server")
+
+def _add_server(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     group.add_argument("--port", type=at_least(0, 65535), default=8080, metavar="N", help="port (%(default)s; 0: any)")
     group.add_argument("--api-key-file", metavar="FILE", help="API keys, one a line; sessions belong to a key")
@@ -54,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--supervised", metavar="FD,FD", help=argparse.SUPPRESS)  # by whom: `server/supervisor.py`
 
-    group = parser.add_argument_group("sessions")
+
+def _add_sessions(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--store",
         metavar="URL",
@@ -69,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--undo", type=positive, default=8, metavar="N", help="turns of a session that can be taken back (%(default)s)"
     )
 
-    group = parser.add_argument_group("limits")
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--queue", type=positive, default=64, metavar="N", help="requests that wait (%(default)s)")
     group.add_argument(
         "--turn-timeout", type=positive_number, default=10.0, metavar="SECONDS",
