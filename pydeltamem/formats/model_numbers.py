@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import ModelError, shown
 
@@ -28,63 +28,85 @@ def check_numbers(path: str | os.PathLike[str], keys: Mapping[str, Any]) -> None
 
     llama.cpp itself refuses a missing key or one of another type.
     """
-    architecture = keys.get("general.architecture")
+    numbers = _Numbers(path, keys)
+    _check_layers(numbers)
+    _check_experts(numbers)
+    _check_scalings(numbers)
+    _check_heads(numbers)
 
-    def number(name: str, default: int = 0) -> int:
+
+class _Numbers:
+    """The keys of a model under its architecture's name, which stands before them in the file."""
+
+    def __init__(self, path: str | os.PathLike[str], keys: Mapping[str, Any]) -> None:
+        self.architecture = str(keys.get("general.architecture"))
+        self._path, self._keys = path, keys
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._keys.get(f"{self.architecture}.{name}", default)
+
+    def number(self, name: str, default: int = 0) -> int:
         """A whole number; the largest one of a list over the layers."""
-        value = keys.get(f"{architecture}.{name}", default)
+        value = self.get(name, default)
         value = max(value, default=default) if isinstance(value, list) else value
         return value if isinstance(value, int) else default
 
-    def refuse(name: str, wanted: str) -> None:
-        value = shown(keys.get(f"{architecture}.{name}", "missing"))
+    def refuse(self, name: str, wanted: str) -> NoReturn:
         raise ModelError(
-            f"{os.fspath(path)}: the model cannot be loaded: {architecture}.{name} is {value}, not {wanted}"
+            f"{os.fspath(self._path)}: the model cannot be loaded: {self.architecture}.{name} is"
+            f" {shown(self.get(name, 'missing'))}, not {wanted}"
         )
 
-    n_layer = number("block_count", 1)
+
+def _check_layers(numbers: _Numbers) -> None:
+    n_layer = numbers.number("block_count", 1)
     if not 1 <= n_layer <= MAX_LAYERS:
-        refuse("block_count", f"1 to {MAX_LAYERS}")
-    if number("nextn_predict_layers") > n_layer:
-        refuse("nextn_predict_layers", f"at most the {n_layer} of block_count")
+        numbers.refuse("block_count", f"1 to {MAX_LAYERS}")
+    if numbers.number("nextn_predict_layers") > n_layer:
+        numbers.refuse("nextn_predict_layers", f"at most the {n_layer} of block_count")
+    if not 0 <= numbers.number("context_length") < 2**31:  # llama_cpp makes an array of so many tokens for each text
+        numbers.refuse("context_length", "0 or more, in 31 bits")
 
-    if not 0 <= number("context_length") < 2**31:  # llama_cpp makes an array of so many tokens for each text
-        refuse("context_length", "0 or more, in 31 bits")
 
-    n_expert, n_used = number("expert_count"), number("expert_used_count")
-    if str(architecture).startswith("hunyuan") and n_expert <= 1:
+def _check_experts(numbers: _Numbers) -> None:
+    n_expert, n_used = numbers.number("expert_count"), numbers.number("expert_used_count")
+    if numbers.architecture.startswith("hunyuan") and n_expert <= 1:
         n_expert = n_used = 0
     if n_expert > MAX_EXPERTS:
-        refuse("expert_count", f"at most {MAX_EXPERTS}")
+        numbers.refuse("expert_count", f"at most {MAX_EXPERTS}")
     if not min(n_expert, 1) <= n_used <= n_expert:
-        refuse(
-            "expert_used_count", f"1 to the {n_expert} of expert_count" if n_expert else "0: the model has no experts"
-        )
-    n_group = number("expert_group_count")
+        wanted = f"1 to the {n_expert} of expert_count" if n_expert else "0: the model has no experts"
+        numbers.refuse("expert_used_count", wanted)
+    n_group = numbers.number("expert_group_count")
     if n_group and (n_group >= n_expert or n_expert % n_group):
-        refuse("expert_group_count", f"a smaller divisor of the {n_expert} of expert_count")
-    if n_group > 1 and not 1 <= number("expert_group_used_count") < n_group:
-        refuse("expert_group_used_count", f"1 to {n_group - 1}")
+        numbers.refuse("expert_group_count", f"a smaller divisor of the {n_expert} of expert_count")
+    if n_group > 1 and not 1 <= numbers.number("expert_group_used_count") < n_group:
+        numbers.refuse("expert_group_used_count", f"1 to {n_group - 1}")
 
-    scaling = keys.get(f"{architecture}.rope.scaling.type", "linear")
+
+def _check_scalings(numbers: _Numbers) -> None:
+    """Of RoPE, and of the norms."""
+    scaling = numbers.get("rope.scaling.type", "linear")
     if isinstance(scaling, str) and scaling not in ROPE_SCALINGS:
-        refuse("rope.scaling.type", f"one of {', '.join(ROPE_SCALINGS)}")
+        numbers.refuse("rope.scaling.type", f"one of {', '.join(ROPE_SCALINGS)}")
     for name in ("layer_norm_rms_epsilon", "layer_norm_epsilon", "group_norm_epsilon"):
-        value = keys.get(f"{architecture}.attention.{name}")
+        value = numbers.get(f"attention.{name}")
         if isinstance(value, float) and not value >= 0:
-            refuse(f"attention.{name}", "0 or more")
+            numbers.refuse(f"attention.{name}", "0 or more")
 
-    n_head = keys.get(f"{architecture}.attention.head_count")
+
+def _check_heads(numbers: _Numbers) -> None:
+    n_head = numbers.get("attention.head_count")
     n_head = n_head[0] if isinstance(n_head, list) and n_head else n_head
     if not isinstance(n_head, int) or n_head < 1:
         return
-    head = number("embedding_length") // n_head
-    n_key, n_value = number("attention.key_length", head), number("attention.value_length", head)
-    n_rot = number("rope.dimension_count", n_key)
-    if architecture in WHOLE_HEADS:
+    head = numbers.number("embedding_length") // n_head
+    n_key, n_value = numbers.number("attention.key_length", head), numbers.number("attention.value_length", head)
+    n_rot = numbers.number("rope.dimension_count", n_key)
+    if numbers.architecture in WHOLE_HEADS:
         if n_value != n_key:
-            refuse("attention.value_length", f"the {n_key} of the keys")
+            numbers.refuse("attention.value_length", f"the {n_key} of the keys")
         if n_rot != n_key:
-            refuse("rope.dimension_count", f"the {n_key} of a head")
-    elif f"{architecture}.rope.dimension_count" in keys and (n_rot % 2 or n_rot > max(n_key, n_value)):
-        refuse("rope.dimension_count", f"an even number up to the {max(n_key, n_value)} of a head")
+            numbers.refuse("rope.dimension_count", f"the {n_key} of a head")
+    elif numbers.get("rope.dimension_count") is not None and (n_rot % 2 or n_rot > max(n_key, n_value)):
+        numbers.refuse("rope.dimension_count", f"an even number up to the {max(n_key, n_value)} of a head")
