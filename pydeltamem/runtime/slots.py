@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -376,10 +376,38 @@ class Slots:
         between = self._between(jobs)
         unused = {job.slot for job in between}
         jobs = sorted([*jobs, *between], key=lambda job: job.slot)
-        ctx, batch = self.ctx, self._batch.batch
-        n_tokens = sum(len(job.piece.tokens) for job in jobs)
-        wanted = self._wanted[:n_tokens]
-        batch.n_tokens = n_tokens
+        marks, ends = self._fill_batch(jobs, unused)
+        if self.has_memory:
+            self._describe(jobs, marks)
+        meanwhile()
+        for job in given:
+            self._states[job.slot] = self._records[job.slot] = None
+        self.n_decodes += 1
+        try:
+            with library.decoding():
+                self._context.decode(self._batch)
+            self._is_described = False
+        finally:
+            for job in between:
+                _llama.llama_memory_seq_rm(_llama.llama_get_memory(self.ctx), job.slot, job.n_past, -1)
+
+        marks = marks[-library.LLAMA_DELTAMEM_MAX_CHECKPOINTS :]
+        kept = {mark: self._checkpoint(i) for i, mark in enumerate(marks) if mark not in ends}
+        results = {}
+        for job, end in zip(jobs, ends):
+            if job.slot in unused:
+                continue
+            self._used[job.slot] = self.n_decodes
+            if job.scores is not None:
+                self._copy_scores(job.scores, end)
+            results[job.slot] = self._result(job, end, kept)
+        return [results[job.slot] for job in given]
+
+    def _fill_batch(self, jobs: Sequence[Job], unused: Set[int]) -> tuple[list[int], list[int]]:
+        """Puts jobs into llama.cpp's batch, one after the other. Nobody wants the logits of the `unused` slots. Returns
+        where in the batch there are tokens after which a state is asked for, and where each job ends.
+        """
+        batch, wanted = self._batch.batch, self._wanted
         marks: list[int] = []
         ends: list[int] = []
         at = 0
@@ -398,35 +426,15 @@ class Slots:
             at += n
             wanted[at - 1] = slot not in unused
             ends.append(at - 1)
+        batch.n_tokens = at
+        return marks, ends
 
-        if self.has_memory:
-            self._describe(jobs, marks)
-        meanwhile()
-        for job in given:
-            self._states[job.slot] = self._records[job.slot] = None
-        self.n_decodes += 1
-        try:
-            with library.decoding():
-                self._context.decode(self._batch)
-            self._is_described = False
-        finally:
-            for job in between:
-                _llama.llama_memory_seq_rm(_llama.llama_get_memory(ctx), job.slot, job.n_past, -1)
-
-        marks = marks[-library.LLAMA_DELTAMEM_MAX_CHECKPOINTS :]
-        kept = {mark: self._checkpoint(i) for i, mark in enumerate(marks) if mark not in ends}
-        results = {}
-        for job, end in zip(jobs, ends):
-            if job.slot in unused:
-                continue
-            self._used[job.slot] = self.n_decodes
-            if job.scores is not None:
-                at, n = end + 1 - len(job.piece.tokens), len(job.piece.tokens)
-                rows = np.ctypeslib.as_array(_llama.llama_get_logits(ctx), (int(wanted.sum()), self._n_vocab))
-                first = int(wanted[:at].sum())
-                job.scores[:] = rows[first : first + n]
-            results[job.slot] = self._result(job, end, kept)
-        return [results[job.slot] for job in given]
+    def _copy_scores(self, scores: npt.NDArray[np.single], end: int) -> None:
+        """Copies the logits of all tokens of a job, whose last one is `end` of the batch, into `scores`."""
+        wanted, n = self._wanted[: self._batch.batch.n_tokens], len(scores)
+        rows = np.ctypeslib.as_array(_llama.llama_get_logits(self.ctx), (int(wanted.sum()), self._n_vocab))
+        first = int(wanted[: end + 1 - n].sum())
+        scores[:] = rows[first : first + n]
 
     def _result(self, job: Job, end: int, kept: dict[int, State]) -> Result:
         """The result of a job whose last token is `end` of the batch. `kept`: checkpoints by their token there."""
