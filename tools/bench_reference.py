@@ -72,7 +72,7 @@ def in_bf16(unpack: str) -> str:
     return "" if unpack == NONE else f", {unpack} in BF16"
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="qwen3-0.6b", choices=[name for name in SHAPES if name.startswith("qwen3")])
     parser.add_argument("--ftype", nargs="+", default=["q4_k_m", "f16"])
@@ -88,8 +88,11 @@ def main() -> int:
     parser.add_argument("--decode", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> int:
+    args = arguments()
     torch.set_num_threads(args.threads)
     reference = Reference(args.shape)
     n_ctx = args.prompt + args.decode + 1

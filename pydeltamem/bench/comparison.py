@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,24 +99,36 @@ def run(
             memory["adapter_file_bytes"] = os.path.getsize(adapter) if adapter != options.model else None
         report["memory"] = memory
 
-        sides: dict[str, Side] = {**runners, **workers}
-        total = len(plan.tests) * (plan.n_pairs + 1) * len(sides)
-        done = 0
-        for kind, arguments in plan.tests:
+        report.update(_timed(plan, runners, workers, nodes, progress))
+    return report
 
-            def advance(what: str = label(kind, arguments)) -> None:
-                nonlocal done
-                done += 1
-                progress(what, done, total)
 
-            if nodes:
-                both = {name: (runners[name], nodes[name]) for name in nodes}
-                found = measure_nodes(both, kind, arguments, plan.n_pairs, plan.n_renew, advance)
-                report.setdefault("nodes", []).append({"test": label(kind, arguments), **found})
-            else:
-                runs = report.setdefault(kind, {"runs": []})["runs"]
-                runs.append(measure(sides, kind, arguments, plan.n_pairs, advance, plan.n_renew))
+def _timed(
+    plan: Plan,
+    runners: Mapping[str, Runner],
+    workers: Mapping[str, Worker],
+    nodes: Mapping[str, Nodes],
+    progress: Progress,
+) -> dict[str, Any]:
+    """What the report says of times: of whole runs, or with `nodes` of the nodes of the runners' graphs."""
+    report: dict[str, Any] = {}
+    sides: dict[str, Side] = {**runners, **workers}
+    total = len(plan.tests) * (plan.n_pairs + 1) * len(sides)
+    done = 0
+    for kind, arguments in plan.tests:
 
+        def advance(what: str = label(kind, arguments)) -> None:
+            nonlocal done
+            done += 1
+            progress(what, done, total)
+
+        if nodes:
+            both = {name: (runners[name], nodes[name]) for name in nodes}
+            found = measure_nodes(both, kind, arguments, plan.n_pairs, plan.n_renew, advance)
+            report.setdefault("nodes", []).append({"test": label(kind, arguments), **found})
+        else:
+            runs = report.setdefault(kind, {"runs": []})["runs"]
+            runs.append(measure(sides, kind, arguments, plan.n_pairs, advance, plan.n_renew))
     for kind in ("prompt", "decode"):  # the report repeats the first of several at its top
         if kind in report:
             first = report[kind]["runs"][0]

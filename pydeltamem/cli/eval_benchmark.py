@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -100,13 +102,8 @@ def _shard(text: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> int:
     benchmark, _ = BENCHMARKS[args.what]
     name, named = _model_and_adapters(args)
-    for protocol in args.protocol:
-        if protocol not in PROTOCOLS:
-            raise InputError(f"--protocol: there is no protocol {protocol}: {', '.join(PROTOCOLS)}")
-    if args.lora and not os.path.isfile(args.lora):
-        raise InputError(no_file(args.lora, "LoRA file"))
+    _check(args)
     benchmark.check()
-    data = file_of(benchmark, args.data)
     every = items_of(benchmark, args.data)
     items = chosen(_of_kinds(every, args.kinds), args.limit, args.seed, args.shard)
     if not items:
@@ -123,7 +120,6 @@ def run(args: argparse.Namespace) -> int:
         if method.view in NEEDS:
             NEEDS[method.view]()
     n_ctx = padded(args.ctx_size) if args.ctx_size is not None else 0 if args.model is None else N_CTX
-    gpus = gpu_names()
     setup = {
         "version": __version__,
         "benchmark": benchmark.name,
@@ -131,16 +127,58 @@ def run(args: argparse.Namespace) -> int:
         "adapters": {adapter: os.path.basename(file) for adapter, file in named.items()},
         "lora": args.lora and os.path.basename(args.lora),
         "methods": [method.name for method in methods],
-        "answer_writes": args.answer_writes,
-        "rehearse": args.rehearse,
         "data": os.path.basename(args.data or "") or benchmark.file,
         "questions": len(items),
+        "n_ctx": n_ctx,
+        **_options_in_setup(args),
+        "sha256": {
+            "model": digest_of_file(model),
+            "data": digest_of_file(file_of(benchmark, args.data)),
+            "adapters": {adapter: digest_of_file(file) for adapter, file in adapters.items()},
+            "lora": args.lora and digest_of_file(args.lora),
+        },
+    }
+
+    part = "" if args.shard[1] == 1 else f"-{args.shard[0]}of{args.shard[1]}"
+    path = Path(args.output) / f"{benchmark.name}{part}.jsonl"
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("answers", total=None)
+        try:
+            run_benchmark(
+                benchmark, items, methods, _opening(args, model, n_ctx, bar), path, setup,
+                every=every, window=args.window, seed=args.seed, parallel=args.parallel,
+                progress=lambda n, total: bar.update(task, completed=n, total=total),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print(f"{path}: has the answers so far: the same command goes on", file=sys.stderr)
+            raise
+    print(f"{path}: every prompt, answer and score", file=sys.stderr)
+    print(markdown(results_of([path])), end="")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises InputError for an option that is wrong whatever the questions are."""
+    for protocol in args.protocol:
+        if protocol not in PROTOCOLS:
+            raise InputError(f"--protocol: there is no protocol {protocol}: {', '.join(PROTOCOLS)}")
+    if args.lora and not os.path.isfile(args.lora):
+        raise InputError(no_file(args.lora, "LoRA file"))
+
+
+def _options_in_setup(args: argparse.Namespace) -> dict[str, Any]:
+    """What answers depend on and the options say, with what the machine makes of them."""
+    gpus = gpu_names()
+    return {
+        "answer_writes": args.answer_writes,
+        "rehearse": args.rehearse,
         "kinds": args.kinds and ",".join(args.kinds),
         "limit": args.limit,
         "shard": "/".join(map(str, args.shard)),
         "seed": args.seed,
         "window": args.window,
-        "n_ctx": n_ctx,
         "parallel": args.parallel,
         "batch": [args.batch_size, args.ubatch_size],
         "flash_attn": args.flash_attn,
@@ -148,13 +186,11 @@ def run(args: argparse.Namespace) -> int:
         "unpack": args.unpack,
         "processor": [cpu_name(), *gpus],
         "gpu_layers": args.gpu_layers if gpus else 0,
-        "sha256": {
-            "model": digest_of_file(model),
-            "data": digest_of_file(data),
-            "adapters": {adapter: digest_of_file(file) for adapter, file in adapters.items()},
-            "lora": args.lora and digest_of_file(args.lora),
-        },
     }
+
+
+def _opening(args: argparse.Namespace, model: str, n_ctx: int, bar: Progress) -> Callable[[bool], Asker]:
+    """What opens the model, with or without the LoRA adapter, while the bar is away."""
 
     def open_model(lora: bool) -> Asker:
         bar.stop()  # Ctrl-C would leave the terminal without its cursor
@@ -166,24 +202,7 @@ def run(args: argparse.Namespace) -> int:
         bar.start()
         return asker
 
-    part = "" if args.shard[1] == 1 else f"-{args.shard[0]}of{args.shard[1]}"
-    path = Path(args.output) / f"{benchmark.name}{part}.jsonl"
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("answers", total=None)
-        try:
-            run_benchmark(
-                benchmark, items, methods, open_model, path, setup,
-                every=every, window=args.window, seed=args.seed, parallel=args.parallel,
-                progress=lambda n, total: bar.update(task, completed=n, total=total),
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            print(f"{path}: has the answers so far: the same command goes on", file=sys.stderr)
-            raise
-    print(f"{path}: every prompt, answer and score", file=sys.stderr)
-    print(markdown(results_of([path])), end="")
-    return 0
+    return open_model
 
 
 def _of_kinds(items: list[Item], kinds: list[str] | None) -> list[Item]:

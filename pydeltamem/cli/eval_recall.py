@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -129,9 +130,7 @@ def run(args: argparse.Namespace) -> int:
             "version": __version__,
             "model": os.path.basename(os.fspath(model)),
             "adapters": {name: os.path.basename(file) for name, file in adapters.items()},
-            "tasks": tasks, "facts": facts, "distance": args.distance, "n": args.n, "window": args.window,
-            "seed": args.seed, "n_ctx": n_ctx, "answer_writes": args.answer_writes, "rehearse": args.rehearse,
-            "unpack": args.unpack, "processor": [cpu_name()],
+            "tasks": tasks, "facts": facts, "n_ctx": n_ctx, **_options_in_setup(args),
             "sha256": {
                 "model": digest_of_file(path),
                 "adapters": {name: digest_of_file(file) for name, file in files.items()},
@@ -146,6 +145,12 @@ def run(args: argparse.Namespace) -> int:
     for i in range(min(args.show, len(cases))):
         show(cases[i], {method: given[i] for method, given in answers.items()}, out)
     return 0
+
+
+def _options_in_setup(args: argparse.Namespace) -> dict[str, Any]:
+    """What answers depend on and the options say as they are."""
+    names = ("distance", "n", "window", "seed", "answer_writes", "rehearse", "unpack")
+    return {**{name: getattr(args, name) for name in names}, "processor": [cpu_name()]}
 
 
 def _model_and_adapters(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
