@@ -170,16 +170,7 @@ class DeltaMemLlama(Llama):
         if n_ctx and "n_batch" in kwargs:  # as llama.cpp does; llama_cpp would first make a row of logits for each
             kwargs["n_batch"] = min(int(kwargs["n_batch"]), n_ctx * n_seq_max)
         model_path = FileName(model_file(model_path))
-        self.tuned: dict[str, Any] = {}
-        if tuned and not rpc_servers and (record := kept(model_path, kwargs.get("n_gpu_layers", 0))) is not None:
-            self.tuned = record.settings.keywords({**kwargs, "repack": repack, "unpack": unpack})
-        kwargs = {**kwargs, "repack": repack, "unpack": unpack, **self.tuned}
-        self._repack = kwargs.pop("repack") is not False
-        self.unpack = kwargs.pop("unpack") or NONE
-        if self.unpack not in UNPACK:
-            raise InputError(f"{option('unpack')} is one of {', '.join(UNPACK)}, not {shown(self.unpack)}")
-        for name, n in zip(("n_threads", "n_threads_batch"), default_threads()):
-            kwargs[name] = kwargs.get(name) or n
+        kwargs = self._with_speed(model_path, {**kwargs, "repack": repack, "unpack": unpack}, tuned and not rpc_servers)
         self.deltamem_path = None if deltamem_path is None else adapter_file(deltamem_path, model_path)
         if rpc_servers:
             connect(rpc_servers)
@@ -200,6 +191,22 @@ class DeltaMemLlama(Llama):
         if kwargs.get("seed") == 0:
             self._seed = 0  # llama_cpp takes 0 for no seed
         self._take_over()
+
+    def _with_speed(self, model_path: str, kwargs: dict[str, Any], tuned: bool) -> dict[str, Any]:
+        """Decides what changes speed alone: keeps what is of this class, and returns the keywords of `Llama.__init__`
+        with the rest. `tuned`: takes what was tuned, where nothing else is asked for.
+        """
+        self.tuned: dict[str, Any] = {}
+        if tuned and (record := kept(model_path, kwargs.get("n_gpu_layers", 0))) is not None:
+            self.tuned = record.settings.keywords(kwargs)
+        kwargs = {**kwargs, **self.tuned}
+        self._repack = kwargs.pop("repack") is not False
+        self.unpack = kwargs.pop("unpack") or NONE
+        if self.unpack not in UNPACK:
+            raise InputError(f"{option('unpack')} is one of {', '.join(UNPACK)}, not {shown(self.unpack)}")
+        for name, n in zip(("n_threads", "n_threads_batch"), default_threads()):
+            kwargs[name] = kwargs.get(name) or n
+        return kwargs
 
     def _load(self, model_path: str, **kwargs: Any) -> None:
         """Calls `Llama.__init__`, and attaches the first adapter."""

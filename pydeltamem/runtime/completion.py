@@ -74,12 +74,7 @@ class Completion:
         self.tokens, self._n_hidden, self._appended = self._tokenized(given, suffix)
         shown = self.tokens[self._n_hidden :]
         self.prompt = given if isinstance(given, str) else self._text(shown).decode(errors="replace")
-        n_ctx, n_prompt = llm.n_ctx(), len(self.tokens)
-        if n_prompt > n_ctx or (n_prompt == n_ctx and max_tokens != 0):
-            # llama_cpp.server parses these words for its clients
-            raise InputError(f"Requested tokens ({n_prompt}) exceed context window of {n_ctx}: raise n_ctx")
-        room = n_ctx - n_prompt
-        self.max_tokens = room if max_tokens is None or max_tokens < 0 else min(max_tokens, room)
+        self.max_tokens = self._that_fit(max_tokens)
         self.stop = stop_strings(stop)
         self.completion: list[int] = []
         self.finish_reason = "length"
@@ -105,6 +100,15 @@ class Completion:
     #
     # the prompt
     #
+
+    def _that_fit(self, max_tokens: int | None) -> int:
+        """How many tokens the answer may have. Raises InputError if the context has no room for any."""
+        n_ctx, n_prompt = self.llm.n_ctx(), len(self.tokens)
+        if n_prompt > n_ctx or (n_prompt == n_ctx and max_tokens != 0):
+            # llama_cpp.server parses these words for its clients
+            raise InputError(f"Requested tokens ({n_prompt}) exceed context window of {n_ctx}: raise n_ctx")
+        room = n_ctx - n_prompt
+        return room if max_tokens is None or max_tokens < 0 else min(max_tokens, room)
 
     def _tokenized(self, prompt: str | Sequence[int], suffix: str | None) -> tuple[list[int], int, str]:
         """The tokens to decode, how many of them the tokenizer put before the prompt, and the text to append.
