@@ -36,7 +36,8 @@ HEADER = ROOT / "native" / "llama_deltamem" / "llama-deltamem.h"
 
 # pages outside of the site, read in place
 OUTSIDE = (
-    "README.md", "CONTRIBUTING.md", "pydeltamem/models/README.md", "examples/tiny/README.md", "tests/golden/README.md",
+    "README.md", "CONTRIBUTING.md", "pydeltamem/models/README.md", "examples/tiny/README.md", "recipes/README.md",
+    "tests/golden/README.md", "tools/README.md",
 )  # fmt: skip
 
 # those of them that the site has too, and where
