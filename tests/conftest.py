@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import pydeltamem  # noqa: F401 - before any test imports llama_cpp: it names the library folder
 from golden_data import lay_out
 from skip_limits import pytest_addoption, pytest_configure  # noqa: F401 - hooks of pytest
+from warm_converter import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,6 +54,19 @@ def adapter(golden_dir, tmp_path_factory):
 def base(golden_dir):
     """base(arch): the golden backbone of that architecture as GGUF."""
     return lambda arch="qwen3": golden_dir / arch / "base-f32.gguf"
+
+
+@pytest.fixture(scope="module")
+def warm_converter():
+    """Has `convert_base` use a converter that is loaded once, where processes can fork."""
+    from pydeltamem.convert import hf
+
+    if not hasattr(os, "fork"):
+        yield
+        return
+    with warm(hf.converter()) as script, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf, "converter", lambda: script)
+        yield
 
 
 @pytest.fixture

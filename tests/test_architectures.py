@@ -198,31 +198,31 @@ def test_the_results_in_the_package_are_of_this_library():
     assert [line for line in page if line.count("|") == 7][2:] == [row(model) for model in shipped["models"]]
 
 
-def test_a_hybrid_that_goes_around_a_hook_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["Qwen3Next"])
+def test_a_hybrid_that_goes_around_a_hook_is_refused(models, name):
     """llama.cpp's Qwen3-Next applies a gate between attention and output projection, outside of the common function."""
-    reference("Qwen3Next", tmp_path)
-    base, adapter = converted(tmp_path, convert(tmp_path))
+    _, base, adapter = models(name)
     with pytest.raises(AssertionError, match=r"'qwen3next'.* layer 1\b"), open_context(base, adapter):
         pass
 
 
-def test_a_projection_that_is_not_of_attention_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["Qwen3Next"])
+def test_a_projection_that_is_not_of_attention_is_refused(models, name):
     """Qwen3-Next's layers without attention have a fused projection, too; here narrower than k and v would be."""
-    reference("Qwen3Next", tmp_path)
-    base, adapter = converted(tmp_path, convert(tmp_path))
+    _, base, adapter = models(name)
     with open_context(base) as context:
         assert tiny_models().deltamem_tiny_adapter(context.model, 0, b"k", str(adapter).encode()) == 0
     with pytest.raises(AssertionError, match=r"'qwen3next'.* layer 0\b"), open_context(base, adapter):
         pass
 
 
-def test_a_prompt_in_pieces_is_the_same(tmp_path):
+@pytest.mark.parametrize("name", ["Gemma2"])
+def test_a_prompt_in_pieces_is_the_same(models, name):
     """Sliding windows and the memory over several batches."""
-    prompt, logits, state, *_ = reference("Gemma2", tmp_path)
-    base, adapter = converted(tmp_path, convert(tmp_path))
+    (prompt, logits, state, *_), base, adapter = models(name)
     with open_context(base, adapter) as context:
         got = np.concatenate([context.decode([(token, 0) for token in prompt[i : i + 3]]) for i in range(0, 14, 3)])
-        assert nmse(got, logits) <= bound_of("Gemma2") and nmse(context.state(0), state) <= bound_of("Gemma2")
+        assert nmse(got, logits) <= bound_of(name) and nmse(context.state(0), state) <= bound_of(name)
 
 
 def test_a_model_without_a_tokenizer(tmp_path):

@@ -103,7 +103,7 @@ def test_offsets_are_as_llama_cpp_takes_them(odd, tmp_path):
 
 
 @pytest.fixture
-def hf(golden_dir, tmp_path):
+def hf(warm_converter, golden_dir, tmp_path):
     """A model one of whose weights is beyond F16."""
     import safetensors.numpy
 

@@ -23,6 +23,8 @@ from pydeltamem.runtime.ggml import written
 from refusals import check_names, refuses
 from test_pack import on_a_full_disk
 
+pytestmark = pytest.mark.usefixtures("warm_converter")
+
 
 @pytest.fixture
 def hf(golden_dir, tmp_path):
