@@ -66,7 +66,7 @@ static inline __m256i fifth_bits(const uint8_t * bits) {
 }
 
 static inline float half(ggml_half h) {
-    return _cvtsh_ss(h);
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); // MSVC has no _cvtsh_ss
 }
 
 // The scale and the minimum that a block begins with; their names differ between C and C++.
