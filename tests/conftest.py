@@ -16,6 +16,7 @@ from skip_limits import pytest_addoption, pytest_configure  # noqa: F401 - hooks
 from warm_converter import warm
 
 ROOT = Path(__file__).resolve().parent.parent
+pytest.register_assert_rewrite("page_browser")  # a plugin that tests also import
 
 
 def pytest_collection_modifyitems(items):
@@ -86,6 +87,12 @@ def make_llm(base, adapter):
     yield make
     for llm in made:
         llm.close()
+
+
+@pytest.fixture
+def make(make_llm):
+    """make(...): as make_llm, but the KV cache is F32 too, so that nothing but the order of sums differs."""
+    return lambda *args, **kwargs: make_llm(*args, type_k=0, type_v=0, **kwargs)
 
 
 @pytest.fixture

@@ -1,12 +1,8 @@
-"""The page of `deltamem serve`, in headless Chromium (tests/install-browser.sh), with the model of the package."""
+"""The page of `deltamem serve`, in headless Chromium, with the model of the package."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,17 +11,13 @@ import httpx
 import numpy as np
 import pytest
 
+from page_browser import ADAPTERS, BASE, running, said, serve, turn, until
 from pydeltamem.formats.memory_file import MemorySnapshot
-from pydeltamem.models import default_files
-from pydeltamem.server.history import digests
 from pydeltamem.server.page_markdown import as_html
 from pydeltamem.server.page_talk import FORGOTTEN, MEMORY_ONLY, NOTE, Talk
 from pydeltamem.server.records import Record, Turn
-from pydeltamem.server.session import imported
-from pydeltamem.server.store import Store
 
-KEY = "key-of-ada"
-BASE, ADAPTERS = default_files()
+pytest_plugins = ["page_browser"]  # its fixtures
 
 # a server whose model is loaded when a file is there, which says how, and which babbles to the end of its context
 BABBLES = f"""
@@ -88,308 +80,6 @@ async def count(request, following):
 
 uvicorn.run(app, port=int(sys.argv[1]), log_config=None, timeout_graceful_shutdown=1)
 """
-
-
-#
-# servers
-#
-
-
-class Server:
-    """A running server: its address, its process, and what it has logged."""
-
-    def __init__(self, port, process, log):
-        self.url, self.process, self.log = f"http://127.0.0.1:{port}", process, log
-
-    def get(self, path, **options):
-        return httpx.get(self.url + path, timeout=60, **options)
-
-    def delete(self, path):
-        assert httpx.delete(self.url + path, timeout=60).status_code == 200
-
-    def memory(self, session):
-        """The memory of a session, by the API."""
-        return MemorySnapshot.from_bytes(self.get(f"/v1/memories/{session}/file").content)
-
-    def say(self, session, *said):
-        """A turn by the API."""
-        messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 9, said)]
-        body = {"messages": messages, "max_tokens": 8, "temperature": 0}
-        answer = httpx.post(f"{self.url}/sessions/{session}/v1/chat/completions", json=body, timeout=60)
-        return answer.json()["choices"][0]["message"]["content"]
-
-    def sessions(self):
-        return {each["id"]: each["turns"] for each in self.get("/v1/memories").json()["data"]}
-
-    def is_up(self):
-        assert self.process.poll() is None, self.log.read_text()
-        try:
-            return self.get("/health")
-        except httpx.TransportError:
-            return None
-
-
-@contextlib.contextmanager
-def running(folder, command, ready=True):
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    log = folder / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, *command(port)], stdout=out, stderr=out, cwd=folder)
-    try:
-        server = Server(port, process, log)
-        until(lambda: (answer := server.is_up()) and (not ready or answer.status_code == 200))
-        yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        finally:
-            process.kill()
-
-
-def serve(folder, *options):
-    store = f"sqlite:///{folder / 'sessions.db'}"
-    fixed = ["-m", "pydeltamem.cli", "serve", "-m", str(BASE), "--deltamem", str(ADAPTERS["msw"]), "--store", store]
-    fixed += ["-c", "512", "-t", "1", "-tb", "1"]
-    return running(folder, lambda port: [*fixed, "--port", str(port), *map(str, options)])
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Keeps no messages, and has no keys."""
-    with serve(tmp_path_factory.mktemp("server")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def keeping(tmp_path_factory):
-    """Keeps messages."""
-    with serve(tmp_path_factory.mktemp("keeping"), "--keep-messages") as server:
-        yield server
-
-
-EVIL = 'x" innerHTML="<img src=y onerror=window.hit=1>'
-LINKS = "[one](http://127.0.0.1:9/one), [two](javascript:window.hit=1)"
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """Keeps messages, and has sessions that were not made by the page."""
-    folder = tmp_path_factory.mktemp("prepared")
-    store = Store(f"sqlite:///{folder / 'sessions.db'}", keep_messages=True)
-    talks = {
-        "oldest": [said("Hello", "Hi")],
-        "long": [said(f"What is {i}?", f"It is {i}.") for i in range(130)],
-        "evil": [({"role": EVIL, "content": EVIL}, *said("Links?", LINKS))],
-        "half": [said("Half \ud83d", "a \ud83d")],
-        **{f"chat-{i}": [said("Hello", "Hi")] for i in range(1, 100)},
-        "Ярославль": [said("Hello", "Hi")],
-    }
-    for name, talk in talks.items():
-        turns, before = [], []
-        for number, messages in enumerate(talk, 1):
-            turns.append(turn(number, "x-1", before, messages))
-            before += messages
-        store.commit(Record("", name, turns=len(turns), text=b"kept", chat="x-1", history=tuple(turns)))
-    larger = np.random.default_rng(0).standard_normal((9, 2, 8, 8)).astype(np.float32)
-    about = {"adapter": "ab" * 32, "layers": "3,4,5,6,7,8,9,10,11", "tokens_written": "7"}
-    store.commit(imported(Record("", "larger"), MemorySnapshot(larger, about)))
-    store.close()
-    with serve(folder, "--keep-messages") as server:
-        yield server
-
-
-def until(condition, seconds=60):
-    from selenium.common.exceptions import StaleElementReferenceException
-
-    end = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(StaleElementReferenceException):  # the page was drawn again in between
-            if found := condition():
-                return found
-        assert time.monotonic() < end, "it does not come true"
-        time.sleep(0.05)
-
-
-#
-# the browser
-#
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    """A browser; every test opens a tab of its own."""
-    binary, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
-    if not (binary and driver):
-        assert not os.environ.get("DELTAMEM_REQUIRE_BROWSER"), "tests/install-browser.sh has not installed it"
-        pytest.skip("no headless browser: run tests/install-browser.sh")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    # the sandbox needs rights that a container does not give; only this machine is visited
-    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1280,900",
-                     f"user-data-dir={tmp_path_factory.mktemp('profile')}"):  # fmt: skip
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture
-def browse(chromium):
-    """browse(server, session): a tab with the page."""
-    opened = []
-
-    def browse(server, session="", **options):
-        chromium.switch_to.new_window("tab")
-        opened.append(chromium.current_window_handle)
-        return Tab(chromium, server, session, **options)
-
-    first = chromium.current_window_handle
-    yield browse
-    for handle in opened:
-        chromium.switch_to.window(handle)
-        chromium.close()
-    chromium.switch_to.window(first)
-
-
-class Tab:
-    """One tab, by what a user sees: labels and texts."""
-
-    def __init__(self, driver, server, session="", waits=True):
-        self.driver, self.handle = driver, driver.current_window_handle
-        driver.get(server.url + (f"/?session={session}" if session else "/"))
-        if waits:
-            self.ready()
-
-    def ready(self):
-        until(lambda: self.box and self.is_open)
-        return self
-
-    @property
-    def is_open(self):
-        """Whether a conversation is shown."""
-        return self.shown(".said") is not None or bool(self.text)
-
-    def front(self):
-        self.driver.switch_to.window(self.handle)
-        return self
-
-    def reload(self):
-        self.driver.refresh()
-        return self.ready()
-
-    def find(self, css):
-        return self.driver.find_elements("css selector", css)
-
-    def js(self, code, *args):
-        return self.driver.execute_script(code, *args)
-
-    def shown(self, css):
-        """The first one that is to be seen; None if none is."""
-        return next((each for each in self.find(css) if each.is_displayed()), None)
-
-    def button(self, name):
-        """The button of that label or text."""
-
-        def found():
-            for each in self.find("button"):
-                if each.is_displayed() and name in (each.get_attribute("aria-label"), _words(each)):
-                    return each
-            return None
-
-        return until(found)
-
-    def press(self, name, times=1):
-        self.click(lambda: self.button(name), times)
-
-    def click(self, find, times=1):
-        def clicked():
-            self.js("for (let i = 0; i < arguments[1]; i++) arguments[0].click()", find(), times)
-            return True
-
-        until(clicked)
-
-    def field(self, label):
-        return until(lambda: self.shown(f'input[aria-label="{label}"]'))
-
-    def fill(self, label, text):
-        from selenium.webdriver.common.keys import Keys
-
-        self.field(label).send_keys(Keys.CONTROL, "a")
-        self.field(label).send_keys(text)
-
-    @property
-    def focused(self):
-        """The label of what takes the keys."""
-        return self.driver.switch_to.active_element.get_attribute("aria-label")
-
-    @property
-    def box(self):
-        return self.shown("textarea[aria-label=Message]")
-
-    @property
-    def text(self):
-        """The conversation, a line each: who, and what."""
-        script = """return [...document.querySelectorAll('.said article, .said .note')].map(e =>
-            [e.getAttribute('aria-label') || 'note', e.innerText.trim()])"""
-        return [tuple(line) for line in self.js(script)]
-
-    @property
-    def answers(self):
-        return [text for who, text in self.text if who == "The model"]
-
-    def answered(self, n):
-        """Waits until there are that many answers, and none is going on. Returns the last one."""
-        until(lambda: len(self.answers) == n and self.shown('button[aria-label="Send"]') and self.answers[-1])
-        return self.answers[-1]
-
-    def replace(self, text):
-        """Puts another text into the box, all at once."""
-        from selenium.webdriver.common.keys import Keys
-
-        self.box.send_keys(Keys.CONTROL, "a")
-        self.driver.execute_cdp_cmd("Input.insertText", {"text": text})
-
-    def say(self, text):
-        """Says something by keyboard. Returns the answer."""
-        n = len(self.answers)
-        self.box.send_keys(text + "\n")
-        return self.answered(n + 1)
-
-    def complaint(self):
-        return until(lambda: (shown := self.shown(".q-notification")) and shown.text)
-
-    def choose(self, name):
-        """Answers the dialog for a name, and waits until that session is shown."""
-        self.fill("Name", name + "\n")
-        self.heading(name)
-
-    def heading(self, name):
-        until(lambda: any(each.text == name for each in self.find("[role=heading][aria-level='1']")))
-
-    def dialog(self, i):
-        """Presses the i-th button of the dialog, and waits until it is gone."""
-        until(lambda: self.shown("[role=dialog]"))
-        self.click(lambda: self.shown("[role=dialog]").find_elements("css selector", "button")[i])
-        until(lambda: not self.shown("[role=dialog]"))
-
-    def keeps(self, text):
-        """Waits until a message that was not taken is in the box again."""
-        until(lambda: self.box.get_attribute("value") == text)
-
-    @property
-    def map(self):
-        """The heat map of all layers in words."""
-        return self.js("return document.querySelector('.nicegui-echart').getAttribute('aria-label')")
-
-
-def _words(button):
-    return button.get_attribute("innerText").split("\n")[-1].strip()
 
 
 #
@@ -494,117 +184,6 @@ def test_the_last_turn_is_regenerated_edited_and_undone(server, browse):
     tab.keeps("I live in Bonn. No.")
 
 
-def test_a_tab_that_does_not_show_the_latest_turn_takes_none_back(keeping, browse):
-    one = browse(keeping, "tabs")
-    first = one.say("My name is Ada.")
-    two = browse(keeping, "tabs")
-    assert two.answers == [first]
-    second = two.say("My daughter is Nina.")
-    both = two.text
-
-    one.front().box.send_keys("Where is the party?\n")
-    assert "elsewhere" in one.complaint()
-    one.keeps("Where is the party?")
-    assert one.text == both and keeping.sessions()["tabs"] == 2
-    one.box.send_keys("\n")
-    until(lambda: keeping.sessions()["tabs"] == 3)
-    one.answered(3)
-
-    two.front().press("Edit the last message")
-    two.keeps("My daughter is Nina.")
-    two.box.send_keys(" No.\n")
-    until(lambda: len(two.answers) == 3)
-    two.keeps("My daughter is Nina. No.")
-    two.replace("")
-    for press in ("Regenerate the answer", "Undo the last turn", "Forget the text"):
-        n = keeping.sessions()["tabs"]
-        keeping.say("tabs", f"Not {press}!")
-        two.press(press)
-        until(lambda said=f"Not {press}!": ("You", said) in two.text)
-        assert keeping.sessions()["tabs"] == n + 1
-    assert two.text[:4] == both and two.answers[:2] == [first, second]
-
-    # a session that is looked at again is shown as it is
-    two.press("New session")
-    until(lambda: two.text and two.text[0][0] == "note")
-    keeping.say("tabs", "And now?")
-    two.click(lambda: next(each for each in two.find(".pick") if each.text.startswith("tabs")))
-    two.heading("tabs")
-    until(lambda: ("You", "And now?") in two.text)
-
-
-def test_a_tab_does_not_take_a_session_that_was_made_again_for_its_own(keeping, browse):
-    """It is at the same version."""
-    tab = browse(keeping, "again")
-    tab.say("My name is Ada.")
-    keeping.delete("/v1/memories/again")
-    keeping.say("again", "My name is Bo.")
-    assert keeping.get("/v1/memories/again").json()["version"] == 1
-    tab.press("Undo the last turn")
-    until(lambda: ("You", "My name is Bo.") in tab.text)
-    assert keeping.sessions()["again"] == 1
-
-
-def test_a_long_conversation_is_drawn_in_parts(prepared, browse):
-    """And what is drawn is not drawn again: a screen reader would read all of it."""
-    tab = browse(prepared, "long")
-    until(lambda: len(tab.text) == 100)
-    assert tab.text[-1] == ("The model", "It is 129.") and tab.text[0] == ("You", "What is 80?")
-    for n in (200, 260):
-        tab.press("Show earlier messages")
-        until(lambda n=n: len(tab.text) == n)
-    assert tab.text[0] == ("You", "What is 0?")
-    until(lambda: not tab.shown(".earlier"))
-    tab.js("""window.added = 0;
-        new MutationObserver(changes => { for (const each of changes) window.added += each.addedNodes.length; })
-            .observe(document.querySelector(".said"), { childList: true });""")
-    tab.press("Forget the text")
-    until(lambda: tab.text[-1] == ("note", FORGOTTEN))
-    assert tab.js("return window.added") == 1 and len(tab.find(".said article.past")) == 260
-    tab.press("New session")
-    until(lambda: len(tab.text) == 1)
-
-
-def test_a_role_is_a_text(prepared, browse):
-    tab = browse(prepared, "evil")
-    until(lambda: len(tab.text) == 3)
-    assert tab.text[0] == (EVIL, f"{EVIL}: {EVIL}")
-    assert tab.find(".said img") == [] and tab.js("return window.hit") is None
-
-
-def test_a_link_opens_beside_the_conversation(prepared, browse):
-    tab = browse(prepared, "evil")
-    links = until(lambda: tab.find(".said a"))
-    assert [each.get_attribute("href") for each in links] == [
-        "http://127.0.0.1:9/one",
-        f"{prepared.url}/?session=evil#",
-    ]
-    before = set(tab.driver.window_handles)
-    links[0].click()
-    (new,) = until(lambda: set(tab.driver.window_handles) - before)
-    tab.driver.switch_to.window(new)
-    tab.driver.close()
-    tab.front()
-    assert len(tab.text) == 3
-
-
-def test_half_a_character_is_drawn(prepared, browse):
-    tab = browse(prepared, "half")
-    until(lambda: tab.text == [("You", "Half ?"), ("The model", "a ?")])
-    tab.press("Edit the last message")
-    tab.keeps("Half ?")
-
-
-def test_a_memory_of_another_adapter_is_shown(prepared, browse):
-    """It may have other layers."""
-    tab = browse(prepared, "larger")
-    until(lambda: "9 layers" in (tab.map or ""))
-    assert "another adapter" in tab.js("return document.body.innerText")
-    tab.box.send_keys("Hello\n")
-    assert "adapter" in tab.complaint()
-    assert prepared.get("/v1/memories/larger").json()["version"] == 1
-
-
 def test_a_key_that_composes_a_word_is_not_for_the_page(server, browse):
     tab = browse(server, "composed")
     tab.say("My name is Yuki.")
@@ -687,31 +266,6 @@ def test_a_connection_that_is_slow(server, browse):
     assert "Traceback" not in server.log.read_text()[before:]
 
 
-HTML = """Use `a` vector<int>, and type <enter>. <style>.said, .q-footer { display: none !important }</style>
-<form action="/x"><input name="y"></form>
-
-```cpp
-vector<int> v; // a & b
-```
-
-`List<String> & <b>`, <style"""
-
-
-def test_tags_in_an_answer_are_text(keeping, browse):
-    keeping.say("tags", "How?", HTML, "And?")
-    tab = browse(keeping, "tags")
-    shown = until(lambda: tab.answers and tab.answers[0])
-    for text in (
-        "vector<int>, and type <enter>. <style>.said",
-        '<form action="/x"><input name="y"></form>',
-        "vector<int> v; // a & b",
-        "List<String> & <b>, <style",
-    ):
-        assert text in shown
-    assert tab.find(".said style, .said form, .said input") == [] and tab.shown("footer")
-    assert len(tab.find(".said article pre code")) == 1
-
-
 def test_sessions_are_made_forked_renamed_and_deleted(server, browse):
     tab = browse(server, "one")
     tab.say("My name is Hugo.")
@@ -757,71 +311,6 @@ def test_sessions_are_made_forked_renamed_and_deleted(server, browse):
     other.say("My name is Leo.")
     assert {"chat-1", "chat-2"} <= set(server.sessions()) and "chat-3" not in server.sessions()
     browse(server).heading("chat-2")  # the latest, where none is named
-
-
-def test_many_sessions_are_found_by_their_names(prepared, browse):
-    tab = browse(prepared, "oldest")  # its tools are there all the same
-
-    def names():
-        return [each.text.split("\n")[0] for each in tab.find(".names .pick")]
-
-    until(lambda: len(names()) == 101)
-    assert names()[0] == "oldest" and tab.button("Fork") and "Older ones" in tab.js("return document.body.innerText")
-    for wanted, found in (("яРОС", ["Ярославль"]), ("LONG", ["long"]), ("-9_", []), ("T-99", ["chat-99"])):
-        tab.fill("Find", wanted)
-        until(lambda found=found: names() == found)
-    tab.press("New session")
-    tab.heading("chat-100")
-
-
-def test_keys_go_to_the_message_when_what_had_them_is_gone(keeping, browse):
-    from selenium.webdriver.common.keys import Keys
-
-    def use(find):
-        def focused():
-            tab.js("arguments[0].focus()", element := find())
-            return tab.driver.switch_to.active_element == element
-
-        until(focused)
-        tab.driver.switch_to.active_element.send_keys(Keys.ENTER)
-
-    tab = browse(keeping, "keys-1")
-    tab.say("My name is Hugo.")
-    use(lambda: tab.button("Rename"))
-    tab.choose("keys-2")
-    until(lambda: tab.focused == "Message")
-    use(lambda: tab.button("New session"))
-    until(lambda: tab.text and tab.text[0][0] == "note")
-    use(lambda: next(each for each in tab.find(".pick") if each.text.startswith("keys-2")))
-    tab.heading("keys-2")
-    until(lambda: tab.focused == "Message")
-    use(lambda: tab.button("Regenerate the answer"))
-    until(lambda: keeping.get("/v1/memories/keys-2").json()["version"] == 3)
-    until(lambda: tab.focused == "Message")
-
-
-def test_the_browser_goes_back_to_the_session_before(keeping, browse):
-    keeping.say("back-2", "I have a cat.")
-    tab = browse(keeping, "back-1")
-    tab.say("My name is Hugo.")
-    tab.press("Rename")
-    tab.choose("back-0")  # not one more
-    tab.click(lambda: next(each for each in tab.find(".pick") if each.text.startswith("back-2")))
-    for go, name, said in (
-        (lambda: None, "back-2", "I have a cat."),
-        (tab.driver.back, "back-0", "My name is Hugo."),
-        (tab.driver.forward, "back-2", "I have a cat."),
-    ):
-        go()
-        tab.heading(name)
-        until(lambda said=said: tab.text[0] == ("You", said))
-        assert tab.driver.current_url.endswith(f"session={name}")
-    tab.press("Fork")
-    until(lambda: tab.focused == "Name")
-    tab.driver.back()  # not now
-    until(lambda: tab.driver.current_url.endswith("session=back-2"))
-    tab.dialog(0)
-    tab.heading("back-2")
 
 
 def test_what_is_typed_outlives_a_reload(server, browse):
@@ -928,35 +417,6 @@ def test_a_memory_is_exported_and_imported(server, browse, tmp_path):
     other.write_bytes(b"nothing of the kind")
     tab.find("input[type=file]")[0].send_keys(str(other))
     assert "memory" in tab.complaint()
-
-
-def test_what_was_said_is_shown_again_where_it_is_kept_and_belongs_to_its_key(browse, tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text(KEY + "\nkey-of-bo\n")
-    with serve(tmp_path, "--keep-messages", "--api-key-file", keys) as server:
-        tab = browse(server, "kept", waits=False)
-        tab.fill("API key", "no such key\n")
-        assert "key" in tab.complaint()
-        assert not tab.is_open and tab.box is None and not tab.shown(".names")
-        tab.fill("API key", KEY + "\n")
-        tab.ready().say("My name is Iris.")
-        tab.press("Forget the text")
-        until(lambda: tab.text[-1] == ("note", FORGOTTEN))
-        tab.say("I have a goat.")
-        before = tab.text
-        tab.reload()  # the tab remembers whose it is
-        assert tab.text == before
-        tab.say("What is my name?")
-        assert server.get("/v1/memories", headers={"Authorization": "Bearer key-of-bo"}).json()["data"] == []
-
-        other = browse(server, "kept", waits=False)
-        other.fill("API key", "key-of-bo\n")
-        assert other.ready().text[0][0] == "note" and len(other.text) == 1
-        other.press("Forget the key")
-        other.fill("API key", KEY + "\n")
-        until(lambda: other.box and "What is my name?" in [text for _, text in other.text])
-        log = server.log.read_text()
-        assert KEY not in log and "Iris" not in log and "tab_id" not in log
 
 
 @pytest.mark.parametrize("how", ["fail", "plain"])
@@ -1132,15 +592,6 @@ def test_markdown_with_tags():
     assert as_html("x <style y") == "<p>x &lt;style y</p>\n"
     assert as_html('<div style="position: fixed">x</div>').startswith("<p>&lt;div ")
     assert "&lt;" not in as_html("1. [a](https://a.b)\n\n| a | b |\n|:-:|---|\n| `x` | ![c](/d) |\n\n> # e\n\n---")
-
-
-def said(*texts):
-    return tuple({"role": role, "content": text} for role, text in zip(["user", "assistant"] * 9, texts))
-
-
-def turn(number, chat, before, messages):
-    marks = digests([*before, *messages])[len(before) :]
-    return Turn(number, chat, 0, 0, None, tuple(marks), messages)
 
 
 def test_what_a_tab_shows_of_a_session():
