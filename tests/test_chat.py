@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from decoding import go_on
 from pydeltamem.cli.chat import HELP, Chat, describe
 from pydeltamem.conversation import Conversation
 from pydeltamem.errors import InputError, MemoryFileError
@@ -611,7 +612,7 @@ def test_ctrl_d_leaves(terminal, command):
 
 def test_a_reply_that_the_context_cuts_is_told(make_llm, capsys, monkeypatch):
     llm = make_llm(n_ctx=64, n_batch=64)
-    monkeypatch.setattr(llm._engine.slots, "is_end", lambda token: False)
+    go_on(monkeypatch, llm)
     options = {"n_predict": -1, "temp": 0.0}
     with Conversation(llm, **options) as conversation:
         Chat(conversation).say("hello there")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from llama_cpp import LogitsProcessorList
 
+from decoding import fail_at, go_on
 from pydeltamem import Conversation, DecodeError, say_together, stream_together
 from pydeltamem.runtime import library
 from pydeltamem.runtime.engine import Request
@@ -21,10 +22,10 @@ LONG = "a very long message that needs many batches " * 4
 
 
 @pytest.fixture
-def make(make_llm):
+def make(make_llm, monkeypatch):
     def model(**kwargs):
         llm = make_llm(type_k=0, type_v=0, **{"n_seq_max": 4, **kwargs})
-        llm._engine.slots.is_end = lambda token: False  # replies are as long as asked for
+        go_on(monkeypatch, llm)  # replies are as long as asked for
         return llm
 
     return model
@@ -248,11 +249,8 @@ def test_a_decode_that_fails_leaves_every_text_where_it_was(make, monkeypatch):
     for request in requests:
         request.ask([9, 10])
 
-    def fail(ctx, batch):
-        raise RuntimeError("llama_decode returned 1")
-
     with monkeypatch.context() as patch:
-        patch.setattr(type(llm._ctx), "decode", fail)
+        fail_at(patch, llm)
         llm._engine.wait(requests)
     assert all(request.is_over and isinstance(request.error, DecodeError) for request in requests)
     for text, position, state in zip(texts, positions, states):

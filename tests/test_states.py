@@ -17,11 +17,6 @@ OTHER = [21, 22, 23, 24, 25, 26]
 NEAR = dict(rtol=0, atol=1e-4)
 
 
-@pytest.fixture
-def make(make_llm):
-    return lambda case="tsw_qo", **kwargs: make_llm(case, type_k=0, type_v=0, **kwargs)
-
-
 @pytest.mark.parametrize("logits_all", [(False, False), (True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("n_batch", [(512, 5), (5, 512), (16, 7)])
 @pytest.mark.parametrize("case", [None, "tsw_qo"])

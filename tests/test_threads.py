@@ -28,11 +28,6 @@ SAID = ["my name is ada", "i live in lima", "what is my name", "good bye"]
 TIMEOUT = 300  # seconds; a run takes a few
 
 
-@pytest.fixture
-def make(make_llm):
-    return lambda *args, **kwargs: make_llm(*args, type_k=0, type_v=0, **kwargs)
-
-
 def load(base, adapter, **options):
     options = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0, **options}
     return DeltaMemLlama(base, deltamem_path=adapter, verbose=False, **options)
