@@ -91,6 +91,76 @@ def test_json_is_allowed(llm, byte_tokens, schema, text):
     assert allows(llm, byte_tokens, schema, text)
 
 
+def of(properties, defs=None, **others):
+    """An object that has all of these properties."""
+    return {"type": "object", "properties": properties, "required": list(properties), "$defs": defs or {}, **others}
+
+
+def to(*path):
+    return {"$ref": "/".join(("#/$defs", *path))}
+
+
+INTEGER = {"type": "integer"}
+COLOR, NAMED, AGED = {"enum": ["red", 7]}, of({"n": STRING}), of({"a": INTEGER})
+TREE = {"type": "object", "properties": {"kids": {"type": "array", "items": to("Tree")}}, "title": "Tree"}
+V1_ENUM = {"allOf": [{"$ref": "#/definitions/C"}], "default": 7}
+DOUBLING = {  # 2⁴⁰ objects
+    "allOf": [to("0"), to("0")],
+    "$defs": {f"{i}": {"allOf": [to(f"{i + 1}"), to(f"{i + 1}")]} for i in range(40)} | {"40": AGED},
+}
+SAME_NAMES = of({"a": to("x", "n"), "b": to("y", "n")}, {"x": {"n": COLOR}, "y": {"n": INTEGER}})
+
+
+@pytest.mark.parametrize(
+    "schema, yes, no",
+    [
+        # what pydantic writes for Any, list, dict, a class that holds itself, and (1.x) an enumeration with a default
+        (of({"x": {"title": "X", "default": None}}), [{"x": 5}, {"x": [None]}], [{}]),
+        (of({"x": {"type": "array", "items": {}}}), [{"x": []}, {"x": [1, "a", {"b": 2}]}], [{"x": 5}]),
+        (of({"x": {"type": "object", "additionalProperties": {}}}), [{"x": {"a": 1}}], [{"x": []}]),
+        ({"$defs": {"Tree": TREE}, **to("Tree")}, [{"kids": [{"kids": []}, {}]}], [{"kids": [5]}]),
+        (of({"c": V1_ENUM}, definitions={"C": COLOR}), [{"c": 7}], [{"c": {}}]),
+        # several types, as strict schemas of OpenAI's API have them
+        ({"type": ["string", "null"], "enum": ["a", None]}, ["a", None], ["b"]),
+        ({**AGED, "type": ["object", "null"]}, [None, {"a": 1}], [{"b": 1}]),
+        ({"type": ["array", "null"], "items": INTEGER, "maxItems": 1}, [None, [1]], [["a"], [1, 2]]),
+        # a name that a rule has already, a path of an escaped name, and the schema itself
+        (of({"c": AGED, "d": to("c")}, {"c": COLOR}), [{"c": {"a": 1}, "d": 7}], [{"c": {"a": 1}, "d": {"a": 1}}]),
+        (SAME_NAMES, [{"a": "red", "b": 5}], [{"a": 7, "b": "red"}]),
+        (of({"a": to("root")}, {"root": COLOR}), [{"a": 7}], [7]),
+        ({"type": "array", "items": to("a~1b%20c"), "$defs": {"a/b c": COLOR}}, [[7, "red"]], [[8]]),
+        ({"type": "array", "items": {"$ref": "#"}}, [[[], [[]]]], [[5]]),
+        # objects of several parts
+        ({"allOf": [NAMED, to("A")], "$defs": {"A": AGED}}, [{"n": "x", "a": 1}], [{"n": "x"}, {"a": 1}]),
+        (of({"z": INTEGER}, allOf=[{"allOf": [NAMED, AGED]}]), [{"n": "x", "a": 1, "z": 2}], [{"z": 2}]),
+    ],
+)
+def test_schemas_that_llama_cpp_takes_for_others(llm, byte_tokens, schema, yes, no):
+    for value in yes:
+        assert allows(llm, byte_tokens, schema, json.dumps(value)), value
+    for value in no:
+        assert not allows(llm, byte_tokens, schema, json.dumps(value)), value
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "https://example.org/schema"},
+        {"$ref": "#/$defs/none", "$defs": {}},
+        {"allOf": [STRING, {"minLength": 3}]},
+        {"type": "array", "prefixItems": [INTEGER], "items": STRING},
+        of({"a": False}),
+        DOUBLING,
+    ],
+    ids=["far", "none", "text", "tuple", "nothing", "doubling"],
+)
+def test_schemas_that_are_refused(llm, schema):
+    """llama_cpp would answer with any object, or with another."""
+    with refuses(InputError, "response_format"):
+        format = {"type": "json_object", "schema": schema}
+        llm.create_chat_completion([{"role": "user", "content": "x"}], response_format=format, max_tokens=1)
+
+
 @pytest.mark.parametrize("value", ["a\nb", 'say "hi"', "a\\b", "café", "🙂", "\ud800", "[^a", 5, None, {"a": ["b"]}])
 def test_constants_and_names_of_any_text(llm, byte_tokens, value):
     """Found: they lost their escapes, so a line break was no JSON, and a quote no grammar."""

@@ -1,8 +1,13 @@
-"""GBNF grammars of JSON schemas: llama_cpp's converter, where it lets text through that is no JSON.
+"""GBNF grammars of JSON schemas: llama_cpp's converter, where it lets text through that is no JSON, or takes a schema
+for another.
 
 llama_cpp's strings may hold line breaks and other control characters, and what a pattern excludes by a class may hold
 quotes. Its constants and names of properties lose their escapes. Of a pattern it passes escapes, such as \\d, on to
 GBNF, which has few, and leaves quotes and backslashes as they are.
+
+It knows what a $ref refers to by the last part of its path only, so another rule may have that name. It follows no $ref
+at the root, where classes that hold themselves have one, and none to the root. Of several types it keeps the names
+only. Where any value may stand, it allows objects, or knows no grammar.
 """
 
 from __future__ import annotations
@@ -11,12 +16,14 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Sequence
+import urllib.parse
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import library
 
 _llama_grammar: Any = library.llama_cpp.llama_grammar
+_PRIMITIVES, _RESERVED = _llama_grammar.PRIMITIVE_RULES, _llama_grammar.RESERVED_NAMES
 _PARTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(\^?)((?:\\.|[^\]\\])*)\]')  # literals and classes of characters
 _NEVER_RAW = r'"\\\x00-\x1F'  # in a string of JSON
 _ESCAPES = {"\\": "\\\\", '"': '\\"'}  # of GBNF
@@ -38,6 +45,15 @@ _IN_JSON = {0x08: "b", 0x09: "t", 0x0A: "n", 0x0C: "f", 0x0D: "r", 0x22: '"', 0x
 
 Range = tuple[int, int]  # the first and the last character
 
+# keywords that say nothing about values
+_ANNOTATIONS = frozenset((
+    "$anchor", "$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description",
+    "discriminator", "example", "examples", "readOnly", "title", "writeOnly",
+))  # fmt: skip
+_ANY = {"title": "any"}  # value; llama_cpp does not look at the items of an array if they are {}
+_OF_OBJECTS = frozenset(("type", "properties", "required", "additionalProperties"))
+_MAX_PARTS = 20_000  # of a schema, each counted as often as something refers to it
+
 
 class _Converter(_llama_grammar.SchemaConverter):  # type: ignore[misc]
     def _format_literal(self, literal: str) -> str:
@@ -47,6 +63,79 @@ class _Converter(_llama_grammar.SchemaConverter):  # type: ignore[misc]
             plain.encode()
             literal = plain
         return '"' + "".join(_ESCAPES.get(each, each) for each in literal) + '"'
+
+    def __init__(self, schema: Any, **options: Any) -> None:
+        super().__init__(allow_fetch=False, dotall=False, raw_pattern=False, **options)
+        self._schema = schema
+        self._referred: dict[str, str] = {}  # $ref: the rule for it
+        self._n_parts = 0
+
+    def _resolve_ref(self, ref: str) -> str:
+        """The rule for what a $ref refers to, which may refer to itself."""
+        if ref not in self._referred:
+            name = ref.rpartition("/")[2].lstrip("#") or "root"
+            # stands for the real rule until there is one, so that no other gets its name
+            rule = self._referred[ref] = self._add_rule(f"{name}-" if name in _RESERVED else name, f"ref {ref}")
+            self._rules[rule] = self.visit(self._target(ref), rule)
+        return self._referred[ref]
+
+    def _target(self, ref: str) -> Any:
+        """What a $ref refers to."""
+        begin, *parts = ref.split("/")
+        if begin != "#":
+            raise ValueError(f"a $ref begins with #/, as names within the schema do, not as {ref!r}")
+        target = self._schema
+        for part in parts:
+            part = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
+            try:
+                target = target[int(part) if isinstance(target, list) else part]
+            except (LookupError, TypeError, ValueError):
+                raise ValueError(f"there is nothing at {ref!r}") from None
+        return target
+
+    def visit(self, schema: Any, name: str) -> str:
+        """The rule for a schema."""
+        self._count()
+        if schema is False:
+            raise ValueError(f"no value is allowed for {name or 'the answer'}")
+        schema = {} if schema is True else {key: each for key, each in schema.items() if key not in _ANNOTATIONS}
+        if not schema and name:
+            return self._add_primitive("value", _PRIMITIVES["value"])  # type: ignore[no-any-return]
+        if "$ref" not in schema and "allOf" in schema:
+            return self.visit(self._merged(schema), name)
+        types = schema.get("type")
+        if isinstance(types, list) and not {"$ref", "oneOf", "anyOf"} & schema.keys():
+            if "enum" in schema or "const" in schema:
+                del schema["type"]
+            else:
+                schema = {"anyOf": [{**schema, "type": each} for each in dict.fromkeys(types)]}
+        if schema.get("prefixItems") and schema.get("items"):
+            raise ValueError("items that follow prefixItems are not supported")
+        if schema.get("items") in ({}, True) and "prefixItems" not in schema:
+            schema["items"] = _ANY
+        return super().visit(schema, name)  # type: ignore[no-any-return]
+
+    def _merged(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """A schema without its allOf."""
+        own = {key: each for key, each in schema.items() if key != "allOf" and key not in _ANNOTATIONS}
+        if len(schema["allOf"]) == 1 and not own:
+            return dict(schema["allOf"][0])
+        merged: dict[str, Any] = {"type": "object", "properties": {}, "required": []}
+        for part in (*schema["allOf"], own):
+            self._count()
+            part = self._target(part["$ref"]) if "$ref" in part else part
+            part = self._merged(part) if "allOf" in part else part
+            if part.keys() - _OF_OBJECTS - _ANNOTATIONS or part.get("type", "object") != "object":
+                raise ValueError("the parts of allOf are objects with properties, or there is only one part")
+            merged["properties"] |= part.get("properties", {})
+            merged["required"] += part.get("required", [])
+        return merged
+
+    def _count(self) -> None:
+        """Ends a schema of few words whose objects refer to each other without end."""
+        self._n_parts += 1
+        if self._n_parts > _MAX_PARTS:
+            raise ValueError(f"it has more than {_MAX_PARTS:,} parts")
 
     def _visit_pattern(self, pattern: str, name: str) -> str:
         plain = _UNITS.sub(_as_classes, pattern).replace("(?:", "(")
@@ -63,9 +152,9 @@ def json_schema_to_gbnf(schema: str, prop_order: Sequence[str] | None = None) ->
 
 @functools.lru_cache(maxsize=1)  # a forced call's is converted to check it, and then by llama_cpp's chat handler
 def _converted(schema: str, prop_order: Sequence[str]) -> str:
-    order = {name: i for i, name in enumerate(prop_order)}
-    converter = _Converter(prop_order=order, allow_fetch=False, dotall=False, raw_pattern=False)
-    converter.visit(converter.resolve_refs(json.loads(schema), "stdin"), "")
+    whole = json.loads(schema)
+    converter = _Converter(whole, prop_order={name: i for i, name in enumerate(prop_order)})
+    converter.visit(whole, "")
     return _PARTS.sub(_excluding, converter.format_grammar())
 
 
