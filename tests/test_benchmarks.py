@@ -1,8 +1,7 @@
-"""deltamem eval: what is read from the files, what is asked, resumed runs, shards and the report."""
+"""deltamem eval: what is asked, resumed runs, and shards."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import random
@@ -16,13 +15,14 @@ import gguf
 import numpy as np
 import pytest
 
+from asked import ASKED, FILES, GPQA, TALK, locomo
 from pydeltamem import DeltaMemLlama
 from pydeltamem.cli.main import main
 from pydeltamem.errors import InputError
 from pydeltamem.evals import views
 from pydeltamem.evals.asker import Ask, Asker, Shared
 from pydeltamem.evals.benchmarks import BENCHMARKS
-from pydeltamem.evals.items import Context, Item, Piece, chosen, items_of
+from pydeltamem.evals.items import Context, Item, Piece, items_of
 from pydeltamem.evals.results import results_of
 from pydeltamem.evals.run import Prompts, methods_of, units_of
 from pydeltamem.formats.gguf_header import Header
@@ -30,245 +30,6 @@ from pydeltamem.models import default_files
 from pydeltamem.runtime.stream import TextStream
 from pydeltamem.version import __version__
 from refusals import check_names, refuses
-
-TALK = ("My name is Anna.", "I live in Oslo.", "My dog is called Rex.", "I work as a baker.", "I play the piano.")
-ASKED = (
-    "Where does she live?",
-    "What is her name?",
-    "What is the dog called?",
-    "What is her job?",
-    "What does she play?",
-)
-
-
-def locomo(folder, n=2):
-    """A file of LoCoMo with n conversations of two sessions."""
-    record = {
-        "conversation": {
-            "speaker_a": "Anna", "speaker_b": "Ben",
-            "session_1_date_time": "1:56 pm on 8 May, 2023", "session_10_date_time": "9 June, 2023",
-            "session_10": [{"speaker": "Ben", "dia_id": "D10:1", "text": "Goodbye."}],
-            "session_1": [{"speaker": "Anna", "dia_id": f"D1:{i}", "text": text} for i, text in enumerate(TALK)],
-        },
-        "qa": [{"question": q, "answer": "Oslo", "category": 1 + i % 4} for i, q in enumerate(ASKED)]
-        + [{"question": "Why?", "adversarial_answer": "x", "category": 5}],
-    }  # fmt: skip
-    records = []
-    for i in range(n):
-        other = json.loads(json.dumps(record).replace("Oslo", ("Oslo", "Lima", "Rome")[i % 3]))
-        records.append({"sample_id": f"conv-{i}", **other})
-    path = folder / "locomo10.json"
-    path.write_text(json.dumps(records), encoding="utf-8")
-    return path
-
-
-#
-# files
-#
-
-
-def test_locomo_has_four_categories_and_dates(tmp_path):
-    items = items_of(BENCHMARKS["locomo"][0], str(locomo(tmp_path)))
-    assert [item.kind for item in items[:5]] == ["multi-hop", "temporal", "open", "single-hop", "multi-hop"]
-    assert len(items) == 10 and len({item.id for item in items}) == 10 and len({id(i.context) for i in items}) == 2
-    shown = items[0].context.shown()
-    assert shown.index("[1:56 pm on 8 May, 2023]") < shown.index("Oslo") < shown.index("[9 June, 2023]")
-    assert shown.count("8 May") == 1
-    assert "date" in items[1].question.lower() and "date" not in items[0].question.lower()
-
-
-HOTPOT = {"_id": "a", "type": "bridge", "question": "Who?", "answer": "Ada", "context": [["T", ["One.", " Two."]]]}
-SQUAD = {"data": [{"paragraphs": [{"context": "A. B.", "qas": [{"question": "Q?", "answers": [{"text": "A"}]}]}]}]}
-GPQA = "Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\nWhy?,1,2,3,4\n"
-FILES = {
-    "hotpotqa": [
-        json.dumps([HOTPOT]),
-        json.dumps({**HOTPOT, "id": "a", "context": {"title": ["T"], "sentences": [["One.", " Two."]]}}),
-    ],
-    "qa": [json.dumps(SQUAD), json.dumps({"context": "A. B.", "qa": [["Q?", ["A"]]]})],
-    "memory-agent-bench": [json.dumps({"context": "0. A.\n1. B.", "questions": ["Q?"], "answers": [["A"]]})],
-    "ifeval": [json.dumps({"key": 1, "prompt": "P", "instruction_id_list": [], "kwargs": []})],
-    "gpqa": [GPQA],
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_published_formats(name, tmp_path):
-    """Every form that a file is published in gives the same questions; packed files do, too."""
-    found = []
-    for i, text in enumerate(FILES[name]):
-        path = tmp_path / f"{i}.{'csv' if name == 'gpqa' else 'jsonl.gz'}"
-        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-        found.append(items_of(BENCHMARKS[name][0], str(path)))
-    assert all(len(items) == 1 for items in found)
-    assert all(items[0].question == found[0][0].question for items in found)
-    assert all(items[0].context == found[0][0].context and items[0].answers == found[0][0].answers for items in found)
-    if name == "gpqa":
-        (item,) = found[0]
-        assert f"({item.answers[0]}) 1" in item.question
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_missing_and_damaged_files_are_named(name, tmp_path, monkeypatch):
-    benchmark = BENCHMARKS[name][0]
-    monkeypatch.delenv("DELTAMEM_DATA", raising=False)
-    with pytest.raises(InputError) as error:
-        items_of(benchmark, None)
-    check_names(str(error.value), ["--data", benchmark.source])
-    (tmp_path / "x.jsonl").write_text('{"a": 1}\n')
-    for path in (tmp_path / "none.jsonl", tmp_path / "x.jsonl"):
-        with pytest.raises(InputError) as error:
-            items_of(benchmark, str(path))
-        check_names(str(error.value), [path, benchmark.source])
-
-
-PACKED = gzip.compress(json.dumps([HOTPOT] * 20).encode(), mtime=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("empty.json", b"[]"),
-        ("cut.json", gzip.compress(b"[]" * 500, mtime=0)[:-9]),
-        ("damaged.json", PACKED[:40] + b"\0\xff\0\xff" + PACKED[44:]),
-        ("binary.json", b"\xff\xfe"),
-        ("deep.json", b"[" * 100_000),
-        ("long.csv", b'id,question\n1,"' + b"x" * 200_000 + b'"\n'),
-        ("binary.parquet", b"PAR1" + b"\xff" * 100 + b"\x10\0\0\0PAR1"),
-        ("unanswered.json", json.dumps([{**HOTPOT, "answer": None}]).encode()),
-        ("twice.json", json.dumps([HOTPOT, {**HOTPOT, "question": "Where?"}]).encode()),
-    ],
-)
-def test_files_that_hold_no_question_or_cannot_be_read(tmp_path, name, data):
-    path = tmp_path / name
-    path.write_bytes(data)
-    with pytest.raises(InputError) as error:
-        items_of(BENCHMARKS["hotpotqa"][0], str(path))
-    check_names(str(error.value), [path])
-    assert str(error.value).count(path.name) == 1
-
-
-def test_a_mark_of_utf_8_is_no_text(tmp_path):
-    """As spreadsheets write it."""
-    (tmp_path / "gpqa.csv").write_text(GPQA, encoding="utf-8-sig")
-    assert len(items_of(BENCHMARKS["gpqa"][0], str(tmp_path / "gpqa.csv"))) == 1
-
-
-def test_the_folder_of_the_data(tmp_path, monkeypatch):
-    """By --data or DELTAMEM_DATA: each benchmark knows its file in it."""
-    path = locomo(tmp_path)
-    benchmark = BENCHMARKS["locomo"][0]
-    expected = [item.id for item in items_of(benchmark, str(path))]
-    (tmp_path / benchmark.file).parent.mkdir(exist_ok=True)
-    path.rename(tmp_path / benchmark.file)
-    assert [item.id for item in items_of(benchmark, str(tmp_path))] == expected
-    monkeypatch.setenv("DELTAMEM_DATA", str(tmp_path))
-    assert [item.id for item in items_of(benchmark, None)] == expected
-
-
-def test_parquet(tmp_path):
-    import pyarrow  # of the harness' datasets
-    from pyarrow import parquet
-
-    record = json.loads(FILES["memory-agent-bench"][0])
-    parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "x.parquet")
-    (tmp_path / "x.json").write_text(json.dumps(record))
-    one, other = (
-        items_of(BENCHMARKS["memory-agent-bench"][0], str(tmp_path / f"x.{ext}")) for ext in ("parquet", "json")
-    )
-    assert one == other and one[0].context == other[0].context
-
-
-@pytest.mark.parametrize("name", ["qa", "hotpotqa", "memory-agent-bench"])
-def test_only_a_line_feed_ends_a_line_of_json(name, tmp_path):
-    record = json.loads(FILES[name][1 if name == "qa" else 0])
-    record = {**(record[0] if name == "hotpotqa" else record), "note": "\u2028 \u2029 \x85 \x1c"}
-    (tmp_path / "x.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert len(items_of(BENCHMARKS[name][0], str(tmp_path / "x.jsonl"))) == 1
-
-
-def test_a_single_answer_is_one(tmp_path):
-    """Given as a plain string, where a list of right answers is usual; beside an empty one, which all answers hold."""
-    for name, record in (
-        ("memory-agent-bench", {"context": "0. Built in 1889.", "questions": ["When?"], "answers": [["1889", " "]]}),
-        ("qa", {"context": "Built in 1889.", "qa": [["When?", "1889"]]}),
-        ("memory-agent-bench", {"context": "0. Built in 1889.", "questions": ["When?"], "answers": ["1889"]}),
-    ):
-        (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n")
-        assert [item.answers for item in items_of(BENCHMARKS[name][0], str(tmp_path / "x.jsonl"))] == [("1889",)]
-
-
-def test_limits_and_shards_are_parts_of_the_questions(tmp_path):
-    items = items_of(BENCHMARKS["locomo"][0], str(locomo(tmp_path, 3)))
-    some = chosen(items, 7, 1, (1, 1))
-    assert len(some) == 7 and some == [item for item in items if item in some]
-    assert some == chosen(items, 7, 1, (1, 1)) != chosen(items, 7, 2, (1, 1))
-    parts = [chosen(items, 7, 1, (i, 2)) for i in (1, 2)]
-    assert sorted(item.index for part in parts for item in part) == [item.index for item in some]
-    assert not {id(i.context) for i in parts[0]} & {id(i.context) for i in parts[1]}
-
-
-#
-# what fits
-#
-
-
-def words(text):
-    return len(text.split())
-
-
-CONTEXT = Context(tuple(Piece(f"word{i} a b c", f"day {i // 3}") for i in range(9)))  # 4 words each, 2 of a head
-
-
-def test_the_last_sessions_that_fit():
-    for room in range(100):
-        kept = views.clipped(CONTEXT, "last", room, words)
-        assert words(kept.shown()) <= room
-        assert kept.pieces == CONTEXT.pieces[len(CONTEXT.pieces) - len(kept.pieces) :]
-        heads = [piece.head for piece in kept.pieces]
-        if len(set(heads)) > 1:  # whole sessions
-            assert len(heads) % 3 == 0
-    assert kept == CONTEXT
-    assert len(views.clipped(CONTEXT, "last", 8, words).pieces) == 1  # part of one where no whole one fits
-
-
-def test_the_first_third_and_the_last_two():
-    plain = Context(tuple(Piece(f"word{i}") for i in range(100)))
-    kept = [piece.text for piece in views.clipped(plain, "thirds", 30, words).pieces]
-    assert kept == [f"word{i}" for i in (*range(10), *range(80, 100))]
-    assert views.clipped(plain, "thirds", 100, words) == plain
-    assert len(views.clipped(plain, "thirds", 1000, words, max_characters=70).shown()) <= 70
-
-
-def test_what_a_search_finds():
-    context = Context((Piece("I live in Lima."), Piece("Hello."), Piece("My door is red."), Piece("Hi.")))
-    assert views.found_pieces(context, "What colour has the door?", 4, words, "bm25") == [2]
-    assert views.last_pieces(context, 5, words) == [2, 3]
-
-
-def test_dense_retrieval_orders_by_the_encoder(monkeypatch):
-    class Encoder:
-        def encode(self, texts, **options):
-            return [[float("door" in text), float("Lima" in text)] for text in texts]
-
-    monkeypatch.setattr(views, "encoder", Encoder)
-    context = Context((Piece("I live in Lima."), Piece("Hello."), Piece("My door is red.")))
-    assert views.found_pieces(context, "the door?", 4, words, "dense") == [2]
-    assert views.found_pieces(context, "Lima?", 5, words, "dense") == [0]
-
-
-def test_a_running_summary_takes_all_in():
-    seen = []
-
-    def write(prompt, n):
-        seen.append(prompt)
-        return f"summary {len(seen)}"
-
-    context = Context(tuple(Piece(f"word{i} " * 300) for i in range(8)))
-    assert views.summary(context, 10, words, write) == f"summary {len(seen)}"
-    assert len(seen) > 1 and all(f"word{i}" in "".join(seen) for i in range(8))
-    assert all(f"summary {i}" in prompt for i, prompt in enumerate(seen[1:], 1))
-
 
 #
 # asking
@@ -698,125 +459,6 @@ def test_a_part_of_the_questions_is_asked_as_in_the_whole(tmp_path, part):
     assert some.items() <= whole.items() and len(some) < len(whole)
 
 
-def report_of(folder, **scores):
-    """The report of answers with these scores."""
-    folder.mkdir()
-    records = [{"setup": {"benchmark": "qa", "model": "m"}}]
-    records += [
-        {"benchmark": "qa", "id": str(i), "kind": "", "about": None, "method": name.replace("_", "/"), "answer": "",
-         "scores": {"f1": value}}
-        for name, values in scores.items() for i, value in enumerate(values)
-    ]  # fmt: skip
-    (folder / "qa.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert main(["eval", "report", str(folder), "--json", str(folder / "report.json")]) == 0
-    return json.loads((folder / "report.json").read_text())
-
-
-def test_ratios_in_a_report(tmp_path):
-    found = report_of(
-        tmp_path / "a", none=[0, 1] * 20, backbone=[1, 1] * 20, a_context=[1, 0] * 20, a_memory=[0, 1] * 20
-    )
-    assert {(of["method"], of["over"]): of["ratio"]["value"] for of in found["ratios"]} == {
-        ("a/context", "backbone"): 0.5, ("a/memory", "backbone"): 0.5, ("a/memory", "none"): 1,
-    }  # fmt: skip
-    # only what both answered is compared, however far other methods have come
-    found = report_of(tmp_path / "b", none=[1, 0, 1, 1], backbone=[1, 0, 1, 1], a_context=[1, 0], a_memory=[1, 1, 0])
-    assert {(of["method"], of["over"]): (of["n"], of["ratio"]["value"]) for of in found["ratios"]} == {
-        ("a/context", "backbone"): (2, 1), ("a/memory", "backbone"): (3, 1), ("a/memory", "none"): (3, 1),
-    }  # fmt: skip
-    assert len(found["notes"]) == 2
-
-
-def answers_of(path, benchmark="qa", model="m", method="a/memory", **scores):
-    """A file of answers: by id, the answer's score and text."""
-    record = {"benchmark": benchmark, "kind": "", "about": None, "method": method}
-    records = [{**record, "id": id, "answer": text, "scores": {"f1": s}} for id, (s, text) in scores.items()]
-    setup = {"setup": {"benchmark": benchmark, "model": model}}
-    path.write_text("".join(json.dumps(line) + "\n" for line in (setup, *records)))
-    return path
-
-
-def test_a_report_of_several_benchmarks_has_their_mean(tmp_path):
-    """Of the methods that all of them have, each benchmark counting once."""
-    for benchmark, score in (("qa", 0.5), ("locomo", 0.1)):
-        scores = {str(i): (score, "x") for i in range(4 if benchmark == "qa" else 40)}
-        for method in ("a/memory", *(["b/memory"] if benchmark == "qa" else [])):
-            answers_of(tmp_path / f"{benchmark}-{method[0]}.jsonl", benchmark, method=method, **scores)
-        full = {id: (1.0, "x") for id in scores}
-        answers_of(tmp_path / f"{benchmark}-full.jsonl", benchmark, method="backbone", **full)
-    ratios = {(of.benchmark, of.method): of.ratio.value for of in results_of([tmp_path]).ratios}
-    assert ratios["average", "a/memory"] == pytest.approx(0.3) and ("average", "b/memory") not in ratios
-
-
-def test_files_that_do_not_fit_together(tmp_path):
-    one = answers_of(tmp_path / "1.jsonl", x=(1, "Lima"))
-    same, other = (answers_of(tmp_path / f"{name}.jsonl", x=(1, name)) for name in ("Lima", "Rome"))
-    assert len(results_of([one, same]).rows) == 1
-    with pytest.raises(InputError) as error:
-        results_of([one, other])
-    check_names(str(error.value), [other, "x"])
-    with pytest.raises(InputError) as error:
-        results_of([one, answers_of(tmp_path / "2.jsonl", model="another", y=(1, "Lima"))])
-    check_names(str(error.value), ["m", "another"])
-    with pytest.raises(InputError) as error:
-        results_of([answers_of(tmp_path / "3.jsonl")])
-    check_names(str(error.value), [tmp_path / "3.jsonl"])
-
-
-def with_setup(path, **changes):
-    """The file with another setup."""
-    first, rest = path.read_text().split("\n", 1)
-    path.write_text(json.dumps({"setup": {**json.loads(first)["setup"], **changes}}) + "\n" + rest)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("method", "changes"),
-    [
-        ("none", {"n_ctx": 1}), ("none", {"seed": 1}), ("bm25", {"window": 1}), ("a/memory", {"rehearse": True}),
-        ("a/context", {"answer_writes": "off"}), ("a/context", {"adapters": {"a": "y.gguf"}, "sha256": {"model": "1"}}),
-        ("a/memory", {"sha256": {"model": "1", "adapters": {"a": "2"}}}), ("lora", {"lora": "y.gguf"}),
-        ("backbone", {"unpack": "all"}), ("backbone", {"sha256": {"model": "1", "data": "2"}}),
-        ("backbone", {"sha256": {"model": "2"}}), ("none", {"version": "2"}), ("none", {"version": None}),
-    ],
-)  # fmt: skip
-def test_answers_under_other_conditions_are_not_joined(tmp_path, method, changes):
-    """Shards of one method must have been asked alike, but for what does not concern the method."""
-    setup = {"n_ctx": 9, "seed": 9, "window": 9, "answer_writes": "on", "adapters": {"a": "x.gguf"}, "lora": "x.gguf"}
-    setup |= {"version": "1", "sha256": {"model": "1", "data": "1", "adapters": {"a": "1"}}}
-    one, two = (answers_of(tmp_path / f"{id}.jsonl", method=method, **{id: (1, "x")}) for id in "ab")
-    assert results_of([with_setup(one, **setup), with_setup(two, **setup)]).rows[0].n == 2
-    with pytest.raises(InputError) as error:
-        results_of([one, with_setup(two, **changes)])
-    check_names(str(error.value), [two])
-    other = {"window": 1, "rehearse": True, "answer_writes": "off", "adapters": {"b": "y.gguf"}, "lora": None}
-    if method == "none":
-        assert results_of([one, with_setup(two, **{**setup, **other})]).rows[0].n == 2
-
-
-def test_methods_under_other_conditions_are_noted(tmp_path):
-    one, two = (answers_of(tmp_path / f"{method}.jsonl", method=method, a=(1, "x")) for method in ("none", "backbone"))
-    assert not results_of([one, two]).notes
-    (note,) = results_of([with_setup(one, n_ctx=11), with_setup(two, n_ctx=12)]).notes
-    check_names(note, ["n_ctx", 11, 12])
-    (note,) = results_of([with_setup(one, n_ctx=12, version="0.0.8"), with_setup(two, version="0.0.9")]).notes
-    check_names(note, ["version", "0.0.8", "0.0.9"])
-    with pytest.raises(InputError):  # other questions under the same ids
-        results_of([with_setup(one, sha256={"data": "1"}), with_setup(two, sha256={"data": "2"})])
-
-
-def test_shards_of_several_machines_are_joined_and_noted(tmp_path):
-    """Each rounds in its own way. What was written before that was recorded says nothing of it."""
-    old, one, two, gpu = (answers_of(tmp_path / f"{id}.jsonl", **{id: (1, "x")}) for id in "abcd")
-    with_setup(one, processor=["Xeon"], gpu_layers=0)
-    assert not results_of([old, one]).notes
-    (note,) = results_of([old, one, with_setup(two, processor=["EPYC"], gpu_layers=0)]).notes
-    check_names(note, ["Xeon", "EPYC"])
-    notes = results_of([one, with_setup(gpu, processor=["Xeon", "H200"], gpu_layers=9)]).notes
-    assert len(notes) == 2
-    check_names(" ".join(notes), ["H200", 0, 9])
-
-
 @pytest.mark.parametrize("name", ["processor", "gpu_layers"])
 def test_a_run_does_not_go_on_on_another_processor(whole, tmp_path, capsys, name):
     path, folder = whole
@@ -839,36 +481,6 @@ def test_a_report_of_a_run_that_was_killed(whole, tmp_path):
     n = sum("answer" in record for record in records)
     assert sum(row.n for row in found.rows if not row.kind) == n < 60
     check_names(found.notes[0], [path, n, 60])
-
-
-@pytest.mark.parametrize("gone", ["kind", "about", "scores", "method", "benchmark", "model", "id"])
-def test_a_damaged_line_is_named(tmp_path, gone):
-    path = answers_of(tmp_path / "x.jsonl", x=(1, "Lima"), y=(0, "Rome"))
-    path.write_text(path.read_text().replace(f'"{gone}"', '"other"'))
-    with pytest.raises(InputError) as error:
-        results_of([path])
-    check_names(str(error.value), [path])
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ('"id": "x"', '"id": ["x"]'), ('"method": "a/memory"', '"method": {}'), ('"method": "a/memory"', '"method": 1'),
-        ('"kind": ""', '"kind": 1'), ('"about": null', '"about": []'),
-        ('"benchmark": "qa", "kind"', '"benchmark": 1, "kind"'),
-        ('"f1": 1', '"f1": "x"'), ('"f1": 1', '"f1": null'), ('"f1": 1', '"f1": [{}]'), ('"model": "m"', '"model": []'),
-        ('"model": "m"', '"model": "m", "methods": [1]'), ('"model": "m"', '"model": "m", "questions": "9"'),
-        ('"model": "m"', '"model": "m", "sha256": "x"'), ('"model": "m"', '"model": "m", "sha256": {"data": []}'),
-        ('"model": "m"', '"model": "m", "n_ctx": [1]'), ('"model": "m"', '"model": "m", "cache": [[]]'),
-    ],
-)  # fmt: skip
-def test_a_value_of_another_type_is_named(tmp_path, before, after):
-    path = answers_of(tmp_path / "x.jsonl", x=(1, "Lima"), y=(0, "Rome"))
-    assert before in path.read_text()
-    path.write_text(path.read_text().replace(before, after))
-    with pytest.raises(InputError) as error:
-        results_of([path])
-    check_names(str(error.value), [path])
 
 
 def test_answers_that_lack_their_method_are_asked_again(whole, tmp_path):
@@ -912,51 +524,12 @@ def test_a_run_of_another_version_stays(whole, tmp_path, capsys, version):
     assert (tmp_path / "locomo.jsonl").read_text(encoding="utf-8") == begun
 
 
-def test_answers_with_separators_of_lines(tmp_path):
-    path = answers_of(tmp_path / "x.jsonl", x=(1, "Lima"), y=(0, "here"))
-    path.write_text(path.read_text().replace("here", "one\u2028two\x85three"), encoding="utf-8")
-    assert [(row.n, row.mean.value) for row in results_of([path]).rows] == [(2, 0.5)]
-
-
-def test_few_contexts_are_noted(tmp_path):
-    """Also where there is no method to compare with."""
-    path = answers_of(tmp_path / "x.jsonl", **{str(i): (i % 2, "x") for i in range(20)})
-    assert not results_of([path]).notes
-    path.write_text(path.read_text().replace('"about": null', '"about": "one"'))
-    (note,) = results_of([path]).notes
-    check_names(note, ["qa", 1])
-
-
-def test_benchmarks_are_drawn_apart(tmp_path):
-    """Where one is right and the other wrong in the same row, their mean is no surer than where both are right."""
-    rights = {"qa": [1, 0] * 20, "locomo": [0, 1] * 20}
-    for benchmark, right in rights.items():
-        for method, scores in (("a/memory", right), ("backbone", [1] * 40)):
-            of = {f"{i:02}": (score, "x") for i, score in enumerate(scores)}
-            answers_of(tmp_path / f"{benchmark}-{method[0]}.jsonl", benchmark, method=method, **of)
-    (mean,) = [of.ratio for of in results_of([tmp_path]).ratios if of.benchmark == "average"]
-    error = 1.96 * 0.5 / 80**0.5  # of the mean of 80 rights and wrongs
-    assert mean.value == 0.5
-    assert mean.low == pytest.approx(0.5 - error, abs=0.03) and mean.high == pytest.approx(0.5 + error, abs=0.03)
-
-
 def test_a_large_file_that_is_no_text_is_not_quoted(tmp_path):
     (tmp_path / "locomo10.json").write_bytes(b"\xff" * 100_000)
     for read in (lambda: results_of([tmp_path / "locomo10.json"]), lambda: items_of(BENCHMARKS["locomo"][0], tmp_path)):
         with refuses(InputError, tmp_path / "locomo10.json") as info:
             read()
         assert len(str(info.value)) < 1000
-
-
-def test_a_report_of_nothing(tmp_path, capsys):
-    assert main(["eval", "report", str(tmp_path)]) == 1
-    check_names(capsys.readouterr().err.strip(), [tmp_path])
-    (tmp_path / "x.jsonl").write_text("{}\n")
-    assert main(["eval", "report", str(tmp_path)]) == 1
-    check_names(capsys.readouterr().err.strip(), [tmp_path / "x.jsonl"])
-    answers_of(tmp_path / "x.jsonl", q=(1, "yes"))
-    assert main(["eval", "report", str(tmp_path), str(tmp_path / "other")]) == 1
-    check_names(capsys.readouterr().err.strip(), [tmp_path / "other"])
 
 
 @pytest.mark.parametrize(
