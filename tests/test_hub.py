@@ -362,7 +362,7 @@ def test_other_files_of_an_adapter_change_nothing(tmp_path, monkeypatch):
     assert changed != for_copy and converted_files() == {Path(for_base), Path(changed)}
 
 
-def test_other_files_of_a_model_change_nothing(golden_dir, tmp_path, monkeypatch):
+def test_other_files_of_a_model_change_nothing(warm_converter, golden_dir, tmp_path, monkeypatch):
     """Under a long name with braces, which llama.cpp's converter would fill in."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / ("{ftype}{v2}" + "é" * 110)
@@ -383,7 +383,7 @@ def test_other_files_of_a_model_change_nothing(golden_dir, tmp_path, monkeypatch
     assert converted_files() == {Path(second)} and first != second
 
 
-def test_a_model_in_old_files(standing, golden_dir, tmp_path):
+def test_a_model_in_old_files(warm_converter, standing, golden_dir, tmp_path):
     import safetensors.torch
     import torch
 
@@ -418,7 +418,7 @@ def test_a_shipped_adapter_is_a_name_too():
     refused(deltamem("generate", "-m", name, "-p", "a"), name)
 
 
-def test_a_pytorch_model_is_converted(standing, directories, tmp_path):
+def test_a_pytorch_model_is_converted(warm_converter, standing, directories, tmp_path):
     model, checkpoint = directories
     standing.repository("Qwen/Qwen3-4B-Instruct-2507", {".": model})
     standing.repository("declare-lab/delta-mem_qwen3_4b-instruct", {".": checkpoint})
