@@ -116,19 +116,23 @@ def test_what_one_token_costs(golden_dir, adapter, case, monkeypatch, capfd):
     assert 1 < per_layer < 64
 
 
-@pytest.mark.parametrize("case", ["tsw_qo", "msw4_qo"])
+@pytest.mark.parametrize("case", ["tsw_qo", "ssw_message", "msw4_qo"])
 def test_several_sequences(golden_dir, adapter, backbone, case):
     """Two sequences in one batch against each alone."""
     base, path = golden_dir / "qwen3" / "base-f32.gguf", adapter("qwen3", case)
     tokens = expected_of(golden_dir, "qwen3", case)["prompt_ids"].tolist()[:24]
     texts = {0: tokens[:12], 1: tokens[12:]}
+    segments = [i // 5 for i in range(12)] if case == "ssw_message" else None
     with open_context(base, path, n_seq=2, n_gpu_layers=-1) as context:
-        together = context.decode([(text[i], seq) for i in range(12) for seq, text in texts.items()])
+        together = context.decode(
+            [(text[i], seq) for i in range(12) for seq, text in texts.items()],
+            segments and [each for each in segments for _ in texts],
+        )
         states = [context.state(seq) for seq in texts]
     for seq, text in texts.items():
         with open_context(base, path, n_seq=2, n_gpu_layers=-1) as context:
-            alone = context.decode([(token, seq) for token in text])
-            assert nmse(context.state(seq), states[seq]) <= 10 * backbone("qwen3")
+            alone = context.decode([(token, seq) for token in text], segments)
+            assert nmse(states[seq], context.state(seq)) <= 10 * backbone("qwen3")
         assert nmse(together[seq::2], alone) <= 10 * backbone("qwen3")
 
 

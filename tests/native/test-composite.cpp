@@ -421,6 +421,8 @@ static void test_device(ggml_backend_dev_t device, ggml_backend_t backend) {
         { 8, 1, 1, 1, GGML_DELTAMEM_LAMBDA_COUPLED, norm | rows, 0 },
         { 8, 1, 1, 48, GGML_DELTAMEM_LAMBDA_COUPLED, norm | rows, 3 },
         { 8, 1, 1, 200, GGML_DELTAMEM_LAMBDA_COUPLED, norm | rows, 0 },
+        { 8, 1, 1, 40, GGML_DELTAMEM_LAMBDA_COUPLED, norm | rows | segments, 3 },
+        { 5, 3, 1, 40, GGML_DELTAMEM_LAMBDA_SEPARATE, norm | rows | segments, 3 },
         { 1, 1, 2, 20, GGML_DELTAMEM_LAMBDA_COUPLED, norm | rows, 0 },
         { 64, 2, 2, 20, GGML_DELTAMEM_LAMBDA_SEPARATE, norm, 2 },
         { 14, 1, 2, 20, GGML_DELTAMEM_LAMBDA_SEPARATE, norm | rows, 0 }, // gates begin at no multiple of four floats,
@@ -453,7 +455,7 @@ static void test_device(ggml_backend_dev_t device, ggml_backend_t backend) {
                 c.batch(n_tokens);
             }
             if (s.flags & segments) {
-                for (const int n_tokens : { s.n_tokens, s.n_seqs, s.n_seqs - 1, s.n_tokens }) {
+                for (const int n_tokens : { s.n_tokens, s.n_seqs, std::max(1, s.n_seqs - 1), s.n_tokens }) {
                     c.batch(n_tokens, true);
                 }
             }
