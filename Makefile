@@ -184,7 +184,7 @@ schedules: $(INSTALLED) ## 1,000 random schedules over four conversations agains
 	DELTAMEM_SCHEDULES=1000 $(BIN)/python -m pytest tests/test_schedules.py
 
 server-schedules: $(INSTALLED) ## 2,000 random turns of 16 clients in 4 slots of the server, against each alone (`make test` plays 120 of 8)
-	DELTAMEM_SERVER_TURNS=2000 $(BIN)/python -m pytest tests/test_server_together.py -k nobody
+	DELTAMEM_SERVER_TURNS=2000 $(BIN)/python -m pytest tests/test_server_together.py -k test_nobody_hears_another
 
 server-soak: $(INSTALLED) ## an hour of mixed load on the server, 10,000 sessions in its store
 	$(BIN)/python tools/server_soak.py $(SOAK_ARGS)
