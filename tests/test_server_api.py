@@ -75,6 +75,13 @@ def test_options_under_other_names(api):
     assert answer["choices"][0]["finish_reason"] == "stop"  # to its end, as with llama-server
 
 
+def test_whole_numbers_with_a_point(api):
+    """JSON has one kind of number."""
+    options = {"temperature": 2, "seed": 5, "top_k": 9, "logprobs": True, "top_logprobs": 2, "max_tokens": 3}
+    with_points = {name: n if name == "logprobs" else float(n) for name, n in options.items()}
+    assert ask(api, **with_points)["choices"] == ask(api, **options)["choices"]
+
+
 def test_content_in_parts(api):
     parts = [{"role": "user", "content": [{"type": "text", "text": "My name "}, {"type": "text", "text": "is Ada."}]}]
     assert said(ask(api, parts)) == said(ask(api))

@@ -48,6 +48,8 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError('a message is an object with "role" and "content"')
+        if "content" not in message and message["role"] != "assistant":  # an assistant may call functions only
+            raise InputError(f'a message of the role {shown(message["role"])} has no "content": it would say nothing')
         role = _ROLES.get(message["role"], message["role"])
         one = {**message, "role": role, "content": content_of(message)}
         called = one.pop("function_call", None)  # what `tool_calls` replaced

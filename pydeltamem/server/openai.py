@@ -61,6 +61,8 @@ class Chat:
         self.logprobs = flag(body, "logprobs")
         if self.logprobs:
             self.options["n_top"] = checked_n_top("top_logprobs", body.get("top_logprobs")) or 0
+        elif body.get("top_logprobs"):
+            raise InputError("top_logprobs: comes with logprobs: send that as true, too")
         self.tools = Tools(body)
         self.options.update(self.tools.options)
         if self.tools.forced is not None:

@@ -20,6 +20,7 @@ _NUMBERS = (
     "mirostat_mode", "mirostat_tau", "mirostat_eta",
 )  # fmt: skip
 _N_TOP = 20
+_WHOLE = {"max_tokens": (0,), "seed": (-1,), "top_k": (-1, 2**31 - 1), "n_top": (0, _N_TOP)}
 _N_STOP = 128  # each is looked for after each token, while all others wait
 # what chat handlers and llama_cpp's templates set themselves
 _TAKEN = frozenset((
@@ -50,10 +51,9 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     ):
         if name in given and not low <= given[name] <= high:
             raise InputError(f"{name} is {low} to {high}, not {given[name]}")
-    for name, low in (("max_tokens", 0), ("seed", -1)):
-        checked_whole(name, given.get(name), low)
-    checked_whole("top_k", given.get("top_k"), -1, 2**31 - 1)
-    checked_n_top("n_top", given.get("n_top"))
+    for name, bounds in _WHOLE.items():
+        if name in given:
+            given[name] = checked_whole(name, given[name], *bounds)
     if "template" in given:
         checked_template("template", given["template"])
     stop = given.get("stop")
@@ -75,7 +75,8 @@ def checked_whole(name: str, value: Any, low: int, high: int | None = None) -> i
     """A whole number, or None. Raises InputError, which names it `name`."""
     if value is None:
         return None
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    # JSON has one kind of number: clients in some languages write 8.0
+    is_whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
     if not is_whole or value < low or (high is not None and value > high):
         bounds = f"from {low} on" if high is None else f"from {low} to {high}"
         raise InputError(f"{name} is a whole number {bounds}, not {shown(repr(value))}")
