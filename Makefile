@@ -129,7 +129,7 @@ tsan: $(DEMO)/adapter.gguf ## the operator, and calls from two threads, under th
 
 memcheck: $(DEMO)/adapter.gguf ## load, generate, save, load, free under valgrind
 	cmake -S . -B $(MEMCHECK) $(MEMCHECK_ARGS) $(NATIVE_TESTS)
-	cmake --build $(MEMCHECK)
+	cmake --build $(MEMCHECK) --target test-lifecycle
 	valgrind --error-exitcode=1 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
 		$(MEMCHECK)/bin/test-lifecycle $(TINY)/base.gguf $(DEMO)/adapter.gguf
 
