@@ -125,7 +125,7 @@ tsan: $(DEMO)/adapter.gguf ## the operator, and calls from two threads, under th
 		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
 	cmake --build build/tsan --target test-op test-bf16 test-known test-wait test-threads test-lifecycle
 	TSAN_OPTIONS=halt_on_error=1 \
-		ctest --test-dir build/tsan --output-on-failure -R '^(op|bf16|known|wait|wait-pool|threads|lifecycle|lifecycle-segments)$$'
+		ctest --test-dir build/tsan --output-on-failure --timeout 3600 -R '^(op|bf16|known|wait|wait-pool|threads|lifecycle|lifecycle-segments)$$'
 
 memcheck: $(DEMO)/adapter.gguf ## load, generate, save, load, free under valgrind
 	cmake -S . -B $(MEMCHECK) $(MEMCHECK_ARGS) $(NATIVE_TESTS)
