@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,20 @@ from pydeltamem.train.model import load_frozen, multiplies_bfloat16
 from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 from refusals import check_names, refuses
 
+# of 400 MB all but the last 4, which lie at the heap's end
+GAPS = """
+import torch
+from pydeltamem.train.trainer import release_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+
+blocks = [torch.ones(1_000_000) for _ in range(100)]
+del blocks[:-1]
+before = resident()
+release_memory()
+print(before - resident())
+"""
 WORDS = ["<|user|>", "<|assistant|>", "<|end|>", "red", "green", "blue", "my", "door", "is", "what", "colour", "yours"]
 WORDS += ["hello", "there", "it"]
 TEMPLATE = (
@@ -619,3 +634,12 @@ def test_a_file_of_another_kind_stays(hf_dir, data, tmp_path, name):
             act()
         check_names(str(info.value), [path])
         assert path.read_bytes() == b"a diary"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_memory_that_is_not_used_is_given_back():
+    heap = {"MALLOC_MMAP_THRESHOLD_": f"{1 << 32}", "MALLOC_TRIM_THRESHOLD_": f"{1 << 34}"}  # as `make smollm2-adapter`
+    run = subprocess.run(
+        [sys.executable, "-c", GAPS], env=os.environ | heap, capture_output=True, text=True, check=True
+    )
+    assert float(run.stdout) > 300  # MB

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
 import random
+import sys
 import time
 import weakref
 import zlib
@@ -36,6 +38,7 @@ from .report import Report, measure, plot
 
 LOG = "log.jsonl"
 LEFT = 600  # seconds, longer than any save takes: a temporary file that old is nobody's
+RELEASE = 60  # seconds from one release of unused memory to the next
 HELD_OUT = 64  # conversations that only measure the loss; at most a tenth of all
 
 
@@ -124,9 +127,13 @@ class Trainer:
             bar = progress.add_task(name, total=options.steps, completed=self.step)
             if self.recall and self._is_measured() and self.step not in map(_step_of, self._log()):
                 self._measure(self.recall)  # it was killed before it had
+            released = time.monotonic()
             while self.step < options.steps:
                 begun = time.monotonic()
                 loss = self.update()
+                if begun - released > RELEASE:
+                    released = begun
+                    release_memory()
                 self.seconds += time.monotonic() - begun
                 self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
                 if self.step % 10 == 0:
@@ -303,6 +310,14 @@ def _settings(config: DeltaMemConfig, options: Options) -> dict[str, Any]:
     """The configuration and the options of a run, as a checkpoint holds them."""
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     return {**fields, **{f"--{name.replace('_', '-')}": getattr(options, name) for name in OF_RUN}}
+
+
+def release_memory() -> None:
+    """Gives memory that the heap does not use back to the system, if the C library is glibc. Tensors of batches of many
+    sizes leave gaps: in ninety steps of sixteen conversations 11 GB became resident, of which 2.8 were in use.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _clear(out: Path) -> None:
