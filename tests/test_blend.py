@@ -42,6 +42,23 @@ def test_the_command(two, tmp_path):
         assert np.array_equal(tensor, Checkpoint(two[0]).tensors[name].astype(np.float16))
 
 
+def test_outputs_and_writes_are_changed_without_training(two, tmp_path):
+    a, _ = two
+    blend([(a, 1)], tmp_path / "out", outputs=0.5, write_bias=1)
+    first, found = (Checkpoint(folder).tensors for folder in (a, tmp_path / "out"))
+    changed = set()
+    for name, tensor in found.items():
+        kind = name.rpartition(".")[2]
+        factor = 0.5 if kind in ("delta_q_proj", "delta_k_proj", "delta_v_proj", "delta_o_proj") else 1
+        expected = factor * first[name] + (kind == "beta_bias")
+        assert np.abs(tensor - expected).max() <= 2.0**-11 * np.abs(expected).max()  # float16 rounds
+        if not np.array_equal(expected, first[name]):
+            changed.add(kind)
+    assert {"delta_q_proj", "delta_o_proj", "beta_bias"} <= changed
+    with refuses(InputError, "--outputs"):
+        blend([(a, 1)], tmp_path / "other", outputs=float("nan"))
+
+
 def test_what_cannot_be_averaged(two, golden_dir, tmp_path):
     write_adapter_checkpoint(tmp_path / "c", golden_dir / "qwen3" / "base-f32.gguf", alpha=8.0)
     out = tmp_path / "out"
