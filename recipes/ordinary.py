@@ -35,6 +35,7 @@ from pydeltamem.hub import model_file
 
 TOGETHER = 16  # answers that are decoded together
 BATCH = 8 * TOGETHER  # requests that are asked, and whose answers are kept, at once
+DRAWN_FROM = 11_670  # conversations by hand: those added later would change the draw, and the answers are made
 ROW = 7  # words in a row that no request may share with IFEval
 SUBJECTS = (
     "the sea, photosynthesis, black holes, democracy, bread, bicycles, the printing press, gravity, volcanoes, coffee,"
@@ -71,7 +72,7 @@ def requests(data: Path | None, seed: int) -> list[str]:
     if data is not None:
         questions = [item["question"] for item in drawable(lines(data / "train" / "nq_oracle.jsonl.gz"))]
         made += [f"{question[0].upper()}{question[1:]}?" for question in draw.sample(questions, 220)]
-    natural = lines(HERE / "natural" / "train.jsonl.gz")
+    natural = lines(HERE / "natural" / "train.jsonl.gz")[:DRAWN_FROM]
     later = [m["content"] for x in natural for m in x["messages"][2:] if m["role"] == "user" and len(m["content"]) > 25]
     made += draw.sample(later, 200)
     for subject in SUBJECTS.split(", "):
