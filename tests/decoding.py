@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 def fail_at(patch, llm, n=1):
     """llama.cpp fails in the n-th decode from here on, and in those after it."""
@@ -14,6 +16,19 @@ def fail_at(patch, llm, n=1):
         return decode(ctx, batch)
 
     patch.setattr(type(llm._ctx), "decode", fail_later)
+
+
+def press_at(patch, llm, n=1):
+    """Ctrl-C is pressed while llama.cpp computes the n-th batch from here on."""
+    decode, left = type(llm._ctx).decode, [n]
+
+    def decode_and_press(ctx, batch):
+        left[0] -= 1
+        decode(ctx, batch)
+        if left[0] == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    patch.setattr(type(llm._ctx), "decode", decode_and_press)
 
 
 def go_on(patch, llm, until=lambda: False):

@@ -8,7 +8,8 @@ import signal
 import numpy as np
 import pytest
 
-from pydeltamem import Conversation, stream_together
+from decoding import press_at
+from pydeltamem import Conversation, MemorySnapshot, stream_together
 from pydeltamem.runtime import library
 from pydeltamem.runtime.interrupt import uninterrupted
 
@@ -110,6 +111,57 @@ def test_no_token_is_lost(make_llm):
         llm.eval(conversation.tokens)
         np.testing.assert_allclose(conversation.memory.state, llm.memory.state, rtol=0, atol=2e-6)
         assert conversation.memory.n_written == conversation.n_tokens
+
+
+@pytest.mark.parametrize("how", ["eval", "generate", "rehearse", "rollback"])
+def test_an_interrupted_call_changes_nothing(make_llm, monkeypatch, how):
+    """Pressed in its last decode, too: nobody hears of what that computed."""
+    llm, other = (make_llm(type_k=0, type_v=0) for _ in range(2))
+    for model in (llm, other):
+        model.eval([9, 8, 77, 6, 50, 4])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        press_at(patch, llm)
+        if how == "eval":
+            llm.eval([14, 17, 40])
+        elif how == "generate":
+            next(llm.generate([9, 8, 14, 17, 40]))
+        elif how == "rehearse":
+            llm.memory.rehearse()
+        else:
+            llm.memory.rollback(3)
+    assert llm.n_tokens == llm.memory.n_written == 6
+    np.testing.assert_array_equal(llm.memory.state, other.memory.state)
+    for model in (llm, other):
+        model.eval([33, 34])
+    np.testing.assert_allclose(llm.memory.state, other.memory.state, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(llm.logits, other.logits, rtol=0, atol=1e-4)
+
+
+def test_an_interrupted_message_is_not_kept(make_llm, monkeypatch, tmp_path):
+    llm, path = make_llm(), tmp_path / "ada.memory"
+    with Conversation(llm, memory_file=path) as ada:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            press_at(patch, llm)
+            ada.add("user", "my name is ada")
+        assert ada.messages == [] and ada.n_tokens == 0
+    assert MemorySnapshot.load(path).tokens_written == 0
+
+
+def test_an_adapter_that_is_attached(make_llm, adapter, monkeypatch):
+    """Pressed while llama.cpp attaches it: the model is of one adapter afterwards, and decodes."""
+    llm, attach = make_llm(), library.llama_deltamem_attach
+
+    def attach_and_press(*arguments):
+        status = attach(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return status
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(library, "llama_deltamem_attach", attach_and_press)
+        llm.memory.attach(adapter("qwen3", "msw4_qo"))
+    llm.eval([5, 6, 7])
+    assert llm.memory.state.shape == llm.memory.shape and llm.memory.n_written == 3
+    assert llm.deltamem_path == str(adapter("qwen3", "msw4_qo"))
 
 
 def test_a_callback_that_decodes_keeps_nobody_waiting(make_llm):

@@ -130,6 +130,19 @@ def test_a_failure_on_the_way_back_loses_nothing(make, read_once, monkeypatch, t
     np.testing.assert_allclose(llm.memory.state, read_once(tokens[:10]), **SAME)
 
 
+def test_a_rollback_that_fails_changes_nothing(make, read_once, monkeypatch):
+    """Where there is no checkpoint tokens must be decoded again, which llama.cpp cannot do."""
+    llm = make()
+    llm.eval(TOKENS)
+    llm.eval(OTHER)
+    with monkeypatch.context() as patch, pytest.raises(DecodeError):
+        fail_at(patch, llm)
+        llm.memory.rollback(5)
+    assert texts(llm) == TOKENS + OTHER and llm.memory.n_written == len(TOKENS + OTHER)
+    llm.eval([33])
+    np.testing.assert_allclose(llm.memory.state, read_once([*TOKENS, *OTHER, 33]), **SAME)
+
+
 def test_an_interrupt_while_going_back(make, read_once, monkeypatch):
     llm = make()
     llm.eval(TOKENS)

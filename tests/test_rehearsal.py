@@ -74,6 +74,10 @@ def test_a_rehearsal_that_fails(make, monkeypatch):
         llm.memory.rehearse()
     np.testing.assert_array_equal(llm.memory.state, before)
     assert llm.memory.n_written == len(TOKENS) and texts(llm)[: llm.n_tokens] == TOKENS
+    for model in (llm, other):
+        model.eval(OTHER)
+    np.testing.assert_allclose(llm.logits, other.logits, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(llm.memory.state, other.memory.state, **SAME)
     llm.memory.rollback(5)
     other.memory.rollback(5)
     np.testing.assert_allclose(llm.memory.state, other.memory.state, **SAME)

@@ -169,9 +169,18 @@ class Request(Keeping):
         if not self.is_over:
             self.error = error
             self.is_over = True
-            before = self.undo or self.before
-            if not self.is_decoded and before is not None:
-                self.text.restore(before)
+            if not self.is_decoded:
+                self._take_back()
+
+    def give_up(self) -> None:
+        """Ends the request for a caller who is interrupted: even what was decoded to its end is taken back."""
+        self.is_over = True
+        self._take_back()
+
+    def _take_back(self) -> None:
+        before = self.undo or self.before
+        if before is not None:
+            self.text.restore(before)
 
 
 class _Decode(Request):
@@ -271,7 +280,8 @@ class Engine:
             generates, goes_on, calls_back: as `Request`.
             undo: as `Request`. None: the record before the tokens.
 
-        If it fails (InputError, DecodeError, NotFiniteError, or what `then` raises), the text is as it was.
+        If it fails (InputError, DecodeError, NotFiniteError, or what `then` raises), or is interrupted, the text is as
+        it was.
         """
         request = _Decode(text, then)
         request.drafted, request.generates = drafted, generates
@@ -282,7 +292,8 @@ class Engine:
         try:
             self.wait([request])
         except BaseException:
-            self.drop(request)
+            with self.lock:
+                request.give_up()
             raise
         request.check()
         return request.undo or request.before or text.position

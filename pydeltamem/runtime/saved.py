@@ -44,16 +44,20 @@ def kv_of(llm: Model) -> bytes:
 
 
 def load_kv(llm: Model, state: LlamaState) -> None:
-    """Takes the KV cache from a state. If it raises InputError, the present text must be decoded again."""
+    """Takes the KV cache from a state. If it fails (InputError), the present text is decoded again as at first."""
     size, text, slots = len(state.llama_state), llm._text, llm._engine.slots
     data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
     slot = slots.take(text)
     assert slot is not None  # its home
     text.lost_kv()
-    if isinstance(state, DeltaMemState):
-        n_read = _llama.llama_state_seq_set_data(llm.ctx, data, size, slot)
-    else:
-        n_read = _llama.llama_state_set_data(llm.ctx, data, size)
-    if not n_read:
-        slots.truncate(slot, 0)
-        raise InputError("the state is of another model, or damaged: llama.cpp cannot read its KV cache")
+    try:
+        if isinstance(state, DeltaMemState):
+            n_read = _llama.llama_state_seq_set_data(llm.ctx, data, size, slot)
+        else:
+            n_read = _llama.llama_state_set_data(llm.ctx, data, size)
+        if not n_read:
+            slots.truncate(slot, 0)
+            raise InputError("the state is of another model, or damaged: llama.cpp cannot read its KV cache")
+    except BaseException:
+        text.lost_kv(by_failure=True)
+        raise

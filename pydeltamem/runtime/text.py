@@ -171,7 +171,7 @@ class Text:
         """Takes text and memory back to `position`. Returns how many tokens were decoded again, from the nearest
         checkpoint before it.
 
-        Raises InputError if the memory cannot go back so far.
+        Raises InputError if the memory cannot go back so far. If it fails, text and memory are as before.
         """
         position = whole(position, "a position")
         if not 0 <= position <= self.n_tokens:
@@ -181,8 +181,13 @@ class Text:
                 f"cannot go back to token {position}: the text or the memory began at {self.position.floor}"
             )
         with self.lock:
-            self.position = self.position._replace(n_tokens=position)
-        return self.catch_up()
+            before = self.position
+            self.position = before._replace(n_tokens=position)
+        try:
+            return self.catch_up()
+        except BaseException:
+            self.restore(before)
+            raise
 
     def catch_up(self) -> int:
         """Takes the memory to the end of the text. Returns how many tokens were decoded again."""
@@ -204,7 +209,8 @@ class Text:
             self.finish()
         except BaseException:
             with self.lock:
-                self.position = before._replace(n_kv=0)
+                self.position = before
+                self.lost_kv(by_failure=True)
             raise
 
     def finish(self) -> None:
@@ -287,8 +293,11 @@ class Text:
     # slots
     #
 
+    @holding("lock")
     def lost_kv(self, n: int = 0, by_failure: bool = False) -> None:
-        """Notes that its KV cache is gone except for the first n tokens: the rest must be decoded again."""
+        """Notes that its KV cache is gone except for the first n tokens: the rest must be decoded again. `by_failure`:
+        as the first time, so that the failure changes nothing.
+        """
         self.position = self.position._replace(n_kv=min(self.position.n_kv, n))
         self._is_exact_once |= by_failure
 
