@@ -254,6 +254,7 @@ class Conversation:
         if lock is None or os.path.realpath(path) != os.path.realpath(lock.path):
             lock, is_open = MemoryFileLock(path), False
             lock.acquire()
+        n_attached = self.llm._engine.slots.n_attached  # before: an adapter that comes meanwhile empties the memory
         try:
             if os.path.exists(path):
                 self.memory.load(path)
@@ -265,17 +266,18 @@ class Conversation:
             raise
         if self._lock is not None and not is_open:
             self._lock.release()
-        self._lock, self.memory_file = lock, path
-        self._n_attached = self.llm._engine.slots.n_attached
+        self._lock, self.memory_file, self._n_attached = lock, path, n_attached
 
     @holding("_text.turn")
     def save(self) -> None:
         """Saves the memory to the memory file, if there is one. Raises MemoryFileError if it cannot be written, or if
         an adapter was attached or detached since the file was opened.
         """
-        self._check_file()
-        if self.memory_file is not None:
-            self.memory.save(self.memory_file)
+        with self._text.lock:  # nobody attaches an adapter, which empties the memory, between the check and the copy
+            self._check_file()
+            kept = None if self.memory_file is None else self.memory.copy()
+        if self.memory_file is not None and kept is not None:
+            kept.save(self.memory_file)
 
     @holding("_text.turn")
     def close(self) -> None:

@@ -14,6 +14,7 @@ from .formats.memory_file import MemorySnapshot, owner
 from .hub import adapter_file
 from .runtime import library
 from .runtime.engine import Engine
+from .runtime.interrupt import uninterrupted
 from .runtime.lock import holding
 from .runtime.slots import no_adapter
 from .runtime.text import Text, log
@@ -86,6 +87,7 @@ class Memory:
 
     @state.setter
     @holding("_text.turn")
+    @holding("_text.lock")  # the shape stays that of the adapter
     def state(self, value: npt.ArrayLike) -> None:
         shape = self.shape
         try:
@@ -123,6 +125,7 @@ class Memory:
         self._text.write = bool(value)
 
     @holding("_text.turn")
+    @holding("_text.lock")
     def reset(self) -> None:
         """Empties the memory and keeps the text. `DeltaMemLlama.reset` does the reverse."""
         self._text.become(np.zeros(self.shape, dtype=np.float32))
@@ -188,7 +191,9 @@ class Memory:
     @holding("_text.turn")
     def copy(self) -> MemorySnapshot:
         """A copy of the memory: to save, export, compare or restore later."""
-        return MemorySnapshot(self.state, self._metadata)
+        self._text.finish()
+        with self._text.lock:  # state and metadata are of one adapter
+            return MemorySnapshot(self.state, self._metadata)
 
     def restore(self, snapshot: MemorySnapshot) -> None:
         """Replaces this memory by the copy. Raises MemoryFileError if another adapter wrote the copy."""
@@ -224,6 +229,7 @@ class Memory:
         return None
 
     @holding("_text.turn")
+    @holding("_text.lock")
     def _restore(self, snapshot: MemorySnapshot, name: str) -> None:
         mine, theirs = self._metadata, snapshot.metadata
         reason = self._misfit(snapshot)
@@ -233,7 +239,6 @@ class Memory:
             log.warning("%s: written by another base model than %s", name, mine["base_name"] or self._llm.model_path)
         self._text.become(snapshot.state, snapshot.tokens_written, theirs.get("created", self._text.position.since))
 
-    @holding("_text.lock")
     def attach(self, path: str | os.PathLike[str] | None = None) -> None:
         """Attaches the adapter again, or another one for this model. The memory of every text is then empty.
 
@@ -243,21 +248,23 @@ class Memory:
         slots = self._llm._engine.slots
         slots.require_open()
         if path is not None:
-            path = adapter_file(path, self._llm.model_path)
-        if path is None and self._llm._adapter is None:
-            raise AdapterError(no_adapter())
-        with library.errors_held():
+            path = adapter_file(path, self._llm.model_path)  # others go on while it is fetched or converted
+        with self._text.lock, uninterrupted(), library.errors_held():
+            slots.require_open()
             if path is not None:
                 self._llm._attach(path)
                 self._llm.deltamem_path = path
-            else:
+            elif self._llm._adapter is not None:
                 slots.attach(self._llm._adapter)
+            else:
+                raise AdapterError(no_adapter())
 
     @holding("_text.lock")
     def detach(self) -> None:
         """Detaches the adapter, which leaves the plain model. The state is lost; `attach` begins with an empty one."""
         self._require_memory()
-        self._llm._engine.slots.detach()
+        with uninterrupted():
+            self._llm._engine.slots.detach()
 
     def __repr__(self) -> str:
         if not self.attached:

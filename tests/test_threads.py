@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 from llama_cpp import LogitsProcessorList
 
-from pydeltamem import Conversation, DeltaMemLlama, InputError, ModelError, say_together
+from pydeltamem import Conversation, DeltaMemLlama, InputError, MemoryFileError, ModelError, memory, say_together
 from pydeltamem.runtime.lock import FairLock
 
 GREEDY = {"n_predict": 8, "temp": 0.0}
@@ -436,6 +437,35 @@ def test_a_callback_does_not_wait_for_ever(make):
     ada.say("hello", logits_processor=LogitsProcessorList([look]), n_predict=1)
     thread.join(TIMEOUT)
     assert raised and not thread.is_alive() and len(bob.messages) == 2
+
+
+def test_a_memory_file_outlives_an_adapter_that_comes_as_it_is_saved(make, tmp_path):
+    """Attaching empties the memory: that of the file stays."""
+    llm, path = make(), tmp_path / "ada.memory"
+    with Conversation(llm, memory_file=path, **GREEDY) as ada, ThreadPoolExecutor(1) as pool:
+        ada.say("hello")
+        before = path.read_bytes()
+        with llm._engine.lock:  # as in a decode
+            saved = pool.submit(ada.save)
+            time.sleep(0.1)
+            llm.memory.attach()
+        with pytest.raises(MemoryFileError):
+            saved.result(TIMEOUT)
+        assert path.read_bytes() == before
+
+
+def test_an_adapter_that_is_fetched_keeps_nobody_waiting(make, monkeypatch):
+    llm = make()
+    fetched = memory.adapter_file
+
+    def fetch(*arguments):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(llm.eval, [5, 6, 7]).result(TIMEOUT)
+        return fetched(*arguments)
+
+    monkeypatch.setattr(memory, "adapter_file", fetch)
+    llm.memory.attach(llm.deltamem_path)
+    assert llm.n_tokens == 3 and llm.memory.n_written == 0
 
 
 def test_a_seed_is_of_one_reply(make):
