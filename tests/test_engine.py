@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -282,6 +283,29 @@ def test_an_interrupt_in_a_decode_ends_one_request(make, monkeypatch):
     once.eval([9, 10])
     assert texts[0].tokens.tolist() == [9, 10]
     np.testing.assert_array_equal(texts[0].state, once.state)
+
+
+def test_who_should_come_back_is_looked_up_while_others_change_it(make):
+    engine = make()._engine
+    texts, is_over, threads = [engine.text() for _ in range(50)], threading.Event(), sys.getswitchinterval()
+
+    def change():
+        while not is_over.is_set():
+            for text in texts:
+                engine._left[text] = 1, 0.0
+            for text in texts:
+                engine._left.pop(text, None)
+
+    thread = threading.Thread(target=change)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        for _ in range(2000):
+            assert set(engine._texts_of_others(2)) <= set(texts)
+    finally:
+        is_over.set()
+        thread.join()
+        sys.setswitchinterval(threads)
 
 
 def test_more_texts_than_slots_wait_for_one(make, recorded):

@@ -456,8 +456,7 @@ class Engine:
         end = time.perf_counter() + self._patience
         with self._came:
             while True:
-                waited_for = list(self._left.items())
-                absent = [text for text, (of, _) in waited_for if of != thread and text not in self._slow]
+                absent = [text for text in self._texts_of_others(thread) if text not in self._slow]
                 left = end - time.perf_counter()
                 if not absent or any(request.is_given for request in own):
                     return
@@ -467,6 +466,12 @@ class Engine:
             for text in absent:
                 self._slow.add(text)
                 self._left.pop(text, None)
+
+    def _texts_of_others(self, thread: int) -> list[Text]:
+        """Texts whose callers, other threads than this one, should come back."""
+        texts = (ref() for ref in self._left.keyrefs())  # a copy: others change it meanwhile
+        left = ((text, self._left.get(text)) for text in texts if text is not None)
+        return [text for text, of in left if of is not None and of[0] != thread]
 
     def _announce(self) -> None:
         """Tells the threads in `_gather` that a thread came, or has something."""
