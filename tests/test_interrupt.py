@@ -11,7 +11,7 @@ import pytest
 from decoding import press_at
 from pydeltamem import Conversation, MemorySnapshot, stream_together
 from pydeltamem.runtime import library
-from pydeltamem.runtime.interrupt import uninterrupted
+from pydeltamem.runtime.interrupt import interruptible, uninterrupted
 
 GREEDY = {"n_predict": 12, "temp": 0.0}
 
@@ -44,6 +44,22 @@ def test_the_second_one_does_not_wait():
         signal.raise_signal(signal.SIGINT)
         done.append("too much")
     assert done == ["a little"]
+
+
+def test_a_stream_without_text_ends_at_the_second_one():
+    def pieces():
+        yield "once"
+        for _ in range(3):  # tokens without text
+            signal.raise_signal(signal.SIGINT)
+            n_pressed.append(1)
+        yield "never"
+
+    n_pressed = []
+    with pytest.raises(KeyboardInterrupt):
+        list(interruptible(pieces()))
+    assert len(n_pressed) == 1
+    with pytest.raises(KeyboardInterrupt):  # as it was
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_handler_of_ones_own_is_called_once():

@@ -46,17 +46,20 @@ def uninterrupted() -> Iterator[list[Any]]:
 
 
 def interruptible(pieces: Iterator[str]) -> Iterator[str]:
-    """Yields from a stream. After the first piece, Ctrl-C raises KeyboardInterrupt only between two pieces.
+    """Yields from a stream. After the first piece, Ctrl-C raises KeyboardInterrupt only between two pieces. A second
+    one does not wait: a model may go on with tokens that have no text.
 
     Elsewhere it could interrupt a callback of llama.cpp (--ignore-eos has one), where Python drops exceptions.
     """
     pressed = False
+    before: Any = None
 
     def press(signum: int, frame: Any) -> None:
         nonlocal pressed
+        if pressed and callable(before):
+            before(signum, frame)
         pressed = True
 
-    before = None
     try:
         for piece in pieces:
             if before is None:
