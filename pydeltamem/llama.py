@@ -352,7 +352,8 @@ class DeltaMemLlama(Llama):
     @n_tokens.setter
     def n_tokens(self, value: int) -> None:
         if self._text is not None:
-            self._text.n_tokens = value
+            with self._text.turn:
+                self._text.n_tokens = value
 
     @property
     def input_ids(self) -> npt.NDArray[np.intc]:

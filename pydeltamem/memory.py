@@ -63,7 +63,7 @@ class Memory:
     @holding("_text.lock")
     def layers(self) -> list[int]:
         """The model layers that carry memory, ascending; empty without an adapter."""
-        adapter = self._llm._adapter
+        adapter = self._llm._adapter if self.attached else None  # which stays when it is detached
         if adapter is None:
             return []
         return [library.llama_deltamem_layer(adapter, i) for i in range(library.llama_deltamem_n_layer(adapter))]
@@ -120,6 +120,7 @@ class Memory:
         return self._text.write
 
     @write.setter
+    @holding("_text.turn")
     def write(self, value: bool) -> None:
         self._require_memory()
         self._text.write = bool(value)

@@ -321,6 +321,27 @@ def test_others_speak_between_two_batches_of_a_prompt(make, monkeypatch, how):
     assert order.index("speaker") < len(order) - 1 - order[::-1].index("reader")
 
 
+@pytest.mark.parametrize("what", ["n_tokens", "write"])
+def test_nobody_sets_anything_in_the_middle_of_a_call(make, read_once, what):
+    """It waits for the end of the call, which is whole."""
+    llm, threads = make(n_batch=4), []
+
+    def change():
+        setattr(*((llm, "n_tokens", 2) if what == "n_tokens" else (llm.memory, "write", False)))
+
+    def between(_):
+        if not threads:
+            threads.append(threading.Thread(target=change))
+            threads[0].start()
+            time.sleep(0.1)
+
+    llm._engine.stepped = between
+    llm.eval(range(20, 40))
+    threads[0].join(TIMEOUT)
+    assert llm.n_tokens == (2 if what == "n_tokens" else 20) and llm.memory.write == (what == "n_tokens")
+    np.testing.assert_allclose(llm._text.position.checkpoint.state, read_once(range(20, 40)), rtol=0, atol=2e-6)
+
+
 def test_nobody_is_overtaken_for_ever(make):
     """A thread that decodes again and again lets another one in between."""
     llm = make(n_seq_max=3)
