@@ -90,7 +90,6 @@ def test_every_token_is_written_once(llm, read_once):
 def test_going_back(llm, read_once):
     conversation = Conversation(llm, system="be short", n_predict=8)
     conversation.say("hello there", seed=1)
-    before, n = conversation.memory.state, conversation.n_tokens
     first = conversation.say("how are you", seed=2)
     assert conversation.regenerate(seed=3) != first
     assert conversation.regenerate(seed=2) == first
@@ -98,13 +97,13 @@ def test_going_back(llm, read_once):
     assert [m["content"] for m in conversation.messages if m["role"] == "user"] == ["hello there", "what is new"]
     np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
     conversation.undo()
-    assert len(conversation.messages) == 3 and conversation.n_tokens >= n
+    assert roles(conversation) == "sua"
     np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
     conversation.undo()
-    conversation.undo() if len(conversation.messages) > 1 else None
+    assert roles(conversation) == "s"
+    np.testing.assert_allclose(conversation.memory.state, read_once(conversation.tokens), **SAME)
     with refuses(InputError):
         conversation.undo()
-    assert np.abs(before).max() > 0
 
 
 def test_another_reply_is_another_whatever_the_seed_of_the_model(make):
