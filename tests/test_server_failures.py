@@ -215,7 +215,8 @@ async def test_a_session_that_another_process_holds_is_busy(serving, monkeypatch
         assert service.n_turns("ada") == 0
 
 
-async def test_a_lease_is_prolonged_as_long_as_its_turn_goes_on(serving, monkeypatch):
+@pytest.mark.parametrize("error", [StoreAway, RuntimeError])
+async def test_a_lease_is_prolonged_as_long_as_its_turn_goes_on(serving, monkeypatch, error):
     """And no longer: those of turns that are over are not asked for again."""
     monkeypatch.setattr(Store, "is_local", False)
     prolonged, prolong = [], Store.prolong
@@ -223,7 +224,7 @@ async def test_a_lease_is_prolonged_as_long_as_its_turn_goes_on(serving, monkeyp
     def note(store, holder, seconds, sessions):
         prolonged.append(list(sessions))
         if len(prolonged) == 1:  # the next one may reach it
-            raise StoreAway("the database is away")
+            raise error("the database is away")
         prolong(store, holder, seconds, sessions)
 
     async def is_prolonged(name):

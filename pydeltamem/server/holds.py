@@ -133,8 +133,12 @@ class Holds:
             await asyncio.sleep(self._seconds / 3)
             if self._leased:
                 held = [(each.owner, each.name) for each in self._leased]
-                with contextlib.suppress(StoreError):
+                try:
                     await self._in_store(self._store.prolong, self._me, self._seconds, held)
+                except StoreError:
+                    pass  # the next one may reach it
+                except Exception:  # else no lease would be prolonged any more
+                    log.exception("leases cannot be prolonged")
 
     async def _release(self, held: Held) -> None:
         if held not in self._leased:
