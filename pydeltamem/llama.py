@@ -693,6 +693,7 @@ class DeltaMemLlama(Llama):
             memory=self.memory.copy() if self.memory.attached else None,
             write=text.write,
             messages=self._messages,
+            lost_by_failure=text.lost_by_failure,
         )
 
     @holding("_text.turn")
@@ -735,6 +736,7 @@ class DeltaMemLlama(Llama):
                 epoch=text.position.epoch + 1,
                 adapter=self._slots.n_attached,
             )
+            text.lost_kv(text.n_kv, ours.lost_by_failure)
             text.renew()
         else:
             text.position = text.position.with_text(tokens, ours.position.n_kv if ours else len(tokens))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from llama_cpp import LlamaRAMCache
 
+from decoding import fail_at
 from one_write import OTHER, SAME, TOKENS, answer, different, take, texts, user
-from pydeltamem import InputError
+from pydeltamem import DecodeError, InputError
 from refusals import refuses
 
 
@@ -50,6 +51,19 @@ def test_a_saved_state_carries_the_memory(make, read_once):
     elsewhere.load_state(pickle.loads(pickle.dumps(saved)))
     elsewhere.eval(OTHER)
     np.testing.assert_allclose(elsewhere.memory.state, read_once(TOKENS + OTHER), **SAME)
+
+
+def test_a_state_that_is_saved_after_a_failure(make, read_once, monkeypatch):
+    """What that took from the KV cache is decoded as the first time, here and where the state is loaded."""
+    llm, elsewhere = make(n_batch=4), make(n_batch=4)
+    llm.eval(TOKENS)
+    with monkeypatch.context() as patch, pytest.raises(DecodeError):
+        fail_at(patch, llm, 2)
+        next(llm.generate([*TOKENS[:3], *OTHER], temp=0))
+    elsewhere.load_state(pickle.loads(pickle.dumps(llm.save_state())))
+    for model in (llm, elsewhere):
+        model.eval(OTHER)
+        np.testing.assert_allclose(model.memory.state, read_once(TOKENS + OTHER), **SAME)
 
 
 def test_a_state_of_another_context_is_refused(make):

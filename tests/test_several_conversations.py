@@ -104,16 +104,27 @@ def test_slots_are_taken_while_one_speaks(make):
     assert speaking.memory.n_written == speaking.n_tokens
 
 
-def test_a_fork_goes_its_own_way(llm, make):
+def test_a_fork_goes_its_own_way(llm, read_once):
     conversation = Conversation(llm, system="be short", **GREEDY)
     conversation.say("hello there")
     fork = conversation.fork()
-    state = conversation.memory.state
     assert fork.say("how are you") == conversation.say("how are you")
     np.testing.assert_allclose(fork.memory.state, conversation.memory.state, **SAME)
     fork.undo()
-    np.testing.assert_allclose(fork.memory.state[0], state[0], rtol=0, atol=1)
     assert len(fork.messages) == 3 and len(conversation.messages) == 5
+    for each in (fork, conversation):
+        np.testing.assert_allclose(each.memory.state, read_once(each.tokens), **SAME)
+
+
+def test_a_fork_after_a_failure_goes_on_as_its_origin(llm):
+    """Another text was not finite, so all have lost their KV cache. That changes nothing for either."""
+    conversation = Conversation(llm, **GREEDY)
+    for content in ("my name is ada and i live in lima", "what is new"):
+        conversation.say(content)
+    llm._engine.slots.empty_kv(by_failure=True)
+    fork = conversation.fork()
+    assert fork.say("what is my name") == conversation.say("what is my name")
+    np.testing.assert_allclose(fork.memory.state, conversation.memory.state, **SAME)
 
 
 def test_the_models_own_text_stands_beside_them(make, read_once):

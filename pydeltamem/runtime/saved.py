@@ -25,6 +25,7 @@ class DeltaMemState(LlamaState):
         memory: MemorySnapshot | None,
         write: bool,
         messages: list[Any] | None,
+        lost_by_failure: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -32,6 +33,7 @@ class DeltaMemState(LlamaState):
         self.memory = memory
         self.write = write
         self.messages = messages  # if the text is a chat
+        self.lost_by_failure = lost_by_failure  # as of the text
 
 
 def kv_of(llm: Model) -> bytes:

@@ -88,6 +88,11 @@ class Text:
         return self.position.n_kv
 
     @property
+    def lost_by_failure(self) -> bool:
+        """Whether what the KV cache lacks was lost by a failure, which is to change nothing."""
+        return self._is_exact_once
+
+    @property
     def n_ctx(self) -> int:
         """Most tokens of the text."""
         return self.slots.n_ctx
@@ -266,6 +271,7 @@ class Text:
         other = Text(self.slots, self._decode)
         other.write, other.exact = self.write, self.exact
         with self.lock:
+            other._is_exact_once = self._is_exact_once
             other.position = self.position._replace(n_kv=0)
             if self.slots.fork(self, other):
                 other.position = self.position
