@@ -122,6 +122,9 @@ static bool takes_correction(const struct ggml_tensor * read, const struct ggml_
             return false; // the allocator gave the correction the memory of what only the read needs
         }
     }
+    if (!apart(read->src[0], read->src[2]) || !apart(read->src[0], read->src[3])) {
+        return false; // the plan is followed, and states are copied, while other threads still write the projection
+    }
     const struct ggml_tensor * written[] = { read, read->src[2] };
     for (const struct ggml_tensor * t : written) {
         if (!apart(t, correction->src[0]) || !apart(t, correction->src[1])) {
@@ -211,11 +214,15 @@ static bool share_input(const struct ggml_cgraph * cgraph, int i) {
 }
 
 // Whether the projection at node i, which takes_projection takes, is computed ahead of the product at node i - 1: the
-// synchronisation after that product is then the projection's, too. States may be copied before that product, so they are no
-// result of it.
+// synchronisation after that product is then the projection's, too. The plan may be followed and states copied before that
+// product, so they are no result of it.
 static bool joins_product(const struct ggml_cgraph * cgraph, int i) {
-    return cgraph->nodes[i]->ne[1] <= FEW_TOKENS && share_input(cgraph, i - 1) &&
-           apart(cgraph->nodes[i - 1], cgraph->nodes[i + 1]->src[2]);
+    if (cgraph->nodes[i]->ne[1] > FEW_TOKENS || !share_input(cgraph, i - 1)) {
+        return false;
+    }
+    const struct ggml_tensor * product = cgraph->nodes[i - 1];
+    const struct ggml_tensor * read    = cgraph->nodes[i + 1];
+    return apart(product, read->src[2]) && apart(product, read->src[3]);
 }
 
 //

@@ -135,7 +135,8 @@ static void test_projection(bool has_product) {
                       { "projection, the product's weights", proj, wide },
                       { "projection, the product's input", proj, input },
                       { "product, the projection's weights", product, weight },
-                      { "product, states", product, state } },
+                      { "product, states", product, state },
+                      { "product, plan", product, plan } },
                     joined);
     } else {
         g.end({ proj, read, correct, norm, mul });
@@ -152,6 +153,8 @@ static void test_projection(bool has_product) {
                   { "correction, gate bias", correct, bias },
                   { "correction, states", correct, state },
                   { "correction, plan", correct, plan },
+                  { "projection, states", proj, state },
+                  { "projection, plan", proj, plan },
                   { "corrected, read", out, read },
                   { "corrected, states", out, state },
                   { "the correction's weights, read", delta, read },
