@@ -344,6 +344,21 @@ def test_elementwise(monkeypatch, dtype, tolerance, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(
+    ("x", "y"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=["float32", "bfloat16"]
+)
+def test_values_of_two_types(monkeypatch, x, y):
+    """A kernel is told one type, and would read the other values as what they are not, or past their end."""
+    cases = [
+        (lambda a, w: kernels.rms_norm(a, w, 1e-5), random(5, 16, dtype=x), random(16, dtype=y, grad=False)),
+        (kernels.swiglu, random(5, 16, dtype=x), random(5, 16, dtype=y)),
+    ]
+    for function, *tensors in cases:
+        for native, plain in both(monkeypatch, function, *tensors):
+            assert native.dtype == plain.dtype
+            torch.testing.assert_close(native, plain, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_attention(monkeypatch, dtype, tolerance):
     """Several texts, one of a single token, one whose tokens do not see all before them, four heads on two keys."""

@@ -105,7 +105,7 @@ class _Recurrence(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) · weight over the last dimension."""
-    if _native(x, weight) and x.dtype == weight.dtype:
+    if _native(x, weight):
         return _RmsNorm.apply(x, weight, eps)
     normal = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     return (normal * weight.float()).to(x.dtype)
@@ -298,9 +298,11 @@ def library() -> Any:
 
 
 def _native(*tensors: Tensor) -> bool:
+    """Whether there are kernels for these: all of one type, which a kernel is told once."""
     return (
         not FORCE_PLAIN
-        and all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in tensors)
+        and all(x.device.type == "cpu" for x in tensors)
+        and {x.dtype for x in tensors} in ({torch.float32}, {torch.bfloat16})
         and library() is not None
     )
 
