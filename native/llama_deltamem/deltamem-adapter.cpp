@@ -413,12 +413,8 @@ private:
     }
 };
 
-} // namespace
-
-llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const std::string & path) : model(model) {
-    const reader file(path);
-
-    // what it is, and for which model
+// what the file is, and for which model
+void check_base(const reader & file, const llama_model & model) {
     if (!file.has("deltamem.version")) {
         file.fail("is not a δ-mem adapter: it has no key deltamem.version");
     }
@@ -441,22 +437,20 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         file.fail("cannot be used with split mode 'tensor': load the model with split mode 'layer'");
     }
 
-    const int64_t  n_embd  = model.hparams.n_embd;
+    const uint32_t n_embd  = model.hparams.n_embd;
     const uint32_t n_layer = model.hparams.n_layer();
     if (const uint32_t n = file.u32("deltamem.base.embedding_length"); n != n_embd) {
-        file.fail(format("is an adapter for a model of width %u, this model's is %d", n, (int) n_embd));
+        file.fail(format("is an adapter for a model of width %u, this model's is %u", n, n_embd));
     }
     if (const uint32_t n = file.u32("deltamem.base.block_count"); n != n_layer) {
         file.fail(format("is an adapter for a model of %u layers, this model has %u", n, n_layer));
     }
+}
 
-    // the memory
-    static const char * const modes[]         = { "standard", "lambda_outside", "no_lambda" };
-    static const char * const granularities[] = { "token", "message_mean", "sentence_mean" };
+ggml_deltamem_params read_params(const reader & file, llama_deltamem_granularity granularity) {
+    static const char * const modes[] = { "standard", "lambda_outside", "no_lambda" };
 
-    const int mode = file.choice("deltamem.update_mode", modes);
-    granularity    = (llama_deltamem_granularity) file.choice("deltamem.write_granularity", granularities);
-
+    const int      mode   = file.choice("deltamem.update_mode", modes);
     const uint32_t rank   = file.u32("deltamem.rank");
     const uint32_t n_head = file.u32("deltamem.head_count");
     if (rank < 1 || rank > GGML_DELTAMEM_MAX_RANK) {
@@ -466,65 +460,122 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
         file.fail(format("has %u state heads, this library supports 1 to 1024", n_head));
     }
 
-    params.rank   = (int32_t) rank;
-    params.n_head = (int32_t) n_head;
-    params.n_seqs = 1;
-    params.lambda = mode == 2                             ? GGML_DELTAMEM_LAMBDA_NONE
-                    : file.flag("deltamem.couple_lambda") ? GGML_DELTAMEM_LAMBDA_COUPLED
-                                                          : GGML_DELTAMEM_LAMBDA_SEPARATE;
-    params.flags  = (file.flag("deltamem.normalize_qk") ? GGML_DELTAMEM_NORMALIZE_QK : 0) |
-                    (file.flag("deltamem.rankwise_gates") ? GGML_DELTAMEM_RANKWISE_GATES : 0) |
-                    (mode == 1 ? GGML_DELTAMEM_LAMBDA_OUTSIDE : 0) |
-                    (granularity != LLAMA_DELTAMEM_TOKEN ? GGML_DELTAMEM_SEGMENTS : 0);
+    ggml_deltamem_params params = {};
+    params.rank                 = (int32_t) rank;
+    params.n_head               = (int32_t) n_head;
+    params.n_seqs               = 1;
+    params.lambda               = mode == 2                             ? GGML_DELTAMEM_LAMBDA_NONE
+                                  : file.flag("deltamem.couple_lambda") ? GGML_DELTAMEM_LAMBDA_COUPLED
+                                                                        : GGML_DELTAMEM_LAMBDA_SEPARATE;
+    params.flags                = (file.flag("deltamem.normalize_qk") ? GGML_DELTAMEM_NORMALIZE_QK : 0) |
+                                  (file.flag("deltamem.rankwise_gates") ? GGML_DELTAMEM_RANKWISE_GATES : 0) |
+                                  (mode == 1 ? GGML_DELTAMEM_LAMBDA_OUTSIDE : 0) |
+                                  (granularity != LLAMA_DELTAMEM_TOKEN ? GGML_DELTAMEM_SEGMENTS : 0);
+    return params;
+}
 
+// the projections whose outputs are corrected
+struct corrected_heads {
     bool q = false, k = false, v = false, o = false;
-    for (const std::string & head : file.strs("deltamem.delta_heads")) {
-        bool * flag = head == "q" ? &q : head == "k" ? &k : head == "v" ? &v : head == "o" ? &o : nullptr;
-        if (!flag) {
-            file.fail("corrects '" + head + "', this library corrects q, k, v and o");
-        }
-        *flag = true;
-    }
 
-    const bool has_o_norm = o && file.has("deltamem.o_norm_epsilon");
-    if (has_o_norm) {
-        o_norm_eps = file.f32("deltamem.o_norm_epsilon");
-        if (!(o_norm_eps >= 0.0f) || !std::isfinite(o_norm_eps)) {
-            file.fail(format("has deltamem.o_norm_epsilon = %g, it must be finite and not negative", o_norm_eps));
+    explicit corrected_heads(const reader & file) {
+        for (const std::string & head : file.strs("deltamem.delta_heads")) {
+            bool * flag = head == "q" ? &q : head == "k" ? &k : head == "v" ? &v : head == "o" ? &o : nullptr;
+            if (!flag) {
+                file.fail("corrects '" + head + "', this library corrects q, k, v and o");
+            }
+            *flag = true;
         }
     }
+};
 
-    meta = file.meta();
+float read_o_norm_eps(const reader & file) {
+    const float eps = file.f32("deltamem.o_norm_epsilon");
+    if (!(eps >= 0.0f) || !std::isfinite(eps)) {
+        file.fail(format("has deltamem.o_norm_epsilon = %g, it must be finite and not negative", eps));
+    }
+    return eps;
+}
 
-    // the weights, layer by layer
-    const int64_t         n_read   = (int64_t) n_head * rank;
-    const operator_choice choice   = choose_operator();
-    const bool            unpacked = has_unpacked(model);
-    bool                  fallback = false, composite = false;
-    loader                load(file, *this, file.n_tensors() + n_layer);
+// Chooses what computes the memory of a layer, and adds its weights to a loader.
+class layer_maker {
+public:
+    // of any layer that was made: the composite computes its memory, or the CPU instead of its device
+    bool composite = false, fallback = false;
 
-    for (const uint32_t il : file.u32s("deltamem.layers")) {
-        if (il >= n_layer || (!layers.empty() && (int) il <= layers.back().il)) {
-            file.fail(format("has %u in deltamem.layers, which must be ascending layers of the model, 0 to %u", il,
-                             n_layer - 1));
-        }
+    layer_maker(const llama_model & model, const ggml_deltamem_params & params, const corrected_heads & heads,
+                bool has_o_norm, loader & load) :
+        model(model),
+        params(params),
+        n_read((int64_t) params.n_head * params.rank),
+        heads(heads),
+        has_o_norm(has_o_norm),
+        load(load) {}
+
+    llama_deltamem_layer_weights make(int il) {
         const llama_layer & layer = model.layers[il];
-        const ggml_tensor * w     = layer.wqkv ? layer.wqkv : layer.wq;
 
         // rows of a fused projection: q, k, v. Layers of a hybrid without attention may have another one in its place
         const int64_t n_k        = model.hparams.n_embd_k_gqa(il);
         const int64_t n_v        = model.hparams.n_embd_v_gqa(il);
         const bool    has_common = layer.wqkv ? layer.wqkv->ne[1] > n_k + n_v : layer.wq && layer.wk && layer.wv;
-        if (!has_common || (o && !layer.wo)) {
-            llama_deltamem_refuse(model.arch, (int) il, "it has no attention projections of the common kind");
+        if (!has_common || (heads.o && !layer.wo)) {
+            llama_deltamem_refuse(model.arch, il, "it has no attention projections of the common kind");
         }
 
-        const ggml_backend_buffer_type_t buft = select_buft(w, model.dev_layer((int) il), unpacked);
-        const auto name = [il](const char * what) { return format("blk.%u.deltamem_%s", il, what); };
-
         llama_deltamem_layer_weights lw;
-        lw.il                   = (int) il;
-        lw.device               = model.dev_layer((int) il);
+        lw.il                   = il;
+        const bool has_operator = choose_device(lw);
+        const auto device       = has_operator ? lw.device : nullptr; // of corrections as one node
+        const auto buft         = select_buft(layer.wqkv ? layer.wqkv : layer.wq, model.dev_layer(il), unpacked);
+        const auto name         = [il](const char * what) { return format("blk.%d.deltamem_%s", il, what); };
+
+        lw.in = load.add_matrix(buft, name("in.weight"), model.hparams.n_embd, ggml_deltamem_n_proj(&params));
+        // on the operator's device, which may not be that of the other weights: saves a copy per token
+        lw.gate_bias = load.add_vector(ggml_backend_dev_buffer_type(lw.device), name("gate.bias"),
+                                       ggml_deltamem_n_gates(&params));
+
+        const auto correction = [&](bool is_corrected, const char * what, const ggml_tensor * projection,
+                                    ggml_backend_dev_t on) {
+            return is_corrected
+                           ? load.add_correction(buft, name(what), n_read, { { name(what), projection->ne[1] } }, on)
+                           : llama_deltamem_correction();
+        };
+        if (!layer.wqkv) {
+            lw.q = correction(heads.q, "q.weight", layer.wq, device);
+            lw.k = correction(heads.k, "k.weight", layer.wk, device);
+            lw.v = correction(heads.v, "v.weight", layer.wv, device);
+        } else if (heads.q || heads.k || heads.v) {
+            lw.qkv = load.add_correction(buft, name("qkv.weight"), n_read,
+                                         {
+                                                 { heads.q ? name("q.weight") : "", layer.wqkv->ne[1] - n_k - n_v },
+                                                 { heads.k ? name("k.weight") : "", n_k },
+                                                 { heads.v ? name("v.weight") : "", n_v },
+                                         },
+                                         device);
+        }
+        // a norm stands between the product and the addition
+        lw.o = correction(heads.o, "o.weight", layer.wo, has_o_norm ? nullptr : device);
+        if (has_o_norm) {
+            lw.o_norm = load.add_vector(buft, name("o_norm.weight"), model.hparams.n_embd);
+        }
+        return lw;
+    }
+
+private:
+    const llama_model &          model;
+    const ggml_deltamem_params & params;
+    const int64_t                n_read;
+    const corrected_heads &      heads;
+    const bool                   has_o_norm;
+    loader &                     load;
+
+    const operator_choice choice   = choose_operator();
+    const bool            unpacked = has_unpacked(model);
+
+    // Sets the device and the composite of a layer. Returns whether the operator computes it on its own device.
+    bool choose_device(llama_deltamem_layer_weights & lw) {
+        lw.device               = model.dev_layer(lw.il);
         const bool has_operator = choice != COMPOSITE && lw.device && supports_operator(lw.device, params);
         if (!has_operator && choice != KERNEL && lw.device) {
             lw.composite_width = ggml_deltamem_composite_width(lw.device, params);
@@ -534,55 +585,44 @@ llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const 
             lw.device = cpu_device();
             fallback  = true;
         }
+        return has_operator;
+    }
+};
 
-        lw.in = load.add_matrix(buft, name("in.weight"), n_embd, ggml_deltamem_n_proj(&params));
-        // on the operator's device, which may not be that of the other weights: saves a copy per token
-        lw.gate_bias = load.add_vector(ggml_backend_dev_buffer_type(lw.device), name("gate.bias"),
-                                       ggml_deltamem_n_gates(&params));
+} // namespace
 
-        const ggml_backend_dev_t operator_device = has_operator ? lw.device : nullptr;
+llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const std::string & path) : model(model) {
+    static const char * const granularities[] = { "token", "message_mean", "sentence_mean" };
 
-        const auto correction = [&](const char * what, int64_t n_out, ggml_backend_dev_t device) {
-            return load.add_correction(buft, name(what), n_read, { { name(what), n_out } }, device);
-        };
-        if (layer.wqkv && (q || k || v)) {
-            lw.qkv = load.add_correction(buft, name("qkv.weight"), n_read,
-                                         {
-                                                 { q ? name("q.weight") : "", layer.wqkv->ne[1] - n_k - n_v },
-                                                 { k ? name("k.weight") : "", n_k },
-                                                 { v ? name("v.weight") : "", n_v },
-                                         },
-                                         operator_device);
-        } else {
-            if (q) {
-                lw.q = correction("q.weight", layer.wq->ne[1], operator_device);
-            }
-            if (k) {
-                lw.k = correction("k.weight", layer.wk->ne[1], operator_device);
-            }
-            if (v) {
-                lw.v = correction("v.weight", layer.wv->ne[1], operator_device);
-            }
+    const reader file(path);
+    check_base(file, model);
+    granularity = (llama_deltamem_granularity) file.choice("deltamem.write_granularity", granularities);
+    params      = read_params(file, granularity);
+    meta        = file.meta();
+
+    const corrected_heads heads(file);
+    const bool            has_o_norm = heads.o && file.has("deltamem.o_norm_epsilon");
+    o_norm_eps                       = has_o_norm ? read_o_norm_eps(file) : 0.0f;
+
+    const uint32_t n_layer = model.hparams.n_layer();
+    loader         load(file, *this, file.n_tensors() + n_layer);
+    layer_maker    maker(model, params, heads, has_o_norm, load);
+    for (const uint32_t il : file.u32s("deltamem.layers")) {
+        if (il >= n_layer || (!layers.empty() && (int) il <= layers.back().il)) {
+            file.fail(format("has %u in deltamem.layers, which must be ascending layers of the model, 0 to %u", il,
+                             n_layer - 1));
         }
-        if (o) {
-            // a norm stands between the product and the addition
-            lw.o = correction("o.weight", layer.wo->ne[1], has_o_norm ? nullptr : operator_device);
-        }
-        if (has_o_norm) {
-            lw.o_norm = load.add_vector(buft, name("o_norm.weight"), n_embd);
-        }
-        layers.push_back(lw);
+        layers.push_back(maker.make((int) il));
     }
     if (layers.empty()) {
         file.fail("has no layer in deltamem.layers");
     }
-
     load.finish();
 
-    if (composite) {
+    if (maker.composite) {
         LLAMA_LOG_INFO("%s: operations of ggml compute the memory where a device has no δ-mem operator\n", __func__);
     }
-    if (fallback) {
+    if (maker.fallback) {
         LLAMA_LOG_WARN(
                 "%s: a device of this model has no δ-mem operator, so the CPU computes the memory of its layers\n",
                 __func__);
