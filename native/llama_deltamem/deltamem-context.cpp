@@ -22,7 +22,7 @@ int llama_deltamem_context::find_layer(int il) const {
 }
 
 void llama_deltamem_context::set_segments(const int32_t * segments, const int8_t * ends, int32_t n_tokens) {
-    next.given = true;
+    next.has_segments = true;
     next.segments.assign(segments, segments + n_tokens);
     next.ends.clear();
     if (ends) {
@@ -32,27 +32,43 @@ void llama_deltamem_context::set_segments(const int32_t * segments, const int8_t
 
 void llama_deltamem_context::begin_batch() {
     // a description holds for one llama_decode, even if it is refused
-    current = {};
-    std::swap(current, next);
+    description given;
+    std::swap(given, next);
 
+    current       = {};
     n_checkpoints = 0;
     failed        = true;
 
     const size_t n_tokens = batch.size();
-    if (!current.checkpoints.empty() && current.checkpoints.back() >= (int64_t) n_tokens) {
+    if (!given.checkpoints.empty() && given.checkpoints.back() >= (int64_t) n_tokens) {
         throw std::runtime_error(format("a checkpoint after token %d was asked for, the batch has %zu",
-                                        current.checkpoints.back(), n_tokens));
+                                        given.checkpoints.back(), n_tokens));
     }
-    if (current.given && current.segments.size() != n_tokens) {
+    if (given.has_segments && given.segments.size() != n_tokens) {
         throw std::runtime_error(
-                format("segments were given for %zu tokens, the batch has %zu", current.segments.size(), n_tokens));
+                format("segments were given for %zu tokens, the batch has %zu", given.segments.size(), n_tokens));
     }
+    deal_out_tokens(given.has_segments);
+    if (given.has_segments) {
+        if (given.ends.empty()) {
+            given.ends.resize(n_tokens, 0);
+            for (const sequence & s : sequences) {
+                if (!s.tokens.empty()) {
+                    given.ends[s.tokens.back()] = 1;
+                }
+            }
+        }
+        check_segments(given);
+    }
+    current = std::move(given);
+}
 
+void llama_deltamem_context::deal_out_tokens(bool with_segments) {
     for (sequence & s : sequences) {
         s.tokens.clear();
         s.n_planned = 0;
     }
-    for (size_t i = 0; i < n_tokens; ++i) {
+    for (size_t i = 0; i < batch.size(); ++i) {
         if (batch[i].n_seqs != 1) {
             throw std::runtime_error(
                     format("token %zu of the batch belongs to %zu sequences; with an adapter attached, it must be one",
@@ -70,7 +86,7 @@ void llama_deltamem_context::begin_batch() {
                     format("a llama_decode that failed interrupted the ingest of sequence %d: abandon the ingest first",
                            seq_id));
         }
-        if (!current.given && sequences[seq_id].ingest.open && sequences[seq_id].write) {
+        if (!with_segments && sequences[seq_id].ingest.open && sequences[seq_id].write) {
             throw std::runtime_error(format(
                     "sequence %d has an unfinished ingest, and this batch gives it no segments: end or abandon the "
                     "ingest first",
@@ -78,28 +94,17 @@ void llama_deltamem_context::begin_batch() {
         }
         sequences[seq_id].tokens.push_back((int32_t) i);
     }
+}
 
-    if (!current.given) {
-        return;
-    }
-
-    if (current.ends.empty()) {
-        current.ends.resize(n_tokens, 0);
-        for (const sequence & s : sequences) {
-            if (!s.tokens.empty()) {
-                current.ends[s.tokens.back()] = 1;
-            }
-        }
-    }
-
+void llama_deltamem_context::check_segments(const description & given) const {
     // segments are written in order: ids must not decrease within an ingest
     std::vector<int32_t> segment;
     for (const sequence & s : sequences) {
         segment.push_back(s.ingest.open ? s.ingest.segment : -1);
     }
-    for (size_t i = 0; i < n_tokens; ++i) {
+    for (size_t i = 0; i < batch.size(); ++i) {
         const llama_seq_id seq_id = batch[i].seq_id;
-        const int32_t      id     = current.segments[i];
+        const int32_t      id     = given.segments[i];
         if (id < -1) {
             throw std::runtime_error(
                     format("token %zu of the batch has segment %d: ids are 0 and above, -1 for none", i, id));
@@ -110,7 +115,7 @@ void llama_deltamem_context::begin_batch() {
                            "within an ingest",
                            i, id, segment[seq_id]));
         }
-        segment[seq_id] = current.ends[i] ? -1 : std::max(segment[seq_id], id);
+        segment[seq_id] = given.ends[i] ? -1 : std::max(segment[seq_id], id);
     }
 }
 
@@ -184,7 +189,7 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
             const int32_t at = sq.n_planned < sq.tokens.size() ? sq.tokens[sq.n_planned++] : -1;
 
             int32_t bits = 0;
-            if (!current.given || at < 0) {
+            if (!current.has_segments || at < 0) {
                 bits = sq.write ? GGML_DELTAMEM_TOKEN_WRITE : 0;
             } else {
                 const int32_t id = sq.write ? current.segments[at] : -1;
@@ -216,7 +221,7 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
             }
 
             sq.torn |= (bits & GGML_DELTAMEM_TOKEN_WRITE) != 0;
-            sq.ingest.torn |= current.given && at >= 0;
+            sq.ingest.torn |= current.has_segments && at >= 0;
 
             entry[0] = (int32_t) i;
             entry[1] = bits;

@@ -97,16 +97,21 @@ private:
     };
 
     struct description {
-        bool                 given = false;
+        bool                 has_segments = false;
         std::vector<int32_t> segments;
         std::vector<int8_t>  ends; // empty: the last token of each sequence
 
         std::vector<int32_t> checkpoints; // tokens, ascending
     };
 
+    // Gives each sequence its tokens of the batch. Throws std::runtime_error, as does the next.
+    void deal_out_tokens(bool with_segments);
+
+    void check_segments(const description & given) const;
+
     std::vector<sequence> sequences;
     description           next;
-    description           current;
+    description           current;               // of the last batch that was not refused
     int32_t               n_checkpoints = 0;     // that the last batch left
     bool                  failed        = false; // the last batch, unless it is being computed
 };
