@@ -78,14 +78,14 @@ template <typename F> static int32_t for_sequences(const llama_context * ctx, ll
 //
 
 llama_deltamem_adapter * llama_deltamem_adapter_load(const llama_model * model, const char * path) {
-    try {
+    llama_deltamem_adapter * adapter = nullptr;
+    guarded([&] {
         check_given(model, "the model to load an adapter for");
         check_given(path, "the path of the adapter to load");
-        return new llama_deltamem_adapter { std::make_shared<llama_deltamem_weights>(*model, path) };
-    } catch (const std::exception & err) {
-        llama_deltamem_set_error(err.what());
-        return nullptr;
-    }
+        adapter = new llama_deltamem_adapter { std::make_shared<llama_deltamem_weights>(*model, path) };
+        return 0;
+    });
+    return adapter;
 }
 
 void llama_deltamem_adapter_free(llama_deltamem_adapter * adapter) {

@@ -251,19 +251,19 @@ bool llama_deltamem_begin_batch(const llama_deltamem_context_ptr & deltamem, con
     if (!deltamem) {
         return true;
     }
-    std::vector<llama_deltamem_token> & tokens = deltamem->batch;
-    tokens.clear();
-    if constexpr (std::is_same_v<batch_type, llama_batch>) {
-        for (int32_t i = 0; i < batch.n_tokens; ++i) {
-            const int32_t n = batch.n_seq_id ? batch.n_seq_id[i] : 1;
-            tokens.push_back({ (size_t) n, n > 0 && batch.seq_id ? batch.seq_id[i][0] : 0 });
-        }
-    } else { // llama_batch_ext of later releases
-        for (const auto & token : batch.tokens) {
-            tokens.push_back({ token.seq_ids.size(), token.seq_ids.empty() ? -1 : *token.seq_ids.begin() });
-        }
-    }
     try {
+        std::vector<llama_deltamem_token> & tokens = deltamem->batch;
+        tokens.clear();
+        if constexpr (std::is_same_v<batch_type, llama_batch>) {
+            for (int32_t i = 0; i < batch.n_tokens; ++i) {
+                const int32_t n = batch.n_seq_id ? batch.n_seq_id[i] : 1;
+                tokens.push_back({ (size_t) n, n > 0 && batch.seq_id ? batch.seq_id[i][0] : 0 });
+            }
+        } else { // llama_batch_ext of later releases
+            for (const auto & token : batch.tokens) {
+                tokens.push_back({ token.seq_ids.size(), token.seq_ids.empty() ? -1 : *token.seq_ids.begin() });
+            }
+        }
         deltamem->begin_batch();
         return true;
     } catch (const std::exception & err) {
