@@ -28,8 +28,8 @@ void ggml_compute_forward_deltamem(const struct ggml_compute_params * params, st
 int ggml_cpu_deltamem_fuse(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph,
                            const struct ggml_cpu_deltamem_fusion * fusions, int i);
 
-// Whether threads wait at OpenMP's barrier instead of deltamem-wait.h's: if the environment said how OpenMP waits when
-// this library was loaded, which is when OpenMP reads it, too.
+// Whether threads wait at OpenMP's barrier instead of deltamem-wait.h's: if the environment said how OpenMP waits at the
+// first call. OpenMP reads it when it is loaded.
 bool ggml_cpu_deltamem_omp_waits(void);
 
 #ifdef __cplusplus
