@@ -50,6 +50,21 @@ def test_rehearsal_in_segments(make):
     np.testing.assert_allclose(llm.memory.state, read_twice(other, (TOKENS, {"segments": ids})), **SAME)
 
 
+def test_rehearsal_of_what_another_adapter_read_in_segments(make, adapter):
+    """One that writes per token writes each token of it."""
+    llm = make("ssw_message")
+    llm.eval(TOKENS, np.array([0] * 5 + [-1] * 2 + [1] * 5, dtype=np.int32))
+    llm.memory.attach(adapter("qwen3", "tsw_qo"))
+    llm.memory.rehearse()
+    other = make()
+    other.eval(TOKENS[:5])
+    other.memory.write = False
+    other.eval(TOKENS[5:7])
+    other.memory.write = True
+    other.eval(TOKENS[7:])
+    np.testing.assert_allclose(llm.memory.state, other.memory.state, **SAME)
+
+
 def test_going_back_after_a_rehearsal(make):
     """The text goes back, and the second reading with it; the first one stays."""
     llm, other = make(), make()

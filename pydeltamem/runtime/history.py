@@ -249,6 +249,15 @@ class Position(NamedTuple):
         """The memory has to read the whole text again, each token as the first time. It cannot go back before that."""
         return self.begun(0, self.checkpoint)._replace(n_tokens=self.n_tokens)
 
+    def by_token(self) -> Position:
+        """For an adapter that writes per token: no token is read in segments any more."""
+        n = max(self.n, self.n_tokens)
+        if not (self.log.segment[:n] != TOKEN).any():
+            return self
+        log = self.log.without(n, n, n)
+        log.segment[:n], log.begins[:n] = TOKEN, False
+        return self._replace(log=log)
+
     def without_memory(self) -> Position:
         """The text goes on without a memory."""
         return self._replace(checkpoints=self.checkpoints.only())

@@ -149,7 +149,10 @@ class Text:
                 with self.lock:
                     self.position = self.position.without_memory()
         elif position.adapter != slots.n_attached:
-            self.become(np.zeros(slots.shape, dtype=np.float32))
+            with self.lock:
+                self.become(np.zeros(slots.shape, dtype=np.float32))
+                if not slots.writes_by_segment:
+                    self.position = self.position.by_token()
 
     def begin(self, position: int = 0) -> None:
         """Begins another text after `position`. The memory stays, and cannot go back before it."""
