@@ -47,7 +47,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
 .DELETE_ON_ERROR:
-.PHONY: all demo test coverage test-native test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fleet-tools fleet-test fleet-kills fleet-turns fleet-skew rpc-kills fuzz fuzz-native soak bench bench-reference cuda-bundle cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel bindings check-wheel clean help
+.PHONY: all demo test coverage test-native test-kernel test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fleet-tools fleet-test fleet-kills fleet-turns fleet-skew rpc-kills fuzz fuzz-native soak bench bench-reference cuda-bundle cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel bindings check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
@@ -61,7 +61,8 @@ $(VENV)/.llama-cpp-python: | $(BIN)/python
 	@touch $@
 
 # No build isolation: pip would use a new folder each time, and CMake would start over.
-$(INSTALLED): pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.llama-cpp-python
+# version.py: pip reads the version there, and what it says is checked.
+$(INSTALLED): pyproject.toml constraints.txt pydeltamem/version.py $(NATIVE) | $(VENV)/.llama-cpp-python
 	@touch $@.begun # an edit during the build is newer than the stamp
 	@# setuptools, for those dependencies that PyPI has as source only (rouge-score): older ones cannot make a wheel alone
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.11" "setuptools>=70.1"
@@ -97,6 +98,11 @@ test-native: $(DEMO)/adapter.gguf ## the kernel, the operator and the C API
 		cmake -S . -B $(BUILD) $(NATIVE_TESTS) -DDELTAMEM_REQUIRE_TOOLS=$$require
 	cmake --build $(BUILD)
 	ctest --test-dir $(BUILD) --output-on-failure --parallel $(JOBS)
+
+test-kernel: ## the operator's kernel alone, on each instruction set of this machine: needs no llama.cpp
+	cmake -S tests/native -B build/kernel
+	cmake --build build/kernel --parallel $(JOBS)
+	ctest --test-dir build/kernel --output-on-failure --parallel $(JOBS) -R '^kernel-'
 
 test-neon: ## the NEON kernel under qemu-user (installs Debian's cross compiler and emulator if they are missing)
 	tests/native/install-cross-tools.sh
@@ -178,7 +184,7 @@ smollm2-adapter: $(SMOLLM2)/train.jsonl ## train an adapter for SmolLM2-135M (ho
 
 architectures: $(INSTALLED) ## compare the hooks with PyTorch: prints the table of docs/reference/architectures.md, writes pydeltamem/runtime/architectures.json
 	DELTAMEM_ARCHITECTURES=$(CURDIR)/pydeltamem/runtime/architectures.json \
-		$(BIN)/python -m pytest -q -s tests/test_architectures.py | grep -E '^\||passed|failed'
+		$(BIN)/python -m pytest -q tests/test_architectures.py
 
 schedules: $(INSTALLED) ## 1,000 random schedules over four conversations against a simple model (`make test` runs 40)
 	DELTAMEM_SCHEDULES=1000 $(BIN)/python -m pytest tests/test_schedules.py

@@ -124,8 +124,8 @@ def models(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results():
-    """What was measured, to the file that $DELTAMEM_ARCHITECTURES names if it is of every model."""
+def results(request):
+    """What was measured: of every model, to the file that $DELTAMEM_ARCHITECTURES names and as the table of the page."""
     models = []
     yield models
     path = os.environ.get("DELTAMEM_ARCHITECTURES")
@@ -137,6 +137,8 @@ def results():
             "transformers": transformers.__version__,
         }
         Path(path).write_text(json.dumps({**versions, "models": models}, indent=1) + "\n", encoding="utf-8")
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print("", *map(row, models), sep="\n")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,7 +155,6 @@ def test_architecture(models, name, results):
     errors = nmse(without, plain), nmse(got, logits), nmse(got_state, state)
     measured = dict(zip(("backbone", "logits", "state"), (float(f"{error:.0e}") for error in errors)))
     result = {"model": name, "architecture": architecture, "layers": hooked, **measured}
-    print(row(result))
     assert hooked == layers
     assert nmse(logits, plain) > 1e-4, "the memory has no effect on the reference"
     bound = bound_of(name)
