@@ -20,13 +20,18 @@ from refusals import check_names
 
 
 def test_locomo_has_four_categories_and_dates(tmp_path):
-    items = items_of(BENCHMARKS["locomo"][0], str(locomo(tmp_path)))
+    items = items_of(BENCHMARKS["locomo"], str(locomo(tmp_path)))
     assert [item.kind for item in items[:5]] == ["multi-hop", "temporal", "open", "single-hop", "multi-hop"]
     assert len(items) == 10 and len({item.id for item in items}) == 10 and len({id(i.context) for i in items}) == 2
     shown = items[0].context.shown()
     assert shown.index("[1:56 pm on 8 May, 2023]") < shown.index("Oslo") < shown.index("[9 June, 2023]")
     assert shown.count("8 May") == 1
     assert "date" in items[1].question.lower() and "date" not in items[0].question.lower()
+
+
+def test_each_benchmark_is_read_as_published():
+    """LoCoMo's file is longer, and has a test of its own."""
+    assert {*FILES, "locomo"} == set(BENCHMARKS)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -36,7 +41,7 @@ def test_published_formats(name, tmp_path):
     for i, text in enumerate(FILES[name]):
         path = tmp_path / f"{i}.{'csv' if name == 'gpqa' else 'jsonl.gz'}"
         path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-        found.append(items_of(BENCHMARKS[name][0], str(path)))
+        found.append(items_of(BENCHMARKS[name], str(path)))
     assert all(len(items) == 1 for items in found)
     assert all(items[0].question == found[0][0].question for items in found)
     assert all(items[0].context == found[0][0].context and items[0].answers == found[0][0].answers for items in found)
@@ -47,7 +52,7 @@ def test_published_formats(name, tmp_path):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_missing_and_damaged_files_are_named(name, tmp_path, monkeypatch):
-    benchmark = BENCHMARKS[name][0]
+    benchmark = BENCHMARKS[name]
     monkeypatch.delenv("DELTAMEM_DATA", raising=False)
     with pytest.raises(InputError) as error:
         items_of(benchmark, None)
@@ -80,7 +85,7 @@ def test_files_that_hold_no_question_or_cannot_be_read(tmp_path, name, data):
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(InputError) as error:
-        items_of(BENCHMARKS["hotpotqa"][0], str(path))
+        items_of(BENCHMARKS["hotpotqa"], str(path))
     check_names(str(error.value), [path])
     assert str(error.value).count(path.name) == 1
 
@@ -88,13 +93,13 @@ def test_files_that_hold_no_question_or_cannot_be_read(tmp_path, name, data):
 def test_a_mark_of_utf_8_is_no_text(tmp_path):
     """As spreadsheets write it."""
     (tmp_path / "gpqa.csv").write_text(GPQA, encoding="utf-8-sig")
-    assert len(items_of(BENCHMARKS["gpqa"][0], str(tmp_path / "gpqa.csv"))) == 1
+    assert len(items_of(BENCHMARKS["gpqa"], str(tmp_path / "gpqa.csv"))) == 1
 
 
 def test_the_folder_of_the_data(tmp_path, monkeypatch):
     """By --data or DELTAMEM_DATA: each benchmark knows its file in it."""
     path = locomo(tmp_path)
-    benchmark = BENCHMARKS["locomo"][0]
+    benchmark = BENCHMARKS["locomo"]
     expected = [item.id for item in items_of(benchmark, str(path))]
     (tmp_path / benchmark.file).parent.mkdir(exist_ok=True)
     path.rename(tmp_path / benchmark.file)
@@ -110,9 +115,7 @@ def test_parquet(tmp_path):
     record = json.loads(FILES["memory-agent-bench"][0])
     parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "x.parquet")
     (tmp_path / "x.json").write_text(json.dumps(record))
-    one, other = (
-        items_of(BENCHMARKS["memory-agent-bench"][0], str(tmp_path / f"x.{ext}")) for ext in ("parquet", "json")
-    )
+    one, other = (items_of(BENCHMARKS["memory-agent-bench"], str(tmp_path / f"x.{ext}")) for ext in ("parquet", "json"))
     assert one == other and one[0].context == other[0].context
 
 
@@ -121,7 +124,7 @@ def test_only_a_line_feed_ends_a_line_of_json(name, tmp_path):
     record = json.loads(FILES[name][1 if name == "qa" else 0])
     record = {**(record[0] if name == "hotpotqa" else record), "note": "\u2028 \u2029 \x85 \x1c"}
     (tmp_path / "x.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert len(items_of(BENCHMARKS[name][0], str(tmp_path / "x.jsonl"))) == 1
+    assert len(items_of(BENCHMARKS[name], str(tmp_path / "x.jsonl"))) == 1
 
 
 def test_a_single_answer_is_one(tmp_path):
@@ -132,11 +135,11 @@ def test_a_single_answer_is_one(tmp_path):
         ("memory-agent-bench", {"context": "0. Built in 1889.", "questions": ["When?"], "answers": ["1889"]}),
     ):
         (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n")
-        assert [item.answers for item in items_of(BENCHMARKS[name][0], str(tmp_path / "x.jsonl"))] == [("1889",)]
+        assert [item.answers for item in items_of(BENCHMARKS[name], str(tmp_path / "x.jsonl"))] == [("1889",)]
 
 
 def test_limits_and_shards_are_parts_of_the_questions(tmp_path):
-    items = items_of(BENCHMARKS["locomo"][0], str(locomo(tmp_path, 3)))
+    items = items_of(BENCHMARKS["locomo"], str(locomo(tmp_path, 3)))
     some = chosen(items, 7, 1, (1, 1))
     assert len(some) == 7 and some == [item for item in items if item in some]
     assert some == chosen(items, 7, 1, (1, 1)) != chosen(items, 7, 2, (1, 1))

@@ -103,7 +103,7 @@ def test_a_context_is_decoded_for_each_question_if_wanted(asker):
 
 def test_the_temperature_of_locomo_comes_first():
     """As in transformers: top-p looks at the cooled distribution, and what is outside of it is never said."""
-    sampling = BENCHMARKS["locomo"][0].sampling
+    sampling = BENCHMARKS["locomo"].sampling
     with DeltaMemLlama(default_files()[0], n_ctx=256, n_threads=1) as llm:
         tokens = llm.tokenize(b"My name is")
         llm.eval(tokens)
@@ -415,7 +415,7 @@ def test_a_text_that_is_longer_than_its_pieces(more):
 
     pieces = tuple(Piece(f"{i} is here.\n") for i in range(300))
     item = Item("a", "", "Which?", ("1",), 0, Context(pieces))
-    prompts = Prompts(BENCHMARKS["hotpotqa"][0], [item], Count(), 100, 1)
+    prompts = Prompts(BENCHMARKS["hotpotqa"], [item], Count(), 100, 1)
     shown = prompts.shown(item, views.FULL)
     assert shown and Count().count(shown) <= prompts.room
 
@@ -526,7 +526,7 @@ def test_a_run_of_another_version_stays(whole, tmp_path, capsys, version):
 
 def test_a_large_file_that_is_no_text_is_not_quoted(tmp_path):
     (tmp_path / "locomo10.json").write_bytes(b"\xff" * 100_000)
-    for read in (lambda: results_of([tmp_path / "locomo10.json"]), lambda: items_of(BENCHMARKS["locomo"][0], tmp_path)):
+    for read in (lambda: results_of([tmp_path / "locomo10.json"]), lambda: items_of(BENCHMARKS["locomo"], tmp_path)):
         with refuses(InputError, tmp_path / "locomo10.json") as info:
             read()
         assert len(str(info.value)) < 1000

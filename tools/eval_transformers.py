@@ -37,7 +37,7 @@ METHOD = Method("backbone", FULL)
 
 def asked_by(asker: Asker, name: str, items: Sequence[Item], n_predict: int) -> list[tuple[Ask, str]]:
     """The prompts of a benchmark and the native runtime's greedy answers, in batches as `deltamem eval` makes them."""
-    benchmark = BENCHMARKS[name][0]
+    benchmark = BENCHMARKS[name]
     benchmark = replace(benchmark, n_predict=min(n_predict, benchmark.n_predict), sampling=lambda index, seed: {})
     prompts = Prompts(benchmark, items, asker, window=512, seed=0)
     found = []
@@ -93,7 +93,7 @@ def main() -> None:
     f32 = llama_cpp.GGML_TYPE_F32  # float16 in the KV cache decides near ties
     asker = Asker(args.model, n_ctx=args.ctx_size, threads=args.threads, type_k=f32, type_v=f32)
     for name in args.benchmarks:
-        items = items_of(BENCHMARKS[name][0], args.data)
+        items = items_of(BENCHMARKS[name], args.data)
         if args.kinds:
             items = [item for item in items if item.kind in args.kinds.split(",")]
         asked = asked_by(asker, name, chosen(items, args.n, 42, (1, 1)), args.n_predict)

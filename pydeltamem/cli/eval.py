@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return sub
 
     eval_recall.add_arguments(add("recall", "ask for facts that were told before the text was thrown away"))
-    for name, (_, summary) in BENCHMARKS.items():
-        eval_benchmark.add_arguments(add(name, summary))
+    for name, benchmark in BENCHMARKS.items():
+        eval_benchmark.add_arguments(add(name, benchmark.summary))
     eval_report.add_arguments(add("report", "join the results of benchmarks and print their tables"))
 
 

@@ -100,7 +100,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    benchmark, _ = BENCHMARKS[args.what]
+    benchmark = BENCHMARKS[args.what]
     name, named = _model_and_adapters(args)
     _check(args)
     benchmark.check()

@@ -57,12 +57,13 @@ def score(item: Item, answer: str) -> dict[str, float | list[float]]:
 
 
 GPQA = Benchmark(
-    "gpqa",
-    "GPQA, Idavidrein/gpqa on Hugging Face, gpqa_diamond.csv, CC BY 4.0",
-    "",
-    read,
-    "",
-    "Answer this question with the letter of the right choice alone.",
-    score,
+    name="gpqa",
+    summary="ask hard questions of science, from a file that you have",
+    source="GPQA, Idavidrein/gpqa on Hugging Face, gpqa_diamond.csv, CC BY 4.0",
+    file="",
+    read=read,
+    opening="",
+    task="Answer this question with the letter of the right choice alone.",
+    score=score,
     n_predict=16,
 )

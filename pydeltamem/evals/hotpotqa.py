@@ -41,13 +41,14 @@ def score(item: Item, answer: str) -> dict[str, float | list[float]]:
 
 
 HOTPOTQA = Benchmark(
-    "hotpotqa",
-    "HotpotQA, hotpotqa.github.io, hotpot_dev_distractor_v1.json, CC BY-SA 4.0",
-    "eval/hotpot_dev_distractor_100.jsonl.gz",
-    read,
-    "Below are {title}.",
-    "Answer a question from {title}, with the answer alone, in a few words.",
-    score,
+    name="hotpotqa",
+    summary="ask what two of ten passages say together",
+    source="HotpotQA, hotpotqa.github.io, hotpot_dev_distractor_v1.json, CC BY-SA 4.0",
+    file="eval/hotpot_dev_distractor_100.jsonl.gz",
+    read=read,
+    opening="Below are {title}.",
+    task="Answer a question from {title}, with the answer alone, in a few words.",
+    score=score,
     n_predict=32,
     clip="last",
 )

@@ -75,13 +75,14 @@ def _provide_sentences(punkt: Any) -> None:
 
 
 IFEVAL = Benchmark(
-    "ifeval",
-    "IFEval, google-research/google-research on GitHub, instruction_following_eval, Apache-2.0",
-    "eval/ifeval.jsonl",
-    read,
-    "",
-    "",
-    score,
+    name="ifeval",
+    summary="give instructions whose results a program can check",
+    source="IFEval, google-research/google-research on GitHub, instruction_following_eval, Apache-2.0",
+    file="eval/ifeval.jsonl",
+    read=read,
+    opening="",
+    task="",
+    score=score,
     n_predict=1500,
     check=checks,
 )

@@ -86,12 +86,13 @@ class Item:
     query: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """A benchmark: where its questions come from, how they are asked and how answers are scored.
 
     Attributes:
         name: as on the command line.
+        summary: what it asks for, in a few words, for the help.
         source: of the data, with its licence.
         file: where it is in the folder of the data; "": only from a file that the user names.
         read: the items in a file. Raises ValueError, KeyError, TypeError or IndexError if it is no such file.
@@ -106,6 +107,7 @@ class Benchmark:
     """
 
     name: str
+    summary: str
     source: str
     file: str
     read: Callable[[Path], list[Item]]

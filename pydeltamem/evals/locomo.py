@@ -63,13 +63,14 @@ def score(item: Item, answer: str) -> dict[str, float | list[float]]:
 
 
 LOCOMO = Benchmark(
-    "locomo",
-    "LoCoMo, snap-research/locomo on GitHub, data/locomo10.json, CC BY-NC 4.0",
-    "locomo10.json",
-    read,
-    "Below is {title}, with the date of each part.",
-    "Answer a question about {title} in a few words, with words of theirs where you can.",
-    score,
+    name="locomo",
+    summary="ask about very long conversations of two people",
+    source="LoCoMo, snap-research/locomo on GitHub, data/locomo10.json, CC BY-NC 4.0",
+    file="locomo10.json",
+    read=read,
+    opening="Below is {title}, with the date of each part.",
+    task="Answer a question about {title} in a few words, with words of theirs where you can.",
+    score=score,
     n_predict=50,
     sampling=_sampling,
     clip="last",

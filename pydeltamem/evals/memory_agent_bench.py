@@ -43,14 +43,15 @@ def score(item: Item, answer: str) -> dict[str, float | list[float]]:
 
 
 MEMORY_AGENT_BENCH = Benchmark(
-    "memory-agent-bench",
-    "MemoryAgentBench, ai-hyz/MemoryAgentBench on Hugging Face, split Conflict_Resolution, MIT",
-    "eval/mab_conflict_resolution.jsonl.gz",
-    read,
-    "Below is your memory, {title}. Of two facts that disagree, the one with the higher number is true.",
-    "Answer a question from your memory only, {title}, with the answer alone. If it is not there, say that you do not"
-    " know.",
-    score,
+    name="memory-agent-bench",
+    summary="ask for facts that later facts replace",
+    source="MemoryAgentBench, ai-hyz/MemoryAgentBench on Hugging Face, split Conflict_Resolution, MIT",
+    file="eval/mab_conflict_resolution.jsonl.gz",
+    read=read,
+    opening="Below is your memory, {title}. Of two facts that disagree, the one with the higher number is true.",
+    task="Answer a question from your memory only, {title}, with the answer alone. If it is not there, say that you do"
+    " not know.",
+    score=score,
     n_predict=10,
     clip="thirds",
     max_characters=120_000,

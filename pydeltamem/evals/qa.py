@@ -48,12 +48,13 @@ def score(item: Item, answer: str) -> dict[str, float | list[float]]:
 
 
 QA = Benchmark(
-    "qa",
-    "XQuAD, google-deepmind/xquad on GitHub, xquad.en.json, CC BY-SA 4.0",
-    "eval/xquad_en.jsonl.gz",
-    read,
-    "Below is {title}.",
-    "Answer a question about {title}, with the answer alone, in a few of its words.",
-    score,
+    name="qa",
+    summary="ask about a paragraph",
+    source="XQuAD, google-deepmind/xquad on GitHub, xquad.en.json, CC BY-SA 4.0",
+    file="eval/xquad_en.jsonl.gz",
+    read=read,
+    opening="Below is {title}.",
+    task="Answer a question about {title}, with the answer alone, in a few of its words.",
+    score=score,
     n_predict=32,
 )
