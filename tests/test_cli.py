@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import itertools
 import os
@@ -16,6 +17,7 @@ from llama_cpp import Llama
 from pydeltamem import __version__
 from pydeltamem.cli import rpc_server
 from pydeltamem.cli.main import main
+from pydeltamem.cli.model_options import add_sampling_arguments, sampling
 from pydeltamem.errors import ModelError
 from pydeltamem.formats.memory_file import read_memory_file
 from pydeltamem.runtime.stream import TextStream
@@ -395,6 +397,21 @@ def test_sampling_options(generate, tmp_path):
     letter = next(char for char in whole if char.isalpha())
     stopped = generate("-p", "hello", "--no-display-prompt", "-r", letter).stdout
     assert stopped == whole[: whole.index(letter)] + "\n"
+
+
+def test_each_number_of_the_sampling_options_reaches_the_sampler():
+    """But those of --repeat-last-n, which the model is loaded with."""
+    parser = argparse.ArgumentParser()
+    add_sampling_arguments(parser)
+    usual = sampling(parser.parse_args(["--seed", "1"]), None)
+    numbers = [action for action in parser._actions if action.metavar in ("N", "X")]
+    assert {"--temp", "--top-k", "--seed"} <= {action.option_strings[-1] for action in numbers}
+    for action in numbers:
+        name = action.option_strings[-1]
+        changed = sampling(parser.parse_args(["--seed", "1", name, "1" if action.default != 1 else "0.5"]), None)
+        if name == "--seed":
+            changed = sampling(parser.parse_args(["--seed", "2"]), None)
+        assert (changed != usual) == (name != "--repeat-last-n"), name
 
 
 def test_every_option_is_taken(generate):

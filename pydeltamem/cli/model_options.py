@@ -30,6 +30,19 @@ MOST_BATCH = 1 << 20  # tokens that are decoded together: llama_cpp makes a row 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
 
+# By the sampler's keyword: the names of its option, the type, the default and the help.
+SAMPLING: dict[str, tuple[tuple[str, ...], Callable[[str], Any], Any, str]] = {
+    "temp": (("--temp",), not_negative, 0.8, "temperature (%(default)s; 0: greedy)"),
+    "top_k": (("--top-k",), count, 40, "top-k (%(default)s; 0: off)"),
+    "top_p": (("--top-p",), probability, 0.95, "top-p (%(default)s; 1: off)"),
+    "min_p": (("--min-p",), probability, 0.05, "min-p (%(default)s; 0: off)"),
+    "typical_p": (("--typical", "--typical-p"), probability, 1.0, "typical-p (1: off)"),
+    "repeat_penalty": (("--repeat-penalty",), positive_number, 1.0, "repeat penalty (1: off)"),
+    "presence_penalty": (("--presence-penalty",), finite, 0.0, "presence penalty (0: off)"),
+    "frequency_penalty": (("--frequency-penalty",), finite, 0.0, "frequency penalty (0: off)"),
+}
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, and how it is run."""
     group = parser.add_argument_group("model")
@@ -149,19 +162,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("-s", "--seed", type=at_least(-1, 2**32 - 1), default=-1, metavar="N", help="seed (-1: random)")
 
-    def add(name: str, type: Callable[[str], Any], default: Any, help: str, *names: str) -> None:
+    for keyword, (names, kind, default, help) in SAMPLING.items():
         metavar = "N" if isinstance(default, int) else "X"
-        group.add_argument(name, *names, type=type, default=default, metavar=metavar, help=help)
-
-    add("--temp", not_negative, 0.8, "temperature (%(default)s; 0: greedy)")
-    add("--top-k", count, 40, "top-k (%(default)s; 0: off)")
-    add("--top-p", probability, 0.95, "top-p (%(default)s; 1: off)")
-    add("--min-p", probability, 0.05, "min-p (%(default)s; 0: off)")
-    add("--typical", probability, 1.0, "typical-p (1: off)", "--typical-p")
-    add("--repeat-last-n", count, 64, "tokens to penalise (%(default)s; 0: off)")
-    add("--repeat-penalty", positive_number, 1.0, "repeat penalty (1: off)")
-    add("--presence-penalty", finite, 0.0, "presence penalty (0: off)")
-    add("--frequency-penalty", finite, 0.0, "frequency penalty (0: off)")
+        group.add_argument(*names, dest=keyword, type=kind, default=default, metavar=metavar, help=help)
+    group.add_argument(
+        "--repeat-last-n", type=count, default=64, metavar="N", help="tokens to penalise (%(default)s; 0: off)"
+    )
     group.add_argument(
         "-r", "--reverse-prompt", "--stop", type=text, action="append", default=[], metavar="TEXT",
         help="end the reply before this text (may be given several times)",
@@ -282,14 +288,7 @@ def sampling(args: argparse.Namespace, llm: DeltaMemLlama) -> dict[str, Any]:
     """Keyword arguments for TextStream."""
     return {
         "n_predict": args.n_predict,
-        "temp": args.temp,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "typical_p": args.typical,
-        "repeat_penalty": args.repeat_penalty,
-        "presence_penalty": args.presence_penalty,
-        "frequency_penalty": args.frequency_penalty,
+        **{keyword: getattr(args, keyword) for keyword in SAMPLING},
         "seed": args.seed if args.seed >= 0 else random.randrange(2**32 - 1),
         "stop": args.reverse_prompt,
         "grammar": _grammar(args, llm),

@@ -13,13 +13,9 @@ from ..errors import InputError, shown
 from ..runtime.grammar import grammar_of_format, grammar_of_schema
 from ..runtime.logprobs import listed
 from .answer import Answer, Piece
-from .options import checked_n_top, checked_template, checked_whole
+from .options import FIELDS, checked_n_top, checked_template, checked_whole
 from .tools import Tools
 
-_OPTIONS = (
-    "max_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
-    "repeat_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta", "stop", "seed", "logit_bias", "grammar",
-)  # fmt: skip
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _BYTES = re.compile(r"bytes:((?:\\x[0-9a-f]{2})+)")  # a token that is a part of a character
 
@@ -31,7 +27,7 @@ def options_of(body: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("n", "best_of"):
         if body.get(name) not in (None, 1):
             raise InputError(f"{name}: one answer a request, not {shown(repr(body[name]))}")
-    options = {name: body[name] for name in _OPTIONS if body.get(name) is not None}
+    options = {name: body[name] for name in FIELDS if body.get(name) is not None}
     for name in ("max_completion_tokens", "n_predict"):
         if body.get(name) is not None:
             options["max_tokens"] = checked_whole(name, body[name], -1)

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import InputError, shown
 from ..runtime.names import nearest
 
+# fields of a request that the sampler takes, and its names for them
 _SAMPLING = {
     "temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "typical_p": "typical_p",
     "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
@@ -15,19 +16,16 @@ _SAMPLING = {
     "mirostat_eta": "mirostat_eta", "grammar": "grammar",
 }  # fmt: skip
 DEFAULTS = {"temp": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05, "repeat_penalty": 1.0}
-_NUMBERS = (
-    "temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repeat_penalty",
-    "mirostat_mode", "mirostat_tau", "mirostat_eta",
-)  # fmt: skip
+_NUMBERS = tuple(name for name in _SAMPLING if name not in ("top_k", "grammar"))
+_BOUNDS = {"mirostat_mode": (0, 2), "temperature": (0, 100), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1)}
+FIELDS = (*_SAMPLING, "max_tokens", "stop", "seed", "logit_bias")  # of a request that are options of its answer
 _N_TOP = 20
 _WHOLE = {"max_tokens": (0,), "seed": (-1,), "top_k": (-1, 2**31 - 1), "n_top": (0, _N_TOP)}
 _N_STOP = 128  # each is looked for after each token, while all others wait
 # what chat handlers and llama_cpp's templates set themselves
 _TAKEN = frozenset((
-    "llm", "llama", "self", "messages", "functions", "function_call", "tools", "tool_choice", "temperature", "top_p",
-    "top_k", "min_p", "typical_p", "stream", "stop", "seed", "response_format", "max_tokens", "presence_penalty",
-    "frequency_penalty", "repeat_penalty", "tfs_z", "mirostat_mode", "mirostat_tau", "mirostat_eta", "model",
-    "logits_processor", "grammar", "logit_bias", "logprobs", "top_logprobs", "eos_token", "bos_token",
+    *FIELDS, "llm", "llama", "self", "messages", "functions", "function_call", "tools", "tool_choice", "stream",
+    "response_format", "tfs_z", "model", "logits_processor", "logprobs", "top_logprobs", "eos_token", "bos_token",
     "raise_exception", "add_generation_prompt", "strftime_now",
 ))  # fmt: skip
 _OTHERS = ("max_tokens", "stop", "seed", "logit_bias", "n_top", "tools", "tool_choice", "response_format", "template")
@@ -42,13 +40,7 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in _NUMBERS:
         if name in given and not _is_number(given[name]):
             raise InputError(f"{name} is a number, not {shown(repr(given[name]))}")
-    for name, low, high in (
-        ("mirostat_mode", 0, 2),
-        ("temperature", 0, 100),
-        ("top_p", 0, 1),
-        ("min_p", 0, 1),
-        ("typical_p", 0, 1),
-    ):
+    for name, (low, high) in _BOUNDS.items():
         if name in given and not low <= given[name] <= high:
             raise InputError(f"{name} is {low} to {high}, not {given[name]}")
     for name, bounds in _WHOLE.items():
