@@ -279,19 +279,22 @@ class Memory:
     @property
     @holding("_text.turn")
     def _metadata(self) -> dict[str, str]:
-        """The metadata of a memory file."""
+        """The metadata of a memory file: what all memories share, and what is this one's."""
         tokens_written = str(self.n_written)
-        with self._text.lock:
-            self._require_memory()
-            adapter = self._llm._adapter
-            name = library.meta(adapter, "general.name") or library.meta(adapter, "deltamem.source.name")
-            return {
-                "layers": ",".join(map(str, self.layers)),
-                "adapter": library.meta(adapter, "deltamem.source.sha256") or "",
-                "adapter_name": name or "",
-                "architecture": library.meta(adapter, "general.architecture") or "",
-                "base": self._llm.fingerprint,
-                "base_name": self._llm.metadata.get("general.name", ""),
-                "tokens_written": tokens_written,
-                "created": self._text.position.since,
-            }
+        return {**self._source, "tokens_written": tokens_written, "created": self._text.position.since}
+
+    @property
+    @holding("_text.lock")
+    def _source(self) -> dict[str, str]:
+        """Of the metadata, what all memories of this model and its adapter share."""
+        self._require_memory()
+        adapter = self._llm._adapter
+        name = library.meta(adapter, "general.name") or library.meta(adapter, "deltamem.source.name")
+        return {
+            "layers": ",".join(map(str, self.layers)),
+            "adapter": library.meta(adapter, "deltamem.source.sha256") or "",
+            "adapter_name": name or "",
+            "architecture": library.meta(adapter, "general.architecture") or "",
+            "base": self._llm.fingerprint,
+            "base_name": self._llm.metadata.get("general.name", ""),
+        }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from pydeltamem import AdapterError, DeltaMemError, InputError, MemoryFileError, ModelError
 from pydeltamem.formats.memory_file import read_memory_file, write_memory_file
 from pydeltamem.runtime import library
@@ -137,6 +139,16 @@ def test_save_and_load(llm, make_llm, tmp_path):
     metadata = read_memory_file(path)[1]
     assert metadata["layers"] == "0,1,2,3" and metadata["architecture"] == "qwen3"
     assert len(metadata["adapter"]) == 64 and metadata["adapter_name"]
+
+
+def test_the_page_of_formats_has_every_field_of_a_file(llm, tmp_path):
+    llm.eval(TOKENS)
+    llm.memory.save(tmp_path / "a.memory")
+    page = (ROOT / "docs" / "reference" / "formats.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Memory file\n")[2].partition("\n## ")[0]
+    named = " ".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE))
+    shown = re.findall(r"`(\w+)`", named)
+    assert sorted(shown) == sorted(read_memory_file(tmp_path / "a.memory")[1])
 
 
 def test_when_a_memory_began(llm, tmp_path, monkeypatch):

@@ -524,6 +524,16 @@ def test_null_is_as_absent(api):
 #
 
 
+def test_the_file_of_a_session_says_what_any_memory_file_says(api, make_llm):
+    """Fields of the memory itself, such as how many tokens it has, are the session's."""
+    ask(api, path="/sessions/says")
+    mine = MemorySnapshot.from_bytes(api.http.get("/v1/memories/says/file").content).metadata
+    llm = make_llm()
+    theirs = MemorySnapshot.from_bytes(llm.memory.copy().to_bytes()).metadata
+    assert mine.keys() == theirs.keys()
+    assert mine["tokens_written"] == str(about(api, "says")["tokens"]) != theirs["tokens_written"]
+
+
 def test_which_session_a_request_belongs_to(api):
     """The path comes before the header, and the header before the body."""
     asked = [

@@ -1,22 +1,6 @@
 """Memory files: the state of one conversation as safetensors, bound to the adapter that wrote it.
 
-The format is in docs/reference/formats.md.
-
-One tensor `state`, F32 [L, H, r, r] with S[i, j] = [row (value), column (key)], and the metadata
-
-    format           deltamem-memory
-    format_version   1
-    layers           model layers that carry memory, comma-separated
-    adapter          sha256 of the checkpoint that the adapter was converted from
-    adapter_name     its name
-    architecture     of the base model, e.g. qwen3
-    base             fingerprint of the base model, equal for all its quantisations (optional)
-    base_name        its name (optional)
-    tokens_written   tokens written to the memory so far (optional)
-    created          when the memory began, ISO 8601, UTC
-    saved            when the file was written, ISO 8601, UTC (optional)
-
-Nothing here needs llama.cpp.
+docs/reference/formats.md has the tensor and the metadata. Nothing here needs llama.cpp.
 """
 
 from __future__ import annotations
@@ -51,7 +35,7 @@ class MemorySnapshot:
 
     Attributes:
         state: float32 [L, H, r, r], read-only.
-        metadata: of the memory file, see above.
+        metadata: of the memory file (docs/reference/formats.md).
 
     Raises InputError if the state has another shape or is not finite.
     """

@@ -88,9 +88,7 @@ def new_text(llm: DeltaMemLlama) -> Text:
 
 def about_memories(llm: DeltaMemLlama) -> dict[str, str]:
     """What the memory files of this model and its adapter say of them."""
-    about = dict(Memory(llm, llm._text)._metadata)
-    del about["tokens_written"], about["created"]
-    return about
+    return Memory(llm, llm._text)._source
 
 
 #
