@@ -125,7 +125,7 @@ def models(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(request):
-    """What was measured: of every model, to the file that $DELTAMEM_ARCHITECTURES names and as the table of the page."""
+    """What was measured: of every model, to the file of $DELTAMEM_ARCHITECTURES and as the table of the page."""
     models = []
     yield models
     path = os.environ.get("DELTAMEM_ARCHITECTURES")

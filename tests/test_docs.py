@@ -15,8 +15,10 @@ import mkdocs_hooks as hooks
 import pydeltamem
 from conftest import ROOT
 from pydeltamem.cli.main import SUBCOMMANDS
+from pydeltamem.evals.benchmarks import BENCHMARKS
 from pydeltamem.models import default_files
 from pydeltamem.server.application import application
+from pydeltamem.server.options import FIELDS
 from pydeltamem.server.state import Settings
 
 TUTORIAL = ROOT / "docs" / "tutorial" / "index.md"
@@ -118,6 +120,22 @@ def test_the_page_of_the_server_has_every_endpoint():
     paths = application(Settings(load=lambda: None)).openapi()["paths"]
     served = {(method.upper(), path.removeprefix("/sessions/{session}")) for path in paths for method in paths[path]}
     assert shown == {(method, path) for method, path in served if method != "HEAD"}
+
+
+def test_the_page_of_the_server_has_every_field_of_an_answer():
+    page = (ROOT / "docs" / "reference" / "server.md").read_text(encoding="utf-8")
+    chat = page.partition("\n## Chat\n")[2].partition("\n## ")[0]
+    fields = {name for row in re.findall(r"^\| (.*?) \|", chat, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert fields >= set(FIELDS)
+
+
+def test_the_page_of_benchmarks_has_each_with_its_file():
+    page = (ROOT / "docs" / "how-to" / "benchmarks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| (.*?) \|$", page, re.MULTILINE)
+    shown = {name: file.strip("`") for name, file in rows if name in BENCHMARKS}
+    assert {name: "" if file.startswith("none") else file for name, file in shown.items()} == {
+        name: benchmark.file for name, benchmark in BENCHMARKS.items()
+    }
 
 
 def test_the_list_of_doors_is_the_one_that_is_checked():

@@ -97,7 +97,8 @@ class Base:
         if self.architecture not in PERMUTED:
             raise ModelError(
                 f"{self.path}: it is not known whether llama.cpp's converter permutes the q and k rows of architecture "
-                f"'{shown(self.architecture)}', which this checkpoint corrects"
+                f"'{shown(self.architecture)}', which this checkpoint corrects: convert one that corrects v and o only "
+                "(deltamem train --corrections vo), or add the order to pydeltamem (docs/reference/architectures.md)"
             )
         n_head = self.layers[layer].n_head if head == "q" else self.layers[layer].n_head_kv
         if n_head < 1 or len(rows) % (2 * n_head):
