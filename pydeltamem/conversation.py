@@ -275,9 +275,11 @@ class Conversation:
         """
         with self._text.lock:  # nobody attaches an adapter, which empties the memory, between the check and the copy
             self._check_file()
-            kept = None if self.memory_file is None else self.memory.copy()
-        if self.memory_file is not None and kept is not None:
-            kept.save(self.memory_file)
+            path = self.memory_file
+            if path is None:
+                return
+            kept = self.memory.copy()
+        kept.save(path)
 
     @holding("_text.turn")
     def close(self) -> None:

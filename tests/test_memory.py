@@ -251,7 +251,7 @@ def test_detach_and_attach(make_llm):
     llm.eval(TOKENS)
     with_memory = llm.scores[: llm.n_tokens].copy()
     llm.memory.detach()
-    assert llm.memory.layers == [] and not llm.memory.attached
+    assert llm.memory.layers == []
     assert not llm.memory.attached
     llm.reset()
     llm.eval(TOKENS)
