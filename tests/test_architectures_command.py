@@ -188,7 +188,10 @@ def test_tiny_adapters_that_cannot_be(tmp_path):
         assert "99" in library.last_error()
         assert tiny.deltamem_tiny_adapter(model, 0, b"q", str(tmp_path / "no" / "a").encode()) == -1
         assert str(tmp_path / "no" / "a") in library.last_error()
+        for given in [(None, 0, b"q", b"a"), (model, 0, None, b"a"), (model, 0, b"q", None)]:
+            assert tiny.deltamem_tiny_adapter(*given) == -1
         library.llama_cpp.llama_model_free(model)
+        assert not tiny.deltamem_tiny_model(None)
         assert not tiny.deltamem_tiny_model(b"qwen9")
         assert "qwen9" in library.last_error()
         log.clear()

@@ -66,6 +66,9 @@ const char * deltamem_architecture_name(int32_t i) {
 
 llama_model * deltamem_tiny_model(const char * name) {
     try {
+        if (!name) {
+            throw std::runtime_error("no architecture is named");
+        }
         const llm_arch arch = llm_arch_from_string(name);
         if (arch == LLM_ARCH_UNKNOWN) {
             throw std::runtime_error(std::string("llama.cpp knows no architecture '") + name + "'");
@@ -98,6 +101,9 @@ llama_model * deltamem_tiny_model(const char * name) {
 
 int32_t deltamem_tiny_adapter(const llama_model * model, int32_t il, const char * heads, const char * path) {
     try {
+        if (!model || !heads || !path) {
+            throw std::runtime_error("model, heads or path is NULL");
+        }
         if (il < 0 || il >= (int32_t) model->hparams.n_layer()) {
             throw std::runtime_error("the model has no layer " + std::to_string(il));
         }
