@@ -149,6 +149,22 @@ def test_nothing_right_is_not_certainly_nothing():
     assert (mean.value, mean.low) == (0, 0) and mean.high == pytest.approx(0.161, abs=1e-3)  # Wilson's of 20 contexts
 
 
+def test_one_question_says_nothing_of_others():
+    """Its resamples are all the same, and so are those of several values of it."""
+    for drawn in (sample(a=[0.37], b=[0.5]), Sample({"a": [[1, 0, 1]], "b": [[1, 1, 1]]}, [None])):
+        mean, over = drawn.mean("a"), ratio(drawn.means("a"), drawn.means("b"), drawn.n_drawn)
+        assert (mean.low, mean.high) == (0, 1) and mean.value in (0.37, 2 / 3)
+        assert (over.low, over.high) == (0, math.inf) and over.value == pytest.approx(mean.value / drawn.means("b")[0])
+
+
+def test_a_ratio_of_nothing_is_not_certainly_nothing():
+    drawn = sample(a=[0.0] * 20, b=[1.0] * 20)
+    found = ratio(drawn.means("a"), drawn.means("b"), 20)
+    assert (found.value, found.low) == (0, 0) and found.high == pytest.approx(0.161, abs=1e-3)  # Wilson's of 20
+    unsure = sample(a=[0.0] * 20, b=[1.0, 0.0] * 10)
+    assert ratio(unsure.means("a"), unsure.means("b"), 20).high > 2 * found.high
+
+
 def test_ratios_are_paired():
     """A method with the same right answers has a ratio of 1 for certain; one right as often has not."""
     drawn = sample(a=[1, 0] * 50, same=[1, 0] * 50, other=[0, 1] * 50)

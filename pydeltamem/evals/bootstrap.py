@@ -6,6 +6,9 @@ independent. Of fewer than MIN_CONTEXTS contexts it draws single questions.
 Percentiles of resamples of ten contexts would hold 90 % instead of 95: their variance lacks the factor n / (n - 1), and
 with few contexts it is itself uncertain. So outer percentiles are taken, as far as Student's t asks for (Hesterberg,
 The American Statistician, 2015: the expanded percentile interval).
+
+Resamples of one context or question are all the same, and so are those of scores that are all 0. They would make a
+wild guess look certain: there the interval is that of what the scores, from 0 to 1, may be.
 """
 
 from __future__ import annotations
@@ -65,24 +68,35 @@ class Sample:
 
     def mean(self, method: str) -> Estimate:
         """Wilson's interval where questions are right or wrong and drawn one by one, and of contexts where all scores
-        are 0, or all 1: resamples do not differ then.
+        are 0, or all 1: resamples do not differ then. One other score alone may have come from anywhere.
         """
         values = [value for of in self._scores[method] for value in of]
         is_share = len(values) == self.n and set(values) <= {0.0, 1.0}
         if (is_share and not self.by_context) or set(values) in ({0.0}, {1.0}):
             return Estimate(*wilson(round(sum(values) / len(values) * self.n_drawn), self.n_drawn))
         means = self.means(method)
+        if self.n_drawn == 1:
+            return Estimate(float(means[0]), 0.0, 1.0)
         return Estimate(float(means[0]), *map(float, np.quantile(means[1:], percentiles(self.n_drawn))))
 
 
 def ratio(above: Array, below: Array, n_drawn: int) -> Estimate | None:
-    """Of two arrays of means over resamples of `n_drawn` each; None if the second is 0."""
+    """Of two arrays of means over resamples of `n_drawn` each; None if the second is 0. Where the first is 0 in all of
+    them, the highest is that of Wilson's interval over the second.
+    """
     if below[0] <= 0:
         return None
+    value = float(above[0] / below[0])
+    if n_drawn == 1:
+        return Estimate(value, 0.0, math.inf)
+    highest = above if above.any() else np.full_like(above, wilson(0, n_drawn)[2])
     with np.errstate(all="ignore"):
-        drawn = above[1:] / below[1:]  # x / 0 is infinite, 0 / 0 says nothing
-    low, high = np.quantile(drawn[~np.isnan(drawn)], percentiles(n_drawn), method="nearest")
-    return Estimate(float(above[0] / below[0]), float(low), float(high))
+        lows, highs = above[1:] / below[1:], highest[1:] / below[1:]  # x / 0 is infinite, 0 / 0 says nothing
+    low, high = (
+        np.quantile(drawn[~np.isnan(drawn)], at, method="nearest")
+        for drawn, at in zip((lows, highs), percentiles(n_drawn))
+    )
+    return Estimate(value, float(low), float(high))
 
 
 def percentiles(n_drawn: int) -> tuple[float, float]:
