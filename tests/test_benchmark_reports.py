@@ -8,7 +8,7 @@ import pytest
 
 from pydeltamem.cli.main import main
 from pydeltamem.errors import InputError
-from pydeltamem.evals.results import results_of
+from pydeltamem.evals.results import markdown, results_of
 from refusals import check_names
 
 
@@ -75,6 +75,26 @@ def test_files_that_do_not_fit_together(tmp_path):
     with pytest.raises(InputError) as error:
         results_of([answers_of(tmp_path / "3.jsonl")])
     check_names(str(error.value), [tmp_path / "3.jsonl"])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_files_with_other_scores(tmp_path, order):
+    """As those of two versions, of which the later one has another metric."""
+    paths = [answers_of(tmp_path / f"{name}.jsonl", method=name, x=(1, "Lima")) for name in ("none", "backbone")]
+    paths[1].write_text(paths[1].read_text().replace('"f1": 1', '"f1": 1, "exact": 0'))
+    with pytest.raises(InputError) as error:
+        results_of(paths[::order])
+    check_names(str(error.value), [paths[::order][1], "f1", "exact"])
+
+
+def test_questions_of_no_kind_among_others(tmp_path):
+    """They have no row of their own: the one of all has no kind either."""
+    path = answers_of(tmp_path / "x.jsonl", x=(1, "Lima"), y=(0, "Rome"), z=(1, "Oslo"))
+    path.write_text(path.read_text().replace('"id": "x"', '"id": "x", "kind": "Physics"', 1))
+    found = results_of([path])
+    assert [(row.kind, row.n) for row in found.rows] == [("", 3), ("Physics", 1)]
+    widths = {line.count("|") for line in markdown(found).split("\n\n")[1].splitlines()}
+    assert len(widths) == 1  # a table
 
 
 def with_setup(path, **changes):
@@ -147,6 +167,7 @@ def test_a_damaged_line_is_named(tmp_path, gone):
         ('"kind": ""', '"kind": 1'), ('"about": null', '"about": []'),
         ('"benchmark": "qa", "kind"', '"benchmark": 1, "kind"'),
         ('"f1": 1', '"f1": "x"'), ('"f1": 1', '"f1": null'), ('"f1": 1', '"f1": [{}]'), ('"model": "m"', '"model": []'),
+        ('"f1": 1', '"f1": NaN'), ('"f1": 1', '"f1": 100'), ('"f1": 1', '"f1": []'),
         ('"model": "m"', '"model": "m", "methods": [1]'), ('"model": "m"', '"model": "m", "questions": "9"'),
         ('"model": "m"', '"model": "m", "sha256": "x"'), ('"model": "m"', '"model": "m", "sha256": {"data": []}'),
         ('"model": "m"', '"model": "m", "n_ctx": [1]'), ('"model": "m"', '"model": "m", "cache": [[]]'),

@@ -74,7 +74,7 @@ def results_of(folders: Iterable[str | Path]) -> Results:
             if len(of) < len(everything):
                 notes.append(f"{benchmark}: {method} has {len(of)} of {len(everything)} questions so far")
             kinds = dict.fromkeys(answer["kind"] for answer in of.values())
-            for kind in ("", *(kinds if len(kinds) > 1 else ())):
+            for kind in ("", *(filter(None, kinds) if len(kinds) > 1 else ())):
                 some = {id: answer for id, answer in of.items() if kind in ("", answer["kind"])}
                 for metric in metrics:
                     sample = _sample(benchmark, {method: some}, metric)
@@ -154,6 +154,7 @@ def _read(
         paths += found
     seen: dict[tuple[str, str], dict[str, Any]] = {}  # by benchmark and method: under what it was asked
     machines: dict[tuple[str, str], set[str]] = {}  # by benchmark and name of OF_MACHINE
+    metrics: dict[str, Mapping[str, Any]] = {}  # by benchmark: scores of an answer
     for path in paths:
         setup, records = _records(path)
         setups.append({**setup, "file": path.name})
@@ -165,6 +166,12 @@ def _read(
             benchmark, method = record["benchmark"], record["method"]
             for name, value in machine.items():
                 machines.setdefault((benchmark, name), set()).add(value)
+            scores = record["scores"]
+            if scores.keys() != metrics.setdefault(benchmark, scores).keys():
+                raise InputError(
+                    f"{path}: has {', '.join(scores)} of {benchmark} here and {', '.join(metrics[benchmark])} in"
+                    " another file: report them one by one"
+                )
             now = _conditions(setup, method)
             for name, value in seen.setdefault((benchmark, method), now).items():
                 if now[name] != value and None not in (now[name], value):
@@ -248,14 +255,16 @@ def _check_setup(setup: Mapping[str, Any]) -> None:
 
 
 def _check_answer(record: Mapping[str, Any]) -> None:
-    """Raises TypeError or KeyError if an answer lacks something, or has another type of it."""
+    """Raises TypeError, KeyError or ValueError if an answer lacks something, or has another type or value of it."""
     texts = [record[name] for name in ("benchmark", "method", "id", "kind")]
     if record["about"] is not None:
         texts.append(record["about"])
-    scores = record["scores"].values()
-    values = [value for score in scores for value in (score if isinstance(score, list) else [score])]
+    scores = [score if isinstance(score, list) else [score] for score in record["scores"].values()]
+    values = [value for score in scores for value in score]
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(v, (int, float)) for v in values):
         raise TypeError("other types")
+    if not (scores and all(scores)) or not all(0 <= value <= 1 for value in values):
+        raise ValueError("no score, or one that is not from 0 to 1")
 
 
 def _conditions(setup: Mapping[str, Any], method: str) -> dict[str, Any]:
