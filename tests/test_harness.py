@@ -83,6 +83,21 @@ def test_what_is_empty_and_what_does_not_fit(lm):
         lm._loglikelihood_tokens([(None, [5], [6] * 257)], disable_tqdm=True)
 
 
+@pytest.mark.parametrize("blank", [" ", "\n"])
+def test_a_prompt_of_spaces(lm, blank):
+    """The harness counts them to what follows, before which nothing is left: it follows the token of an empty one."""
+    (blank_before, nothing_before) = lm.loglikelihood(requests((blank, "Oslo."), ("", f"{blank}Oslo.")), True)
+    assert blank_before == pytest.approx(nothing_before, abs=1e-6)
+
+
+def test_an_empty_prompt_is_generated_from(lm):
+    """As from the token that begins texts."""
+    options = {"until": [], "max_gen_toks": 8}
+    first = lm.llm.detokenize([lm.prefix_token_id], special=True).decode()
+    empty, begun = lm.generate_until(requests(("", options), (first, options)), disable_tqdm=True)
+    assert empty == begun
+
+
 def test_an_answer_that_leaves_no_room_for_its_prompt(lm, caplog):
     """Else a prompt loses as many of its first tokens as the answer may need, and the log says so."""
     with refuses(InputError, 256, 300):

@@ -123,6 +123,7 @@ class DeltaMemLM(TemplateLM):
         order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])  # alike side by side
         for i in tqdm(order, desc="loglikelihood", disable=disable_tqdm):
             texts, context, continuation = requests[i]
+            context = context or [self.prefix_token_id]  # lm-eval counts the spaces at its end to what follows
             if len(continuation) > self.max_length:
                 raise InputError(f"n_ctx={self.max_length}: a continuation has {len(continuation)} tokens: raise it")
             tokens = self._last(context + continuation, self.max_length + 1)
@@ -190,7 +191,8 @@ class DeltaMemLM(TemplateLM):
         generation = Generation(llm._engine.text())
         stop = [text for text in options["until"] if text]
         generation.prepare(llm._ctx, llm._model.vocab, sampler, n_predict=n_predict, stop=stop)
-        generation.ask(self._last(self.tok_encode(context), self.max_length - n_predict))
+        prompt = self.tok_encode(context) or [self.prefix_token_id]
+        generation.ask(self._last(prompt, self.max_length - n_predict))
         return generation
 
     def _name_ignored(self, options: Mapping[str, Any]) -> None:
