@@ -45,6 +45,6 @@ FILES = {
     ],
     "qa": [json.dumps(SQUAD), json.dumps({"context": "A. B.", "qa": [["Q?", ["A"]]]})],
     "memory-agent-bench": [json.dumps({"context": "0. A.\n1. B.", "questions": ["Q?"], "answers": [["A"]]})],
-    "ifeval": [json.dumps({"key": 1, "prompt": "P", "instruction_id_list": [], "kwargs": []})],
+    "ifeval": [json.dumps({"key": 1, "prompt": "P", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]})],
     "gpqa": [GPQA],
 }

@@ -90,6 +90,23 @@ def test_files_that_hold_no_question_or_cannot_be_read(tmp_path, name, data):
     assert str(error.value).count(path.name) == 1
 
 
+def test_a_prompt_without_an_instruction(tmp_path):
+    """Whatever is answered would be right."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({**json.loads(FILES["ifeval"][0]), "instruction_id_list": [], "kwargs": []}))
+    with pytest.raises(InputError) as error:
+        items_of(BENCHMARKS["ifeval"], str(path))
+    check_names(str(error.value), [path])
+
+
+def test_a_question_without_a_type_has_no_kind(tmp_path):
+    """As a column of Parquet gives it."""
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({**HOTPOT, "type": None}))
+    (item,) = items_of(BENCHMARKS["hotpotqa"], str(path))
+    assert item.kind == ""
+
+
 def test_a_mark_of_utf_8_is_no_text(tmp_path):
     """As spreadsheets write it."""
     (tmp_path / "gpqa.csv").write_text(GPQA, encoding="utf-8-sig")

@@ -16,7 +16,7 @@ def read(path: Path) -> list[Item]:
         items.append(
             Item(
                 str(record.get("id") or record["_id"]),
-                str(record.get("type", "")),
+                str(record.get("type") or ""),
                 f"Question: {record['question']}\nAnswer:",
                 answers_of(record["answer"]),
                 i,

@@ -19,6 +19,8 @@ def read(path: Path) -> list[Item]:
     items = []
     for i, record in enumerate(records_of(path)):
         about = {name: record[name] for name in ("key", "prompt", "instruction_id_list", "kwargs")}
+        if not about["instruction_id_list"]:
+            raise ValueError("a prompt has no instruction")
         items.append(Item(str(record["key"]), "", record["prompt"], (), i, about=about))
     return items
 
