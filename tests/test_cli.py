@@ -16,8 +16,9 @@ from llama_cpp import Llama
 
 from pydeltamem import __version__
 from pydeltamem.cli import rpc_server
-from pydeltamem.cli.main import main
+from pydeltamem.cli.main import SUBCOMMANDS, main
 from pydeltamem.cli.model_options import add_sampling_arguments, sampling
+from pydeltamem.cli.parser import Parser
 from pydeltamem.errors import ModelError
 from pydeltamem.formats.memory_file import read_memory_file
 from pydeltamem.runtime.stream import TextStream
@@ -566,6 +567,24 @@ def test_what_follows_two_dashes_is_no_option(tmp_path):
 def test_a_share_is_below_one(in_process, share):
     result = in_process("train", "model", "data", "-o", "out", "--short-first", share)
     assert result.returncode == 2 and share in result.stderr.splitlines()[-1]
+
+
+def test_the_defaults_of_numbers_can_be_given():
+    """What the help text calls the default is a value that the option takes."""
+
+    def options(parser):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for nested in action.choices.values():
+                    yield from options(nested)
+            elif callable(action.type) and isinstance(action.default, (int, float)):
+                yield action
+
+    for name, (module, _) in SUBCOMMANDS.items():
+        parser = Parser(prog=name)
+        importlib.import_module(module).add_arguments(parser)
+        for action in options(parser):
+            assert action.type(str(action.default)) == action.default, (name, action.option_strings)
 
 
 def test_a_prompt_must_come_from_somewhere(base, monkeypatch, capsys):

@@ -159,7 +159,7 @@ def share(text: str) -> float:
     """In [0, 1)."""
     value = number(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
     return value
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..formats.ending import ending_in_order
 from ..train.options import DTYPES, SCHEDULES, STRATEGIES, Options
-from .parser import count, finite, integers, positive, positive_number, share
+from .parser import count, finite, integers, positive, positive_number, probability, share
 
 if TYPE_CHECKING:
     from ..train import Report
@@ -90,11 +90,11 @@ def _add_conversations(conversations: argparse._ArgumentGroup) -> None:
         help="decode only the last N tokens of the earlier turns (%(default)s)",
     )
     conversations.add_argument(
-        "--ask-writes", type=share, default=Options.ask_writes, metavar="P",
+        "--ask-writes", type=probability, default=Options.ask_writes, metavar="P",
         help="share of the conversations whose questions and answers write, too (%(default)s)",
     )  # fmt: skip
     conversations.add_argument(
-        "--rehearse", type=share, default=Options.rehearse, metavar="P",
+        "--rehearse", type=probability, default=Options.rehearse, metavar="P",
         help="share of the conversations that are rehearsed, so written twice, before their text goes (%(default)s)",
     )  # fmt: skip
     conversations.add_argument(

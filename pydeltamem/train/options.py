@@ -91,7 +91,7 @@ class Options:
         for name in ("wording", "first_told") if self.teacher else ():
             if getattr(self, name) != 1:
                 option = name.replace("_", "-")
-                raise InputError(f"--{option}: weighs the answers of the file, which --teacher replaces: leave it out")
+                raise InputError(f"--{option}: does not go together with --teacher: leave out one of them")
         if self.teacher_share != 1 and not self.teacher:
             raise InputError(f"--teacher-share {self.teacher_share}: there is no --teacher: name it")
         if self.init_gain != 1 and not self.init:
