@@ -30,7 +30,7 @@ REPORT = json_of("a report of deltamem bench", {"version", "setup"}, {"version",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model(parser.add_argument_group("model"))
-    _add_what(parser.add_argument_group("what is timed (the JSON repeats the first of several at its top)"))
+    _add_what(parser.add_argument_group("what is timed (of several lengths, the JSON repeats the first at its top)"))
     _add_context(parser.add_argument_group("context"))
     parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
     parser.add_argument("--json", metavar="FILE", help="also write the results as JSON (-: standard output)")
@@ -69,7 +69,7 @@ def _add_what(what: argparse._ArgumentGroup) -> None:
     what.add_argument("--pairs", type=positive, default=10, metavar="N", help="pairs of runs (%(default)s)")
     what.add_argument(
         "--renew", type=count, default=1, metavar="N",
-        help="make new contexts, and --against processes, after every N pairs (%(default)s; 0: never)",
+        help="make new contexts, and new processes for --against, after every N pairs (%(default)s; 0: never)",
     )  # fmt: skip
     what.add_argument(
         "--against", metavar="DIR", help="also time the llama library in this folder, a build of the same llama.cpp"
@@ -81,8 +81,9 @@ def _add_what(what: argparse._ArgumentGroup) -> None:
         "--rss", type=count, metavar="N", help="measure RAM after a prompt of N tokens (the longest prompt; 0: do not)"
     )
     what.add_argument(
-        "--nodes", action="store_true", help="time each kind of graph node, its least time, instead of whole runs"
-    )
+        "--nodes", action="store_true",
+        help="instead of whole runs, time each kind of graph node: the least time of many runs",
+    )  # fmt: skip
     what.add_argument(
         "--return", dest="returning", type=integers, metavar="N,...",
         help="time the return to conversations of N tokens, by what is restored, and nothing else",

@@ -59,7 +59,10 @@ class Cast:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interactive", action="store_true", help="talk to the model yourself")
-    parser.add_argument("-m", "--model", metavar="FILE", help=f"{MODEL_HELP}; else {REAL_MODEL}")
+    parser.add_argument(
+        "-m", "--model", metavar="FILE",
+        help=f"{MODEL_HELP}; else {REAL_MODEL}, or the small model if {REAL_MODEL} cannot be fetched",
+    )  # fmt: skip
     parser.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
     parser.add_argument("--strategy", choices=MEMORIES, help="use the small model, with its adapter of this kind")
     parser.add_argument(
@@ -75,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     cast = _cast(args)
     console = Console(highlight=False)
-    rehearses = not (cast.is_small or args.interactive)  # the small one was trained on what is read once
+    rehearses = not (cast.is_small or args.interactive)  # the small one was trained on texts written once
     with ended_by_ctrl_c():
         reader = NativeReader(cast.model, cast.adapter, n_ctx=N_CTX, parallel=1, rehearses=rehearses, unpack="rest")
     try:

@@ -41,17 +41,17 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_server(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     group.add_argument("--port", type=at_least(0, 65535), default=8080, metavar="N", help="port (%(default)s; 0: any)")
     group.add_argument("--api-key-file", metavar="FILE", help="API keys, one a line; sessions belong to a key")
     group.add_argument(
         "--drain", type=count, default=0, metavar="SECONDS",
-        help="seconds to answer on after SIGTERM, while /health says 503 and a balancer sends no more (%(default)s)",
+        help="seconds to go on answering after SIGTERM; /health says 503, so a balancer sends no more (%(default)s)",
     )  # fmt: skip
     group.add_argument("--no-page", action="store_true", help="serve no page at /")
     group.add_argument(
         "--cors-origin", type=_origin, action="append", default=[], metavar="ORIGIN",
-        help="let pages of this origin use the API, such as https://page.example (* with keys: of any)",
+        help="let pages of this origin use the API, such as https://page.example; with keys, * allows any origin",
     )  # fmt: skip
     group.add_argument(
         "--log-level",

@@ -31,7 +31,7 @@ RESULTS = Path(__file__).with_name("architectures.json")
 
 # each status, and the evidence for it
 STATUSES = {
-    "verified": "every layer of a tiny model takes an adapter, and other models have the numbers of PyTorch",
+    "verified": "every layer of a tiny model takes an adapter, and the models that are named have PyTorch's numbers",
     "supported": "every layer of a tiny model takes an adapter",
     "in part": "some layers of a tiny model take an adapter, or some corrections",
     "refused": "no layer of a tiny model takes an adapter, or llama.cpp runs no such model",
