@@ -194,8 +194,8 @@ def messages_of(turns: Iterable[Turn]) -> Messages:
 def _groups(asked: Sequence[Asked], parallel: int) -> Iterator[list[tuple[int, range]]]:
     """Questions that are asked together: of each item the place of it, and which of its questions.
 
-    Where several follow one text, there are no more than the context holds, so that the text is read once. The others
-    take their turns in any number.
+    Where several follow one text, there are no more than the context holds, so that the text is decoded once. The
+    others take their turns in any number.
     """
     alone = [(i, range(k, k + 1)) for i, item in enumerate(asked) if not item.turns for k in range(len(item.questions))]
     alone += [(i, range(1)) for i, item in enumerate(asked) if item.turns and len(item.questions) == 1]
