@@ -129,9 +129,11 @@ class Conversation:
 
         Options: `n_predict` (tokens at most; 0: only decode it; -1 or None: until the reply ends), `stop` (a string, or
         several), `seed` (None: another one for each reply, which the model's seed decides), and sampling as
-        `Llama.generate` (temp, top_k, …); `grammar` may be text. `max_tokens` and `temperature` mean the same as for
-        `create_completion`. Raises InputError if an option is unknown or the turn
-        does not fit in the context, MemoryFileError if the memory cannot be saved.
+        `Llama.generate` (temp, top_k, …); `grammar` may be text. `max_tokens` and `temperature` are other names of
+        `n_predict` and `temp`.
+
+        Raises InputError if an option is unknown or the turn does not fit in the context, MemoryFileError if the memory
+        cannot be saved.
         """
         return self._whole_reply(_checked_content(content), options)
 

@@ -35,7 +35,7 @@ def naming(path: str, reason: str) -> str:
 
 
 class DeltaMemError(Exception):
-    """Base of every error that this package raises on bad input."""
+    """Base of every error of this package."""
 
 
 class InputError(DeltaMemError, ValueError):

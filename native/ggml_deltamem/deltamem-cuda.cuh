@@ -4,7 +4,7 @@
 #include "ggml-deltamem.h"
 
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
-    #define DELTAMEM_NO_CUDA // the kernels are untested there: the operator runs on the CPU
+    #define DELTAMEM_NO_CUDA // the kernels are untested there: the composite or the CPU computes the memory
 #endif
 
 struct ggml_backend_cuda_context;

@@ -120,9 +120,9 @@ LLAMA_API int32_t llama_deltamem_state_get(struct llama_context * ctx, llama_seq
 LLAMA_API int32_t llama_deltamem_state_set(struct llama_context * ctx, llama_seq_id seq_id, const float * src,
                                            size_t n);
 
-// What the last llama_decode left of a sequence: copies its state to `dst`, [L, H, r, r], and looks whether it is finite, and
-// whether the logits of token i of the batch are. dst NULL: not the state; i < 0: not the logits. Without an adapter, dst
-// is NULL. Returns 0, -1, or what is not finite: the weights are damaged or far too large.
+// What the last llama_decode left of a sequence: copies its state to `dst`, [L, H, r, r]. Checks that the state and the
+// logits of token i of the batch are finite. dst NULL: not the state; i < 0: not the logits. Without an adapter, dst must
+// be NULL. Returns 0, -1, or what is not finite: the weights are damaged or far too large.
 #define LLAMA_DELTAMEM_STATE_NOT_FINITE  1
 #define LLAMA_DELTAMEM_LOGITS_NOT_FINITE 2
 LLAMA_API int32_t llama_deltamem_take_result(struct llama_context * ctx, llama_seq_id seq_id, int32_t i, float * dst,
