@@ -443,6 +443,41 @@ def test_embeddings_hold_no_thread_that_others_need(monkeypatch):
         assert "nobody waits for it" not in embedded
 
 
+@pytest.mark.parametrize("what", ["nobody waits", "the server stops"])
+def test_embeddings_end_between_two_texts(monkeypatch, what):
+    """Found: 3,000 texts whose client had left held up all other embeddings for minutes, and the end of the server."""
+    embed, begun, over, embedded = DeltaMemLlama.embed, threading.Event(), threading.Event(), []
+
+    def slow(self, texts, **options):
+        embedded.extend(texts)
+        begun.set()
+        assert over.wait(60)
+        return embed(self, texts, **options)
+
+    monkeypatch.setattr(DeltaMemLlama, "embed", slow)
+    with in_thread() as api, ThreadPoolExecutor() as threads:
+        running = api.app.state.server
+        address, body = (api.http.base_url.host, api.http.base_url.port), b'{"input": ["a", "b", "c"]}'
+        try:
+            if what == "nobody waits":
+                with socket.create_connection(address) as client:
+                    client.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body))
+                    client.sendall(body)
+                    assert begun.wait(60)
+                until(lambda: running.embedder.n_asked == 0)
+            else:
+                asked = threads.submit(api.http.post, "/v1/embeddings", content=body)
+                assert begun.wait(60)
+                running.cut()
+        finally:
+            over.set()
+        if what == "nobody waits":
+            assert api.http.post("/v1/embeddings", json={"input": "d"}).status_code == 200
+        else:
+            refused(asked.result(), 503, "stopping")
+    assert embedded == (["a", "d"] if what == "nobody waits" else ["a"])
+
+
 def test_a_piece_comes_while_the_next_is_computed(narrow, monkeypatch):
     """The model does not wait for what passes its words on: it computes the next one meanwhile."""
     slots = narrow.service.worker.llm._engine.slots

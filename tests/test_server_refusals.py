@@ -141,6 +141,7 @@ def test_a_chat_that_cannot_be_answered(api, body, name):
         ("/v1/responses", {"input": "a", "temperature": -1}, "temperature"),
         ("/v1/embeddings", {}, "input"),
         ("/v1/embeddings", {"input": [""]}, "input"),
+        ("/v1/embeddings", {"input": ["a", "\ud800"]}, "text 1"),
         ("/v1/embeddings", {"input": "a", "dimensions": 16}, "dimensions"),
         ("/v1/embeddings", {"input": "a", "dimensions": "x"}, "dimensions"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),

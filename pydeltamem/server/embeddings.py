@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import concurrent.futures
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
-from ..errors import InputError, shown
+from ..errors import InputError, ModelError, shown
 from ..llama import DeltaMemLlama
+from ..runtime.tokenizer import encoded
 from .lengths import PromptTooLong
 from .openai import field_of
 from .service import AsyncDeltaMem
@@ -22,7 +24,8 @@ from .worker import QueueFull
 class Embedder:
     """Vectors of texts, each with the memory of a session or an empty one. Nothing is written.
 
-    One request is embedded at a time, in a thread of its own: those that wait hold no thread that answers need.
+    One request is embedded at a time, in a thread of its own: those that wait hold no thread that answers need. If
+    nobody waits for one any more, it ends between two texts.
 
     Attributes:
         n_asked: requests that wait, and the one that is embedded.
@@ -33,14 +36,23 @@ class Embedder:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "deltamem-embed")
         self.n_asked = 0
         self._llm: DeltaMemLlama | None = None
+        self._cuts = False
+
+    def cut(self) -> None:
+        """Fails the requests between two texts. Any thread may call this."""
+        self._cuts = True
 
     def close(self) -> None:
+        """Waits for the text that is embedded now."""
+        self.cut()
         self._thread.shutdown(cancel_futures=True)
         if self._llm is not None:
             self._llm.close()
 
     async def embeddings(self, body: Mapping[str, Any], model: str, session: str | None, owner: str) -> dict[str, Any]:
-        """As OpenAI's endpoint. Raises InputError, QueueFull. One that is cancelled while it waits is not embedded."""
+        """As OpenAI's endpoint. Raises InputError, QueueFull, and ModelError after `cut`. One that is cancelled is not
+        embedded, or no further.
+        """
         texts = body.get("input")
         if isinstance(texts, str):
             texts = [texts]
@@ -56,35 +68,49 @@ class Embedder:
         if self.n_asked > self._service.worker.n_queue:
             raise QueueFull(f"{self.n_asked} requests of embeddings wait already: try again later")
         self.n_asked += 1
+        is_over = threading.Event()
         try:
-            vectors, n = await asyncio.get_running_loop().run_in_executor(self._thread, self._embed, texts, state)
+            loop = asyncio.get_running_loop()
+            vectors, n = await loop.run_in_executor(self._thread, self._embed, texts, state, is_over)
         finally:
             self.n_asked -= 1
+            is_over.set()
         data = [
             {"object": "embedding", "index": i, "embedding": _encoded(vector, encoding)}
             for i, vector in enumerate(vectors)
         ]
         return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": n, "total_tokens": n}}
 
-    def _embed(self, texts: list[str], state: Any) -> tuple[Any, int]:
+    def _embed(self, texts: list[str], state: Any, is_over: threading.Event) -> tuple[list[Any], int]:
+        """The vectors of texts, and the number of their tokens. `is_over`: nobody waits for them any more."""
         if self._llm is None:
             self._llm = self._load()
         llm = self._llm
-        for i, text in enumerate(texts):
-            data, n_ctx = text.encode("utf-8", "surrogatepass"), llm.n_ctx()
-            n = self._service.lengths.at_least(data)
-            n = n if n > n_ctx else len(llm.tokenize(data))
-            if n > n_ctx:
-                raise PromptTooLong(
-                    f"input: text {i} has {n} tokens or more, the context holds {n_ctx}: send parts of it"
-                )
+        n_tokens = sum(self._length(llm, i, text) for i, text in enumerate(texts))
         if llm.memory.attached:
             if state is None:
                 llm.memory.reset()
             else:
                 llm.memory.state = state
-        vectors, n = llm.embed(texts, normalize=True, truncate=False, return_count=True)
-        return vectors, n
+        vectors = []
+        for text in texts:
+            if is_over.is_set():
+                break
+            if self._cuts:
+                raise ModelError("the server is stopping")
+            vectors += llm.embed([text], normalize=True, truncate=False)
+        return vectors, n_tokens
+
+    def _length(self, llm: DeltaMemLlama, i: int, text: str) -> int:
+        """How many tokens the i-th text has. Raises InputError if it cannot be embedded."""
+        data, n_ctx = encoded(text, f"input: text {i}"), llm.n_ctx()
+        n = self._service.lengths.at_least(data)
+        n = n if n > n_ctx else len(llm.tokenize(data))
+        if n > n_ctx:
+            raise PromptTooLong(f"input: text {i} has {n} tokens or more, the context holds {n_ctx}: send parts of it")
+        if n == 0:
+            raise InputError(f"input: text {i} has no tokens, so it has no vector: leave it out")
+        return n
 
     def _load(self) -> DeltaMemLlama:
         other = self._service.llm

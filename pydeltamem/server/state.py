@@ -117,14 +117,16 @@ class Server:
         """Ends the answers that run: what was said so far counts. Any thread may call this."""
         if self._service is not None:
             self._service.cut()
+        if self.embedder is not None:
+            self.embedder.cut()
 
     async def close(self) -> None:
         """Ends what runs, and commits it."""
         self.metrics.close()
+        if self.embedder is not None and self.lost is None:
+            await asyncio.to_thread(self.embedder.close)
         if self._service is not None:
             await self._service.aclose()
-        if self.embedder is not None and self.lost is None:
-            self.embedder.close()
 
     def owner(self, request: Request) -> str:
         """Who asks. Raises HTTPException 401 without a key, RateLimited."""
