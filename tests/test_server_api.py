@@ -353,6 +353,27 @@ def test_no_space_before_a_call_is_lost(pieces, logprobs):
     assert [c["function"]["name"] for delta in deltas for c in delta.get("tool_calls", ())] == ["clock"]
 
 
+def test_a_call_with_half_a_character(api):
+    """Found: an answer whose call has an escape for one could not be sent, and was committed all the same."""
+    text = '<tool_call>{"name": "clock", "arguments": {"a": "\\ud83d"}}</tool_call>'
+    body = {"tools": [CLOCK], "max_tokens": 80, "grammar": f"root ::= {json.dumps(text)}"}
+    (call,) = ask(api, **body)["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"a": "\ud83d"}
+    deltas = [part["choices"][0]["delta"] for part in chunks(api, messages=HELLO, **body)]
+    (streamed,) = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert streamed["function"] == call["function"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    ['{"name": "clock", "arguments": {"a": NaN}}', '{"name": "\\ud83d"}', f'{{"arguments": {"[" * 10**5}}}'],
+)
+def test_what_is_no_call_stays_text(call):
+    content = f"<tool_call>{call}</tool_call>"
+    message = Chat({"messages": HELLO, "tools": [CLOCK]}, "model").message(content)
+    assert message == {"role": "assistant", "content": content}
+
+
 def test_the_result_of_a_tool_goes_on(api):
     """The call comes back as a message of the chat, and the session goes on from it."""
     first = ask(api, path="/sessions/tool", tools=[WEATHER], tool_choice="required", max_tokens=40)

@@ -144,8 +144,11 @@ def _called(id: str, texts: Sequence[str]) -> list[dict[str, Any]]:
     for i, text in enumerate(texts):
         try:
             call = json.loads(text)
-            arguments = call.get("arguments", call.get("parameters", {}))
-            calls.append(_call(id, i, str(call["name"]), json.dumps(arguments, ensure_ascii=False)))
-        except (ValueError, KeyError, AttributeError):
+            given = call.get("arguments", call.get("parameters", {}))
+            arguments, name = json.dumps(given, ensure_ascii=False, allow_nan=False), str(call["name"])
+            name.encode()
+        except (ValueError, KeyError, AttributeError, RecursionError):
             return []
+        # half a character stays escaped, as the model wrote it: an answer cannot be sent with it
+        calls.append(_call(id, i, name, arguments.encode("utf-8", "backslashreplace").decode()))
     return calls
