@@ -42,8 +42,10 @@ class Tools:
         self.forced: str | None = None
         self.grammar: Any = None
         names = self._checked(tools, name_tools) if tools else []
-        if not names or choice == "none":
+        if choice == "none" or (not names and choice in (None, "auto")):
             return
+        if not names:
+            raise InputError(f"{name_choice}: there is no function to call: send {name_tools}, too")
         self.options["tools"] = tools
         if isinstance(choice, Mapping) and isinstance(choice.get("function"), Mapping):
             name = choice["function"].get("name")
