@@ -518,3 +518,14 @@ def test_which_messages_are_known():
     assert known_messages([said[0], user("other")], known) == [True, False]
     parts = [{"role": "user", "content": [{"type": "text", "text": "one "}]}]
     assert digests(parts) == digests([user("one")])
+
+
+def test_a_call_in_other_words_is_known():
+    """Found: what stood behind a call was written again if a client had read its arguments and written them anew."""
+
+    def called(arguments):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        return digests([user("one"), {"role": "assistant", "content": None, "tool_calls": [call]}])
+
+    assert called('{ "warm":true}') == called('{"warm": true}') == called({"warm": True})
+    assert len({called(each)[1] for each in ('{"warm": true}', '{"warm": false}', '{"warm": tr', "", None)}) == 5

@@ -7,6 +7,7 @@ A message that stands after the same one as then is known, and is not written ag
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -146,8 +147,13 @@ def begins(render: Callable[[Sequence[Message]], Sequence[int]], messages: Seque
 
 
 def _canonical(message: Message) -> str:
-    calls = [
-        [call.get("function", {}).get("name"), call.get("function", {}).get("arguments")]
-        for call in message.get("tool_calls") or ()
-    ]
+    functions = [call.get("function", {}) for call in message.get("tool_calls") or ()]
+    calls = [[function.get("name"), _arguments(function.get("arguments"))] for function in functions]
     return json.dumps([message["role"], content_of(message).strip(), calls], ensure_ascii=False)
+
+
+def _arguments(given: Any) -> Any:
+    """The arguments of a call in one spelling: clients that read them write them with other spaces, or as an object."""
+    with contextlib.suppress(ValueError, RecursionError):  # a call that was cut
+        given = json.loads(given) if isinstance(given, str) else given
+    return given if given is None or isinstance(given, str) else json.dumps(given, ensure_ascii=False)
