@@ -499,6 +499,26 @@ def test_tokens_and_template(api):
     assert api.http.post("/tokenize", json=absent).json() == api.http.post("/tokenize", json=asked).json()
 
 
+def test_pieces_of_tokens_hold_nobody_else(api, monkeypatch):
+    """Found: other streams stood still for seconds while a long text was shown in pieces."""
+    begun, over, detokenize = threading.Event(), threading.Event(), DeltaMemLlama.detokenize
+
+    def slow(self, tokens, **options):
+        begun.set()
+        assert over.wait(60)
+        return detokenize(self, tokens, **options)
+
+    monkeypatch.setattr(DeltaMemLlama, "detokenize", slow)
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(api.http.post, "/tokenize", json={"content": "a", "with_pieces": True})
+        try:
+            assert begun.wait(60)
+            assert api.http.get("/v1/models").status_code == 200
+        finally:
+            over.set()
+        assert asked.result().json()["tokens"][-1]["piece"]
+
+
 def test_the_prompt_of_a_chat_continues_as_the_chat(api):
     """Found: it had spaces that the template did not write, so its tokens were others."""
     chat = ask(api)

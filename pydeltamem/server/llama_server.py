@@ -65,7 +65,7 @@ def converting(server: Server) -> APIRouter:
     router = APIRouter()
 
     @router.post("/tokenize")
-    async def tokenize(request: Request) -> Any:
+    async def tokenize(request: Request) -> Response:
         server.owner(request)
         body, llm = await body_of(request), server.service.llm
         text = field_of(body, "content", "")
@@ -73,17 +73,18 @@ def converting(server: Server) -> APIRouter:
             raise InputError("content is a text")
         data, options = text.encode("utf-8", "surrogatepass"), {"add_bos": flag(body, "add_special")}
         options["special"] = flag(body, "parse_special", default=True)
+        with_pieces = flag(body, "with_pieces")
 
-        def tokenized() -> Any:
+        def answer() -> Response:
             n = server.service.lengths.at_least(data)
             if n > max(_MAX_TOKENS, llm.n_ctx()):
                 raise InputError(f"content has at least {n} tokens: send parts of it")
-            return llm.tokenize(data, **options)
+            tokens: Any = llm.tokenize(data, **options)
+            if with_pieces:
+                tokens = [{"id": token, "piece": _piece(llm, token)} for token in tokens]
+            return JSONResponse({"tokens": tokens})
 
-        tokens = await asyncio.to_thread(tokenized)
-        if flag(body, "with_pieces"):
-            return {"tokens": [{"id": token, "piece": _piece(llm, token)} for token in tokens]}
-        return {"tokens": tokens}
+        return await asyncio.to_thread(answer)
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Any:
