@@ -80,6 +80,8 @@ def test_whole_numbers_with_a_point(api):
     options = {"temperature": 2, "seed": 5, "top_k": 9, "logprobs": True, "top_logprobs": 2, "max_tokens": 3}
     with_points = {name: n if name == "logprobs" else float(n) for name, n in options.items()}
     assert ask(api, **with_points)["choices"] == ask(api, **options)["choices"]
+    body = {"input": "a", "max_output_tokens": 3.0}
+    assert api.http.post("/v1/responses", json=body).json()["max_output_tokens"] == 3
 
 
 def test_content_in_parts(api):

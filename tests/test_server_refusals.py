@@ -122,6 +122,7 @@ def test_a_chat_that_cannot_be_answered(api, body, name):
     [
         ("/v1/completions", {"prompt": 5}, "prompt"),
         ("/v1/completions", {"prompt": ["a", "b"]}, "prompt"),
+        ("/v1/completions", {"prompt": "\ud800", "echo": True}, "prompt"),
         ("/v1/completions", {"prompt": [10**6]}, "1000000"),
         ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix"),
         ("/v1/completions", {"prompt": "a", "best_of": 3}, "best_of"),
@@ -136,6 +137,7 @@ def test_a_chat_that_cannot_be_answered(api, body, name):
         ("/v1/responses", {"input": "a", "metadata": [1]}, "metadata"),
         ("/v1/responses", {"input": "a", "include": "message.output_text.logprobs"}, "include"),
         ("/v1/responses", {"input": "a", "top_logprobs": 21}, "top_logprobs"),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens"),
         (
             "/v1/responses",
             {"input": "a", "text": {"format": {"type": "json_object"}}, "grammar": 'root ::= "a"'},

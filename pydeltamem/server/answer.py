@@ -19,6 +19,7 @@ from ..runtime.completion import biased
 from ..runtime.generation import Generation
 from ..runtime.grammar import LlamaGrammar, checked_grammar, grammar_of_format
 from ..runtime.history import n_common
+from ..runtime.tokenizer import encoded
 from . import session as sessions
 from .history import Message, digests
 from .options import of_sampler
@@ -253,7 +254,7 @@ class Answer:
             if caught.grammar is not None:
                 sampling["grammar"] = caught.grammar
         elif isinstance(self.prompt, str):
-            text = self.prompt.encode("utf-8", "surrogatepass")
+            text = encoded(self.prompt, "the prompt")
             self.shared.prompts.require_fit(text)
             self._tokens = llm.tokenize(text, add_bos=True, special=True)
         else:

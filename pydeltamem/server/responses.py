@@ -18,7 +18,7 @@ from ..runtime.grammar import grammar_of_format
 from . import history
 from .answer import Answer, Piece
 from .openai import flag, hold_to, likelihoods, memory, options_of, to_json
-from .options import checked_n_top
+from .options import checked_n_top, checked_whole
 from .records import Record, SessionUnknown
 from .service import AsyncDeltaMem
 
@@ -49,9 +49,7 @@ class Reply:
         self.previous = body.get("previous_response_id")
         if self.previous is not None:
             self.checked_id(self.previous)
-        self.max_tokens = n = body.get("max_output_tokens")
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise InputError(f"max_output_tokens is a whole number from 1 on, not {shown(repr(n))}")
+        self.max_tokens = checked_whole("max_output_tokens", body.get("max_output_tokens"), 1)
         self.options = options_of({**body, "max_completion_tokens": self.max_tokens})
         text = body.get("text") or {}
         if not isinstance(text, Mapping):
