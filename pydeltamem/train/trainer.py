@@ -223,7 +223,7 @@ class Trainer:
 
     def _log(self) -> list[str]:
         path = self.out / LOG
-        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
     def _identity(self) -> dict[str, Any]:
         """What identifies this run. A run of more steps is the same run."""
