@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,10 +172,16 @@ class Conversations:
         asks = [tail + ask for ask in line.asks]
         ids, segments = self._segmented(earlier)
         asked = [self._ask(ask) for ask in asks]
-        continued = [self._continued(earlier, ids, ask) for ask in asks]
+        wholes = [self._text([*earlier, *_prompting(ask)], add_generation_prompt=True) for ask in asks]
+        beginning = self._text(earlier) if earlier else ""
+        after = (self._after(beginning, ids, whole) for whole in wholes)
+        continued = [tokens for tokens in after if tokens is not None]
+        if len(continued) < len(wholes):  # the template formats the end of a text differently
+            ids, segments = self._segmented(earlier, self._followed(earlier, asks, wholes))
+            continued = [self._ids(whole)[len(ids) :] for whole in wholes]
         if not (ids or line.visible):
             raise ValueError("the chat template makes no token of the earlier messages")
-        if not all(continued if line.visible else [question for question, _, _ in asked]):
+        if not (all(continued) and (line.visible or all(question for question, _, _ in asked))):
             raise ValueError("the chat template makes no token of a question")
         if not all(answer for ask, (_, _, answer) in zip(asks, asked) if ask[-1]["role"] == "assistant"):
             raise ValueError("the chat template makes no token of an answer")
@@ -182,27 +189,41 @@ class Conversations:
             ids[-self.max_tokens :], segments[-self.max_tokens :], asked, continued, line.visible, keep=line.keep
         )
 
-    def _segmented(self, messages: Messages) -> tuple[list[int], list[int]]:
-        """Tokens, and for each token the message that it belongs to."""
-        ids: list[int] = []
+    def _segmented(self, messages: Messages, ids: list[int] | None = None) -> tuple[list[int], list[int]]:
+        """Tokens, and for each token the message that it belongs to. ids: of messages that others follow."""
+        if ids is None:
+            ids = self._ids(self._text(messages)) if messages else []
         segments: list[int] = []
-        for i in range(len(messages)):
-            try:
-                longer = self._ids(self._text(messages[: i + 1]))
-            except ModelError:
-                if i + 1 == len(messages):
-                    raise
-                continue  # of some templates a system message alone is no conversation: it belongs to the next one
-            segments += [i] * (len(longer) - len(ids))
-            ids = longer
-        return ids, segments[: len(ids)]
+        for i in range(1, len(messages)):
+            segments += [i - 1] * (self._n_before(messages[:i], messages[i], ids) - len(segments))
+        return ids, segments + [len(messages) - 1] * (len(ids) - len(segments))
+
+    def _n_before(self, messages: Messages, following: dict[str, str], ids: list[int]) -> int:
+        """How many tokens of a text are of its first messages. following: the message after these."""
+        try:
+            begun = self._ids(self._text(messages))
+        except ModelError:
+            return 0  # of some templates a system message alone is no conversation: it belongs to the next one
+        if ids[: len(begun)] == begun:
+            return len(begun)
+        return n_shared([ids, *self._with_others(messages, following["role"])])
+
+    def _followed(self, earlier: Messages, asks: list[Messages], wholes: list[str]) -> list[int]:
+        """The tokens of earlier messages as they stand in each of these texts, where asks follow them."""
+        role = asks[0][0]["role"]
+        others = self._with_others(earlier, role) if _prompting(asks[0]) else []
+        return self._ids(wholes[0])[: n_shared([*map(self._ids, wholes), *others])]
+
+    def _with_others(self, messages: Messages, role: str) -> list[list[int]]:
+        """The tokens of messages with two other ones after them, which have only their beginning in common."""
+        return [self._ids(self._text([*messages, {"role": role, "content": other}])) for other in "0a"]
 
     def _ask(self, messages: Messages) -> tuple[list[int], list[int], list[int]]:
-        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        before = _prompting(messages)
         prompt = self._text(before, add_generation_prompt=True)
         question = self._ids(prompt)
         _, segments = self._segmented(before)
-        segments += segments[-1:] * (len(question) - len(segments))
+        segments += (segments[-1:] or [0]) * (len(question) - len(segments))
         answer = [] if before is messages else self._after(prompt, question, self._text(messages))
         if answer is None:
             raise ModelError(
@@ -210,12 +231,6 @@ class Conversations:
                 " that goes on"
             )
         return question, segments[: len(question)], answer
-
-    def _continued(self, earlier: Messages, ids: list[int], messages: Messages) -> list[int]:
-        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        whole = self._text(earlier + before, add_generation_prompt=True)
-        after = self._after(self._text(earlier) if earlier else "", ids, whole)
-        return self._ids(whole) if after is None else after  # None: the template formats the end of a text differently
 
     def _after(self, beginning: str, ids: list[int], whole: str) -> list[int] | None:
         """The tokens of a text after its beginning, of which `ids` are the tokens; None if it does not begin so."""
@@ -238,6 +253,16 @@ class Conversations:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _prompting(messages: Messages) -> Messages:
+    """What is asked, without the answer at its end."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def n_shared(lists: Sequence[Sequence[int]]) -> int:
+    """Length of their common beginning."""
+    return next((i for i, some in enumerate(zip(*lists)) if len(set(some)) > 1), min(map(len, lists)))
 
 
 def _order(line: _Line) -> tuple[Any, ...]:

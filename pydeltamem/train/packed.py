@@ -12,17 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .conversations import Example, n_shared
 from .kernels import Runs, Span, attention, recurrence, rms_norm, rotate, swiglu
 from .reference import DeltaMem, LayerMemory
-
-if TYPE_CHECKING:
-    from .conversations import Example
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
@@ -78,7 +76,7 @@ class PackedBatch:
                     spans.append((origin, len(ids), None))
             position = len(example.earlier) if visible else 0
             origin = origin if visible else len(ids)
-            shared = min(_n_shared(questions), min(map(len, questions)) - 1)  # each keeps at least one token of its own
+            shared = min(n_shared(questions), min(map(len, questions)) - 1)  # each keeps at least one token of its own
             beginning = run(questions[0][:shared], position, earlier)
             position += shared
             own = []
@@ -97,13 +95,6 @@ class PackedBatch:
         for start, stop in reading:
             writes[start:stop] = False
         return cls(ids_, positions_, writes, Runs(begin, end, parent), spans, told, kept_, targets_, lengths)
-
-
-def _n_shared(lists: Sequence[Sequence[int]]) -> int:
-    n = 0
-    while all(len(x) > n and x[n] == lists[0][n] for x in lists):
-        n += 1
-    return n
 
 
 def _visible(origin: int, end: int, own: Sequence[tuple[int, int]], device: str) -> Tensor | None:
