@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from llama_cpp import llama_vocab_is_eog
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -52,7 +53,7 @@ class TorchReader:
         given: list[int] = []
         while len(given) < MAX_ANSWER:
             token = int(logits.argmax())
-            if token == self.native.llm.token_eos():
+            if llama_vocab_is_eog(self.native.llm._model.vocab, token):
                 break
             given.append(token)
             logits = self._run([token], [0])

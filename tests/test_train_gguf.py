@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from pydeltamem.errors import InputError, ModelError, OutputError
 from pydeltamem.formats.checkpoint import WEIGHTS, Checkpoint
 from pydeltamem.formats.packed import pack
 from pydeltamem.train.model import load_frozen
+from pydeltamem.train.recall import NativeRecall
 from pydeltamem.train.tokenizer import GgufTokenizer
 from refusals import check_names, refuses
 
@@ -118,6 +120,9 @@ def test_what_a_killed_run_did_not_measure_is_measured(data, tmp_path, monkeypat
     monkeypatch.setattr(run.recall, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         run.train()
+    if step == 4:  # what a machine that lost its power may leave at the end of a file
+        with open(tmp_path / "log.jsonl", "ab") as log:
+            log.write(b"\0\xff\n")
     for _ in range(2):
         again = trainer(data, tmp_path, **options)
         assert again.step >= step
@@ -310,6 +315,53 @@ def test_a_question_goes_on_where_the_text_stays(data):
     assert example.earlier + example.continued[0] == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
+def other_metadata(tmp_path, *options):
+    """The model with other keys."""
+    path = tmp_path / "other.gguf"
+    script = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--force", *options]
+    subprocess.run([*script, str(MODEL), str(path)], check=True, capture_output=True)
+    return path
+
+
+THINKS = (  # as Qwen3's template: only a reply after the last question has its thoughts
+    "{% set n = namespace(at=-1) %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set n.at = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.index0 > n.at %}Hmm. {% endif %}{{ m['content'] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_template_that_writes_the_last_reply_otherwise(tmp_path):
+    """A text that stays is there once, as in a chat that goes on, and each token has its message."""
+    tokenizer = GgufTokenizer(other_metadata(tmp_path, "--chat-template", THINKS))
+    told, asked = say("It is red.", "Yes.", "My cat is blue.", "I see."), say("What is it?", "Red.")
+    path = write(tmp_path / "x.jsonl", [{"messages": told, "asks": [asked, say("Who?", "Me.")], "visible": True}])
+    example = train.Conversations(path, tokenizer)[0]
+    for ask, continued in zip((asked, say("Who?")), example.continued):
+        whole = tokenizer.apply_chat_template(told + ask[:1], add_generation_prompt=True)
+        assert example.earlier + continued == tokenizer(whole)["input_ids"]
+    for i, message in enumerate(told):
+        of_message = [token for token, segment in zip(example.earlier, example.segments) if segment == i]
+        assert message["content"] in tokenizer.decode(of_message)
+    assert "Hmm" not in tokenizer.decode(example.earlier) and "Hmm. Red." in tokenizer.decode(example.asks[0][2])
+
+
+def test_a_reply_ends_with_any_token_that_ends_one(data, tmp_path):
+    """Not with eos alone: of some models another token ends a turn."""
+    tokenizer = GgufTokenizer(MODEL)
+    end = tokenizer.eos_token_id
+    other = other_metadata(tmp_path, "--special-token", "eos", "<s>", "--special-token-by-id", "eot", str(end))
+    assert GgufTokenizer(other).eos_token_id != end and end in GgufTokenizer(other).ends
+    run = trainer(data, tmp_path / "out", model=other, teacher="context")
+    questions = [train.Example([], [], [(ask[0], ask[1], [])], [ask[0]]) for ask in run.data[0].asks]
+    answered = run.objective.answered(questions)
+    assert {answer[-1] for example in answered for _, _, answer in example.asks} == {end}
+    # an adapter that corrects nothing yet gives the same answers
+    run.memory.save_checkpoint(tmp_path / "untrained")
+    told = [replace(example, earlier=[5, 6], segments=[0, 0]) for example in answered]
+    assert NativeRecall(other, told, 9).measure(tmp_path / "untrained")["right"] == 1
+
+
 def test_learning_from_a_teacher(data, tmp_path):
     """The memory comes nearer to what the frozen model says with the text before it; the file holds no answer."""
     colours = [WORDS[i % len(WORDS)] for i in range(24)]
@@ -479,9 +531,7 @@ def test_a_full_disk_is_named(data, tmp_path):
     [("{% for m in messages %}", ModelError), ("{{ raise_exception('no chat') }}", TemplateError)],
 )
 def test_a_chat_template_of_a_gguf(tmp_path, template, error):
-    path = tmp_path / "other.gguf"
-    script = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", template]
-    subprocess.run([*script, str(MODEL), str(path)], check=True, capture_output=True)
+    path = other_metadata(tmp_path, "--chat-template", template)
     with pytest.raises(error, match=r"other\.gguf|no chat"):
         GgufTokenizer(path).apply_chat_template(say("Hello."))
 

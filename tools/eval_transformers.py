@@ -52,7 +52,8 @@ class Transformers:
     """Plain transformers, with the weights of a GGUF in float32."""
 
     def __init__(self, path: Path):
-        self.model, _ = load_frozen(path, "float32")
+        self.model, tokenizer = load_frozen(path, "float32")
+        self.ends = tokenizer.ends
         self.tokenizer = AutoTokenizer.from_pretrained(str(path.resolve().parent), gguf_file=path.name)
         if Header(str(path)).keys.get("tokenizer.ggml.pre") == "smollm":  # transformers does not read this
             whole = self.tokenizer.backend_tokenizer
@@ -64,12 +65,12 @@ class Transformers:
         return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
     @torch.no_grad()
-    def answer(self, tokens: Sequence[int], n_predict: int, end: int) -> list[int]:
+    def answer(self, tokens: Sequence[int], n_predict: int) -> list[int]:
         given: list[int] = []
         done = self.model(torch.tensor([list(tokens)]), use_cache=True, logits_to_keep=1)
         while len(given) < n_predict:
             token = int(done.logits[0, -1].argmax())
-            if token == end:
+            if token in self.ends:
                 break
             given.append(token)
             done = self.model(torch.tensor([[token]]), past_key_values=done.past_key_values, use_cache=True)
@@ -102,7 +103,7 @@ def main() -> None:
             text = ask.shared.text + ask.text
             tokens = plain.tokens(text)
             n_same += tokens == asker._prompt(text)
-            given = plain.answer(tokens, ask.options["n_predict"], asker.llm.token_eos())
+            given = plain.answer(tokens, ask.options["n_predict"])
             said = asker.llm.detokenize(given).decode("utf-8", errors="replace")
             if said.strip() == answer.strip():
                 n_answers += 1

@@ -137,6 +137,7 @@ class Objective:
         """The examples, with the teacher's greedy answers where the file has none."""
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends, self.tokenizer.eos_token_id])
+        ends |= getattr(self.tokenizer, "ends", frozenset())
         answered = []
         for example in examples:
             asks = list(example.asks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import tempfile
@@ -55,6 +56,8 @@ class NativeRecall:
         """Returns questions: how many were asked; right: the share whose answer is the file's, apart from case and
         punctuation; f1: the mean overlap of the words.
         """
+        from llama_cpp import llama_vocab_is_eog
+
         from ..llama import DeltaMemLlama
 
         right, overlap = 0, 0.0
@@ -65,6 +68,7 @@ class NativeRecall:
             llm = DeltaMemLlama(
                 model_path=self.base, deltamem_path=adapter, n_ctx=n_ctx, n_threads=1, n_threads_batch=1, verbose=False
             )
+            ends = functools.partial(llama_vocab_is_eog, llm._model.vocab)
             try:
                 for earlier, segments, question, of_question, answer in self.asked:
                     llm.reset()
@@ -74,10 +78,10 @@ class NativeRecall:
                     llm.reset()
                     llm.eval(question, of_question if by_segment else None)
                     given: list[int] = []
-                    while len(given) < LONGEST and (token := int(np.argmax(llm.logits))) != llm.token_eos():
+                    while len(given) < LONGEST and not ends(token := int(np.argmax(llm.logits))):
                         given.append(token)
                         llm.eval([token])
-                    expected = [token for token in answer if token != llm.token_eos()]
+                    expected = [token for token in answer if not ends(token)]
                     said, told = (
                         _words(llm.detokenize(tokens).decode("utf-8", "replace")) for tokens in (given, expected)
                     )

@@ -15,10 +15,13 @@ class GgufTokenizer:
     """The part of transformers' tokenizer interface that training needs. transformers' own tokenizer of a GGUF gives
     other tokens than llama.cpp for SentencePiece vocabularies.
 
+    ends: tokens that end a reply, of which eos_token_id is only one.
+
     Raises ModelError if the file has no vocabulary, or a chat template that cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
+        from llama_cpp import llama_vocab_is_eog
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         from ..runtime.library import Llama
@@ -32,6 +35,8 @@ class GgufTokenizer:
             raise ModelError(f"{self.name_or_path}: its vocabulary cannot be read: {error}") from error
         self.chat_template: str | None = self._vocabulary.metadata.get("tokenizer.chat_template")
         self.eos_token_id: int = self._vocabulary.token_eos()
+        tokens, vocab = range(self._vocabulary.n_vocab()), self._vocabulary._model.vocab
+        self.ends = frozenset(token for token in tokens if llama_vocab_is_eog(vocab, token))
         eos, bos = self._text(self.eos_token_id), self._text(self._vocabulary.token_bos())
         self._formatters: dict[bool, Any] = {}
         for asked in (False, True) if self.chat_template else ():
