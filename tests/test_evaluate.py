@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from rich.console import Console
 
 import card
@@ -552,6 +553,24 @@ def test_missing_model_is_named(monkeypatch, tmp_path):
 def test_unknown_reader_option():
     with refuses(InputError, "b"):
         answer_all([], Parrot(), {"a": "a"}, 8, ["b"])
+
+
+def test_a_template_that_writes_the_last_reply_otherwise(native, monkeypatch):
+    """As Qwen3's, which gives it alone its thoughts: it is read, as it stands in a conversation that goes on."""
+    template = (
+        "{% set n = namespace(at=-1) %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}{% set n.at = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.index0 > n.at %}Hmm. {% endif %}{{ m['content'] }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    handler = Jinja2ChatFormatter(template, "<|end|>", "<s>").to_chat_handler()
+    monkeypatch.setattr(native.llm, "chat_handler", handler)
+    tokens, segments = native.tokens(TOLD)
+    text = native.llm.detokenize(tokens, special=True).decode()
+    assert "Good to know.<|end|>" in text and "Hmm" not in text
+    assert len(segments) == len(tokens)
+    expected = native.prompt(TOLD, "What?")
+    assert expected[: len(tokens)] == tokens
 
 
 def test_a_conversation_is_rehearsed(native):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from ..formats.memory_file import MemorySnapshot
 from ..llama import DeltaMemLlama
 from ..runtime.chat_format import chat_prompt, has_template
 from ..runtime.cpus import usable
-from ..runtime.history import n_common
+from ..runtime.history import before_content, n_common
 from .world import Turn
 
 MAX_ANSWER = 32  # tokens
@@ -125,9 +126,13 @@ class NativeReader:
 
     def _ended(self, messages: Messages) -> list[int]:
         """What a text of these messages, at least one, begins with, whatever follows."""
-        follows = "assistant" if messages[-1]["role"] == "user" else "user"
-        longer = chat_prompt(self.llm, [*messages, {"role": follows, "content": "?"}])
-        return longer[: n_common(chat_prompt(self.llm, messages), longer)]
+        latest, follows = messages[-1]["role"], "assistant" if messages[-1]["role"] == "user" else "user"
+        render = functools.partial(chat_prompt, self.llm)
+        longer = render([*messages, {"role": follows, "content": "?"}])
+        ended = longer[: n_common(render(messages), longer)]
+        if len(ended) > len(before_content(render, messages[:-1], latest)):
+            return ended
+        return before_content(render, messages, follows)  # the template formats the end of a text differently
 
     def read(self, turns: Sequence[Turn]) -> MemorySnapshot:
         llm = self.llm
