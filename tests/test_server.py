@@ -10,12 +10,14 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from pydeltamem import InputError
 from pydeltamem.runtime.chat_format import caught_prompt
 from pydeltamem.runtime.history import n_common
 from pydeltamem.server import AsyncDeltaMem
-from pydeltamem.server.history import begins, digests, known_messages
+from pydeltamem.server.history import begins, checked_messages, digests, known_messages
+from pydeltamem.server.prompts import Prompts
 from pydeltamem.server.records import (
     NOTHING,
     Conflict,
@@ -173,6 +175,32 @@ async def test_without_a_session_the_memory_is_the_requests_own(serving):
         assert answer.n_cached > 0  # its beginning was decoded already
         assert answer.committed.session is None
         assert [record.name for record in await service.list()] == ["ada"]
+
+
+CALLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ ARGUMENTS }}</tool_call>{% endfor %}{% endfor %}<|assistant|>"
+)
+
+
+@pytest.mark.parametrize(
+    ("writes", "written"),
+    [
+        ("call.function.arguments", ['{ "warm":true}', '{"warm": true}', '{"warm": tr']),
+        ("call.function.arguments | tojson", ['{"warm": true}', '{"warm": true}', '"{\\"warm\\": tr"']),
+        ("call.function | tojson", ['{"name": "f", "arguments": {"warm": true}}'] * 2),
+        ("dict(call.function.arguments | items)", ["{'warm': True}"] * 2),
+    ],
+)
+def test_a_template_gets_arguments_as_it_writes_them(make_llm, writes, written):
+    """Found: templates that write JSON by themselves quoted that of a call, and others refused the chat."""
+    llm = make_llm()
+    llm.chat_handler = Jinja2ChatFormatter(CALLS.replace("ARGUMENTS", writes), "</s>", "").to_chat_handler()
+    for given, expected in zip(('{ "warm":true}', {"warm": True}, '{"warm": tr'), written):
+        call = {"type": "function", "function": {"name": "f", "arguments": given}}
+        messages = checked_messages([user("a"), {"role": "assistant", "content": None, "tool_calls": [call]}])
+        expected = f"<|user|>a<|assistant|><tool_call>{expected}</tool_call><|assistant|>"
+        assert Prompts(llm).text(messages, {}) == expected
 
 
 async def test_raw_prompts_continue_their_text(serving, read_once):
@@ -527,5 +555,5 @@ def test_a_call_in_other_words_is_known():
         call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
         return digests([user("one"), {"role": "assistant", "content": None, "tool_calls": [call]}])
 
-    assert called('{ "warm":true}') == called('{"warm": true}') == called({"warm": True})
+    assert called('{ "warm":true}') == called('{"warm": true}')
     assert len({called(each)[1] for each in ('{"warm": true}', '{"warm": false}', '{"warm": tr', "", None)}) == 5

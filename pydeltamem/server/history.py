@@ -59,16 +59,25 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
         calls = one.get("tool_calls")
         if calls is not None and not isinstance(calls, list):
             raise InputError(f"tool_calls of a message is a list, not {shown(repr(calls))}")
-        for call in calls or ():
-            _checked_function("tool_calls", call.get("function") if isinstance(call, Mapping) else None)
+        if calls:
+            one["tool_calls"] = [_checked_call(call) for call in calls]
         checked.append(one)
     return checked
 
 
-def _checked_function(name: str, function: Any) -> Mapping[str, Any]:
+def _checked_call(call: Any) -> dict[str, Any]:
+    function = _checked_function("tool_calls", call.get("function") if isinstance(call, Mapping) else None)
+    return {**call, "function": function}
+
+
+def _checked_function(name: str, function: Any) -> dict[str, Any]:
+    """A function that a message calls. Its arguments are text, as in answers."""
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError(f'{name} of a message: a call has a function, {{"name": …, "arguments": …}}')
-    return function
+    arguments = function.get("arguments")
+    if arguments is None or isinstance(arguments, str):
+        return dict(function)
+    return {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
 def digests(messages: Sequence[Message]) -> list[str]:
@@ -152,8 +161,8 @@ def _canonical(message: Message) -> str:
     return json.dumps([message["role"], content_of(message).strip(), calls], ensure_ascii=False)
 
 
-def _arguments(given: Any) -> Any:
-    """The arguments of a call in one spelling: clients that read them write them with other spaces, or as an object."""
-    with contextlib.suppress(ValueError, RecursionError):  # a call that was cut
-        given = json.loads(given) if isinstance(given, str) else given
-    return given if given is None or isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+def _arguments(text: str | None) -> str | None:
+    """The arguments of a call in one spelling: clients that read them write them with other spaces."""
+    with contextlib.suppress(ValueError, RecursionError):  # a call that was cut, or has none
+        return json.dumps(json.loads(text or ""), ensure_ascii=False)
+    return text

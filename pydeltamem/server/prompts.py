@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..errors import InputError
 from ..llama import DeltaMemLlama
 from ..runtime.chat_format import PromptCatcher, caught_prompt
 from .history import Message
@@ -41,7 +45,30 @@ class Prompts:
 
     def _caught(self, heard: Any, messages: Sequence[Message], options: Mapping[str, Any]) -> PromptCatcher:
         asked = {name: options[name] for name in ("tools", "tool_choice") if options.get(name) is not None}
+        if any(message.get("tool_calls") for message in messages) and self._writes_arguments:
+            messages = [_with_objects(message) for message in messages]
         return caught_prompt(heard, messages, **asked, **(options.get("template") or {}))
+
+    @functools.cached_property
+    def _writes_arguments(self) -> bool:
+        """Whether the template writes the arguments of a call as JSON by itself. It would quote, or refuse, a text that
+        is JSON already, as answers and clients have it.
+        """
+
+        def rendered(arguments: Any) -> str | None:
+            # Mistral's templates ask for such an id
+            call = {"id": "abcdefgh9", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            heard = _Heard(self._llm, lambda text: False)
+            with contextlib.suppress(InputError):
+                said = {"role": "assistant", "content": "", "tool_calls": [call]}
+                caught_prompt(heard, [{"role": "user", "content": "a"}, said])
+                return heard.text.decode(errors="replace")
+            return None
+
+        as_text, as_object, quoted = rendered('{"probe": 1}'), rendered({"probe": 1}), '\\"probe\\"'
+        if as_object is None or quoted in as_object:
+            return False
+        return as_text is None or quoted in as_text
 
     def _may_fit(self, text: bytes) -> bool:
         """Whether a text is worth tokenizing."""
@@ -72,6 +99,18 @@ class _Heard:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
+
+
+def _with_objects(message: Message) -> Message:
+    """A message whose calls have their arguments as objects, if they are whole."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = dict(call["function"])
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(function.get("arguments") or "")
+            function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def too_long(n: object, n_ctx: int) -> PromptTooLong:
