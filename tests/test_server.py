@@ -17,6 +17,7 @@ from pydeltamem.runtime.chat_format import caught_prompt
 from pydeltamem.runtime.history import n_common
 from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server.history import begins, checked_messages, digests, known_messages
+from pydeltamem.server.openai import Chat
 from pydeltamem.server.prompts import Prompts
 from pydeltamem.server.records import (
     NOTHING,
@@ -201,6 +202,27 @@ def test_a_template_gets_arguments_as_it_writes_them(make_llm, writes, written):
         messages = checked_messages([user("a"), {"role": "assistant", "content": None, "tool_calls": [call]}])
         expected = f"<|user|>a<|assistant|><tool_call>{expected}</tool_call><|assistant|>"
         assert Prompts(llm).text(messages, {}) == expected
+
+
+async def test_functions_that_may_not_be_called_stay_in_the_prompt(serving):
+    """Found: a chat was decoded and written again from its beginning where tool_choice became "none"."""
+    async with serving() as service:
+        handler = Jinja2ChatFormatter(CALLS.replace("ARGUMENTS", "call.function.arguments"), "</s>", "")
+        service.llm.chat_handler = handler.to_chat_handler()
+        tools, messages = [{"type": "function", "function": {"name": "clock"}}], [user("hello there")]
+        for choice in ("auto", "none"):
+            chat = Chat({"messages": messages, "tools": tools, "tool_choice": choice}, "model")
+            answer = service.chat(messages, session="ada", **GREEDY, **chat.options)
+            messages = [*messages, assistant(await answer.whole()), user("and yours")]
+            assert answer.committed.tokens_written == len(text_of(service))
+        assert answer.n_cached > len("hello there") and (await service.get("ada")).turns == 2
+
+
+def test_what_may_not_be_called_is_text():
+    content = '<tool_call>{"name": "clock"}</tool_call>'
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    chat = Chat({"messages": [user("one")], "tools": tools, "tool_choice": "none"}, "model")
+    assert chat.message(content) == {"role": "assistant", "content": content}
 
 
 async def test_raw_prompts_continue_their_text(serving, read_once):

@@ -22,7 +22,8 @@ class Tools:
 
     Attributes:
         is_old: whether the request has the fields that `tools` and `tool_choice` replaced, and so has the answer.
-        options: of the answer; empty if it may call none.
+        options: of the answer. With "none" the functions stay in its prompt: without them it would be another text.
+        may_call: whether the answer may call any.
         forced: the function that the answer calls, of which it has only the arguments; None: any, or none.
         grammar: of an answer that calls any of several; None otherwise.
     """
@@ -41,12 +42,14 @@ class Tools:
         self.options: dict[str, Any] = {}
         self.forced: str | None = None
         self.grammar: Any = None
+        self.may_call = False
         names = self._checked(tools, name_tools) if tools else []
-        if choice == "none" or (not names and choice in (None, "auto")):
-            return
-        if not names:
+        if not names and choice not in (None, "auto", "none"):
             raise InputError(f"{name_choice}: there is no function to call: send {name_tools}, too")
+        if not names:
+            return
         self.options["tools"] = tools
+        self.may_call = choice != "none"
         if isinstance(choice, Mapping) and isinstance(choice.get("function"), Mapping):
             name = choice["function"].get("name")
             if name not in names:
@@ -56,7 +59,7 @@ class Tools:
             self.forced = names[0]
         elif choice == "required":
             self.grammar = grammar_of_schema({"oneOf": [_call_schema(tool["function"]) for tool in tools]}, name_tools)
-        elif choice not in (None, "auto"):
+        elif choice not in (None, "auto", "none"):
             raise InputError(f'{name_choice} is "none", "auto", "required" or a function, not {shown(repr(choice))}')
         if self.forced is not None:
             self.options["tool_choice"] = {"type": "function", "function": {"name": self.forced}}
@@ -85,7 +88,7 @@ class Tools:
             calls = [self.forced_call(id, content)]
         elif self.grammar is not None:
             calls = _called(id, [content])
-        elif self.options:
+        elif self.may_call:
             calls = _called(id, _CALL.findall(content))
             calls = calls[:1] if self.is_old else calls
             content = _CALL.sub("", content) if calls else content
@@ -117,7 +120,7 @@ class Tools:
         """Where in a text its first call begins, or one that its end may begin; its length if there is none."""
         if self.grammar is not None:
             return 0
-        if not self.options:
+        if not self.may_call:
             return len(text)
         if _MARK in text:
             return text.index(_MARK)
