@@ -45,6 +45,8 @@ def convert_base(
     Raises ModelError, InputError if `path` is a file of that directory, OutputError if it cannot be written.
     """
     directory = Path(directory)
+    if not os.path.exists(directory):
+        raise ModelError(f"{named(directory)}: no such directory: name that of a Hugging Face model")
     if not os.path.isfile(directory / "config.json"):
         raise ModelError(f"{named(directory)}: is no Hugging Face model directory: it has no config.json")
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]

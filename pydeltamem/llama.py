@@ -155,7 +155,7 @@ class DeltaMemLlama(Llama):
         kwargs = {name: value for name, value in kwargs.items() if name not in loading.FORMER}
         loading.check_keywords(kwargs, n_ctx, n_seq_max, inspect.signature(DeltaMemLlama).parameters)
         if kwargs.get("vocab_only") and deltamem_path is not None:
-            raise InputError(f"{option('deltamem_path')} needs the model's weights: leave out one of it and vocab_only")
+            raise InputError(f"{option('deltamem_path')} needs the model's weights: leave out either it or vocab_only")
         if kwargs.get("seed") is not None:
             kwargs["seed"] = whole(kwargs["seed"], "seed")
         if kwargs.get("lora_path") is not None:

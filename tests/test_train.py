@@ -327,14 +327,16 @@ def test_the_weights_that_a_run_begins_with_stay(hf_dir, data, tmp_path):
 def test_other_bad_input(hf_dir, data, tmp_path):
     with refuses(ModelError, tmp_path, "config.json"):
         trainer(tmp_path, data, tmp_path / "out")
+    with refuses(ModelError, "smollm", "smollm2"):
+        trainer("smollm", data, tmp_path / "out")
     with refuses(InputError, tmp_path / "none.jsonl"):
         trainer(hf_dir, tmp_path / "none.jsonl", tmp_path / "out")
     trainer(hf_dir, data, tmp_path / "out", steps=1).train()
     for options, differs in (
-        ({"strategy": "msw"}, "num_state_heads"),
-        ({"strategy": "ssw"}, "memory_write_granularity"),
+        ({"strategy": "msw"}, "--heads"),
+        ({"strategy": "ssw"}, "--strategy"),
         ({"rate": 1e-4}, "--rate"),
-        ({"layers": [0]}, "target_layers"),
+        ({"layers": [0]}, "--layers"),
     ):
         with refuses(InputError, tmp_path / "out" / "checkpoint.pt", differs):
             trainer(hf_dir, data, tmp_path / "out", **options)

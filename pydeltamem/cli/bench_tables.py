@@ -65,7 +65,7 @@ def print_costs(out: Console, results: dict[str, Any]) -> None:
     say(
         out,
         f"{info['description'].replace(' ?B', '')}, {_amount(info['n_params'])} parameters, "
-        f"{_amount(info['n_bytes'])}B; {setup['cpu']}, {setup['n_threads']} threads; "
+        f"{_amount(info['n_bytes'])}B; {setup['cpu']}, {setup['n_threads']} thread{'s' * (setup['n_threads'] != 1)}; "
         f"batch {setup['n_batch']}, micro-batch {setup['n_ubatch']}; "
         f"flash attention {'on' if setup['flash_attn'] else 'off'}; KV cache {setup['type_k']}, {setup['type_v']}",
     )

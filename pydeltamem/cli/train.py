@@ -230,7 +230,7 @@ def print_report(report: Report, console: Any) -> None:
     from rich.table import Table
 
     table = Table(box=None, show_header=False)
-    table.add_row("checkpoint", report.out)
+    table.add_row("PyTorch checkpoint", report.out)
     table.add_row("parameters", f"{report.parameters:,}")
     table.add_row("steps, tokens decoded", f"{report.steps:,}, {report.tokens:,}")
     table.add_row(

@@ -12,8 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..errors import DeltaMemError, InputError, ModelError, shown
+from ..errors import DeltaMemError, InputError, ModelError, no_file, shown
 from ..formats.gguf_header import Header
+from ..hub import PACKAGES
+from ..runtime.names import nearest
 from .tokenizer import GgufTokenizer
 
 
@@ -25,6 +27,8 @@ def load_frozen(path: str | os.PathLike[str], dtype: str = "auto", device: str =
     """
     path = Path(path)
     is_file = os.path.isfile(path)
+    if not os.path.exists(path):
+        raise ModelError(no_file(path, "model file or directory") + nearest(str(path), PACKAGES))
     if not is_file and not os.path.isfile(path / "config.json"):
         raise ModelError(f"{path}: this is neither a GGUF nor a Hugging Face model directory: it has no config.json")
     try:

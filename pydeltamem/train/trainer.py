@@ -245,10 +245,10 @@ class Trainer:
             now = self._identity()
             # one of an earlier release lacks what was added since, and ran as without it
             was = {**now, **_settings(DeltaMemConfig(), Options("", "", "")), **saved["run"]}
-            differs = [name for name in now if was[name] != now[name]]
+            differs = dict.fromkeys(_OPTION_OF.get(name, name) for name in now if was[name] != now[name])
             if differs:
                 raise InputError(
-                    f"{path}: is of another run: not the same are {', '.join(differs)}: delete it or name another --out"
+                    f"{path}: is of a run that differs in {', '.join(differs)}: delete it or name another --out"
                 )
             self.memory.load_state_dict(saved["memory"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -304,6 +304,14 @@ OF_RUN = (
     "write_bias", "schedule", "warm_up", "gate_weight", "gate_mean", "visible", "wording", "teacher", "teacher_share",
     "ask_writes", "first_told", "rehearse", "average",
 )  # fmt: skip
+
+
+# the option that sets a field of the configuration
+_OPTION_OF = {
+    "rank": "--rank", "alpha": "--alpha", "num_state_heads": "--heads", "memory_write_granularity": "--strategy",
+    "target_layers": "--layers", "delta_heads": "--corrections", "beta_bias_init": "--write-bias",
+    "state_update_mode": "--update", "output_init": "--start",
+}  # fmt: skip
 
 
 def _settings(config: DeltaMemConfig, options: Options) -> dict[str, Any]:
