@@ -182,11 +182,11 @@ smollm2-adapter: $(SMOLLM2)/train.jsonl ## train an adapter for SmolLM2-135M (ho
 		--max-tokens 2100 --visible 0.15 --wording 0.35 --ask-writes 0.5 --first-told 3 --rehearse 0.5 --eval-every 500 \
 		$(SMOLLM2_ARGS)
 
-architectures: $(INSTALLED) ## compare the hooks with PyTorch: prints the table of docs/reference/architectures.md, writes pydeltamem/runtime/architectures.json
+architectures: $(INSTALLED) ## compare the hooks with PyTorch; print the table of docs/reference/architectures.md, write pydeltamem/runtime/architectures.json
 	DELTAMEM_ARCHITECTURES=$(CURDIR)/pydeltamem/runtime/architectures.json \
 		$(BIN)/python -m pytest -q tests/test_architectures.py
 
-schedules: $(INSTALLED) ## 1,000 random schedules over four conversations against a simple model (`make test` runs 40)
+schedules: $(INSTALLED) ## 1,000 random schedules over four conversations and the model's own text, against a simple model (`make test` runs 40)
 	DELTAMEM_SCHEDULES=1000 $(BIN)/python -m pytest tests/test_schedules.py
 
 server-schedules: $(INSTALLED) ## 2,000 random turns of 16 clients in 4 slots of the server, against each alone (`make test` plays 120 of 8)
@@ -208,7 +208,7 @@ llama-server: $(INSTALLED) ## build llama.cpp's own server, to compare with, in 
 		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_NUMBER=0 -DLLAMA_BUILD_COMMIT=$(RELEASE) $(CMAKE_ARGS)
 	cmake --build build/llama-server --target llama-server
 
-server-kills: $(INSTALLED) ## kills a server 200 times under load, and looks what its store has (`make test` kills 3)
+server-kills: $(INSTALLED) ## kill a server 200 times under load, and check what its store holds (`make test` kills 3)
 	DELTAMEM_SERVER_KILLS=200 $(BIN)/python -m pytest tests/test_server_failures.py -k killed
 
 fleet-tools: ## install PostgreSQL and HAProxy, as Debian packages, for the tests of a fleet
@@ -217,7 +217,7 @@ fleet-tools: ## install PostgreSQL and HAProxy, as Debian packages, for the test
 fleet-test: $(INSTALLED) ## two replicas, PostgreSQL and HAProxy on this machine (after `make fleet-tools`)
 	$(BIN)/python -m pytest tests/test_fleet.py tests/test_fleet_store.py tests/test_fleet_deploy.py
 
-fleet-kills: $(INSTALLED) ## 20 minutes of kills under load, then compares each session with itself alone (FLEET_ARGS)
+fleet-kills: $(INSTALLED) ## 20 minutes of kills under load; then compare each session with the same turns alone (FLEET_ARGS)
 	$(BIN)/python tools/fleet_kills.py $(FLEET_ARGS)
 
 fleet-turns: $(INSTALLED) ## turns a second with a model that costs nothing, 1 and 2 replicas, and where the time goes (FLEET_ARGS)
@@ -226,7 +226,7 @@ fleet-turns: $(INSTALLED) ## turns a second with a model that costs nothing, 1 a
 fleet-skew: $(INSTALLED) ## a few busy sessions among many over the real leases: who waits, who is refused (FLEET_ARGS)
 	$(BIN)/python tools/fleet_skew.py $(FLEET_ARGS)
 
-rpc-kills: $(INSTALLED) ## kills RPC servers under a server's load 20 times, then compares each session with itself alone (RPC_ARGS)
+rpc-kills: $(INSTALLED) ## kill RPC servers under a server's load 20 times; then compare each session with the same turns alone (RPC_ARGS)
 	$(BIN)/python tools/rpc_kills.py $(RPC_ARGS)
 
 fuzz-native: $(INSTALLED) ## libFuzzer on the adapter loader and on plans (FUZZ_NATIVE: inputs for each; installs clang)

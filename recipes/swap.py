@@ -1,6 +1,6 @@
 """Puts other names, numbers, days, months and colours into a conversation, the same in every place.
 
-A conversation written by hand is read several times in training. With its values exchanged it asks for what the
+A conversation written by hand is used several times in training. With its values exchanged it asks for what the
 person said this time, not for what the trainer has seen before. Grammar and questions stay as they were written.
 """
 

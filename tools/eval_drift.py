@@ -3,10 +3,10 @@
     python tools/eval_drift.py -m smollm2 --adapters msw=smollm2 --requests ../shared/data/eval/ifeval.jsonl
 
 IFEval counts a request as right or wrong, so that 541 of them tell a change of a fifth from none. Here the frozen model
-answers greedily, and both it and the model with the memory read request and answer: printed are the Kullback-Leibler
+answers greedily, and both it and the model with the memory decode request and answer. Prints the Kullback-Leibler
 divergence of their distributions, in nats a token, by the token's place in the answer, and how often both would say the
 same next token, each with a 95 % interval over the requests. The memory is empty at first, or has heard a chat of
-natural.jsonl (--heard), which no adapter was trained on; either way it reads the request and writes it, as in a chat.
+natural.jsonl (--heard), which no adapter was trained on; either way the request is written to it, as in a chat.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
   server's processor time a token, which other processes of the machine hardly change (Linux).
 - leave: one of four clients goes away in the middle; what the others get before and after. Here alone.
 - return: somebody comes back after a long history. Here the memory knows it, and the question is sent alone;
-  llama-server gets the history again, and has to read it.
+  llama-server gets the history again, and has to decode it.
 
 Ratios are ours to theirs, round by round: the median, and its interval. Cut (Ctrl-C, SIGTERM), it shows what it has.
 Prompts are random words, which neither server has seen. Without -m it is the random model of
