@@ -2,7 +2,7 @@
 //
 // Linux likes to wake a thread where it slept, or on the core of whoever wakes it. Two that wait for each other then stay on one
 // core: if they sleep by turns, it never has too much to do, and if both want to run, it takes up to 40 ms until one is moved
-// (docs/lab/threads.md). So a thread that waited in vain looks whether another one is kept from running by it, and leaves.
+// (docs/lab/threads.md). So a thread that waited in vain checks whether it keeps another one from running, and leaves.
 #pragma once
 
 #if defined(__gnu_linux__) && !defined(GGML_USE_OPENMP)

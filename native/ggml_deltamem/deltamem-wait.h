@@ -14,7 +14,7 @@
 // One between nodes that paid: about what it takes to sleep and be woken.
 #define GGML_CPU_DELTAMEM_SHORT_US 50
 
-// After so long a thread looks whether it keeps another one from its core.
+// After so long a thread checks whether it keeps another one from its core.
 #define GGML_CPU_DELTAMEM_LOOK_US 200
 
 // After a spin in vain so many waits sleep without one. Twice as many after the next, half as many after one that paid.

@@ -4,7 +4,7 @@ A request says which tokens to decode after a text, and what to do with the logi
 caller waits for into one batch: first one token of each that generates, then pieces of prompts in the remaining room.
 Requests join and leave between two decodes.
 
-The engine has no thread of its own. A thread that waits for a request takes the lock and looks whether it is ready. If
+The engine has no thread of its own. A thread that waits for a request takes the lock and checks whether it is ready. If
 not, it decodes one batch for all requests that are waited for. So the requests of several threads are decoded together,
 and a stream that nobody consumes stands still.
 """
