@@ -85,7 +85,7 @@ class DeltaMemLlama(Llama):
 
     Args:
         model_path: the model as GGUF, plain or packed with an adapter; or a name of one, or a Hugging Face directory
-            (pydeltamem.hub).
+            (docs/how-to/names.md).
         deltamem_path: an adapter GGUF for that model, a name of one, or a directory as published. None: the adapter of
             a packed model. Without an adapter there is no memory, and `llm.memory` raises AdapterError.
         n_ctx: tokens of a text, which llama.cpp rounds up to a multiple of 256; 0: as many as the model was trained on.
@@ -276,7 +276,7 @@ class DeltaMemLlama(Llama):
         deltamem_filename: str | None = None,
         **kwargs: Any,
     ) -> DeltaMemLlama:
-        """Loads a model from a Hugging Face repository, and an adapter from another. Needs huggingface_hub (`[hub]`).
+        """Loads a model from a Hugging Face repository, and an adapter from another. Needs the extra `hub`.
 
             DeltaMemLlama.from_pretrained("someone/base-GGUF", "*Q4_K_M.gguf", deltamem_repo="someone/adapter")
 
