@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import card
@@ -21,13 +22,14 @@ from pydeltamem.cli.main import main
 from pydeltamem.conversation import Conversation
 from pydeltamem.errors import InputError
 from pydeltamem.evals import corpora, recall
+from pydeltamem.evals import plot as plots
 from pydeltamem.evals.bootstrap import wilson
 from pydeltamem.evals.case import Case
 from pydeltamem.evals.methods import answer_all, found_turns, last_turns
 from pydeltamem.evals.reader import MAX_ANSWER, Asked, NativeReader
 from pydeltamem.evals.recall import make_cases
 from pydeltamem.evals.report import as_json, print_tables
-from pydeltamem.evals.statistics import ratios_of, right_of, table_of
+from pydeltamem.evals.statistics import Row, ratios_of, right_of, table_of
 from pydeltamem.models import default_files
 from pydeltamem.version import __version__
 from refusals import check_names, refuses
@@ -280,6 +282,24 @@ def test_what_was_told_has_a_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["card.py", str(tmp_path / "recall.json")])
     card.main()
     assert capsys.readouterr().out.endswith(f"| 50 ({100 * row.low:.0f}–{100 * row.high:.0f}) |\n")
+
+
+@pytest.mark.parametrize("sizes", [(0, 64, 128), (1, 2, 4, 8)])
+def test_a_plot_has_a_place_for_each_size(monkeypatch, sizes):
+    """Also where nothing was said in between, which a logarithmic axis has no place for."""
+    drawn = []
+
+    class Kept(Figure):
+        def __init__(self, **options):
+            super().__init__(**options)
+            drawn.append(self)
+
+    monkeypatch.setattr(plots, "matplotlib_figure", lambda: Kept)
+    rows = [Row("none", "distance", f"{size} tokens", size, 9, 0.5, 0.4, 0.6) for size in sizes]
+    assert plots.plot(rows).startswith(b"\x89PNG")
+    (axes,) = drawn[0].axes
+    places = axes.transAxes.inverted().transform(axes.transData.transform([(size, 0.5) for size in sizes]))[:, 0]
+    assert np.diff(places).min() > 0.5 / len(sizes) and places[0] > 0 and places[-1] < 1
 
 
 def test_rows_count_what_is_right():

@@ -31,7 +31,8 @@ def plot(rows: Sequence[Row]) -> bytes:
             )
             _draw(axes, [row.size for row in points], points, method, "--" if method in PLAIN else "-")
         ticks = sorted({row.size for row in rows if row.task == task})
-        axes.set_xscale("log", base=2)
+        least = next(filter(None, ticks))
+        axes.set_xscale("symlog", base=2, linthresh=least, linscale=0.5)  # as "log" from there on; 0 has a place too
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xlabel(SIZES[task])
     if kinds:
