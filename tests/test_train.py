@@ -428,6 +428,17 @@ def test_a_system_message_that_is_no_conversation(hf_dir, tmp_path):
     assert example.segments == [max(segment, 1) for segment in expected.segments]
 
 
+def test_a_question_of_no_token_before_a_prompt_of_some(hf_dir, tmp_path):
+    """Each token of the prompt is of a message, which the padded form needs."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    tokenizer.chat_template = TEMPLATE.replace("<|{{ m['role'] }}|>", "{{ 'yours ' if m['role'] == 'assistant' }}")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "").replace("<|assistant|>", "yours")
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": say("hello", "there", "", "red")}) + "\n", encoding="utf-8")
+    ((question, segments, _),) = train.Conversations(path, tokenizer)[0].asks
+    assert question == [WORDS.index("yours")] and segments == [0]
+
+
 def test_a_token_over_the_end_of_a_prompt(hf_dir, tmp_path):
     """The answer begins with a token of its own, as a model writes it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
