@@ -59,18 +59,26 @@ def blend(shares: Sequence[tuple[Path, float]], out: Path, *, outputs: float = 1
         for name, tensor in one.tensors.items():
             sums[name] += share / total * tensor
     assert first is not None  # there is a share
+    halves: dict[str, np.ndarray] = {}
     for name, tensor in sums.items():
         if OUTPUTS.search(name):
             tensor *= outputs
         if name.endswith("beta_bias"):
             tensor += write_bias
+        with np.errstate(over="ignore", invalid="ignore"):
+            halves[name] = tensor.astype(np.float16)
+        if not np.isfinite(halves[name]).all():
+            raise InputError(
+                f"{out}: {name} would hold values that are no finite float16: lower --outputs, or look for"
+                " such values in what is averaged"
+            )
     try:
         make_folder(out)
         check_target(out / WEIGHTS[1], kinds.WEIGHTS)
         with writing(out / CONFIG, kinds.CONFIG) as temporary:
             temporary.write_bytes((first.directory / CONFIG).read_bytes())
         with writing(out / WEIGHTS[1], kinds.WEIGHTS) as temporary:
-            safetensors.numpy.save_file({name: each.astype(np.float16) for name, each in sums.items()}, temporary)
+            safetensors.numpy.save_file(halves, temporary)
     except (OSError, safetensors.SafetensorError) as error:
         raise OutputError(f"{out}: cannot be written: {error}") from error
 

@@ -55,8 +55,10 @@ def test_outputs_and_writes_are_changed_without_training(two, tmp_path):
         if not np.array_equal(expected, first[name]):
             changed.add(kind)
     assert {"delta_q_proj", "delta_o_proj", "beta_bias"} <= changed
-    with refuses(InputError, "--outputs"):
-        blend([(a, 1)], tmp_path / "other", outputs=float("nan"))
+    for outputs in (float("nan"), 1e9):  # the second makes infinities of float16
+        with refuses(InputError, "--outputs"):
+            blend([(a, 1)], tmp_path / "other", outputs=outputs)
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_cannot_be_averaged(two, golden_dir, tmp_path):
