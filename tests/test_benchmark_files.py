@@ -90,12 +90,30 @@ def test_files_that_hold_no_question_or_cannot_be_read(tmp_path, name, data):
     assert str(error.value).count(path.name) == 1
 
 
-def test_a_prompt_without_an_instruction(tmp_path):
-    """Whatever is answered would be right."""
+@pytest.mark.parametrize(
+    ("instructions", "kwargs"),
+    [
+        ([], []),  # whatever is answered would be right
+        (["punctuation:no_such"], [{}]), (["punctuation:no_comma"], []), (["punctuation:no_comma"], [None]),
+        (["length_constraints:number_words"], [{"relation": "about", "num_words": 3}]),
+    ],
+)  # fmt: skip
+def test_instructions_that_cannot_be_checked(tmp_path, instructions, kwargs):
+    """They are refused before the first answer."""
     path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps({**json.loads(FILES["ifeval"][0]), "instruction_id_list": [], "kwargs": []}))
+    path.write_text(
+        json.dumps({**json.loads(FILES["ifeval"][0]), "instruction_id_list": instructions, "kwargs": kwargs})
+    )
     with pytest.raises(InputError) as error:
         items_of(BENCHMARKS["ifeval"], str(path))
+    check_names(str(error.value), [path])
+
+
+def test_a_category_that_is_no_number(tmp_path):
+    path = locomo(tmp_path)
+    path.write_text(path.read_text().replace('"category": 2', '"category": 1e999'))
+    with pytest.raises(InputError) as error:
+        items_of(BENCHMARKS["locomo"], str(path))
     check_names(str(error.value), [path])
 
 

@@ -22,6 +22,7 @@ def read(path: Path) -> list[Item]:
         if not about["instruction_id_list"]:
             raise ValueError("a prompt has no instruction")
         items.append(Item(str(record["key"]), "", record["prompt"], (), i, about=about))
+        score(items[-1], "")  # makes its checks, before hours of answers
     return items
 
 

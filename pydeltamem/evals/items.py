@@ -20,7 +20,7 @@ from ..errors import InputError, shown
 
 DATA = "DELTAMEM_DATA"
 # What reading a file of another form raises
-DAMAGED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, csv.Error)
+DAMAGED = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, csv.Error)
 
 
 def why(error: Exception) -> str:
