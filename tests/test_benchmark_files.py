@@ -109,6 +109,28 @@ def test_instructions_that_cannot_be_checked(tmp_path, instructions, kwargs):
     check_names(str(error.value), [path])
 
 
+HALF = "half \ud800"
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("qa", {"context": "A. B.", "qa": [[5, ["A"]]]}), ("qa", {"context": "A. B.", "qa": [[["Q?"], ["A"]]]}),
+        ("qa", {"context": "A. B.", "qa": [[HALF, ["A"]]]}), ("qa", {"context": "A. B.", "qa": [["Q?", [HALF]]]}),
+        ("qa", {"context": HALF, "qa": [["Q?", ["A"]]]}), ("hotpotqa", {**HOTPOT, "question": None}),
+        ("ifeval", {**json.loads(FILES["ifeval"][0]), "prompt": 5}),
+        ("ifeval", {**json.loads(FILES["ifeval"][0]), "prompt": None}),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_is_found_before_it_is_asked(tmp_path, name, record):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError) as error:
+        items_of(BENCHMARKS[name], str(path))
+    check_names(str(error.value), [path])
+    str(error.value).encode()
+
+
 def test_a_category_that_is_no_number(tmp_path):
     path = locomo(tmp_path)
     path.write_text(path.read_text().replace('"category": 2', '"category": 1e999'))

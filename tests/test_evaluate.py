@@ -405,7 +405,9 @@ def test_missing_and_damaged_data_are_named(data, tmp_path, capsys, monkeypatch)
     assert main(["eval", "recall", "--tasks", "natural", "--data", str(tmp_path / "none")]) == 1
     assert "none" in capsys.readouterr().err
     packed = gzip.compress(json.dumps({"said": list(range(500))}).encode())
-    whole = [gzip.compress(text) for text in (b"{}\n", b"[1]\n", b"\xff\n", b"[" * 100_000)]
+    half = {"messages": [{"role": role, "content": "\ud800"} for role in ("user", "assistant")], "said": []}
+    texts = (b"{}\n", b"[1]\n", b"\xff\n", b"[" * 100_000, json.dumps(half).encode())
+    whole = [gzip.compress(text) for text in texts]
     for damaged in (b"x", packed[:40] + b"\0\xff\0\xff" + packed[44:], *whole):
         (data / "eval" / "sgd_dev.jsonl.gz").write_bytes(damaged)
         with pytest.raises(InputError, match=r"sgd_dev\.jsonl\.gz"):

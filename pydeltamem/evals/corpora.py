@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import InputError
 from .case import Case
-from .items import DAMAGED, answers_of, text_of, why
+from .items import DAMAGED, answers_of, check_texts, text_of, why
 from .questions import PERSONAS, SLOTS
 from .reader import MAX_ANSWER, Reader
 from .scoring import holds
@@ -82,6 +82,8 @@ def cases(task: str, n: int, seed: int, reader: Reader, data: Path | None) -> It
     for number, line in lines:
         try:
             turns, asked = corpus.read(json.loads(line))
+            check_texts(*(text for turn in turns for text in turn))
+            check_texts(*(text for _, question, values in asked for text in (question, *values)))
         except DAMAGED as error:
             raise InputError(f"{path}: line {number} is no conversation of {corpus.source}: {why(error)}") from error
         if corpus.path is not None:

@@ -140,6 +140,10 @@ def items_of(benchmark: Benchmark, given: str | None) -> list[Item]:
     path = file_of(benchmark, given)
     try:
         items = benchmark.read(path)
+        for context in {id(item.context): item.context for item in items if item.context}.values():
+            check_texts(context.title, *(text for piece in context.pieces for text in piece))
+        for item in items:
+            check_texts(item.id, item.kind, item.question, item.query, *item.answers)
     except InputError:
         raise
     except DAMAGED as error:
@@ -150,6 +154,17 @@ def items_of(benchmark: Benchmark, given: str | None) -> list[Item]:
     if twice:
         raise InputError(f"{path}: has several questions {twice[0]}: give each an id of its own")
     return items
+
+
+def check_texts(*texts: Any) -> None:
+    """Raises ValueError if one is no text that can be asked and written."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{shown(repr(text))} is no text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{shown(repr(text))} holds half of a character, a surrogate") from None
 
 
 def text_of(path: Path) -> str:
