@@ -134,7 +134,8 @@ def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **
     if _is_adapter_folder(path):
         path = _converted_adapter(path, model, title)
     if not os.path.isfile(path):
-        raise AdapterError(no_file(path, "adapter file"))
+        meant = f": this package ships {' and '.join(ADAPTERS)}" if nearest(path, ADAPTERS) else ""
+        raise AdapterError(no_file(path, "adapter file") + meant)
     if _is_memory(path):
         raise AdapterError(f"{path}: is a memory file, not an adapter: name the adapter that wrote it")
     return path

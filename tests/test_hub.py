@@ -443,6 +443,11 @@ def test_inspect_takes_what_is_converted(standing, directories, tmp_path):
     refused(deltamem("inspect", tmp_path), tmp_path)
 
 
+def test_a_name_like_a_shipped_adapters_is_told_those_that_there_are():
+    with refuses(AdapterError, "smollm2-msw", *ADAPTERS):
+        hub.adapter_file("smollm2-msw", "base.gguf")
+
+
 def test_a_shipped_adapter_is_a_name_too():
     (name,) = ADAPTERS.keys() - hub.PACKAGES.keys()
     assert pull(name) == FOLDER / ADAPTERS[name]
