@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base",
         metavar="MODEL",
         required=True,
-        help="the base model: a GGUF of any quantisation, a Hugging Face folder, or a name (deltamem pull)",
+        help="the base model: a GGUF of any quantisation, a Hugging Face directory, or a name (deltamem pull)",
     )
     parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the adapter to write")
     parser.add_argument("--outtype", choices=sorted(OUTTYPES), default="f32", help="type of the weights (default: f32)")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..llama import DeltaMemLlama
     from ..memory import Memory
 
-MODEL_HELP = "model GGUF, plain or packed, or a name (deltamem pull)"
+MODEL_HELP = "model: GGUF, plain or packed, Hugging Face directory or name (deltamem pull)"
 ADAPTER_HELP = "adapter: GGUF, PyTorch directory or name (not needed for a packed model)"
 
 MOST_BATCH = 1 << 20  # tokens that are decoded together: llama_cpp makes a row of logits for each
