@@ -619,6 +619,24 @@ def test_a_memory_that_begins_as_a_head_adds_what_the_head_does(hf_dir, strategy
         assert keys.abs().max() > 0 and torch.isfinite(keys).all()
 
 
+def of_family(family, **config):
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    settings = getattr(transformers, f"{family}Config")(**sizes, **config)
+    return transformers.AutoModelForCausalLM.from_config(settings).float()
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32}), ("GPTJ", {"rotary_dim": 4})]
+)
+def test_heads_of_models_whose_queries_share_no_keys(family, config):
+    """Their configurations do not count heads of keys."""
+    model = of_family(family, **config)
+    memory = DeltaMem(model, DeltaMemConfig(rank=4))
+    assert not memory.memories[1].delta_o_proj.any()
+    train.start_from_heads(memory, model)
+    assert memory.memories[1].delta_o_proj.any() and torch.isfinite(memory.memories[1].memory_k_proj).all()
+
+
 @pytest.mark.parametrize(
     ("family", "config"),
     [
@@ -630,9 +648,7 @@ def test_a_memory_that_begins_as_a_head_adds_what_the_head_does(hf_dir, strategy
     ],
 )
 def test_heads_that_a_memory_cannot_begin_as(family, config):
-    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
-    settings = getattr(transformers, f"{family}Config")(**sizes, num_key_value_heads=1, **config)
-    model = transformers.AutoModelForCausalLM.from_config(settings).float()
+    model = of_family(family, num_key_value_heads=1, **config)
     with refuses(ModelError, "--heads-gain", "layer 0"):
         train.start_from_heads(DeltaMem(model, DeltaMemConfig(rank=4)), model)
 

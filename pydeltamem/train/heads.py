@@ -30,7 +30,8 @@ def start_from_heads(memory: DeltaMem, model: Any, gain: float = 1.0) -> None:
     embedded = embedded / embedded.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
     alike, mean = embedded.T @ embedded / len(embedded), embedded.mean(0)  # second and first moment of the tokens
     attentions = find_attention(model)
-    n_head, n_kv = text.num_attention_heads, text.num_key_value_heads or text.num_attention_heads
+    n_head = text.num_attention_heads
+    n_kv = getattr(text, "num_key_value_heads", None) or n_head
     rank, scale = memory.config.rank, memory.config.alpha / memory.config.rank
     for layer, parameters in zip(memory.layers, memory.memories):
         weight = {head: attentions[layer].weight(head).float() for head in HEADS}
