@@ -168,6 +168,8 @@ def test_a_damaged_line_is_named(tmp_path, gone):
         ('"benchmark": "qa", "kind"', '"benchmark": 1, "kind"'),
         ('"f1": 1', '"f1": "x"'), ('"f1": 1', '"f1": null'), ('"f1": 1', '"f1": [{}]'), ('"model": "m"', '"model": []'),
         ('"f1": 1', '"f1": NaN'), ('"f1": 1', '"f1": 100'), ('"f1": 1', '"f1": []'),
+        ('"kind": ""', '"kind": "\\ud800"'), ('"model": "m"', '"model": "\\ud800"'),
+        ('"model": "m"', '"model": "m", "seed": 1e999'),
         ('"model": "m"', '"model": "m", "methods": [1]'), ('"model": "m"', '"model": "m", "questions": "9"'),
         ('"model": "m"', '"model": "m", "sha256": "x"'), ('"model": "m"', '"model": "m", "sha256": {"data": []}'),
         ('"model": "m"', '"model": "m", "n_ctx": [1]'), ('"model": "m"', '"model": "m", "cache": [[]]'),
@@ -180,6 +182,13 @@ def test_a_value_of_another_type_is_named(tmp_path, before, after):
     with pytest.raises(InputError) as error:
         results_of([path])
     check_names(str(error.value), [path])
+
+
+@pytest.mark.parametrize("setup", [{"cache": {}}, {"cache": [None]}, {"gpu_layers": [[1]]}])
+def test_a_setup_of_other_values_is_joined(tmp_path, setup):
+    """What a report does not compute with may be anything."""
+    one, two = (answers_of(tmp_path / f"{id}.jsonl", **{id: (1, "x")}) for id in "ab")
+    assert results_of([with_setup(one, **setup), two]).rows[0].n == 2
 
 
 def test_answers_with_separators_of_lines(tmp_path):

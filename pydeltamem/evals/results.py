@@ -200,7 +200,7 @@ def _read(
 
 
 def _in_words(value: Any) -> str:
-    return " + ".join(value) if isinstance(value, list) else str(value)
+    return " + ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _missing_parts(setups: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -221,9 +221,9 @@ def _records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The setup and the answers of a file, without a last line that a run has not finished. Raises InputError."""
     try:
         first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        setup = dict(json.loads(first)["setup"])
+        setup = dict(_line(first)["setup"])
         _check_setup(setup)
-        records = [record for record in map(json.loads, lines) if "answer" in record]
+        records = [record for record in map(_line, lines) if "answer" in record]
         for record in records:
             _check_answer(record)
             if record["scores"].keys() != records[0]["scores"].keys():
@@ -231,6 +231,15 @@ def _records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except (OSError, *DAMAGED) as error:
         raise InputError(f"{path}: is no file of deltamem eval: {why(error)}") from error
     return setup, records
+
+
+def _line(text: str) -> Any:
+    """What a line holds. Raises ValueError, also if a report could not be written: for halves of characters, and
+    numbers that JSON does not have.
+    """
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value
 
 
 def _check_setup(setup: Mapping[str, Any]) -> None:
@@ -279,7 +288,7 @@ def _conditions(setup: Mapping[str, Any], method: str) -> dict[str, Any]:
         "questions": digests.get("data"),
         "version": setup.get("version") or "an earlier one",
         **{name: setup.get(name) for name in ("n_ctx", "seed", "flash_attn")},
-        "KV cache": cache and "/".join(cache),
+        "KV cache": "/".join(map(str, cache)) if cache else None,
         "unpack": setup.get("unpack") or "none",
         "window": setup.get("window") if searches else None,
         "answer_writes": setup.get("answer_writes") if protocol else None,
