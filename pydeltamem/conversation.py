@@ -351,7 +351,7 @@ class Conversation:
             role = following[0]["role"]
         else:
             role = "assistant" if messages and messages[-1]["role"] == "user" else "user"
-        return before_content(functools.partial(chat_prompt, self.llm), messages, role)
+        return before_content(functools.partial(chat_prompt, self.llm), messages, {"role": role})
 
     def _said_last(self) -> int:
         """Index of the user's last message. Raises InputError if there is none."""

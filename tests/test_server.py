@@ -204,6 +204,25 @@ def test_a_template_gets_arguments_as_it_writes_them(make_llm, writes, written):
         assert Prompts(llm).text(messages, {}) == expected
 
 
+async def test_a_template_gets_the_result_of_a_call_with_its_id(serving):
+    """Found: Mistral's templates refused a chat whose oldest messages a client had put in other words."""
+    template = CALLS.replace(
+        "<|{{ m.role }}|>", "<|{{ m.role }}|>{{ 1 / (m.tool_call_id | length) if m.role == 'tool' }}"
+    )
+    async with serving() as service:
+        handler = Jinja2ChatFormatter(template.replace("ARGUMENTS", "call.function.arguments"), "</s>", "")
+        service.llm.chat_handler = handler.to_chat_handler()
+        call = {"id": "abcdefgh9", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+        called = {"role": "assistant", "content": "", "tool_calls": [call]}
+        messages = [user("hello there"), called, {"role": "tool", "content": "noon", "tool_call_id": "abcdefgh9"}]
+        await say(service, messages)
+        before = (await service.get("ada")).tokens
+        answer = await say(service, [user("in short"), *messages[1:], user("and yours")])
+        assert (
+            before < answer.committed.tokens_written < before + len(text_of(service))
+        )  # what was known is not written
+
+
 async def test_functions_that_may_not_be_called_stay_in_the_prompt(serving):
     """Found: a chat was decoded and written again from its beginning where tool_choice became "none"."""
     async with serving() as service:

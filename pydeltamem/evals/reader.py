@@ -126,11 +126,11 @@ class NativeReader:
 
     def _ended(self, messages: Messages) -> list[int]:
         """What a text of these messages, at least one, begins with, whatever follows."""
-        latest, follows = messages[-1]["role"], "assistant" if messages[-1]["role"] == "user" else "user"
+        follows = {"role": "assistant" if messages[-1]["role"] == "user" else "user"}
         render = functools.partial(chat_prompt, self.llm)
-        longer = render([*messages, {"role": follows, "content": "?"}])
+        longer = render([*messages, {**follows, "content": "?"}])
         ended = longer[: n_common(render(messages), longer)]
-        if len(ended) > len(before_content(render, messages[:-1], latest)):
+        if len(ended) > len(before_content(render, messages[:-1], messages[-1])):
             return ended
         return before_content(render, messages, follows)  # the template formats the end of a text differently
 

@@ -375,13 +375,13 @@ class Position(NamedTuple):
 
 
 def before_content(
-    render: Callable[[list[Any]], Sequence[int]], messages: Sequence[Mapping[str, Any]], role: str
+    render: Callable[[list[Any]], Sequence[int]], messages: Sequence[Mapping[str, Any]], message: Mapping[str, Any]
 ) -> list[int]:
-    """Tokens of a chat up to where the content of one more message, of `role`, begins.
+    """Tokens of a chat up to where the content of one more message begins, whatever that is.
 
     It is what two renderings have in common. A space before "a" may be a part of its token, as before most first words.
     """
-    ways = [render([*messages, {"role": role, "content": content}]) for content in "0a"]
+    ways = [render([*messages, {**message, "content": content}]) for content in "0a"]
     return list(ways[0][: n_common(*ways)])
 
 

@@ -152,7 +152,9 @@ def known_tokens(
 
 def begins(render: Callable[[Sequence[Message]], Sequence[int]], messages: Sequence[Message], i: int) -> int:
     """Where the content of message `i` begins, in tokens: up to there two contents have the same rendering."""
-    return len(before_content(render, messages[:i], messages[i]["role"]))
+    # some templates refuse the result of a call that does not say of which
+    message = {name: messages[i][name] for name in ("role", "name", "tool_call_id") if name in messages[i]}
+    return len(before_content(render, messages[:i], message))
 
 
 def _canonical(message: Message) -> str:
