@@ -444,7 +444,7 @@ def test_embeddings_hold_no_thread_that_others_need(monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["nobody waits", "the server stops"])
-def test_embeddings_end_between_two_texts(monkeypatch, what):
+def test_embeddings_end_after_a_few_texts(monkeypatch, what):
     """Found: 3,000 texts whose client had left held up all other embeddings for minutes, and the end of the server."""
     embed, begun, over, embedded = DeltaMemLlama.embed, threading.Event(), threading.Event(), []
 
@@ -457,7 +457,9 @@ def test_embeddings_end_between_two_texts(monkeypatch, what):
     monkeypatch.setattr(DeltaMemLlama, "embed", slow)
     with in_thread() as api, ThreadPoolExecutor() as threads:
         running = api.app.state.server
-        address, body = (api.http.base_url.host, api.http.base_url.port), b'{"input": ["a", "b", "c"]}'
+        address = api.http.base_url.host, api.http.base_url.port
+        texts = [f"{letter} " * 200 for letter in "abc"]
+        body = json.dumps({"input": texts}).encode()
         try:
             if what == "nobody waits":
                 with socket.create_connection(address) as client:
@@ -475,7 +477,7 @@ def test_embeddings_end_between_two_texts(monkeypatch, what):
             assert api.http.post("/v1/embeddings", json={"input": "d"}).status_code == 200
         else:
             refused(asked.result(), 503, "stopping")
-    assert embedded == (["a", "d"] if what == "nobody waits" else ["a"])
+    assert embedded == ([texts[0], "d"] if what == "nobody waits" else texts[:1])
 
 
 def test_a_piece_comes_while_the_next_is_computed(narrow, monkeypatch):

@@ -20,12 +20,14 @@ from .openai import field_of
 from .service import AsyncDeltaMem
 from .worker import QueueFull
 
+_N_TOGETHER = 256  # tokens of texts that are embedded in one call, which begins by emptying the KV cache
+
 
 class Embedder:
     """Vectors of texts, each with the memory of a session or an empty one. Nothing is written.
 
     One request is embedded at a time, in a thread of its own: those that wait hold no thread that answers need. If
-    nobody waits for one any more, it ends between two texts.
+    nobody waits for one any more, it ends after a few texts.
 
     Attributes:
         n_asked: requests that wait, and the one that is embedded.
@@ -39,11 +41,11 @@ class Embedder:
         self._cuts = False
 
     def cut(self) -> None:
-        """Fails the requests between two texts. Any thread may call this."""
+        """Fails the requests after a few texts. Any thread may call this."""
         self._cuts = True
 
     def close(self) -> None:
-        """Waits for the text that is embedded now."""
+        """Waits for the texts that are embedded now."""
         self.cut()
         self._thread.shutdown(cancel_futures=True)
         if self._llm is not None:
@@ -86,20 +88,20 @@ class Embedder:
         if self._llm is None:
             self._llm = self._load()
         llm = self._llm
-        n_tokens = sum(self._length(llm, i, text) for i, text in enumerate(texts))
+        lengths = [self._length(llm, i, text) for i, text in enumerate(texts)]
         if llm.memory.attached:
             if state is None:
                 llm.memory.reset()
             else:
                 llm.memory.state = state
-        vectors = []
-        for text in texts:
-            if is_over.is_set():
-                break
+        vectors: list[Any] = []
+        ends = np.cumsum([0, *lengths])
+        while (n := len(vectors)) < len(texts) and not is_over.is_set():
             if self._cuts:
                 raise ModelError("the server is stopping")
-            vectors += llm.embed([text], normalize=True, truncate=False)
-        return vectors, n_tokens
+            end = int(np.searchsorted(ends, ends[n] + _N_TOGETHER, side="right")) - 1
+            vectors += llm.embed(texts[n : max(n + 1, end)], normalize=True, truncate=False)
+        return vectors, sum(lengths)
 
     def _length(self, llm: DeltaMemLlama, i: int, text: str) -> int:
         """How many tokens the i-th text has. Raises InputError if it cannot be embedded."""
