@@ -328,7 +328,7 @@ class Histories(RuleBasedStateMachine):
                 assert each.n_written == naive.n_written(each.position)
                 assert position.checkpoints.newest(each.position) == each
             checkpoints = position.checkpoints
-            assert len(checkpoints) <= max(checkpoints.n_last + 2, checkpoints.n_bytes // 4)
+            assert len(checkpoints) <= max(checkpoints.n_last + 8, checkpoints.n_bytes // 4)
 
 
 TestHistories = Histories.TestCase

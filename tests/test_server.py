@@ -16,6 +16,7 @@ from pydeltamem import InputError
 from pydeltamem.runtime.chat_format import caught_prompt
 from pydeltamem.runtime.history import n_common
 from pydeltamem.server import AsyncDeltaMem
+from pydeltamem.server import session as sessions
 from pydeltamem.server.history import begins, checked_messages, digests, known_messages
 from pydeltamem.server.openai import Chat
 from pydeltamem.server.prompts import Prompts
@@ -65,6 +66,19 @@ async def test_going_back_takes_the_memory_back(serving, read_once, what, restar
         assert answer.committed.tokens_written == len(tokens)
         np.testing.assert_allclose(await state_of(service), read_once(tokens), **SAME)
         assert (await service.get("ada")).turns == {"again": 3, "edit": 3}.get(what, 2)
+
+
+async def test_a_regenerated_answer_decodes_nothing_again(serving, monkeypatch):
+    """Found: with eight heads on 30 layers the whole text was decoded again, because the states did not fit."""
+    monkeypatch.setattr(sessions, "N_BYTES", 0)
+    async with serving() as service:
+        messages = []
+        for said in ["hello there", "my name is Ada", "and yours", "who are you?"]:
+            messages.append(user(said))
+            await say(service, messages, max_tokens=30)  # more than the checkpoints that are always kept
+        for _ in range(3):
+            await say(service, messages[:-1], max_tokens=30)
+        assert service._shared.live["", "ada"].text.n_decoded_again == 0
 
 
 @pytest.mark.parametrize("what", ["undo", "again", "edit", "deeper"])

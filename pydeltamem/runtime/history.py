@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+_N_OLD = 8  # older checkpoints that are kept however large a state is
 TOKEN = -2  # in place of a segment id: the token writes by itself, if it writes
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]  # ids
@@ -79,7 +80,8 @@ class Checkpoints:
     """Checkpoints by position: the last `n_last`, and older ones that are marked as kept.
 
     The older ones, `old`, are thinned when all together exceed `n_bytes`: of two close neighbours the earlier one goes.
-    The first one, where the text began, always stays.
+    The first one, where the text began, always stays, and so do the latest two: while a reply is sampled, these are
+    before and behind the last token of its prompt, from where another one begins.
     """
 
     old: tuple[Checkpoint, ...] = ()
@@ -121,11 +123,11 @@ class Checkpoints:
             left, last = last[0], last[1:]
             if left.kept:
                 old = (*old, left)
-        n_max = max(self.n_last + 2, self.n_bytes // max(1, checkpoint.state.nbytes))
+        n_max = max(self.n_last + _N_OLD, self.n_bytes // max(1, checkpoint.state.nbytes))
         while len(old) + len(last) > n_max:
             some = old[: len(old) + len(last) - self.n_last]
             # the gap that each would leave
-            gaps = [after.position - before.position for before, after in zip(some[:-2], some[2:])]
+            gaps = [after.position - before.position for before, after in zip(some[:-3], some[2:-1])]
             i = 1 + int(np.argmin(gaps)) if gaps else 1
             old = old[:i] + old[i + 1 :]
         return Checkpoints(old, last, self.n_bytes, self.n_last)
