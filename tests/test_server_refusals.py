@@ -136,6 +136,7 @@ def test_a_chat_that_cannot_be_answered(api, body, name):
         ("/v1/responses", {"input": "a", "metadata": {"x": "\ud800"}}, "metadata"),
         ("/v1/responses", {"input": "a", "metadata": [1]}, "metadata"),
         ("/v1/responses", {"input": "a", "include": "message.output_text.logprobs"}, "include"),
+        ("/v1/responses", {"input": [{"role": "user"}]}, "content"),
         ("/v1/responses", {"input": "a", "top_logprobs": 21}, "top_logprobs"),
         ("/v1/responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens"),
         (

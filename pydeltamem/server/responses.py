@@ -224,10 +224,10 @@ def _messages(given: Any) -> list[dict[str, Any]]:
         kind = item.get("type", "message") if isinstance(item, Mapping) else None
         if kind != "message":
             raise InputError(f"input: an item is a message, not {shown(repr(kind))}")
-        content = item.get("content")
-        if isinstance(content, list):
-            content = [_part(part) for part in content]
-        messages.append({"role": item.get("role"), "content": content})
+        message = {name: item[name] for name in ("role", "content") if name in item}
+        if isinstance(message.get("content"), list):
+            message["content"] = [_part(part) for part in message["content"]]
+        messages.append(message)
     return messages
 
 
