@@ -68,6 +68,22 @@ async def test_going_back_takes_the_memory_back(serving, read_once, what, restar
         assert (await service.get("ada")).turns == {"again": 3, "edit": 3}.get(what, 2)
 
 
+@pytest.mark.parametrize("what", ["restart", "slot taken"])
+async def test_what_is_decoded_again_is_not_cached(serving, what):
+    """Found: usage and metrics counted a text that a session had, although its KV cache was lost."""
+    messages = [user("hello there")]
+    async with serving(n_seq_max=1) as service:
+        await say(service, messages)
+        messages.append(user("my name is Ada"))
+        assert (await say(service, messages)).n_cached > 0
+        if what == "slot taken":
+            await say(service, [user("hello there")], session="bob")
+            assert (await say(service, [*messages, user("and yours")])).n_cached == 0
+    if what == "restart":
+        async with serving(n_seq_max=1) as service:
+            assert (await say(service, [*messages, user("and yours")])).n_cached == 0
+
+
 async def test_a_regenerated_answer_decodes_nothing_again(serving, monkeypatch):
     """Found: with eight heads on 30 layers the whole text was decoded again, because the states did not fit."""
     monkeypatch.setattr(sessions, "N_BYTES", 0)

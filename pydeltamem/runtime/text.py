@@ -88,6 +88,13 @@ class Text:
         return self.position.n_kv
 
     @property
+    def n_ready(self) -> int:
+        """Tokens of the text that need not be decoded again before it goes on."""
+        position = self.position
+        n = min(position.n_kv, position.n_tokens)
+        return min(n, position.memory_at(n).n) if self.slots.has_memory else n
+
+    @property
     def lost_by_failure(self) -> bool:
         """Whether what the KV cache lacks was lost by a failure, which is to change nothing."""
         return self._is_exact_once

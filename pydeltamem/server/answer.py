@@ -294,8 +294,8 @@ class Answer:
         text = live.text
         text.write, self._before = self.write, text.position
         if live.record is None:
-            self.n_cached = n = min(n_common(text.tokens, tokens), len(tokens) - 1)
-            text.n_tokens = n
+            text.n_tokens = n = min(n_common(text.tokens, tokens), len(tokens) - 1)
+            self.n_cached = text.n_ready
             new, known = tokens[n:], None
         else:
             if self.messages is None:
@@ -303,7 +303,7 @@ class Answer:
             else:
                 begun = sessions.begin_chat(live, self.messages, tokens, self._render_again)
             self._begun = begun
-            new, known, self.n_cached = begun.tokens, begun.known, begun.n_past
+            new, known, self.n_cached = begun.tokens, begun.known, min(begun.n_past, text.n_ready)
         generation = Generation(text)
         n_predict = options.get("max_tokens")
         generation.prepare(
