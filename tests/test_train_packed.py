@@ -238,6 +238,33 @@ def test_what_cannot_be_packed_is_named():
         assert named in PackedModel.refusal(model, memory)
 
 
+ROPE = {"rope_theta": 1e4, "factor": 4.0}
+ROPES = {
+    "linear": {}, "yarn": {"original_max_position_embeddings": 32},
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "dynamic": {}, "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+                                "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_positions_that_are_scaled(kind, monkeypatch):
+    """As the model scales them, or refused: by the length of a text, of which a batch has several."""
+    config = transformers.LlamaConfig(
+        **SIZES, max_position_embeddings=32, rope_parameters={"rope_type": kind, **ROPE, **ROPES[kind]}
+    )
+    monkeypatch.setitem(CONFIGS, "llama", lambda: config)
+    model, memory = make("llama")
+    if kind in ("dynamic", "longrope"):
+        assert kind in PackedModel.refusal(model, memory)
+        return
+    assert PackedModel.refusal(model, memory) is None
+    batch = Batch.of(examples(), "cpu")
+    padded = answer_logits(model, memory, batch)[batch.answer_mask]
+    packed = PackedModel(model, memory).logits(PackedBatch.of(examples()))
+    assert torch.allclose(packed, padded, atol=1e-5)
+
+
 #
 # kernels
 #

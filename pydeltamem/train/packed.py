@@ -135,6 +135,9 @@ class PackedModel:
             return "the packed form knows full attention only"
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             return "the packed form knows no sliding window"
+        rope = str(model.model.rotary_emb.rope_type)
+        if "dynamic" in rope or rope == "longrope":  # here it would be the length of the longest one
+            return f"the packed form knows no RoPE by the length of a text, which is {rope}"
         if memory.config.memory_write_granularity != "token":
             return "the packed form writes per token only"
         if getattr(config, "hidden_act", "silu") != "silu":
