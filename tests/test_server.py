@@ -194,6 +194,21 @@ async def test_only_reading_leaves_the_session_as_it_is(serving):
         assert after == before
 
 
+async def test_only_reading_decodes_nothing_again(serving, read_once):
+    """Found: a title that was asked for beside a long chat had the chat decoded again, and its next turn once more."""
+    async with serving(n_seq_max=1) as service:
+        messages = [user("my name is Ada")]
+        await say(service, messages)
+        text, before = text_of(service), await service.get("ada")
+        title = await say(service, [*messages, user("a title?")], write=False)
+        nothing = await say(service, [*messages, user("a title?")], write=False, max_tokens=0)
+        assert title.n_cached == nothing.n_cached == len(text) and title.content
+        assert await service.get("ada") == before and text_of(service) == text
+        messages.append(user("and yours"))
+        assert (await say(service, messages)).n_cached == len(text)
+        np.testing.assert_allclose(await state_of(service), read_once(text_of(service)), **SAME)
+
+
 async def test_without_a_session_the_memory_is_the_requests_own(serving):
     async with serving() as service:
         messages = [user("hello there")]

@@ -289,8 +289,8 @@ class Answer:
         elif self._live is None:
             self._live = shared.nameless_text(self.owner, tokens) if self.write else Live(None, sessions.new_text(llm))
         self._used = live = self._live
-        if live.record is not None and not self.write:  # reads the memory of the session, and is forgotten afterwards
-            self._used = live = Live(live.record, live.text.fork(), live.chat, live.turns)
+        if live.record is not None and not self.write and not _continues(live, tokens):
+            self._used = live = Live(live.record, live.text.fork(), live.chat, live.turns)  # forgotten afterwards
         text = live.text
         text.write, self._before = self.write, text.position
         if live.record is None:
@@ -366,9 +366,9 @@ class Answer:
             self.committed = Committed(None, NOTHING, live.text.position.n_written)
         if live.record is None and self.counts and self.write:
             shared.keep_nameless(self.owner, live)
-        elif live.record is None or not self.write:
+        elif live.record is None or live is not self._live:
             shared.leave(live)
-        elif self.counts:
+        elif self.counts and self.write:
             assert self._begun is not None  # it was decoded
             reply = None if self.messages is None else self.to_message(self.content)
             self._record = sessions.finished(live, self._begun, shared.about, self.messages or (), reply)
@@ -393,6 +393,14 @@ class Answer:
         """Calls a function in the caller's loop, unless that is gone."""
         if self._loop is not None:
             self.shared.outbox.put(self._loop, function, *arguments)
+
+
+def _continues(live: Live, tokens: Sequence[int]) -> bool:
+    """Whether a prompt goes on from the end of a text, which then only has to drop what was said: a fork would need a
+    slot for itself, and without a free one decode all of the text again.
+    """
+    n = live.text.n_tokens
+    return 0 < n < len(tokens) and n_common(live.text.tokens, tokens) == n
 
 
 def _goes_back(record: Record, messages: Sequence[Message]) -> bool:
