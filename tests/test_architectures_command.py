@@ -165,6 +165,11 @@ def test_command_line(rows, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["architectures"][0]["status"] == "verified"
 
 
+def test_a_name_that_is_given_twice():
+    rows = architectures.describe(["bert", "qwen3", "bert"])["architectures"]
+    assert sorted(row["architecture"] for row in rows) == ["bert", "qwen3"]
+
+
 def test_user_errors(tmp_path, capsys):
     with refuses(InputError, "qwen9"):
         architectures.describe(["qwen9"])

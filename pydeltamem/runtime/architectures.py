@@ -85,7 +85,7 @@ def describe(wanted: Sequence[str] = ()) -> dict[str, Any]:
         for model in _results(library.LLAMA_CPP_VERSION)
     ]
     rows = []
-    for name, answer in _answers(list(wanted) or known):
+    for name, answer in _answers(list(dict.fromkeys(wanted)) or known):
         models = [{key: model[key] for key in model if key != "of"} for model in verified if model["of"] == name]
         rows.append({
             "architecture": name,
