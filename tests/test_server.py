@@ -223,6 +223,20 @@ async def test_without_a_session_the_memory_is_the_requests_own(serving):
         assert [record.name for record in await service.list()] == ["ada"]
 
 
+async def test_chats_without_a_session_keep_their_texts(serving):
+    """Found: of chats that took turns and had the same system prompt, each took the text of the one before."""
+    system = {"role": "system", "content": "be brief and friendly"}
+    async with serving(n_seq_max=3) as service:
+        chats = [[system, user(f"{name} and so on " * 6)] for name in ("one", "two", "three")]
+        first = []
+        for i in range(6):
+            messages = chats[i % 3]
+            answer = service.chat(messages, **GREEDY)
+            messages += [assistant(await answer.whole()), user("and yours")]
+            first.append(answer.n_prompt)
+            assert i < 3 or answer.n_cached >= first[i % 3]
+
+
 CALLS = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
     "{% for call in m.tool_calls or [] %}<tool_call>{{ ARGUMENTS }}</tool_call>{% endfor %}{% endfor %}<|assistant|>"

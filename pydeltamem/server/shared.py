@@ -194,11 +194,16 @@ class Shared:
             n = n_common(live.text.tokens, prompt) if of == owner else 0
             if n > longest:
                 found, longest = i, n
-        if found >= 0:
-            live = self._nameless.pop(found)[1]
-            live.text.n_tokens = min(longest, live.text.n_tokens)
-            return live
-        return Live(None, sessions.new_text(self.llm))
+        if found < 0:
+            return Live(None, sessions.new_text(self.llm))
+        live = self._nameless[found][1]
+        is_full = len(self._nameless) >= self.worker.n_slots
+        if 2 * longest >= live.text.n_tokens or (is_full and found == 0):
+            del self._nameless[found]
+        else:  # another chat, whose system prompt is the same: that one would lose more than this one finds
+            live = Live(None, live.text.fork())
+        live.text.n_tokens = min(longest, live.text.n_tokens)
+        return live
 
     def keep_nameless(self, owner: str, live: Live) -> None:
         """Keeps a text of no session for the next request that begins as it does. In the thread of the worker."""
