@@ -57,6 +57,8 @@ from servers import CLOCK, GREEDY, HELLO, WEATHER, ask, refused
         ({"logit_bias": "x"}, "logit_bias"),
         ({"logit_bias": {"1": True}}, "logit_bias"),
         ({"logit_bias": [1, 2]}, "logit_bias"),
+        ({"logit_bias": [[5.7, 1]]}, "logit_bias"),
+        ({"logit_bias": [[True, 1]]}, "logit_bias"),
         ({"n_predict": "many"}, "n_predict"),
         ({"json_schema": 5}, "json_schema"),
         ({"json_schema": {"type": "nothing"}}, "json_schema"),

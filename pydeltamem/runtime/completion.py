@@ -299,11 +299,16 @@ class _Criteria:
         return self.ended
 
 
+def _is_no_id(token: Any) -> bool:
+    """Whether a key is none that int() may turn into a token id: 5.7 is not 5, and true not 1."""
+    return isinstance(token, bool) or (isinstance(token, float) and not token.is_integer())
+
+
 def biased(logit_bias: Mapping[Any, float] | Iterable[tuple[Any, float]], n_vocab: int) -> Any:
     """A logits processor. A bias of False excludes its token. Raises InputError if a token or a bias is invalid."""
     try:
         given = dict(logit_bias)
-        if any(value is True for value in given.values()):
+        if any(value is True for value in given.values()) or any(_is_no_id(token) for token in given):
             raise TypeError
         bias = {int(token): -math.inf if value is False else float(value) for token, value in given.items()}
     except (TypeError, ValueError, OverflowError):
