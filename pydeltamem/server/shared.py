@@ -65,6 +65,8 @@ class Shared:
         self._nameless: list[tuple[str, Live]] = []  # texts of no session, with their owner, the latest last
         self.n_evicted = 0
         self.turns: set[asyncio.Task[Any]] = set()
+        with llm._engine.slots.lock:
+            llm._engine.slots.leave(llm._text)  # which nobody uses: forks take free slots only
         self.worker.start()
 
     async def aclose(self, seconds: float) -> None:
@@ -196,12 +198,13 @@ class Shared:
                 found, longest = i, n
         if found < 0:
             return Live(None, sessions.new_text(self.llm))
-        live = self._nameless[found][1]
-        is_full = len(self._nameless) >= self.worker.n_slots
-        if 2 * longest >= live.text.n_tokens or (is_full and found == 0):
+        live, fork = self._nameless[found][1], None
+        if 2 * longest < live.text.n_tokens:  # of another chat with the same system prompt, which would lose its text
+            fork = live.text.fork()
+        if fork is not None and fork.slot is not None:  # one was free, and has a copy of the KV cache
+            live = Live(None, fork)
+        else:
             del self._nameless[found]
-        else:  # another chat, whose system prompt is the same: that one would lose more than this one finds
-            live = Live(None, live.text.fork())
         live.text.n_tokens = min(longest, live.text.n_tokens)
         return live
 
