@@ -170,11 +170,11 @@ SMOLLM2      := build/smollm2
 SMOLLM2_ARGS ?= --strategy msw --update no_lambda --write-bias -2 --heads-gain 0.5
 
 ORDINARY     := recipes/ordinary/answers.jsonl.gz
-MIXTURE      := $(ORDINARY) $(addprefix recipes/,mixture.py chats.py compared.py conversations.py documents.py swap.py \
-	documents/train.jsonl.gz natural/train.jsonl.gz)
+MIXTURE      := $(ORDINARY) $(addprefix recipes/,mixture.py chats.py compared.py conversations.py documents.py \
+	invented.py swap.py documents/train.jsonl.gz natural/train.jsonl.gz)
 
 $(SMOLLM2)/train.jsonl: $(MIXTURE) | $(INSTALLED)
-	$(BIN)/python recipes/mixture.py $@ --ordinary $(ORDINARY)
+	$(BIN)/python recipes/mixture.py $@ --ordinary $(ORDINARY) --vocabulary smollm2
 
 smollm2-adapter: $(SMOLLM2)/train.jsonl ## train an adapter for SmolLM2-135M (hours on one core; SMOLLM2_ARGS)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \

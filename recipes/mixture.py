@@ -1,6 +1,7 @@
-"""Writes the conversations that SmolLM2's adapters are trained on, one per line, for `deltamem train`.
+r"""Writes the conversations that SmolLM2's adapters are trained on, one per line, for `deltamem train`.
 
-    python recipes/mixture.py build/smollm2/train.jsonl --ordinary recipes/ordinary/answers.jsonl.gz
+    python recipes/mixture.py build/smollm2/train.jsonl --ordinary recipes/ordinary/answers.jsonl.gz \
+        --vocabulary smollm2
 
 Draws by weight from these sources. Those with a file in brackets under train/, and some of the documents, are not ours
 to ship (../shared/data/README.md; their folder by --data or DELTAMEM_DATA):
@@ -8,6 +9,7 @@ to ship (../shared/data/README.md; their folder by --data or DELTAMEM_DATA):
     natural      conversations written by hand (recipes/natural/train.jsonl.gz), every other one with other
                  values (swap.py). Some are also asked what only another conversation was told: that is declined
     alone        those of them with one short message
+    invented     those of them, or of `natural`, with words that nobody has heard (invented.py)
     numbers      those of them with a number among their answers
     together     two of them, one after the other
     replies      their turns as a chat: the beginning of a chat, with its text or without, and the reply that follows
@@ -37,10 +39,12 @@ from typing import Any
 
 from conversations import conversation, messages
 from documents import Documents
+from invented import Invented, tokens_of
 from pydeltamem.cli.parser import share
 from pydeltamem.evals.world import World
 from pydeltamem.formats import kinds
 from pydeltamem.formats.atomic import replacing
+from pydeltamem.hub import model_file
 from swap import Swap
 
 HERE = Path(__file__).resolve().parent
@@ -48,6 +52,7 @@ DATA = Path(os.environ.get("DELTAMEM_DATA", HERE.parents[1] / "shared" / "data")
 WEIGHTS = {  # of all but `ordinary`
     "natural": 6.0,
     "alone": 2.0,
+    "invented": 3.0,
     "numbers": 1.3,
     "together": 1.0,
     "replies": 2.2,
@@ -60,6 +65,7 @@ WEIGHTS = {  # of all but `ordinary`
     "chats": 0.8,
 }
 KEPT = 0.32  # share of `ordinary` in all draws
+INVENTED_ALONE = 0.7  # share of the conversations with invented words that are one short message
 SWAPPED = 0.5  # share of the conversations written by hand whose values are exchanged
 FIRST = 0.35  # share of first messages that find an empty memory; others follow another chat
 FIRST_REQUEST = 0.6  # share of the ordinary requests that are a chat's first message
@@ -157,9 +163,12 @@ class Mixture:
         ordinary: requests and the frozen model's answers (recipes/ordinary.py); None: leaves them out.
         seed: of all draws.
         kept: share of the draws that are such a request, if there are any; below 1.
+        vocabulary: the model's tokens, of which words are invented; none: leaves these out.
     """
 
-    def __init__(self, data: Path, ordinary: Path | None, seed: int, kept: float = KEPT):
+    def __init__(
+        self, data: Path, ordinary: Path | None, seed: int, kept: float = KEPT, vocabulary: Sequence[str] = ()
+    ):  # fmt: skip
         self.random = random.Random(seed)
         self.natural = lines(HERE / "natural" / "train.jsonl.gz")
         self.alone = [one for one in self.natural if _is_alone(one["messages"])]
@@ -179,9 +188,10 @@ class Mixture:
         )
         self.paragraphs = self.documents.paragraphs  # without those held out
         self.requests = lines(ordinary) if ordinary else []
-        self.weights = dict(WEIGHTS)
+        self.invented = Invented(vocabulary, self.random)
+        self.weights = {kind: weight for kind, weight in WEIGHTS.items() if vocabulary or kind != "invented"}
         if self.requests:
-            self.weights["ordinary"] = sum(WEIGHTS.values()) * kept / (1 - kept)
+            self.weights["ordinary"] = sum(self.weights.values()) * kept / (1 - kept)
 
     def draw(self) -> dict[str, Any]:
         """One line of `deltamem train`."""
@@ -228,6 +238,11 @@ class Mixture:
 
     def _numbers(self) -> Record:
         return self._asked_more(*self._written(self.numbers))
+
+    def _invented(self) -> Record | None:
+        one = self.random.choice(self.alone if self.random.random() < INVENTED_ALONE else self.natural)
+        new = self.invented(one["messages"], one["asks"])
+        return new and self._asked_more(*new)
 
     def _written(self, some: Sequence[dict[str, Any]]) -> Record:
         one = self.random.choice(some)
@@ -368,6 +383,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--ordinary", type=Path)
+    parser.add_argument("--vocabulary", metavar="MODEL", help="GGUF, or its name, of whose tokens words are invented")
     parser.add_argument("--count", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kept", type=share, metavar="P", help=f"share of the lines whose answers stay ({KEPT})")
@@ -375,7 +391,9 @@ def main() -> None:
     if args.kept is not None and not args.ordinary:
         parser.error("--kept: there is no --ordinary: name it")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    mixture = Mixture(args.data, args.ordinary, args.seed, KEPT if args.kept is None else args.kept)
+    vocabulary = tokens_of(model_file(args.vocabulary)) if args.vocabulary else ()
+    kept = KEPT if args.kept is None else args.kept
+    mixture = Mixture(args.data, args.ordinary, args.seed, kept, vocabulary)
     with replacing(args.out, kinds.CONVERSATIONS) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(draw_all(mixture, args.count))
 

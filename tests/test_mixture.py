@@ -57,6 +57,15 @@ def test_numbers_are_in_an_answer(made):
     assert all(any(re.search(r"\d", ask[-1]["content"]) for ask in one["asks"]) for one in made.numbers)
 
 
+def test_words_are_invented_of_the_models_tokens(folder):
+    made = Mixture(folder, None, seed=1, vocabulary=["\u0120zzyx", "qqv"])
+    made.weights = {"invented": 1.0}
+    lines = [made.draw() for _ in range(50)]
+    assert all(re.search("zzyx", " ".join(told(line["messages"])), re.IGNORECASE) for line in lines)
+    assert sum("zzyx" in ask[-1]["content"].lower() for line in lines for ask in line["asks"]) > 50
+    assert "invented" not in Mixture(folder, None, seed=1).weights
+
+
 def test_a_question_of_another_conversation_is_declined(made, monkeypatch):
     """It comes after the conversation's own, and is about nothing that was told or is asked there."""
     monkeypatch.setattr(mixture, "ELSEWHERE", 1.0)
