@@ -563,6 +563,26 @@ def test_shipped_files_are_small():
     assert sum(path.stat().st_size for path in (model, *memories.values())) < 12_000_000
 
 
+def test_words_have_as_many_tokens_as_they_say(native):
+    """The same seed draws the same words."""
+    cases = list(make_cases(["words"], 40, [1], [64], 1, native))
+    assert [case.kind for case in cases] == ["1 token"] * 40 + ["2 tokens"] * 40 + ["3 tokens"] * 40
+    for case in cases:
+        (word,) = case.values
+        n, without = (len(native.llm.tokenize(text.encode(), add_bos=False)) for text in (f"in {word}", "in"))
+        assert n - without == case.size
+        assert word in case.turns[0][0] and word not in case.question
+    assert len({case.values for case in cases}) > 60
+    assert list(make_cases(["words"], 40, [1], [64], 1, native)) == cases
+    assert list(make_cases(["words"], 40, [1], [64], 2, native)) != cases
+
+
+def test_a_vocabulary_without_words(native, monkeypatch):
+    monkeypatch.setattr(native, "pieces", lambda: [""] * 10)
+    with refuses(InputError, "words"):
+        list(make_cases(["words"], 1, [1], [64], 1, native))
+
+
 def test_missing_model_is_named(monkeypatch, tmp_path):
     from pydeltamem import models
     from pydeltamem.errors import ModelError

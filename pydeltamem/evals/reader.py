@@ -46,6 +46,12 @@ class Reader(Protocol):
     def n_tokens(self, turns: Sequence[Turn]) -> int:
         """Tokens of turns in a text, without the beginning that all texts share."""
 
+    def pieces(self) -> list[str]:
+        """The text of each token of the vocabulary; "" if it alone is no text."""
+
+    def n_tokens_of(self, text: str) -> int:
+        """Tokens of a part of a text."""
+
     def attach(self, adapter: str | os.PathLike[str] | None) -> None:
         """Attaches an adapter; None: leaves the model without a memory."""
 
@@ -108,6 +114,12 @@ class NativeReader:
             if turn not in self._n_tokens:
                 self._n_tokens[turn] = len(self.prompt([turn], "")) - self._opening
         return sum(self._n_tokens[turn] for turn in turns)
+
+    def pieces(self) -> list[str]:
+        return [self.llm.detokenize([token]).decode("utf-8", "ignore") for token in range(self.llm.n_vocab())]
+
+    def n_tokens_of(self, text: str) -> int:
+        return len(self.llm.tokenize(text.encode(), add_bos=False, special=False))
 
     def prompt(self, turns: Sequence[Turn], question: str) -> list[int]:
         """The tokens of turns and a question, up to where its answer begins."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import corpora
+from . import corpora, words
 from .case import Case
 from .reader import Reader
 from .world import FACTS, Fact, Part, Turn, World, rivals
@@ -18,9 +18,11 @@ from .world import FACTS, Fact, Part, Turn, World, rivals
 # small talk. new_values: values that no adapter was trained on. visible: told in the last turn, so that a window shows
 # it. knowledge: what the model knows by itself.
 WORLD = ("recall", "overwrite", "distance", "new_values", "visible", "knowledge")
+# Words that nobody can guess (words.py).
+WORDS = "words"
 # Conversations of people (corpora.py), in the language of any model.
 CORPORA = tuple(corpora.CORPORA)
-TASKS = WORLD + CORPORA
+TASKS = (*WORLD, WORDS, *CORPORA)
 ALIASES = {"world": ("recall", "overwrite")}
 FOR_ANY_MODEL = ("world", *CORPORA)
 
@@ -50,6 +52,8 @@ def make_cases(
     for task in tasks:
         if task in WORLD:
             yield from _world_cases(task, n, facts, distances, seed, reader)
+        elif task == WORDS:
+            yield from words.cases(n, seed, reader)
         else:
             yield from corpora.cases(task, n, seed, reader, data)
 
