@@ -52,7 +52,7 @@ DATA = Path(os.environ.get("DELTAMEM_DATA", HERE.parents[1] / "shared" / "data")
 WEIGHTS = {  # of all but `ordinary`
     "natural": 6.0,
     "alone": 2.0,
-    "invented": 3.0,
+    "invented": 6.0,
     "numbers": 1.3,
     "together": 1.0,
     "replies": 2.2,
