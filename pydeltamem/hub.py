@@ -32,6 +32,7 @@ from typing import Any
 import platformdirs
 
 from .errors import AdapterError, FetchError, InputError, ModelError, no_file
+from .formats.atomic import leftovers
 from .formats.disk_errors import disk_errors
 from .formats.ending import ending_in_order
 from .formats.kinds import MEMORY
@@ -183,7 +184,7 @@ def _packaged(name: str, again: bool = False) -> Path:
 
 def _remove_abandoned(path: Path) -> None:
     """Removes the folders of downloads of `path` that were killed. One that still runs has changed its own today."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for folder in leftovers(path):
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > ABANDONED:
                 shutil.rmtree(folder)
