@@ -12,8 +12,7 @@ import re
 from collections.abc import Sequence
 
 from pydeltamem.formats.gguf_header import Header
-
-Messages = list[dict[str, str]]
+from swap import Messages, reworded
 
 WORD = re.compile(r"[A-Za-z]{3,}")
 SPACE = "\u0120"  # a space as vocabularies of GPT-2's kind write it
@@ -59,12 +58,10 @@ class Invented:
         draw = self.random
         new = {word: self.word(word) for word in draw.sample(values, min(len(values), draw.choice(WORDS)))}
 
-        def put(messages: Messages) -> Messages:
-            return [
-                {**m, "content": WORD.sub(lambda found: new.get(found[0], found[0]), m["content"])} for m in messages
-            ]
+        def other(found: re.Match[str]) -> str:
+            return new.get(found[0], found[0])
 
-        return put(said), [put(ask) for ask in asks]
+        return reworded(said, WORD, other), [reworded(ask, WORD, other) for ask in asks]
 
     def word(self, old: str) -> str:
         """A word of one to three tokens, with a capital if the old one has one."""

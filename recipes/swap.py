@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 Messages = list[dict[str, str]]
 
@@ -44,6 +44,11 @@ OF_PERSON = re.compile(r"\b(who|whom|whose|name|named|called)\b", re.IGNORECASE)
 OF_PLACE = re.compile(r"\b(where|city|town|village|country|street)\b", re.IGNORECASE)
 
 
+def reworded(messages: Messages, word: re.Pattern[str], other: Callable[[re.Match[str]], str]) -> Messages:
+    """The messages with something other in place of each word."""
+    return [{**m, "content": word.sub(other, m["content"])} for m in messages]
+
+
 class Swap:
     """Exchanges the values of conversations. Names come from all of them, by what a question asks for."""
 
@@ -65,10 +70,7 @@ class Swap:
             stem, end = (word[:-2], word[-2:]) if word[-2:] in ("'s", TYPED) else (word, "")
             return new.get(word, new[stem] + end if stem in new else word)
 
-        def put(messages: Messages) -> Messages:
-            return [{**m, "content": WORD.sub(other, m["content"])} for m in messages]
-
-        return put(said), [put(ask) for ask in asks]
+        return reworded(said, WORD, other), [reworded(ask, WORD, other) for ask in asks]
 
     def _people(self, words: list[str], asks: list[Messages]) -> dict[str, str]:
         """New names of the people and places that an answer holds."""
