@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -122,6 +123,14 @@ def test_a_memory_that_is_to_be_saved_later(files, tmp_path):
 # signals
 
 
+def holds_something_new(folder, before):
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the file that shows beforehand whether the folder can be written
+            if path not in before and path.stat().st_size:
+                return True
+    return False
+
+
 def ends_by(command, out, number):
     """The command, which gets the signal while it writes `out`, ends by it. The old file stays, and nothing else."""
     before = {path: path.read_bytes() for path in out.parent.iterdir()}
@@ -131,7 +140,7 @@ def ends_by(command, out, number):
         stderr=subprocess.STDOUT,
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # the tests may run where it is ignored
     )
-    while not any(path not in before and path.stat().st_size for path in out.parent.iterdir()):
+    while not holds_something_new(out.parent, before):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     process.send_signal(number)
