@@ -241,27 +241,25 @@ template <typename T> void rotate(const T * x, const float * cosine, const float
     }
 }
 
-template <typename T> void attention_back(T * scores, T * d_probs, const float * log_sum, const float * inner,
-                                          const uint8_t * visible, int64_t n_heads, int64_t n, float scale,
-                                          [[maybe_unused]] int n_threads) {
+template <typename T> void attention_back(T * scores, T * d_probs, const uint8_t * visible, int64_t n_heads, int64_t n,
+                                          float scale, [[maybe_unused]] int n_threads) {
 #pragma omp                parallel for num_threads(n_threads) if (n_threads > 1)
     for (int64_t row = 0; row < n_heads * n; ++row) {
         const int64_t   i     = row % n;
         T *             score = scores + row * n;
         T *             d     = d_probs + row * n;
         const uint8_t * seen  = visible ? visible + i * n : nullptr;
-        const float     shift = log_sum[row], mean = inner[row];
         if (seen) {
             for (int64_t j = 0; j <= i; ++j) {
-                const float p = seen[j] ? exponential(load(score[j]) * scale - shift) : 0.0f;
+                const float p = seen[j] ? exponential(load(score[j]) * scale) : 0.0f;
                 store(score[j], p);
-                store(d[j], p * (load(d[j]) - mean) * scale);
+                store(d[j], p * load(d[j]) * scale);
             }
         } else {
             for (int64_t j = 0; j <= i; ++j) {
-                const float p = exponential(load(score[j]) * scale - shift);
+                const float p = exponential(load(score[j]) * scale);
                 store(score[j], p);
-                store(d[j], p * (load(d[j]) - mean) * scale);
+                store(d[j], p * load(d[j]) * scale);
             }
         }
         for (int64_t j = i + 1; j < n; ++j) {
@@ -326,8 +324,7 @@ void deltamem_train_rotate(const void * x, const float * cosine, const float * s
     DISPATCH(half, rotate, (const T *) x, cosine, sine, (T *) y, n_rows, n_heads, n_half, sign, n_threads);
 }
 
-void deltamem_train_attention_back(void * scores, void * d_probs, const float * log_sum, const float * inner,
-                                   const uint8_t * visible, int64_t n_heads, int64_t n, float scale, int half,
-                                   int n_threads) {
-    DISPATCH(half, attention_back, (T *) scores, (T *) d_probs, log_sum, inner, visible, n_heads, n, scale, n_threads);
+void deltamem_train_attention_back(void * scores, void * d_probs, const uint8_t * visible, int64_t n_heads, int64_t n,
+                                   float scale, int half, int n_threads) {
+    DISPATCH(half, attention_back, (T *) scores, (T *) d_probs, visible, n_heads, n, scale, n_threads);
 }

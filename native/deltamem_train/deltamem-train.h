@@ -67,13 +67,13 @@ DELTAMEM_TRAIN_API void deltamem_train_rotate(const void * x, const float * cosi
                                               int n_threads);
 
 // The element-wise part of attention's gradient for one sequence. On entry, scores [n_heads][n][n] holds q kᵀ, not
-// scaled, and d_probs [n_heads][n][n] the gradient of the probabilities. log_sum [n_heads][n] is the logarithm of each
-// row's sum of exponentials, inner [n_heads][n] the inner product of a row's output with its gradient. visible [n][n]
-// is non-zero where a token attends to an earlier one or itself, NULL: to all of them. On return, scores holds the
-// probabilities, and d_probs the gradient of q kᵀ.
-DELTAMEM_TRAIN_API void deltamem_train_attention_back(void * scores, void * d_probs, const float * log_sum,
-                                                      const float * inner, const uint8_t * visible, int64_t n_heads,
-                                                      int64_t n, float scale, int half, int n_threads);
+// scaled, less what makes the exponentials of a row sum to one: the logarithm of their sum over scale. d_probs
+// [n_heads][n][n] holds the gradient of the probabilities, less the inner product of the row's output with its
+// gradient. (Whoever takes these off in the products loses little of them by bfloat16.) visible [n][n] is non-zero
+// where a token attends to an earlier one or itself, NULL: to all of them. On return, scores holds the probabilities,
+// and d_probs the gradient of q kᵀ.
+DELTAMEM_TRAIN_API void deltamem_train_attention_back(void * scores, void * d_probs, const uint8_t * visible,
+                                                      int64_t n_heads, int64_t n, float scale, int half, int n_threads);
 
 #ifdef __cplusplus
 }

@@ -238,16 +238,28 @@ class _Attention(torch.autograd.Function):
             n = end - begin
             of_q, above = (x[begin:end].transpose(0, 1).reshape(n_kv, n_group * n, size) for x in (q, d_out))
             of_k, of_v = (x[begin:end].transpose(0, 1).contiguous() for x in (k, v))
-            scores, d_probs = torch.bmm(of_q, of_k.mT), torch.bmm(above, of_v.mT)
+            scores = _product_less(of_q, of_k, (log_sum / ctx.scale).view(n_kv, -1))
+            d_probs = _product_less(above, of_v, inner[begin:end].mT.reshape(n_kv, -1))
             _call(
-                "attention_back", scores, d_probs, log_sum, inner[begin:end].mT.contiguous(),
-                None if visible is None else visible.to(torch.uint8), n_kv * n_group, n, ctypes.c_float(ctx.scale),
-                *_kind(q),
+                "attention_back", scores, d_probs, None if visible is None else visible.to(torch.uint8),
+                n_kv * n_group, n, ctypes.c_float(ctx.scale), *_kind(q),
             )  # fmt: skip
             d_v[begin:end] = torch.bmm(scores.mT, above).transpose(0, 1)
             d_k[begin:end] = torch.bmm(d_probs.mT, of_q).transpose(0, 1)
             d_q[begin:end] = torch.bmm(d_probs, of_k).reshape(n_kv * n_group, n, size).transpose(0, 1)
         return d_q, d_k, d_v, None, None
+
+
+def _product_less(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
+    """x yᵀ less a number for each row: x [B, n, d], y [B, m, d], float32 shift [B, n] -> [B, n, m] as x and y.
+
+    The shift is part of the product, as features whose other factors are one, so it comes off before the result is
+    rounded: bfloat16 would round a score of 100 by up to 0.25, and at a scale of 1/8 its probability by 3 %.
+    """
+    high = shift.to(x.dtype)
+    low = (shift - high.float()).to(x.dtype)
+    ones = y.new_ones(*y.shape[:2], 2)
+    return torch.bmm(torch.cat([x, -high[..., None], -low[..., None]], -1), torch.cat([y, ones], -1).mT)
 
 
 def _flash() -> Callable[..., tuple[Tensor, Tensor]] | None:
