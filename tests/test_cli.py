@@ -21,7 +21,6 @@ from pydeltamem.cli.model_options import add_sampling_arguments, sampling
 from pydeltamem.cli.parser import Parser
 from pydeltamem.errors import ModelError
 from pydeltamem.formats.memory_file import read_memory_file
-from pydeltamem.runtime.stream import TextStream
 from refusals import check_names, refused, refuses
 
 PLAIN = ["-n", "16", "--temp", "0", "-c", "512", "-t", "1", "-tb", "1"]
@@ -348,6 +347,12 @@ def test_generate(generate):
     assert re.fullmatch(r"prompt: \d+ tokens, [\d.]+ tokens/s; generated: \d+ tokens, [\d.]+ tokens/s\n", result.stderr)
     bare = generate("-p", "hello", "--no-display-prompt", "--no-perf")
     assert bare.stdout == result.stdout[len("hello") :] and bare.stderr == ""
+    assert "generated: 7 tokens" in generate("-p", "hello", "-n", "7", "--ignore-eos").stderr
+
+
+def test_a_reply_that_ends_within_a_character_shows_it(generate):
+    one = generate("-p", "a", "--no-display-prompt", "--grammar", 'root ::= "\N{GRINNING FACE}"', "-n", "1")
+    assert one.returncode == 0 and one.stdout == "\N{REPLACEMENT CHARACTER}\n"
 
 
 def test_prompt_from_a_file_and_from_standard_input(generate, tmp_path):
@@ -439,8 +444,8 @@ def test_every_option_is_taken(generate):
         ([b"x" * 300], [], ["x" * 300]),
     ],
 )
-def test_stream(monkeypatch, pieces, stop, text):
-    from pydeltamem.runtime import stream as module
+def test_text_of_tokens(monkeypatch, pieces, stop, text):
+    from pydeltamem.runtime import assembler as module
 
     monkeypatch.setattr(module, "_piece", lambda vocab, token: pieces[token])
     assembler = module.Assembler(None, stop)
@@ -450,22 +455,6 @@ def test_stream(monkeypatch, pieces, stop, text):
         if assembler.stopped:
             break
     assert [piece for piece in [*got, assembler.finish()] if piece] == text
-
-
-def test_stream_ends(llm):
-    stream = TextStream(llm, llm.tokenize(b"hello"), n_predict=7, temp=0)
-    whole = "".join(stream)
-    assert stream.n_tokens == 7 and stream.finish_reason == "length"
-    llm.reset()
-    llm.memory.reset()
-    tokens = list(itertools.islice(llm.generate(llm.tokenize(b"hello"), temp=0), 7))
-    assert llm.detokenize(tokens).decode(errors="replace") == whole
-    nothing = TextStream(llm, llm.tokenize(b"hello there"), n_predict=0, temp=0)
-    assert list(nothing) == [] and nothing.n_tokens == 0 and nothing.finish_reason == "length"
-    assert list(llm.eval_tokens) == llm.tokenize(b"hello there")
-    full = TextStream(llm, [5] * (llm.n_ctx() - 3), temp=0)
-    assert "".join(full)
-    assert (full.n_tokens, full.finish_reason) in ((3, "length"), (full.n_tokens, "stop"))
 
 
 def test_verbose_shows_the_log(generate):

@@ -9,7 +9,6 @@ from llama_cpp import LogitsProcessorList, StoppingCriteriaList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from pydeltamem import Conversation
-from pydeltamem.runtime.stream import TextStream
 
 N_CTX = 256
 SMILE = "\N{GRINNING FACE}"
@@ -96,13 +95,6 @@ def test_generate_that_is_stopped(llm):
 def test_a_prompt_that_fills_the_context(llm):
     assert len(list(llm.generate(prompt(N_CTX), temp=0))) == 1
     assert llm.finish_reason == "length" and llm.memory.n_written == N_CTX
-
-
-def test_a_text_stream(llm):
-    processor, _ = smiles(llm)
-    stream = TextStream(llm, prompt(250), temp=0, logits_processor=processor)
-    assert "".join(stream).startswith(SMILE) and stream.finish_reason == "length" and stream.n_tokens == 6
-    assert llm.memory.n_written == llm.n_tokens <= N_CTX
 
 
 @pytest.mark.parametrize("n_predict", [None, 6])

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
     llm = load(args)
     options = sampling(args, llm)
+    n_predict, temperature = options.pop("n_predict"), options.pop("temp")
     tokens = llm.tokenize(prompt.encode("utf-8"), add_bos=llm._model.add_bos_token(), special=True)
     if not tokens:
         raise InputError("the prompt is empty: give some text with -p, -f or standard input")
@@ -50,19 +51,19 @@ def run(args: argparse.Namespace) -> int:
             f"the prompt has {len(tokens)} tokens, the context holds {llm.n_ctx()}: raise --ctx-size or shorten it"
         )
 
+    from ..runtime.completion import Completion
     from ..runtime.interrupt import interruptible
-    from ..runtime.stream import TextStream
 
     if not llm.memory.attached and not args.no_memory:
         note(memory_attached(llm, args))
     out = sys.stdout
-    stream = TextStream(llm, tokens, **options)
+    completion = Completion(llm, tokens, max_tokens=n_predict, temperature=temperature, errors="replace", **options)
     with memory_saved(llm.memory, args.save_memory):
         try:
             if not args.no_display_prompt:
                 out.write(prompt)
                 out.flush()
-            for piece in interruptible(iter(stream)):
+            for piece in interruptible(piece for piece, _ in completion.pieces()):
                 out.write(piece)
                 out.flush()
         except KeyboardInterrupt:
@@ -71,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
         else:
             out.write("\n")
             out.flush()
-            if stream.finish_reason == "length" and (args.n_predict < 0 or stream.n_tokens < args.n_predict):
+            if completion.finish_reason == "length" and len(completion.generated) != n_predict:
                 note(f"[the context of {llm.n_ctx()} tokens is full: the text was cut; raise --ctx-size]")
         finally:
             if not args.no_perf:
-                _print_timings(llm, len(tokens), stream.n_tokens)
+                _print_timings(llm, len(tokens), len(completion.generated))
     return 0
 
 

@@ -285,7 +285,7 @@ def memory_saved(memory: Memory, path: str | None) -> Iterator[None]:
 
 
 def sampling(args: argparse.Namespace, llm: DeltaMemLlama) -> dict[str, Any]:
-    """Keyword arguments for TextStream."""
+    """Options of a turn, as `Conversation.say` takes them."""
     return {
         "n_predict": args.n_predict,
         **{keyword: getattr(args, keyword) for keyword in SAMPLING},

@@ -23,10 +23,10 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from . import library
+from .assembler import Assembler
 from .history import n_common
 from .logprobs import Scored, listed, scored
 from .model import Model
-from .stream import Assembler
 from .tokenizer import Tokenizer, encoded, piece
 from .values import functions, number, stop_strings, whole
 
@@ -36,7 +36,12 @@ _llama = library.llama_cpp
 class Completion:
     """One call of `create_completion`, with its arguments.
 
-    Raises InputError if they do not fit.
+    errors: how bytes that are no UTF-8 are treated, as `bytes.decode`. Raises InputError if the arguments do not fit.
+
+    Attributes:
+        generated: the tokens so far.
+        finish_reason: "stop" after the end of the text, a stop string or a criterion, "length" after max_tokens or in a
+            full context.
     """
 
     def __init__(
@@ -44,21 +49,22 @@ class Completion:
         llm: Model,
         prompt: str | Sequence[int],
         *,
-        suffix: str | None,
         max_tokens: int | None,
-        logprobs: int | None,
-        echo: bool,
-        stop: str | Sequence[str] | None,
-        seed: int | None,
-        model: str | None,
         temperature: float,
-        logit_bias: Mapping[int, float] | None,
-        logits_processor: Any,
-        stopping_criteria: Any,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        suffix: str | None = None,
+        logprobs: int | None = None,
+        echo: bool = False,
+        model: str | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        errors: str = "ignore",
         **sampling: Any,
     ) -> None:
         self.llm = llm
-        self.logprobs, self.echo = logprobs, echo
+        self.logprobs, self.echo, self._errors = logprobs, echo, errors
         self.seed = None if seed is None else whole(seed, "seed")
         self._vocab = llm._model.vocab
         if logprobs is not None and whole(logprobs, "logprobs") < 0:
@@ -76,7 +82,7 @@ class Completion:
         self.prompt = given if isinstance(given, str) else self._text(shown).decode(errors="replace")
         self.max_tokens = self._that_fit(max_tokens)
         self.stop = stop_strings(stop)
-        self.completion: list[int] = []
+        self.generated: list[int] = []
         self.finish_reason = "length"
         self._n_bytes = 0  # of the text so far, where the caller gave a tokenizer
         criteria = functions(stopping_criteria, "stopping_criteria")
@@ -187,7 +193,7 @@ class Completion:
         if scored and self.echo:
             self._want_rows()
         llm._seed = random.Random(llm._seed).randint(0, 2**32) if self.seed is None else self.seed
-        text = Assembler(self._vocab, self.stop, errors="ignore")
+        text = Assembler(self._vocab, self.stop, self._errors)
         waiting: list[Scored] = []
         if llm.verbose:
             llm._ctx.reset_timings()
@@ -196,14 +202,14 @@ class Completion:
             token = next(tokens, None)
             if self.echo:
                 yield self.prompt, self._prompt_scored() if scored else []
-            while token is not None and len(self.completion) < self.max_tokens:
+            while token is not None and len(self.generated) < self.max_tokens:
                 if _llama.llama_vocab_is_eog(self._vocab, token):
                     self.finish_reason = "stop"
                     break
                 if scored:
-                    row = llm.scores[len(self.tokens) + len(self.completion) - 1]
+                    row = llm.scores[len(self.tokens) + len(self.generated) - 1]
                     waiting.append(self._scored(token, len(self.prompt) + text.n_chars, row))
-                self.completion.append(token)
+                self.generated.append(token)
                 certain = text.push_bytes(self._bytes(token))
                 if certain:
                     yield certain, waiting
@@ -211,7 +217,7 @@ class Completion:
                 if text.stopped:
                     self.finish_reason = "stop"
                     break
-                if len(self.completion) < self.max_tokens:
+                if len(self.generated) < self.max_tokens:
                     token = next(tokens, None)
             if self._criteria is not None and self._criteria.ended:
                 self.finish_reason = "stop"
@@ -223,15 +229,15 @@ class Completion:
         if rest or waiting:
             yield rest, waiting
         if llm.cache is not None:
-            llm.cache[self.tokens + self.completion] = llm.save_state()
+            llm.cache[self.tokens + self.generated] = llm.save_state()
 
     def _bytes(self, token: int) -> bytes:
         """What the latest token adds to the text."""
         llm = self.llm
         if isinstance(llm.tokenizer_, Tokenizer):
             data = piece(self._vocab, token)
-            return data.removeprefix(b" ") if self._is_empty and len(self.completion) == 1 else data
-        whole = llm.detokenize(self.completion, prev_tokens=self.tokens)
+            return data.removeprefix(b" ") if self._is_empty and len(self.generated) == 1 else data
+        whole = llm.detokenize(self.generated, prev_tokens=self.tokens)
         if whole.endswith("\N{REPLACEMENT CHARACTER}".encode()):
             return b""  # the rest of the character may follow
         self._n_bytes, begin = len(whole), self._n_bytes
@@ -277,7 +283,7 @@ class Completion:
         for each, tokens in self.pieces():
             text += each
             all_scored += tokens
-        n_prompt, n = len(self.tokens), len(self.completion)
+        n_prompt, n = len(self.tokens), len(self.generated)
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
         return {**self._answer(text, self._logprobs(all_scored), self.finish_reason), "usage": usage}
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .assembler import Assembler
 from .engine import Request
 from .history import Position
 from .logprobs import Scored, scored
 from .sampling import Sampler
-from .stream import Assembler
 from .text import Text
 
 
