@@ -273,7 +273,7 @@ class Memory:
         layers, heads, rank, _ = self.shape
         return (
             f"Memory(layers={layers}, heads={heads}, rank={rank}, write={self.write}, "
-            f"norm={float(np.linalg.norm(self.state)):.4g})"
+            f"norm={float(np.linalg.norm(self.state.astype(np.float64))):.4g})"
         )
 
     @property

@@ -314,3 +314,5 @@ def test_closed_model(llm):
 
 def test_repr(llm):
     assert repr(llm.memory) == "Memory(layers=4, heads=1, rank=8, write=True, norm=0)"
+    llm.memory.state = np.full(llm.memory.shape, 1e38)  # 4 · 64 values: the norm is no float32
+    assert "norm=1.6e+39" in repr(llm.memory)

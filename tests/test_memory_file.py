@@ -314,6 +314,13 @@ def test_norms_and_singular_values():
     np.testing.assert_allclose(snapshot.singular_values[0, 1], [4, 3, 0, 0, 0, 0, 0, 0], atol=1e-6)
 
 
+def test_norms_of_a_state_whose_norm_is_no_float32():
+    largest = np.finfo(np.float32).max
+    snapshot = MemorySnapshot(np.full((1, 1, 8, 8), largest, dtype=np.float32), METADATA)
+    np.testing.assert_allclose(snapshot.norms, [[8 * float(largest)]])
+    np.testing.assert_allclose(snapshot.singular_values[0, 0, 0], 8 * float(largest))
+
+
 def test_exports(tmp_path):
     metadata = {**METADATA, "file": "a key that numpy.savez has too"}
     snapshot = MemorySnapshot(random_state(), metadata)

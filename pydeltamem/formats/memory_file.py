@@ -93,15 +93,15 @@ class MemorySnapshot:
         return n if n <= MAX_WRITTEN else 0
 
     @property
-    def norms(self) -> npt.NDArray[np.float32]:
-        """Frobenius norms of the states, [L, H]."""
+    def norms(self) -> npt.NDArray[np.float64]:
+        """Frobenius norms of the states, float64 [L, H]: that of a float32 state may exceed float32."""
         norms: npt.NDArray[np.float64] = np.linalg.norm(self.state.astype(np.float64), axis=(2, 3))
-        return norms.astype(np.float32)
+        return norms
 
     @property
-    def singular_values(self) -> npt.NDArray[np.float32]:
-        """Singular values of each state, descending, [L, H, r]."""
-        return np.linalg.svd(self.state.astype(np.float64), compute_uv=False).astype(np.float32)
+    def singular_values(self) -> npt.NDArray[np.float64]:
+        """Singular values of each state, descending, float64 [L, H, r]."""
+        return np.linalg.svd(self.state.astype(np.float64), compute_uv=False)
 
     def to_npz(self, path: str | os.PathLike[str]) -> None:
         """Exports a NumPy archive of the arrays `state` and `metadata`, JSON in a string. Raises MemoryFileError."""

@@ -13,8 +13,6 @@ from .memory_file import MemorySnapshot, owner
 
 def describe_memory(snapshot: MemorySnapshot) -> dict[str, Any]:
     """What a memory holds, as values that JSON can hold. Per layer and head: norm, singular values, effective rank."""
-    state = snapshot.state.astype(np.float64)  # the norms of large values are no float32
-    all_norms, singular_values = np.linalg.norm(state, axis=(2, 3)), np.linalg.svd(state, compute_uv=False)
     return {
         "metadata": dict(snapshot.metadata),
         "shape": list(snapshot.state.shape),
@@ -25,7 +23,7 @@ def describe_memory(snapshot: MemorySnapshot) -> dict[str, Any]:
                 "singular_values": values.tolist(),
                 "effective_ranks": [effective_rank(row) for row in values],
             }
-            for layer, norms, values in zip(snapshot.layers, all_norms, singular_values)
+            for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values)
         ],
     }
 

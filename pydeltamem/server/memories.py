@@ -37,7 +37,7 @@ def remembering(server: Server) -> APIRouter:
         record = await service.get(id, owner)
         snapshot = await service.snapshot_of(record)
         layers = [
-            {"layer": layer, "norm": [float(x) for x in norms], "singular_values": values.tolist()}
+            {"layer": layer, "norm": norms.tolist(), "singular_values": values.tolist()}
             for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values)
         ]
         return {
