@@ -19,8 +19,7 @@ endif()
 
 include(CheckCXXSourceRuns)
 
-set(CMAKE_REQUIRED_FLAGS "-march=native -O3 -include ${DELTAMEM_AMX_HEADER}")
-check_cxx_source_runs([[
+set(DELTAMEM_AMX_PROGRAM [[
 #ifdef __AMX_TILE__
 #include <cstdint>
 #include <immintrin.h>
@@ -48,7 +47,10 @@ int main() {
 #else
 int main() {}
 #endif
-]] DELTAMEM_AMX_WORKS)
+]])
+set(CMAKE_REQUIRED_FLAGS "-march=native -O3")
+# included by the source: a path with a space does not survive in the flags
+check_cxx_source_runs("#include \"${DELTAMEM_AMX_HEADER}\"\n${DELTAMEM_AMX_PROGRAM}" DELTAMEM_AMX_WORKS)
 unset(CMAKE_REQUIRED_FLAGS)
 
 if (NOT DELTAMEM_AMX_WORKS)

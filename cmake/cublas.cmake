@@ -31,6 +31,6 @@ if (DELTAMEM_CUBLAS_INCLUDE)
     # CMake leaves folders inside the source tree out of the rpath, and .venv is one
     get_filename_component(library_dir ${CUDA_cublas_LIBRARY} DIRECTORY)
     list(APPEND CMAKE_INSTALL_RPATH ${library_dir})
-    set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} -isystem ${DELTAMEM_CUBLAS_INCLUDE}")
-    set(CMAKE_CXX_FLAGS  "${CMAKE_CXX_FLAGS} -isystem ${DELTAMEM_CUBLAS_INCLUDE}")
+    set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} -isystem \"${DELTAMEM_CUBLAS_INCLUDE}\"")
+    set(CMAKE_CXX_FLAGS  "${CMAKE_CXX_FLAGS} -isystem \"${DELTAMEM_CUBLAS_INCLUDE}\"")
 endif()
