@@ -225,7 +225,7 @@ class Check:
 
     def run(self) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log.write_text("")
+        self.log.write_text("", encoding="utf-8")
         column = "sha256"
         try:
             archive = source_distribution(self.version)
@@ -253,18 +253,19 @@ class Check:
         """Runs a command and returns its output, which is logged too."""
         print(f"{self.version}: {what}", flush=True)
         arguments = [str(argument) for argument in command]
-        # these would select another library or package
-        clean = {key: value for key, value in os.environ.items() if key not in ("LLAMA_CPP_LIB_PATH", "PYTHONPATH")}
+        # these would select another library, package or source
+        others = ("DELTAMEM_LLAMA_CPP_SOURCE", "LLAMA_CPP_LIB_PATH", "PYTHONPATH")
+        clean = {key: value for key, value in os.environ.items() if key not in others}
         result = subprocess.run(
             arguments,
             cwd=cwd,
             env={**clean, **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
         )
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             log.write(f"$ {' '.join(arguments)}\n{result.stdout}\n")
         if result.returncode != 0:
             print("\n".join(result.stdout.splitlines()[-25:]))
@@ -279,19 +280,18 @@ class Check:
 
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout.decode()
-        for name in filter(None, listed.split("\0")):
-            if name not in moved and not name.startswith("native/patches/") and (ROOT / name).is_file():
-                data = (ROOT / name).read_bytes()
-                write(self.source / name, data)
-                if name.startswith("convert/"):
-                    write(self.source / "pydeltamem" / name, data)  # as it is installed
-        for name, text in moved.items():
-            write(self.source / name, text.encode())
-        for patch in (self.source / "native" / "patches").glob("*.patch"):
-            if patch.name not in carried:
-                patch.unlink()
-        for name, text in carried.items():
-            write(self.source / "native" / "patches" / name, text.encode())
+        names = [name for name in listed.split("\0") if name and not name.startswith("native/patches/")]
+        files = {name: (ROOT / name).read_bytes() for name in names if (ROOT / name).is_file()}
+        files |= {f"pydeltamem/{name}": files[name] for name in files if name.startswith("convert/")}  # as installed
+        files |= {name: text.encode() for name, text in moved.items()}
+        files |= {f"native/patches/{name}": text.encode() for name, text in carried.items()}
+        for name, data in files.items():
+            write(self.source / name, data)
+        # what an earlier check copied, and is gone since
+        for path in self.source.rglob("*"):
+            name = path.relative_to(self.source).as_posix()
+            if path.is_file() and name not in files and not name.startswith(("build/", "pydeltamem/lib/")):
+                path.unlink()
 
         before = "".join((PATCHES / name).read_text(encoding="utf-8") for name in carried)
         ours = set(re.findall(r"^index (.+)$", before, re.MULTILINE))

@@ -164,6 +164,36 @@ def test_a_failed_step_stands_in_the_table(tmp_path, monkeypatch):
     )
 
 
+def test_a_check_copies_what_is_there_now(tmp_path, monkeypatch):
+    """In the folder of the last check, with the libraries that it built. A module that is gone must not be found."""
+    repository, patches = tmp_path / "repository", tmp_path / "repository" / "native" / "patches"
+    patches.mkdir(parents=True)
+    subprocess.run(["git", "init", "-q"], cwd=repository, check=True)
+    for name in ("old.py", "pin.py", "convert/one.py", "native/patches/0001.patch"):
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text(f"{name}\n")
+    monkeypatch.setattr(upstream, "ROOT", repository)
+    monkeypatch.setattr(upstream, "PATCHES", patches)
+    monkeypatch.setattr(upstream, "BUILD", tmp_path)
+    monkeypatch.setattr(upstream, "pins_moved_to", lambda version, sha256: {"pin.py": "moved\n"})
+    monkeypatch.setattr(upstream, "carry_over_to", lambda archive: ({"0001.patch": "carried\n"}, 0))
+    one = upstream.Check("9.8.7", [])
+    one.copy_tree(tmp_path / "archive", "f" * 64)
+    library = one.source / "pydeltamem" / "lib" / "libllama.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    (repository / "old.py").rename(repository / "new.py")
+    one.copy_tree(tmp_path / "archive", "f" * 64)
+
+    copied = {path.relative_to(one.source).as_posix(): path for path in one.source.rglob("*") if path.is_file()}
+    assert set(copied) == {
+        "new.py", "pin.py", "convert/one.py", "pydeltamem/convert/one.py", "pydeltamem/lib/libllama.so",
+        "native/patches/0001.patch",
+    }  # fmt: skip
+    assert copied["pin.py"].read_text() == "moved\n"
+    assert copied["native/patches/0001.patch"].read_text() == "carried\n"
+
+
 #
 # the count of patched lines
 #
