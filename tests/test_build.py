@@ -248,13 +248,13 @@ def test_pip_that_finds_nothing(tmp_path, monkeypatch):
         fetch.download(tmp_path / "download")
 
 
-def configure(tmp_path, source):
+def configure(tmp_path, *options, **environment):
     """Runs CMake on the project; returns the message of its error as one line."""
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake")
-    command = ["cmake", "-S", ROOT, "-B", tmp_path / "cmake", f"-DDELTAMEM_LLAMA_CPP_SOURCE={source}"]
-    command.append(f"-DPython_EXECUTABLE={sys.executable}")
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "cmake", f"-DPython_EXECUTABLE={sys.executable}", *options]
+    variables = {key: value for key, value in os.environ.items() if key != "DELTAMEM_LLAMA_CPP_SOURCE"}
+    result = subprocess.run(command, capture_output=True, text=True, env={**variables, **environment})
     assert result.returncode != 0
     head, _, message = result.stderr.partition("(message):")
     assert head.startswith("CMake Error at CMakeLists.txt")
@@ -262,16 +262,28 @@ def configure(tmp_path, source):
 
 
 def test_cmake_stops_with_one_sentence_for_a_wrong_checksum(tmp_path, sdist):
-    message = configure(tmp_path, sdist)
+    message = configure(tmp_path, f"-DDELTAMEM_LLAMA_CPP_SOURCE={sdist}")
     check_names(message, [sdist, fetch.sha256_of(sdist)])
     assert message.count(". ") == 0
 
 
 def test_cmake_stops_with_one_sentence_for_a_patch_that_does_not_apply(tmp_path, source):
-    message = configure(tmp_path, source)
+    message = configure(tmp_path, f"-DDELTAMEM_LLAMA_CPP_SOURCE={source}")
     first = sorted((ROOT / "native" / "patches").glob("*.patch"))[0]
     check_names(message, [first.name])
     assert message.count(". ") == 0
+
+
+def test_cmake_asks_the_environment_for_the_source_each_time(tmp_path, source, sdist):
+    """pip builds in the same folder again, and a source that was refused may be corrected there, or unset."""
+    check_names(configure(tmp_path, DELTAMEM_LLAMA_CPP_SOURCE="/nowhere"), ["/nowhere"])
+    check_names(configure(tmp_path, DELTAMEM_LLAMA_CPP_SOURCE=str(sdist)), [sdist])
+    below = os.path.relpath(sdist, ROOT)
+    check_names(configure(tmp_path, DELTAMEM_LLAMA_CPP_SOURCE=below), [sdist])
+    offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(tmp_path)}
+    check_names(configure(tmp_path, **offline), [fetch.REQUIREMENT])
+    named = f"-DDELTAMEM_LLAMA_CPP_SOURCE={source}"
+    check_names(configure(tmp_path, named, **offline, DELTAMEM_LLAMA_CPP_SOURCE=""), [fetch.REQUIREMENT])
 
 
 #
