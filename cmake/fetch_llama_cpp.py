@@ -158,6 +158,7 @@ def git_apply(tree: Path, patch: Path, *options: str) -> subprocess.CompletedPro
     # ceiling keeps it from looking above the tree.
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     env["GIT_CEILING_DIRECTORIES"] = str(tree.parent)
+    env["LC_ALL"] = "C"  # apply_patches reads what it says
     command = [
         "git",
         "-c",

@@ -167,7 +167,9 @@ def test_patch_applies_inside_an_ignored_folder_of_a_repository(tree, patch, sdi
     assert (tree / "src/llama-graph.cpp").read_text() == PATCHED
 
 
-def test_patch_that_does_not_apply(tree, patch, sdist):
+def test_patch_that_does_not_apply(tree, patch, sdist, monkeypatch):
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    monkeypatch.setenv("LANGUAGE", "de")  # git says it in German, where it has that
     prepare(tree, [patch], sdist)
     patch.write_text(PATCH.replace("-three", "-four"))
     with refuses(fetch.FetchError, "0001-hook.patch", "src/llama-graph.cpp"):
