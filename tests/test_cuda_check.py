@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -62,15 +66,34 @@ def test_a_step(tmp_path):
     assert "FAILED (not all was run)" in table and "no-program: No such file" in table
 
 
+def ends(pid):
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(pid, 0)
+            time.sleep(0.05)  # until the process that inherits it has taken its status
+
+
 def test_what_a_step_started_ends_with_it(tmp_path):
     """A build's compilers must not go on beside those of the next run."""
     check = cuda_check.Check(tmp_path)
     pid = tmp_path / "pid"
     assert check.run("slow", "sh", "-c", f"sleep 60 & echo $! > {pid}; wait", timeout=1) is None
-    with pytest.raises(ProcessLookupError):
-        for _ in range(100):
-            os.kill(int(pid.read_text()), 0)
-            time.sleep(0.05)  # until the process that inherits it has taken its status
+    ends(int(pid.read_text()))
+
+
+def test_ctrl_c_ends_what_a_step_started(tmp_path):
+    pid = tmp_path / "pid"
+    program = """
+import pathlib, sys
+from cuda_check import Check
+Check(pathlib.Path(sys.argv[1])).run("slow", "sh", "-c", f"echo $$ > {sys.argv[1]}/pid; sleep 60", timeout=60)
+"""
+    folder = Path(cuda_check.__file__).parent
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path], cwd=folder, stderr=subprocess.DEVNULL) as check:
+        while not pid.exists() or not pid.read_text():
+            time.sleep(0.05)
+        check.send_signal(signal.SIGINT)
+    ends(int(pid.read_text()))
 
 
 def test_no_step_after_the_time_is_up(tmp_path):

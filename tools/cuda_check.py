@@ -38,6 +38,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+sys.path.insert(0, str(ROOT / "cmake"))
+import fetch_llama_cpp  # noqa: E402
+
+SOURCES = (ROOT / "build" / "native" / "download" / fetch_llama_cpp.SDIST, ROOT / "llama.cpp")
 PROMPT = 8  # tokens of decode()'s prompt
 
 
@@ -68,12 +73,10 @@ class Check:
             with open(path, "w", encoding="utf-8") as file:
                 try:
                     process = start(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment})
-                    status = process.wait(timeout)
-                except subprocess.TimeoutExpired:
-                    stop(process)
-                    status = f"not done after {timeout:.0f} s"
                 except OSError as error:
                     status = f"{command[0]}: {error.strerror}"
+                else:
+                    status = result(process, timeout)
         seconds = time.monotonic() - begun
         text = path.read_text(encoding="utf-8", errors="replace") if timeout > 0 else ""
         if status == 0 and not accept(text):
@@ -107,6 +110,18 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def result(process: subprocess.Popen, timeout: float) -> int | str:
+    """Its exit status, or that it took too long. It does not go on after that, nor after Ctrl-C."""
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        stop(process)
+        return f"not done after {timeout:.0f} s"
+    except KeyboardInterrupt:
+        stop(process)
+        raise
+
+
 def all_passed(text: str) -> bool:
     """Whether pytest ran its tests, and skipped none."""
     summary = (text.strip().splitlines() or [""])[-1]
@@ -119,9 +134,8 @@ def configure(check: Check, options: list[str]) -> bool:
         "cmake", "-S", ROOT, "-B", check.build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
         "-DDELTAMEM_BUILD_TESTS=ON", "-DGGML_CUDA=ON", "-DGGML_CUDA_FA=OFF", "-DGGML_CUDA_NO_VMM=ON",
         "-DCMAKE_CUDA_ARCHITECTURES=native",
-        # the source that the package was built from, if it was here, or that of `make cuda-bundle`
-        *(f"-DDELTAMEM_LLAMA_CPP_SOURCE={path}" for path in (ROOT / "build/native/download").glob("*.tar.gz")),
-        *(f"-DDELTAMEM_LLAMA_CPP_SOURCE={path.parent}" for path in ROOT.glob("llama.cpp/CMakeLists.txt")),
+        # the source that the package's build has downloaded, if it was here, or that of `make cuda-bundle`
+        *(f"-DDELTAMEM_LLAMA_CPP_SOURCE={path}" for path in SOURCES if path.exists()),
         *options,
     ]  # fmt: skip
     if check.run("configure", *command, timeout=120, counts=False) is not None:
