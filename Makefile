@@ -315,7 +315,7 @@ lint: $(INSTALLED) patch-count ## formatting, lint rules, doors between the room
 	@cp _pydeltamem_startup.py build/imports
 	cd build/imports && PYTHONPATH=$$("$(CURDIR)/$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 		"$(CURDIR)/$(BIN)/python" -S -c 'from importlinter.cli import lint_imports_command as run; run()' \
-		--config "$(CURDIR)/pyproject.toml"
+		"$(CURDIR)/pyproject.toml"
 	cd build/imports && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" -p pydeltamem
 
 format: $(TOOLS) ## rewrite the sources in the project's format
