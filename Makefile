@@ -52,7 +52,7 @@ FUZZ         ?= 20000
 FUZZ_NATIVE  ?= 300000
 
 # the LoCoMo dialogues, which are not ours to ship
-SOAK_DATA    ?= ../shared/data/locomo10.json
+SOAK_DATA    ?= $(or $(DELTAMEM_DATA),../shared/data)/locomo10.json
 
 INSTALLED := $(VENV)/.installed
 TOOLS     := $(VENV)/.tools
@@ -258,7 +258,7 @@ fuzz: fuzz-native $(DEMO)/adapter.gguf ## random and damaged inputs for all code
 	DELTAMEM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/fuzz tests/test_history.py
 
 soak: $(DEMO)/adapter.gguf ## 100,000 tokens of dialogue (SOAK_DATA: locomo10.json) through a window of 1,024, with a plot
-	$(BIN)/python tools/soak.py --data $(SOAK_DATA) --model $(TINY)/base.gguf --deltamem $(DEMO)/adapter.gguf --out build/soak
+	$(BIN)/python tools/soak.py --data "$(SOAK_DATA)" --model $(TINY)/base.gguf --deltamem $(DEMO)/adapter.gguf --out build/soak
 
 bench: $(INSTALLED) ## time random models with and without an adapter, and the operator (BENCH_SHAPES, BENCH_ARGS)
 	@mkdir -p build/bench

@@ -83,6 +83,23 @@ class Client(threading.Thread):
                 self.over.wait(0.1)
 
 
+class Stuck(RpcServer):
+    """A process that waits, and an end while it is waited for, as by Ctrl-C."""
+
+    def command(self):
+        return ["sleep", "60"]
+
+    def is_ready(self):
+        raise KeyboardInterrupt
+
+
+def test_a_process_that_is_not_waited_for_does_not_go_on(tmp_path):
+    stuck = Stuck(tmp_path)
+    with pytest.raises(KeyboardInterrupt), stuck:
+        pass
+    assert not stuck.is_running
+
+
 def test_a_lost_rpc_server_is_told_and_comes_back(tmp_path, rpc_servers, running):
     until(lambda: is_away(running))  # nobody is there at first
     for each in rpc_servers:

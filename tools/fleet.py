@@ -17,8 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -56,8 +55,11 @@ def until(condition: Callable[[], bool], seconds: float = 120, what: str = "it d
         time.sleep(0.02)
 
 
+P = TypeVar("P", bound="_Process")
+
+
 class _Process:
-    """A process that can be started again. Its output goes to `log`."""
+    """A process that can be started again, and that a `with` starts and kills. Its output goes to `log`."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
@@ -108,7 +110,15 @@ class _Process:
             self.popen.terminate()
         return self.popen.wait(seconds)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __enter__(self: P) -> P:
+        try:
+            self.start()
+        except BaseException:  # Ctrl-C does not reach its process group
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.kill()
 
 
@@ -132,6 +142,7 @@ class PostgreSQL(_Process):
             [*map(str, make), "--locale=C", "--no-sync"], capture_output=True, text=True, **self.options()
         )
         if done.returncode != 0:
+            self.__exit__()
             raise RuntimeError(f"initdb: {done.stderr}")
 
     @property
@@ -162,11 +173,7 @@ class PostgreSQL(_Process):
         asked = [self.programs / "psql", "-h", "127.0.0.1", "-p", self.port, "-U", "deltamem", "-At", "-c", text]
         return subprocess.run([*map(str, asked), "postgres"], capture_output=True, text=True, check=True).stdout.strip()
 
-    def __enter__(self) -> PostgreSQL:
-        self.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -199,10 +206,6 @@ class Replica(_Process):
     def is_ready(self) -> bool:
         return self.health()[0] == 200
 
-    def __enter__(self) -> Replica:
-        self.start()
-        return self
-
 
 class RpcServer(_Process):
     """A `deltamem rpc-server` of this machine's CPU."""
@@ -221,10 +224,6 @@ class RpcServer(_Process):
         except OSError:
             return False
         return True
-
-    def __enter__(self) -> RpcServer:
-        self.start()
-        return self
 
 
 class HAProxy(_Process):
@@ -251,10 +250,6 @@ class HAProxy(_Process):
             return httpx.get(f"{self.address}/health", timeout=10).status_code == 200
         except httpx.TransportError:
             return False
-
-    def __enter__(self) -> HAProxy:
-        self.start()
-        return self
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@
 Clients say, regenerate, edit, fork, forget, go away in the middle and send wrong requests, over HTTP. The store begins
 with many sessions. Once a minute it prints what the process occupies, and how long requests and the server's steps
 take: half of them at most p50, all but a hundredth at most p99. It fails if an answer has an error that no client
-caused.
+caused, or the server ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import itertools
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,13 +24,12 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from fleet import Replica
 from pydeltamem.formats.memory_file import MemorySnapshot
-from pydeltamem.models import default_files
 from pydeltamem.server.records import Record
 from pydeltamem.server.session import imported
 from pydeltamem.server.store import Store
 
-PORT = 8391
 WORDS = ["my name is", "Ada", "I live in", "Lima", "a dog that", "likes rain", "what do you know", "of me"]
 
 
@@ -54,14 +52,16 @@ class Counts:
             self.wrong.append(what)
 
 
-def fill(store: Store, model: str, n: int) -> None:
+def fill(server: Replica, n: int) -> None:
     """Makes n sessions with the memory that one turn of a session leaves."""
-    with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as http:
+    with httpx.Client(base_url=server.address, timeout=60) as http:
         http.post("/sessions/first/v1/chat/completions", json=chat(["hello"], 4)).raise_for_status()
         snapshot = MemorySnapshot.from_bytes(http.get("/v1/memories/first/file").content)
     record = imported(Record("", "x"), snapshot)
+    store = Store(server.store)
     for i in range(n):
         store.commit(replace(record, name=f"filled{i}"))
+    store.close()
 
 
 def chat(said: list[str], n: int, **more: object) -> dict[str, object]:
@@ -70,12 +70,12 @@ def chat(said: list[str], n: int, **more: object) -> dict[str, object]:
     return {"messages": messages, "max_tokens": n, "temperature": 0.7, **more}
 
 
-def client(i: int, until: float, counts: Counts) -> None:
+def client(i: int, server: Replica, until: float, counts: Counts) -> None:
     """One client with three sessions."""
     draw = random.Random(i)
     said: dict[str, list[str]] = {f"c{i}-{k}": [] for k in range(3)}
-    with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=120) as http:
-        while time.time() < until:
+    with httpx.Client(base_url=server.address, timeout=120) as http:
+        while time.time() < until and server.is_running:
             name = draw.choice(list(said))
             kind = draw.choice(["say"] * 6 + ["again", "new", "fork", "undo", "leave", "wrong", "read", "list"])
             begin = time.perf_counter()
@@ -125,7 +125,8 @@ def resident(pid: int) -> float:
 class Steps:
     """How long the server's steps take, by its metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, server: Replica) -> None:
+        self._server = server
         self._before = self._read()
 
     def quantiles(self, *shares: float) -> list[float]:
@@ -139,7 +140,7 @@ class Steps:
 
     def _read(self) -> dict[float, float]:
         """Steps that took at most as many seconds."""
-        text = httpx.get(f"http://127.0.0.1:{PORT}/metrics", timeout=60).text
+        text = httpx.get(f"{self._server.address}/metrics", timeout=60).text
         return {
             float(sample.labels["le"]): sample.value
             for family in text_string_to_metric_families(text)
@@ -161,46 +162,39 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--sessions", type=int, default=10_000)
     args = parser.parse_args()
-    base, adapters = default_files()
     counts = Counts()
     with tempfile.TemporaryDirectory() as folder:
-        url = f"sqlite:///{folder}/sessions.db"
-        command = [sys.executable, "-m", "pydeltamem.cli", "serve", "-m", str(base), "--deltamem", str(adapters["msw"])]
-        command += ["--port", str(PORT), "--store", url, "-c", "1024", "-np", "4", "-t", "1", "--log-level", "error"]
-        server = subprocess.Popen([*command, "--no-page"])
-        try:
-            while True:
-                try:
-                    if httpx.get(f"http://127.0.0.1:{PORT}/health").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    time.sleep(0.1)
-            fill(Store(url), str(base), args.sessions)
-            until = time.time() + 60 * args.minutes
-            steps = Steps()
-            threads = [threading.Thread(target=client, args=(i, until, counts)) for i in range(args.clients)]
-            for thread in threads:
-                thread.start()
-            print(" " * 21 + "------ requests ------  --- steps ----")
-            print("minute  resident MB   number  p50 ms  p99 ms  p50 ms  p99 ms  errors", flush=True)
-            while any(thread.is_alive() for thread in threads):
-                time.sleep(60)
-                with counts.lock:
-                    seconds, counts.seconds = sorted(counts.seconds), []
-                if seconds:
-                    p50, p99 = 1000 * statistics.median(seconds), 1000 * seconds[int(0.99 * len(seconds))]
-                    minute = args.minutes - (until - time.time()) / 60
-                    size = resident(server.pid)
-                    step50, step99 = steps.quantiles(0.5, 0.99)
-                    row = f"{minute:6.1f}  {size:11.1f}  {len(seconds):7}  {p50:6.0f}  {p99:6.0f}"
-                    print(f"{row}  {step50:6.1f}  {step99:6.1f}  {len(counts.wrong):6}", flush=True)
-        finally:
-            server.terminate()
-            server.wait(60)
+        store = f"sqlite:///{folder}/sessions.db"
+        with Replica(Path(folder), "server", store, "-np", 4, "--log-level", "error") as server:
+            play(args, server, counts)
+            if not server.is_running or server.end() != 0:
+                counts.fail("the server ended")
+        print(server.log.read_text(errors="replace")[-5000:], end="")
     print(counts.done)
     for error in counts.wrong[:10]:
         print(error)
     return 1 if counts.wrong else 0
+
+
+def play(args: argparse.Namespace, server: Replica, counts: Counts) -> None:
+    """The load, and a line a minute."""
+    fill(server, args.sessions)
+    until, steps = time.time() + 60 * args.minutes, Steps(server)
+    threads = [threading.Thread(target=client, args=(i, server, until, counts)) for i in range(args.clients)]
+    for thread in threads:
+        thread.start()
+    print(" " * 21 + "------ requests ------  --- steps ----")
+    print("minute  resident MB   number  p50 ms  p99 ms  p50 ms  p99 ms  errors", flush=True)
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(60)
+        with counts.lock:
+            seconds, counts.seconds = sorted(counts.seconds), []
+        if seconds and server.is_running:
+            p50, p99 = 1000 * statistics.median(seconds), 1000 * seconds[int(0.99 * len(seconds))]
+            minute = args.minutes - (until - time.time()) / 60
+            step50, step99 = steps.quantiles(0.5, 0.99)
+            row = f"{minute:6.1f}  {resident(server.popen.pid):11.1f}  {len(seconds):7}  {p50:6.0f}  {p99:6.0f}"
+            print(f"{row}  {step50:6.1f}  {step99:6.1f}  {len(counts.wrong):6}", flush=True)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,12 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=1024, help="tokens of context (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/soak"), metavar="DIR")
     args = parser.parse_args()
+    if args.tokens < SETTLED + 2 * STEP:
+        parser.error(
+            f"--tokens {args.tokens}: at least {SETTLED + 2 * STEP}, of which the first {SETTLED} do not count"
+        )
+    if not Path(args.data).is_file():
+        parser.error(f"--data {args.data}: no such file: name LoCoMo's locomo10.json")
 
     samples = soak(args)
     args.out.mkdir(parents=True, exist_ok=True)
