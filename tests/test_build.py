@@ -289,6 +289,35 @@ def test_cmake_asks_the_environment_for_the_source_each_time(tmp_path, source, s
 
 
 #
+# the source distribution
+#
+
+
+def test_the_source_distribution_has_nothing_that_git_ignores(tmp_path):
+    clone = tmp_path / "clone"
+    names = {
+        ".gitignore",
+        "LICENSE",
+        "README.md",
+        "licenses/LICENSE-llama.cpp",
+        "pydeltamem/version.py",
+        "pyproject.toml",
+    }
+    for name in names:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, clone / name)
+    for name in (".venv/lib/pyproject.toml", "build/native/pyproject.toml", "pydeltamem/lib/libllama.so"):
+        (clone / name).parent.mkdir(parents=True)
+        (clone / name).touch()
+    build = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=clone, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    assert packed == names | {"PKG-INFO"}
+
+
+#
 # what is installed
 #
 
