@@ -107,7 +107,7 @@ def download(folder: Path, expected: str | None = SHA256, version: str = VERSION
             sys.stderr.write(result.stdout)
             raise FetchError(
                 f"pip could not download the source distribution of {requirement} (its messages are above); "
-                f"make pip's index reachable, or name {archive.name} with -DDELTAMEM_LLAMA_CPP_SOURCE=PATH."
+                f"make pip's index reachable, or put {archive.name} into {folder}."
             )
         fetched = Path(aside) / archive.name
         if not fetched.exists():

@@ -53,6 +53,8 @@ def test_files_of_the_repository():
     ):
         assert path in packed
     assert not [path for path in packed if path.endswith(".patch") or path.startswith(("recipes/", "docs/"))]
+    limit = cuda_bundle.LARGEST  # above it the command stops
+    assert not [path for path in packed if "pydeltamem/lib/" not in path and (ROOT / path).stat().st_size > limit]
 
 
 def test_packages_that_pytorch_brings_are_left_out():

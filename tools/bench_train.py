@@ -1,6 +1,6 @@
 """Where the time of a training step goes, and how near its products are to what the processor can.
 
-    tools/bench_train.py smollm2 build/smollm2/train.jsonl --init recipes/smollm2/msw --threads 1
+    python tools/bench_train.py smollm2 build/smollm2/train.jsonl --init recipes/smollm2/msw --threads 1
 
 Runs the same steps of `deltamem train` twice: by PyTorch's profiler, for the time of each part, and by its counter of
 operations. Between the steps it multiplies two large matrices of the model's type: the roofline. Its time is the least

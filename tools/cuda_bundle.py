@@ -33,7 +33,7 @@ import fetch_llama_cpp  # noqa: E402
 # what the check reads of the repository, as git names it
 OURS = re.compile(
     r"(CMakeLists\.txt|LICENSE|pyproject\.toml|_pydeltamem_startup\.py|cmake/.*|convert/.*|examples/tiny/.*|native/.*"
-    r"|pydeltamem/.*|tests/[^/]*\.py|tests/(golden|native)/.*|tools/(cuda_check|cuda_bundle_run|native_context)\.py)"
+    r"|pydeltamem/(?!models/smollm2).*|tests/[^/]*\.py|tests/(golden|native)/.*|tools/(cuda_check|cuda_bundle_run|native_context)\.py)"
 )
 BACKENDS = ("ggml-cpu", "ggml-cuda", "ggml-rpc")  # that the check builds
 THERE = ("numpy", "torch")  # what comes with PyTorch
