@@ -277,7 +277,7 @@ def test_cmake_stops_with_one_sentence_for_a_patch_that_does_not_apply(tmp_path,
 
 
 def test_cmake_asks_the_environment_for_the_source_each_time(tmp_path, source, sdist):
-    """pip builds in the same folder again, and a source that was refused may be corrected there, or unset."""
+    """make builds in the same folder again, and a source that was refused may be corrected there, or unset."""
     check_names(configure(tmp_path, DELTAMEM_LLAMA_CPP_SOURCE="/nowhere"), ["/nowhere"])
     check_names(configure(tmp_path, DELTAMEM_LLAMA_CPP_SOURCE=str(sdist)), [sdist])
     below = os.path.relpath(sdist, ROOT)
