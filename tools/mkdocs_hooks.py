@@ -2,7 +2,7 @@
 
 Generates the pages of the command line, from the parser of each subcommand, and of the C API, from its header. Takes
 pages from outside of docs/ into the site, such as the model card. In all pages and in the README files it checks links
-out of docs/ and into it, paths, tests and make targets in `code`, and every `deltamem` command, which its parser must
+out of docs/ and into it, paths and tests in `code`, make targets, and every `deltamem` command, which its parser must
 accept. A missing name is a warning, so `mkdocs build --strict` fails.
 """
 
@@ -53,6 +53,7 @@ PATH = re.compile(r"(?:native|pydeltamem(?!/lib)|convert|recipes|tests|tools|dep
 TEST = re.compile(r"(test_\w+)(?:\[.*\])?")
 NAME_IN_FILE = re.compile(r"`([A-Za-z_][\w.]*)` (?:in|of) `([\w./-]+\.\w+)`")
 MAKE = re.compile(r"make ([a-z][a-z0-9-]*)")
+MAKE_LINE = re.compile(r"^ {4}(make .*)$", re.MULTILINE)
 COMMAND = re.compile(r"^ {4}(?:[A-Z_]+=\S+ )*(deltamem .*?)(?: {2,}#.*)?$", re.MULTILINE)
 
 
@@ -104,6 +105,7 @@ def problems(markdown: str, path: Path) -> Iterator[str]:
             yield f"{code} does not exist"
         if (test := TEST.fullmatch(code)) and test[1] not in tests():
             yield f"no test is called {test[1]}"
+    for code in [*CODE.findall(prose), *MAKE_LINE.findall(prose)]:
         if (target := MAKE.match(code)) and target[1] not in targets():
             yield f"the Makefile has no target {target[1]}"
     for name, file in NAME_IN_FILE.findall(prose):
