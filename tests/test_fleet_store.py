@@ -81,6 +81,7 @@ def test_a_commit_is_read_back(store):
     assert store.list("o", containing="DA") == store.list("o", limit=1) == store.list("o")
     assert store.list("o", containing="%") == store.list("o", containing="b") == []
     assert (store.count(), store.count("x")) == (1, 0)
+    assert store.count("o", without=["ada", "bo"]) == 0 and store.count("o", without=["bo"]) == 1
 
 
 def test_the_second_of_two_commits_is_refused(store):

@@ -13,6 +13,7 @@ import pytest
 from pydeltamem import InputError, ModelError
 from pydeltamem.server import AsyncDeltaMem, history
 from pydeltamem.server.holds import SessionBusy
+from pydeltamem.server.records import SessionLimit
 from pydeltamem.server.store import Store
 from pydeltamem.server.worker import QueueFull
 from turns import ENDLESS, F32, GREEDY, LETTERS, SAME, assistant, say, state_of, text_of, user
@@ -58,6 +59,29 @@ async def test_a_second_turn_of_a_session_waits_or_is_refused(serving):
         hold.set()
         await first.whole()
         assert (await say(service, [user("me too")])).committed.version == 3
+
+
+async def test_sessions_that_begin_at_once_count_for_the_limit(serving):
+    """Found: an owner who had one place left could begin as many sessions at once as slots and queue have room."""
+    async with serving(n_sessions=2) as service:
+        await say(service, [user("hello there")], session="first", owner="x")
+        turns = [say(service, [user("hello there")], session=name, owner="x") for name in ("second", "third")]
+        turns += [service.fork("first", "fourth", "x"), say(service, [user("hello there")], session="first", owner="x")]
+        turns += [say(service, [user("hello there")], session="another", owner="y")]
+        results = await asyncio.gather(*turns, return_exceptions=True)
+        assert sorted(type(result).__name__ for result in results[:3])[1:] == ["SessionLimit"] * 2
+        assert not [result for result in results[3:] if isinstance(result, Exception)]
+        assert service.store.count("x") == 2
+
+        begun = next(each.name for each in await service.list("x") if each.name != "first")
+        await service.delete(begun, "x")
+        empty = {**GREEDY, "max_tokens": 0}
+        assert not (await say(service, [user("hello there")], session="none", owner="x", **empty)).counts
+        await say(service, [user("hello there")], session="last", owner="x")  # what did not begin takes no place
+        with pytest.raises(SessionLimit):  # nor does it keep one
+            await say(service, [user("hello there")], session="none", owner="x")
+        only_reads = await say(service, [user("hello there")], session="fifth", owner="x", write=False)
+        assert only_reads.counts and service.store.count("x") == 2
 
 
 async def test_the_queue_has_an_end(serving):

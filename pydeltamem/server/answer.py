@@ -190,7 +190,7 @@ class Answer:
             await self._decode()
             return
         async with shared.holds.held(self.owner, self.session) as held:
-            found = await shared.session(held)
+            found = await shared.session(held, begins=self.write)
             stored = found.record if isinstance(found, Live) else found
             assert stored is not None  # of a session
             as_seen(stored, self.seen)

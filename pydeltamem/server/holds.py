@@ -59,6 +59,7 @@ class Holds:
         self._store, self._in_store, self._timeout, self._seconds = store, in_store, timeout, lease
         self._me = uuid.uuid4().hex
         self._locks: dict[tuple[str, str], _Lock] = {}
+        self._beginning: set[tuple[str, str]] = set()
         self._leased: set[Held] = set()
         self._prolonging: asyncio.Task[None] | None = None
 
@@ -71,6 +72,14 @@ class Holds:
         """How many hold a session in this process, or wait for it."""
         lock = self._locks.get((owner, name))
         return 0 if lock is None else lock.n
+
+    def begin(self, held: Held) -> list[str]:
+        """Says that a session begins in its hold. Returns the names of others of its owner that do: the store may not
+        know them yet.
+        """
+        others = [name for owner, name in self._beginning if owner == held.owner and name != held.name]
+        self._beginning.add((held.owner, held.name))
+        return others
 
     def holder(self, held: Held | None) -> str:
         """Whose lease ends with a commit."""
@@ -100,6 +109,7 @@ class Holds:
                 finally:
                     await self._release(held)
             finally:
+                self._beginning.discard(key)
                 entry.lock.release()
         finally:
             entry.n -= 1

@@ -196,7 +196,7 @@ class AsyncDeltaMem:
     async def replace(self, name: str, snapshot: MemorySnapshot, owner: str = "") -> Record:
         """Replaces the memory of a session, or makes one. Its text and turns are forgotten."""
         async with self._shared.holds.held(owner, checked_name(name)) as held:
-            record = await self._shared.in_store(self._shared.record, owner, name)
+            record = await self._shared.record(held)
             new = await self._shared.in_worker(lambda: sessions.with_memory(self.llm, record, snapshot))
             return await self._shared.commit(new, held)
 
@@ -205,7 +205,7 @@ class AsyncDeltaMem:
         record = await self.get(name, owner)
         # a turn may be beginning a session of this name
         async with self._shared.holds.held(owner, checked_name(new)) as held:
-            await self._shared.in_store(self._shared.require_room, owner, new)
+            await self._shared.require_room(held)
             return await self._shared.commit(dataclasses.replace(record, name=new, version=0, created=now()), held)
 
     async def reset(self, name: str, owner: str = "") -> Record:

@@ -20,7 +20,7 @@ from .database import N_CONNECTIONS
 from .holds import Held, Holds
 from .outbox import Outbox
 from .prompts import Prompts
-from .records import Identity, Record, SessionLimit, StoreAway, now
+from .records import NOTHING, Record, SessionLimit, StoreAway, now
 from .session import Live
 from .store import Store
 from .worker import ModelLost, Worker
@@ -89,18 +89,27 @@ class Shared:
         """Calls a function in the thread of the worker, which alone touches texts."""
         return await asyncio.wrap_future(self.worker.call(function))
 
-    def record(self, owner: str, name: str) -> Record:
-        """The session as the store has it; else a new one. Raises SessionLimit for one too many."""
-        record = self.store.get(owner, name)
+    async def record(self, held: Held, *, begins: bool = True) -> Record:
+        """The session as the store has it; else a new one, which `begins` or is only read. Raises SessionLimit for one
+        too many.
+        """
+        record = await self.in_store(self.store.get, held.owner, held.name)
         if record is None:
-            self.require_room(owner, name)
-            record = Record(owner, name, adapter=self.adapter)
+            if begins:
+                await self.require_room(held)
+            record = Record(held.owner, held.name, adapter=self.adapter)
         return record
 
-    def require_room(self, owner: str, name: str) -> None:
-        """Raises SessionLimit if an owner has as many sessions as it may have."""
-        if self.store.count(owner) >= self._n_sessions:
-            raise SessionLimit(f"session {name}: {self._n_sessions} sessions are there already: delete one first")
+    async def require_room(self, held: Held) -> None:
+        """Says that a session begins. Raises SessionLimit if its owner has as many as it may have, with those that
+        begin beside it.
+        """
+        others = self.holds.begin(held)
+        n = await self.in_store(self.store.count, held.owner, without=others)  # one may be committed meanwhile
+        if n + len(others) >= self._n_sessions:
+            raise SessionLimit(
+                f"session {held.name}: {self._n_sessions} sessions are there already, or begin: delete one first"
+            )
 
     async def commit(self, record: Record, held: Held | None = None) -> Record:
         """Commits a session that was changed otherwise than by a turn."""
@@ -137,22 +146,25 @@ class Shared:
         with slots.lock:
             slots.leave(live.text)
 
-    async def session(self, held: Held) -> Live | Record:
+    async def session(self, held: Held, *, begins: bool) -> Live | Record:
         """The session as the store has it: ready in memory; else its record, which the worker makes ready when the turn
-        begins, because it may be in the middle of a step now.
+        begins, because it may be in the middle of a step now. `begins`: as `record`, which raises SessionLimit.
         """
         key = held.owner, held.name
         live = self.live.get(key)
         known = None if live is None or live.record is None else live.record.identity
-        is_current = known is not None and known == held.identity
-        record = None if is_current else await self.in_store(self._newer, held, known)
-        if live is not None and record is None:
+        there = held.identity
+        if known is not None and there is None:  # no lease told it
+            there = await self.in_store(self.store.identity, *key)
+        if live is not None and known == there:
+            if begins and there == NOTHING:  # no turn of it has counted yet
+                await self.require_room(held)
             self.live.move_to_end(key)
             return live
+        record = await self.record(held, begins=begins)
         if live is not None:
             del self.live[key]
             self.worker.call(functools.partial(self.leave, live))
-        assert record is not None  # nothing is known
         sessions.check_adapter(record, self.adapter)
         return record
 
@@ -168,13 +180,6 @@ class Shared:
         live.record = new
         self.live[new.owner, new.name] = live
         return live
-
-    def _newer(self, held: Held, known: Identity | None) -> Record | None:
-        """The session if the store has another commit of it than this one. Raises SessionLimit for one too many."""
-        owner, name = held.owner, held.name
-        if known is not None and held.identity is None and known == self.store.identity(owner, name):
-            return None
-        return self.record(owner, name)
 
     def keep(self, key: tuple[str, str], live: Live) -> None:
         """Keeps a session ready, in place of the one that was used longest ago."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,11 +148,13 @@ class Store:
         rows = self._transaction(lambda connection: connection.execute(query).mappings().all(), alone=True)
         return [Listed(**fields_of(row), listed_size=row["size"]) for row in rows]
 
-    def count(self, owner: str | None = None) -> int:
-        """Number of sessions, of one owner or of all."""
+    def count(self, owner: str | None = None, *, without: Sequence[str] = ()) -> int:
+        """Number of sessions, of one owner or of all; `without` those of these names."""
         query = sa.select(sa.func.count()).select_from(SESSIONS)
         if owner is not None:
             query = query.where(SESSIONS.c.owner == owner)
+        if without:
+            query = query.where(SESSIONS.c.name.not_in(without))
         return self._transaction(lambda connection: connection.scalar(query), alone=True) or 0
 
     #
