@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError, MemoryFileError, NotFiniteError, shown
+from .errors import InputError, MemoryFileError, NotFiniteError, shown_value
 from .formats.memory_lock import MemoryFileLock
 from .llama import DeltaMemLlama
 from .memory import Memory
@@ -190,7 +190,7 @@ class Conversation:
         """Decodes a message without replying: "user", "assistant" or "system". Raises InputError if it does not fit."""
         self._ready()
         if not isinstance(role, str):
-            raise InputError(f'a role is text, as "user", not {role!r}')
+            raise InputError(f'a role is text, as "user", not {shown_value(role)}')
         self.messages.append({"role": role, "content": _checked_content(content)})
         try:
             self._make_room(0)
@@ -596,7 +596,7 @@ def stream_together(asked: Mapping[Conversation, str], **options: Any) -> Iterat
 
 def _asked(asked: Mapping[Conversation, str], options: Mapping[str, Any]) -> list[Reply]:
     if not isinstance(asked, Mapping) or not all(isinstance(each, Conversation) for each in asked):
-        raise InputError(f"what is said together is a dict of conversations and messages, not {shown(repr(asked))}")
+        raise InputError(f"what is said together is a dict of conversations and messages, not {shown_value(asked)}")
     if len({conversation.llm for conversation in asked}) > 1:
         raise InputError("conversations of different models cannot be decoded together")
     return [Reply(conversation, _checked_content(content), options) for conversation, content in asked.items()]

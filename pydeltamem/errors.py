@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import reprlib
 
 
 def shown(name: object) -> str:
     """A name or value from a file, fit for a sentence: on one line, and not too long."""
-    text = str(name)
+    text = _BEGINNING.repr(name) if isinstance(name, (list, tuple, dict)) else str(name)
     return printable(text if len(text) <= 160 else f"{text[:160]}…")
+
+
+def shown_value(value: object) -> str:
+    """A value as Python writes it, fit for a sentence. Of a large list or dict it looks at the beginning only: to write
+    all may take a second, in which no other thread goes on.
+    """
+    return shown(_BEGINNING.repr(value))
+
+
+class _Beginning(reprlib.Repr):
+    def repr_dict(self, x: dict[object, object], level: int) -> str:
+        return super().repr_dict(dict(itertools.islice(x.items(), self.maxdict + 1)), level)  # which would sort it
+
+
+_BEGINNING = _Beginning()
+_BEGINNING.maxlevel = 4
+_BEGINNING.maxlist = _BEGINNING.maxtuple = _BEGINNING.maxdict = 8
+_BEGINNING.maxstring = _BEGINNING.maxlong = _BEGINNING.maxother = 200  # more than is shown
 
 
 def printable(text: str) -> str:

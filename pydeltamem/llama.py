@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
-from .errors import AdapterError, DeltaMemError, InputError, ModelError, naming, no_file, shown
+from .errors import AdapterError, DeltaMemError, InputError, ModelError, naming, no_file, shown, shown_value
 from .formats.kinds import ADAPTER
 from .hub import HUB, adapter_file, model_file
 from .memory import Memory
@@ -562,7 +562,7 @@ class DeltaMemLlama(Llama):
         options = _CHAT.bind(self, messages, *args, **kwargs).arguments
         del options["self"]
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
-            raise InputError(f"messages is a list of messages, not {shown(repr(messages))}")
+            raise InputError(f"messages is a list of messages, not {shown_value(messages)}")
         options["messages"] = messages = list(messages)
         if self.chat_handler is None:
             if grammar := grammar_of_format(options.pop("response_format", None)):
@@ -707,7 +707,7 @@ class DeltaMemLlama(Llama):
         text, ours = self._text, state if isinstance(state, DeltaMemState) else None
         self._slots.require_open()
         if not isinstance(state, LlamaState):
-            raise InputError(f"load_state takes what save_state returned, not {shown(repr(state))}")
+            raise InputError(f"load_state takes what save_state returned, not {shown_value(state)}")
         if ours is None and self._n_seq_max > 1:
             raise InputError("a state that plain llama_cpp saved is for a context of one sequence")
         tokens = self._checked_tokens(state.input_ids[: state.n_tokens])

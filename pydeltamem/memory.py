@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import AdapterError, InputError, MemoryFileError, named, shown
+from .errors import AdapterError, InputError, MemoryFileError, named, shown_value
 from .formats.memory_file import MemorySnapshot, owner
 from .hub import adapter_file
 from .runtime import library
@@ -199,7 +199,7 @@ class Memory:
     def restore(self, snapshot: MemorySnapshot) -> None:
         """Replaces this memory by the copy. Raises MemoryFileError if another adapter wrote the copy."""
         if not isinstance(snapshot, MemorySnapshot):
-            raise InputError(f"restore takes what copy returned, not {shown(repr(snapshot))}")
+            raise InputError(f"restore takes what copy returned, not {shown_value(snapshot)}")
         self._restore(snapshot, "the copy")
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -17,6 +17,7 @@ from pydeltamem import (
     OutputError,
     TrainingError,
 )
+from pydeltamem.errors import shown_value
 from refusals import refuses
 
 
@@ -29,6 +30,21 @@ def test_every_error_is_of_the_package():
     assert issubclass(DecodeError, RuntimeError)  # as llama_cpp's own
     for error in (DecodeError, OutputError, TrainingError):  # none of them comes from the input
         assert not issubclass(error, InputError)
+
+
+def test_of_a_large_value_only_the_beginning_is_written():
+    class Counted:
+        n = 0
+
+        def __repr__(self):
+            Counted.n += 1
+            return "counted"
+
+    for value in ([Counted()] * 10_000, {i: Counted() for i in range(10_000)}, [[[Counted()] * 100] * 100] * 100):
+        Counted.n = 0
+        assert "counted" in shown_value(value) and Counted.n < 1000
+    assert shown_value({"b": [1], "a": "é"}) == repr({"a": "é", "b": [1]}) and shown_value("x\n") == repr("x\n")
+    assert len(shown_value("x" * 10_000)) < 200
 
 
 def test_a_failed_decode_says_why(llm, monkeypatch, capfd):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import InputError, shown
+from ..errors import InputError, shown, shown_value
 
 DATA = "DELTAMEM_DATA"
 # What reading a file of another form raises
@@ -160,11 +160,11 @@ def check_texts(*texts: Any) -> None:
     """Raises ValueError if one is no text that can be asked and written."""
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{shown(repr(text))} is no text")
+            raise ValueError(f"{shown_value(text)} is no text")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{shown(repr(text))} holds half of a character, a surrogate") from None
+            raise ValueError(f"{shown_value(text)} holds half of a character, a surrogate") from None
 
 
 def text_of(path: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import InputError, shown_value
 from . import library
 from .assembler import Assembler
 from .history import n_common
@@ -73,7 +73,7 @@ class Completion:
             raise InputError("logprobs needs the logits of every token: load the model with logits_all=True")
         max_tokens = None if max_tokens is None else whole(max_tokens, "max_tokens")
         if suffix is not None and not isinstance(suffix, str):
-            raise InputError(f"suffix is text, not {suffix!r}")
+            raise InputError(f"suffix is text, not {shown_value(suffix)}")
         self._given = isinstance(prompt, str)
         given = prompt if isinstance(prompt, str) else llm._checked_tokens(prompt).tolist()
         self._is_empty = not given
@@ -318,7 +318,7 @@ def biased(logit_bias: Mapping[Any, float] | Iterable[tuple[Any, float]], n_voca
             raise TypeError
         bias = {int(token): -math.inf if value is False else float(value) for token, value in given.items()}
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"logit_bias is a mapping of token ids to numbers, not {logit_bias!r}") from None
+        raise InputError(f"logit_bias is a mapping of token ids to numbers, not {shown_value(logit_bias)}") from None
     for token, value in bias.items():
         if math.isnan(value):
             raise InputError(f"logit_bias: what is given for token {token} is no number")

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import InputError, shown
+from ..errors import InputError, shown, shown_value
 from . import library
 from .json_grammar import json_schema_to_gbnf
 from .model import Model
@@ -35,7 +35,7 @@ def checked_grammar(llm: Model, text: Any, name: str = "grammar") -> Any:
     # llama_cpp would follow the null pointer of a grammar that cannot be parsed; llama.cpp's parser prints why
     grammar = LlamaGrammar.from_string(text, verbose=False) if isinstance(text, str) else text
     if not isinstance(grammar, LlamaGrammar):
-        raise InputError(f"{name} is GBNF text or a LlamaGrammar, not {grammar!r}")
+        raise InputError(f"{name} is GBNF text or a LlamaGrammar, not {shown_value(grammar)}")
     if grammar in _checked_grammars:
         return grammar
     _check_parsable(grammar, name)
@@ -67,7 +67,7 @@ def grammar_of_format(wanted: Any, name: str = "response_format") -> Any:
     if kind == "json_schema":
         given = wanted.get("json_schema", wanted)  # /v1/responses has no object of its own for it
         return grammar_of_schema(given.get("schema") if isinstance(given, Mapping) else None, name)
-    raise InputError(f'{name}: type is "text", "json_object" or "json_schema", not {shown(repr(kind))}')
+    raise InputError(f'{name}: type is "text", "json_object" or "json_schema", not {shown_value(kind)}')
 
 
 def grammar_of_schema(schema: Any, name: str) -> Any:
@@ -76,7 +76,7 @@ def grammar_of_schema(schema: Any, name: str) -> Any:
     """
     try:
         if not isinstance(schema, dict):
-            raise ValueError(f"it is an object, not {shown(repr(schema))}")
+            raise ValueError(f"it is an object, not {shown_value(schema)}")
         if _n_repeated(schema) > _MAX_REPEATED:
             raise ValueError(f"it repeats more than {_MAX_REPEATED:,} times")
         grammar = LlamaGrammar.from_string(json_schema_to_gbnf(json.dumps(schema)), verbose=False)

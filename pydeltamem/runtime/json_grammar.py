@@ -20,6 +20,7 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import shown_value
 from . import library
 
 _llama_grammar: Any = library.llama_cpp.llama_grammar
@@ -83,14 +84,14 @@ class _Converter(_llama_grammar.SchemaConverter):  # type: ignore[misc]
         """What a $ref refers to."""
         begin, *parts = ref.split("/")
         if begin != "#":
-            raise ValueError(f"a $ref begins with #/, as names within the schema do, not as {ref!r}")
+            raise ValueError(f"a $ref begins with #/, as names within the schema do, not as {shown_value(ref)}")
         target = self._schema
         for part in parts:
             part = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
             try:
                 target = target[int(part) if isinstance(target, list) else part]
             except (LookupError, TypeError, ValueError):
-                raise ValueError(f"there is nothing at {ref!r}") from None
+                raise ValueError(f"there is nothing at {shown_value(ref)}") from None
         return target
 
     def visit(self, schema: Any, name: str) -> str:
@@ -141,7 +142,7 @@ class _Converter(_llama_grammar.SchemaConverter):  # type: ignore[misc]
         plain = _UNITS.sub(_as_classes, pattern).replace("(?:", "(")
         plain = re.sub(r"([*+?}])\?", r"\1", plain)  # a lazy quantifier allows the same texts
         if re.search(r"[$^]", plain[1:-1]):
-            raise ValueError(f"a pattern has ^ at its beginning and $ at its end only, not as {pattern!r}")
+            raise ValueError(f"a pattern has ^ at its beginning and $ at its end only, not as {shown_value(pattern)}")
         return super()._visit_pattern(plain, name)  # type: ignore[no-any-return]
 
 

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import InputError, ModelError, shown
+from ..errors import InputError, ModelError, shown, shown_value
 from ..formats.gguf_header import Header
 from ..formats.model_numbers import MAX_CONTEXT, check_numbers
 from . import library
@@ -89,7 +89,7 @@ def _check_overrides(overrides: Any) -> None:
         if not isinstance(key, str) or not key or "\0" in key or len(key.encode()) > _MAX_OVERRIDE:
             raise InputError(f"kv_overrides: a key is text of 1 to {_MAX_OVERRIDE} bytes, not {shown(key)}")
         if not isinstance(value, (int, float, str)):
-            raise InputError(f"kv_overrides: {key} is a bool, an int, a float or a str, not {shown(repr(value))}")
+            raise InputError(f"kv_overrides: {key} is a bool, an int, a float or a str, not {shown_value(value)}")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise InputError(f"kv_overrides: {key} is a number of 64 bits, not {value}")
         if isinstance(value, str) and ("\0" in value or len(value.encode()) > _MAX_OVERRIDE):

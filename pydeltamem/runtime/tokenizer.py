@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import InputError, shown
+from ..errors import InputError, shown_value
 from . import library
 from .values import whole
 
@@ -60,7 +60,7 @@ class Tokenizer(library.LlamaTokenizer):
         Raises InputError if it is not given as bytes.
         """
         if not isinstance(text, bytes):
-            raise InputError(f"tokenize takes the bytes of a text, as its encode() gives them, not {shown(repr(text))}")
+            raise InputError(f"tokenize takes the bytes of a text, as its encode() gives them, not {shown_value(text)}")
         tokens: list[int] = super().tokenize(BEYOND_UNICODE.sub(REPLACEMENT, text), add_bos, special)
         return tokens
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, shown
+from ..errors import InputError, shown_value
 
 
 def whole(value: Any, name: str) -> int:
@@ -18,13 +18,13 @@ def whole(value: Any, name: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise InputError(f"{name} is a whole number, not {value!r}") from None
+        raise InputError(f"{name} is a whole number, not {shown_value(value)}") from None
 
 
 def number(value: Any, name: str) -> float:
     """A number; NumPy's counts too."""
     if not isinstance(value, Real) or value != value:  # no NaN
-        raise InputError(f"{name} is a number, not {value!r}")
+        raise InputError(f"{name} is a number, not {shown_value(value)}")
     return float(value)
 
 
@@ -32,7 +32,7 @@ def stop_strings(value: Any) -> list[str]:
     """The strings that end a text: none, one or several."""
     stop = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) for text in stop):
-        raise InputError(f"stop is text, or a list of texts, not {value!r}")
+        raise InputError(f"stop is text, or a list of texts, not {shown_value(value)}")
     return list(stop)
 
 
@@ -40,7 +40,7 @@ def functions(value: Any, name: str) -> list[Callable[..., Any]]:
     """Functions to call one after the other: none, one or several. llama_cpp's lists of them are functions, too."""
     given = [] if value is None else [value] if callable(value) else value
     if not isinstance(given, (list, tuple)) or not all(map(callable, given)):
-        raise InputError(f"{name} is a function, or a list of functions, not {shown(repr(value))}")
+        raise InputError(f"{name} is a function, or a list of functions, not {shown_value(value)}")
     return list(given)
 
 

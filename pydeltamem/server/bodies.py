@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
-from ..errors import InputError, shown
+from ..errors import InputError, shown_value
 from .openai import field_of
 from .records import checked_name
 
@@ -55,7 +55,7 @@ def session_of(request: Request, body: Mapping[str, Any]) -> tuple[str | None, b
     session = request.path_params.get("session") or header_of(request, "x-memory-session") or memory.get("session")
     write = field_of(memory, "write", True)
     if not isinstance(write, bool):
-        raise InputError(f"memory.write is true or false, not {shown(repr(write))}")
+        raise InputError(f"memory.write is true or false, not {shown_value(write)}")
     return (None if session is None else checked_name(session)), write
 
 

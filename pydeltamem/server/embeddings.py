@@ -12,7 +12,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from ..errors import InputError, ModelError, shown
+from ..errors import InputError, ModelError, shown_value
 from ..llama import DeltaMemLlama
 from ..runtime.tokenizer import encoded
 from .lengths import PromptTooLong
@@ -62,10 +62,10 @@ class Embedder:
             raise InputError("input is a text, or a list of texts, none of them empty")
         encoding = field_of(body, "encoding_format", "float")
         if encoding not in ("float", "base64"):
-            raise InputError(f'encoding_format is "float" or "base64", not {shown(repr(encoding))}')
+            raise InputError(f'encoding_format is "float" or "base64", not {shown_value(encoding)}')
         n_wide = self._service.llm.n_embd()
         if body.get("dimensions") not in (None, n_wide):
-            raise InputError(f"dimensions: vectors of this model have {n_wide}, not {shown(repr(body['dimensions']))}")
+            raise InputError(f"dimensions: vectors of this model have {n_wide}, not {shown_value(body['dimensions'])}")
         state = None if session is None else (await self._service.snapshot(session, owner)).state
         if self.n_asked > self._service.worker.n_queue:
             raise QueueFull(f"{self.n_asked} requests of embeddings wait already: try again later")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, shown
+from ..errors import InputError, shown, shown_value
 from ..runtime.history import before_content
 
 Message = Mapping[str, Any]
@@ -58,7 +58,7 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
             one["tool_calls"] = [{"type": "function", "function": _checked_function("function_call", called)}]
         calls = one.get("tool_calls")
         if calls is not None and not isinstance(calls, list):
-            raise InputError(f"tool_calls of a message is a list, not {shown(repr(calls))}")
+            raise InputError(f"tool_calls of a message is a list, not {shown_value(calls)}")
         if calls:
             one["tool_calls"] = [_checked_call(call) for call in calls]
         checked.append(one)

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from ..errors import InputError, shown
+from ..errors import InputError, shown_value
 from ..runtime.grammar import grammar_of_format, grammar_of_schema
 from ..runtime.logprobs import listed
 from .answer import Answer, Piece
@@ -26,7 +26,7 @@ def options_of(body: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name in ("n", "best_of"):
         if body.get(name) not in (None, 1):
-            raise InputError(f"{name}: one answer a request, not {shown(repr(body[name]))}")
+            raise InputError(f"{name}: one answer a request, not {shown_value(body[name])}")
     options = {name: body[name] for name in FIELDS if body.get(name) is not None}
     for name in ("max_completion_tokens", "n_predict"):
         if body.get(name) is not None:
@@ -291,5 +291,5 @@ def field_of(body: Mapping[str, Any], name: str, default: Any) -> Any:
 def flag(body: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
     value = field_of(body, name, default)
     if not isinstance(value, bool):
-        raise InputError(f"{name} is true or false, not {shown(repr(value))}")
+        raise InputError(f"{name} is true or false, not {shown_value(value)}")
     return value

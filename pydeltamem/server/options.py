@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import InputError, shown
+from ..errors import InputError, shown_value
 from ..runtime.names import nearest
 
 # fields of a request that the sampler takes, and its names for them
@@ -39,7 +39,7 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"{name} is no option of an answer{nearest(name, (*_SAMPLING, *_OTHERS))}")
     for name in _NUMBERS:
         if name in given and not _is_number(given[name]):
-            raise InputError(f"{name} is a number, not {shown(repr(given[name]))}")
+            raise InputError(f"{name} is a number, not {shown_value(given[name])}")
     for name, (low, high) in _BOUNDS.items():
         if name in given and not low <= given[name] <= high:
             raise InputError(f"{name} is {low} to {high}, not {given[name]}")
@@ -71,7 +71,7 @@ def checked_whole(name: str, value: Any, low: int, high: int | None = None) -> i
     is_whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
     if not is_whole or value < low or (high is not None and value > high):
         bounds = f"from {low} on" if high is None else f"from {low} to {high}"
-        raise InputError(f"{name} is a whole number {bounds}, not {shown(repr(value))}")
+        raise InputError(f"{name} is a whole number {bounds}, not {shown_value(value)}")
     return int(value)
 
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..errors import DeltaMemError, InputError
+from ..errors import DeltaMemError, InputError, shown_value
 
 _NAME = re.compile(r"(?!\.\.?$)[\w.@:+=-]{1,128}")  # . and .. would not survive in the path of a URL
 
@@ -150,6 +150,6 @@ def checked_name(name: str) -> str:
     """The name of a session. Raises InputError if it cannot be one."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InputError(
-            f"{str(name)[:40]!r} cannot be the name of a session: letters, digits and . _ - @ : + =, at most 128"
+            f"{shown_value(name)} cannot be the name of a session: letters, digits and . _ - @ : + =, at most 128"
         )
     return name

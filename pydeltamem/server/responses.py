@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from ..errors import InputError, shown
+from ..errors import InputError, shown, shown_value
 from ..runtime.grammar import grammar_of_format
 from . import history
 from .answer import Answer, Piece
@@ -45,7 +45,7 @@ class Reply:
         self.messages = _messages(body.get("input"))
         self.instructions = body.get("instructions")
         if self.instructions is not None and not isinstance(self.instructions, str):
-            raise InputError(f"instructions is a text, not {shown(repr(self.instructions))}")
+            raise InputError(f"instructions is a text, not {shown_value(self.instructions)}")
         self.previous = body.get("previous_response_id")
         if self.previous is not None:
             self.checked_id(self.previous)
@@ -58,7 +58,7 @@ class Reply:
         hold_to(self.options, grammar_of_format(self.format, "text.format"))
         self.metadata = body.get("metadata") or {}
         if not isinstance(self.metadata, Mapping):
-            raise InputError(f"metadata is an object, not {shown(repr(self.metadata))}")
+            raise InputError(f"metadata is an object, not {shown_value(self.metadata)}")
         for name, repeated in (("text.format", self.format), ("metadata", self.metadata)):  # by the answer
             try:
                 json.dumps(repeated, ensure_ascii=False, allow_nan=False).encode()
@@ -66,7 +66,7 @@ class Reply:
                 raise InputError(f"{name}: cannot be written as JSON: {shown(error)}") from None
         include = body.get("include") or []
         if not isinstance(include, list):
-            raise InputError(f"include is a list of texts, not {shown(repr(include))}")
+            raise InputError(f"include is a list of texts, not {shown_value(include)}")
         self.n_top = checked_n_top("top_logprobs", body.get("top_logprobs")) or 0
         if _LOGPROBS in include:
             self.options["n_top"] = self.n_top
@@ -77,7 +77,7 @@ class Reply:
     def checked_id(id: Any) -> str:
         """The id of an answer. Raises SessionUnknown for what cannot be one."""
         if not isinstance(id, str) or not id.startswith(_PREFIX):
-            raise SessionUnknown(f"there is no response {str(id)[:80]}")
+            raise SessionUnknown(f"there is no response {shown_value(id)}")
         return id
 
     async def answer(self, service: AsyncDeltaMem, session: str | None, owner: str, write: bool) -> Answer:
@@ -223,7 +223,7 @@ def _messages(given: Any) -> list[dict[str, Any]]:
     for item in given:
         kind = item.get("type", "message") if isinstance(item, Mapping) else None
         if kind != "message":
-            raise InputError(f"input: an item is a message, not {shown(repr(kind))}")
+            raise InputError(f"input: an item is a message, not {shown_value(kind)}")
         message = {name: item[name] for name in ("role", "content") if name in item}
         if isinstance(message.get("content"), list):
             message["content"] = [_part(part) for part in message["content"]]
@@ -234,5 +234,5 @@ def _messages(given: Any) -> list[dict[str, Any]]:
 def _part(part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in ("input_text", "output_text") or not isinstance(part.get("text"), str):
-        raise InputError(f"input: this model reads text only, not {shown(repr(kind))}")
+        raise InputError(f"input: this model reads text only, not {shown_value(kind)}")
     return {"type": "text", "text": part["text"]}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import InputError, shown
+from ..errors import InputError, shown, shown_value
 from ..runtime.grammar import grammar_of_schema
 
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|$)", re.DOTALL)
@@ -60,7 +60,7 @@ class Tools:
         elif choice == "required":
             self.grammar = grammar_of_schema({"oneOf": [_call_schema(tool["function"]) for tool in tools]}, name_tools)
         elif choice not in (None, "auto", "none"):
-            raise InputError(f'{name_choice} is "none", "auto", "required" or a function, not {shown(repr(choice))}')
+            raise InputError(f'{name_choice} is "none", "auto", "required" or a function, not {shown_value(choice)}')
         if self.forced is not None:
             self.options["tool_choice"] = {"type": "function", "function": {"name": self.forced}}
 
