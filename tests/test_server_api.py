@@ -20,6 +20,7 @@ from pydeltamem.formats.memory_file import MemorySnapshot
 from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server.answer import Piece
 from pydeltamem.server.openai import Chat
+from pydeltamem.server.store import Store
 from servers import (
     BASE,
     CLOCK,
@@ -774,10 +775,34 @@ def test_the_memory_of_another_adapter(api):
     refused(api.http.get("/v1/memories/elsewhere"), 404, "session_not_found")
 
 
+def test_a_session_of_another_adapter(tmp_path):
+    """Found: embeddings were made with its memory all the same."""
+    url = f"sqlite:///{tmp_path / 'sessions.db'}"
+    with in_thread(lambda: service(adapter="tsw", store=Store(url))) as api:
+        ask(api, path="/sessions/ada")
+        learned = state(api, "ada")
+    with in_thread(lambda: service(store=Store(url))) as api:
+        for request in BY_SESSION:
+            refused(api.http.post(**request), 400, "invalid_value", "ada", "adapter")
+        assert (state(api, "ada") == learned).all()  # for a server that has its adapter
+        api.http.post("/v1/memories/ada/reset")
+        for request in BY_SESSION:
+            assert api.http.post(**request).status_code == 200
+
+
+BY_SESSION = [
+    {"url": "/sessions/ada/v1/chat/completions", "json": {"messages": HELLO, **GREEDY}},
+    {"url": "/sessions/ada/v1/completions", "json": {"prompt": "hello", **GREEDY}},
+    {"url": "/sessions/ada/v1/responses", "json": {"input": "hello"}},
+    {"url": "/sessions/ada/v1/embeddings", "json": {"input": "hello"}},
+]
+
+
 def test_without_an_adapter_there_are_no_sessions():
+    """Found: embeddings took no notice of the session."""
     with in_thread(lambda: service(adapter=None)) as plain:
         assert said(ask(plain))
-        body = {"messages": HELLO, **GREEDY}
-        refused(plain.http.post("/sessions/ada/v1/chat/completions", json=body), 400, "invalid_value", "ada", "adapter")
+        for request in BY_SESSION:
+            refused(plain.http.post(**request), 400, "no_adapter", "ada", "adapter")
         assert plain.http.get("/v1/memories").json()["data"] == []
         assert plain.http.get("/v1/models").json()["data"][0]["adapter"] is None

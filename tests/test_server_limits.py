@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import json
+import json.decoder
 import socket
 import threading
 import time
@@ -19,8 +21,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from pydeltamem import DeltaMemLlama, InputError
-from pydeltamem.server import AsyncDeltaMem
-from pydeltamem.server import application as application_module
+from pydeltamem.server import AsyncDeltaMem, memories
 from pydeltamem.server.application import application
 from pydeltamem.server.keys import Keys
 from pydeltamem.server.openai import Chat
@@ -382,25 +383,44 @@ def test_a_client_that_goes_away_before_its_body_is_whole(narrow, caplog):
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_a_schema_holds_nobody_else(api, monkeypatch):
-    """Found: other streams stood still while the grammar of a large schema was made."""
-    begun, over = threading.Event(), threading.Event()
+RESPONSES = {"url": "/v1/responses", "json": {"input": "hello", "max_output_tokens": 1}}
+TEXTS = {"url": "/v1/embeddings", "json": {"input": ["a", "b"], "encoding_format": "base64"}}
+CHAT = {"url": "/v1/chat/completions", "json": {"messages": HELLO, **GREEDY}}
+LARGE = {"url": "/v1/completions", "json": {"prompt": "a", "max_tokens": 1, "logit_bias": [[1, 0]] * 10_000}}
 
-    class Slow(Chat):
-        def __init__(self, *arguments):
-            begun.set()
-            assert over.wait(60)
-            super().__init__(*arguments)
 
-    monkeypatch.setattr(application_module, "Chat", Slow)
+@pytest.mark.parametrize(
+    "owner, name, request_",
+    [
+        pytest.param(Chat, "__init__", CHAT, id="a schema"),
+        pytest.param(json.decoder, "JSONArray", LARGE, id="a large body"),
+        pytest.param(AsyncDeltaMem, "chat", CHAT, id="messages"),
+        pytest.param(AsyncDeltaMem, "chat", RESPONSES, id="messages of a response"),
+        pytest.param(base64, "b64encode", TEXTS, id="vectors"),
+        pytest.param(memories, "about", {"method": "GET", "url": "/v1/memories"}, id="a list of sessions"),
+    ],
+)
+def test_what_takes_a_while_holds_nobody_else(api, monkeypatch, owner, name, request_):
+    """Found: other streams stood still while the grammar of a large schema was made, a large body was read, or a long
+    list was written.
+    """
+    begun, over, done = threading.Event(), threading.Event(), getattr(owner, name)
+
+    def slow(*arguments, **options):
+        begun.set()
+        assert over.wait(60)
+        return done(*arguments, **options)
+
+    ask(api, path="/sessions/listed")
+    monkeypatch.setattr(owner, name, slow)
     with ThreadPoolExecutor() as threads:
-        asked = threads.submit(ask, api)
+        asked = threads.submit(api.http.request, **{"method": "POST", **request_})
         try:
             assert begun.wait(60)
             assert api.http.get("/health").status_code == 200
         finally:
             over.set()
-        assert said(asked.result())
+        assert asked.result().status_code == 200
 
 
 def test_embeddings_hold_no_thread_that_others_need(monkeypatch):

@@ -7,8 +7,10 @@ import uuid
 
 import numpy as np
 import pytest
+from fastapi import Request
 
 from pydeltamem import DeltaMemLlama
+from pydeltamem.server.bodies import body_of
 from pydeltamem.server.lengths import Lengths
 from servers import CLOCK, GREEDY, HELLO, WEATHER, ask, refused
 
@@ -137,6 +139,7 @@ def test_a_chat_that_cannot_be_answered(api, body, name):
         ("/v1/responses", {"input": "a", "text": {"format": {"type": "text", "x": "\ud800"}}}, "text.format"),
         ("/v1/responses", {"input": "a", "metadata": {"x": "\ud800"}}, "metadata"),
         ("/v1/responses", {"input": "a", "metadata": [1]}, "metadata"),
+        ("/v1/responses", {"input": "a", "metadata": {"x": "y" * 300_000}}, "metadata"),  # a stream repeats it
         ("/v1/responses", {"input": "a", "include": "message.output_text.logprobs"}, "include"),
         ("/v1/responses", {"input": [{"role": "user"}]}, "content"),
         ("/v1/responses", {"input": "a", "top_logprobs": 21}, "top_logprobs"),
@@ -159,6 +162,7 @@ def test_a_chat_that_cannot_be_answered(api, body, name):
         ("/tokenize", {"content": "a", "parse_special": "no"}, "parse_special"),
         ("/tokenize", {"content": "a", "with_pieces": 1}, "with_pieces"),
         ("/detokenize", {"tokens": 5}, "token"),
+        ("/detokenize", {"tokens": [1] * 200_000}, "200000"),
         ("/detokenize", {"tokens": ""}, "token"),
         ("/detokenize", {"tokens": False}, "token"),
         ("/apply-template", {"messages": HELLO, "tools": 5}, "tools"),
@@ -237,6 +241,70 @@ DEEP = b'{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1, "
 )
 def test_a_body_that_is_no_json_object(api, content):
     refused(api.http.post("/v1/chat/completions", content=content), 400, "invalid_value")
+
+
+MANY = b"[[{}]]," * 10_000  # more than is read at once
+LARGE = DEEP % b"[%s%%s]" % MANY
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[%s{}]" % MANY,
+        LARGE % b"{}" + b"}",
+        LARGE[:-2] % b"{}",
+        LARGE % b"",
+        LARGE % b"NaN",
+        LARGE % (b"1" * 5000),
+        LARGE % (b"[" * 200 + b"]" * 200),
+        LARGE % (b'{"a":' * 200 + b"{" + b"}" * 201),
+    ],
+)
+def test_a_large_body_that_is_no_json_object(api, content):
+    refused(api.http.post("/v1/chat/completions", content=content), 400, "invalid_value")
+
+
+@pytest.mark.anyio
+async def test_a_large_body_is_read_as_a_small_one():
+    fields = b'"x\\u00e9\\"": ["\\ud800", -1.5e-3, null, true, false, 1%s, {}, [], ""], "y": {"a": 1, "a": 2}' % (
+        b"0" * 400
+    )
+    deep = b"[" * 190 + b"]" * 190
+    for content in (b'{%s, "z": %s}' % (fields, deep), b'{%s, "z": [%s%s]}' % (fields, MANY, deep)):
+
+        async def receive(body=content):
+            return {"type": "http.request", "body": body}
+
+        assert await body_of(Request({"type": "http", "headers": []}, receive)) == json.loads(content)
+
+
+@pytest.mark.parametrize("value", [b"[],", b"1,"])
+def test_more_values_than_a_request_needs(api, value):
+    """Found: eight megabytes of brackets took seconds to read, and gigabytes of memory, while all others waited."""
+    content = LARGE % (value * 1_100_000 + b"0")
+    refused(api.http.post("/v1/chat/completions", content=content), 413, "body_too_large", "values")
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/completions", {"prompt": "a", "logit_bias": "large"}),
+        ("/v1/completions", {"prompt": "a", "temperature": "large"}),
+        ("/v1/completions", {"prompt": "a", "grammar": "large"}),
+        ("/v1/completions", {"prompt": "a", "response_format": {"type": "large"}}),
+        ("/v1/completions", {"prompt": "a", "json_schema": {"$ref": "large"}}),
+        ("/v1/completions", {"prompt": "a", "json_schema": {"type": "string", "pattern": "large"}}),
+        ("/v1/completions", {"prompt": "a", "memory": {"session": "large"}}),
+        ("/v1/chat/completions", {"messages": HELLO, "tools": [CLOCK], "tool_choice": {"function": {"name": "large"}}}),
+        ("/v1/responses", {"input": [{"type": "large"}]}),
+        ("/v1/embeddings", {"input": "a", "dimensions": "large"}),
+    ],
+)
+@pytest.mark.parametrize("large", [[0] * 50_000, {str(i): [0] for i in range(20_000)}, "x" * 50_000, [["^"] * 50_000]])
+def test_a_refusal_repeats_little_of_what_was_sent(api, path, body, large):
+    """Found: a logit_bias that is none came back as a whole."""
+    content = json.dumps(body).replace('"large"', json.dumps(large))
+    assert len(refused(api.http.post(path, content=content), 400, "invalid_value").content) < 1000
 
 
 def test_what_is_not_there(api):

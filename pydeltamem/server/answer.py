@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
 from ..runtime.completion import biased
 from ..runtime.generation import Generation
 from ..runtime.grammar import LlamaGrammar, checked_grammar, grammar_of_format
@@ -86,11 +85,7 @@ class Answer:
         options: dict[str, Any],
     ) -> None:
         if session is not None:
-            checked_name(session)
-        if session is not None and not shared.has_memory:
-            raise InputError(
-                f"session {session}: no adapter is attached, so there is no memory: serve one by --deltamem"
-            )
+            shared.require_memory(checked_name(session))
         self.shared, self.messages, self.prompt = shared, messages, prompt
         self.session, self.owner, self.write, self.options = session, owner, write, options
         self.finish_reason: str | None = None

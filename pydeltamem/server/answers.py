@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from fastapi import Request
@@ -54,6 +54,18 @@ async def respond(server: Server, request: Request, asked: Chat | Completion | R
             answer.cancel()
     server.metrics.answered(answer)
     return JSONResponse(asked.whole(answer, scored))
+
+
+async def respond_list(data: Iterable[Any], **others: Any) -> Response:
+    """Answers with a list of any length: its elements, in `data`, are written one by one in a thread. Where all are
+    written at once, in C, everybody waits.
+    """
+
+    def written() -> str:
+        elements = ",".join(to_json(each) for each in data)
+        return f'{to_json({"object": "list", **others})[:-1]},"data":[{elements}]}}'
+
+    return Response(await asyncio.to_thread(written), media_type="application/json")
 
 
 async def ended_or_gone(request: Request, task: asyncio.Task[Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -14,7 +14,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from ..errors import DeltaMemError, shown
-from .answers import ended_or_gone, respond
+from .answer import Answer
+from .answers import ended_or_gone, respond, respond_list
 from .bodies import body_of, session_of
 from .guards import BodyLimit, Logged, Private
 from .llama_server import converting, describing
@@ -133,16 +134,24 @@ def _health(server: Server, status: str) -> Response:
     return JSONResponse(body, 200 if status == "ok" else 503)
 
 
+def _turn(request: Request, body: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Whose turn a request is, as arguments of a service. Raises InputError."""
+    session, write = session_of(request, body)
+    return {"session": session, "owner": owner, "write": write}
+
+
 def _answering(server: Server) -> APIRouter:
     router, settings = APIRouter(), server.settings
 
     @router.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         owner, body = server.owner(request), await body_of(request)
-        asked = await asyncio.to_thread(Chat, body, settings.model)  # a schema takes its time
-        session, write = session_of(request, body)
-        answer = server.service.chat(asked.messages, session=session, owner=owner, write=write, **asked.options)
-        return await respond(server, request, asked, answer)
+
+        def ask() -> tuple[Chat, Answer]:
+            asked = Chat(body, settings.model)
+            return asked, server.service.chat(asked.messages, **_turn(request, body, owner), **asked.options)
+
+        return await respond(server, request, *await asyncio.to_thread(ask))  # a schema and messages take their time
 
     @router.post("/v1/responses")
     async def responses(request: Request) -> Response:
@@ -161,13 +170,15 @@ def _answering(server: Server) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         owner, body = server.owner(request), await body_of(request)
-        asked = await asyncio.to_thread(Completion, body, settings.model)
-        session, write = session_of(request, body)
-        answer = server.service.complete(asked.prompt, session=session, owner=owner, write=write, **asked.options)
-        return await respond(server, request, asked, answer)
+
+        def ask() -> tuple[Completion, Answer]:
+            asked = Completion(body, settings.model)
+            return asked, server.service.complete(asked.prompt, **_turn(request, body, owner), **asked.options)
+
+        return await respond(server, request, *await asyncio.to_thread(ask))
 
     @router.post("/v1/embeddings")
-    async def embeddings(request: Request) -> Any:
+    async def embeddings(request: Request) -> Response:
         owner, body = server.owner(request), await body_of(request)
         server.service  # noqa: B018 - raises while loading
         assert server.embedder is not None  # loaded with the service
@@ -177,7 +188,7 @@ def _answering(server: Server) -> APIRouter:
             await ended_or_gone(request, embedding)
             if not embedding.done():
                 raise ClientDisconnect
-            return embedding.result()
+            return await respond_list(**embedding.result())
         finally:
             embedding.cancel()
 

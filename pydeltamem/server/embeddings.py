@@ -52,9 +52,29 @@ class Embedder:
             self._llm.close()
 
     async def embeddings(self, body: Mapping[str, Any], model: str, session: str | None, owner: str) -> dict[str, Any]:
-        """As OpenAI's endpoint. Raises InputError, QueueFull, and ModelError after `cut`. One that is cancelled is not
-        embedded, or no further.
+        """The fields of OpenAI's answer; `data` is an iterator. Raises InputError, AdapterError, SessionUnknown,
+        QueueFull, and ModelError after `cut`. One that is cancelled is not embedded, or no further.
         """
+        texts, encoding = await asyncio.to_thread(self._checked, body)
+        state = None if session is None else (await self._service.readable(session, owner)).state
+        if self.n_asked > self._service.worker.n_queue:
+            raise QueueFull(f"{self.n_asked} requests of embeddings wait already: try again later")
+        self.n_asked += 1
+        is_over = threading.Event()
+        try:
+            loop = asyncio.get_running_loop()
+            vectors, n = await loop.run_in_executor(self._thread, self._embed, texts, state, is_over)
+        finally:
+            self.n_asked -= 1
+            is_over.set()
+        data = (
+            {"object": "embedding", "index": i, "embedding": _encoded(vector, encoding)}
+            for i, vector in enumerate(vectors)
+        )
+        return {"data": data, "model": model, "usage": {"prompt_tokens": n, "total_tokens": n}}
+
+    def _checked(self, body: Mapping[str, Any]) -> tuple[list[str], str]:
+        """The texts of a request, and the form of their vectors. Raises InputError."""
         texts = body.get("input")
         if isinstance(texts, str):
             texts = [texts]
@@ -66,29 +86,18 @@ class Embedder:
         n_wide = self._service.llm.n_embd()
         if body.get("dimensions") not in (None, n_wide):
             raise InputError(f"dimensions: vectors of this model have {n_wide}, not {shown_value(body['dimensions'])}")
-        state = None if session is None else (await self._service.snapshot(session, owner)).state
-        if self.n_asked > self._service.worker.n_queue:
-            raise QueueFull(f"{self.n_asked} requests of embeddings wait already: try again later")
-        self.n_asked += 1
-        is_over = threading.Event()
-        try:
-            loop = asyncio.get_running_loop()
-            vectors, n = await loop.run_in_executor(self._thread, self._embed, texts, state, is_over)
-        finally:
-            self.n_asked -= 1
-            is_over.set()
-        data = [
-            {"object": "embedding", "index": i, "embedding": _encoded(vector, encoding)}
-            for i, vector in enumerate(vectors)
-        ]
-        return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": n, "total_tokens": n}}
+        return texts, encoding
 
     def _embed(self, texts: list[str], state: Any, is_over: threading.Event) -> tuple[list[Any], int]:
         """The vectors of texts, and the number of their tokens. `is_over`: nobody waits for them any more."""
         if self._llm is None:
             self._llm = self._load()
         llm = self._llm
-        lengths = [self._length(llm, i, text) for i, text in enumerate(texts)]
+        lengths = []
+        for i, text in enumerate(texts):
+            if is_over.is_set():
+                return [], 0
+            lengths.append(self._length(llm, i, text))
         if llm.memory.attached:
             if state is None:
                 llm.memory.reset()

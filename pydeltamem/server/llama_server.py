@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ..errors import InputError
+from ..llama import DeltaMemLlama
 from ..version import __version__
 from .bodies import body_of
 from .history import checked_messages
@@ -17,7 +18,7 @@ from .openai import Chat, field_of, flag
 from .options import DEFAULTS
 from .state import Server
 
-_MAX_TOKENS = 1 << 17  # of a text to tokenize, unless the context holds more
+_MAX_TOKENS = 1 << 17  # of a text, unless the context holds more
 
 
 def describing(server: Server) -> APIRouter:
@@ -64,6 +65,9 @@ def converting(server: Server) -> APIRouter:
     """Texts to tokens and back."""
     router = APIRouter()
 
+    def most(llm: DeltaMemLlama) -> int:
+        return max(_MAX_TOKENS, llm.n_ctx())
+
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         server.owner(request)
@@ -77,7 +81,7 @@ def converting(server: Server) -> APIRouter:
 
         def answer() -> Response:
             n = server.service.lengths.at_least(data)
-            if n > max(_MAX_TOKENS, llm.n_ctx()):
+            if n > most(llm):
                 raise InputError(f"content has at least {n} tokens: send parts of it")
             tokens: Any = llm.tokenize(data, **options)
             if with_pieces:
@@ -87,12 +91,18 @@ def converting(server: Server) -> APIRouter:
         return await asyncio.to_thread(answer)
 
     @router.post("/detokenize")
-    async def detokenize(request: Request) -> Any:
+    async def detokenize(request: Request) -> Response:
         server.owner(request)
         body, llm = await body_of(request), server.service.llm
-        tokens = llm._checked_tokens(field_of(body, "tokens", ())).tolist()
-        data = await asyncio.to_thread(llm.detokenize, tokens, special=True)
-        return {"content": data.decode(errors="replace")}
+
+        def answer() -> Response:
+            tokens = llm._checked_tokens(field_of(body, "tokens", ()))
+            if len(tokens) > most(llm):
+                raise InputError(f"tokens has {len(tokens)} of them: send at most {most(llm)}")
+            data = llm.detokenize(tokens.tolist(), special=True)
+            return JSONResponse({"content": data.decode(errors="replace")})
+
+        return await asyncio.to_thread(answer)
 
     @router.post("/apply-template")
     async def apply_template(request: Request) -> Any:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ..formats.memory_file import MemorySnapshot
+from .answers import respond_list
 from .bodies import body_of
 from .options import checked_whole
 from .records import Record, checked_name
@@ -23,28 +24,24 @@ def remembering(server: Server) -> APIRouter:
     router = APIRouter(prefix="/v1/memories")
 
     @router.get("")
-    async def listed(request: Request) -> Any:
+    async def listed(request: Request) -> Response:
         owner, limit = server.owner(request), _limit(request)
         after = request.query_params.get("after")
         more = None if limit is None else limit + 1
         records = await server.service.list(owner, limit=more, after=after)
-        data = [about(record) for record in records[:limit]]
-        return {"object": "list", "data": data, "has_more": len(data) < len(records)}
+        kept = records[:limit]
+        return await respond_list(map(about, kept), has_more=len(kept) < len(records))
 
     @router.get("/{id}")
     async def metadata(request: Request, id: str) -> Any:
         owner, service = server.owner(request), server.service
         record = await service.get(id, owner)
         snapshot = await service.snapshot_of(record)
-        layers = [
-            {"layer": layer, "norm": norms.tolist(), "singular_values": values.tolist()}
-            for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values)
-        ]
         return {
             **about(record),
             "shape": list(snapshot.state.shape),
             "metadata": dict(snapshot.metadata),
-            "layers": layers,
+            "layers": await asyncio.to_thread(_layers, snapshot),
         }
 
     @router.get("/{id}/file")
@@ -78,6 +75,13 @@ def remembering(server: Server) -> APIRouter:
         return {"id": id, "object": "memory", "deleted": True}
 
     return router
+
+
+def _layers(snapshot: MemorySnapshot) -> list[dict[str, Any]]:
+    return [
+        {"layer": layer, "norm": norms.tolist(), "singular_values": values.tolist()}
+        for layer, norms, values in zip(snapshot.layers, snapshot.norms, snapshot.singular_values)
+    ]
 
 
 def _limit(request: Request) -> int | None:

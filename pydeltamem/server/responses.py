@@ -6,6 +6,7 @@ as that one was, so an id never means anything else than at first, and going on 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import time
@@ -24,6 +25,7 @@ from .service import AsyncDeltaMem
 
 _PREFIX = "resp_"
 _LOGPROBS = "message.output_text.logprobs"  # of `include`
+_MAX_REPEATED = 1 << 18  # bytes of a field that each event of a stream may have again
 _REFUSED = ("tools", "conversation", "background", "prompt")
 
 
@@ -61,9 +63,11 @@ class Reply:
             raise InputError(f"metadata is an object, not {shown_value(self.metadata)}")
         for name, repeated in (("text.format", self.format), ("metadata", self.metadata)):  # by the answer
             try:
-                json.dumps(repeated, ensure_ascii=False, allow_nan=False).encode()
+                n = len(json.dumps(repeated, ensure_ascii=False, allow_nan=False).encode())
             except ValueError as error:
                 raise InputError(f"{name}: cannot be written as JSON: {shown(error)}") from None
+            if n > _MAX_REPEATED:
+                raise InputError(f"{name}: has {n:,} bytes, at most {_MAX_REPEATED:,} are repeated in the answer")
         include = body.get("include") or []
         if not isinstance(include, list):
             raise InputError(f"include is a list of texts, not {shown_value(include)}")
@@ -98,7 +102,8 @@ class Reply:
             session = self.id
         elif origin is not None:
             session, write, origin = origin.name, False, None
-        return service.chat(messages, session=session, owner=owner, write=write, origin=origin, **self.options)
+        options = {"session": session, "owner": owner, "write": write, "origin": origin, **self.options}
+        return await asyncio.to_thread(service.chat, messages, **options)  # many messages take their time
 
     async def _origin(self, service: AsyncDeltaMem, owner: str) -> Record:
         try:

@@ -42,8 +42,8 @@ class AsyncDeltaMem:
             lives prolongs its leases.
         store_timeout: seconds that a turn which was decoded waits for a database that went away.
 
-    Methods raise InputError, SessionBusy, SessionUnknown, SessionLimit, QueueFull, StoreError, DecodeError and
-    NotFiniteError; ModelError after `cut` and `aclose`.
+    Methods raise InputError, AdapterError, SessionBusy, SessionUnknown, SessionLimit, QueueFull, StoreError,
+    DecodeError and NotFiniteError; ModelError after `cut` and `aclose`.
     """
 
     def __init__(
@@ -192,6 +192,15 @@ class AsyncDeltaMem:
     async def snapshot_of(self, record: Record) -> MemorySnapshot:
         """The memory of a session that `get` returned."""
         return await asyncio.to_thread(sessions.snapshot_of, record, self.about, self.llm._engine.slots.shape)
+
+    async def readable(self, name: str, owner: str = "") -> MemorySnapshot:
+        """The memory of a session, for the attached adapter. Raises AdapterError if there is none, and InputError if
+        the memory belongs to another one.
+        """
+        self._shared.require_memory(name)
+        record = await self.get(name, owner)
+        sessions.check_adapter(record, self.adapter)
+        return await self.snapshot_of(record)
 
     async def replace(self, name: str, snapshot: MemorySnapshot, owner: str = "") -> Record:
         """Replaces the memory of a session, or makes one. Its text and turns are forgotten."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from ..errors import ModelError
+from ..errors import AdapterError, ModelError
 from ..llama import DeltaMemLlama
 from ..runtime.history import n_common
 from . import session as sessions
@@ -88,6 +88,13 @@ class Shared:
     async def in_worker(self, function: Any) -> Any:
         """Calls a function in the thread of the worker, which alone touches texts."""
         return await asyncio.wrap_future(self.worker.call(function))
+
+    def require_memory(self, name: str) -> None:
+        """Raises AdapterError if no adapter is attached."""
+        if not self.has_memory:
+            raise AdapterError(
+                f"session {name}: no adapter is attached, so there is no memory: serve one by --deltamem"
+            )
 
     async def record(self, held: Held, *, begins: bool = True) -> Record:
         """The session as the store has it; else a new one, which `begins` or is only read. Raises SessionLimit for one
