@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from eval_replies import named
 from pydeltamem import Conversation, DeltaMemLlama, say_together
 from pydeltamem.evals.bootstrap import Estimate, Sample
 from pydeltamem.evals.corpora import file_of
@@ -67,7 +68,7 @@ def shown(of: Estimate, factor: float = 1.0, digits: int = 3) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", required=True, help="GGUF, or its name")
-    parser.add_argument("--adapters", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--adapters", nargs="+", required=True, type=named, metavar="NAME=FILE")
     parser.add_argument("--requests", type=Path, required=True, help='JSON lines with "prompt"')
     parser.add_argument("-n", type=int, default=64, help="requests, evenly from the whole file (%(default)s)")
     parser.add_argument("--heard", action="store_true", help="the memory has heard a chat before each request")
@@ -83,13 +84,14 @@ def main() -> None:
     with DeltaMemLlama(args.model, n_ctx=args.ctx_size, n_seq_max=parallel + 1, **options) as frozen:
         given = answers_of(frozen, asked, parallel)
 
-    named = [tuple(item.split("=", 1)) for item in args.adapters]
     models = {
         name: DeltaMemLlama(args.model, deltamem_path=file, n_ctx=args.ctx_size, logits_all=True, **options)
-        for name, file in [("frozen", None), *named]
+        for name, file in [("frozen", None), *args.adapters]
     }
     ranges = list(itertools.pairwise(PLACES))
-    scores: dict[str, list[list[list[float]]]] = {name: [[] for _ in range(len(ranges) + 1)] for name, _ in named}
+    scores: dict[str, list[list[list[float]]]] = {
+        name: [[] for _ in range(len(ranges) + 1)] for name, _ in args.adapters
+    }
     heard = chats(len(asked)) if args.heard else []
     for i, (request, answer) in enumerate(track(list(zip(asked, given)), console=console, transient=True)):
         prompt = chat_prompt(models["frozen"], [{"role": "user", "content": request}])
@@ -98,7 +100,7 @@ def main() -> None:
         if not tokens:
             continue
         expected = log_probs(models["frozen"], prompt, tokens)
-        for name, _ in named:
+        for name, _ in args.adapters:
             llm = models[name]
             llm.memory.reset()
             if heard:

@@ -78,10 +78,18 @@ def replies(llm: DeltaMemLlama, chats: Sequence[Sequence[str]], n_predict: int, 
     return found
 
 
+def named(text: str) -> tuple[str, str]:
+    """An adapter's name in the table, and its file."""
+    name, _, file = text.partition("=")
+    if not name or not file:
+        raise argparse.ArgumentTypeError(f"{text}: is no NAME=FILE, such as msw=adapter.gguf")
+    return name, file
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", required=True, help="GGUF, or its name")
-    parser.add_argument("--adapters", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--adapters", nargs="+", required=True, type=named, metavar="NAME=FILE")
     parser.add_argument("-n", type=int, default=90, help="chats (%(default)s)")
     parser.add_argument("--n-predict", type=int, default=128, help="tokens of a reply, at most (%(default)s)")
     parser.add_argument("-t", "--threads", type=int, default=1)
@@ -92,9 +100,7 @@ def main() -> None:
     llm = DeltaMemLlama(
         args.model, n_ctx=1024, n_seq_max=parallel + 1, n_threads=args.threads, n_threads_batch=args.threads
     )
-    adapters: list[tuple[str, str | None]] = [("frozen", None)]
-    adapters += [tuple(item.split("=", 1)) for item in args.adapters]
-    for name, file in adapters:
+    for name, file in [("frozen", None), *args.adapters]:
         attach(llm, file)
         given = replies(llm, messages(args.n), args.n_predict, parallel)
         cells = []
