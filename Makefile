@@ -11,8 +11,10 @@ TINY      := examples/tiny
 # the llama-cpp-python release that pyproject.toml pins: only its Python half is installed, the libraries are ours
 RELEASE   := $(shell sed -n 's/^ *"llama-cpp-python==\([^"]*\)",$$/\1/p' pyproject.toml)
 
-NATIVE    := $(shell find native cmake -type f -not -path '*/__pycache__/*') CMakeLists.txt pydeltamem.pth
-CXX_FILES  = $(shell find native tests/native -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# what CMake reads; the other two scripts in cmake/ are no part of a build
+NATIVE    := CMakeLists.txt pydeltamem.pth \
+	$(shell find native cmake -type f ! -path '*/__pycache__/*' ! -name upstream.py ! -name patch_count.py)
+CXX_FILES  = $(shell find native cmake tests/native -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 NATIVE_TESTS := -DDELTAMEM_BUILD_TESTS=ON \
 	-DDELTAMEM_TEST_BASE="$(CURDIR)/$(TINY)/base.gguf" -DDELTAMEM_TEST_ADAPTER="$(CURDIR)/$(DEMO)/adapter.gguf"

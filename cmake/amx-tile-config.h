@@ -8,12 +8,12 @@
 #pragma once
 
 #if defined(__AMX_TILE__) && defined(__GNUC__)
-#include <immintrin.h>
+    #include <immintrin.h>
 
 static inline void deltamem_tile_loadconfig(const void * config) {
     __asm__ volatile("ldtilecfg\t%0" : : "m"(*(const char (*)[64]) config));
 }
 
-#undef  _tile_loadconfig
-#define _tile_loadconfig(config) return deltamem_tile_loadconfig(config)
+    #undef _tile_loadconfig
+    #define _tile_loadconfig(config) return deltamem_tile_loadconfig(config)
 #endif
