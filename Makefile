@@ -8,6 +8,9 @@ WHEEL     := build/wheel
 DEMO      := build/demo
 TINY      := examples/tiny
 
+# 3.OLDEST: what pyproject.toml requires
+OLDEST    := $(shell sed -n 's/^requires-python = ">=3\.\([0-9]*\)"$$/\1/p' pyproject.toml)
+
 # the llama-cpp-python release that pyproject.toml pins: only its Python half is installed, the libraries are ours
 RELEASE   := $(shell sed -n 's/^ *"llama-cpp-python==\([^"]*\)",$$/\1/p' pyproject.toml)
 
@@ -68,6 +71,8 @@ NO_PYTHON := $(shell test -x $(BIN)/python || echo no-python)
 all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command (the default)
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, $(OLDEST)) and \
+		"$(PYTHON) is Python " + sys.version.split()[0] + ": name 3.$(OLDEST) or newer, as make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear $(VENV)
 
 $(VENV)/.llama-cpp-python $(INSTALLED) $(TOOLS): $(NO_PYTHON)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -91,6 +92,15 @@ def test_an_environment_whose_python_is_gone_is_made_anew(clone):
     assert "llama-cpp-python==" in said and INSTALL in said
 
 
+def test_a_python_that_is_too_old_makes_no_environment(clone):
+    """The next run, with a newer one, would take that environment."""
+    shutil.rmtree(clone / ".venv")
+    command = ["make", ".venv/bin/python", f"PYTHON={sys.executable}", "OLDEST=99"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    assert done.returncode != 0 and sys.executable in done.stderr and "3.99" in done.stderr
+    assert not (clone / ".venv").exists()
+
+
 OTHERS = ("sanitize", "tsan", "cuda-compile", "vulkan-check", "test-stock", "wheel")
 
 
@@ -126,11 +136,12 @@ def test_another_release_unpacks_llama_server_anew(clone):
     assert "tar " in would(clone, "llama-server")
 
 
-def test_it_reads_the_pinned_release():
-    rule = "release:; @echo $(RELEASE)\n"  # from standard input: macOS's make has no --eval
-    command = ["make", "--silent", "-f", "Makefile", "-f", "-", "release"]
+def test_it_reads_pyproject():
+    rule = "read:; @echo $(RELEASE) 3.$(OLDEST)\n"  # from standard input: macOS's make has no --eval
+    command = ["make", "--silent", "-f", "Makefile", "-f", "-", "read"]
     done = subprocess.run(command, cwd=ROOT, input=rule, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [fetch.VERSION]
+    release, oldest = done.stdout.split()
+    assert release == fetch.VERSION and f'requires-python = ">={oldest}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_help_lists_every_target_that_says_what_it_does():
