@@ -357,7 +357,7 @@ def test_what_stands_after_a_complete_run_goes(whole, tmp_path):
 def test_a_file_that_is_none_or_cannot_be_written(whole, tmp_path, capsys, monkeypatch):
     path, _ = whole
     file = tmp_path / "locomo.jsonl"
-    for text in ("no answers\n", "[]\n"):
+    for text in ("no answers\n", "[]\n", "[" * 100_000 + "\n"):
         file.write_text(text)
         assert main(command(path, tmp_path)) == 1
         check_names(capsys.readouterr().err.strip(), [file, "--output"])

@@ -15,16 +15,18 @@ import numpy as np
 
 from ..errors import InputError
 from ..formats.kinds import json_of
+from .answer_file import OF_MACHINE, read_answers
 from .bootstrap import Estimate, Sample, ratio
-from .items import DAMAGED, why
 from .plot import matplotlib_figure
-from .run import BESIDE, LORA, OF_MACHINE
+from .run import BESIDE, LORA
 
 RESULTS = json_of("results of deltamem eval", {"setups", "rows", "ratios"})
 
 # What all methods of a benchmark should have alike; of other models and questions they cannot be compared at all
 OF_ONE = ("model", "questions")
 OF_ALL = (*OF_ONE, "version", "n_ctx", "seed", "flash_attn", "KV cache", "unpack")
+
+Answers = dict[str, dict[str, dict[str, dict[str, Any]]]]  # by benchmark, method and id of the question
 
 
 @dataclass(frozen=True)
@@ -139,24 +141,17 @@ def _sample(benchmark: str, by_method: Mapping[str, Mapping[str, Any]], metric: 
     return Sample(scores, [first[id]["about"] for id in ids], zlib.crc32(benchmark.encode()))
 
 
-def _read(
-    folders: Iterable[str | Path],
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, dict[str, dict[str, Any]]]], list[str]]:
-    """The setups, the answers by benchmark, method and id, and notes."""
+def _read(folders: Iterable[str | Path]) -> tuple[list[dict[str, Any]], Answers, list[str]]:
+    """The setups, the answers, and notes of what is missing and what is not alike."""
     setups: list[dict[str, Any]] = []
-    answers: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    answers: Answers = {}
     notes: list[str] = []
-    paths: list[Path] = []
-    for folder in map(Path, folders):
-        found = [folder] if folder.is_file() else sorted(folder.glob("*.jsonl"))
-        if not found:
-            raise InputError(f"{folder}: has no answers of deltamem eval (*.jsonl)")
-        paths += found
-    seen: dict[tuple[str, str], dict[str, Any]] = {}  # by benchmark and method: under what it was asked
+    conditions: dict[tuple[str, str], dict[str, Any]] = {}  # by benchmark and method: under what it was asked
     machines: dict[tuple[str, str], set[str]] = {}  # by benchmark and name of OF_MACHINE
     metrics: dict[str, Mapping[str, Any]] = {}  # by benchmark: scores of an answer
+    paths = _paths(folders)
     for path in paths:
-        setup, records = _records(path)
+        setup, records = read_answers(path)
         setups.append({**setup, "file": path.name})
         machine = {name: _in_words(setup[name]) for name in OF_MACHINE if setup.get(name) is not None}
         expected = setup.get("questions", 0) * len(setup.get("methods") or ())
@@ -173,7 +168,7 @@ def _read(
                     " another file: report them one by one"
                 )
             now = _conditions(setup, method)
-            for name, value in seen.setdefault((benchmark, method), now).items():
+            for name, value in conditions.setdefault((benchmark, method), now).items():
                 if now[name] != value and None not in (now[name], value):
                     raise InputError(
                         f"{path}: {method} has {name} {now[name]} here and {value} in another file: report them one by"
@@ -185,18 +180,39 @@ def _read(
             of[record["id"]] = record
     if not answers:
         raise InputError(f"{paths[0]}: has no answer yet")
-    for benchmark, by_method in answers.items():
+    notes += _not_alike(conditions)
+    for (benchmark, name), values in machines.items():
+        if len(values) > 1:
+            notes.append(f"{benchmark}: not all answers are of the same {name}: {' and '.join(sorted(values))}")
+    return setups, answers, notes + _missing_parts(setups)
+
+
+def _paths(folders: Iterable[str | Path]) -> list[Path]:
+    """The files that are named, and those in folders. Raises InputError if a folder has none."""
+    paths: list[Path] = []
+    for folder in map(Path, folders):
+        found = [folder] if folder.is_file() else sorted(folder.glob("*.jsonl"))
+        if not found:
+            raise InputError(f"{folder}: has no answers of deltamem eval (*.jsonl)")
+        paths += found
+    return paths
+
+
+def _not_alike(conditions: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+    """Notes about what the methods of a benchmark should have alike, and have not. Raises InputError where they cannot
+    be compared at all.
+    """
+    notes = []
+    for benchmark in dict.fromkeys(benchmark for benchmark, _ in conditions):
+        of_methods = [under for (of, _), under in conditions.items() if of == benchmark]
         for name in OF_ALL:
-            values = {seen[benchmark, method][name] for method in by_method} - {None}
+            values = {under[name] for under in of_methods} - {None}
             note = f"{benchmark}: not all methods have the same {name}: {' and '.join(sorted(map(str, values)))}"
             if len(values) > 1 and name in OF_ONE:
                 raise InputError(f"{note}: report the files one by one")
             if len(values) > 1:
                 notes.append(note)
-    for (benchmark, name), values in machines.items():
-        if len(values) > 1:
-            notes.append(f"{benchmark}: not all answers are of the same {name}: {' and '.join(sorted(values))}")
-    return setups, answers, notes + _missing_parts(setups)
+    return notes
 
 
 def _in_words(value: Any) -> str:
@@ -215,65 +231,6 @@ def _missing_parts(setups: Iterable[Mapping[str, Any]]) -> list[str]:
         for (benchmark, n, *_), parts in found.items()
         if str(len(parts)) != n
     ]
-
-
-def _records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The setup and the answers of a file, without a last line that a run has not finished. Raises InputError."""
-    try:
-        first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        setup = dict(_line(first)["setup"])
-        _check_setup(setup)
-        records = [record for record in map(_line, lines) if "answer" in record]
-        for record in records:
-            _check_answer(record)
-            if record["scores"].keys() != records[0]["scores"].keys():
-                raise ValueError("other scores")
-    except (OSError, *DAMAGED) as error:
-        raise InputError(f"{path}: is no file of deltamem eval: {why(error)}") from error
-    return setup, records
-
-
-def _line(text: str) -> Any:
-    """What a line holds. Raises ValueError, also if a report could not be written: for halves of characters, and
-    numbers that JSON does not have.
-    """
-    value = json.loads(text)
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    return value
-
-
-def _check_setup(setup: Mapping[str, Any]) -> None:
-    """Raises TypeError or KeyError if what a report reads of it has other types. Much of it may be missing."""
-    of_types: tuple[tuple[type, tuple[Any, ...]], ...] = (
-        (str, (setup["benchmark"], setup["model"])),
-        (int, (setup.get("questions", 0),)),
-        (list, tuple(setup.get(name) or [] for name in ("methods", "cache", "processor"))),
-        (dict, tuple(setup.get(name) or {} for name in ("adapters", "sha256"))),
-    )
-    for type_, values in of_types:
-        if not all(isinstance(value, type_) for value in values):
-            raise TypeError("other types")
-    digests = dict(setup.get("sha256") or {})
-    inner = {**(setup.get("adapters") or {}), **(digests.pop("adapters", None) or {}), **digests}
-    listed = [text for name in ("methods", "cache", "processor") for text in setup.get(name) or ()]
-    if not all(text is None or isinstance(text, str) for text in (*listed, *inner.values())):
-        raise TypeError("other types")
-    for name in ("version", "shard", "kinds", "limit", "seed", "n_ctx", "flash_attn", "unpack", "window", "lora",
-                 "answer_writes", "rehearse"):  # fmt: skip
-        hash(setup.get(name))
-
-
-def _check_answer(record: Mapping[str, Any]) -> None:
-    """Raises TypeError, KeyError or ValueError if an answer lacks something, or has another type or value of it."""
-    texts = [record[name] for name in ("benchmark", "method", "id", "kind")]
-    if record["about"] is not None:
-        texts.append(record["about"])
-    scores = [score if isinstance(score, list) else [score] for score in record["scores"].values()]
-    values = [value for score in scores for value in score]
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(v, (int, float)) for v in values):
-        raise TypeError("other types")
-    if not (scores and all(scores)) or not all(0 <= value <= 1 for value in values):
-        raise ValueError("no score, or one that is not from 0 to 1")
 
 
 def _conditions(setup: Mapping[str, Any], method: str) -> dict[str, Any]:

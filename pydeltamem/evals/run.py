@@ -6,19 +6,15 @@ unit depends on what was asked before, so a run that was killed goes on where it
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, OutputError
-from ..formats.lock import take_lock
+from ..errors import InputError
 from . import views
+from .answer_file import AnswerFile
 from .asker import MARGIN, Ask, Asker, Shared
 from .items import Benchmark, Context, Item, digest
 
@@ -29,8 +25,6 @@ PLAIN = {
 LORA = "lora"
 PROTOCOLS = ("context", "memory")
 WAVES = 4  # about as many questions without a text before them are asked together, for each slot
-# of a setup: what several machines may differ in. It decides rounding, after which a greedy answer may be another one
-OF_MACHINE = ("processor", "gpu_layers")
 BESIDE = ("last", "bm25", "dense", "summary")  # text that a memory may have besides: NAME/memory+bm25
 
 
@@ -217,112 +211,6 @@ class Prompts:
         return Ask(Shared(visible, writes=method.writes), self._question(item), options)
 
 
-class AnswerFile:
-    """The JSON lines of a run: the setup, then each text that is shown before its first answer, and the answers.
-
-    Opening it takes away what a killed run left of an unfinished unit, and the setup of a run that failed before it had
-    an answer. It is locked until it is closed, where there are locks of files: two runs would write every answer twice.
-    Raises InputError if it holds another run, or if another process writes it, and OutputError if it cannot be written.
-    """
-
-    def __init__(self, path: Path, setup: Mapping[str, Any], units: Sequence[Unit]):
-        self.path, self.n_done, self.texts, self._n_bytes = path, 0, set[str](), 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - `close` closes it
-        except OSError as error:
-            raise self._unwritable(error.strerror) from error
-        try:
-            self._lock()
-            self._file.seek(0)
-            data = self._file.read()
-            first, end, rest = data.partition(b"\n")
-            if end and (rest or not isinstance(_line(first).get("setup"), dict)):
-                self._check_setup(_line(first), setup)
-                self._n_bytes = len(first) + 1
-                self._find_end(rest.splitlines(keepends=True), units)
-            elif not end and not _encoded({"setup": setup}).startswith(first):  # killed while it wrote its setup
-                self._check_setup({}, setup)
-            self._file.truncate(self._n_bytes)
-            if self._n_bytes == 0:
-                self.add([{"setup": setup}])
-        except BaseException:
-            self.close()
-            raise
-
-    def _unwritable(self, why: str | None) -> OutputError:
-        return OutputError(f"{self.path}: cannot be written: {why}")
-
-    def _lock(self) -> None:
-        """The system releases it with the file, also when it kills the process."""
-        if sys.platform != "win32":
-            with contextlib.suppress(OSError):  # a file system without locks
-                if not take_lock(self._file.fileno()):
-                    raise InputError(
-                        f"{self.path}: another process writes it: wait for its end, or name another folder by --output"
-                    )
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _check_setup(self, found: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
-        before, now = found.get("setup"), json.loads(json.dumps(setup))
-        if not isinstance(before, dict):
-            raise InputError(f"{self.path}: is no file of deltamem eval: name another folder by --output")
-        if "version" not in before:
-            raise InputError(f"{self.path}: holds a run of an earlier version: name another folder by --output")
-        for name in {**before, **now}:
-            if name in OF_MACHINE and name not in before:  # begun before that was written down
-                continue
-            if before.get(name) != now.get(name):
-                raise InputError(
-                    f"{self.path}: holds a run with {name} {before.get(name)}, not {now.get(name)}: "
-                    "name another folder by --output"
-                )
-
-    def _find_end(self, lines: Sequence[bytes], units: Sequence[Unit]) -> None:
-        """Counts the complete units, the texts they show, and the bytes up to the end of the last one."""
-        at, texts, given = self._n_bytes, set[str](), list[tuple[Any, Any]]()
-        for line in lines:
-            record = _line(line) if line.endswith(b"\n") else {}
-            at += len(line)
-            if "text" in record and isinstance(record.get("context"), str):
-                texts.add(record["context"])
-            elif "answer" in record:
-                given.append((record.get("method"), record.get("id")))
-            else:
-                return
-            if self.n_done < len(units):
-                unit = units[self.n_done]
-                if given == [(unit.method.name, item.id) for item in unit.items]:
-                    self.n_done, self._n_bytes, given = self.n_done + 1, at, []
-                    self.texts |= texts
-
-    def add(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Appends lines, and has them on disk when it returns."""
-        lines = memoryview(b"".join(map(_encoded, records)))
-        try:
-            while lines:
-                lines = lines[self._file.write(lines) :]
-            os.fsync(self._file.fileno())
-            if os.fstat(self._file.fileno()).st_nlink == 0:
-                raise self._unwritable("somebody removed it")
-        except OSError as error:
-            raise self._unwritable(error.strerror) from error
-
-
-def _encoded(record: Mapping[str, Any]) -> bytes:
-    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
-
-
-def _line(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def run(
     benchmark: Benchmark,
     items: Sequence[Item],
@@ -345,7 +233,7 @@ def run(
         progress: called with the answers so far, and all.
     """
     units = list(units_of(items, methods, parallel))
-    file = AnswerFile(path, setup, units)
+    file = AnswerFile(path, setup, [[(unit.method.name, item.id) for item in unit.items] for unit in units])
     total, done = sum(len(unit.items) for unit in units), sum(len(unit.items) for unit in units[: file.n_done])
     asker: Asker | None = None
     latest: Method | None = None
