@@ -201,10 +201,10 @@ def ratios(right, tasks=("recall",)):
 def test_ratios():
     right = {"window": [1, 1, 0, 1] * 25, "bm25": [1, 0, 1, 1] * 25, "a+window": [1, 1, 1, 1] * 25}
     found = ratios(right, tasks=("recall", "visible"))["a"]
-    assert {name: of.ratio for name, of in found.items()} == pytest.approx(
+    assert {name: of.value for name, of in found.items()} == pytest.approx(
         {"average": 4 / 3, "other": 4 / 3, "memory_heavy": 2, "no_memory": 1}
     )
-    assert all(of.low <= of.ratio <= of.high for of in found.values())
+    assert all(of.low <= of.value <= of.high for of in found.values())
     assert found["average"].low > 1
     assert ratios({"a+window": [1, 1]}) == {}  # nothing to compare with
     assert ratios({"window": [0, 0], "a+window": [1, 1]}) == {}  # nothing to divide by
@@ -213,9 +213,9 @@ def test_ratios():
 def test_ratios_are_paired():
     """A method that is right about the same questions has a ratio of 1 for certain; one right as often has not."""
     same = ratios({"window": [1, 0] * 50, "a+window": [1, 0] * 50})["a"]["average"]
-    assert (same.ratio, same.low, same.high) == (1, 1, 1)
+    assert (same.value, same.low, same.high) == (1, 1, 1)
     other = ratios({"window": [1, 0] * 50, "a+window": [0, 1] * 50})["a"]["average"]
-    assert other.ratio == 1 and other.low < 0.85 and other.high > 1.15
+    assert other.value == 1 and other.low < 0.85 and other.high > 1.15
 
 
 def test_a_ratio_to_what_may_be_nothing(monkeypatch, tmp_path, capsys):
@@ -224,7 +224,7 @@ def test_a_ratio_to_what_may_be_nothing(monkeypatch, tmp_path, capsys):
     answers = {"window": ["x"] + ["no"] * 19, "a+window": ["x"] * 20}
     right = right_of(cases, answers)
     found = ratios_of(cases, right, ["a"])
-    assert found["a"]["average"].ratio == 20 and found["a"]["average"].high == float("inf")
+    assert found["a"]["average"].value == 20 and found["a"]["average"].high == float("inf")
     assert np.isfinite(found["a"]["average"].low)
     console = Console(record=True, width=200, quiet=False)
     print_tables(console, table_of(cases, right), found)
@@ -264,7 +264,7 @@ def test_questions_about_one_conversation_are_drawn_together():
 def test_a_task_counts_once():
     cases = [case("?", "x", ((str(i), ""),), "recall" if i < 90 else "natural") for i in range(100)]
     right = {"full": np.ones(100, dtype=bool), "a+full": np.array([True] * 90 + [False] * 10)}
-    assert ratios_of(cases, right, ["a"])["a"]["full"].ratio == 0.5
+    assert ratios_of(cases, right, ["a"])["a"]["full"].value == 0.5
 
 
 def test_what_was_told_has_a_row(tmp_path, monkeypatch, capsys):

@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..conversation import Conversation, say_together
-from ..llama import DeltaMemLlama
 from ..runtime.chat_format import chat_prompt
-from ..runtime.cpus import usable
 from ..runtime.history import n_common
-from .reader import attach, require_template
+from .reader import attach, opened
 
 MARGIN = 16  # tokens that pieces may take together beyond what they take one by one
 
@@ -74,11 +72,7 @@ class Asker:
         shares: bool = True,
         **kwargs: Any,
     ):
-        threads = threads or max(usable() // 2, 1)
-        self.llm = DeltaMemLlama(
-            model, lora_path=lora, n_ctx=n_ctx, n_seq_max=parallel, n_threads=threads, n_threads_batch=threads, **kwargs
-        )
-        require_template(self.llm)
+        self.llm = opened(model, n_ctx, threads, parallel, lora_path=lora, **kwargs)
         self.parallel, self.shares = parallel, shares
         with self.llm._engine.lock:
             self.llm._engine.slots.leave(self.llm._text)  # every slot is for questions

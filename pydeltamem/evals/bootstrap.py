@@ -36,6 +36,11 @@ class Estimate:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        """As a table shows a ratio."""
+        high = f"{self.high:.2f}" if math.isfinite(self.high) else "∞"
+        return f"{self.value:.2f} ({self.low:.2f}–{high})"
+
 
 class Sample:
     """The scores of questions that all methods answered.

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..conversation import Conversation, say_together
 from ..errors import InputError
@@ -88,12 +88,7 @@ class NativeReader:
         rehearses: bool = False,
         unpack: str = "none",
     ):
-        threads = threads or max(usable() // 2, 1)
-        self.llm = DeltaMemLlama(
-            model, deltamem_path=adapter, n_ctx=n_ctx, n_seq_max=parallel, n_threads=threads, n_threads_batch=threads,
-            unpack=unpack,
-        )  # fmt: skip
-        require_template(self.llm)
+        self.llm = opened(model, n_ctx, threads, parallel, deltamem_path=adapter, unpack=unpack)
         self._parallel = parallel
         self._answer_writes, self.rehearses = answer_writes, rehearses
         self._opening = len(self.prompt([], ""))
@@ -188,12 +183,20 @@ class NativeReader:
             yield first.fork()
 
 
-def require_template(llm: DeltaMemLlama) -> None:
-    """Raises InputError, and closes the model, if it has no chat template: llama_cpp would take Llama 2's for it."""
+def opened(
+    model: str | os.PathLike[str], n_ctx: int, threads: int | None, parallel: int, **kwargs: Any
+) -> DeltaMemLlama:
+    """A model that questions are asked of, for so many texts at once, with the same threads for all decodes.
+
+    threads: None: half of the CPUs that the process may use. Raises as `DeltaMemLlama`, and InputError if the model has
+    no chat template: llama_cpp would take Llama 2's for it.
+    """
+    threads = threads or max(usable() // 2, 1)
+    llm = DeltaMemLlama(model, n_ctx=n_ctx, n_seq_max=parallel, n_threads=threads, n_threads_batch=threads, **kwargs)
     if not has_template(llm):
-        path = llm.model_path
         llm.close()
-        raise InputError(f"{path}: has no chat template, by which questions are asked: name a model that has one")
+        raise InputError(f"{llm.model_path}: has no chat template, by which questions are asked: name a model that has one")
+    return llm
 
 
 def attach(llm: DeltaMemLlama, adapter: str | os.PathLike[str] | None) -> None:

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..formats.kinds import json_of
+from .bootstrap import Estimate
 from .case import Case
-from .statistics import Ratio, Row
+from .statistics import Row
 
 REPORT = json_of("a report of deltamem eval", {"setup", "rows", "ratios"})
 RATIOS = {
@@ -28,7 +29,7 @@ RATIOS = {
 def as_json(
     setup: Mapping[str, Any],
     rows: Sequence[Row],
-    ratios: Mapping[str, Mapping[str, Ratio]],
+    ratios: Mapping[str, Mapping[str, Estimate]],
     cases: Sequence[Case],
     answers: Mapping[str, Sequence[str]],
 ) -> str:
@@ -48,7 +49,7 @@ def as_json(
     return json.dumps(report, indent=1, ensure_ascii=False) + "\n"
 
 
-def print_tables(console: Console, rows: Sequence[Row], ratios: Mapping[str, Mapping[str, Ratio]]) -> None:
+def print_tables(console: Console, rows: Sequence[Row], ratios: Mapping[str, Mapping[str, Estimate]]) -> None:
     """Prints a line for each kind of question, a column for each method; then the ratios."""
     kinds = list(dict.fromkeys((row.task, row.kind) for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
@@ -70,7 +71,7 @@ def print_tables(console: Console, rows: Sequence[Row], ratios: Mapping[str, Map
     if ratios:
         summary = Table("", *ratios, title="Ratios (95 % interval)", title_justify="left", box=None)
         for name, text in RATIOS.items():
-            row = [_shown(found[name]) if name in found else "" for found in ratios.values()]
+            row = [str(found[name]) if name in found else "" for found in ratios.values()]
             if any(row):
                 summary.add_row(text, *row)
         console.print(summary)
@@ -81,14 +82,10 @@ def name_of(task: str, kind: str) -> str:
     return f"{task.replace('_', ' ')}, {kind}" if kind else task.replace("_", " ")
 
 
-def _plain(ratio: Ratio) -> dict[str, float | None]:
+def _plain(ratio: Estimate) -> dict[str, float | None]:
     """null is infinite, which JSON does not have."""
-    return {name: value if math.isfinite(value) else None for name, value in asdict(ratio).items()}
-
-
-def _shown(ratio: Ratio) -> str:
-    high = f"{ratio.high:.2f}" if math.isfinite(ratio.high) else "∞"
-    return f"{ratio.ratio:.2f} ({ratio.low:.2f}–{high})"
+    found = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def show(case: Case, answers: Mapping[str, str], out: TextIO) -> None:

@@ -282,7 +282,7 @@ def markdown(results: Results) -> str:
     if results.ratios:
         lines += ["## ratios", ""]
         lines += _table(["benchmark", "method", "over", "ratio"], [
-            [r.benchmark, r.method, r.over, f"{r.ratio.value:.2f} ({r.ratio.low:.2f}–{_number(r.ratio.high)})"]
+            [r.benchmark, r.method, r.over, str(r.ratio)]
             for r in results.ratios
         ])  # fmt: skip
     return "\n".join([*lines, *(f"- {note}" for note in results.notes)]).rstrip() + "\n"
@@ -294,10 +294,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _percent(mean: Estimate) -> str:
     return f"{100 * mean.value:.1f} ({100 * mean.low:.1f}–{100 * mean.high:.1f})"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "∞"
 
 
 def as_json(results: Results) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .bootstrap import RESAMPLES, Sample, ratio
+from .bootstrap import RESAMPLES, Estimate, Sample, ratio
 from .case import Case
 from .methods import VISIBLE
 from .recall import CORPORA, MEMORY_HEAVY, NO_MEMORY
@@ -26,15 +26,6 @@ class Row:
     size: int
     n: int
     accuracy: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """One accuracy over another; low and high: 95 % interval (bootstrap), high may be infinite."""
-
-    ratio: float
     low: float
     high: float
 
@@ -66,7 +57,7 @@ def table_of(cases: Sequence[Case], right: Mapping[str, npt.NDArray[np.bool_]]) 
 
 def ratios_of(
     cases: Sequence[Case], right: Mapping[str, npt.NDArray[np.bool_]], memories: Sequence[str]
-) -> dict[str, dict[str, Ratio]]:
+) -> dict[str, dict[str, Estimate]]:
     """What each memory gains when text is visible too.
 
     average: memory and window over the window alone, all tasks. other: over the best other method with that window.
@@ -79,7 +70,7 @@ def ratios_of(
     tasks = tuple(dict.fromkeys(case.task for case in cases))
     means = _Means(cases, right)
     _, window, full = VISIBLE
-    ratios: dict[str, dict[str, Ratio]] = {}
+    ratios: dict[str, dict[str, Estimate]] = {}
     for memory in memories:
         compared = {
             "average": (memory + window, ("window",), tasks),
@@ -94,7 +85,7 @@ def ratios_of(
                 over = np.max([means.of(other, of_tasks) for other in others], axis=0)
                 found = ratio(means.of(method, of_tasks), over, min(means.n_drawn[task] for task in of_tasks))
                 if found is not None:
-                    ratios.setdefault(memory, {})[name] = Ratio(found.value, found.low, found.high)
+                    ratios.setdefault(memory, {})[name] = found
     return ratios
 
 
