@@ -16,14 +16,9 @@ import transformers
 from golden_data import CASES
 from pydeltamem.errors import CheckpointError, InputError, ModelError
 from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
-from pydeltamem.train.reference import (
-    DeltaMem,
-    DeltaMemConfig,
-    chunked_recurrence,
-    find_attention,
-    fused_recurrence,
-    recurrence,
-)
+from pydeltamem.train.attention import find_attention
+from pydeltamem.train.recurrence import chunked_recurrence, fused_recurrence, recurrence
+from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 from refusals import refuses
 
 BOUND = 1e-10  # both sides are float32 PyTorch

@@ -12,8 +12,8 @@ import transformers
 
 from pydeltamem import train
 from pydeltamem.train import Batch, Example, Objective, Options, PackedBatch, PackedModel, answer_logits, kernels
+from pydeltamem.train.recurrence import recurrence as token_by_token
 from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
-from pydeltamem.train.reference import recurrence as token_by_token
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "tie_word_embeddings": True}

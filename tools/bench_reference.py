@@ -26,7 +26,8 @@ from pydeltamem.bench.runs import Model, Options, Runner
 from pydeltamem.bench.synthetic import SHAPES
 from pydeltamem.runtime import library
 from pydeltamem.runtime.unpacking import NONE, UNPACK
-from pydeltamem.train.reference import DeltaMem, chunked_recurrence, recurrence
+from pydeltamem.train.recurrence import chunked_recurrence, recurrence
+from pydeltamem.train.reference import DeltaMem
 
 FORMS = {"token by token": recurrence, "in chunks": chunked_recurrence}
 

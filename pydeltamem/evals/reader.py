@@ -195,7 +195,9 @@ def opened(
     llm = DeltaMemLlama(model, n_ctx=n_ctx, n_seq_max=parallel, n_threads=threads, n_threads_batch=threads, **kwargs)
     if not has_template(llm):
         llm.close()
-        raise InputError(f"{llm.model_path}: has no chat template, by which questions are asked: name a model that has one")
+        raise InputError(
+            f"{llm.model_path}: has no chat template, by which questions are asked: name a model that has one"
+        )
     return llm
 
 

@@ -8,10 +8,12 @@ format, for `deltamem convert`.
     trainer.py        the run                     options.py         its options
     objective.py      its loss                    report.py          its results
     conversations.py  lines of a file as tokens   tokenizer.py       the tokenizer of a GGUF
-    reference.py      δ-mem in PyTorch            model.py           the frozen model, of a directory or a GGUF
+    reference.py      δ-mem on a decoder          model.py           the frozen model, of a directory or a GGUF
+    recurrence.py     its states and reads        attention.py       where a decoder's projections are
     packed.py         a step, conversations end to end (kernels.py: what it does between matrix products)
     padded.py         a step by hooks on the model, the reference of packed.py
-    heads.py          initial weights             recall.py          what the native runtime recalls during training
+    heads.py          initial weights             average.py         the moving average of the weights
+    recall.py         what the native runtime recalls during training
 
 The names below load torch and transformers when they are first used: that takes seconds, and the options need neither.
 """

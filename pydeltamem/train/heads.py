@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..formats.checkpoint import HEADS
-from .reference import DeltaMem, find_attention
+from .attention import find_attention
+from .reference import DeltaMem
 
 
 @torch.no_grad()

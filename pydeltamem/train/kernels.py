@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference import chunked_recurrence
+from .recurrence import chunked_recurrence
 
 FORCE_PLAIN = False
 

@@ -1,5 +1,4 @@
-"""δ-mem in PyTorch: the recurrence token by token, two faster forms for training, and hooks that put it on
-any Hugging Face decoder. The native side is tested against it.
+"""δ-mem in PyTorch, on any Hugging Face decoder, by hooks. The native side is tested against it.
 
     memory = DeltaMem.from_checkpoint(model, "adapter")
     model(input_ids)                            # every token reads and writes
@@ -13,7 +12,6 @@ A hook runs whenever its layer does. Gradient checkpointing runs layers twice, a
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -44,142 +42,8 @@ from ..formats.checkpoint import (
 )
 from ..formats.disk_errors import disk_errors
 from ..formats.outputs import check_disk, make_folder, writing
-
-#
-# the recurrence
-#
-# state [B, H, r, r], the other arguments [B, T, H, r]: row i of a head's state has its own keep, erase and write.
-# Returns the reads, [B, T, H, r], each from the state before its token's write, and the state after all tokens.
-#
-
-
-def recurrence(
-    state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gated delta rule (docs/explanation/method.md), token by token."""
-    reads = []
-    for q_t, k_t, v_t, keep_t, erase_t, write_t in zip(*(x.unbind(1) for x in (q, k, v, keep, erase, write))):
-        reads.append((state @ q_t[..., None])[..., 0])
-        predicted = (state @ k_t[..., None])[..., 0]
-        change = write_t * v_t - erase_t * predicted
-        state = keep_t[..., None] * state + change[..., :, None] * k_t[..., None, :]
-    return torch.stack(reads, 1), state
-
-
-def fused_recurrence(
-    state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same token by token, with a gradient written by hand: four operations per token forward, four back, the rest
-    for all tokens at once. It keeps the states of all tokens, T·H·r² values per sequence. It has no second derivative.
-    """
-    return _FusedRecurrence.apply(state, q, k, v, keep, erase, write)
-
-
-class _FusedRecurrence(torch.autograd.Function):
-    # In here time comes first and batch and heads are one: columns [T, B·H, r, 1], states [T + 1, B·H, r, r].
-
-    @staticmethod
-    def forward(ctx: Any, state: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
-        n_batch, n_head = state.shape[:2]
-        q, k, v, keep, erase, write = (x.transpose(0, 1).flatten(1, 2).contiguous()[..., None] for x in values)
-        states = state.new_empty(len(q) + 1, *state.flatten(0, 1).shape)
-        states[0] = state.flatten(0, 1)
-        written, k_rows = write * v, k.mT
-        change = torch.empty_like(v)
-        for t, (here, after) in enumerate(itertools.pairwise(states)):
-            torch.addcmul(written[t], erase[t], torch.bmm(here, k[t]), value=-1, out=change[t])
-            torch.mul(here, keep[t], out=after)
-            after.baddbmm_(change[t], k_rows[t])
-        ctx.save_for_backward(states, change, q, k, v, keep, erase, write)
-        reads = (states[:-1] @ q).unflatten(1, (n_batch, n_head))[..., 0].transpose(0, 1)
-        return reads, states[-1].unflatten(0, (n_batch, n_head)).clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_reads: Tensor, d_state: Tensor) -> tuple[Tensor, ...]:
-        states, change, q, k, v, keep, erase, write = ctx.saved_tensors
-        n_batch, n_head = d_state.shape[:2]
-        d_reads = d_reads.transpose(0, 1).flatten(1, 2).contiguous()[..., None]
-        d_states = d_reads @ q.mT  # by the reads first, then by all that comes after
-        d_states = torch.cat([d_states, d_state.flatten(0, 1)[None]])
-        d_change, d_predicted, k_rows = torch.empty_like(v), torch.empty_like(v), k.mT
-        for t in range(len(q) - 1, -1, -1):
-            torch.bmm(d_states[t + 1], k[t], out=d_change[t])
-            torch.mul(d_change[t], erase[t], out=d_predicted[t])
-            d_states[t].addcmul_(d_states[t + 1], keep[t]).baddbmm_(d_predicted[t], k_rows[t], alpha=-1)
-
-        before, later = states[:-1], d_states[1:]
-        found = (
-            before.mT @ d_reads,  # q
-            later.mT @ change - before.mT @ d_predicted,  # k
-            write * d_change,  # v
-            (later * before).sum(-1, keepdim=True),  # keep
-            -(before @ k) * d_change,  # erase
-            v * d_change,  # write
-        )
-        rest = (x[..., 0].unflatten(1, (n_batch, n_head)).transpose(0, 1) for x in found)
-        return d_states[0].unflatten(0, (n_batch, n_head)), *rest
-
-
-def chunked_recurrence(
-    state: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    erase: Tensor,
-    write: Tensor,
-    chunk: int = 16,
-) -> tuple[Tensor, Tensor]:
-    """The same by matrix products over chunks of tokens. Only the states between chunks follow one after the other.
-
-    In a chunk that starts with row s of a state, token t changes the row by u_t k_t, and before it the row is
-    s_t = K(t) s + Σ_{τ<t} K(t, τ) u_τ k_τ, where K is the product of the keeps in between. Thus
-    u_t = write_t v_t - erase_t (s_t · k_t) is a triangular system in u, solved for u = a - A s with s left open. Reads
-    and the row after the chunk are linear in u and s.
-    """
-    n_token, rank = q.shape[1], q.shape[-1]
-    chunk = min(chunk, n_token)
-
-    def fold(x: Tensor, value: float = 0.0) -> Tensor:  # [B, T, H, r] -> [B, chunks, H, C, r], the last chunk filled up
-        x = F.pad(x, (0, 0, 0, 0, 0, -n_token % chunk), value=value)
-        return x.unflatten(1, (-1, chunk)).transpose(2, 3)
-
-    q, k = fold(q), fold(k)
-    v, keep, erase, write = fold(v).mT, fold(keep, 1.0).mT, fold(erase).mT, fold(write).mT  # [B, chunks, H, r, C]
-
-    # Products of the keeps before each token and after the chunk: of all from its start, of those since each token.
-    # Not by logarithms: their gradient divides by the keep, and so divides rounding errors by what may be nearly 0.
-    marks = torch.eye(chunk + 1, dtype=q.dtype, device=q.device)
-    product, products = marks[0].expand(*keep.shape[:-1], -1), []
-    for keep_t, mark in zip(keep.unbind(-1), marks[1:]):
-        products.append(product)
-        product = keep_t[..., None] * product + mark
-    since_start, between = torch.stack(products, -2).split([1, chunk], -1)  # [..., C, 1], [..., C, C]: K(t, τ)
-    whole, to_end = product.split([1, chunk], -1)
-    k_rows, q_rows = k[..., None, :, :], q[..., None, :, :]  # [B, chunks, H, 1, C, r]: the same for every row
-
-    system = erase[..., None] * between * (k @ k.mT)[..., None, :, :]
-    right = torch.cat([(write * v)[..., None], erase[..., None] * since_start * k_rows], -1)
-    u = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)  # [..., r, C, 1 + r]: a and A
-
-    read = (between * (q @ k.mT)[..., None, :, :]) @ u
-    read_fixed, read_linear = read[..., 0], since_start * q_rows - read[..., 1:]
-    end = k_rows.mT @ (to_end[..., None] * u)
-    identity = torch.eye(rank, dtype=q.dtype, device=q.device)
-    end_fixed, end_linear = end[..., 0], whole[..., None] * identity - end[..., 1:]
-
-    starts = []
-    for fixed, linear in zip(end_fixed.unbind(1), end_linear.unbind(1)):
-        starts.append(state)
-        state = fixed + (linear @ state[..., None])[..., 0]
-    reads = read_fixed + (read_linear @ torch.stack(starts, 1)[..., None])[..., 0]  # [B, chunks, H, r, C]
-    return reads.permute(0, 1, 4, 2, 3).flatten(1, 2)[:, :n_token], state
-
-
-#
-# configuration and model
-#
+from .attention import Attention, find_attention
+from .recurrence import chunked_recurrence, recurrence
 
 OUTPUT_INITS = ("zero", "random", "base_slice", "base_slice_fixed")
 
@@ -221,73 +85,6 @@ class DeltaMemConfig(Config):
             raise InputError(f"delta_heads = {self.delta_heads!r} must be some of q, k, v, o")
         object.__setattr__(self, "delta_heads", tuple(head for head in HEADS if head in self.delta_heads))
         object.__setattr__(self, "target_layers", tuple(sorted(set(self.target_layers))))
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The projections of one layer's attention, and the rows that each of q, k, v, o has in them."""
-
-    inputs: tuple[nn.Linear, ...]  # q, k and v, or one that computes them one after the other
-    output: nn.Linear
-    rows: dict[str, int]
-
-    def weight(self, head: str) -> Tensor:
-        if head == "o":
-            return self.output.weight
-        if len(self.inputs) == 3:
-            return self.inputs["qkv".index(head)].weight
-        return self.inputs[0].weight.split([self.rows[x] for x in "qkv"])["qkv".index(head)]
-
-
-# How transformers' decoders name their attention and its projections.
-_SEPARATE = ("q_proj", "k_proj", "v_proj")
-_NAMES = (
-    ("self_attn", _SEPARATE, "o_proj"),  # nearly all
-    ("self_attn", _SEPARATE, "out_proj"),  # OPT, LFM2
-    ("self_attn", _SEPARATE, "dense"),  # Phi
-    ("self_attn", ("qkv_proj",), "o_proj"),  # Phi-3
-    ("attn", _SEPARATE, "out_proj"),  # GPT-J
-)
-
-
-def find_attention(model: Any) -> dict[int, Attention]:
-    """The attention of each layer of a decoder, without the layers of hybrid models that have none.
-
-    Raises ModelError if the projections of an attention layer are not known.
-    """
-    config = model.config.get_text_config()
-    name = type(model).__name__
-    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    layers = next((stack for stack in stacks if len(stack) == config.num_hidden_layers), None)
-    if layers is None:
-        raise ModelError(f"{name}: has no list of {config.num_hidden_layers} layers; it is no decoder that we know")
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
-    found = {}
-    for i, (layer, kind) in enumerate(zip(layers, kinds)):
-        attention = _attention(layer, config)
-        if attention:
-            found[i] = attention
-        elif kind.endswith("attention") and kind != "linear_attention":
-            raise ModelError(
-                f"{name}: layer {i} ({', '.join(child for child, _ in layer.named_children())}) has no attention with"
-                " projections that we know; add its names to pydeltamem/train/reference.py"
-            )
-    return found
-
-
-def _attention(layer: nn.Module, config: Any) -> Attention | None:
-    for attention_name, input_names, output_name in _NAMES:
-        attention = getattr(layer, attention_name, None)
-        modules: list[Any] = [getattr(attention, name, None) for name in (*input_names, output_name)]
-        if all(isinstance(module, nn.Module) for module in modules):
-            *inputs, output = modules
-            sizes = [module.out_features for module in inputs]
-            if len(sizes) == 1:
-                head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-                n_q = config.num_attention_heads * head_dim
-                sizes = [n_q, (sizes[0] - n_q) // 2, (sizes[0] - n_q) // 2]
-            return Attention(tuple(inputs), output, dict(zip(HEADS, [*sizes, output.out_features])))
-    return None
 
 
 class LayerMemory(nn.Module):

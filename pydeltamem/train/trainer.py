@@ -33,7 +33,8 @@ from .model import load_frozen
 from .objective import Objective
 from .options import SCHEDULES, Options
 from .recall import NativeRecall
-from .reference import DeltaMem, DeltaMemConfig, chunked_recurrence, fused_recurrence, torch_save
+from .recurrence import chunked_recurrence, fused_recurrence
+from .reference import DeltaMem, DeltaMemConfig, torch_save
 from .report import Report, measure, plot
 
 LOG = "log.jsonl"
