@@ -353,7 +353,7 @@ def test_a_reply_ends_with_any_token_that_ends_one(data, tmp_path):
     other = other_metadata(tmp_path, "--special-token", "eos", "<s>", "--special-token-by-id", "eot", str(end))
     assert GgufTokenizer(other).eos_token_id != end and end in GgufTokenizer(other).ends
     run = trainer(data, tmp_path / "out", model=other, teacher="context")
-    questions = [train.Example([], [], [(ask[0], ask[1], [])], [ask[0]]) for ask in run.data[0].asks]
+    questions = [train.Example([], [], [ask._replace(answer=[])], [ask.question]) for ask in run.data[0].asks]
     answered = run.objective.answered(questions)
     assert {answer[-1] for example in answered for _, _, answer in example.asks} == {end}
     # an adapter that corrects nothing yet gives the same answers

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from pydeltamem import train
-from pydeltamem.train import Batch, Example, Objective, Options, PackedBatch, PackedModel, answer_logits, kernels
+from pydeltamem.train import Ask, Batch, Example, Objective, Options, PackedBatch, PackedModel, answer_logits, kernels
 from pydeltamem.train.recurrence import recurrence as token_by_token
 from pydeltamem.train.reference import DeltaMem, DeltaMemConfig
 
@@ -51,11 +51,8 @@ def examples(visible=(False, False, False)):
     for earlier, asks, seen in zip((17, 30, 1), ((4, 9), (6,), (5, 5, 3)), visible):
         system, read = some(3), some(earlier)
         questions = [system + some(n) for n in asks]
-        made.append(
-            Example(
-                read, [0] * len(read), [(q, [0] * len(q), some(1 + len(q) % 4)) for q in questions], questions, seen
-            )
-        )
+        asked = [Ask(question, [0] * len(question), some(1 + len(question) % 4)) for question in questions]
+        made.append(Example(read, [0] * len(read), asked, questions, seen))
     return made
 
 
@@ -104,7 +101,7 @@ def test_packed_is_padded(family, rehearsed, config, plain, monkeypatch):
 def test_answers_of_one_token():
     """The padded form then decodes nothing after the question."""
     model, memory = make("llama")
-    given = [replace(e, asks=[(question, of, answer[:1]) for question, of, answer in e.asks]) for e in examples()]
+    given = [replace(e, asks=[ask._replace(answer=ask.answer[:1]) for ask in e.asks]) for e in examples()]
     batch, packed = Batch.of(given, "cpu"), PackedBatch.of(given)
     logits = answer_logits(model, memory, batch)
     assert logits.shape[1] == 1 and batch.answer[batch.answer_mask].tolist() == packed.targets.tolist()

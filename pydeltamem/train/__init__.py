@@ -7,12 +7,13 @@ format, for `deltamem convert`.
 
     trainer.py        the run                     options.py         its options
     objective.py      its loss                    report.py          its results
-    conversations.py  lines of a file as tokens   tokenizer.py       the tokenizer of a GGUF
-    reference.py      δ-mem on a decoder          model.py           the frozen model, of a directory or a GGUF
-    recurrence.py     its states and reads        attention.py       where a decoder's projections are
+    lines.py          lines of a training file    conversations.py   the same as tokens
+    model.py          the frozen model            tokenizer.py       the tokenizer of a GGUF
+    reference.py      δ-mem on a decoder          attention.py       where a decoder's projections are
+    recurrence.py     its states and reads        heads.py           initial weights
     packed.py         a step, conversations end to end (kernels.py: what it does between matrix products)
     padded.py         a step by hooks on the model, the reference of packed.py
-    heads.py          initial weights             average.py         the moving average of the weights
+    average.py        the moving average of the weights
     recall.py         what the native runtime recalls during training
 
 The names below load torch and transformers when they are first used: that takes seconds, and the options need neither.
@@ -27,7 +28,7 @@ from ..errors import InputError
 from .options import STRATEGIES, Options
 
 if TYPE_CHECKING:
-    from .conversations import Conversations, Example
+    from .conversations import Ask, Conversations, Example
     from .heads import start_from_heads
     from .objective import Objective, told_weights
     from .packed import PackedBatch, PackedModel
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "STRATEGIES",
+    "Ask",
     "Batch",
     "Conversations",
     "Example",
@@ -53,6 +55,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Ask": ".conversations",
     "Batch": ".padded",
     "Conversations": ".conversations",
     "Example": ".conversations",

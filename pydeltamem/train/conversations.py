@@ -1,37 +1,28 @@
-"""The lines of a training file as tokens: conversations, documents with questions, plain text.
-
-A line is a JSON object, one of
-
-    {"messages": [...]}                         a conversation that ends with the answer to learn
-    {"messages": [...], "asks": [[...], ...]}   several questions about the same messages, each asked on its own;
-                                                with "visible": true their text stays, and there may be none;
-                                                with "keep": true the answers stay as the frozen model gives them
-    {"document": "...", "questions": [{"question": "...", "answer": "..."}, ...]}
-    {"text": "..."}                             its end is to be predicted from the memory of its beginning
-
-where messages are {"role", "content"}. A question without an answer (an ask that ends with the user, a question
-without "answer") needs a teacher, which writes the answer (objective.py). With a teacher all answers are learned from
-it, "keep" or not.
-"""
+"""The lines of a training file (lines.py) as tokens."""
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import InputError, ModelError, shown
+from .lines import Line, Messages, line_of
 
 TEXT_ANSWER = 64  # how many of the last tokens of a plain text the model has to predict; at most half of it
 TEXT_LEAST = 4  # tokens of a plain text
 LONGEST_TOKEN = 256  # characters: a longer text than TEXT_LEAST of them is long enough
-READ = "I have read it."  # what the assistant says to a document
 
-Messages = list[dict[str, str]]
+
+class Ask(NamedTuple):
+    """A question about a conversation, as tokens."""
+
+    question: list[int]  # after the messages that stay visible
+    segments: list[int]  # for each of those tokens the message that it belongs to
+    answer: list[int]  # empty: a teacher is to write it
 
 
 @dataclass(frozen=True)
@@ -40,23 +31,12 @@ class Example:
 
     earlier: list[int]
     segments: list[int]  # for each of those tokens the message that it belongs to
-    asks: list[tuple[list[int], list[int], list[int]]]  # visible tail and question, their segments, answer
+    asks: list[Ask]
     continued: list[list[int]]  # for each ask the question as it follows earlier turns whose text stays
     visible: bool = False  # whether the text stays
     ask_writes: bool = True  # whether questions and answers write
     rehearsed: bool = False  # whether the text is decoded and written once more before it goes
     keep: bool = False  # whether the answers are the frozen model's, whose distribution is to stay
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A line of the file: a plain text, or messages and what is asked about them."""
-
-    messages: Messages
-    asks: list[Messages]
-    visible: bool
-    keep: bool
-    text: str | None = None
 
 
 class Conversations:
@@ -118,7 +98,7 @@ class Conversations:
             file.seek(offset)
             return self._example(number, self._parsed(number, file.readline()))
 
-    def _example(self, number: int, line: _Line) -> Example:
+    def _example(self, number: int, line: Line) -> Example:
         """A line as tokens. Raises InputError or ModelError, naming it."""
         try:
             return self._of_messages(line) if line.text is None else self._of_text(line.text)
@@ -132,17 +112,17 @@ class Conversations:
         if self._packed_only:
             raise InputError(f"{self.path}: {self._packed_only}, which needs the packed form of a step")
 
-    def _parsed(self, number: int, line: bytes) -> _Line:
+    def _parsed(self, number: int, line: bytes) -> Line:
         """Raises InputError if it is no line to train on."""
         try:
-            parsed = _of_record(line)
+            parsed = line_of(line)
             if parsed.text is None:
                 self._check(parsed)
         except ValueError as error:
             raise InputError(f"{self.path}: line {number}: {error}") from error
         return parsed
 
-    def _check(self, line: _Line) -> None:
+    def _check(self, line: Line) -> None:
         if not (line.messages or line.visible):
             raise ValueError('there are no earlier messages, and no "visible": true')
         if not line.asks:
@@ -154,7 +134,7 @@ class Conversations:
             if len(ask) == 1 and last == "assistant" and self._n_earlier(line) >= len(line.messages):
                 raise ValueError("an answer has no question before it")
 
-    def _n_earlier(self, line: _Line) -> int:
+    def _n_earlier(self, line: Line) -> int:
         """How many messages are before the tail, which is written once, where it is visible."""
         return max(1, len(line.messages) - self.tail)
 
@@ -164,9 +144,9 @@ class Conversations:
             raise ValueError(f"the text is too short: it has {len(ids)} tokens")
         n = min(TEXT_ANSWER, len(ids) // 2)
         earlier, first, answer = ids[:-n], ids[-n : 1 - n], ids[1 - n :]
-        return Example(earlier, [0] * len(earlier), [(first, [0], answer)], [first])
+        return Example(earlier, [0] * len(earlier), [Ask(first, [0], answer)], [first])
 
-    def _of_messages(self, line: _Line) -> Example:
+    def _of_messages(self, line: Line) -> Example:
         n_earlier = self._n_earlier(line)
         earlier, tail = line.messages[:n_earlier], line.messages[n_earlier:]
         asks = [tail + ask for ask in line.asks]
@@ -181,9 +161,9 @@ class Conversations:
             continued = [self._ids(whole)[len(ids) :] for whole in wholes]
         if not (ids or line.visible):
             raise ValueError("the chat template makes no token of the earlier messages")
-        if not (all(continued) and (line.visible or all(question for question, _, _ in asked))):
+        if not (all(continued) and (line.visible or all(ask.question for ask in asked))):
             raise ValueError("the chat template makes no token of a question")
-        if not all(answer for ask, (_, _, answer) in zip(asks, asked) if ask[-1]["role"] == "assistant"):
+        if not all(ask.answer for messages, ask in zip(asks, asked) if messages[-1]["role"] == "assistant"):
             raise ValueError("the chat template makes no token of an answer")
         return Example(
             ids[-self.max_tokens :], segments[-self.max_tokens :], asked, continued, line.visible, keep=line.keep
@@ -218,7 +198,7 @@ class Conversations:
         """The tokens of messages with two other ones after them, which have only their beginning in common."""
         return [self._ids(self._text([*messages, {"role": role, "content": other}])) for other in "0a"]
 
-    def _ask(self, messages: Messages) -> tuple[list[int], list[int], list[int]]:
+    def _ask(self, messages: Messages) -> Ask:
         before = _prompting(messages)
         prompt = self._text(before, add_generation_prompt=True)
         question = self._ids(prompt)
@@ -230,7 +210,7 @@ class Conversations:
                 f"{self.tokenizer.name_or_path}: its chat template formats a prompt differently from a conversation"
                 " that goes on"
             )
-        return question, segments[: len(question)], answer
+        return Ask(question, segments[: len(question)], answer)
 
     def _after(self, beginning: str, ids: list[int], whole: str) -> list[int] | None:
         """The tokens of a text after its beginning, of which `ids` are the tokens; None if it does not begin so."""
@@ -265,80 +245,14 @@ def n_shared(lists: Sequence[Sequence[int]]) -> int:
     return next((i for i, some in enumerate(zip(*lists)) if len(set(some)) > 1), min(map(len, lists)))
 
 
-def _order(line: _Line) -> tuple[Any, ...]:
+def _order(line: Line) -> tuple[Any, ...]:
     """The roles of a line's messages, in their order."""
     asks = (tuple(message["role"] for message in ask) for ask in line.asks)
     return line.text is None, line.visible, tuple(message["role"] for message in line.messages), frozenset(asks)
 
 
-def _may_be_short(line: _Line) -> bool:
+def _may_be_short(line: Line) -> bool:
     """Whether a part of a line may have too few tokens."""
     if line.text is not None:
         return len(line.text) < TEXT_LEAST * LONGEST_TOKEN
     return any(not message["content"].strip() for messages in (line.messages, *line.asks) for message in messages)
-
-
-def _of_record(line: bytes) -> _Line:
-    """Raises ValueError, which says what is wrong with the line."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ValueError("it is no text in UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ValueError("it is no JSON") from None
-    flags = [_member(record, name, bool, False) for name in ("visible", "keep")]
-    if "text" in record:
-        return _Line([], [], False, False, _member(record, "text", str))
-    return _Line(*(_of_document(record) if "document" in record else _of_messages(record)), *flags)
-
-
-_NAMES = {str: "a text", bool: "true or false", list: "a list"}
-
-
-def _member(record: Any, name: str, kind: type, default: Any = None) -> Any:
-    """A member of an object in a line. Raises ValueError if it is of another type, or missing and has no default."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{shown(json.dumps(record))} is no object")
-    value = record.get(name, default)
-    if value is None and name not in record:
-        raise ValueError(f'"{name}" is missing')
-    if not isinstance(value, kind):
-        raise ValueError(f'"{name}" is {shown(json.dumps(value))}, not {_NAMES[kind]}')
-    if isinstance(value, str) and not _is_text(value):
-        raise ValueError(f'"{name}" holds half of a character, a surrogate')
-    return value
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _messages(given: list[Any]) -> Messages:
-    return [{name: _member(message, name, str) for name in ("role", "content")} for message in given]
-
-
-def _of_messages(record: dict[str, Any]) -> tuple[Messages, list[Messages]]:
-    messages = _messages(_member(record, "messages", list))
-    if "asks" in record:
-        asks = _member(record, "asks", list)
-        if not all(isinstance(ask, list) for ask in asks):
-            raise ValueError('"asks" is no list of lists of messages')
-        return messages, [_messages(ask) for ask in asks]
-    n_answer = 2 if len(messages) > 1 and messages[-2]["role"] == "user" else 1
-    return messages[:-n_answer], [messages[-n_answer:]]  # the question is the user's last message
-
-
-def _of_document(record: dict[str, Any]) -> tuple[Messages, list[Messages]]:
-    document = _member(record, "document", str)
-    messages = [{"role": "user", "content": document}, {"role": "assistant", "content": READ}]
-    asks = []
-    for item in _member(record, "questions", list):
-        ask = [{"role": "user", "content": _member(item, "question", str)}]
-        if item.get("answer") is not None:
-            ask.append({"role": "assistant", "content": _member(item, "answer", str)})
-        asks.append(ask)
-    return messages, asks

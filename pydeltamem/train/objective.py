@@ -75,7 +75,7 @@ class Objective:
             each = F.cross_entropy(logits, targets, reduction="none")
             staying = [example for example in examples if example.keep]
             if staying:
-                stays = [e.keep for e in examples for _, _, answer in e.asks for _ in answer]
+                stays = [e.keep for e in examples for ask in e.asks for _ in ask.answer]
                 kept = torch.tensor(stays, device=each.device)
                 each = each.masked_scatter(kept, self.drift(logits[kept], staying))
             weights = torch.tensor(told_weights(examples, options.wording, options.first_told), device=each.device)
@@ -118,7 +118,9 @@ class Objective:
             raise InputError('"keep": true: needs the packed form of a step')
         seen = [
             # text that is gone does not matter to the frozen model, and is not decoded
-            e if e.visible else replace(e, earlier=[], segments=[], continued=[ask[0] for ask in e.asks], visible=True)
+            e
+            if e.visible
+            else replace(e, earlier=[], segments=[], continued=[ask.question for ask in e.asks], visible=True)
             for e in examples
         ]
         with torch.no_grad():
@@ -141,15 +143,16 @@ class Objective:
         answered = []
         for example in examples:
             asks = list(example.asks)
-            for i, (question, segments, answer) in enumerate(asks):
-                if answer:
+            for i, ask in enumerate(asks):
+                if ask.answer:
                     continue
                 given: list[int] = []
                 while len(given) < TEACHER_ANSWER and not (given and given[-1] in ends):
                     # one more token, whose own logits are not needed
-                    alone = replace(example, asks=[(question, segments, [*given, 0])], continued=[example.continued[i]])
+                    so_far = ask._replace(answer=[*given, 0])
+                    alone = replace(example, asks=[so_far], continued=[example.continued[i]])
                     given.append(int(self.teacher([alone])[-1].argmax()))
-                asks[i] = (question, segments, given)
+                asks[i] = ask._replace(answer=given)
             answered.append(replace(example, asks=asks))
         return answered
 
@@ -162,10 +165,10 @@ def told_weights(examples: Sequence[Example], wording: float, first: float = 1.0
     weights = []
     for example in examples:
         told = set() if example.keep else set(example.earlier)
-        for question, _, answer in example.asks:
-            known = told.difference(question)
+        for ask in example.asks:
+            known = told.difference(ask.question)
             after = False
-            for token in answer:
+            for token in ask.answer:
                 weights.append(wording if token not in known else 1.0 if after else first)
                 after = token in known
     return weights

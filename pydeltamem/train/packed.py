@@ -66,7 +66,7 @@ class PackedBatch:
 
         for example in examples:
             visible = example.visible or not memory
-            questions = [list(example.continued[i] if visible else ask[0]) for i, ask in enumerate(example.asks)]
+            questions = example.continued if visible else [ask.question for ask in example.asks]
             earlier = -1
             for _ in range(2 if example.rehearsed and not visible else 1):
                 origin = len(ids)
@@ -80,12 +80,12 @@ class PackedBatch:
             beginning = run(questions[0][:shared], position, earlier)
             position += shared
             own = []
-            for question, (_, _, answer) in zip(questions, example.asks):
-                own.append(run(question[shared:] + answer[:-1], position, beginning))
+            for question, ask in zip(questions, example.asks):
+                own.append(run(question[shared:] + ask.answer[:-1], position, beginning))
                 first = begin[own[-1]] + len(question) - shared - 1
-                kept += range(first, first + len(answer))
-                targets += answer
-                lengths.append(len(answer))
+                kept += range(first, first + len(ask.answer))
+                targets += ask.answer
+                lengths.append(len(ask.answer))
             if not example.ask_writes:
                 reading.append((begin[beginning], len(ids)))
             spans.append((origin, len(ids), _visible(origin, len(ids), [(begin[j], end[j]) for j in own], device)))

@@ -30,21 +30,21 @@ class Batch:
 
     @classmethod
     def of(cls, examples: Sequence[Example], device: str) -> Batch:
-        asks = [(i, *ask) for i, example in enumerate(examples) for ask in example.asks]
+        asks = [(i, ask) for i, example in enumerate(examples) for ask in example.asks]
 
         def fill(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
             longest = max(map(len, rows))
             space = [[value] * (longest - len(row)) for row in rows]
             return torch.tensor([s + r if left else r + s for r, s in zip(rows, space)], device=device)
 
-        _, questions, of_questions, answers = zip(*asks)
+        answers = [ask.answer for _, ask in asks]
         return cls(
             fill([example.earlier for example in examples], 0),
             fill([example.segments for example in examples], -1),
             fill([[s if example.rehearsed else -1 for s in example.segments] for example in examples], -1),
-            torch.tensor([ask[0] for ask in asks], device=device),
-            fill(questions, 0, left=True),
-            fill(of_questions, -1, left=True),
+            torch.tensor([i for i, _ in asks], device=device),
+            fill([ask.question for _, ask in asks], 0, left=True),
+            fill([ask.segments for _, ask in asks], -1, left=True),
             fill(answers, 0),
             fill([[1] * len(row) for row in answers], 0).bool(),
         )

@@ -34,7 +34,7 @@ class NativeRecall:
 
     def __init__(self, base: str | os.PathLike[str], examples: Sequence[Example], n: int):
         gone = [example for example in examples if not (example.visible or example.keep)]
-        asked = [(example.earlier, example.segments, *ask) for example in gone for ask in example.asks if ask[2]]
+        asked = [(example, ask) for example in gone for ask in example.asks if ask.answer]
         if not asked:
             raise InputError(
                 "--eval-every: the first tenth of the conversations has no answer to a text that is gone: give more"
@@ -64,24 +64,24 @@ class NativeRecall:
         with tempfile.TemporaryDirectory() as folder:
             adapter = os.path.join(folder, "adapter.gguf")
             write_adapter(Checkpoint(checkpoint), Base(self.base), adapter, "f32")
-            n_ctx = max(len(earlier) + len(question) for earlier, _, question, _, _ in self.asked) + LONGEST + 8
+            n_ctx = max(len(example.earlier) + len(ask.question) for example, ask in self.asked) + LONGEST + 8
             llm = DeltaMemLlama(
                 model_path=self.base, deltamem_path=adapter, n_ctx=n_ctx, n_threads=1, n_threads_batch=1, verbose=False
             )
             ends = functools.partial(llama_vocab_is_eog, llm._model.vocab)
             try:
-                for earlier, segments, question, of_question, answer in self.asked:
+                for example, ask in self.asked:
                     llm.reset()
                     llm.memory.reset()
                     by_segment = llm.memory.by_segment
-                    llm.eval(earlier, segments if by_segment else None)
+                    llm.eval(example.earlier, example.segments if by_segment else None)
                     llm.reset()
-                    llm.eval(question, of_question if by_segment else None)
+                    llm.eval(ask.question, ask.segments if by_segment else None)
                     given: list[int] = []
                     while len(given) < LONGEST and not ends(token := int(np.argmax(llm.logits))):
                         given.append(token)
                         llm.eval([token])
-                    expected = [token for token in answer if not ends(token)]
+                    expected = [token for token in ask.answer if not ends(token)]
                     said, told = (
                         _words(llm.detokenize(tokens).decode("utf-8", "replace")) for tokens in (given, expected)
                     )

@@ -51,7 +51,7 @@ def measure(objective: Objective, examples: Sequence[Example]) -> HeldOut:
         rows: Sequence[Example] = examples[begin : begin + size]
         if objective.options.teacher:
             rows = objective.answered(rows)
-        lengths = [len(answer) for row in rows for _, _, answer in row.asks]
+        lengths = [len(ask.answer) for row in rows for ask in row.asks]
         count += len(lengths)
         for i in range(2):
             logits, targets = objective.student(rows, empty=bool(i))
