@@ -36,6 +36,7 @@ from .formats.atomic import leftovers
 from .formats.disk_errors import disk_errors
 from .formats.ending import ending_in_order
 from .formats.kinds import MEMORY
+from .formats.sha256 import sha256_of
 from .models import ADAPTERS, shipped_adapter
 from .runtime.children import environment
 from .runtime.names import nearest
@@ -171,7 +172,7 @@ def _packaged(name: str, again: bool = False) -> Path:
     path = cache_folder() / "models" / PurePosixPath(package.file).name
     with disk_errors(path):
         is_whole = path.is_file() and path.stat().st_size == package.n_bytes
-        if is_whole and (not again or _sha256(path) == package.sha256):
+        if is_whole and (not again or sha256_of(path) == package.sha256):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
@@ -233,19 +234,11 @@ def _extract(name: str, package: Package, wheel: Path, path: Path) -> None:
         raise FetchError(
             f"{name}: {wheel.name} is damaged, {package.file} cannot be read from it: get it from another source"
         ) from error
-    if (found := _sha256(path)) != package.sha256:
+    if (found := sha256_of(path)) != package.sha256:
         raise FetchError(
             f"{name}: the checksum of {package.file} in {wheel.name} is {found}, not {package.sha256}: the package was "
             "changed or damaged: get it from another source"
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 #

@@ -20,7 +20,7 @@ from .formats.outputs import make_folder, writing
 from .hub import cache_folder
 from .runtime import library
 from .runtime.cpus import MAX_THREADS, cpu_name, default_threads, usable
-from .runtime.remote import gpu_names
+from .runtime.devices import gpu_names
 from .runtime.unpacking import NONE, UNPACK
 from .version import __version__
 

@@ -19,7 +19,7 @@ from conftest import ROOT
 from golden_data import CASES
 from pydeltamem import DeltaMemLlama
 from pydeltamem.errors import InputError, LibraryError, RpcServerAway
-from pydeltamem.runtime import remote
+from pydeltamem.runtime import devices, remote
 from pydeltamem.runtime.remote import connect
 from refusals import check_names, refuses
 from test_golden import BOUND, F32, expected_of, nmse
@@ -251,7 +251,7 @@ def ggml_with(monkeypatch, add_server):
         ggml_backend_reg_by_name=lambda name: 1 if callback else None,
         ggml_backend_reg_get_proc_address=lambda backend, name: ctypes.cast(callback, ctypes.c_void_p).value,
     )
-    monkeypatch.setattr(remote, "_ggml", lambda: ggml)
+    monkeypatch.setattr(remote, "ggml", lambda: ggml)
     return registered
 
 
@@ -289,7 +289,8 @@ def test_what_a_machine_serves(monkeypatch, types):
         "dev_type": lambda device: types[device - 100],
     }
     ggml = SimpleNamespace(**{f"ggml_backend_{name}": of_ggml[name] for name in of_ggml})
-    monkeypatch.setattr(remote, "_ggml", lambda: ggml)
+    for module in (remote, devices):
+        monkeypatch.setattr(module, "ggml", lambda: ggml)
     try:
         remote.serve("localhost", port, 3)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # Ctrl-C ends it

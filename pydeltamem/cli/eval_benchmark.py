@@ -23,7 +23,7 @@ from ..evals.views import NEEDS
 from ..hub import adapter_file, model_file
 from ..models import default_files
 from ..runtime.cpus import cpu_name
-from ..runtime.remote import gpu_names
+from ..runtime.devices import gpu_names
 from ..version import __version__
 from .model_options import (
     ADAPTER_HELP,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import InputError, shown, shown_value
+from ..formats.sha256 import sha256_of
 
 DATA = "DELTAMEM_DATA"
 # What reading a file of another form raises
@@ -231,11 +232,7 @@ def digest(text: str) -> str:
 
 def digest_of_file(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file. Raises InputError if it cannot be read."""
-    found = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
+        return sha256_of(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    return found.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, named, shown
+from .sha256 import sha256_of
 
 CONFIG = "delta_mem_config.json"
 WEIGHTS = ("delta_mem_adapter.pt", "delta_mem_adapter.safetensors")
@@ -151,11 +151,7 @@ class Checkpoint:
     @property
     def sha256(self) -> str:
         """Checksum of the weights file."""
-        digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return sha256_of(self.path)
 
     @property
     def layers(self) -> list[int]:

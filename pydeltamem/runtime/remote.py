@@ -19,11 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import InputError, LibraryError, RpcServerAway
-from . import library
+from .devices import ggml, local_devices
 
 DEFAULT_PORT = 50052
-CPU = 0  # enum ggml_backend_dev_type
-GPUS = 1, 2  # discrete, integrated
 
 _connected: set[str] = set()
 _callbacks: list[Any] = []  # which ggml calls for good
@@ -48,7 +46,7 @@ def connect(endpoints: str) -> None:
         server = add_server(endpoint.encode())
         if not server:
             raise InputError(f"{endpoint}: the RPC server there has no devices")
-        register = _ggml().ggml_backend_register
+        register = ggml().ggml_backend_register
         register.restype, register.argtypes = None, [ctypes.c_void_p]
         register(server)
         _connected.add(endpoint)
@@ -105,7 +103,7 @@ def when_lost(callback: Callable[[str], None]) -> None:
 
     function = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lost)
     _callbacks.append(function)
-    _ggml().ggml_set_abort_callback(function)
+    ggml().ggml_set_abort_callback(function)
 
 
 def serve(host: str, port: int, n_threads: int) -> None:
@@ -121,7 +119,7 @@ def serve(host: str, port: int, n_threads: int) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{host}:{port}: cannot listen there: {reason}") from error
-    devices = _local_devices()
+    devices = local_devices()
     start = _function(
         "ggml_backend_rpc_start_server",
         None,
@@ -138,39 +136,13 @@ def _parse(endpoint: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _ggml() -> ctypes.CDLL:
-    lib: ctypes.CDLL = library.llama_cpp.llama_cpp._lib  # finds functions of the libraries that it links to, too
-    return lib
-
-
 def _function(name: str, result: Any, arguments: list[Any]) -> Callable[..., Any]:
     """A function of the RPC backend, which ggml looks up by name."""
-    ggml = _ggml()
-    ggml.ggml_backend_reg_by_name.restype, ggml.ggml_backend_reg_by_name.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
-    find = ggml.ggml_backend_reg_get_proc_address
+    lib = ggml()
+    lib.ggml_backend_reg_by_name.restype, lib.ggml_backend_reg_by_name.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    find = lib.ggml_backend_reg_get_proc_address
     find.restype, find.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]
-    backend = ggml.ggml_backend_reg_by_name(b"RPC")
+    backend = lib.ggml_backend_reg_by_name(b"RPC")
     if not backend:
         raise LibraryError("this library was built without RPC: build it with -DGGML_RPC=ON")
     return ctypes.CFUNCTYPE(result, *arguments)(find(backend, name.encode()))
-
-
-def _local_devices() -> list[int]:
-    """The GPUs, or the CPU if there are none. Accelerators like BLAS hold no buffers of their own."""
-    return _devices(*GPUS) or _devices(CPU)
-
-
-def _devices(*types: int) -> list[int]:
-    ggml = _ggml()
-    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
-    ggml.ggml_backend_dev_get.restype, ggml.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    ggml.ggml_backend_dev_type.restype, ggml.ggml_backend_dev_type.argtypes = ctypes.c_int, [ctypes.c_void_p]
-    devices = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
-    return [device for device in devices if ggml.ggml_backend_dev_type(device) in types]
-
-
-def gpu_names() -> list[str]:
-    """The GPUs that the library can use, and the devices of other machines that it is connected to."""
-    describe = _ggml().ggml_backend_dev_description
-    describe.restype, describe.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    return [describe(device).decode("utf-8", errors="replace") for device in _devices(*GPUS)]

@@ -21,8 +21,8 @@ from gguf import GGMLQuantizationType as Type
 from ..errors import ModelError
 from ..formats.gguf_header import Header, Tensor
 from . import library
+from .devices import gpu_names
 from .ggml import ctypes_function
-from .remote import gpu_names
 
 NONE, REST, ALL = UNPACK = ("none", "rest", "all")
 
