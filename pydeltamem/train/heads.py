@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,19 +45,9 @@ def start_from_heads(memory: DeltaMem, model: Any, gain: float = 1.0) -> None:
                 f"--heads-gain: in layer {layer} of {type(model).__name__} queries, keys and values, or embeddings and "
                 "hidden states, are not of one width: leave it out"
             )
-        found = []
-        for i in range(n_head):
-            q, kv = (slice(j * size, (j + 1) * size) for j in (i, i // (n_head // n_kv)))
-            out, value = weight["o"][:, q], weight["v"][kv]
-            # the mean over all tokens x of x · (out value x), minus the same of their mean
-            itself = ((value @ alike) * out.T).sum() - (value @ mean) @ (out.T @ mean)
-            found.append((itself.item(), i, q, kv))
-        found.sort(key=lambda head: -head[0])
-        best = found[: max(n_head // 2, 1)]
-        decomposed = [
-            (_singular(weight["o"][:, q], weight["v"][kv]), _singular(weight["q"][q].T, weight["k"][kv]))
-            for _, _, q, kv in best
-        ]
+        heads = [_Head.of(weight, i, i // (n_head // n_kv), size) for i in range(n_head)]
+        heads.sort(key=lambda head: -head.copying(alike, mean))
+        decomposed = [head.decomposed() for head in heads[: max(n_head // 2, 1)]]
         for i in range(memory.config.num_state_heads):
             (out, strength, into), (asked, match, kept) = decomposed[i % len(decomposed)]
             begin = i // len(decomposed) * rank
@@ -69,7 +61,37 @@ def start_from_heads(memory: DeltaMem, model: Any, gain: float = 1.0) -> None:
                 parameters.delta_o_proj[:, rows] = gain / scale * (root * out.T[some]).T
 
 
-def _singular(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+Decomposed = tuple[Tensor, Tensor, Tensor]  # U, singular values, Vᵀ
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The weights of one head of attention."""
+
+    query: Tensor  # [size, n_embd]
+    key: Tensor  # [size, n_embd]
+    value: Tensor  # [size, n_embd]
+    output: Tensor  # [n_embd, size]
+
+    @classmethod
+    def of(cls, weight: Mapping[str, Tensor], i: int, i_kv: int, size: int) -> _Head:
+        """Head i of a layer, which has the keys and values of number i_kv."""
+        q, kv = (slice(j * size, (j + 1) * size) for j in (i, i_kv))
+        return cls(weight["q"][q], weight["k"][kv], weight["v"][kv], weight["o"][:, q])
+
+    def copying(self, alike: Tensor, mean: Tensor) -> float:
+        """How well it maps tokens to themselves: the mean of x · (output value x) over all tokens x, minus the same of
+        their mean. alike, mean: second and first moment of the tokens.
+        """
+        of_all = ((self.value @ alike) * self.output.T).sum()
+        return (of_all - (self.value @ mean) @ (self.output.T @ mean)).item()
+
+    def decomposed(self) -> tuple[Decomposed, Decomposed]:
+        """Of what it adds for a token that it attends to, and of what decides to which it attends."""
+        return _singular(self.output, self.value), _singular(self.query.T, self.key)
+
+
+def _singular(left: Tensor, right: Tensor) -> Decomposed:
     """Singular vectors and values of left @ right, [n, m] @ [m, k] with m < n, k: U [n, m], [m], Vᵀ [m, k]."""
     (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
     u, strength, v = torch.linalg.svd(r_left @ r_right.T)
