@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import subprocess
@@ -203,3 +204,13 @@ def test_the_figures_of_the_readme_are_those_of_the_pages_that_it_names():
     assert len(recalled) > 10 and len(ratios) == 4
     assert all(f"{share} {interval}" in card for share, interval in recalled)
     assert all(ratio in performance for ratio in ratios)
+
+
+@pytest.mark.parametrize("room", ["bench", "evals", "formats", "runtime", "server", "train"])
+def test_a_room_says_where_everything_is(room):
+    """The first lines of a package name each of its modules, and no other: "name, name   what; name: what"."""
+    folder = ROOT / "pydeltamem" / room
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")), clean=False)
+    rows = re.findall(r"^ *(\w+(?:, \w+)*) {2,}(.+)$", text, re.MULTILINE)
+    named = [name for names, what in rows for name in (*names.split(", "), *re.findall(r"; (\w+):", what))]
+    assert sorted(named) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")

@@ -5,16 +5,16 @@ last turn from the state and a visible tail alone. The next-token loss of the an
 Gradients go through the state, over all tokens that wrote it. The result is a PyTorch checkpoint in the published
 format, for `deltamem convert`.
 
-    trainer.py        the run                     options.py         its options
-    objective.py      its loss                    report.py          its results
-    lines.py          lines of a training file    conversations.py   the same as tokens
-    model.py          the frozen model            tokenizer.py       the tokenizer of a GGUF
-    reference.py      δ-mem on a decoder          attention.py       where a decoder's projections are
-    recurrence.py     its states and reads        heads.py           initial weights
-    packed.py         a step, conversations end to end (kernels.py: what it does between matrix products)
-    padded.py         a step by hooks on the model, the reference of packed.py
-    average.py        the moving average of the weights
-    recall.py         what the native runtime recalls during training
+    trainer        the run; options: its options; report: its results
+    objective      the loss of a step
+    packed         a step, conversations end to end; kernels: what it does between matrix products
+    padded         a step by hooks on the model, the reference of packed
+    lines          lines of a training file; conversations: the same as tokens
+    model          the frozen model, of a directory or a GGUF; tokenizer: that of a GGUF
+    reference      δ-mem on a decoder; recurrence: its states and reads; attention: where the projections are
+    heads          initial weights
+    average        the moving average of the weights
+    recall         what the native runtime recalls during training
 
 The names below load torch and transformers when they are first used: that takes seconds, and the options need neither.
 """
