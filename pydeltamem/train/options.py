@@ -29,7 +29,10 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one run. Each field is the option of that name (`deltamem train --help`); None: not given."""
+    """The options of one run. Each field is the option of that name (`deltamem train --help`); None: not given.
+
+    Raises InputError, which names the option, if some do not go together.
+    """
 
     model: str  # a GGUF, its name, or a Hugging Face directory
     data: str  # JSON lines
@@ -82,10 +85,7 @@ class Options:
     eval_questions: int = 100
     base: str | None = None  # the model as GGUF, for eval_every
 
-    def adapter(self) -> DeltaMemConfig:
-        """The configuration of the adapter. Raises InputError, which names the option."""
-        granularity, heads = STRATEGIES[self.strategy or "tsw"]
-        corrections = tuple("qo" if self.corrections is None else self.corrections.lower())
+    def __post_init__(self) -> None:
         if self.teacher_share > 1:
             raise InputError(f"--teacher-share {self.teacher_share}: must be a share of the loss, at most 1")
         for name in ("wording", "first_told") if self.teacher else ():
@@ -104,22 +104,30 @@ class Options:
             raise InputError("--micro-batch: --gate-weight needs the mean of a whole batch: leave one of them out")
         if self.base and not self.eval_every:
             raise InputError(f"--base {self.base}: there is no --eval-every: name it")
-        if not corrections or not set(corrections) <= set(HEADS):
+        if not self._corrected or not set(self._corrected) <= set(HEADS):
             raise InputError(f"--corrections '{self.corrections}': must be letters of q, k, v, o")
         if self.init:
             of_checkpoint = ("rank", "heads", "corrections", "layers", "alpha", "update", "heads_gain", "start")
             if given := [name for name in of_checkpoint if getattr(self, name)]:
                 option = given[0].replace("_", "-")
                 raise InputError(f"--{option}: with --init the checkpoint sets it: leave it out")
+
+    @property
+    def _corrected(self) -> tuple[str, ...]:
+        return tuple("qo" if self.corrections is None else self.corrections.lower())
+
+    def adapter(self) -> DeltaMemConfig:
+        """The configuration of the adapter. Raises InputError if a number of it is out of range."""
         from .reference import DeltaMemConfig  # which loads torch
 
+        granularity, heads = STRATEGIES[self.strategy or "tsw"]
         return DeltaMemConfig(
             rank=self.rank or 8,
             alpha=self.alpha or 16.0,
             num_state_heads=self.heads or heads,
             memory_write_granularity=granularity,
             target_layers=tuple(self.layers or ()),
-            delta_heads=corrections,
+            delta_heads=self._corrected,
             beta_bias_init=-1.5 if self.write_bias is None else self.write_bias,
             state_update_mode=self.update or "standard",
             output_init=self.start or "zero",
