@@ -19,6 +19,7 @@ from gguf import GGUFValueType
 from ..errors import AdapterError, ModelError, no_file, shown
 from .gguf_header import MAGIC, Header, Tensor
 from .memory_file import MemorySnapshot
+from .packed import OF_ADAPTER
 
 ADAPTER_VERSION = 1
 
@@ -54,10 +55,6 @@ def describe(path: str) -> dict[str, Any]:
     return {**common, "kind": "base", "model": _model(header)}
 
 
-def _is_of_adapter(name: str) -> bool:
-    return ".deltamem_" in name
-
-
 def _model(header: Header) -> dict[str, Any]:
     architecture = header.keys.get("general.architecture")
     if architecture is None:
@@ -66,7 +63,7 @@ def _model(header: Header) -> dict[str, Any]:
     def get(key: str) -> Any:
         return header.keys.get(f"{architecture}.{key}")
 
-    tensors = [tensor for name, tensor in header.tensors.items() if not _is_of_adapter(name)]
+    tensors = [tensor for name, tensor in header.tensors.items() if OF_ADAPTER not in name]
     tokens = header.keys.get("tokenizer.ggml.tokens")
     return {
         "architecture": architecture,
@@ -106,16 +103,6 @@ def _adapter(header: Header) -> dict[str, Any]:
     layers, corrected = get("layers", u32, True), get("delta_heads", string, True)
     if layers != sorted(set(layers)):
         raise AdapterError(f"{header.path}: has layers in deltamem.layers that do not ascend, the adapter is damaged")
-    norms = []
-    for layer in layers:
-        row: dict[str, Any] = {"layer": layer}
-        for head in corrected:
-            name = f"blk.{layer}.deltamem_{head}.weight"
-            if name not in header.tensors:
-                raise AdapterError(f"{header.path}: has no tensor {shown(name)}, the adapter is damaged")
-            row[head] = _norm(header.read(name))
-        norms.append(row)
-
     no_lambda = get("update_mode", string) == "no_lambda"
     return {
         "version": version,
@@ -136,9 +123,23 @@ def _adapter(header: Header) -> dict[str, Any]:
         "base_width": get("base.embedding_length", u32),
         "source": header.keys.get("deltamem.source.name"),
         "source_sha256": header.keys.get("deltamem.source.sha256"),
-        "tensor_types": _tensor_types(tensor for name, tensor in header.tensors.items() if _is_of_adapter(name)),
-        "correction_norms": norms,
+        "tensor_types": _tensor_types(tensor for name, tensor in header.tensors.items() if OF_ADAPTER in name),
+        "correction_norms": _correction_norms(header, layers, corrected),
     }
+
+
+def _correction_norms(header: Header, layers: list[int], heads: list[str]) -> list[dict[str, Any]]:
+    """The norm of each correction of these heads, layer by layer."""
+    norms = []
+    for layer in layers:
+        row: dict[str, Any] = {"layer": layer}
+        for head in heads:
+            name = f"blk.{layer}.deltamem_{head}.weight"
+            if name not in header.tensors:
+                raise AdapterError(f"{header.path}: has no tensor {shown(name)}, the adapter is damaged")
+            row[head] = _norm(header.read(name))
+        norms.append(row)
+    return norms
 
 
 def _memory(path: str) -> dict[str, Any]:
