@@ -478,8 +478,7 @@ class Reply(Generation):
             conversation._make_room(min(text.n_ctx // 4, n_predict if n_predict >= 0 else 256))
             asked = caught_prompt(llm, messages)
             self.prepare(
-                llm._ctx,
-                llm._model.vocab,
+                llm,
                 sampler,
                 n_predict=n_predict,
                 stop=[*stop_strings(stop), *asked.stop],

@@ -315,9 +315,9 @@ def _grammar(args: argparse.Namespace, llm: DeltaMemLlama) -> Any:
 
 def _ignore_eos(llm: DeltaMemLlama) -> Any:
     import numpy as np
-    from llama_cpp import LogitsProcessorList, llama_vocab_is_eog
+    from llama_cpp import LogitsProcessorList
 
-    ends = [token for token in range(llm.n_vocab()) if llama_vocab_is_eog(llm._model.vocab, token)]
+    ends = [token for token in range(llm.n_vocab()) if llm._engine.slots.is_end(token)]
 
     def never_end(input_ids: Any, scores: Any) -> Any:
         scores[ends] = -np.inf

@@ -190,7 +190,7 @@ class DeltaMemLM(TemplateLM):
             sampler = llm._seeded_sampler(seed, **cooled_first(temperature, **sampling))
         generation = Generation(llm._engine.text())
         stop = [text for text in options["until"] if text]
-        generation.prepare(llm._ctx, llm._model.vocab, sampler, n_predict=n_predict, stop=stop)
+        generation.prepare(llm, sampler, n_predict=n_predict, stop=stop)
         prompt = self.tok_encode(context) or [self.prefix_token_id]
         generation.ask(self._last(prompt, self.max_length - n_predict))
         return generation

@@ -203,7 +203,7 @@ class Completion:
             if self.echo:
                 yield self.prompt, self._prompt_scored() if scored else []
             while token is not None and len(self.generated) < self.max_tokens:
-                if _llama.llama_vocab_is_eog(self._vocab, token):
+                if llm._engine.slots.is_end(token):
                     self.finish_reason = "stop"
                     break
                 if scored:

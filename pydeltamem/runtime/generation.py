@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +11,7 @@ from .assembler import Assembler
 from .engine import Request
 from .history import Position
 from .logprobs import Scored, scored
+from .model import Model
 from .sampling import Sampler
 from .text import Text
 
@@ -46,8 +46,7 @@ class Generation(Request):
 
     def prepare(
         self,
-        context: Any,
-        vocab: Any,
+        llm: Model,
         sampler: Sampler,
         *,
         n_predict: int = -1,
@@ -58,15 +57,14 @@ class Generation(Request):
         """Sets how it samples, and what ends it.
 
         Args:
-            context, vocab: llama_cpp's wrapper of the context, and its vocabulary.
             n_predict: tokens at most; 0: only decode the prompt; negative: until the text ends or the context is full.
             stop: strings that end the text and are not part of it.
             criteria: called with the tokens decoded, [n], and no logits; True ends the text.
             n_top: how many of the likeliest tokens to score with each token; None: no log probabilities.
         """
-        self._context, self._vocab, self._sampler = context, vocab, sampler
+        self._context, self._vocab, self._sampler = llm._ctx, llm._model.vocab, sampler
         self.n_predict, self._criteria, self._n_top = n_predict, criteria, n_top
-        self._assembler = Assembler(vocab, stop)
+        self._assembler = Assembler(self._vocab, stop)
 
     @property
     def is_given(self) -> bool:

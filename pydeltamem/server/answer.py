@@ -302,8 +302,7 @@ class Answer:
         generation = Generation(text)
         n_predict = options.get("max_tokens")
         generation.prepare(
-            llm._ctx,
-            llm._model.vocab,
+            llm,
             sampler,
             n_predict=-1 if n_predict is None else n_predict,
             stop=self._stop,

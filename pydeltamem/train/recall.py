@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import tempfile
@@ -56,8 +55,6 @@ class NativeRecall:
         """Returns questions: how many were asked; right: the share whose answer is the file's, apart from case and
         punctuation; f1: the mean overlap of the words.
         """
-        from llama_cpp import llama_vocab_is_eog
-
         from ..llama import DeltaMemLlama
 
         right, overlap = 0, 0.0
@@ -68,7 +65,7 @@ class NativeRecall:
             llm = DeltaMemLlama(
                 model_path=self.base, deltamem_path=adapter, n_ctx=n_ctx, n_threads=1, n_threads_batch=1, verbose=False
             )
-            ends = functools.partial(llama_vocab_is_eog, llm._model.vocab)
+            ends = llm._engine.slots.is_end
             try:
                 for example, ask in self.asked:
                     llm.reset()
