@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import json.decoder
-import json.scanner
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
@@ -17,22 +15,23 @@ from .records import checked_name
 from .refusals import BodyTooLarge
 
 _MAX_DEPTH = 200  # of a body
-_MAX_VALUES = 1 << 20  # in a body: enough to name each token of a vocabulary
-_FEW = 20_000  # marks between values: a body with more may take a while
+_MAX_VALUES = 1 << 19  # of a body, which names each token of a vocabulary. All clients wait while C decodes them: 0.3 s
+_FEW = 20_000  # a body with more is checked in a thread
 
 
 async def body_of(request: Request) -> dict[str, Any]:
     """The body of a request, a JSON object. Raises InputError, and BodyTooLarge."""
     data = await request.body()
-    if sum(map(data.count, b",:[{")) <= _FEW:
-        return _object(data, json.JSONDecoder)
-    return await asyncio.to_thread(_object, data, _Patient)
+    n = sum(map(data.count, b",:[{"))  # it has no more values, apart from one
+    if n > _MAX_VALUES:
+        raise BodyTooLarge(f"the body of a request has at most {_MAX_VALUES:,} commas, colons and opening brackets")
+    return _object(data) if n <= _FEW else await asyncio.to_thread(_object, data)
 
 
-def _object(data: bytes, decoder: type[json.JSONDecoder]) -> dict[str, Any]:
+def _object(data: bytes) -> dict[str, Any]:
     """As `body_of`."""
     try:
-        body = json.loads(data, cls=decoder, parse_constant=_no_number)
+        body = json.loads(data, parse_constant=_no_number)
     except ValueError as error:
         raise InputError(f"the body is no JSON: {error}") from None
     except RecursionError:
@@ -42,32 +41,6 @@ def _object(data: bytes, decoder: type[json.JSONDecoder]) -> dict[str, Any]:
     if data.count(b"[") + data.count(b"{") > _MAX_DEPTH:  # otherwise it cannot be
         _check_depth(body)
     return body
-
-
-class _Patient(json.JSONDecoder):
-    """As its base, for a thread. Where C decodes, no other thread of the process goes on, and all clients wait: for
-    seconds, if a body is all brackets. So Python decodes. Raises BodyTooLarge for more values than a request needs.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._n = 0
-        decoder: Any = json.decoder
-        self.parse_array = lambda begin, scan: decoder.JSONArray(begin, self._counting(scan))
-        self.parse_object = lambda begin, strict, scan, *others: decoder.JSONObject(
-            begin, strict, self._counting(scan), *others
-        )
-        scanner: Any = json.scanner
-        self.scan_once = scanner.py_make_scanner(self)
-
-    def _counting(self, scan: Callable[[str, int], Any]) -> Callable[[str, int], Any]:
-        def counted(text: str, at: int) -> Any:
-            self._n += 1
-            if self._n > _MAX_VALUES:
-                raise BodyTooLarge(f"the body of a request has at most {_MAX_VALUES:,} values")
-            return scan(text, at)
-
-        return counted
 
 
 def _no_number(name: str) -> None:
