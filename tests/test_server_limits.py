@@ -398,9 +398,7 @@ CHAT = {"url": "/v1/chat/completions", "json": {"messages": HELLO, **GREEDY}}
     ],
 )
 def test_what_takes_a_while_holds_nobody_else(api, monkeypatch, owner, name, request_):
-    """Found: other streams stood still while the grammar of a large schema was made, or a long list was
-    written.
-    """
+    """Found: other streams stood still while the grammar of a large schema was made, or a long list was written."""
     begun, over, done = threading.Event(), threading.Event(), getattr(owner, name)
 
     def slow(*arguments, **options):
