@@ -192,8 +192,8 @@ def check_older_processors(environment: Environment) -> None:
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
+        sys.exit(f"{' '.join(sys.argv)}: name one wheel, which make wheel leaves in dist/")
     wheel = Path(sys.argv[1]).resolve()
     check_contents(wheel)
     with tempfile.TemporaryDirectory() as folder:

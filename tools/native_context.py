@@ -53,7 +53,7 @@ class NativeContext:
                 np.ctypeslib.as_array(llama.llama_get_logits_ith(self.ctx, i), (self.n_vocab,))
                 for i in range(len(tokens))
             ]
-            return np.stack([np.ctypeslib.as_array(row, (self.n_vocab,)) for row in rows])
+            return np.stack(rows)  # a copy: the next decode overwrites them
         finally:
             llama.llama_batch_free(batch)
 
