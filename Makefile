@@ -72,7 +72,7 @@ all: $(INSTALLED) ## .venv with the package, editable, and the deltamem command 
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, $(OLDEST)) and \
-		"$(PYTHON) is Python " + sys.version.split()[0] + ": name 3.$(OLDEST) or newer, as make PYTHON=python3.12")'
+		sys.executable + " is Python " + sys.version.split()[0] + ": name 3.$(OLDEST) or newer, as make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear $(VENV)
 
 $(VENV)/.llama-cpp-python $(INSTALLED) $(TOOLS): $(NO_PYTHON)

@@ -95,7 +95,7 @@ def test_an_environment_whose_python_is_gone_is_made_anew(clone):
 def test_a_python_that_is_too_old_makes_no_environment(clone):
     """The next run, with a newer one, would take that environment."""
     shutil.rmtree(clone / ".venv")
-    command = ["make", ".venv/bin/python", f"PYTHON={sys.executable}", "OLDEST=99"]
+    command = ["make", ".venv/bin/python", f'PYTHON="{sys.executable}"', "OLDEST=99"]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
     assert done.returncode != 0 and sys.executable in done.stderr and "3.99" in done.stderr
     assert not (clone / ".venv").exists()
