@@ -60,7 +60,11 @@ FUZZ_NATIVE  ?= 300000
 SOAK_DATA    ?= $(or $(DELTAMEM_DATA),../shared/data)/locomo10.json
 
 INSTALLED := $(VENV)/.installed
+BINDINGS  := $(VENV)/.llama-cpp-python-$(RELEASE)
 TOOLS     := $(VENV)/.tools
+
+# of llama-cpp-python, only the Python half
+NO_LIBRARIES := CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"
 
 # true where .venv is missing, or the Python that made it is gone, as after an upgrade of the system: it is made anew
 NO_PYTHON := $(shell test -x $(BIN)/python || echo no-python)
@@ -75,17 +79,17 @@ $(BIN)/python:
 		sys.executable + " is Python " + sys.version.split()[0] + ": name 3.$(OLDEST) or newer, as make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear $(VENV)
 
-$(VENV)/.llama-cpp-python $(INSTALLED) $(TOOLS): $(NO_PYTHON)
+$(BINDINGS) $(INSTALLED) $(TOOLS): $(NO_PYTHON)
 
-$(VENV)/.llama-cpp-python: | $(BIN)/python
+# Once for each release: else pip would compile the new one, whole, when the package asks for it.
+$(BINDINGS): | $(BIN)/python
 	@# not cached: pip would install this wheel, which has no library, in other projects too
-	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
-		$(BIN)/python -m pip install --no-cache-dir llama-cpp-python==$(RELEASE)
-	@touch $@
+	$(NO_LIBRARIES) $(BIN)/python -m pip install --no-cache-dir llama-cpp-python==$(RELEASE)
+	@rm -f $(VENV)/.llama-cpp-python* && touch $@
 
 # No build isolation: pip would use a new folder each time, and CMake would start over.
 # version.py and the licences: pip copies them, and what it says of the package is checked.
-$(INSTALLED): pyproject.toml constraints.txt pydeltamem/version.py LICENSE $(wildcard licenses/*) $(NATIVE) | $(VENV)/.llama-cpp-python
+$(INSTALLED): pyproject.toml constraints.txt pydeltamem/version.py LICENSE $(wildcard licenses/*) $(NATIVE) | $(BINDINGS)
 	@touch $@.begun # an edit during the build is newer than the stamp
 	@# setuptools, for those dependencies that PyPI has as source only (rouge-score): older ones cannot make a wheel alone
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.11" "setuptools>=70.1"
@@ -349,8 +353,7 @@ wheel: $(BIN)/python bindings ## build a wheel for all processors of this system
 bindings: $(BIN)/python ## build a wheel of the Python half of llama-cpp-python, in dist/
 	@rm -f dist/llama_cpp_python-*.whl
 	$(BIN)/python -m pip install -q wheel
-	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
-		$(BIN)/python -m pip wheel -q --no-cache-dir --no-deps -w dist llama-cpp-python==$(RELEASE)
+	$(NO_LIBRARIES) $(BIN)/python -m pip wheel -q --no-cache-dir --no-deps -w dist llama-cpp-python==$(RELEASE)
 	$(BIN)/python -m wheel tags --remove --platform-tag any dist/llama_cpp_python-*.whl
 
 check-wheel: wheel ## install the wheel in an environment without a compiler, and compute the golden cases there

@@ -38,7 +38,7 @@ def clone(tmp_path):
         "Makefile", "pyproject.toml", "constraints.txt", "CMakeLists.txt", "LICENSE", "licenses/LICENSE-llama.cpp",
         "pydeltamem.pth", "pydeltamem/version.py", "pydeltamem/formats/adapter.py", "convert/adapter.py",
         "native/patches/0001-ggml-deltamem-operator.patch", "cmake/fetch_llama_cpp.py", "examples/tiny/base.gguf",
-        ".venv/.llama-cpp-python", ".venv/.tools", ".venv/.installed", "build/demo/adapter.gguf",
+        f".venv/.llama-cpp-python-{fetch.VERSION}", ".venv/.tools", ".venv/.installed", "build/demo/adapter.gguf",
     ):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name in ("Makefile", "pyproject.toml"):
@@ -90,6 +90,16 @@ def test_an_environment_whose_python_is_gone_is_made_anew(clone):
     said = would(clone)
     assert "-m venv --clear .venv" in said
     assert "llama-cpp-python==" in said and INSTALL in said
+
+
+def test_another_release_installs_its_python_half(clone):
+    """Without its library: else pip compiles all of it when the package asks for it."""
+    stamp = clone / ".venv" / f".llama-cpp-python-{fetch.VERSION}"
+    stamp.rename(stamp.with_name(".llama-cpp-python-0.0.1"))
+    os.utime(clone / "pyproject.toml")  # which names the release
+    said = would(clone)
+    half = said.index('-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" .venv/bin/python -m pip install --no-cache-dir')
+    assert half < said.index(INSTALL)
 
 
 def test_a_python_that_is_too_old_makes_no_environment(clone):
