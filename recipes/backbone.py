@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pydeltamem.errors import DeltaMemError
-from pydeltamem.evals.world import Turn, World
+from pydeltamem.evals.world import Fact, Turn, World
 from pydeltamem.formats.atomic import replacing
 from pydeltamem.formats.kinds import PYTORCH, TOKENIZER
 from pydeltamem.formats.lock import held
@@ -62,7 +62,7 @@ def conversation(world: World, n_token: int, encode) -> tuple[list[int], list[fl
     draw = world.random
     capacity = draw.choice((1, 2, 3, 4, 6, 8, 12))
     new = world.facts(capacity)
-    known: list = []
+    known: list[Fact] = []
     ids: list[int] = []
     weights: list[float] = []
 
@@ -105,6 +105,10 @@ class Text:
                 self.known.clear()
             self.known[text] = self.tokenizer.encode(text)
         return [self.tokenizer.piece_to_id(role), *self.known[text], self.tokenizer.piece_to_id(END)]
+
+    def of_turn(self, turn: Turn) -> list[int]:
+        """What the user says, and what the assistant answers."""
+        return [*self(USER, turn[0]), *self(ASSISTANT, turn[1])]
 
 
 def batch(world: World, text: Text) -> tuple[Tensor, Tensor]:
@@ -190,26 +194,22 @@ def loss_of(model: Qwen3ForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def recall(model: Qwen3ForCausalLM, text: Text, seed: int, n_fact: int, n: int = 64, distance: int = 0) -> float:
-    """Share of facts that the model recalls from its context: all tokens of the answer are the most likely ones."""
+def recall(model: Qwen3ForCausalLM, text: Text, seed: int, n_fact: int, n: int = 64) -> float:
+    """Share of facts that the model recalls from its context: all tokens of the value are the most likely ones."""
     world, right = World(seed), 0
     for _ in range(n):
         facts = world.facts(n_fact)
-        ids = [token for fact in facts for turn in [world.tell(fact)] for role, said in zip((USER, ASSISTANT), turn)
-               for token in text(role, said)]  # fmt: skip
-        while distance > 0 and len(ids) < distance:
-            ids += [t for role, said in zip((USER, ASSISTANT), world.chatter()) for t in text(role, said)]
+        ids = [token for fact in facts for token in text.of_turn(world.tell(fact))]
         question, answer = world.ask(world.random.choice(facts))
         ids += text(USER, question)
-        answers = [text(ASSISTANT, answer)]
-        value = [i for i, token in enumerate(answers[0]) if token in text.tokenizer.encode(facts_value(answer, facts))]
-        sequence = torch.tensor([ids + answers[0]])
-        best = model(sequence, use_cache=False).logits[0].argmax(-1)
-        right += all(best[len(ids) + i - 1] == answers[0][i] for i in value)
+        expected, value = text(ASSISTANT, answer), text.tokenizer.encode(told_value(answer, facts))
+        best = model(torch.tensor([ids + expected]), use_cache=False).logits[0].argmax(-1)
+        right += all(best[len(ids) + i - 1] == token for i, token in enumerate(expected) if token in value)
     return right / n
 
 
-def facts_value(answer: str, facts: list) -> str:
+def told_value(answer: str, facts: list[Fact]) -> str:
+    """The value of the fact that an answer tells."""
     return next(fact.value for fact in facts if fact.value in answer.replace(".", " ").split())
 
 
