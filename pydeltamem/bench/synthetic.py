@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights and δ-mem checkpoints for them: to test and to time without a download.
+"""Models of real shapes with random weights, and PyTorch checkpoints of adapters for them: no download is needed.
 
 What such a model writes means nothing. Its weights have mean 0 and a deviation that keeps activations near one through
 any number of layers, so no type overflows and logits stay finite. Time and RAM are those of the real model.

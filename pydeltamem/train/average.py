@@ -40,7 +40,7 @@ class Average:
             self._swap()
 
     def load(self, values: Sequence[torch.Tensor]) -> None:
-        """Goes on from the values of a checkpoint."""
+        """Goes on from the values that a run has saved."""
         for mine, saved in zip(self.values, values, strict=True):
             mine.copy_(saved)
 

@@ -36,9 +36,9 @@ class Options:
 
     model: str  # a GGUF, its name, or a Hugging Face directory
     data: str  # JSON lines
-    out: str  # directory of the checkpoint
+    out: str  # directory of the PyTorch checkpoint
 
-    # the adapter; with --init only strategy and write_bias apply, the rest is the checkpoint's
+    # the adapter; with --init only strategy and write_bias apply, the rest is as in that PyTorch checkpoint
     strategy: str | None = None
     rank: int | None = None
     heads: int | None = None
@@ -110,7 +110,7 @@ class Options:
             of_checkpoint = ("rank", "heads", "corrections", "layers", "alpha", "update", "heads_gain", "start")
             if given := [name for name in of_checkpoint if getattr(self, name)]:
                 option = given[0].replace("_", "-")
-                raise InputError(f"--{option}: with --init the checkpoint sets it: leave it out")
+                raise InputError(f"--{option}: with --init the PyTorch checkpoint sets it: leave it out")
 
     @property
     def _corrected(self) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ class Trainer:
         form = fused_recurrence if options.device == "cpu" else chunked_recurrence
         if options.init:
             self.memory = DeltaMem.from_checkpoint(self.model, options.init, recurrence=form)
-            self._change(config)
+            self._apply_to_init(config)
         else:
             self.memory = DeltaMem(self.model, config, recurrence=form)
             if options.heads_gain:
@@ -267,8 +267,8 @@ class Trainer:
         return True
 
     @torch.no_grad()
-    def _change(self, config: DeltaMemConfig) -> None:
-        """Applies the options to the checkpoint that the run begins with. --init-gain makes writes stronger: the mean
+    def _apply_to_init(self, config: DeltaMemConfig) -> None:
+        """Applies the options to the PyTorch checkpoint of --init. --init-gain makes writes stronger: the mean
         of a message has only a part of each token.
         """
         options, of_checkpoint = self.options, self.memory.config
@@ -316,7 +316,7 @@ _OPTION_OF = {
 
 
 def _settings(config: DeltaMemConfig, options: Options) -> dict[str, Any]:
-    """The configuration and the options of a run, as a checkpoint holds them."""
+    """The configuration and the options of a run, as `checkpoint.pt` holds them."""
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     return {**fields, **{f"--{name.replace('_', '-')}": getattr(options, name) for name in OF_RUN}}
 
