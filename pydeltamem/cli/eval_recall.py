@@ -14,11 +14,12 @@ from rich.progress import Progress
 from ..errors import InputError
 from ..evals.corpora import CORPORA, MAX_QUESTION, missing
 from ..evals.items import DATA, digest_of_file
-from ..evals.methods import PLAIN, answer_all, bm25s_module, chosen
+from ..evals.methods import PLAIN, answer_all, chosen
 from ..evals.plot import matplotlib_figure, plot
 from ..evals.reader import MAX_ANSWER, NativeReader
 from ..evals.recall import ALIASES, FOR_ANY_MODEL, MOST_FACTS, TASKS, WORLD, make_cases
 from ..evals.report import REPORT, as_json, print_tables, show
+from ..evals.search import bm25s_module
 from ..evals.statistics import ratios_of, right_of, table_of
 from ..formats.kinds import PNG
 from ..formats.outputs import output

@@ -1,4 +1,4 @@
-"""What a memory recalls. Two evaluations stand side by side, and share the statistics.
+"""What a memory recalls. Two evaluations stand side by side.
 
 `deltamem eval recall`: a conversation is told, its text goes, and short questions follow.
 
@@ -24,8 +24,11 @@
 
 Both:
 
+    search         which texts BM25 finds
     bootstrap      means, ratios and their intervals
-    sampling       sampling as other programs do it
+
+Beside them:
 
     harness        lm-evaluation-harness with our models
+    sampling       the temperature first, as in transformers and vLLM
 """

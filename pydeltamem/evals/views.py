@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from .items import Context, Piece
-from .methods import bm25s_module, relevance
+from .search import bm25s_module, relevance
 
 NONE, FULL, LAST, BM25, DENSE, SUMMARY = VIEWS = ("none", "full", "last", "bm25", "dense", "summary")
 PART = 1024  # tokens of a context that a summary takes up at a time
