@@ -11,6 +11,7 @@ import threading
 import traceback
 from dataclasses import replace
 
+import platformdirs
 import pytest
 import sqlalchemy as sa
 
@@ -435,6 +436,15 @@ def test_a_folder_that_is_missing(tmp_path):
     folder = tmp_path / "missing"
     with refuses(StoreError, f"{folder}:"):
         Store(f"sqlite:///{folder / 'sessions.db'}")
+
+
+def test_a_data_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    """As for a user without a home: found as an OSError, which did not name the option."""
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(platformdirs, "user_data_dir", lambda *_, **__: str(file / "deltamem"))
+    with refuses(StoreError, file / "deltamem", "--store"):
+        Store()
 
 
 def test_a_sqlite_that_is_closed_is_one_file(tmp_path):

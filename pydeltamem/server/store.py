@@ -8,7 +8,6 @@ of the database.
 from __future__ import annotations
 
 import datetime
-import os
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from .database import Database
-from .records import NOTHING, Conflict, Identity, Listed, Record, Turn, now
+from .records import NOTHING, Conflict, Identity, Listed, Record, StoreError, Turn, now
 from .tables import (
     CHANGE,
     LEASES,
@@ -68,7 +67,7 @@ class Store:
         self.keep_messages = keep_messages
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if not url and not must_exist:
-            os.makedirs(_data_folder(), exist_ok=True)
+            _make_data_folder()
         self._database = Database(self.url, may_be_away=may_be_away, must_exist=must_exist)
         self._transaction = self._database.transaction
         self._is_sqlite = self._database.is_sqlite
@@ -322,6 +321,16 @@ class Store:
 def default_url() -> str:
     """The store in the user's data folder."""
     return f"sqlite:///{_data_folder() / 'sessions.db'}"
+
+
+def _make_data_folder() -> None:
+    folder = _data_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"{folder}: the folder of the store cannot be made: {error.strerror}: name a file elsewhere (--store)"
+        ) from error
 
 
 def _data_folder() -> Path:
