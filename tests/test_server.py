@@ -422,6 +422,20 @@ async def test_a_session_that_begins_as_one_in_use(serving, cut):
         assert [record.name for record in await service.list()].count("bo") == (not cut)
 
 
+@pytest.mark.parametrize("without", [{"max_tokens": 0}, {"write": False}], ids=["an answer", "writing"])
+async def test_a_turn_that_does_not_count_leaves_nothing_of_its_origin(serving, without):
+    """Found: a session that had not begun kept the memory of the origin, or took none from the next one."""
+    async with serving() as service:
+        await say(service, [user("My name is Ada.")])
+        origin = await service.get("ada")
+        for name, first, then in (("bo", origin, None), ("cy", None, origin)):
+            await say(service, [user("and yours")], name, origin=first, **without)
+            await say(service, [user("and yours")], name, origin=then)
+            await say(service, [user("and yours")], f"{name}-2", origin=then)
+            np.testing.assert_allclose(await state_of(service, name), await state_of(service, f"{name}-2"), **SAME)
+            assert (await service.get(name)).tokens == (await service.get(f"{name}-2")).tokens
+
+
 async def test_a_session_that_was_emptied_is_as_a_new_one(serving):
     async with serving() as service:
         await say(service, [user("my name is Ada")])

@@ -189,8 +189,10 @@ class Answer:
             stored = found.record if isinstance(found, Live) else found
             assert stored is not None  # of a session
             as_seen(stored, self.seen)
-            if self.origin is not None and isinstance(found, Record) and found.version == 0:
-                found = shared.begun_as(found, self.origin)
+            begins_as = self.origin if stored.version == 0 else None
+            if begins_as is not None:
+                await shared.forget(self.owner, self.session)  # as a turn that did not count has left it
+                found = shared.begun_as(stored, begins_as)
             takes_back = self.replaces_last and not _goes_back(stored, self.messages or ())
             if takes_back:  # the store keeps the turn until the commit
                 found = await asyncio.to_thread(sessions.taken_back, stored)
@@ -199,21 +201,18 @@ class Answer:
             try:
                 await self._decode()
             except BaseException:
-                if self._used is not None or self.origin is not None:  # the text may be anywhere
+                if self._used is not None or begins_as is not None:  # the text may be anywhere
                     await shared.forget(self.owner, self.session)
                 raise
             if self._record is None:
-                record = self._stored if self._live is None else self._live.record
-                assert record is not None  # of a session
-                if takes_back:
+                if takes_back or begins_as is not None:
                     await shared.forget(self.owner, self.session)
-                    record = stored
-                self.committed = Committed(self.session, record.identity, record.tokens)
+                self.committed = Committed(self.session, stored.identity, stored.tokens)
                 return
             assert self._live is not None and self._begun is not None  # it was decoded
             begin = time.monotonic()
             try:
-                before = self._live.record if self.origin is None and not takes_back else None
+                before = self._live.record if begins_as is None and not takes_back else None
                 committed = await shared.commit_turn(self._record, before, held)
                 self.commit_seconds = time.monotonic() - begin
             except BaseException:  # the text is ahead of the store
