@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import re
+import unicodedata
 from datetime import timedelta
 
 import numpy as np
@@ -611,6 +612,34 @@ async def test_names_that_are_refused(serving, name):
     async with serving() as service:
         with pytest.raises(InputError):
             await service.chat([user("hello")], session=name, **GREEDY).whole()
+
+
+async def test_a_name_in_another_spelling_is_the_same(serving):
+    """Found: a Korean name in the form of macOS's file names was another session, and one with an é was refused."""
+
+    def apart(name):
+        assert unicodedata.normalize("NFD", name) != name
+        return unicodedata.normalize("NFD", name)
+
+    async with serving() as service:
+        for name in ("한글", "Zoë"):
+            answer = await say(service, [user("hello there")], session=apart(name))
+            assert answer.committed.session == name and service.n_turns(apart(name)) == 0
+            await say(service, [user("and yours")], session=name)
+            assert (await service.get(apart(name))).version == 2
+            assert (await service.fork(apart(name), apart(f"{name}2"))).name == f"{name}2"
+            await service.rename(apart(f"{name}2"), apart(f"{name}3"))
+            with pytest.raises(Conflict):
+                await service.fork(name, apart(f"{name}3"))
+            await service.replace(apart(f"{name}3"), await service.snapshot(apart(name)))
+            await service.undo(apart(name))
+            await service.forget_text(apart(name))
+            await service.reset(apart(name))
+            assert {each.name for each in await service.list()} == {name, f"{name}3"}
+            for each in (name, f"{name}3"):
+                await service.delete(apart(each))
+        with pytest.raises(InputError):
+            await say(service, [user("hello")], session="a" + "\u0301\u0323" * 1_000_000)
 
 
 @pytest.mark.parametrize("llm", [None, "base.gguf"])

@@ -85,6 +85,7 @@ def test_a_memory_goes_out_and_into_another_session(sessions, store, tmp_path):
         assert (record.version, record.tokens, record.turns) == (version, 11, 0)
         assert np.array_equal(MemorySnapshot.from_bytes(record.memory).state, snapshot(1).state)
 
+    assert sessions("import", "Zoe\u0308", file)[0] == 0 and store.get("", "Zo\u00eb").version == 1
     assert sessions("export", "diary", file, "--owner", "12")[0] == 0
     assert np.array_equal(MemorySnapshot.load(file).state, snapshot(3).state)
     assert sessions("import", "diary", file, "--owner", "11")[0] == 0

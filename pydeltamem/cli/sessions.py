@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"a package of the server is missing ({error}): pip install 'pydeltamem[server]'") from error
     is_import = args.action == "import"
     given = getattr(args, "session", [])
-    for name in [given] if isinstance(given, str) else given:
-        checked_name(name)
+    args.session = checked_name(given) if isinstance(given, str) else list(map(checked_name, given))
     if is_import:  # before a store is made
         args.snapshot = MemorySnapshot.load(args.file)
     store = Store(args.store, must_exist=not is_import)

@@ -85,7 +85,8 @@ class Answer:
         options: dict[str, Any],
     ) -> None:
         if session is not None:
-            shared.require_memory(checked_name(session))
+            session = checked_name(session)
+            shared.require_memory(session)
         self.shared, self.messages, self.prompt = shared, messages, prompt
         self.session, self.owner, self.write, self.options = session, owner, write, options
         self.finish_reason: str | None = None

@@ -311,7 +311,8 @@ class View:
         """Shows a session, which need not be there yet. If the store fails, the tab stays as it is. `moves`: the
         browser's "back" comes back from it.
         """
-        record = await self._stored(checked_name(name))
+        name = checked_name(name)
+        record = await self._stored(name)
         history, moves = ui.navigate.history, moves and name != self.name
         (history.push if moves else history.replace)(f"/?session={quote(name)}")
         self.name, self.record = name, record
@@ -400,7 +401,6 @@ class View:
         new = await asked_name("Another name for this session", "Rename", self.name)
         if not new or new == self.name:
             return
-        checked_name(new)
         if self.record is not None:
             await self.service.rename(self.name, new, self.owner)
             self.talk.seen = self.talk.seen._replace(version=self.talk.seen.version + 1)  # a commit

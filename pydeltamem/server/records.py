@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..errors import DeltaMemError, InputError, shown_value
 
+_LONG = 512  # characters, more than a name of 128 is ever written in
 _NAME = re.compile(r"(?!\.\.?$)[\w.@:+=-]{1,128}")  # . and .. would not survive in the path of a URL
 
 
@@ -147,9 +149,13 @@ def as_seen(record: Record, seen: Identity | None) -> Record:
 
 
 def checked_name(name: str) -> str:
-    """The name of a session. Raises InputError if it cannot be one."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    """The name of a session, in Unicode's composed form (NFC): an é is one character in some programs, and two in
+    others. Raises InputError if it cannot be one.
+    """
+    # not of a long one: to put many accents of one letter in order takes a time that grows with their square
+    composed = unicodedata.normalize("NFC", name) if isinstance(name, str) and len(name) <= _LONG else ""
+    if not _NAME.fullmatch(composed):
         raise InputError(
             f"{shown_value(name)} cannot be the name of a session: letters, digits and . _ - @ : + =, at most 128"
         )
-    return name
+    return composed

@@ -99,7 +99,7 @@ class AsyncDeltaMem:
 
     def n_turns(self, name: str, owner: str = "") -> int:
         """Turns of a session that run, or wait for another one."""
-        return self._shared.holds.n_turns(owner, name)
+        return self._shared.holds.n_turns(owner, checked_name(name))
 
     @property
     def n_ready(self) -> int:
@@ -197,7 +197,7 @@ class AsyncDeltaMem:
         """The memory of a session, for the attached adapter. Raises AdapterError if there is none, and InputError if
         the memory belongs to another one.
         """
-        self._shared.require_memory(name)
+        self._shared.require_memory(checked_name(name))
         record = await self.get(name, owner)
         sessions.check_adapter(record, self.adapter)
         return await self.snapshot_of(record)
@@ -211,9 +211,8 @@ class AsyncDeltaMem:
 
     async def fork(self, name: str, new: str, owner: str = "") -> Record:
         """A second session that goes on from here. Raises Conflict if the name is taken."""
-        record = await self.get(name, owner)
-        # a turn may be beginning a session of this name
-        async with self._shared.holds.held(owner, checked_name(new)) as held:
+        record, new = await self.get(name, owner), checked_name(new)
+        async with self._shared.holds.held(owner, new) as held:  # a turn may be beginning a session of this name
             await self._shared.require_room(held)
             return await self._shared.commit(dataclasses.replace(record, name=new, version=0, created=now()), held)
 
@@ -240,10 +239,11 @@ class AsyncDeltaMem:
 
     async def rename(self, name: str, new: str, owner: str = "") -> None:
         """Gives a session another name. Raises Conflict if it is taken."""
-        if checked_name(new) == name:
+        name, new = checked_name(name), checked_name(new)
+        if new == name:
             await self.get(name, owner)
             return
-        first, second = sorted((checked_name(name), new))  # who gives them each other's names waits for nobody
+        first, second = sorted((name, new))  # who gives them each other's names waits for nobody
         async with self._shared.holds.held(owner, first), self._shared.holds.held(owner, second):
             if not await self._shared.in_store(self.store.rename, owner, name, new):
                 raise SessionUnknown(f"there is no session {name}")
@@ -251,7 +251,8 @@ class AsyncDeltaMem:
 
     async def delete(self, name: str, owner: str = "") -> None:
         """Deletes a session."""
-        async with self._shared.holds.held(owner, checked_name(name)):
+        name = checked_name(name)
+        async with self._shared.holds.held(owner, name):
             if not await self._shared.in_store(self.store.delete, owner, name):
                 raise SessionUnknown(f"there is no session {name}")
             await self._shared.forget(owner, name)
