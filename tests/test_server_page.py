@@ -590,6 +590,8 @@ def test_markdown_with_tags():
     assert as_html("`<b> & c`") == "<p><code>&lt;b&gt; &amp; c</code></p>\n"
     assert as_html("```\n<b> & c\n```") == "<pre><code>&lt;b&gt; &amp; c\n</code></pre>\n"
     assert as_html("x <style y") == "<p>x &lt;style y</p>\n"
+    for deep in ("> " * 500, "\t" * 4000):  # Found: the page could no longer show a session with such an answer
+        assert "x &lt;style y" in as_html(f"{deep}x <style y")
     assert as_html('<div style="position: fixed">x</div>').startswith("<p>&lt;div ")
     assert "&lt;" not in as_html("1. [a](https://a.b)\n\n| a | b |\n|:-:|---|\n| `x` | ![c](/d) |\n\n> # e\n\n---")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from html import escape
 
 import markdown2  # type: ignore[import-untyped]
 from nicegui import ui
@@ -30,5 +31,8 @@ class Markdown(ui.markdown):
 @lru_cache(maxsize=256)  # the whole conversation is drawn again after each turn
 def as_html(content: str) -> str:
     """Markdown as HTML. Tags in it are escaped, in code and elsewhere."""
-    html = markdown2.markdown(content, extras=_EXTRAS, safe_mode="escape")
+    try:
+        html = markdown2.markdown(content, extras=_EXTRAS, safe_mode="escape")
+    except RecursionError:  # a model that repeats itself begins quotes in quotes, or sends nothing but tabs
+        return f"<pre>{escape(content)}</pre>"
     return _OTHER_TAG.sub("&lt;", html)  # it leaves some that have no end
