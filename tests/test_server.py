@@ -19,6 +19,7 @@ from pydeltamem.runtime.history import n_common
 from pydeltamem.server import AsyncDeltaMem
 from pydeltamem.server import session as sessions
 from pydeltamem.server.history import begins, checked_messages, digests, known_messages
+from pydeltamem.server.lengths import PromptTooLong
 from pydeltamem.server.openai import Chat
 from pydeltamem.server.prompts import Prompts
 from pydeltamem.server.records import (
@@ -612,6 +613,15 @@ async def test_names_that_are_refused(serving, name):
     async with serving() as service:
         with pytest.raises(InputError):
             await service.chat([user("hello")], session=name, **GREEDY).whole()
+
+
+async def test_messages_that_a_template_leaves_out(make_llm):
+    """Found: a hundred thousand of them were hashed in the thread that decodes, and kept with the turn."""
+    async with AsyncDeltaMem(make_llm(**F32, chat_format="chatml")) as service:
+        left_out = {"role": "narrator", "content": ""}
+        await say(service, [*[left_out] * 100, user("hello there")])
+        with refuses(PromptTooLong, str(service.llm.n_ctx() + 1)):
+            await say(service, [*[left_out] * service.llm.n_ctx(), user("and yours")])
 
 
 async def test_a_name_in_another_spelling_is_the_same(serving):

@@ -38,6 +38,9 @@ class Prompts:
 
     def rendered(self, messages: Sequence[Message], options: Mapping[str, Any]) -> PromptCatcher:
         """The prompt of a chat, in tokens, and what ends its answer. Raises PromptTooLong."""
+        n, n_ctx = len(messages), self._llm.n_ctx()
+        if n > n_ctx:  # a template may leave messages out, but a turn hashes them all while everybody waits
+            raise PromptTooLong(f"the chat has {n} messages, the context holds {n_ctx} tokens: send fewer")
         heard = _Heard(self._llm, self._may_fit)
         caught = self._caught(heard, messages, options)
         self.require_fit(heard.text)
