@@ -16,7 +16,7 @@ from llama_cpp import LogitsProcessorList
 from decoding import fail_at, go_on
 from pydeltamem import Conversation, DecodeError, say_together, stream_together
 from pydeltamem.runtime import library
-from pydeltamem.runtime.engine import Request
+from pydeltamem.runtime.request import Request
 
 TIMEOUT = 300  # seconds; a run takes a few
 LONG = "a very long message that needs many batches " * 4

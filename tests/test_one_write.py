@@ -9,7 +9,7 @@ import pytest
 
 from one_write import GREEDY, OTHER, SAME, TOKENS, answer, different, one_decode, take, texts, user
 from pydeltamem import Conversation, InputError
-from pydeltamem.runtime.engine import Request
+from pydeltamem.runtime.request import Request
 from refusals import refuses
 
 

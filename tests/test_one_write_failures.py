@@ -9,7 +9,7 @@ from llama_cpp import LogitsProcessorList, StoppingCriteriaList
 from decoding import fail_at
 from one_write import OTHER, SAME, TOKENS, answer, fail, one_decode, take, texts, user
 from pydeltamem import DecodeError, InputError
-from pydeltamem.runtime.engine import Request
+from pydeltamem.runtime.request import Request
 
 
 @pytest.fixture

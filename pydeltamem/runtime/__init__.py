@@ -4,7 +4,7 @@ library        the native library and its functions; loading: what is checked be
 history        the rule of one write, without llama.cpp: where a text and its memory are
 text           one text and its memory
 slots          the sequences of a context, and llama_decode for several at once
-engine         the one object that decodes: requests in common batches
+engine         the one object that decodes: requests in common batches; request: one of them
 generation     a request that goes on with the tokens that it samples
 continuation   `DeltaMemLlama.generate`
 completion     `DeltaMemLlama.create_completion`

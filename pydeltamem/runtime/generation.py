@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .assembler import Assembler
-from .engine import Request
 from .history import Position
 from .logprobs import Scored, scored
 from .model import Model
+from .request import Request
 from .sampling import Sampler
 from .text import Text
 
