@@ -71,7 +71,7 @@ def test_ctrl_c_ends_loading_at_once(base, adapter, tmp_path, monkeypatch, comma
         found.append(signal.getsignal(signal.SIGINT))
         raise ModelError("cannot be loaded")
 
-    for module in ("pydeltamem.llama", "pydeltamem.evals.reader", "pydeltamem.evals.asker"):
+    for module in ("pydeltamem.llama", "pydeltamem.evals.reader"):
         monkeypatch.setattr(importlib.import_module(module), "DeltaMemLlama", loads)
     model = ["-m", str(base()), "--deltamem", str(adapter("qwen3", "tsw_qo"))]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
