@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from pydeltamem.bench import floor, ggml_graph, instructions, machine, nodes, operator, pairs, runs, worker
+from pydeltamem.bench import floor, ggml_graph, instructions, nodes, operator, pairs, ram, runs, worker
 from pydeltamem.bench.pairs import median_interval
 from pydeltamem.cli import main
 from pydeltamem.errors import AdapterError, DecodeError, InputError, LibraryError, ModelError, OutputError
@@ -599,13 +599,13 @@ def test_instructions_of_another_machine(monkeypatch):
 
 
 def test_ram_where_the_system_tells_only_the_peak(monkeypatch):
-    known = machine.resident()["peak"]
+    known = ram.resident()["peak"]
 
     def missing(*_, **__):
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", missing)
-    assert machine.resident() == {"peak": pytest.approx(known, rel=0.2)}
+    assert ram.resident() == {"peak": pytest.approx(known, rel=0.2)}
 
 
 def test_op_computes_the_operator(monkeypatch):

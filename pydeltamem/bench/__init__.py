@@ -6,7 +6,7 @@ pairs          sides in turn, the ratios of their times and the interval
 nodes          --nodes: the time of a graph, node by node
 operator       --op: the operator alone; ggml_graph: the graphs of it; floor: the least time of any kernel
 instructions   instructions that a thread spends
-machine        RAM that a process takes
+ram            what a process takes of it
 returning      --return: how soon a conversation goes on after a break
 models         --synthetic: random models in the cache; synthetic: how they are written
 tune           the search of `deltamem tune`

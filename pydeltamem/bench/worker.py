@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import AdapterError, DecodeError, DeltaMemError, LibraryError, ModelError
 from ..runtime.children import environment
-from .machine import resident
+from .ram import resident
 from .runs import Model, Options, Runner
 
 

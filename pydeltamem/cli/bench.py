@@ -20,7 +20,7 @@ from ..version import __version__
 from .bench_tables import print_costs, print_operator, print_returns, say
 from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, context_options, packed_adapter
 from .parser import count, integers, positive
-from .progress import progress_bar
+from .progress import timing_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -183,7 +183,7 @@ def _bench(args: argparse.Namespace, err: Console) -> dict[str, Any]:
     if against and args.unpack != "none" and not comparison.unpacks(against):
         raise InputError(f"--unpack: the library in {against} has no such products: drop --against or --unpack")
     prompts = tuple(n for n in args.n_prompt if n)
-    with progress_bar(err) as show:
+    with timing_bar(err) as show:
         model, adapter = _synthetic(args, show) if args.synthetic else _files(args)
         if args.control:
             adapter = None
@@ -226,7 +226,7 @@ def _bench_return(args: argparse.Namespace, err: Console) -> dict[str, Any]:
     from ..runtime.interrupt import uninterrupted
 
     library.logger.setLevel("DEBUG" if args.verbose else "ERROR")
-    with progress_bar(err) as show:
+    with timing_bar(err) as show:
         model, adapter = _synthetic(args, show) if args.synthetic else _files(args)
         if adapter is None:
             raise InputError(f"{model}: has no memory to return to: add --deltamem ADAPTER")
@@ -273,5 +273,5 @@ def _bench_op(args: argparse.Namespace, err: Console) -> dict[str, Any]:
     from ..bench import operator
 
     ranks = [args.rank] if args.rank else [8, 16]
-    with progress_bar(err) as show:
+    with timing_bar(err) as show:
         return operator.run(ranks, args.heads or 1, args.op_tokens, max(args.pairs, 10), show)

@@ -9,7 +9,7 @@ import re
 from ..formats.packed import pack
 from ..hub import adapter_file, model_file
 from .parser import positive
-from .progress import progress
+from .progress import writing_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     base = model_file(args.base)
     adapter = adapter_file(args.adapter, base)
-    with progress() as advance:
+    with writing_bar() as advance:
         files = pack(base, adapter, args.outfile, advance, args.split_max_size, args.split_max_tensors)
     size = sum(map(os.path.getsize, files)) / 1e6
     shards = "" if len(files) == 1 else f" in {len(files)} shards"

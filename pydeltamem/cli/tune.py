@@ -11,7 +11,7 @@ from ..hub import adapter_file, model_file
 from ..runtime.cpus import usable
 from .model_options import ADAPTER_HELP, CACHE_TYPES, MODEL_HELP, packed_adapter
 from .parser import gpu_layers, names, positive_number
-from .progress import progress_bar
+from .progress import timing_bar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{path}: is damaged: run deltamem tune -m {args.model} once more") from error
         return 0
     tuned.check_keeping(model, args.gpu_layers)
-    with progress_bar(Console(stderr=True)) as show:
+    with timing_bar(Console(stderr=True)) as show:
         settings, found = tune.run(
             model, adapter, seconds=args.seconds, counts=args.counts, kv_types=types, n_gpu_layers=args.gpu_layers,
             use_mmap=can_be_mapped(model), progress=show,

@@ -6,7 +6,7 @@ import argparse
 
 from ..formats.packed import unpack
 from ..hub import model_path
-from .progress import progress
+from .progress import writing_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     model = model_path(args.packed)
-    with progress() as advance:
+    with writing_bar() as advance:
         unpack(model, args.base, args.adapter, advance)
     print(f"{args.base}, {args.adapter}")
     return 0
