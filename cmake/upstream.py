@@ -117,7 +117,10 @@ def merge(theirs: Path, base: Path, ours: Path) -> tuple[bytes, int]:
     """The merged file, and how many hunks `resolve` placed. Raises ValueError if it cannot."""
     size = 40  # length of the markers: no line of the files begins with so many of their characters
     command = ["git", "merge-file", "--stdout", "--diff3", f"--marker-size={size}", theirs, base, ours]
-    output = subprocess.run(command, stdout=subprocess.PIPE).stdout.decode()
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode > 127:  # else the number of conflicts
+        raise ValueError
+    output = done.stdout.decode()
 
     merged, sides, n_resolved = [], None, 0
     for line in output.splitlines(keepends=True):

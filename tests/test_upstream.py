@@ -110,6 +110,12 @@ def test_a_line_that_both_sides_change_is_named(tmp_path, pinned, patch, line):
         upstream.carry_over([patch], pinned, other)
 
 
+def test_a_file_that_git_cannot_merge_is_named(tmp_path, pinned, patch):
+    other = make_tree(tmp_path / "other", "\0" + "".join(LINES))  # binary to git
+    with refuses(upstream.StepError, "0001-hook.patch", "src/llama-graph.cpp"):
+        upstream.carry_over([patch], pinned, other)
+
+
 def test_a_file_that_is_gone_is_named(tmp_path, pinned, patch):
     other = tmp_path / "other"
     other.mkdir()
