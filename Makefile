@@ -203,6 +203,7 @@ MIXTURE      := $(ORDINARY) $(addprefix recipes/,mixture.py chats.py compared.py
 $(SMOLLM2)/train.jsonl: $(MIXTURE) | $(INSTALLED)
 	$(BIN)/python recipes/mixture.py $@ --ordinary $(ORDINARY) --vocabulary smollm2
 
+# MALLOC_*: glibc takes large tensors from its heap, too. By default the system maps and clears each of them anew.
 smollm2-adapter: $(SMOLLM2)/train.jsonl ## train an adapter for SmolLM2-135M (hours on one core; SMOLLM2_ARGS)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
 		$(BIN)/deltamem train smollm2 $< -o $(SMOLLM2)/msw --steps 5000 --batch 8 --rate 3e-3 --short-first 0 \
