@@ -21,6 +21,7 @@ from pydeltamem.cli.model_options import add_sampling_arguments, sampling
 from pydeltamem.cli.parser import Parser
 from pydeltamem.errors import ModelError
 from pydeltamem.formats.memory_file import read_memory_file
+from pydeltamem.models import default_files
 from refusals import check_names, refused, refuses
 
 PLAIN = ["-n", "16", "--temp", "0", "-c", "512", "-t", "1", "-tb", "1"]
@@ -348,6 +349,13 @@ def test_generate(generate):
     bare = generate("-p", "hello", "--no-display-prompt", "--no-perf")
     assert bare.stdout == result.stdout[len("hello") :] and bare.stderr == ""
     assert "generated: 7 tokens" in generate("-p", "hello", "-n", "7", "--ignore-eos").stderr
+
+
+def test_a_prompt_with_two_beginnings_is_told():
+    model = ["-m", default_files()[0], "--no-perf", "-t", "1", "-n", "1", "--no-memory"]
+    told = deltamem("generate", *model, "-p", "<s><s>hello").stderr.splitlines()
+    assert len(told) == 1 and "begins a text" in told[0] and ".py" not in told[0]
+    assert deltamem("generate", *model, "-p", "<s>hello").stderr == ""
 
 
 def test_a_reply_that_ends_within_a_character_shows_it(generate):

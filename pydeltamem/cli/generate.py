@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
@@ -57,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
     if not llm.memory.attached and not args.no_memory:
         note(memory_attached(llm, args))
     out = sys.stdout
-    completion = Completion(llm, tokens, max_tokens=n_predict, temperature=temperature, errors="replace", **options)
+    with warnings.catch_warnings(record=True) as told:  # Python would print the place in the code, too
+        completion = Completion(llm, tokens, max_tokens=n_predict, temperature=temperature, errors="replace", **options)
+    for warning in told:
+        note(f"[{warning.message}]")
     with memory_saved(llm.memory, args.save_memory):
         try:
             if not args.no_display_prompt:
