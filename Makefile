@@ -97,8 +97,9 @@ $(INSTALLED): pyproject.toml constraints.txt pydeltamem/version.py LICENSE $(wil
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,dev]'
 	@mv $@.begun $@
 
+# what make format runs, which needs no build
 $(TOOLS): constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt ruff clang-format import-linter mypy
+	$(BIN)/python -m pip install -q -c constraints.txt ruff clang-format
 	@touch $@
 
 demo: $(INSTALLED) ## tell a model some facts, throw the text away, and ask for them (DEMO_ARGS)
