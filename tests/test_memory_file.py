@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -204,6 +205,26 @@ def test_bad_file(tmp_path, kind):
     path = tmp_path / "bad.memory"
     with refuses(MemoryFileError, path, *bad_file(path, kind)):
         read_memory_file(path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BAD_FILES if kind not in ("missing", "folder")])
+def test_the_content_of_a_bad_file(tmp_path, kind):
+    """It is refused as the file is."""
+    path = tmp_path / "bad.memory"
+    names = bad_file(path, kind)
+    with refuses(MemoryFileError, *names):
+        MemorySnapshot.from_bytes(path.read_bytes())
+
+
+def test_content_is_read_without_a_disk(tmp_path, monkeypatch):
+    """Found: with a full disk, the server could not take a turn back, and not even show a session."""
+    snapshot = MemorySnapshot(random_state(), {**METADATA, "tokens_written": "12"})
+    snapshot.save(tmp_path / "a.memory")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    read = MemorySnapshot.from_bytes(snapshot.to_bytes())
+    np.testing.assert_array_equal(read.state, snapshot.state)
+    loaded = MemorySnapshot.load(tmp_path / "a.memory").metadata
+    assert {**read.metadata, "created": "", "saved": ""} == {**loaded, "created": "", "saved": ""}
 
 
 def test_bad_files_are_told_apart(tmp_path):

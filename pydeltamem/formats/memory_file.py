@@ -5,12 +5,12 @@ docs/reference/formats.md has the tensor and the metadata. Nothing here needs ll
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +61,19 @@ class MemorySnapshot:
     @classmethod
     def from_bytes(cls, data: bytes) -> MemorySnapshot:
         """Reads the content of a memory file. Raises MemoryFileError."""
-        with tempfile.TemporaryDirectory(prefix="deltamem-") as folder:  # safetensors checks files better than bytes
-            path = os.path.join(folder, "memory")
-            Path(path).write_bytes(data)
-            try:
-                return cls.load(path)
-            except MemoryFileError as error:
-                raise MemoryFileError(str(error).replace(path, "the memory file")) from error
+        name = "the memory file"
+        with _read_errors(name):
+            if data[:4] == b"GGUF":
+                raise _is_gguf(name)
+            stored = dict(safetensors.deserialize(data)).get("state")  # type: ignore[no-untyped-call]
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        _check_kind(name, metadata)
+        if stored is None:
+            raise _holds_no_state(name)
+        _check_shape(name, stored["dtype"], stored["shape"])
+        state = np.frombuffer(stored["data"], dtype="<f4").reshape(stored["shape"])
+        _check_finite(name, state)
+        return cls(state, metadata)
 
     def to_bytes(self) -> bytes:
         """The content of a memory file."""
@@ -157,32 +163,55 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str
     except ValueError as error:
         raise MemoryFileError(f"{named(name)}: no file can have this name ({error})") from error
     if is_gguf:
-        raise MemoryFileError(f"{name}: is a GGUF file, an adapter or a model, not a memory file")
+        raise _is_gguf(name)
+    # not read as a whole: a file of another kind may be large
+    with _read_errors(name), safetensors.safe_open(name, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        _check_kind(name, metadata)
+        if "state" not in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            raise _holds_no_state(name)
+        stored = file.get_slice("state")
+        _check_shape(name, stored.get_dtype(), stored.get_shape())
+        state = file.get_tensor("state")
+    _check_finite(name, state)
+    return state, metadata
+
+
+@contextlib.contextmanager
+def _read_errors(name: str) -> Iterator[None]:
     try:
-        with safetensors.safe_open(name, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise MemoryFileError(f"{name}: a safetensors file but not a memory file")
-            version = metadata.get("format_version", "")
-            if version != str(FORMAT_VERSION):
-                raise MemoryFileError(
-                    f"{name}: format version {shown(version or 'unknown')}, this release reads {FORMAT_VERSION}: "
-                    "upgrade pydeltamem"
-                )
-            if "state" not in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                raise MemoryFileError(f"{name}: the memory file holds no state")
-            stored = file.get_slice("state")
-            shape = stored.get_shape()
-            if stored.get_dtype() != "F32" or not _is_shape_of_state(shape):
-                raise MemoryFileError(
-                    f"{name}: the state is {stored.get_dtype()} {shape}, a memory file holds F32 [L, H, r, r]"
-                )
-            state = file.get_tensor("state")
+        yield
     except (OSError, safetensors.SafetensorError) as error:
         raise MemoryFileError(f"{name}: cut off or not a memory file ({shown(error)})") from error
+
+
+def _is_gguf(name: str) -> MemoryFileError:
+    return MemoryFileError(f"{name}: is a GGUF file, an adapter or a model, not a memory file")
+
+
+def _holds_no_state(name: str) -> MemoryFileError:
+    return MemoryFileError(f"{name}: the memory file holds no state")
+
+
+def _check_kind(name: str, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise MemoryFileError(f"{name}: a safetensors file but not a memory file")
+    version = metadata.get("format_version", "")
+    if version != str(FORMAT_VERSION):
+        raise MemoryFileError(
+            f"{name}: format version {shown(version or 'unknown')}, this release reads {FORMAT_VERSION}: "
+            "upgrade pydeltamem"
+        )
+
+
+def _check_shape(name: str, dtype: str, shape: Sequence[int]) -> None:
+    if dtype != "F32" or not _is_shape_of_state(shape):
+        raise MemoryFileError(f"{name}: the state is {dtype} {shape}, a memory file holds F32 [L, H, r, r]")
+
+
+def _check_finite(name: str, state: np.ndarray) -> None:
     if not np.isfinite(state).all():
         raise MemoryFileError(f"{name}: the state holds values that are not finite")
-    return state, metadata
 
 
 def owner(metadata: Mapping[str, str]) -> str:
