@@ -293,6 +293,17 @@ def test_a_lease_expires_unless_it_is_prolonged(store):
 
 
 @needs_postgresql
+def test_a_clock_that_was_set_back_holds_no_session(store, url):
+    """Found: the session of a process that was killed before was busy until the clock stood there again."""
+    assert store.lease("", "ada", "one", 60) is not None
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE leases SET ends = ends + 3600")
+    engine.dispose()
+    assert store.lease("", "ada", "two", 60) is not None
+    assert store.lease("", "ada", "one", 60) is None
+
+
 def test_whoever_waited_for_a_lease_gets_the_version_that_was_committed_meanwhile(database):
     """Its statement began while the holder's commit was under way, and sees the sessions as they were then."""
     store = Store(database.url)

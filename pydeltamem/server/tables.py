@@ -86,6 +86,9 @@ def is_session(owner: Any, name: Any, table: sa.Table = SESSIONS) -> tuple[Any, 
 #
 
 
+_LONGEST = 10  # times our own seconds: how long a lease of another process may be
+
+
 def present_time(*, is_sqlite: bool) -> Any:
     """The present time, in seconds since 1970: the database's, because those of several machines differ."""
     if is_sqlite:
@@ -95,13 +98,15 @@ def present_time(*, is_sqlite: bool) -> Any:
 
 def lease_statements(*, is_sqlite: bool) -> tuple[Any, Any]:
     """How to take a lease, which returns its holder or nothing, and how to prolong several."""
-    clock = present_time(is_sqlite=is_sqlite)
-    ends = clock + sa.bindparam("seconds", type_=sa.Double)
+    clock, seconds = present_time(is_sqlite=is_sqlite), sa.bindparam("seconds", type_=sa.Double)
+    ends = clock + seconds
+    # a lease longer than any: the clock was set back since it was taken; whoever lives prolongs its own in a moment
+    is_over = sa.or_(LEASES.c.ends < clock, LEASES.c.ends > clock + _LONGEST * seconds)
     new = (sqlite if is_sqlite else postgresql).insert(LEASES).values(ends=ends)
     take = new.on_conflict_do_update(
         index_elements=["owner", "name"],
         set_={"holder": new.excluded.holder, "ends": new.excluded.ends},
-        where=sa.or_(LEASES.c.holder == new.excluded.holder, LEASES.c.ends < clock),
+        where=sa.or_(LEASES.c.holder == new.excluded.holder, is_over),
     ).returning(LEASES.c.holder)
     held = sa.tuple_(LEASES.c.owner, LEASES.c.name).in_(sa.bindparam("sessions", expanding=True))
     return take, LEASES.update().where(LEASES.c.holder == sa.bindparam("by"), held).values(ends=ends)
