@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..errors import InputError
+from ..evals.case import Case
 from ..evals.corpora import CORPORA, MAX_QUESTION, missing
 from ..evals.items import DATA, digest_of_file
 from ..evals.methods import PLAIN, answer_all, chosen
@@ -110,19 +112,7 @@ def run(args: argparse.Namespace) -> int:
             )  # fmt: skip
         try:
             n_ctx = reader.n_ctx
-            for adapter in files.values():  # raises now if one does not fit
-                reader.attach(adapter)
-            cases = list(make_cases(tasks, args.n, facts, args.distance, args.seed, reader, data))
-            longest = max((reader.n_tokens(case.turns) for case in cases), default=0)
-            if longest + MAX_QUESTION + MAX_ANSWER > n_ctx:
-                raise InputError(
-                    f"--distance, --facts: a conversation of {longest} tokens and a question do not fit into the"
-                    f" context of {n_ctx} tokens of {model}: lower them"
-                )
-            err = Console(stderr=True)  # if this is no terminal, a bar leaves an empty line
-            with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
-                bar = progress.add_task("asking", total=len(cases) * len(methods))
-                answers = answer_all(cases, reader, files, args.window, methods, lambda n: progress.advance(bar, n))
+            cases, answers = _ask(args, reader, tasks, data, facts, files, methods)
         finally:
             reader.close()
         right = right_of(cases, answers)
@@ -146,6 +136,31 @@ def run(args: argparse.Namespace) -> int:
     for i in range(min(args.show, len(cases))):
         show(cases[i], {method: given[i] for method, given in answers.items()}, out)
     return 0
+
+
+def _ask(
+    args: argparse.Namespace,
+    reader: NativeReader,
+    tasks: Sequence[str],
+    data: Path | None,
+    facts: Sequence[int],
+    files: Mapping[str, str],
+    methods: Sequence[str],
+) -> tuple[list[Case], dict[str, list[str]]]:
+    """The questions, and each method's answers. Raises InputError if a question does not fit into the context."""
+    for adapter in files.values():  # raises now if one does not fit
+        reader.attach(adapter)
+    cases = list(make_cases(tasks, args.n, facts, args.distance, args.seed, reader, data))
+    longest = max((reader.n_tokens(case.turns) for case in cases), default=0)
+    if longest + MAX_QUESTION + MAX_ANSWER > reader.n_ctx:
+        raise InputError(
+            f"--distance, --facts: a conversation of {longest} tokens and a question do not fit into the"
+            f" context of {reader.n_ctx} tokens of {args.model or reader.llm.model_path}: lower them"
+        )
+    err = Console(stderr=True)  # if this is no terminal, a bar leaves an empty line
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        bar = progress.add_task("asking", total=len(cases) * len(methods))
+        return cases, answer_all(cases, reader, files, args.window, methods, lambda n: progress.advance(bar, n))
 
 
 def _options_in_setup(args: argparse.Namespace) -> dict[str, Any]:
