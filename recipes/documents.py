@@ -23,14 +23,14 @@ from chats import MAX_CHARACTERS as MAX_CHARACTERS_OF_CHAT
 from chats import Asked, Chats
 from compared import Compared
 from conversations import messages
-from swap import Swap
+from swap import Messages, Swap
 
 WEIGHTS = {"written": 8.0, "passages": 4.0, "article": 1.0, "two_hops": 1.0, "facts": 1.2, "compared": 2.5}
 MAX_CHARACTERS = 3_000  # of a text: about 750 tokens
 HELD_OUT = 150  # questions at the end of nq_oracle.jsonl.gz that are not drawn
 NOT_SAID = "not said"  # an answer of a written document
 
-Record = tuple[list[dict[str, str]], list[list[dict[str, str]]]]  # messages, questions with answers
+Record = tuple[Messages, list[Messages]]  # messages, questions with answers
 
 OPENINGS = [
     "Below is {t}.\n\n", "Below is {t}, with the date of each part.\n\n", "Here is {t}:\n\n", "Below are {t}.\n\n",

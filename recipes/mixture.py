@@ -38,14 +38,14 @@ from pathlib import Path
 from typing import Any
 
 from conversations import conversation, messages
-from documents import Documents
+from documents import Documents, Record
 from invented import Invented, tokens_of
 from pydeltamem.cli.parser import share
 from pydeltamem.evals.world import World
 from pydeltamem.formats import kinds
 from pydeltamem.formats.atomic import replacing
 from pydeltamem.hub import model_file
-from swap import Swap
+from swap import Messages, Swap
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("DELTAMEM_DATA", HERE.parents[1] / "shared" / "data"))
@@ -76,7 +76,6 @@ ECHO = 0.7  # share of the conversations with questions for the person's own wor
 MAX_CHARACTERS = 1_400  # of the messages of a conversation, not of a document: about 350 tokens
 HELD_OUT = 60  # dialogues at the head of their file that are not drawn
 
-Record = tuple[list[dict[str, str]], list[list[dict[str, str]]]]  # messages, questions with answers
 
 # Questions for a dialogue's slots, by a part of the slot's name. {n}: the thing that the slot belongs to.
 SLOTS: list[tuple[str, list[str]]] = [
@@ -213,7 +212,7 @@ class Mixture:
                 return {"messages": said, "asks": self.random.sample(asks, min(5, len(asks))) + self._echo(said)}
             return {"messages": said, "asks": self.random.sample(asks, min(6, len(asks)))}
 
-    def _echo(self, said: list[dict[str, str]]) -> list[list[dict[str, str]]]:
+    def _echo(self, said: Messages) -> list[Messages]:
         """Questions for the person's own sentences: a target for every token of what was told."""
         draw, told = self.random, [m["content"] for m in said if m["role"] == "user"]
         sentences = [s.strip() for content in told for s in re.split(r"(?<=[.!?])\s+|\n", content)]
@@ -250,7 +249,7 @@ class Mixture:
             return self.swap(one["messages"], one["asks"])
         return one["messages"], one["asks"]
 
-    def _asked_more(self, said: list[dict[str, str]], asks: list[list[dict[str, str]]]) -> Record:
+    def _asked_more(self, said: Messages, asks: list[Messages]) -> Record:
         """Perhaps with one or two questions of other conversations, which are declined here."""
         draw = self.random
         if draw.random() >= ELSEWHERE:
@@ -359,7 +358,7 @@ class Mixture:
         return messages([(opening + text, draw.choice(READ))]), [messages([(question, answer + end)])]
 
 
-def _is_alone(said: Sequence[dict[str, str]]) -> bool:
+def _is_alone(said: Messages) -> bool:
     told = [m["content"] for m in said if m["role"] == "user"]
     return len(told) == 1 and len(told[0]) < SHORT
 
