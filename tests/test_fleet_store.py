@@ -85,6 +85,13 @@ def test_a_commit_is_read_back(store):
     assert store.count("o", without=["ada", "bo"]) == 0 and store.count("o", without=["bo"]) == 1
 
 
+def test_a_long_list_is_whole(store):
+    names = [store.commit(Record("o", f"s{i}")).name for i in range(250)]
+    listed = store.list("o")
+    assert [each.name for each in listed] == names[::-1]
+    assert [each.name for each in store.list("o", after=listed[99])] == names[149::-1]
+
+
 def test_the_second_of_two_commits_is_refused(store):
     first = store.commit(after(Record("", "ada"), turn(1)))
     with pytest.raises(Conflict, match="ada"):

@@ -39,6 +39,9 @@ from .tables import (
 )  # fmt: skip
 
 
+_TOGETHER = 100  # rows of a list: while C fetches them, no other thread goes on
+
+
 class Store:
     """Sessions, each under its owner and its name.
 
@@ -144,8 +147,12 @@ class Store:
         if containing:  # of other letters than ASCII's, SQLite does not know which is the small one of a capital one
             spelled = {containing, containing.lower(), containing.upper(), containing.title()}
             query = query.where(sa.or_(*(SESSIONS.c.name.icontains(each, autoescape=True) for each in spelled)))
-        rows = self._transaction(lambda connection: connection.execute(query).mappings().all(), alone=True)
-        return [Listed(**fields_of(row), listed_size=row["size"]) for row in rows]
+
+        def read(connection: sa.Connection) -> list[Record]:
+            found = connection.execute(query).mappings().partitions(_TOGETHER)
+            return [Listed(**fields_of(row), listed_size=row["size"]) for rows in found for row in rows]
+
+        return self._transaction(read, alone=True)
 
     def count(self, owner: str | None = None, *, without: Sequence[str] = ()) -> int:
         """Number of sessions, of one owner or of all; `without` those of these names."""
