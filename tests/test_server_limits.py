@@ -20,7 +20,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from pydeltamem import DeltaMemLlama, InputError
-from pydeltamem.server import AsyncDeltaMem, memories
+from pydeltamem.server import AsyncDeltaMem, memories, openai
 from pydeltamem.server.application import application
 from pydeltamem.server.keys import Keys
 from pydeltamem.server.openai import Chat
@@ -385,6 +385,7 @@ def test_a_client_that_goes_away_before_its_body_is_whole(narrow, caplog):
 RESPONSES = {"url": "/v1/responses", "json": {"input": "hello", "max_output_tokens": 1}}
 TEXTS = {"url": "/v1/embeddings", "json": {"input": ["a", "b"], "encoding_format": "base64"}}
 CHAT = {"url": "/v1/chat/completions", "json": {"messages": HELLO, **GREEDY}}
+LIKELY = {"url": "/v1/chat/completions", "json": {"messages": HELLO, **GREEDY, "logprobs": True, "top_logprobs": 2}}
 
 
 @pytest.mark.parametrize(
@@ -394,6 +395,7 @@ CHAT = {"url": "/v1/chat/completions", "json": {"messages": HELLO, **GREEDY}}
         pytest.param(AsyncDeltaMem, "chat", CHAT, id="messages"),
         pytest.param(AsyncDeltaMem, "chat", RESPONSES, id="messages of a response"),
         pytest.param(base64, "b64encode", TEXTS, id="vectors"),
+        pytest.param(openai, "likelihoods", LIKELY, id="log probabilities"),
         pytest.param(memories, "about", {"method": "GET", "url": "/v1/memories"}, id="a list of sessions"),
     ],
 )

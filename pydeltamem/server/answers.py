@@ -53,7 +53,10 @@ async def respond(server: Server, request: Request, asked: Chat | Completion | R
         if not reading.done():
             answer.cancel()
     server.metrics.answered(answer)
-    return JSONResponse(asked.whole(answer, scored))
+    if not scored:
+        return JSONResponse(asked.whole(answer, scored))
+    # the likeliest tokens of a long answer are megabytes
+    return await asyncio.to_thread(lambda: JSONResponse(asked.whole(answer, scored)))
 
 
 async def respond_list(data: Iterable[Any], **others: Any) -> Response:

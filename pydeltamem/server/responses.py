@@ -118,7 +118,7 @@ class Reply:
 
     def whole(self, answer: Answer, scored: Sequence[Any]) -> dict[str, Any]:
         """The response."""
-        return self._response(_status(answer), answer, scored)
+        return self._response(_status(answer), answer, self._logprobs(scored))
 
     async def chunks(self, answer: Answer, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
         """The events of a stream, as JSON; the last one comes once the turn is committed."""
@@ -141,10 +141,11 @@ class Reply:
                 yield event("output_text.delta", **part, delta=piece.text, logprobs=self._logprobs(scored[n_sent:]))
                 n_sent = len(scored)
         status, content = _status(answer), answer.content
-        yield event("output_text.done", **part, text=content, logprobs=self._logprobs(scored))
-        yield event("content_part.done", **part, part=self._text(content, scored))
-        yield event("output_item.done", **item, item=self._message(status, content, scored))
-        yield event(status, response=self._response(status, answer, scored))
+        logprobs = await asyncio.to_thread(self._logprobs, scored)
+        yield event("output_text.done", **part, text=content, logprobs=logprobs)
+        yield event("content_part.done", **part, part=self._text(content, logprobs))
+        yield event("output_item.done", **item, item=self._message(status, content, logprobs))
+        yield event(status, response=self._response(status, answer, logprobs))
 
     @staticmethod
     def name_of(event: str) -> str:
@@ -154,14 +155,14 @@ class Reply:
     def _logprobs(self, scored: Sequence[Any]) -> list[dict[str, Any]]:
         return likelihoods(scored, self.n_top)
 
-    def _text(self, text: str, scored: Sequence[Any] = ()) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs(scored)}
+    def _text(self, text: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
-    def _message(self, status: str, content: str | None = None, scored: Sequence[Any] = ()) -> dict[str, Any]:
-        parts = [] if content is None else [self._text(content, scored)]
+    def _message(self, status: str, content: str | None = None, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
+        parts = [] if content is None else [self._text(content, logprobs)]
         return {"id": self.message_id, "type": "message", "status": status, "role": "assistant", "content": parts}
 
-    def _response(self, status: str, answer: Answer | None = None, scored: Sequence[Any] = ()) -> dict[str, Any]:
+    def _response(self, status: str, answer: Answer | None = None, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
         """The response as it is now; with the answer once that is complete."""
         response = {
             "id": self.id,
@@ -174,7 +175,7 @@ class Reply:
             "max_output_tokens": self.max_tokens,
             "metadata": dict(self.metadata),
             "model": self.model,
-            "output": [] if answer is None else [self._message(status, answer.content, scored)],
+            "output": [] if answer is None else [self._message(status, answer.content, logprobs)],
             "parallel_tool_calls": False,
             "previous_response_id": self.previous,
             "store": self.keeps and (answer is None or answer.counts),

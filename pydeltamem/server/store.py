@@ -38,7 +38,6 @@ from .tables import (
     write_turns,
 )  # fmt: skip
 
-
 _TOGETHER = 100  # rows of a list: while C fetches them, no other thread goes on
 
 
