@@ -324,11 +324,13 @@ def biased(logit_bias: Mapping[Any, float] | Iterable[tuple[Any, float]], n_voca
             raise InputError(f"logit_bias: what is given for token {token} is no number")
         if not 0 <= token < n_vocab:
             raise InputError(f"logit_bias: {token} is no token id of this model: they are 0 to {n_vocab - 1}")
+    tokens = np.array(list(bias), dtype=np.intp)
+    with np.errstate(over="ignore"):  # infinite, then
+        values = np.array(list(bias.values()), dtype=np.float32)
 
     def process(ids: npt.NDArray[np.intc], scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         scores = scores.copy()
-        for token, value in bias.items():
-            scores[token] += value
+        scores[tokens] += values  # at once: there may be one for each token of the vocabulary
         return scores
 
     return process
