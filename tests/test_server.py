@@ -26,6 +26,8 @@ from pydeltamem.server.records import (
     NOTHING,
     Conflict,
     SessionUnknown,
+    checked_name,
+    name_like,
 )
 from pydeltamem.server.store import Store
 from refusals import refuses
@@ -608,7 +610,13 @@ async def test_what_is_cached_without_a_session_is_of_its_owner(serving):
         assert await n_cached(said, "a") == 0
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "../a", "a\nb", "x" * 200, "a b", "\0"])
+MARK = "\u0303"  # a tilde above the letter before it
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a/b", "../a", "a\nb", "x" * 200, "a b", "\0", f"{MARK}a", MARK, "q" + MARK * 128, f".{MARK}", f"..{MARK}"],
+)
 async def test_names_that_are_refused(serving, name):
     async with serving() as service:
         with pytest.raises(InputError):
@@ -650,6 +658,26 @@ async def test_a_name_in_another_spelling_is_the_same(serving):
                 await service.delete(apart(each))
         with pytest.raises(InputError):
             await say(service, [user("hello")], session="a" + "\u0301\u0323" * 1_000_000)
+
+
+def test_names_like_those_of_files():
+    for name, like in {
+        "ada (1)": "ada-1",
+        " a/b\n- ": "a-b",
+        "हिन्दी": "हिन्दी",
+        "Zoe\u0308": "Zo\u00eb",
+        "?": "",
+    }.items():
+        assert name_like(name) == like and (not like or checked_name(like) == like)
+
+
+@pytest.mark.parametrize("name", ["हिन्दी", "ภาษาไทยที่ดี", "தமிழ்", f"a{MARK}q{MARK}-1"])
+async def test_names_in_scripts_whose_vowels_are_marks(serving, name):
+    """Found: they were refused as having other characters than letters."""
+    async with serving() as service:
+        await say(service, [user("hello there")], session=name)
+        (listed,) = await service.list()
+        assert listed.name == unicodedata.normalize("NFC", name)
 
 
 @pytest.mark.parametrize("llm", [None, "base.gguf"])

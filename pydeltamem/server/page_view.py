@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import time
 import weakref
 from collections.abc import Awaitable, Callable
@@ -25,7 +24,7 @@ from .page_parts import ABOVE, KEY, agreed, asked_name, complain, count, icon, p
 from .page_said import Said
 from .page_sessions import Sessions
 from .page_talk import Talk
-from .records import NOTHING, Conflict, Identity, Record, SessionUnknown, checked_name
+from .records import NOTHING, Conflict, Identity, Record, SessionUnknown, checked_name, name_like
 from .service import AsyncDeltaMem
 from .state import Server
 
@@ -437,7 +436,7 @@ class View:
     async def _import(self, event: UploadEventArguments) -> None:
         async def bring() -> None:
             snapshot = await asyncio.to_thread(MemorySnapshot.from_bytes, data)
-            stem = re.sub(r"[^\w.@:+=-]+", "-", Path(event.file.name).stem).strip("-")  # "ada (1)" of a second download
+            stem = name_like(Path(event.file.name).stem)  # of "ada (1)", as a second download is called
             name = await asked_name("The session to take this memory; one that is there loses its own", "Import", stem)
             if name:
                 await self.service.replace(name, snapshot, self.owner)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from ..errors import DeltaMemError, InputError, shown_value
 
-_LONG = 512  # characters, more than a name of 128 is ever written in
-_NAME = re.compile(r"(?!\.\.?$)[\w.@:+=-]{1,128}")  # . and .. would not survive in the path of a URL
+_MOST = 128  # characters of a name
+_LONG = 4 * _MOST  # more than one is ever written in
+_NAME = re.compile(r"(?!\.\.?$)[\w.@:+=-]+")  # . and .. would not survive in the path of a URL
 
 
 class StoreError(DeltaMemError):
@@ -154,8 +155,21 @@ def checked_name(name: str) -> str:
     """
     # not of a long one: to put many accents of one letter in order takes a time that grows with their square
     composed = unicodedata.normalize("NFC", name) if isinstance(name, str) and len(name) <= _LONG else ""
-    if not _NAME.fullmatch(composed):
+    # marks belong to a letter before them: vowels of Hindi and Thai, and accents that no letter has been composed with
+    letters = "".join(each for each in composed if not _is_mark(each))
+    if not _NAME.fullmatch(letters) or len(composed) > _MOST or composed[0] != letters[0]:
         raise InputError(
-            f"{shown_value(name)} cannot be the name of a session: letters, digits and . _ - @ : + =, at most 128"
+            f"{shown_value(name)} cannot be the name of a session: letters, digits and . _ - @ : + =, at most {_MOST}"
         )
     return composed
+
+
+def name_like(text: str) -> str:
+    """What is nearest to a text among the names of sessions; it may be empty, or none for another reason."""
+    composed = unicodedata.normalize("NFC", text[:_LONG])
+    kept = "".join(each if _NAME.fullmatch(f"a{each}") or _is_mark(each) else " " for each in composed)
+    return "-".join(kept.split()).strip("-")
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
