@@ -84,6 +84,19 @@ async def test_sessions_that_begin_at_once_count_for_the_limit(serving):
         assert only_reads.counts and service.store.count("x") == 2
 
 
+async def test_the_queue_of_a_session_has_an_end(serving):
+    """Found: any number of requests could wait for one session, each with its prompt."""
+    async with serving(n_seq_max=1, n_queue=2, turn_timeout=60) as service:
+        hold = threading.Event()
+        service.worker.call(hold.wait)  # nothing is decoded meanwhile
+        turns = [asyncio.create_task(say(service, [user("hello there")])) for _ in range(5)]
+        await asyncio.wait(turns, return_when=asyncio.FIRST_EXCEPTION, timeout=30)
+        hold.set()
+        results = await asyncio.gather(*turns, return_exceptions=True)
+        assert [type(result) for result in results if isinstance(result, Exception)] == [QueueFull] * 2
+        assert (await service.get("ada")).version == 3
+
+
 async def test_the_queue_has_an_end(serving):
     async with serving(n_seq_max=1, n_queue=1) as service:
         answers = [service.chat([user("hello there")], session=f"s{i}", max_tokens=100, **LETTERS) for i in range(6)]

@@ -185,6 +185,7 @@ class Answer:
         if self.session is None:
             await self._decode()
             return
+        shared.require_queue(self.owner, self.session)
         async with shared.holds.held(self.owner, self.session) as held:
             found = await shared.session(held, begins=self.write)
             stored = found.record if isinstance(found, Live) else found

@@ -23,7 +23,7 @@ from .prompts import Prompts
 from .records import NOTHING, Record, SessionLimit, StoreAway, now
 from .session import Live
 from .store import Store
-from .worker import ModelLost, Worker
+from .worker import ModelLost, QueueFull, Worker
 
 T = TypeVar("T")
 
@@ -95,6 +95,12 @@ class Shared:
             raise AdapterError(
                 f"session {name}: no adapter is attached, so there is no memory: serve one by --deltamem"
             )
+
+    def require_queue(self, owner: str, name: str) -> None:
+        """Raises QueueFull if as many turns wait for a session as may wait for a slot."""
+        n = self.holds.n_turns(owner, name)
+        if n >= self.worker.n_queue + self.worker.n_slots:
+            raise QueueFull(f"session {name}: {n} turns run or wait already: try again later")
 
     async def record(self, held: Held, *, begins: bool = True) -> Record:
         """The session as the store has it; else a new one, which `begins` or is only read. Raises SessionLimit for one
