@@ -15,7 +15,7 @@ from .records import checked_name
 from .refusals import BodyTooLarge
 
 _MAX_DEPTH = 200  # of a body
-_MAX_VALUES = 1 << 19  # of a body, which names each token of a vocabulary. All clients wait while C decodes them: 0.3 s
+_MAX_VALUES = 1 << 20  # of a body: a bias for each token of a large vocabulary. All wait while C decodes them, 0.6 s
 _FEW = 20_000  # a body with more is checked in a thread
 
 
