@@ -78,7 +78,8 @@ def blend(shares: Sequence[tuple[Path, float]], out: Path, *, outputs: float = 1
         with writing(out / CONFIG, kinds.CONFIG) as temporary:
             temporary.write_bytes((first.directory / CONFIG).read_bytes())
         with writing(out / WEIGHTS[1], kinds.WEIGHTS) as temporary:
-            safetensors.numpy.save_file(halves, temporary)
+            # save_file would make a file that only its owner reads
+            temporary.write_bytes(safetensors.numpy.save(halves))
     except (OSError, safetensors.SafetensorError) as error:
         raise OutputError(f"{out}: cannot be written: {error}") from error
 

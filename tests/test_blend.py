@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
 
@@ -40,6 +42,19 @@ def test_the_command(two, tmp_path):
     assert subprocess.run(command).returncode == 0
     for name, tensor in Checkpoint(tmp_path / "out").tensors.items():
         assert np.array_equal(tensor, Checkpoint(two[0]).tensors[name].astype(np.float16))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_everybody_may_read_a_checkpoint_as_the_umask_says(two, golden_dir, tmp_path):
+    """Found: safetensors' own writer made the weights readable by their owner only."""
+    old = os.umask(0o022)
+    try:
+        blend([(two[0], 1)], tmp_path / "out")
+        write_adapter_checkpoint(tmp_path / "made", golden_dir / "qwen3" / "base-f32.gguf")
+    finally:
+        os.umask(old)
+    for folder in ("out", "made"):
+        assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / folder).iterdir()} == {0o644}
 
 
 def test_outputs_and_writes_are_changed_without_training(two, tmp_path):

@@ -147,7 +147,8 @@ def write_adapter_checkpoint(
                 layer["delta_scale_raw"] = normal(4 if settings.delta_scale_granularity == "head" else 1, std=1.0)
             tensors.update({f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in layer.items()})
         with writing(directory / WEIGHTS[1], kinds.WEIGHTS) as temporary:
-            safetensors.numpy.save_file(tensors, temporary)
+            # save_file would make a file that only its owner reads
+            temporary.write_bytes(safetensors.numpy.save(tensors))
     except (OSError, safetensors.SafetensorError) as error:
         raise OutputError(f"{directory}: cannot be written: {error}") from error
 
