@@ -109,7 +109,8 @@ def with_setup(path, **changes):
     [
         ("none", {"n_ctx": 1}), ("none", {"seed": 1}), ("bm25", {"window": 1}), ("a/memory", {"rehearse": True}),
         ("a/context", {"answer_writes": "off"}), ("a/context", {"adapters": {"a": "y.gguf"}, "sha256": {"model": "1"}}),
-        ("a/memory", {"sha256": {"model": "1", "adapters": {"a": "2"}}}), ("lora", {"lora": "y.gguf"}),
+        ("a/memory", {"sha256": {"model": "1", "adapters": {"a": "2"}}}), ("a/context", {"load_memory": "y.memory"}),
+        ("lora", {"lora": "y.gguf"}),
         ("backbone", {"unpack": "all"}), ("backbone", {"sha256": {"model": "1", "data": "2"}}),
         ("backbone", {"sha256": {"model": "2"}}), ("none", {"version": "2"}), ("none", {"version": None}),
     ],
@@ -124,6 +125,7 @@ def test_answers_under_other_conditions_are_not_joined(tmp_path, method, changes
         results_of([one, with_setup(two, **changes)])
     check_names(str(error.value), [two])
     other = {"window": 1, "rehearse": True, "answer_writes": "off", "adapters": {"b": "y.gguf"}, "lora": None}
+    other["load_memory"] = "y.memory"
     if method == "none":
         assert results_of([one, with_setup(two, **{**setup, **other})]).rows[0].n == 2
 

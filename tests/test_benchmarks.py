@@ -156,6 +156,27 @@ def test_a_text_that_is_read_twice(asker):
         twice.close()
 
 
+def test_a_memory_to_begin_with(asker):
+    """Each text begins with a copy of it, and what one question writes does not reach the next."""
+    model, adapters = default_files()
+    read = asker._read(Shared(TEXT, True))
+    memory = read.memory.copy()
+    read.close()
+    full = Asker(model, threads=1, parallel=4, memory=memory)
+    try:
+        full.attach(adapters["msw"])
+        asked = Ask(Shared(), ASKED[0], OPTIONS)
+        first = full.answer([asked])
+        assert first == full.answer([asked]) == asker.answer([Ask(Shared(TEXT, True), ASKED[0], OPTIONS)])
+        begun = full._read(Shared())
+        assert (begun.memory.state == memory.state).all() and begun.n_tokens == 0
+        begun.close()
+        full.attach(None)  # the plain model has nothing to begin with
+        assert full.answer([asked]) != first
+    finally:
+        full.close()
+
+
 def test_one_prompt_is_one_message(asker):
     """Shared text and question are read as one user message, as if they had been asked at once."""
     conversation = asker._read(Shared(TEXT))
@@ -216,6 +237,41 @@ def test_only_a_memory_without_the_text_reads_twice(whole, tmp_path):
     assert {a["method"] for a, b in pairs if a["answer"] != b["answer"]} <= {"msw/memory", "ssw/memory+last"}
     assert any(a["answer"] != b["answer"] for a, b in pairs)
     assert main(command(path, tmp_path)) == 1  # another run is there
+
+
+def test_only_methods_with_a_memory_begin_with_one(whole, tmp_path, asker):
+    path, _ = whole
+    read = asker._read(Shared(TEXT, True))
+    file = tmp_path / "full.memory"
+    read.memory.save(file)
+    read.close()
+    _, adapters = default_files()
+    only = ["--methods", "none,msw/context", "--limit", "4", "--adapters", f"msw={adapters['msw']}"]
+    for name, more in ("empty", []), ("full", ["--load-memory", str(file)]):
+        run = [*command(path, tmp_path / name), *only, *more]
+        assert main(run) == 0
+        assert main(run) == 0  # it is the same run
+    empty, full = ([record for record in lines(tmp_path / name) if "answer" in record] for name in ("empty", "full"))
+    assert {a["method"] for a, b in zip(empty, full, strict=True) if a["answer"] != b["answer"]} == {"msw/context"}
+    setup = lines(tmp_path / "full")[0]["setup"]
+    assert setup["load_memory"] == "full.memory" and len(setup["sha256"]["load_memory"]) == 64
+    assert lines(tmp_path / "empty")[0]["setup"]["load_memory"] is None
+    with pytest.raises(InputError):  # one table does not hold both
+        results_of([tmp_path / "empty", tmp_path / "full"])
+
+
+def test_a_memory_of_another_adapter_is_refused_at_once(whole, tmp_path, asker, capsys):
+    path, _ = whole
+    read = asker._read(Shared(TEXT, True))
+    file = tmp_path / "full.memory"
+    read.memory.save(file)
+    read.close()
+    model, adapters = default_files()
+    for wrong in ["--adapters", f"ssw={adapters['ssw']}"], []:
+        run = ["eval", "locomo", "--data", str(path), "-o", str(tmp_path / "out"), "-m", str(model), *wrong]
+        assert main([*run, "--load-memory", str(file)]) == 1
+        check_names(capsys.readouterr().err.rstrip(), [file, "ssw"] if wrong else ["--load-memory"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.77, 0.999])

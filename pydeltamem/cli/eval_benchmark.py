@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors import InputError, no_file
+from ..errors import InputError, MemoryFileError, no_file
 from ..evals.asker import Asker
 from ..evals.benchmarks import BENCHMARKS
 from ..evals.items import DATA, Item, chosen, digest_of_file, file_of, items_of
@@ -20,6 +20,8 @@ from ..evals.results import markdown, results_of
 from ..evals.run import BESIDE, PLAIN, PROTOCOLS, methods_of
 from ..evals.run import run as run_benchmark
 from ..evals.views import NEEDS
+from ..formats.gguf_header import Header
+from ..formats.memory_file import MemorySnapshot, owner
 from ..hub import adapter_file, model_file
 from ..models import default_files
 from ..runtime.cpus import cpu_name
@@ -69,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rehearse", action="store_true",
         help="protocol memory: the text is decoded and written twice before it is dropped",
     )  # fmt: skip
+    parser.add_argument(
+        "--load-memory", metavar="FILE",
+        help="each question begins with a copy of this memory, not with an empty one: what one full of other things"
+        " does to the answers",
+    )  # fmt: skip
     parser.add_argument("--kinds", type=names, metavar="NAME,...", help="only questions of these kinds")
     parser.add_argument("--limit", type=positive, metavar="N", help="at most N questions, drawn by the seed")
     parser.add_argument(
@@ -112,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
     if not named and (packed := packed_adapter(model)):
         named = {"deltamem": packed}
     adapters = {adapter: adapter_file(file, model) for adapter, file in named.items()}
+    memory = _memory(args.load_memory, adapters)
     has_contexts = any(item.context for item in items)
     methods = methods_of(
         adapters, args.protocol, WRITES[args.answer_writes], bool(args.lora), args.methods, has_contexts, args.rehearse
@@ -126,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
         "model": os.path.basename(name),
         "adapters": {adapter: os.path.basename(file) for adapter, file in named.items()},
         "lora": args.lora and os.path.basename(args.lora),
+        "load_memory": args.load_memory and os.path.basename(args.load_memory),
         "methods": [method.name for method in methods],
         "data": os.path.basename(args.data or "") or benchmark.file,
         "questions": len(items),
@@ -136,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
             "data": digest_of_file(file_of(benchmark, args.data)),
             "adapters": {adapter: digest_of_file(file) for adapter, file in adapters.items()},
             "lora": args.lora and digest_of_file(args.lora),
+            **({"load_memory": digest_of_file(args.load_memory)} if args.load_memory else {}),
         },
     }
 
@@ -147,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         task = bar.add_task("answers", total=None)
         try:
             run_benchmark(
-                benchmark, items, methods, _opening(args, model, n_ctx, bar), path, setup,
+                benchmark, items, methods, _opening(args, model, memory, n_ctx, bar), path, setup,
                 every=every, window=args.window, seed=args.seed, parallel=args.parallel,
                 progress=lambda n, total: bar.update(task, completed=n, total=total),
             )  # fmt: skip
@@ -189,7 +199,9 @@ def _options_in_setup(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _opening(args: argparse.Namespace, model: str, n_ctx: int, bar: Progress) -> Callable[[bool], Asker]:
+def _opening(
+    args: argparse.Namespace, model: str, memory: MemorySnapshot | None, n_ctx: int, bar: Progress
+) -> Callable[[bool], Asker]:
     """What opens the model, with or without the LoRA adapter, while the bar is away."""
 
     def open_model(lora: bool) -> Asker:
@@ -197,12 +209,27 @@ def _opening(args: argparse.Namespace, model: str, n_ctx: int, bar: Progress) ->
         with ended_by_ctrl_c():
             asker = Asker(
                 model, lora=args.lora if lora else None, n_ctx=n_ctx, threads=args.threads, parallel=args.parallel,
-                shares=not args.no_sharing, **context_options(args),
+                shares=not args.no_sharing, memory=memory, **context_options(args),
             )  # fmt: skip
         bar.start()
         return asker
 
     return open_model
+
+
+def _memory(path: str | None, adapters: Mapping[str, str]) -> MemorySnapshot | None:
+    """The memory that questions begin with. Raises MemoryFileError if another adapter than one of these wrote it: when
+    an adapter is attached, the methods without one may have run for hours.
+    """
+    if path is None:
+        return None
+    if not adapters:
+        raise InputError("--load-memory needs an adapter: --deltamem, --adapters or a packed model")
+    memory = MemorySnapshot.load(path)
+    for name, file in adapters.items():
+        if memory.metadata.get("adapter", "") != Header(file).keys.get("deltamem.source.sha256", ""):
+            raise MemoryFileError(f"{path}: the memory of {owner(memory.metadata)}, not of adapter {name}")
+    return memory
 
 
 def _of_kinds(items: list[Item], kinds: list[str] | None) -> list[Item]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..conversation import Conversation, say_together
+from ..formats.memory_file import MemorySnapshot
 from ..runtime.chat_format import chat_prompt
 from ..runtime.history import n_common
 from .reader import attach, opened
@@ -58,6 +59,7 @@ class Asker:
         threads: None: half of the CPUs that the process may use.
         parallel: texts that are decoded together, a shared one among them.
         shares: whether a context that several questions have is decoded once.
+        memory: what the memory of each text begins with, for the adapter that wrote it; None: with an empty one.
         **kwargs: as `DeltaMemLlama`.
     """
 
@@ -70,10 +72,11 @@ class Asker:
         threads: int | None = None,
         parallel: int = 8,
         shares: bool = True,
+        memory: MemorySnapshot | None = None,
         **kwargs: Any,
     ):
         self.llm = opened(model, n_ctx, threads, parallel, lora_path=lora, **kwargs)
-        self.parallel, self.shares = parallel, shares
+        self.parallel, self.shares, self._memory = parallel, shares, memory
         with self.llm._engine.lock:
             self.llm._engine.slots.leave(self.llm._text)  # every slot is for questions
         self._kept: tuple[Shared, Conversation] | None = None  # the shared text of the latest questions
@@ -144,6 +147,8 @@ class Asker:
     def _read(self, shared: Shared) -> Conversation:
         """A conversation after the shared text, read as one ingest."""
         conversation = Conversation(self.llm)
+        if self._memory is not None and self.llm.memory.attached:
+            conversation.memory.restore(self._memory)
         if shared.text:
             tokens = self._begun(shared.text)
             segments = np.zeros(len(tokens), dtype=np.int32) if self.llm.memory.by_segment else None
