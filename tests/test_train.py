@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -366,6 +367,36 @@ def test_other_bad_input(hf_dir, data, tmp_path):
         trainer(damaged, data, tmp_path / "out")
 
 
+def test_conversations_that_change_during_a_run(hf_dir, data, tmp_path):
+    """Another file in their place is not read. A line that is written over is refused."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(data.read_bytes())
+    run = train.Conversations(path, tokenizer)
+    expected = [run[0], run[7]]
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"messages": say("hello", "there", "what", "red")}) + "\n", encoding="utf-8")
+    if os.name != "nt":  # where nothing replaces an open file
+        os.replace(other, path)
+    assert [run[0], run[7]] == expected
+    path.write_bytes(data.read_bytes())
+    run = train.Conversations(path, tokenizer)
+    path.write_bytes(data.read_bytes().replace(b"red", b"Red"))
+    with refuses(InputError, path, "line 1"):
+        run[0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes as on POSIX")
+def test_conversations_from_a_pipe(hf_dir, data, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text("{}\n", encoding="utf-8"), daemon=True)
+    writer.start()
+    with refuses(InputError, pipe):
+        train.Conversations(pipe, transformers.AutoTokenizer.from_pretrained(hf_dir))
+    writer.join()
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -456,6 +487,18 @@ def test_plain_text_needs_no_chat_template(hf_dir, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps({"text": "my door is red " * 9}) + "\n", encoding="utf-8")
     assert trainer(other, path, tmp_path / "out", steps=1).train().steps == 1
+
+
+def test_the_end_of_a_long_text_is_predicted(hf_dir, tmp_path):
+    """--max-tokens counts the tokens before it, of which the last ones are decoded."""
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "my door is red " * 9 + "it is blue"}) + "\n", encoding="utf-8")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    whole = train.Conversations(path, tokenizer)[0]
+    for n in (1, 4):
+        text = train.Conversations(path, tokenizer, max_tokens=n)[0]
+        assert text.asks == whole.asks and text.earlier == whole.earlier[-n:] and len(text.segments) == n
+    assert whole.asks[0].answer[-3:] == [WORDS.index(word) for word in ("it", "is", "blue")]
 
 
 def test_what_killed_runs_leave_is_removed(hf_dir, data, tmp_path):

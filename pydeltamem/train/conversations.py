@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from ..errors import InputError, ModelError, shown
 from .lines import Line, Messages, line_of
 
-TEXT_ANSWER = 64  # how many of the last tokens of a plain text the model has to predict; at most half of it
+TEXT_ANSWER = 64  # last tokens of a plain text, at most half of it: the first is shown, the others are to be predicted
 TEXT_LEAST = 4  # tokens of a plain text
 LONGEST_TOKEN = 256  # characters: a longer text than TEXT_LEAST of them is long enough
 
@@ -23,6 +24,14 @@ class Ask(NamedTuple):
     question: list[int]  # after the messages that stay visible
     segments: list[int]  # for each of those tokens the message that it belongs to
     answer: list[int]  # empty: a teacher is to write it
+
+
+class _Place(NamedTuple):
+    """Where a line of the file is."""
+
+    number: int  # from 1
+    offset: int
+    checksum: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class Example:
 
 class Conversations:
     """The lines of a training file. All are checked at once, but only their places are kept: each is made tokens when
-    it is needed, and at once if it is the first with its order of roles, which is what a chat template refuses.
+    it is needed, and at once if it is the first with its order of roles, which is what a chat template refuses. The
+    file stays open: another one in its place changes nothing. One that is written over is noticed.
 
     Args:
         path: the file.
@@ -63,29 +73,32 @@ class Conversations:
     ):
         self.path, self.tokenizer, self.tail, self.max_tokens = Path(path), tokenizer, tail, max_tokens
         self.teacher = teacher
-        self._places: list[tuple[int, int]] = []  # number and offset of each line
+        self._places: list[_Place] = []
         self._packed_only = ""  # the first line that needs the packed form of a step, and why
         self.checksum = 0
         self.sizes: list[int] = []  # bytes of each line, about in proportion to its tokens
         orders = set()
+        offset = 0
         try:
-            with open(self.path, "rb") as file:
-                offset = 0
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        self._places.append((number, offset))
-                        self.sizes.append(len(line))
-                        parsed = self._parsed(number, line)
-                        if (order := _order(parsed)) not in orders or _may_be_short(parsed):
-                            orders.add(order)
-                            self._example(number, parsed)
-                        for flag in ("visible", "keep"):
-                            if getattr(parsed, flag):
-                                self._packed_only = self._packed_only or f'line {number} has "{flag}": true'
-                    offset += len(line)
-                    self.checksum = zlib.crc32(line, self.checksum)
+            self._file = open(self.path, "rb")  # noqa: SIM115 - closed with this object
+            weakref.finalize(self, self._file.close)
+            if not self._file.seekable():
+                raise InputError(f"{self.path}: is a pipe, of which no line can be read twice: name a file")
+            for number, line in enumerate(self._file, 1):
+                if line.strip():
+                    self._places.append(_Place(number, offset, zlib.crc32(line)))
+                    self.sizes.append(len(line))
+                    parsed = self._parsed(number, line)
+                    if (order := _order(parsed)) not in orders or _may_be_short(parsed):
+                        orders.add(order)
+                        self._example(number, parsed)
+                    for flag in ("visible", "keep"):
+                        if getattr(parsed, flag):
+                            self._packed_only = self._packed_only or f'line {number} has "{flag}": true'
+                offset += len(line)
+                self.checksum = zlib.crc32(line, self.checksum)
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
+            raise self._unreadable(error) from error
         if not self._places:
             raise InputError(f"{self.path}: holds no conversation")
 
@@ -93,10 +106,18 @@ class Conversations:
         return len(self._places)
 
     def __getitem__(self, i: int) -> Example:
-        number, offset = self._places[i]
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            return self._example(number, self._parsed(number, file.readline()))
+        place = self._places[i]
+        try:
+            self._file.seek(place.offset)
+            line = self._file.readline()
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if zlib.crc32(line) != place.checksum:
+            raise InputError(f"{self.path}: line {place.number} was changed during the run: begin a new one")
+        return self._example(place.number, self._parsed(place.number, line))
+
+    def _unreadable(self, error: OSError) -> InputError:
+        return InputError(f"{self.path}: cannot be read: {error.strerror}")
 
     def _example(self, number: int, line: Line) -> Example:
         """A line as tokens. Raises InputError or ModelError, naming it."""
@@ -139,11 +160,11 @@ class Conversations:
         return max(1, len(line.messages) - self.tail)
 
     def _of_text(self, text: str) -> Example:
-        ids = self._ids(text)[: self.max_tokens]
+        ids = self._ids(text)
         if len(ids) < TEXT_LEAST:
             raise ValueError(f"the text is too short: it has {len(ids)} tokens")
         n = min(TEXT_ANSWER, len(ids) // 2)
-        earlier, first, answer = ids[:-n], ids[-n : 1 - n], ids[1 - n :]
+        earlier, first, answer = ids[:-n][-self.max_tokens :], ids[-n : 1 - n], ids[1 - n :]
         return Example(earlier, [0] * len(earlier), [Ask(first, [0], answer)], [first])
 
     def _of_messages(self, line: Line) -> Example:
