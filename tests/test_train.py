@@ -501,6 +501,20 @@ def test_the_end_of_a_long_text_is_predicted(hf_dir, tmp_path):
     assert whole.asks[0].answer[-3:] == [WORDS.index(word) for word in ("it", "is", "blue")]
 
 
+def test_the_loss_held_out_does_not_depend_on_the_batch(hf_dir, data, tmp_path):
+    """Nor do the conversations that are measured at once, of which there may be fewer than in a batch."""
+    found = []
+    for batch, micro_batch in ((4, None), (4, 1), (3, None)):
+        run = trainer(hf_dir, data, tmp_path / f"{batch}-{micro_batch}", batch=batch, micro_batch=micro_batch)
+        at_once, student = [], run.objective.student
+        run.objective.student = lambda rows, empty=False, s=student, a=at_once: a.append(len(rows)) or s(rows, empty)
+        found.append(run.report().held_out)
+        assert max(at_once) == (micro_batch or batch)
+    for other in found[1:]:
+        assert other.loss == pytest.approx(found[0].loss, rel=1e-5) and other.right == found[0].right
+        assert other.loss_without == pytest.approx(found[0].loss_without, rel=1e-5)
+
+
 def test_what_killed_runs_leave_is_removed(hf_dir, data, tmp_path):
     names = [f".{name}.0123abcd.tmp" for name in ("checkpoint.pt", WEIGHTS[0], "log.jsonl", "loss.png")]
     names.append(f".{WEIGHTS[0]}.01234567.tmp")

@@ -20,7 +20,7 @@ class HeldOut:
     """Results on held-out conversations."""
 
     n: int
-    loss: float  # mean over the answers' tokens of a batch, averaged over the answers
+    loss: float  # mean over the answers' tokens
     loss_without: float  # the same with an empty memory
     right: float  # share of the answers whose every token is the most likely one
     right_without: float
@@ -41,24 +41,28 @@ class Report:
 
 @torch.no_grad()
 def measure(objective: Objective, examples: Sequence[Example]) -> HeldOut:
-    """Measures an adapter on conversations, a batch at a time; not on answers that stay, of which none is right."""
-    if not objective.options.teacher:  # it answers them too
+    """Measures an adapter on conversations, as many at a time as a step computes; not on answers that stay, of which
+    none is right.
+    """
+    options = objective.options
+    if not options.teacher:  # it answers them too
         examples = [example for example in examples if not example.keep]
     objective.memory.eval()
-    size = objective.options.batch
-    sums, count = [0.0] * 4, 0
+    size = options.micro_batch or options.batch
+    losses, right, n_tokens, n_answers = [0.0, 0.0], [0, 0], 0, 0
     for begin in range(0, len(examples), size):
         rows: Sequence[Example] = examples[begin : begin + size]
-        if objective.options.teacher:
+        if options.teacher:
             rows = objective.answered(rows)
         lengths = [len(ask.answer) for row in rows for ask in row.asks]
-        count += len(lengths)
+        n_tokens, n_answers = n_tokens + sum(lengths), n_answers + len(lengths)
         for i in range(2):
             logits, targets = objective.student(rows, empty=bool(i))
-            sums[i] += len(lengths) * F.cross_entropy(logits, targets).item()
-            hits = (logits.argmax(-1) == targets).split(lengths)
-            sums[2 + i] += sum(bool(hit.all()) for hit in hits)
-    return HeldOut(len(examples), *(x / max(count, 1) for x in sums))
+            losses[i] += F.cross_entropy(logits, targets, reduction="sum").item()
+            right[i] += sum(bool(hit.all()) for hit in (logits.argmax(-1) == targets).split(lengths))
+    return HeldOut(
+        len(examples), *(loss / max(n_tokens, 1) for loss in losses), *(hits / max(n_answers, 1) for hits in right)
+    )
 
 
 def plot(curve: Sequence[tuple[int, float]], path: Path) -> None:
