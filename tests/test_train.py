@@ -346,6 +346,8 @@ def test_other_bad_input(hf_dir, data, tmp_path):
     with refuses(InputError, tmp_path / "out" / "checkpoint.pt", "conversations"):
         trainer(hf_dir, other, tmp_path / "out")
     trainer(hf_dir, data, tmp_path / "out", steps=2).train()  # a longer run is the same one
+    with refuses(InputError, tmp_path / "out" / "checkpoint.pt", "--steps 1"):  # its weights are of more steps
+        trainer(hf_dir, data, tmp_path / "out", steps=1)
     (tmp_path / "out" / "checkpoint.pt").write_bytes(b"no checkpoint")
     with refuses(InputError, tmp_path / "out" / "checkpoint.pt"):
         trainer(hf_dir, data, tmp_path / "out")
@@ -365,6 +367,18 @@ def test_other_bad_input(hf_dir, data, tmp_path):
     (damaged / "model.safetensors").write_bytes(b"x" * 100)
     with refuses(ModelError, damaged):
         trainer(damaged, data, tmp_path / "out")
+
+
+def test_a_model_with_the_embeddings_of_another(hf_dir, data, tmp_path):
+    """As a fine-tuned one often has them: it is another model."""
+    trainer(hf_dir, data, tmp_path / "out", steps=1).train()
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    tuned = shutil.copytree(hf_dir, tmp_path / "tuned")
+    model.save_pretrained(tuned)
+    with refuses(InputError, tmp_path / "out" / "checkpoint.pt", "the model"):
+        trainer(tuned, data, tmp_path / "out", steps=2)
 
 
 def test_conversations_that_change_during_a_run(hf_dir, data, tmp_path):
@@ -562,6 +576,8 @@ def test_a_run_of_an_earlier_release_goes_on(hf_dir, data, tmp_path):
     torch.save(saved, path)
     with refuses(InputError, path, "--rehearse"):
         trainer(hf_dir, data, tmp_path / "out", rehearse=0.5)
+    del saved["run"]["the model's layers"]
+    torch.save(saved, path)
     assert trainer(hf_dir, data, tmp_path / "out", steps=2).step == 1
 
 

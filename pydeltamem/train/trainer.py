@@ -40,6 +40,7 @@ from .report import Report, measure, plot
 LOG = "log.jsonl"
 LEFT = 600  # seconds, longer than any save takes: a temporary file that old is nobody's
 RELEASE = 60  # seconds from one release of unused memory to the next
+OF_WEIGHT = 4096  # values of each weight that tell one model from another
 HELD_OUT = 64  # conversations that only measure the loss; at most a tenth of all
 
 
@@ -228,12 +229,15 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What identifies this run. A run of more steps is the same run."""
-        embedded = self.model.get_input_embeddings().weight.detach().cpu().contiguous()
+        layers = 0  # a fine-tuned model often has the embeddings of its base
+        for weight in self.model.parameters():
+            layers = _crc32(weight.flatten()[:OF_WEIGHT], layers)
         return {
             **_settings(self.memory.config, self.options),
             "--form": "packed" if self.objective.packed else "padded",
             "the conversations": self.data.checksum,
-            "the model": zlib.crc32(embedded.view(torch.uint8).numpy()),
+            "the model": _crc32(self.model.get_input_embeddings().weight),
+            "the model's layers": layers,
         }
 
     def _resume(self) -> bool:
@@ -250,6 +254,11 @@ class Trainer:
             if differs:
                 raise InputError(
                     f"{path}: is of a run that differs in {', '.join(differs)}: delete it or name another --out"
+                )
+            if saved["step"] > self.options.steps:
+                raise InputError(
+                    f"{path}: has {saved['step']} steps, more than --steps {self.options.steps}: delete it or name"
+                    " another --out"
                 )
             self.memory.load_state_dict(saved["memory"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -307,11 +316,11 @@ OF_RUN = (
 )  # fmt: skip
 
 
-# the option that sets a field of the configuration
+# what a user knows a part of the identity by: the option that sets a field of the configuration
 _OPTION_OF = {
     "rank": "--rank", "alpha": "--alpha", "num_state_heads": "--heads", "memory_write_granularity": "--strategy",
     "target_layers": "--layers", "delta_heads": "--corrections", "beta_bias_init": "--write-bias",
-    "state_update_mode": "--update", "output_init": "--start",
+    "state_update_mode": "--update", "output_init": "--start", "the model's layers": "the model",
 }  # fmt: skip
 
 
@@ -319,6 +328,11 @@ def _settings(config: DeltaMemConfig, options: Options) -> dict[str, Any]:
     """The configuration and the options of a run, as `checkpoint.pt` holds them."""
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     return {**fields, **{f"--{name.replace('_', '-')}": getattr(options, name) for name in OF_RUN}}
+
+
+def _crc32(weight: torch.Tensor, before: int = 0) -> int:
+    values: Any = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return zlib.crc32(values, before)
 
 
 def release_memory() -> None:
