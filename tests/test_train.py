@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -402,9 +403,15 @@ def test_conversations_that_change_during_a_run(hf_dir, data, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes as on POSIX")
 def test_conversations_from_a_pipe(hf_dir, data, tmp_path):
+    """It is refused before it is read: a line of it could not be read twice."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    writer = threading.Thread(target=lambda: pipe.write_text("{}\n", encoding="utf-8"), daemon=True)
+
+    def write():
+        with contextlib.suppress(BrokenPipeError):
+            pipe.write_bytes(data.read_bytes())
+
+    writer = threading.Thread(target=write, daemon=True)
     writer.start()
     with refuses(InputError, pipe):
         train.Conversations(pipe, transformers.AutoTokenizer.from_pretrained(hf_dir))
