@@ -11,6 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from pydeltamem import DecodeError, DeltaMemLlama, InputError
 from pydeltamem.evals.harness import DeltaMemLM
@@ -214,6 +217,30 @@ def test_the_chat_template(lm):
     prompt = lm.apply_chat_template([{"role": "user", "content": "Hello."}])
     shorter = lm.apply_chat_template([{"role": "user", "content": "Hello."}], add_generation_prompt=False)
     assert "Hello." in prompt and prompt.startswith(shorter) and len(shorter) < len(prompt)
+
+
+@pytest.mark.parametrize("prefix", ["The answer is", "The answer is ", "A\n"])
+@pytest.mark.parametrize("trims", [False, True])
+def test_an_answer_whose_beginning_a_task_gives(lm, monkeypatch, prefix, trims):
+    """The prompt is that of transformers: it ends where the model goes on, not after the end of the message."""
+    content = "m['content'] | trim" if trims else "m['content']"
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ " + content + " }}</s>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    monkeypatch.setitem(lm.llm.metadata, "tokenizer.chat_template", template)
+    messages = [{"role": "user", "content": "How much?"}, {"role": "assistant", "content": prefix}]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"x": 0})), chat_template=template)
+    theirs = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert lm.apply_chat_template(messages, add_generation_prompt=False) == theirs
+    assert theirs.endswith(f"<assistant>{prefix.rstrip() if trims else prefix}")
+    assert messages[-1]["content"] == prefix
+
+
+def test_a_chat_template_that_cannot_be_used(lm, monkeypatch):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Yes"}]
+    for template in ("{{ raise_exception('no system message') }}", "{{ messages[0]['content'] }}"):
+        monkeypatch.setitem(lm.llm.metadata, "tokenizer.chat_template", template)
+        with refuses(InputError, lm.llm.model_path):
+            lm.apply_chat_template(messages, add_generation_prompt=False)
 
 
 def test_a_model_without_a_chat_template(base, tmp_path):

@@ -33,6 +33,7 @@ except ImportError as missing:
 
 logger = logging.getLogger(__name__)
 
+GOES_ON = "[here the message goes on] "  # stands for the rest of a message, and a template may take its last space
 OF_THE_HARNESS = ("batch_size", "max_batch_size", "device", "trust_remote_code")
 
 
@@ -213,7 +214,11 @@ class DeltaMemLM(TemplateLM):
         return self.llm.metadata.get("tokenizer.chat_template") if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt of these messages by the model's template. Raises InputError if it has none."""
+        """The prompt of these messages by the model's template. Without a generation prompt the last message is not
+        ended: lm-eval asks so where a task gives the beginning of the answer (`gen_prefix`).
+
+        Raises InputError if the model has no template, or one that refuses the messages.
+        """
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         template = self.llm.metadata.get("tokenizer.chat_template")
@@ -223,9 +228,23 @@ class DeltaMemLM(TemplateLM):
             self.llm.detokenize([token], special=True).decode() if token >= 0 else ""
             for token in (self.llm.token_bos(), self.llm.token_eos())
         )
-        form = Jinja2ChatFormatter(template, eos, bos, add_generation_prompt=add_generation_prompt)
-        messages: Any = chat_history
-        return str(form(messages=messages).prompt)
+        messages: Any = [dict(message) for message in chat_history]
+        if not add_generation_prompt:
+            messages[-1]["content"] += GOES_ON
+        try:
+            form = Jinja2ChatFormatter(template, eos, bos, add_generation_prompt=add_generation_prompt)
+            prompt = str(form(messages=messages).prompt)
+        except Exception as error:  # a template is a program
+            raise InputError(f"{self.llm.model_path}: its chat template refuses this conversation: {error}") from error
+        return prompt if add_generation_prompt else _before_mark(prompt, self.llm.model_path)
+
+
+def _before_mark(prompt: str, path: str) -> str:
+    """A prompt up to GOES_ON, as transformers cuts it: spaces that the template takes from a message's end go, too."""
+    kept, mark, _ = prompt.rpartition(GOES_ON.strip())
+    if not mark:
+        raise InputError(f"{path}: its chat template leaves out the last message, which the model is to go on with")
+    return kept if prompt.startswith(GOES_ON, len(kept)) else kept.rstrip()
 
 
 def main() -> None:
