@@ -166,11 +166,29 @@ def test_a_ratio_of_nothing_is_not_certainly_nothing():
 
 
 def test_ratios_are_paired():
-    """A method with the same right answers has a ratio of 1 for certain; one right as often has not."""
+    """A method right about the same questions is nearer to a ratio of 1 than one right as often, but not certain."""
     drawn = sample(a=[1, 0] * 50, same=[1, 0] * 50, other=[0, 1] * 50)
     same, other = (ratio(drawn.means(name), drawn.means("a"), 100) for name in ("same", "other"))
-    assert (same.value, same.low, same.high) == (1, 1, 1)
+    low = 1 - 0.037 / 0.5  # Wilson's of none of 100 questions that only one of them is right about
+    assert same.value == 1 and same.low == pytest.approx(low, abs=1e-3) and same.high == pytest.approx(1 / same.low)
     assert other.value == 1 and other.low < 0.85 and other.high > 1.15
+
+
+@pytest.mark.parametrize("score", [1.0, 0.4])
+def test_a_few_scores_that_are_alike_are_not_certain(score):
+    drawn = sample(a=[score] * 4, b=[score] * 4)
+    mean, over = drawn.mean("a"), ratio(drawn.means("a"), drawn.means("b"), 4)
+    others = 1.96**2 / (4 + 1.96**2)  # Wilson's of none of 4
+    assert (mean.value, mean.low) == (score, pytest.approx(score * (1 - others)))
+    assert mean.high == pytest.approx(score + (1 - score) * others)
+    assert over.value == 1 and over.low == pytest.approx(max(0, 1 - others / score)) and over.high > 1.9
+
+
+def test_contexts_that_are_alike_are_not_certain():
+    """Ten contexts with one right answer of two each: all resamples have the same mean."""
+    drawn = sample([str(i // 2) for i in range(20)], a=[1.0, 0.0] * 10)
+    mean = drawn.mean("a")
+    assert mean.value == 0.5 and mean.low < 0.4 and mean.high > 0.6
 
 
 def test_a_ratio_to_what_may_be_nothing():

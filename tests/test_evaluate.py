@@ -211,9 +211,9 @@ def test_ratios():
 
 
 def test_ratios_are_paired():
-    """A method that is right about the same questions has a ratio of 1 for certain; one right as often has not."""
+    """A method right about the same questions is nearer to a ratio of 1 than one right as often, but not certain."""
     same = ratios({"window": [1, 0] * 50, "a+window": [1, 0] * 50})["a"]["average"]
-    assert (same.value, same.low, same.high) == (1, 1, 1)
+    assert same.value == 1 and 0.9 < same.low < 0.95 and 1.05 < same.high < 1.1
     other = ratios({"window": [1, 0] * 50, "a+window": [0, 1] * 50})["a"]["average"]
     assert other.value == 1 and other.low < 0.85 and other.high > 1.15
 

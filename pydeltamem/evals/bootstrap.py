@@ -7,8 +7,10 @@ Percentiles of resamples of ten contexts would hold 90 % instead of 95: their va
 with few contexts it is itself uncertain. So outer percentiles are taken, as far as Student's t asks for (Hesterberg,
 The American Statistician, 2015: the expanded percentile interval).
 
-Resamples of one context or question are all the same, and so are those of scores that are all 0. They would make a
-wild guess look certain: there the interval is that of what the scores, from 0 to 1, may be.
+Resamples of one context or question are all the same, and so are those of scores that are all alike, and the ratios of
+two methods that are right about the same questions. They would make a wild guess look certain. Of one context or
+question the interval is that of what its scores, from 0 to 1, may be; of several, it allows for as many others as may
+be among so many of which none was found (`unseen`).
 """
 
 from __future__ import annotations
@@ -72,36 +74,44 @@ class Sample:
         return np.asarray(self._weights @ sums / (self._weights @ counts))
 
     def mean(self, method: str) -> Estimate:
-        """Wilson's interval where questions are right or wrong and drawn one by one, and of contexts where all scores
-        are 0, or all 1: resamples do not differ then. One other score alone may have come from anywhere.
-        """
+        """Wilson's interval where questions are right or wrong and drawn one by one."""
         values = [value for of in self._scores[method] for value in of]
-        is_share = len(values) == self.n and set(values) <= {0.0, 1.0}
-        if (is_share and not self.by_context) or set(values) in ({0.0}, {1.0}):
-            return Estimate(*wilson(round(sum(values) / len(values) * self.n_drawn), self.n_drawn))
+        if not self.by_context and len(values) == self.n and set(values) <= {0.0, 1.0}:
+            return Estimate(*wilson(round(sum(values)), self.n))
         means = self.means(method)
-        if self.n_drawn == 1:
-            return Estimate(float(means[0]), 0.0, 1.0)
-        return Estimate(float(means[0]), *map(float, np.quantile(means[1:], percentiles(self.n_drawn))))
+        value = float(means[0])
+        if not _alike(means):
+            return Estimate(value, *map(float, np.quantile(means[1:], percentiles(self.n_drawn))))
+        if self.n_drawn == 1 and 0 < value < 1:  # which may have come from anywhere
+            return Estimate(value, 0.0, 1.0)
+        others = unseen(self.n_drawn)  # which may score 0, or 1
+        return Estimate(value, value * (1 - others), value + (1 - value) * others)
 
 
 def ratio(above: Array, below: Array, n_drawn: int) -> Estimate | None:
     """Of two arrays of means over resamples of `n_drawn` each; None if the second is 0. Where the first is 0 in all of
-    them, the highest is that of Wilson's interval over the second.
+    them, the highest is that of `unseen` over the second. Where all resamples have one ratio, as of methods that are
+    right about the same questions, `unseen` ones may be right by one method and wrong by the other.
     """
     if below[0] <= 0:
         return None
     value = float(above[0] / below[0])
     if n_drawn == 1:
         return Estimate(value, 0.0, math.inf)
-    highest = above if above.any() else np.full_like(above, wilson(0, n_drawn)[2])
+    highest = above if above.any() else np.full_like(above, unseen(n_drawn))
     with np.errstate(all="ignore"):
         lows, highs = above[1:] / below[1:], highest[1:] / below[1:]  # x / 0 is infinite, 0 / 0 says nothing
-    low, high = (
-        np.quantile(drawn[~np.isnan(drawn)], at, method="nearest")
-        for drawn, at in zip((lows, highs), percentiles(n_drawn))
-    )
+    lows, highs = (drawn[~np.isnan(drawn)] for drawn in (lows, highs))
+    if value > 0 and _alike(lows):
+        left = max(0.0, 1 - unseen(n_drawn) / float(min(above[0], below[0])))
+        return Estimate(value, value * left, value / left if left else math.inf)
+    low, high = (np.quantile(drawn, at, method="nearest") for drawn, at in zip((lows, highs), percentiles(n_drawn)))
     return Estimate(value, float(low), float(high))
+
+
+def _alike(values: Array) -> bool:
+    """Whether these are one value, apart from rounding."""
+    return bool(np.allclose(values, values[0], rtol=1e-9, atol=0))
 
 
 def percentiles(n_drawn: int) -> tuple[float, float]:
@@ -113,6 +123,11 @@ def percentiles(n_drawn: int) -> tuple[float, float]:
     t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3)
     outside = NormalDist().cdf(-t * math.sqrt(n / free))
     return outside, 1 - outside
+
+
+def unseen(n: int) -> float:
+    """The largest share that those may have of which there is none among n: the end of Wilson's interval."""
+    return wilson(0, n)[2]
 
 
 def wilson(right: int, n: int) -> tuple[float, float, float]:
