@@ -18,7 +18,7 @@ from pydeltamem import __version__
 from pydeltamem.cli import rpc_server
 from pydeltamem.cli.main import SUBCOMMANDS, main
 from pydeltamem.cli.model_options import add_sampling_arguments, sampling
-from pydeltamem.cli.parser import Parser
+from pydeltamem.cli.parser import Parser, unescaped
 from pydeltamem.errors import ModelError
 from pydeltamem.formats.memory_file import read_memory_file
 from pydeltamem.models import default_files
@@ -369,6 +369,41 @@ def test_prompt_from_a_file_and_from_standard_input(generate, tmp_path):
     expected = generate("-p", "hello").stdout
     assert generate("-f", path).stdout == expected
     assert generate(input="hello").stdout == expected
+    path.write_bytes(b"hello\r\n")  # as an editor, or echo, ends it
+    assert generate("-f", path).stdout == generate(input="hello\n").stdout == expected
+
+
+def test_line_ends_of_a_prompt_stay(generate, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"hello\r\nthere\n\n")
+    plain = {"encoding": None, "errors": None}
+    for result in (generate("-f", path, **plain), generate(input=path.read_bytes(), **plain)):
+        assert result.stdout.startswith(b"hello\r\nthere\n"), result.stderr
+        assert result.stdout == generate("-p", "hello\\r\\nthere\\n", **plain).stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (r"a\nb", "a\nb"),
+        (r"\r\t\'\"\\n", "\r\t'\"\\n"),
+        (r"\x41\xc3\xa4", "Aä"),
+        (r"\q \xg1 \x4 \N \0 \u00e4", r"\q \xg1 \x4 \N \0 \u00e4"),
+        ("东\\", "东\\"),
+    ],
+)
+def test_escapes_of_llama_cpp(generate, given, text):
+    """Those of string_process_escapes; as there, --no-escape leaves them as they are."""
+    assert unescaped(given) == text
+    if given == r"a\nb":
+        assert generate("-p", given).stdout.startswith(text)
+        assert generate("-p", given, "--no-escape").stdout.startswith(given)
+        stopped = generate("-p", "hello", "--no-display-prompt", "-r", r"\x20", "--grammar", r'root ::= "one two"')
+        assert stopped.stdout == "one\n"
+
+
+def test_escapes_that_are_no_text(base):
+    refused(deltamem("generate", "-m", base(), "-p", r"a\xff"), r"a\\xff")
 
 
 def test_no_memory_is_the_plain_model(generate, base, adapter):
@@ -419,13 +454,16 @@ def test_each_number_of_the_sampling_options_reaches_the_sampler():
     add_sampling_arguments(parser)
     usual = sampling(parser.parse_args(["--seed", "1"]), None)
     numbers = [action for action in parser._actions if action.metavar in ("N", "X")]
-    assert {"--temp", "--top-k", "--seed"} <= {action.option_strings[-1] for action in numbers}
+    assert {"--temperature", "--top-k", "--seed"} <= {action.option_strings[-1] for action in numbers}
     for action in numbers:
         name = action.option_strings[-1]
         changed = sampling(parser.parse_args(["--seed", "1", name, "1" if action.default != 1 else "0.5"]), None)
         if name == "--seed":
             changed = sampling(parser.parse_args(["--seed", "2"]), None)
         assert (changed != usual) == (name != "--repeat-last-n"), name
+    for seed in ("-1", str(2**32 - 1)):  # both mean a random one to llama.cpp
+        one, other = (sampling(parser.parse_args(["--seed", seed]), None)["seed"] for _ in range(2))
+        assert one != other
 
 
 def test_every_option_is_taken(generate):
@@ -499,6 +537,7 @@ def test_verbose_shows_the_log(generate):
         (["-m", "BASE", "-p", "x", "--lora", "text"], "text: the LoRA adapter cannot be loaded"),
         (["-m", "BASE", "-p", "x", "--grammar", "root ::= ["], "--grammar: not a valid GBNF grammar"),
         (["-m", "BASE", "-p", "x", "--grammar-file", "none.gbnf"], "none.gbnf: cannot be read"),
+        (["-m", "BASE", "-p", "x", "--grammar-file", "empty"], "empty: is empty"),
         (["-m", "BASE", "-f", "none.txt"], "none.txt: cannot be read"),
         (["-m", "BASE", "-f", "binary"], "binary: not a UTF-8 text file"),
         (["-m", "BASE", "-f", "long", "-c", "256"], "tokens, the context holds 256"),
@@ -509,6 +548,7 @@ def test_verbose_shows_the_log(generate):
 def test_bad_input(base, adapter, make_llm, tmp_path, args, says):
     (tmp_path / "text").write_text("no such thing\n" * 50)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty").touch()
     (tmp_path / "long").write_text("hello " * 300)
     (tmp_path / "cut.gguf").write_bytes(base().read_bytes()[:900_000])
     make_llm().memory.save(tmp_path / "tsw.memory")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from .model_options import (
     add_memory_arguments,
     add_model_arguments,
     add_sampling_arguments,
+    as_meant,
     load,
     memory_attached,
     memory_saved,
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument(
         "-p", "--prompt", type=text, metavar="TEXT", help="prompt; without -p and -f it is read from standard input"
     )
-    prompt.add_argument("-f", "--file", metavar="FILE", help="file with the prompt")
+    prompt.add_argument("-f", "--file", metavar="FILE", help="file with the prompt, less the end of its last line")
     add_model_arguments(parser)
     add_memory_arguments(parser)
     add_sampling_arguments(parser)
@@ -86,15 +88,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
-        return str(args.prompt)
+        return as_meant(args.prompt, args)
     if args.file is not None:
-        return read_text(args.file)
+        return _without_last_line_end(read_text(args.file))
     if sys.stdin.isatty():
         raise InputError("no prompt: give one with -p TEXT or -f FILE, or pipe it in")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return _without_last_line_end(sys.stdin.buffer.read().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError("standard input is not UTF-8 text") from error
+
+
+def _without_last_line_end(text: str) -> str:
+    """A prompt as llama.cpp takes it from a file: an editor, or echo, has ended its last line."""
+    return re.sub(r"\r?\n\Z", "", text)
 
 
 def _print_timings(llm: DeltaMemLlama, n_prompt: int, n_generated: int) -> None:

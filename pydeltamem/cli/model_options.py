@@ -16,7 +16,18 @@ from ..errors import InputError, no_file
 from ..formats.gguf_header import Header
 from ..formats.memory_file import check_writable, read_memory_file
 from ..hub import adapter_file, model_file
-from .parser import at_least, count, finite, gpu_layers, not_negative, positive, positive_number, probability, text
+from .parser import (
+    at_least,
+    count,
+    finite,
+    gpu_layers,
+    not_negative,
+    positive,
+    positive_number,
+    probability,
+    text,
+    unescaped,
+)
 
 if TYPE_CHECKING:
     from ..llama import DeltaMemLlama
@@ -25,6 +36,7 @@ if TYPE_CHECKING:
 MODEL_HELP = "model: GGUF, plain or packed, Hugging Face directory or name (deltamem pull)"
 ADAPTER_HELP = "adapter: GGUF, PyTorch directory or name (not needed for a packed model)"
 
+RANDOM = 2**32 - 1  # as a seed: another one each time, as for llama.cpp
 MOST_BATCH = 1 << 20  # tokens that are decoded together: llama_cpp makes a row of logits for each
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
@@ -32,7 +44,7 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "
 
 # By the sampler's keyword: the names of its option, the type, the default and the help.
 SAMPLING: dict[str, tuple[tuple[str, ...], Callable[[str], Any], Any, str]] = {
-    "temp": (("--temp",), not_negative, 0.8, "temperature (%(default)s; 0: greedy)"),
+    "temp": (("--temp", "--temperature"), not_negative, 0.8, "temperature (%(default)s; 0: greedy)"),
     "top_k": (("--top-k",), count, 40, "top-k (%(default)s; 0: off)"),
     "top_p": (("--top-p",), probability, 0.95, "top-p (%(default)s; 1: off)"),
     "min_p": (("--min-p",), probability, 0.05, "min-p (%(default)s; 0: off)"),
@@ -160,7 +172,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "-n", "--n-predict", "--predict", type=at_least(-1), default=-1, metavar="N",
         help="tokens to generate (-1: until the end of the text or the context)",
     )  # fmt: skip
-    group.add_argument("-s", "--seed", type=at_least(-1, 2**32 - 1), default=-1, metavar="N", help="seed (-1: random)")
+    group.add_argument("-s", "--seed", type=at_least(-1, RANDOM), default=-1, metavar="N", help="seed (-1: random)")
 
     for keyword, (names, kind, default, help) in SAMPLING.items():
         metavar = "N" if isinstance(default, int) else "X"
@@ -171,6 +183,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-r", "--reverse-prompt", "--stop", type=text, action="append", default=[], metavar="TEXT",
         help="end the reply before this text (may be given several times)",
+    )  # fmt: skip
+    group.add_argument(
+        "-e", "--escape", action=argparse.BooleanOptionalAction, default=True,
+        help="take \\n, \\t and the like in a prompt of -p, and in -r, for what they stand for (yes)",
     )  # fmt: skip
     group.add_argument("--ignore-eos", action="store_true", help="generate past the end of the text")
     grammar = group.add_mutually_exclusive_group()
@@ -289,17 +305,22 @@ def sampling(args: argparse.Namespace, llm: DeltaMemLlama) -> dict[str, Any]:
     return {
         "n_predict": args.n_predict,
         **{keyword: getattr(args, keyword) for keyword in SAMPLING},
-        "seed": args.seed if args.seed >= 0 else random.randrange(2**32 - 1),
-        "stop": args.reverse_prompt,
+        "seed": random.randrange(RANDOM) if args.seed in (-1, RANDOM) else args.seed,
+        "stop": [as_meant(each, args) for each in args.reverse_prompt],
         "grammar": _grammar(args, llm),
         "logits_processor": _ignore_eos(llm) if args.ignore_eos else None,
     }
 
 
+def as_meant(text: str, args: argparse.Namespace) -> str:
+    """A text of the command line, with what its escapes stand for unless --no-escape is given."""
+    return unescaped(text) if args.escape else text
+
+
 def read_text(path: str) -> str:
-    """A text file as UTF-8."""
+    """A text file as UTF-8, with its line ends as they are."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_bytes().decode("utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -310,6 +331,8 @@ def _grammar(args: argparse.Namespace, llm: DeltaMemLlama) -> Any:
     from ..runtime.grammar import checked_grammar
 
     text = read_text(args.grammar_file) if args.grammar_file else args.grammar
+    if args.grammar_file and not text:  # which llama.cpp takes for none
+        raise InputError(f"{args.grammar_file}: is empty: name a file with a grammar, or drop --grammar-file")
     return checked_grammar(llm, text, args.grammar_file or "--grammar") if text else None
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..errors import InputError, shown_value
 from ..runtime.names import nearest
 
 LARGEST = 2**31 - 1  # what llama.cpp's numbers hold
@@ -86,6 +88,24 @@ def utf8(given: str, errors: str = "strict") -> str:
         return given
     except UnicodeEncodeError:  # Python keeps bytes that the locale does not know as surrogates
         return os.fsencode(given).decode("utf-8", errors)
+
+
+_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
+
+
+def unescaped(given: str) -> str:
+    """Text with its escapes replaced by what they stand for, as llama.cpp's programs do it. Raises InputError if that
+    is no UTF-8.
+    """
+
+    def meant(escape: re.Match[bytes]) -> bytes:
+        name = escape[1]
+        return bytes.fromhex(name[1:].decode()) if name[:1] == b"x" else _ESCAPES.get(name, name)
+
+    try:
+        return re.sub(rb"\\([nrt'\"\\]|x[0-9A-Fa-f]{2})", meant, given.encode()).decode()
+    except UnicodeDecodeError:
+        raise InputError(f"{shown_value(given)}: its escapes make no UTF-8: correct them, or add --no-escape") from None
 
 
 def integer(text: str) -> int:
