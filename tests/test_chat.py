@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from decoding import go_on
+from pydeltamem.cli import prompt
 from pydeltamem.cli.chat import HELP, Chat, describe
+from pydeltamem.cli.main import main
 from pydeltamem.conversation import Conversation
 from pydeltamem.errors import InputError, MemoryFileError
 from pydeltamem.formats.memory_file import read_memory_file
@@ -114,7 +116,7 @@ def test_no_memory(piped):
     assert result.stdout.strip() and "--deltamem" in result.stderr.splitlines()[1]
 
 
-@pytest.mark.parametrize("name", ["again", "undo", "reset", "clear", "rehearse", "memory"])
+@pytest.mark.parametrize("name", ["again", "undo", "reset", "clear", "rehearse", "memory", "help", "quit", "exit"])
 def test_a_message_that_begins_with_a_command_changes_nothing(llm, name, capsys):
     chat = chat_of(llm)
     chat.say("hello")
@@ -123,7 +125,8 @@ def test_a_message_that_begins_with_a_command_changes_nothing(llm, name, capsys)
     with refuses(InputError, f"/{name}"):
         chat.command(f"/{name} my password, how?")
     assert (chat.conversation.memory.state == state).all() and chat.conversation.messages == messages
-    assert not capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert not shown.out and not shown.err
     chat.conversation.close()
 
 
@@ -564,6 +567,17 @@ def test_replies_go_to_a_file_and_the_prompt_to_the_terminal(terminal, command, 
     assert out.read_bytes().strip() and b"\x1b" not in out.read_bytes()
 
 
+def test_nothing_but_replies_goes_to_a_file_if_nobody_sees_the_prompt(terminal, command, tmp_path):
+    out, err = tmp_path / "out", tmp_path / "err"
+    inner = " ".join(f"'{part}'" for part in command("--memory", tmp_path / "a.memory"))
+    term = terminal(["/bin/sh", "-c", f"{inner} > '{out}' 2> '{err}'"])
+    term.send("hello there\n\x04")
+    assert term.wait() == 0
+    reply = subprocess.run(command(), input=b"hello there\n", capture_output=True, timeout=300).stdout
+    assert out.read_bytes() == reply and b"\x1b" not in err.read_bytes()
+    assert read_memory_file(tmp_path / "a.memory")[0].any()
+
+
 def test_the_demo_reads_as_the_chat_does(terminal):
     term = terminal([sys.executable, "-m", "pydeltamem.cli", "demo", "--interactive", "--strategy", "msw"])
     term.expect(PROMPT)
@@ -589,6 +603,35 @@ def test_ctrl_c_stops_the_reply_only(terminal, command, tmp_path):
     term.expect(PROMPT)
     term.send("/quit\n")
     assert term.wait() == 0
+    assert read_memory_file(path)[0].any()
+
+
+def test_ctrl_c_in_a_command_stops_that_only(base, adapter, monkeypatch, capsys):
+    def interrupted(chat):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Chat, "rehearse", interrupted)
+    monkeypatch.setattr(prompt, "said", lambda commands: iter(["/rehearse", "/memory"]))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert main(["chat", "-m", str(base()), "--deltamem", str(adapter("qwen3", "tsw_qo")), *OPTIONS]) == 0
+    assert "norm per layer" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_chat_over_a_pipe(command, tmp_path):
+    """Nobody could say otherwise that it is to end before the end of its input."""
+    path = tmp_path / "a.memory"
+    with subprocess.Popen(
+        command("-n", "-1", "-c", "32768", "--ignore-eos", "--save-memory", path),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as chat:
+        chat.stdin.write(b"hello there\n" * 3)
+        chat.stdin.flush()
+        assert chat.stdout.read(20)
+        chat.send_signal(signal.SIGINT)
+        _, err = chat.communicate(timeout=300)
+    assert chat.returncode == 130 and b"Traceback" not in err
     assert read_memory_file(path)[0].any()
 
 

@@ -15,6 +15,7 @@ from ..formats.memory_file import check_writable
 from ..runtime.names import nearest
 from . import prompt
 from .model_options import (
+    RANDOM,
     add_memory_arguments,
     add_model_arguments,
     add_sampling_arguments,
@@ -41,7 +42,7 @@ COMMANDS = {
     "/quit": (),
 }
 
-ALONE = ("again", "undo", "reset", "clear", "rehearse", "memory")  # nothing may follow
+ALONE = ("again", "undo", "reset", "clear", "rehearse", "memory", "help", "quit", "exit")  # nothing may follow
 
 HELP = f"""\
 /again           replace the last reply by another
@@ -56,7 +57,7 @@ HELP = f"""\
 /write on|off    write the memory, or only read it
 /help            this list
 /quit            leave (also Ctrl-D)
-Ctrl-C stops a reply. {prompt.HELP}"""
+Ctrl-C stops a reply or a command. {prompt.HELP}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +116,10 @@ def run(args: argparse.Namespace) -> int:
                     break
             except DeltaMemError as error:
                 note(str(error))
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():  # where nobody can say that the chat is to end
+                    raise
+                note("[stopped]")
         if args.rehearse:
             chat.rehearse()
     return 0
@@ -137,7 +142,7 @@ class Chat:
 
     def _seed(self) -> int:
         """The seed of the next reply."""
-        return self._seeds.randrange(2**32 - 1)  # the last one means a random seed to llama.cpp
+        return self._seeds.randrange(RANDOM)
 
     def say(self, said: str) -> None:
         """One turn."""
@@ -145,7 +150,7 @@ class Chat:
             self._print(self.conversation.stream(_readable(said), seed=self._seed()))
 
     def _print(self, pieces: Generator[str]) -> None:
-        """Streams a reply to standard output. Ctrl-C ends it; what was said so far counts."""
+        """Streams a reply to standard output. Ctrl-C ends it, and is raised; what was said so far counts."""
         from ..runtime.interrupt import interruptible
 
         conversation = self.conversation
@@ -153,24 +158,23 @@ class Chat:
         begun = False
         try:
             with contextlib.closing(pieces):
-                try:
-                    for piece in interruptible(pieces):
-                        begun = True
-                        sys.stdout.write(piece)
-                        sys.stdout.flush()
-                except KeyboardInterrupt:
-                    note(" [stopped]")
-                else:
-                    if conversation.finish_reason == "length" and (n_predict is None or n_predict < 0):
-                        note(" [the context is full: the reply was cut]")
-                begun = True
+                for piece in interruptible(pieces):
+                    begun = True
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+            begun = True
+            if conversation.finish_reason == "length" and (n_predict is None or n_predict < 0):
+                note(" [the context is full: the reply was cut]")
+        except KeyboardInterrupt:
+            begun = True
+            raise
         finally:
             if begun:  # even if the memory could not be saved
                 sys.stdout.write("\n")
                 sys.stdout.flush()
-        n_dropped = conversation.n_dropped - n_dropped
-        if n_dropped:
-            note(f"[the context is full: the oldest {n_dropped} messages left the text, the memory stays]")
+            n_dropped = conversation.n_dropped - n_dropped
+            if n_dropped:
+                note(f"[the context is full: the oldest {n_dropped} messages left the text, the memory stays]")
 
     def command(self, said: str) -> bool:
         """Runs one command. Returns False to leave."""

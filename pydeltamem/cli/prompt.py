@@ -25,7 +25,8 @@ def said(commands: Mapping[str, str | Sequence[str]]) -> Iterator[str]:
     Args:
         commands: the commands, which begin with a slash, and what Tab offers after each: FILE, or words.
     """
-    return _typed(commands) if sys.stdin.isatty() else _piped()
+    is_seen = sys.stdout.isatty() or sys.stderr.isatty()  # else the prompt would go to a file
+    return _typed(commands) if sys.stdin.isatty() and is_seen else _piped()
 
 
 def _piped() -> Iterator[str]:
