@@ -113,17 +113,17 @@ def _owner(store: Store, args: argparse.Namespace) -> str:
     return found.pop()
 
 
-def _record(store: Store, args: argparse.Namespace) -> Record:
-    record = store.get(_owner(store, args), args.session)
+def _record(store: Store, owner: str, session: str) -> Record:
+    record = store.get(owner, session)
     if record is None:
-        raise InputError(f"{args.session}: there is no such session in {store.shown}")
+        raise InputError(f"{session}: there is no such session in {store.shown}")
     return record
 
 
 def _export(store: Store, args: argparse.Namespace) -> None:
     from ..server.session import stored_memory
 
-    record = _record(store, args)
+    record = _record(store, _owner(store, args), args.session)
     if not record.memory:
         raise InputError(f"{args.session}: its memory is empty")
     stored_memory(record).save(args.file)
@@ -145,7 +145,8 @@ def _import(store: Store, args: argparse.Namespace) -> None:
 
 
 def _delete(store: Store, args: argparse.Namespace) -> None:
-    owner = _owner(store, args)
-    for session in args.session:
-        if not store.delete(owner, session):
-            raise InputError(f"{session}: there is no such session in {store.shown}")
+    owner, sessions = _owner(store, args), dict.fromkeys(args.session)
+    for session in sessions:  # all or none: who corrects the one that is not there asks for the others again
+        _record(store, owner, session)
+    for session in sessions:
+        store.delete(owner, session)
