@@ -147,6 +147,8 @@ def test_usage(in_process, args, usage):
         (["--hlep"], "--hlep", "--help"),
         (["eval", "hotpotqs", "-o", "x"], "hotpotqs", "hotpotqa"),
         (["sessions", "--store", "x", "lsit"], "lsit", "list"),
+        (["generate", "-hf", "x"], "-hf", "-h"),  # not the help itself
+        (["chat", "-m", "x", "-np", "4"], "-np", "-n"),
     ],
 )
 def test_what_is_misspelt_is_named_with_what_was_meant(in_process, args, wrong, right):
@@ -598,6 +600,22 @@ def test_broken_pipe_is_quiet(base, adapter, tmp_path):
 def test_what_follows_two_dashes_is_no_option(tmp_path):
     result = deltamem("inspect", "--", "--no-such-file", cwd=tmp_path)
     refused(result, "--no-such-file")
+
+
+def test_a_text_may_begin_with_a_dash(generate, base):
+    """As for llama.cpp's programs; but not if that is an option, or ends the options."""
+    for given in ("-x", "---", "-n is an option", "--no such option"):
+        assert generate("-p", given, "-n", "1").stdout.startswith(given)
+    text = generate("-p", "a", "--no-display-prompt", "--grammar", 'root ::= "one---two"', "-r", "---").stdout
+    assert text == "one\n"
+    for given in ("-n", "--no-perf", "--"):
+        result = generate("-p", given)
+        assert result.returncode == 2 and "-p/--prompt" in result.stderr.splitlines()[-1]
+
+
+def test_numbers_may_follow_an_option_of_one_letter(generate):
+    expected = generate("-p", "hello", "-n", "3", "-s", "-1", "-ngl", "-1").stdout
+    assert generate("-p", "hello", "-n3", "-s-1", "-t1").stdout == expected
 
 
 @pytest.mark.parametrize("share", ["1", "-0.1", "x"])

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import InputError, shown_value
@@ -23,18 +23,32 @@ def sentence(summary: str) -> str:
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser, but a subparser itself refuses what it does not know, with its own usage and the nearest
-    option. argparse leaves that to the outermost parser.
+    option. argparse leaves that to the outermost parser. Text may begin with a dash, and what begins as an option of
+    one letter is no such option with its value: of llama.cpp's options -hf would be -h, and -no-cnv be -n.
     """
 
     def parse_known_args(  # type: ignore[override] # overloaded there
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         if args is not None:
+            args = list(self._joined(args))
             self._refuse_unknown(args)
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self._refuse(unknown[0])
         return namespace, unknown
+
+    def _joined(self, args: Sequence[str]) -> Iterator[str]:
+        """The arguments, with text that begins with a dash joined to its option: argparse takes it for an option."""
+        options, rest = self._option_string_actions, iter(args)
+        for arg in rest:
+            if arg in options and options[arg].type is text and (given := next(rest, None)) is not None:
+                is_text = given.startswith("-") and given not in options and given != "--"
+                yield from (f"{arg}={given}",) if is_text else (arg, given)
+            else:
+                yield arg
+            if arg == "--":
+                yield from rest
 
     def _refuse_unknown(self, args: Sequence[str]) -> None:
         """Refuses an option or a command that there is not, before argparse reports a missing argument instead."""
@@ -46,7 +60,7 @@ class Parser(argparse.ArgumentParser):
                 return
             if arg.startswith("-"):
                 found = [action for option, action in self._option_string_actions.items() if option.startswith(name)]
-                if not found and " " not in name and (commands or name.startswith("--")):
+                if not found and " " not in name and not self._holds_number(name):
                     self._refuse(name)
                 if commands and found and found[0].nargs is None and not equals:
                     next(rest, None)  # its value
@@ -58,6 +72,12 @@ class Parser(argparse.ArgumentParser):
                 return  # what follows is the command's
         if commands and not explains:
             self.error(f"name one of these after {self.prog}: {', '.join(commands.choices)}")
+
+    def _holds_number(self, arg: str) -> bool:
+        """Whether it is a number, - alone, or an option of one letter with its number, as -t4."""
+        if arg[:2] in self._option_string_actions:
+            return re.fullmatch(r"-.-?[\d.,]+", arg) is not None
+        return re.fullmatch(r"-(\.?\d.*)?", arg) is not None
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """argparse drops what went wrong; here a full disk, or a reader that is gone, ends a command as ever."""
