@@ -255,6 +255,17 @@ def test_a_model_without_a_chat_template(base, tmp_path):
     lm.llm.close()
 
 
+def test_an_adapter_that_writes_once_a_message(caplog):
+    """A request of lm-eval has no messages, so its tokens write one by one, and the log says so."""
+    for name, is_noted in (("ssw", True), ("msw", False)):
+        caplog.clear()
+        lm = DeltaMemLM(str(MODEL), adapter=str(ADAPTERS[name]), n_ctx=64, n_threads=1)
+        lm.loglikelihood(requests(("My name is", " Anna.")), disable_tqdm=True)
+        lm.llm.close()
+        noted = [record.getMessage() for record in caplog.records if record.name == DeltaMemLM.__module__]
+        assert len(noted) == is_noted and all(str(ADAPTERS[name]) in note for note in noted)
+
+
 def test_arguments_that_no_model_has():
     """A misspelt name is refused; what lm-eval itself passes is not."""
     with pytest.raises(InputError, match="adaptor"):

@@ -43,7 +43,7 @@ class DeltaMemLM(TemplateLM):
 
     Args:
         model: GGUF, or a name.
-        adapter: GGUF, PyTorch directory or name; None: no memory.
+        adapter: GGUF, PyTorch directory or name; None: that of a packed model, else there is no memory.
         lora: LoRA adapter GGUF.
         n_ctx: tokens of a request at most. Logits of each are kept: n_ctx · vocabulary · 4 bytes.
         n_threads: for all decodes; None: as DeltaMemLlama.
@@ -72,6 +72,8 @@ class DeltaMemLM(TemplateLM):
             model, deltamem_path=adapter, lora_path=lora, n_ctx=int(n_ctx), n_threads=n_threads,
             n_threads_batch=n_threads, n_seq_max=int(parallel), logits_all=True,
         )  # fmt: skip
+        if self.llm.memory.attached and self.llm.memory.by_segment:
+            logger.warning("%s writes once a message: a request has none, so each token writes", adapter or model)
         self.parallel = int(parallel)
         self._known = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p"}
 
