@@ -27,7 +27,7 @@ from documents import drawable
 from mixture import DATA, HERE, lines
 from pydeltamem.errors import DeltaMemError, InputError
 from pydeltamem.evals.asker import Ask, Asker, Shared
-from pydeltamem.evals.items import digest, digest_of_file
+from pydeltamem.evals.items import digest, digest_of_model
 from pydeltamem.formats import kinds
 from pydeltamem.formats.atomic import replacing
 from pydeltamem.formats.lock import held
@@ -159,7 +159,7 @@ def main() -> None:
         raise SystemExit(f"{len(quoted)} requests quote IFEval, such as: {quoted[0]}")
     try:
         setup = {
-            "model": digest_of_file(model_file(args.model)), "requests": digest(json.dumps(asked)), "seed": args.seed,
+            "model": digest_of_model(model_file(args.model)), "requests": digest(json.dumps(asked)), "seed": args.seed,
             "longest": args.longest,
         }  # fmt: skip
 

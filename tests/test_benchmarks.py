@@ -22,10 +22,11 @@ from pydeltamem.errors import InputError
 from pydeltamem.evals import views
 from pydeltamem.evals.asker import Ask, Asker, Shared
 from pydeltamem.evals.benchmarks import BENCHMARKS
-from pydeltamem.evals.items import Context, Item, Piece, items_of
+from pydeltamem.evals.items import Context, Item, Piece, digest_of_file, digest_of_model, items_of
 from pydeltamem.evals.results import results_of
 from pydeltamem.evals.run import Prompts, methods_of, units_of
 from pydeltamem.formats.gguf_header import Header
+from pydeltamem.formats.packed import pack
 from pydeltamem.models import default_files
 from pydeltamem.version import __version__
 from refusals import check_names, refuses
@@ -516,6 +517,20 @@ def test_a_part_of_the_questions_is_asked_as_in_the_whole(tmp_path, part):
         shown.append({record["id"]: record["context"] for record in records if "answer" in record})
     whole, some = shown
     assert some.items() <= whole.items() and len(some) < len(whole)
+
+
+def test_all_parts_of_a_model_tell_it_from_another(tmp_path):
+    model, adapters = default_files()
+    files = pack(model, adapters["msw"], tmp_path / "model.gguf", max_tensors=30)
+    before = digest_of_model(files[0])
+    assert len(files) > 1 and before == digest_of_model(files[0])
+    with open(files[-1], "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    assert digest_of_model(files[0]) != before
+    assert digest_of_model(model) == digest_of_file(model)
 
 
 @pytest.mark.parametrize("name", ["processor", "gpu_layers"])

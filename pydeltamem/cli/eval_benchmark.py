@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import InputError, MemoryFileError, no_file
 from ..evals.asker import Asker
 from ..evals.benchmarks import BENCHMARKS
-from ..evals.items import DATA, Item, chosen, digest_of_file, file_of, items_of
+from ..evals.items import DATA, Item, chosen, digest_of_file, digest_of_model, file_of, items_of
 from ..evals.results import markdown, results_of
 from ..evals.run import BESIDE, PLAIN, PROTOCOLS, methods_of
 from ..evals.run import run as run_benchmark
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         "n_ctx": n_ctx,
         **_options_in_setup(args),
         "sha256": {
-            "model": digest_of_file(model),
+            "model": digest_of_model(model),
             "data": digest_of_file(file_of(benchmark, args.data)),
             "adapters": {adapter: digest_of_file(file) for adapter, file in adapters.items()},
             "lora": args.lora and digest_of_file(args.lora),

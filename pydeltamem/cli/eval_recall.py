@@ -15,7 +15,7 @@ from rich.progress import Progress
 from ..errors import InputError
 from ..evals.case import Case
 from ..evals.corpora import CORPORA, MAX_QUESTION, missing
-from ..evals.items import DATA, digest_of_file
+from ..evals.items import DATA, digest_of_file, digest_of_model
 from ..evals.methods import PLAIN, answer_all, chosen
 from ..evals.plot import matplotlib_figure, plot
 from ..evals.reader import MAX_ANSWER, NativeReader
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
             "adapters": {name: os.path.basename(file) for name, file in adapters.items()},
             "tasks": tasks, "facts": facts, "n_ctx": n_ctx, **_options_in_setup(args),
             "sha256": {
-                "model": digest_of_file(path),
+                "model": digest_of_model(path),
                 "adapters": {name: digest_of_file(file) for name, file in files.items()},
             },
         }  # fmt: skip

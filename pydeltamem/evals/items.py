@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import InputError, shown, shown_value
+from ..formats.gguf_header import Header
 from ..formats.sha256 import sha256_of
 
 DATA = "DELTAMEM_DATA"
@@ -236,3 +237,9 @@ def digest_of_file(path: str | os.PathLike[str]) -> str:
         return sha256_of(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def digest_of_model(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a model; of one in parts that of their digests. Raises InputError or ModelError."""
+    first, *others = map(digest_of_file, Header.of_model(path).files)
+    return hashlib.sha256(" ".join((first, *others)).encode()).hexdigest() if others else first
