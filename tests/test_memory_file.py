@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def bad_file(path, kind):
         return []
     if kind == "folder":
         path.mkdir()
-        return ["Is a directory"] if os.name == "posix" else []
+        return ["folder"]
     if kind == "truncated":
         write_memory_file(path, state, METADATA)
         path.write_bytes(path.read_bytes()[:-100])
@@ -225,6 +226,17 @@ def test_content_is_read_without_a_disk(tmp_path, monkeypatch):
     np.testing.assert_array_equal(read.state, snapshot.state)
     loaded = MemorySnapshot.load(tmp_path / "a.memory").metadata
     assert {**read.metadata, "created": "", "saved": ""} == {**loaded, "created": "", "saved": ""}
+
+
+@posix
+def test_a_pipe_is_no_damaged_file(tmp_path):
+    path = tmp_path / "a.memory"
+    os.mkfifo(path)
+    pipe = os.open(path, os.O_RDWR)
+    os.write(pipe, MemorySnapshot(random_state(), METADATA).to_bytes())
+    with refuses(MemoryFileError, path, "pipe"):
+        read_memory_file(path)
+    os.close(pipe)
 
 
 def test_bad_files_are_told_apart(tmp_path):
@@ -456,6 +468,29 @@ def test_a_file_that_another_process_keeps_is_not_saved_to(tmp_path, holder):
         snapshot.save(path)  # the process that holds the lock may
         with refuses(MemoryFileInUse, path, "this process"):
             MemoryFileLock(path).acquire()
+    assert os.listdir(tmp_path) == ["a.memory"]
+
+
+def test_threads_save_to_one_file_in_turn(tmp_path):
+    path, failed, barrier = tmp_path / "a.memory", [], threading.Barrier(4)
+    snapshots = [MemorySnapshot(random_state(seed), METADATA) for seed in range(4)]
+
+    def save(snapshot):
+        barrier.wait()
+        for _ in range(50):
+            try:
+                snapshot.save(path)
+            except MemoryFileError as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=save, args=(snapshot,)) for snapshot in snapshots]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    last = MemorySnapshot.load(path).state.tobytes()
+    assert last in [snapshot.state.tobytes() for snapshot in snapshots]
     assert os.listdir(tmp_path) == ["a.memory"]
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from ..errors import InputError, MemoryFileError, named, shown
+from ..errors import InputError, MemoryFileError, named, no_file, shown
 from .atomic import is_stream, replacing, target_of
 from .disk_errors import save_errors
 from .kinds import MEMORY, MEMORY_JSON, MEMORY_NPZ, Kind
@@ -153,11 +153,13 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str
     not finite.
     """
     name = os.fsdecode(path)
+    if os.path.exists(name) and not os.path.isfile(name):  # a pipe might keep us waiting
+        raise MemoryFileError(no_file(name, "memory file"))
     try:
         with open(name, "rb") as opened:  # safetensors does not say what is wrong
             is_gguf = opened.read(4) == b"GGUF"
     except FileNotFoundError:
-        raise MemoryFileError(f"{named(name)}: no such memory file") from None
+        raise MemoryFileError(no_file(name, "memory file")) from None
     except OSError as error:
         raise MemoryFileError(f"{named(name)}: the memory file cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -6,10 +6,11 @@ import contextlib
 import os
 import re
 import stat
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..errors import MemoryFileError, MemoryFileInUse
 from .atomic import is_stream, leftovers, target_of
@@ -31,6 +32,9 @@ class MemoryFileLock:
     """
 
     _held_here: ClassVar[weakref.WeakValueDictionary[Path, MemoryFileLock]] = weakref.WeakValueDictionary()
+    # Threads of a process take a lock, and save, one after the other: a thread that begins must not take for a leftover
+    # what another one is writing.
+    _turn: ClassVar[Any] = threading.RLock()
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fsdecode(path)
@@ -47,7 +51,7 @@ class MemoryFileLock:
 
     def acquire(self) -> None:
         """Takes the lock, and removes what processes that were killed while saving have left."""
-        with save_errors(self.path):
+        with save_errors(self.path), self._turn:
             self._acquire()
 
     def _acquire(self) -> None:
@@ -130,6 +134,7 @@ class MemoryFileLock:
                 os.close(lock._file)
                 lock._file = lock._freed = None
         cls._held_here.clear()
+        cls._turn = threading.RLock()  # the thread that had it is not here
 
     def __enter__(self) -> MemoryFileLock:
         self.acquire()
@@ -153,13 +158,17 @@ def _free(file: int, lock: Path) -> None:
 @contextlib.contextmanager
 def not_kept_elsewhere(path: str | os.PathLike[str]) -> Iterator[None]:
     """Holds the lock of a memory file while it is saved, if there are locks. Raises MemoryFileError if another process
-    holds it. A process that holds it already may save.
+    holds it. A process that holds it already may save; its threads do so one after the other.
     """
     lock = MemoryFileLock(path)
-    if not is_stream(Path(os.path.realpath(lock.path))) and not lock.is_held_here(path):
-        with contextlib.suppress(OSError):
-            lock._acquire()
-    try:
+    if is_stream(Path(os.path.realpath(lock.path))):
         yield
-    finally:
-        lock.release()
+        return
+    with lock._turn:
+        if not lock.is_held_here(path):
+            with contextlib.suppress(OSError):
+                lock._acquire()
+        try:
+            yield
+        finally:
+            lock.release()
