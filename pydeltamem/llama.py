@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 
 from .errors import AdapterError, DeltaMemError, InputError, ModelError, naming, no_file, shown, shown_value
 from .formats.kinds import ADAPTER
+from .formats.packed import n_packed
 from .hub import HUB, adapter_file, model_file
 from .memory import Memory
 from .runtime import library, loading
@@ -137,6 +138,7 @@ class DeltaMemLlama(Llama):
 
     _sampler: Any  # of the current reply
     _is_closed = False
+    _n_packed = 0  # parameters of the adapter in the model's own file
 
     def __init__(
         self,
@@ -301,8 +303,9 @@ class DeltaMemLlama(Llama):
 
     def _attach_first(self) -> None:
         path = self.deltamem_path
-        if path is None and "deltamem.version" in self.metadata and not self.model_params.vocab_only:
-            path = self.model_path  # packed
+        if "deltamem.version" in self.metadata and not self.model_params.vocab_only:  # packed
+            self._n_packed = n_packed(self.model_path)
+            path = path or self.model_path
         if path is not None:
             self._attach(path)
 
@@ -333,10 +336,13 @@ class DeltaMemLlama(Llama):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names the base model in memory files: sha256 of name, sizes and tokenizer, the same for all quantisations."""
+        """Names the base model in memory files: sha256 of name, sizes and tokenizer, the same for all quantisations,
+        and with an adapter packed in.
+        """
         architecture = self.metadata.get("general.architecture", "")
         keys = sorted(k for k in self.metadata if k.startswith((f"{architecture}.", "tokenizer.ggml.")))
-        facts = [self.metadata.get("general.name", ""), self.n_vocab(), _llama.llama_model_n_params(self.model)]
+        n_params = _llama.llama_model_n_params(self.model) - self._n_packed
+        facts = [self.metadata.get("general.name", ""), self.n_vocab(), n_params]
         facts += [f"{key}={self.metadata[key]}" for key in keys]
         return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()
 

@@ -426,6 +426,23 @@ def test_bad_adapter(base, adapter, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("start", "names"),
+    [
+        (b"GGUF" + (4).to_bytes(4, "little"), ["version 4", 3]),
+        (b"GGUF" + (1).to_bytes(4, "little"), ["version 1", 2]),
+        (b"GGUF" + (3).to_bytes(4, "big"), ["byte order"]),
+        (b"vers" + b"ion ", ["no GGUF file"]),
+        (b"GGUF", ["truncated"]),
+    ],
+)
+def test_an_adapter_that_is_no_gguf_of_this_machine(base, adapter, tmp_path, start, names):
+    path = tmp_path / "other.gguf"
+    path.write_bytes(start + (adapter("qwen3", "tsw_qo").read_bytes()[8:] if len(start) == 8 else b""))
+    with refuses(AdapterError, path, *names):
+        DeltaMemLlama(base("qwen3"), deltamem_path=path, verbose=False)
+
+
 def test_an_adapter_for_another_architecture_is_named(base, adapter):
     with refuses(AdapterError, adapter("smollm3", "tsw_qo"), "smollm3", "qwen3"):
         DeltaMemLlama(base("qwen3"), deltamem_path=adapter("smollm3", "tsw_qo"), verbose=False)

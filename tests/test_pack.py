@@ -348,6 +348,24 @@ def test_a_packed_model_in_shards_is_the_same_model(base, adapter, packed, tmp_p
     assert (tmp_path / "adapter.gguf").read_bytes() == adapter(arch, case).read_bytes()
 
 
+def test_a_memory_is_of_the_same_adapter_and_base_in_one_file(base, adapter, packed, tmp_path):
+    """So its file says: a memory goes from one to the other without a warning."""
+    memory, whole = adapter("qwen3", "tsw_qo", "f16"), packed("qwen3", "tsw_qo", "f16")
+    quantize(whole, tmp_path / "q8_0.gguf", "q8_0")
+    shards = pack(base(), memory, tmp_path / "shards.gguf", max_tensors=10)
+
+    def says(path, deltamem_path=None):
+        with DeltaMemLlama(path, deltamem_path=deltamem_path, n_ctx=64, verbose=False) as llm:
+            metadata = dict(llm.memory.copy().metadata)
+        del metadata["created"]
+        return metadata
+
+    expected = says(base(), memory)
+    assert expected["adapter_name"] == Header(memory).keys["general.name"] != expected["base_name"]
+    for path in (whole, shards[0], tmp_path / "q8_0.gguf"):
+        assert says(path) == says(path, memory) == expected
+
+
 def test_shards_of_a_size(base, adapter, tmp_path):
     limit = max(tensor.n_bytes for tensor in Header(base()).tensors.values()) - 1
     files = pack(base(), adapter("qwen3", "tsw_qo"), tmp_path / "model.gguf", max_size=limit)

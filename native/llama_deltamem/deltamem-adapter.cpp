@@ -23,12 +23,7 @@ namespace {
 class reader {
 public:
     explicit reader(const std::string & path) : path(path) {
-        if (FILE * f = ggml_fopen(path.c_str(), "rb")) {
-            fclose(f);
-        } else {
-            fail(std::string("cannot be opened: ") + strerror(errno));
-        }
-
+        check_start();
         open(path);
         gguf = files.front().gguf.get();
 
@@ -83,14 +78,19 @@ public:
         fail("has " + key + " = '" + value + "', which this library does not support");
     }
 
+    // the adapter's keys, which a packed model has beside its own: those not of "deltamem." with a prefix
     std::map<std::string, std::string> meta() const {
+        static const std::string packed    = "deltamem.packed.";
+        const bool               is_packed = has(packed + "adapter.type");
+
         std::map<std::string, std::string> values;
         for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
-            const std::string key = gguf_get_key(gguf, i);
-            for (const char * prefix : { "general.", "adapter.", "deltamem." }) {
-                if (key.rfind(prefix, 0) == 0) {
-                    values[key] = gguf_kv_to_str(gguf, (int) i);
-                }
+            const std::string key       = gguf_get_key(gguf, i);
+            const auto        begins_as = [&key](const std::string & prefix) { return key.rfind(prefix, 0) == 0; };
+            if (begins_as(packed)) {
+                values[key.substr(packed.size())] = gguf_kv_to_str(gguf, (int) i);
+            } else if (begins_as("deltamem.") || (!is_packed && (begins_as("general.") || begins_as("adapter.")))) {
+                values[key] = gguf_kv_to_str(gguf, (int) i);
             }
         }
         return values;
@@ -165,6 +165,32 @@ private:
     std::string          path;
     std::vector<source>  files;
     const gguf_context * gguf; // the first one's
+
+    // gguf_init_from_file only logs why it refuses a file
+    void check_start() const {
+        FILE * f = ggml_fopen(path.c_str(), "rb");
+        if (!f) {
+            fail(std::string("cannot be opened: ") + strerror(errno));
+        }
+        char       magic[4]  = {};
+        uint32_t   version   = 0;
+        const bool is_gguf   = fread(magic, sizeof(magic), 1, f) == 1 && memcmp(magic, GGUF_MAGIC, sizeof(magic)) == 0;
+        const bool continues = is_gguf && fread(&version, sizeof(version), 1, f) == 1;
+        fclose(f);
+
+        if (!is_gguf) {
+            fail("is no GGUF file");
+        }
+        if (!continues) {
+            fail("is truncated");
+        }
+        if (version > 0 && (version & 0xffff) == 0) {
+            fail("was written for a processor of the other byte order: convert the adapter again");
+        }
+        if (version < 2 || version > GGUF_VERSION) {
+            fail(format("has GGUF version %u, this library reads 2 to %d", version, GGUF_VERSION));
+        }
+    }
 
     void open(const std::string & name) {
         ggml_context *   ctx = nullptr;

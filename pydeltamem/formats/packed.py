@@ -82,6 +82,11 @@ def pack(
     return list(parts)
 
 
+def n_packed(path: str | os.PathLike[str]) -> int:
+    """Parameters of the adapter in a packed model, which llama.cpp counts with the base's. Raises ModelError."""
+    return sum(tensor.n_elements for name, tensor in Header.of_model(path).tensors.items() if OF_ADAPTER in name)
+
+
 def _check_names(model: Header, weights: Header) -> None:
     """Raises ModelError or AdapterError if one has names that belong to the other, of which a file would have two."""
     for name in model.keys:
