@@ -11,13 +11,17 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+
+import safetensors
 
 from pydeltamem import errors
 from pydeltamem.errors import LibraryError, ModelError, named
 from pydeltamem.formats.kinds import MODEL
 from pydeltamem.formats.model_numbers import check_numbers
 from pydeltamem.formats.outputs import as_text, check_disk, files_of, refuse_inputs, writing
+from pydeltamem.formats.pointer import POINTER, is_pointer
 
 # a draft model uses another model's embeddings; an audio decoder names its layers differently
 OTHERWISE = frozenset({"gemma4-assistant", "wavtokenizer-dec"})
@@ -61,6 +65,7 @@ def convert_base(
         done = subprocess.run(command, stderr=None if verbose else subprocess.PIPE, stdout=subprocess.DEVNULL)
         if done.returncode != 0:
             check_disk(path, temporary)
+            _check_files(directory)
             raise ModelError(f"{directory}: llama.cpp's converter refuses it{_reason(done.stderr)}")
         _check_whole(directory, temporary)
 
@@ -78,6 +83,26 @@ def _check_parts(directory: Path) -> None:
                 raise ModelError(f"{directory}: is incomplete: {missing[0]}{more} of {len(wanted)} parts is missing")
         if names:
             return
+
+
+def _check_files(directory: Path) -> None:
+    """Raises ModelError if a file is not there as a whole. The converter fails then, but does not name the file."""
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".model") and is_pointer(path):
+            raise ModelError(f"{path}: {POINTER}")
+    for path in sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("pytorch_model*.bin")):
+        if path.is_file() and not _is_weights(path):
+            raise ModelError(f"{path}: is cut off, or in a format that the converter does not read: download it again")
+
+
+def _is_weights(path: Path) -> bool:
+    if path.suffix == ".bin":
+        return zipfile.is_zipfile(path)
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            return True
+    except safetensors.SafetensorError:
+        return False
 
 
 def _check_whole(directory: Path, path: Path) -> None:

@@ -36,6 +36,7 @@ from .formats.atomic import leftovers
 from .formats.disk_errors import disk_errors
 from .formats.ending import ending_in_order
 from .formats.kinds import MEMORY
+from .formats.pointer import POINTER, is_pointer
 from .formats.sha256 import sha256_of
 from .models import ADAPTERS, shipped_adapter
 from .runtime.children import environment
@@ -106,6 +107,8 @@ def model_file(name: str | os.PathLike[str], also: Sequence[str] = (), **where: 
     path = _as_gguf(path, title)
     if not os.path.isfile(path):
         raise ModelError(no_file(path, "model file") + nearest(path, PACKAGES))
+    if is_pointer(path):
+        raise ModelError(f"{path}: {POINTER}")
     if _is_memory(path):
         raise ModelError(f"{path}: is a memory file, not a model: name the base model")
     return path
@@ -138,6 +141,8 @@ def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **
     if not os.path.isfile(path):
         meant = f": this package ships {' and '.join(ADAPTERS)}" if nearest(path, ADAPTERS) else ""
         raise AdapterError(no_file(path, "adapter file") + meant)
+    if is_pointer(path):
+        raise AdapterError(f"{path}: {POINTER}")
     if _is_memory(path):
         raise AdapterError(f"{path}: is a memory file, not an adapter: name the adapter that wrote it")
     return path

@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,13 +19,17 @@ import safetensors.numpy
 
 from pydeltamem import DeltaMemLlama
 from pydeltamem.cli.main import main
-from pydeltamem.errors import AdapterError, MemoryFileError, ModelError
+from pydeltamem.errors import AdapterError, CheckpointError, MemoryFileError, ModelError
 from pydeltamem.formats.base_model import Base
+from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from pydeltamem.formats.description import describe
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.formats.memory_file import write_memory_file
+from pydeltamem.hub import adapter_file, model_file
 from refusals import refuses
 from test_with_others import write_like
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 123\n"
 
 
 @pytest.fixture
@@ -353,6 +358,26 @@ def test_not_a_file_of_ours(tmp_path, capsys):
     for content in (b"", b"GG", b"just text, nothing else", bytes(100)):
         path.write_bytes(content)
         refused(path, ModelError, "is neither a GGUF file nor a memory file", capsys)
+
+
+def test_a_pointer_of_git_lfs_is_no_damaged_file(golden_dir, tmp_path, capsys):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(POINTER)
+    refused(path, ModelError, "git lfs pull", capsys)
+    for error, read in (
+        (ModelError, Header),
+        (ModelError, model_file),
+        (AdapterError, lambda path: adapter_file(path, "model.gguf")),
+    ):
+        with refuses(error, path, "git lfs pull"):
+            read(path)
+    for name in WEIGHTS:
+        folder = tmp_path / Path(name).suffix
+        folder.mkdir()
+        shutil.copy(golden_dir / "qwen3" / "tsw_qo" / CONFIG, folder)
+        (folder / name).write_bytes(POINTER)
+        with refuses(CheckpointError, folder / name, "git lfs pull"):
+            Checkpoint(folder)
 
 
 @pytest.mark.parametrize("keep", [4, 20, 200, 4000, -1])

@@ -11,4 +11,5 @@ outputs        files that commands write, checked before the work
 atomic         a file that is replaced at once; ending: what SIGTERM leaves of one; disk_errors: why there is none
 lock           locks of files and folders; memory_lock: those of memory files
 sha256         the checksum of a file
+pointer        pointers of Git LFS, in place of files
 """

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, named, shown
+from .pointer import POINTER, is_pointer
 from .sha256 import sha256_of
 
 CONFIG = "delta_mem_config.json"
@@ -265,6 +266,8 @@ def weights_file(directory: Path) -> Path:
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    if is_pointer(path):
+        raise CheckpointError(f"{path}: {POINTER}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:

@@ -14,6 +14,8 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 
 from pydeltamem.cli.main import main
 from pydeltamem.convert.hf import convert_base, converter, errors
@@ -21,6 +23,7 @@ from pydeltamem.errors import LibraryError, ModelError, OutputError
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.runtime.ggml import written
 from refusals import check_names, refuses
+from test_inspect import POINTER
 from test_pack import on_a_full_disk
 
 pytestmark = pytest.mark.usefixtures("warm_converter")
@@ -91,6 +94,27 @@ def test_a_part_of_a_split_model_is_missing(hf, tmp_path):
     with refuses(ModelError, hf, names[1]):
         convert_base(hf, tmp_path / "base.gguf")
     assert [path.name for path in tmp_path.glob("*.gguf")] == ["whole.gguf"]
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model-00002-of-00002.safetensors"])
+def test_a_file_of_which_a_pointer_or_a_part_has_arrived(hf, tmp_path, name, is_cut):
+    tensors = safetensors.torch.load_file(hf / "model.safetensors")
+    (hf / "model.safetensors").unlink()
+    if name.endswith(".bin"):
+        torch.save(tensors, hf / name)
+    elif name == "model.safetensors":
+        safetensors.torch.save_file(tensors, hf / name, {"format": "pt"})
+    else:
+        keys = sorted(tensors)
+        for i in range(2):
+            half = {key: tensors[key] for key in keys[i::2]}
+            safetensors.torch.save_file(half, hf / f"model-0000{i + 1}-of-00002.safetensors", {"format": "pt"})
+    data = (hf / name).read_bytes()
+    (hf / name).write_bytes(data[: len(data) // 2] if is_cut else POINTER)
+    with refuses(ModelError, hf / name, "cut off" if is_cut else "git lfs pull"):
+        convert_base(hf, tmp_path / "base.gguf")
+    assert not (tmp_path / "base.gguf").exists()
 
 
 @pytest.mark.parametrize(
