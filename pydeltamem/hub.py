@@ -44,7 +44,7 @@ from .runtime.names import nearest
 from .version import __version__
 
 HUB = "hf:"  # prefix of the name of a Hugging Face repository
-ABANDONED = 24 * 3600  # seconds after which a download that has left no model was killed
+ABANDONED = 24 * 3600  # seconds after which a download or a conversion that has left no model was killed
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,17 @@ def _packaged(name: str, again: bool = False) -> Path:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes the folders of downloads of `path` that were killed. One that still runs has changed its own today."""
-    for folder in leftovers(path):
+    """Removes the folders of downloads of `path` that were killed."""
+    for folder in filter(_is_abandoned, leftovers(path)):
         with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > ABANDONED:
-                shutil.rmtree(folder)
+            shutil.rmtree(folder)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether somebody who was killed left this: who still writes it has changed it today."""
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime > ABANDONED
+    return False
 
 
 _FULL = {getattr(errno, name) for name in ("ENOSPC", "EFBIG", "EDQUOT", "EROFS") if hasattr(errno, name)}
@@ -450,7 +456,9 @@ def _kept(title: str, place: str, sources: Sequence[Path]) -> tuple[Path, list[P
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         ours = re.compile(rf".*-{of_place}-[0-9a-f]{{16}}\.gguf", re.DOTALL)
-        earlier = [other for other in path.parent.iterdir() if ours.fullmatch(other.name) and other != path]
+        others = [other for other in path.parent.iterdir() if other != path]
+    _remove([other for other in others if other.suffix == ".tmp" and _is_abandoned(other)])
+    earlier = [other for other in others if ours.fullmatch(other.name)]
     return path, earlier
 
 

@@ -378,6 +378,16 @@ def test_conversions_that_nobody_asks_for_any_more_are_removed(standing):
     assert first != second and converted_files() == {second, other}
 
 
+def test_what_a_killed_conversion_left_goes_a_day_later(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = Path(hub.adapter_file(ADAPTER, BASE))
+    left = made.with_name(f".{made.name}.0123abcd.tmp")
+    left.write_bytes(made.read_bytes()[:100])
+    for days, there in [(0, {made, left}), (2, {made})]:  # another process may still be at it
+        os.utime(left, (time.time() - 86_400 * days,) * 2)
+        assert Path(hub.adapter_file(ADAPTER, BASE)) == made and converted_files() == there
+
+
 def test_other_files_of_an_adapter_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, base = tmp_path / "mine", tmp_path / "base.gguf"
