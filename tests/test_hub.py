@@ -20,6 +20,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import gguf
 import httpx
 import pytest
 
@@ -440,6 +441,22 @@ def test_a_model_in_old_files(warm_converter, standing, golden_dir, tmp_path):
     standing.requests.clear()
     pull("hf:us/old")
     assert not any("pytorch_model.bin" in request for request in standing.requests)
+
+
+def test_what_the_converter_reads_is_fetched_and_no_more(standing, golden_dir, tmp_path):
+    """Of a model of embeddings how it pools, in a folder beside; not the weights a second time, as in Mistral's own
+    format.
+    """
+    modules = [{"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "pooling.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
+    standing.repository("us/embeddings", {".": golden_dir / "qwen3" / "hf", "modules.json": tmp_path / "modules.json"})
+    standing.repository("us/embeddings", {"1_Pooling/config.json": tmp_path / "pooling.json"})
+    standing.repository("us/embeddings", {"consolidated.safetensors": BASE, "onnx/config.json": BASE})
+    converted = Header(pull("hf:us/embeddings"))
+    assert converted.keys["qwen3.pooling_type"] == gguf.PoolingType.LAST
+    assert converted.tensors.keys() == Header(BASE).tensors.keys()
+    assert not any("consolidated" in request or "onnx" in request for request in standing.requests)
 
 
 def test_inspect_takes_what_is_converted(standing, directories, tmp_path):
