@@ -480,6 +480,31 @@ def test_a_system_message_that_is_no_conversation(hf_dir, tmp_path):
     assert example.segments == [max(segment, 1) for segment in expected.segments]
 
 
+@pytest.mark.parametrize("tail", [0, 1])
+def test_a_system_prompt_stays_before_each_question(hf_dir, tmp_path, tail):
+    """As in a conversation whose text was cleared. A question with one of its own keeps that."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    system, told, ask = [{"role": "system", "content": "hello"}], say("my door is red", "it"), say("what", "red")
+    own = [{"role": "system", "content": "there"}, *ask]
+    path = tmp_path / "system.jsonl"
+    messages = system + told
+    lines = [{"messages": messages, "asks": [ask, own]}, {"messages": messages, "asks": [ask], "visible": True}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    gone, visible = train.Conversations(path, tokenizer, tail=tail)
+
+    def tokens(messages):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    shown = told[len(told) - tail :]
+    assert gone.asks[0].question == tokens([*system, *shown, ask[0]])
+    assert len(gone.asks[0].segments) == len(gone.asks[0].question)
+    assert gone.earlier + gone.continued[0] == tokens([*system, *told, ask[0]])  # where it stands already
+    assert visible.continued == gone.continued[:1]
+    if not tail:
+        assert gone.asks[1].question == tokens(own[:2])
+
+
 def test_a_question_of_no_token_before_a_prompt_of_some(hf_dir, tmp_path):
     """Each token of the prompt is of a message, which the padded form needs."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)

@@ -172,7 +172,7 @@ class Conversations:
         earlier, tail = line.messages[:n_earlier], line.messages[n_earlier:]
         asks = [tail + ask for ask in line.asks]
         ids, segments = self._segmented(earlier)
-        asked = [self._ask(ask) for ask in asks]
+        asked = [self._ask(_with_system(line.messages, ask)) for ask in asks]
         wholes = [self._text([*earlier, *_prompting(ask)], add_generation_prompt=True) for ask in asks]
         beginning = self._text(earlier) if earlier else ""
         after = (self._after(beginning, ids, whole) for whole in wholes)
@@ -259,6 +259,15 @@ class Conversations:
 def _prompting(messages: Messages) -> Messages:
     """What is asked, without the answer at its end."""
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def _with_system(messages: Messages, ask: Messages) -> Messages:
+    """A question in a text of its own, which begins with the conversation's system prompt, as `Conversation.clear`
+    leaves it.
+    """
+    if messages and messages[0]["role"] == "system" != ask[0]["role"]:
+        return [messages[0], *ask]
+    return ask
 
 
 def n_shared(lists: Sequence[Sequence[int]]) -> int:
