@@ -308,6 +308,7 @@ def test_options_without_effect_are_refused(hf_dir, data, tmp_path):
         ({"init_gain": 10.0}, ["--init-gain", "--init"]),
         ({"gate_mean": 0.5}, ["--gate-mean", "--gate-weight"]),
         ({"base": "base.gguf"}, ["--base", "--eval-every"]),
+        ({"eval_questions": 9}, ["--eval-questions", "--eval-every"]),
         ({"batch": 4, "micro_batch": 5}, ["--micro-batch", "--batch"]),
         ({"micro_batch": 2, "gate_weight": 0.01}, ["--micro-batch", "--gate-weight"]),
     ):

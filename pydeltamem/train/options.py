@@ -104,6 +104,8 @@ class Options:
             raise InputError("--micro-batch: --gate-weight needs the mean of a whole batch: leave one of them out")
         if self.base and not self.eval_every:
             raise InputError(f"--base {self.base}: there is no --eval-every: name it")
+        if self.eval_questions != Options.eval_questions and not self.eval_every:
+            raise InputError(f"--eval-questions {self.eval_questions}: there is no --eval-every: name it")
         if not self._corrected or not set(self._corrected) <= set(HEADS):
             raise InputError(f"--corrections '{self.corrections}': must be letters of q, k, v, o")
         if self.init:
