@@ -180,6 +180,14 @@ def test_names_in_a_list_may_have_spaces(tmp_path, capsys):
     check_names(capsys.readouterr().err.splitlines()[-1], ["--tasks", "recall,,visible"])
 
 
+def test_ctrl_c_before_a_command_is_read(monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pydeltamem.cli.main.Parser", interrupted)
+    assert main(["generate"]) == 130
+
+
 def test_help_as_a_command():
     assert deltamem("help").stdout == deltamem("--help").stdout
     assert deltamem("help", "generate").stdout == deltamem("generate", "--help").stdout
@@ -326,6 +334,13 @@ def test_options_go_by_the_names_of_the_command_line(base, adapter, tmp_path, ar
     result = deltamem("generate", *(names.get(arg, arg) for arg in args), "-p", "x", cwd=tmp_path)
     refused(result, option)
     assert keyword not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["bench", "tune", "demo"])
+def test_an_adapter_that_is_given_for_the_model_is_called_one(adapter, command):
+    path = adapter("qwen3", "tsw_qo")
+    for args in ([], ["--deltamem", path]):
+        refused(deltamem(command, "-m", path, *args), path, "--deltamem", "--model")
 
 
 def test_keywords_go_by_their_names_in_python(base, adapter):

@@ -14,11 +14,10 @@ from ..errors import InputError
 from ..formats.kinds import PNG, json_of
 from ..formats.model_numbers import MAX_CONTEXT
 from ..formats.outputs import output
-from ..hub import adapter_file, model_file
 from ..runtime.cpus import usable
 from ..version import __version__
 from .bench_tables import print_costs, print_operator, print_returns, say
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, context_options, packed_adapter
+from .model_options import ADAPTER_HELP, MODEL_HELP, add_context_arguments, context_options, model_and_adapter
 from .parser import count, integers, positive
 from .progress import timing_bar
 
@@ -184,7 +183,7 @@ def _bench(args: argparse.Namespace, err: Console) -> dict[str, Any]:
         raise InputError(f"--unpack: the library in {against} has no such products: drop --against or --unpack")
     prompts = tuple(n for n in args.n_prompt if n)
     with timing_bar(err) as show:
-        model, adapter = _synthetic(args, show) if args.synthetic else _files(args)
+        model, adapter = _synthetic(args, show) if args.synthetic else model_and_adapter(args)
         if args.control:
             adapter = None
         elif adapter is None and against is None:
@@ -227,7 +226,7 @@ def _bench_return(args: argparse.Namespace, err: Console) -> dict[str, Any]:
 
     library.logger.setLevel("DEBUG" if args.verbose else "ERROR")
     with timing_bar(err) as show:
-        model, adapter = _synthetic(args, show) if args.synthetic else _files(args)
+        model, adapter = _synthetic(args, show) if args.synthetic else model_and_adapter(args)
         if adapter is None:
             raise InputError(f"{model}: has no memory to return to: add --deltamem ADAPTER")
         _check_unpack(args, model, err)
@@ -244,13 +243,6 @@ def _bench_return(args: argparse.Namespace, err: Console) -> dict[str, Any]:
 
         report = returning.run(load, args.returning, args.pairs, args.rereads, show)
     return {"setup": {"model": model, "deltamem": adapter, **options}, "return": report}
-
-
-def _files(args: argparse.Namespace) -> tuple[str, str | None]:
-    """The files of the model and of the adapter: the given one, or the model if it is packed."""
-    model = model_file(args.model)
-    packed = packed_adapter(model)  # raises now if it is no model
-    return model, packed if args.deltamem is None else adapter_file(args.deltamem, model)
 
 
 def _check_unpack(args: argparse.Namespace, model: str, err: Console) -> None:

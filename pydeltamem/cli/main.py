@@ -46,30 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand. Returns 0, 1 after an error of the package, 130 after Ctrl-C, 141 if the output's reader is
     gone; wrong usage exits with 2, SIGTERM while files are made with 143 (`formats.ending`).
     """
-    _open_missing()
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["help"]:  # of the program, or of the command that follows
-        argv = [*argv[1:], "--help"]
-    parser = Parser(
-        prog="deltamem",
-        description="δ-mem for llama.cpp: language models with a memory that learns from every token.",
-        epilog="deltamem help COMMAND says what a command takes.",
-    )
-    parser.add_argument("--version", action="version", version=f"deltamem {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     try:
-        module: Any = None  # the subcommand's: argparse requires a command
-        for name, (module_name, summary) in SUBCOMMANDS.items():
-            command = commands.add_parser(name, help=summary, description=sentence(summary))
-            if argv[:1] == [name]:
-                module = importlib.import_module(module_name)
-                module.add_arguments(command)
-
-        args = parser.parse_args(argv)
-        with as_on_the_command_line():
-            status: int = module.run(args)
+        _open_missing()
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+        status = _run(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()
         return status
     except DeltaMemError as error:
@@ -89,6 +70,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error.__context__, BrokenPipeError):  # rich, whose status says nothing
             return 141
         raise
+
+
+def _run(argv: list[str]) -> int:
+    if argv[:1] == ["help"]:  # of the program, or of the command that follows
+        argv = [*argv[1:], "--help"]
+    parser = Parser(
+        prog="deltamem",
+        description="δ-mem for llama.cpp: language models with a memory that learns from every token.",
+        epilog="deltamem help COMMAND says what a command takes.",
+    )
+    parser.add_argument("--version", action="version", version=f"deltamem {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    module: Any = None  # the subcommand's: argparse requires a command
+    for name, (module_name, summary) in SUBCOMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=sentence(summary))
+        if argv[:1] == [name]:
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+
+    args = parser.parse_args(argv)
+    with as_on_the_command_line():
+        status: int = module.run(args)
+    return status
 
 
 def _open_missing() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, no_file
+from ..errors import InputError, ModelError, no_file
 from ..formats.gguf_header import Header
 from ..formats.memory_file import check_writable, read_memory_file
 from ..hub import adapter_file, model_file
@@ -150,8 +150,20 @@ def add_unpack(group: argparse._ActionsContainer, default: str | None) -> None:
 
 
 def packed_adapter(model: str) -> str | None:
-    """Where the adapter of a model is if none is named: in the model itself, if it is packed."""
-    return model if "deltamem.version" in Header(model).keys else None
+    """Where the adapter of a model is if none is named: in the model itself, if it is packed. Raises ModelError if that
+    is no model.
+    """
+    keys = Header(model).keys
+    if keys.get("adapter.type") == "deltamem":
+        raise ModelError(f"{model}: this is a δ-mem adapter: give it as --deltamem, and the base model as --model")
+    return model if "deltamem.version" in keys else None
+
+
+def model_and_adapter(args: argparse.Namespace) -> tuple[str, str | None]:
+    """The files of the model and of the adapter: the given one, or the model if it is packed."""
+    model = model_file(args.model)
+    packed = packed_adapter(model)  # raises now if it is no model
+    return model, packed if args.deltamem is None else adapter_file(args.deltamem, model)
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

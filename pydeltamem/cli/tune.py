@@ -7,9 +7,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..hub import adapter_file, model_file
 from ..runtime.cpus import usable
-from .model_options import ADAPTER_HELP, CACHE_TYPES, MODEL_HELP, packed_adapter
+from .model_options import ADAPTER_HELP, CACHE_TYPES, MODEL_HELP, model_and_adapter
 from .parser import gpu_layers, names, positive_number
 from .progress import timing_bar
 
@@ -56,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     for name in types:
         if name not in CACHE_TYPES:
             raise InputError(f"--kv-types: {name!a} is no type of a KV cache: {', '.join(CACHE_TYPES)}")
-    model = model_file(args.model)
-    adapter = packed_adapter(model) if args.deltamem is None else adapter_file(args.deltamem, model)
+    model, adapter = model_and_adapter(args)
 
     from .. import tuned
     from ..bench import tune
