@@ -165,7 +165,7 @@ def test_a_table_whose_reader_is_gone(base, adapter, tmp_path):
 @pytest.mark.parametrize("width", ["50", "80"])
 def test_a_narrow_terminal_cuts_no_figure(base, adapter, capsys, monkeypatch, width):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    for name, value in (("COLUMNS", width), ("TERM", "dumb"), ("NO_COLOR", "1")):
+    for name, value in (("COLUMNS", width), ("LINES", "24"), ("TERM", "dumb")):  # rich wants both
         monkeypatch.setenv(name, value)
     model = ["-m", str(base()), "--deltamem", str(adapter("qwen3", "tsw_qo"))]
     assert main.main(["bench", *model, *SMALL, "-p", "8", "-n", "0", "--rss", "0"]) == 0

@@ -60,6 +60,22 @@ def test_show(memory, run):
     assert any(shade in out for shade in "░▒▓█") and "…" not in out
 
 
+@pytest.mark.parametrize("width", [36, 60])
+def test_a_narrow_terminal_cuts_nothing(memory, run, monkeypatch, width):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for name, value in (("COLUMNS", str(width)), ("LINES", "24"), ("TERM", "dumb")):  # rich wants both
+        monkeypatch.setenv(name, value)
+    state = random_state(shape=(2, 4, 8, 8))
+    path = memory("a.memory", state, created="2026-01-02T03:04:05+00:00")
+    other = memory("b.memory", state + 1)
+    for arguments in (("show", path), ("diff", path, other)):
+        code, out, _ = run(*arguments)
+        assert code == 0 and "…" not in out
+        cells = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+        last = "".join(row[-1].strip() for row in cells if len(row) == (2 if arguments[0] == "show" else 6))
+        assert ("2026-01-02T03:04:05+00:00" if arguments[0] == "show" else "0.") in last
+
+
 def test_show_takes_names_for_text(memory, run, tmp_path):
     """Not for rich's markup, which would fail or vanish."""
     code, out, _ = run("show", memory("[b].memory", adapter_name="x[/b] [red]y", base_name=":dog:"))

@@ -74,6 +74,19 @@ def test_a_list_has_names_as_they_are(sessions, store):
         assert "123456789" in line
 
 
+@pytest.mark.parametrize("width", [44, 80])
+def test_a_list_in_a_narrow_terminal(sessions, monkeypatch, width):
+    """It folds, and leaves no column out."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for name, value in (("COLUMNS", str(width)), ("LINES", "24"), ("TERM", "dumb")):  # rich wants both
+        monkeypatch.setenv(name, value)
+    code, out, _ = sessions("list")
+    assert code == 0 and "…" not in out
+    cells = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    columns = ["".join(row[i].strip() for row in cells) for i in range(7)]
+    assert "diary" in columns[0] and "121212121212" in columns[1] and all(columns)
+
+
 def test_a_memory_goes_out_and_into_another_session(sessions, store, tmp_path):
     file = tmp_path / "bo.memory"
     assert sessions("export", "bo", file)[0] == 0

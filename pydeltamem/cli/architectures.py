@@ -44,7 +44,7 @@ def _print(console: Console, description: dict[str, Any]) -> None:
 
     table = Table(box=None, pad_edge=False)
     for column in ("architecture", "", "corrects", "converts", "evidence"):
-        table.add_column(column, no_wrap=column not in ("evidence",), overflow="fold")
+        table.add_column(column, overflow="fold")
     rows = description["architectures"]
     for row in rows:
         takes = [layer["corrects"] for layer in row["layers"]]

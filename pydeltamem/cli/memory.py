@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.columns import Columns
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..errors import InputError, printable
 from ..formats.memory_file import MemorySnapshot
@@ -78,7 +78,7 @@ def _print(console: Console, path: str, snapshot: MemorySnapshot) -> None:
     metadata = snapshot.metadata
     n_layer, n_head, rank, _ = snapshot.state.shape
     fingerprint = metadata.get("base", "")[:12]
-    facts = Table(show_header=False)
+    facts = Table("", Column(overflow="fold"), show_header=False)
     for name, value in {
         "state": f"{n_layer} layers, {n_head} {'head' if n_head == 1 else 'heads'} of rank {rank}",
         "adapter": f"{metadata.get('adapter_name') or 'unnamed'} ({metadata.get('adapter', '')[:12] or 'no checksum'})",
@@ -97,7 +97,7 @@ def _print(console: Console, path: str, snapshot: MemorySnapshot) -> None:
     leading = min(rank, 3)
     table = Table()
     for name in ("layer", *(["head"] if n_head > 1 else []), "|S|", *["σ₁", "σ₂", "σ₃"][:leading], "rank"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")  # in a narrow terminal no figure is cut
     for row in describe_memory(snapshot)["layers"]:
         for head, (norm, values, effective) in enumerate(
             zip(row["norms"], row["singular_values"], row["effective_ranks"])
@@ -126,7 +126,7 @@ def _print_difference(console: Console, difference: dict[str, Any]) -> None:
     console.print(f"A: {difference['a']}\nB: {difference['b']}", soft_wrap=True)
     table = Table()
     for name in ("layer", "|A|", "|B|", "|A - B|", "relative", "cosine"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in [*difference["layers"], {"layer": "all", **difference["total"]}]:
         numbers = (row[key] for key in ("norm_a", "norm_b", "difference", "relative", "cosine"))
         table.add_row(str(row["layer"]), *(f"{number:.4g}" for number in numbers))

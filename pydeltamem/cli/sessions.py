@@ -79,10 +79,8 @@ def _list(store: Store, args: argparse.Namespace) -> None:
     from rich.table import Table
 
     table = Table()
-    table.add_column("session", overflow="fold", min_width=12)  # to delete or export it, all of its name is needed
-    for name in ("owner", "version", "turns", "tokens", "bytes"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("updated", overflow="fold")
+    for name in ("session", "owner", "version", "turns", "tokens", "bytes", "updated"):
+        table.add_column(name, overflow="fold")  # to delete or export it, all of its name is needed
     for record in records:
         table.add_row(*(str(value) for value in _about(record).values()))
     console = Console()
