@@ -310,14 +310,19 @@ def chat_of(llm, system="be short", n_predict=8, **options):
     return Chat(Conversation(llm, system=system, n_predict=n_predict, temp=0.0), **options)
 
 
-def test_a_full_context_is_told(make_llm, capsys):
-    chat = chat_of(make_llm(n_ctx=256))
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_full_context_is_told(make_llm, capsys, attached):
+    llm = make_llm(n_ctx=256)
+    if not attached:
+        llm.memory.detach()
+    chat = chat_of(llm)
     for i in range(12):
         chat.say(f"this is message number {i}")
-        if "the oldest" in capsys.readouterr().err:
+        if "the oldest" in (told := capsys.readouterr().err):
             break
     else:
         pytest.fail("the context never filled")
+    assert ("memory" in told) == attached
     assert chat.conversation.messages[1]["content"] != "this is message number 0"
 
 

@@ -174,7 +174,8 @@ class Chat:
                 sys.stdout.flush()
             n_dropped = conversation.n_dropped - n_dropped
             if n_dropped:
-                note(f"[the context is full: the oldest {n_dropped} messages left the text, the memory stays]")
+                stays = ", the memory stays" if conversation.memory.attached else ""
+                note(f"[the context is full: the oldest {n_dropped} messages left the text{stays}]")
 
     def command(self, said: str) -> bool:
         """Runs one command. Returns False to leave."""
