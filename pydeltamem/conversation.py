@@ -392,9 +392,8 @@ class Conversation:
         said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         latest = [*self._system(), *self.messages[said[-1] if said else len(self._system()) :]]
         if len(chat_prompt(self.llm, latest)) + reserve > n_ctx:
-            raise InputError(
-                f"the message is too long for a context of {n_ctx} tokens: raise {option('n_ctx')} or say less"
-            )
+            what = "system prompt and message are" if self._system() else "the message is"
+            raise InputError(f"{what} too long for a context of {n_ctx} tokens: raise {option('n_ctx')} or say less")
         # more than is needed now, so that not every turn drops one
         while n + reserve > n_ctx - n_ctx // 8:
             n_dropped = self._n_oldest_turn()

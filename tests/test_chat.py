@@ -342,7 +342,7 @@ def test_clear_forgets_the_text_only(llm):
 
 
 @pytest.mark.parametrize("way", ["/rehearse", "--rehearse"])
-def test_a_text_is_rehearsed_before_it_goes(llm, make_llm, tmp_path, way):
+def test_a_text_is_rehearsed_before_it_goes(llm, make_llm, tmp_path, capsys, way):
     chat, other = chat_of(llm, rehearses=way == "--rehearse"), make_llm()
     chat.conversation.open(tmp_path / "a.memory")
     chat.say("hello")
@@ -351,6 +351,7 @@ def test_a_text_is_rehearsed_before_it_goes(llm, make_llm, tmp_path, way):
         assert chat.command(way)
         assert chat.conversation.n_tokens == len(tokens)
     chat.command("/clear")
+    assert f" {len(tokens)} tokens" in capsys.readouterr().err  # before: it may take minutes
     for _ in range(2):
         other.reset()
         other.eval(tokens)

@@ -233,9 +233,12 @@ class Chat:
         return True
 
     def rehearse(self) -> None:
-        """Decodes and writes the text once more."""
-        self.conversation.memory.rehearse()
-        self.conversation.save()
+        """Decodes and writes the text once more. Says so before: it takes as long as the text took."""
+        conversation, memory = self.conversation, self.conversation.memory
+        if memory.attached and conversation.n_tokens:
+            note(f"rehearsing {conversation.n_tokens} tokens …")
+        memory.rehearse()
+        conversation.save()
 
     def _file(self, name: str) -> str:
         if name:
