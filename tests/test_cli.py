@@ -272,6 +272,14 @@ def test_a_context_that_is_rounded_up_is_told(generate):
     assert "--ctx-size" not in generate("-p", "hello", "-c", "512", "-n", "1").stderr
 
 
+def test_a_context_that_the_model_was_not_trained_on_is_told(generate):
+    """As llama.cpp's programs do; the golden Qwen3 was trained on 512 tokens."""
+    result = generate("-p", "hello", "-c", "513", "-n", "1")
+    assert result.returncode == 0 and re.search(r"--ctx-size 513\b.* 512 ", result.stderr)
+    for n_ctx in ("0", "512"):
+        assert "--ctx-size" not in generate("-p", "hello", "-c", n_ctx, "-n", "1").stderr
+
+
 def test_a_full_context_is_told(generate):
     full = generate("-p", "hello", "-c", "256", "-n", "-1", "--ignore-eos")
     assert full.returncode == 0 and "256" in full.stderr and "--ctx-size" in full.stderr
@@ -369,7 +377,7 @@ def test_generate(generate):
 
 
 def test_a_prompt_with_two_beginnings_is_told():
-    model = ["-m", default_files()[0], "--no-perf", "-t", "1", "-n", "1", "--no-memory"]
+    model = ["-m", default_files()[0], "--no-perf", "-t", "1", "-n", "1", "-c", "256", "--no-memory"]
     told = deltamem("generate", *model, "-p", "<s><s>hello").stderr.splitlines()
     assert len(told) == 1 and "begins a text" in told[0] and ".py" not in told[0]
     assert deltamem("generate", *model, "-p", "<s>hello").stderr == ""
@@ -608,7 +616,7 @@ def test_broken_pipe_is_quiet(base, adapter, tmp_path):
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(timeout=300) == 141
-    assert err == b""
+    assert len(err.splitlines()) == 1 and b"--ctx-size" in err  # the model was trained on less
     assert read_memory_file(path)[0].any()
 
 

@@ -90,7 +90,7 @@ def test_a_failed_decode_on_the_command_line(base, adapter, monkeypatch, capsys)
         raise RuntimeError("llama_decode returned 1")
 
     monkeypatch.setattr("llama_cpp._internals.LlamaContext.decode", fail)
-    arguments = ["-m", str(base()), "--deltamem", str(adapter("qwen3", "tsw_qo")), "-p", "hello"]
+    arguments = ["-m", str(base()), "--deltamem", str(adapter("qwen3", "tsw_qo")), "-p", "hello", "-c", "256"]
     assert main(["generate", *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("deltamem: error: ") and error.count("\n") == 1 and "returned 1" in error

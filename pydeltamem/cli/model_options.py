@@ -235,6 +235,12 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
         )
     if n_ctx != args.ctx_size:
         note(f"--ctx-size {args.ctx_size}: the context holds {n_ctx} tokens, because llama.cpp takes multiples of 256")
+    n_trained = llm._model.n_ctx_train()
+    if 0 < n_trained < args.ctx_size:
+        note(
+            f"--ctx-size {args.ctx_size}: the model was trained on texts of {n_trained} tokens; what follows after more"
+            " may make no sense"
+        )
     if args.no_memory:
         if llm.memory.attached:
             llm.memory.detach()
