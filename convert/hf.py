@@ -148,7 +148,9 @@ def _missing_tensor(path: Path) -> str | None:
 
 
 def _reason(log: bytes | None) -> str:
-    """The last line, which names the error, without the logger's prefix."""
-    lines = [line.strip() for line in (log or b"").decode("utf-8", errors="replace").splitlines()]
+    """The last line, which names the error, without the logger's prefix. None: the log was shown."""
+    if log is None:
+        return ""
+    lines = [line.strip() for line in log.decode("utf-8", errors="replace").splitlines()]
     lines = [line for line in lines if line and "%|" not in line]  # a progress bar
     return f": {lines[-1].removeprefix('ERROR:hf-to-gguf:').strip()}" if lines else ": see --verbose"

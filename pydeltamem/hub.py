@@ -35,6 +35,7 @@ from .errors import AdapterError, FetchError, InputError, ModelError, no_file
 from .formats.atomic import leftovers
 from .formats.disk_errors import disk_errors
 from .formats.ending import ending_in_order
+from .formats.gguf_header import MAGIC
 from .formats.kinds import MEMORY
 from .formats.pointer import POINTER, is_pointer
 from .formats.sha256 import sha256_of
@@ -111,6 +112,8 @@ def model_file(name: str | os.PathLike[str], also: Sequence[str] = (), **where: 
         raise ModelError(f"{path}: {POINTER}")
     if _is_memory(path):
         raise ModelError(f"{path}: is a memory file, not a model: name the base model")
+    if folder := _folder_of_weights(path, "config.json"):
+        raise ModelError(f"{path}: holds weights of a PyTorch model: name its folder, {folder}")
     return path
 
 
@@ -145,6 +148,8 @@ def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **
         raise AdapterError(f"{path}: {POINTER}")
     if _is_memory(path):
         raise AdapterError(f"{path}: is a memory file, not an adapter: name the adapter that wrote it")
+    if folder := _folder_of_weights(path, _CONFIG):
+        raise AdapterError(f"{path}: holds the weights of a PyTorch adapter: name its folder, {folder}")
     return path
 
 
@@ -388,6 +393,16 @@ def _hub_errors(hub: Any, name: str) -> Iterator[None]:
 #
 # PyTorch directories
 #
+
+
+def _folder_of_weights(path: str, config: str) -> str | None:
+    """The folder of a file of PyTorch's weights, if it has such a configuration; None if the file is none, or alone."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if not name.endswith((".safetensors", ".bin", ".pt")) or not os.path.isfile(os.path.join(folder, config)):
+        return None
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return None if file.read(len(MAGIC)) == MAGIC else folder
+    return None
 
 
 def _is_adapter_folder(path: str) -> bool:

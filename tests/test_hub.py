@@ -470,6 +470,19 @@ def test_inspect_takes_what_is_converted(standing, directories, tmp_path):
     refused(deltamem("inspect", tmp_path), tmp_path)
 
 
+def test_who_names_the_weights_is_told_to_name_their_folder(directories):
+    model, checkpoint = directories
+    for weights in [path for path in model.iterdir() if path.suffix == ".safetensors"]:
+        with refuses(ModelError, weights, model):
+            hub.model_file(weights)
+    for weights in [path for path in checkpoint.iterdir() if path.suffix != ".json"]:
+        with refuses(AdapterError, weights, checkpoint):
+            hub.adapter_file(weights, BASE)
+    other = model / "model.bin"  # a GGUF, whatever it is called
+    shutil.copy(BASE, other)
+    assert hub.model_file(other) == str(other)
+
+
 def test_a_name_like_a_shipped_adapters_is_told_those_that_there_are():
     with refuses(AdapterError, "smollm2-msw", *ADAPTERS):
         hub.adapter_file("smollm2-msw", "base.gguf")
