@@ -60,7 +60,8 @@ def convert_base(
     _check_parts(directory)
     with writing(path, MODEL) as temporary:
         out = temporary.with_name(re.sub(r"[{}]", r"\g<0>\g<0>", temporary.name))  # the converter fills in its name
-        command = [sys.executable, str(converter()), str(directory), "--outfile", str(out)]
+        source = os.path.abspath(directory)  # the model gets its last name: "." has none, and "-x" would be an option
+        command = [sys.executable, str(converter()), source, "--outfile", str(out)]
         command += ["--outtype", outtype, *([f"--model-name={as_text(name)}"] if name else [])]
         done = subprocess.run(command, stderr=None if verbose else subprocess.PIPE, stdout=subprocess.DEVNULL)
         if done.returncode != 0:

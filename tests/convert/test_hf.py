@@ -143,6 +143,17 @@ def test_any_name_is_recorded(hf, tmp_path, name, kept):
     assert Header(tmp_path / "base.gguf").keys["general.name"] == kept
 
 
+@pytest.mark.parametrize("name", ["-tiny", "tiny"])
+def test_a_folder_has_its_name_wherever_it_is_named_from(hf, tmp_path, monkeypatch, name):
+    folder = hf.rename(tmp_path / name)
+    convert_base(folder, tmp_path / "base.gguf")
+    for place, directory in ((tmp_path, name), (folder, ".")):
+        monkeypatch.chdir(place)
+        convert_base(directory, tmp_path / "again.gguf")
+        assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "base.gguf").read_bytes()
+    assert Header(tmp_path / "base.gguf").keys["general.name"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
 def test_sigterm_ends_the_converter_too(hf, tmp_path):
     """Which waits for its weights: they are a pipe."""
