@@ -57,7 +57,7 @@ def convert_base(
     if missing:
         raise ModelError(f"{directory}: converting it needs {' and '.join(missing)}: pip install 'pydeltamem[convert]'")
     refuse_inputs(path, files_of(directory))
-    _check_parts(directory)
+    _check_parts(directory, names_in(directory))
     with writing(path, MODEL) as temporary:
         out = temporary.with_name(re.sub(r"[{}]", r"\g<0>\g<0>", temporary.name))  # the converter fills in its name
         source = os.path.abspath(directory)  # the model gets its last name: "." has none, and "-x" would be an option
@@ -71,10 +71,18 @@ def convert_base(
         _check_whole(directory, temporary)
 
 
-def _check_parts(directory: Path) -> None:
+def names_in(directory: str | os.PathLike[str]) -> list[str]:
+    """The files of a model's directory. Raises ModelError if it may not be read."""
+    try:
+        return os.listdir(directory)
+    except OSError as error:
+        raise ModelError(f"{named(directory)}: cannot be read: {error.strerror}") from error
+
+
+def _check_parts(directory: Path, there: list[str]) -> None:
     """Raises ModelError if one of model-0000I-of-0000N files is missing. With an index the converter checks it."""
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        names = [name for name in os.listdir(directory) if name.startswith(stem) and name.endswith(suffix)]
+        names = [name for name in there if name.startswith(stem) and name.endswith(suffix)]
         parts = [re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\..+)", name) for name in names]
         for part in parts:
             wanted = [f"{part[1]}{i:05d}{part[2]}" for i in range(1, int(part[3]) + 1)] if part else []

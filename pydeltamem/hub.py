@@ -443,9 +443,11 @@ def _converted_adapter(path: str, model: str | os.PathLike[str], title: str) -> 
 
 def _read_of_model(folder: str) -> list[Path]:
     """The files of a Hugging Face directory that decide about its conversion."""
+    from .convert.hf import names_in
+
     suffixes = (*_ABOUT_MODEL, ".safetensors", ".bin")
-    files = [path for path in Path(folder).iterdir() if path.suffix in suffixes and path.is_file()]
-    return [path for path in files if not (path.suffix == ".safetensors" and _is_memory(path))]
+    files = (Path(folder, name) for name in names_in(folder) if name.endswith(suffixes))
+    return [path for path in files if path.is_file() and not (path.suffix == ".safetensors" and _is_memory(path))]
 
 
 def _is_memory(path: str | os.PathLike[str]) -> bool:

@@ -27,6 +27,7 @@ import pytest
 import servers
 from pydeltamem import AdapterError, FetchError, InputError, ModelError, hub
 from pydeltamem.cli.main import SUBCOMMANDS, main
+from pydeltamem.convert.hf import convert_base
 from pydeltamem.formats.description import describe
 from pydeltamem.formats.gguf_header import Header
 from pydeltamem.hub import adapter_file
@@ -481,6 +482,20 @@ def test_who_names_the_weights_is_told_to_name_their_folder(directories):
     other = model / "model.bin"  # a GGUF, whatever it is called
     shutil.copy(BASE, other)
     assert hub.model_file(other) == str(other)
+
+
+def test_a_folder_that_may_not_be_read(directories, tmp_path, monkeypatch):
+    """Root may read all: so the system's answer is given here."""
+    model, _ = directories
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.listdir", refuse)
+    for convert in (hub.model_file, lambda folder: convert_base(folder, tmp_path / "model.gguf")):
+        with refuses(ModelError, model, "Permission denied"):
+            convert(model)
 
 
 def test_a_name_like_a_shipped_adapters_is_told_those_that_there_are():
