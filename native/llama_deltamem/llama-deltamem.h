@@ -58,9 +58,9 @@ LLAMA_API int32_t llama_deltamem_rank(const struct llama_deltamem_adapter * adap
 LLAMA_API enum llama_deltamem_granularity
 llama_deltamem_write_granularity(const struct llama_deltamem_adapter * adapter);
 
-// Copies a metadata value of the adapter's file to `buf` as text, arrays as comma-separated values, and returns its
-// length, or -1 if there is no such key, as llama_adapter_meta_val_str does. `buf` is always terminated; a longer value
-// is cut. A `buf` that is NULL gets nothing. A packed model has the keys of the adapter's own file, under the same names.
+// Copies a metadata value of the adapter's file to `buf` as text, arrays as ["q", "o"] and [0, 1], and returns its length,
+// or -1 if there is no such key, as llama_adapter_meta_val_str does. `buf` is always terminated; a longer value is cut. A
+// `buf` that is NULL gets nothing. A packed model has the keys of the adapter's own file, under the same names.
 LLAMA_API int32_t llama_deltamem_meta_val_str(const struct llama_deltamem_adapter * adapter, const char * key,
                                               char * buf, size_t buf_size);
 
