@@ -26,6 +26,17 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
 }
 
+# What has no effect without another option.
+NEEDED = {
+    "teacher_share": "teacher", "init_gain": "init", "gate_mean": "gate_weight", "base": "eval_every",
+    "eval_questions": "eval_every",
+}  # fmt: skip
+
+
+def flag(name: str) -> str:
+    """The option on the command line of a field."""
+    return f"--{name.replace('_', '-')}"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -90,29 +101,21 @@ class Options:
             raise InputError(f"--teacher-share {self.teacher_share}: must be a share of the loss, at most 1")
         for name in ("wording", "first_told") if self.teacher else ():
             if getattr(self, name) != 1:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option}: does not go together with --teacher: leave out one of them")
-        if self.teacher_share != 1 and not self.teacher:
-            raise InputError(f"--teacher-share {self.teacher_share}: there is no --teacher: name it")
-        if self.init_gain != 1 and not self.init:
-            raise InputError(f"--init-gain {self.init_gain}: there is no --init: name it")
-        if self.gate_mean != Options.gate_mean and not self.gate_weight:
-            raise InputError(f"--gate-mean {self.gate_mean}: there is no --gate-weight: name it")
+                raise InputError(f"{flag(name)}: does not go together with --teacher: leave out one of them")
+        for name, needed in NEEDED.items():
+            value = getattr(self, name)
+            if value != getattr(Options, name) and not getattr(self, needed):
+                raise InputError(f"{flag(name)} {value}: there is no {flag(needed)}: name it")
         if self.micro_batch and self.micro_batch > self.batch:
             raise InputError(f"--micro-batch {self.micro_batch}: is more than --batch {self.batch}: lower it")
         if self.micro_batch and self.gate_weight:
             raise InputError("--micro-batch: --gate-weight needs the mean of a whole batch: leave one of them out")
-        if self.base and not self.eval_every:
-            raise InputError(f"--base {self.base}: there is no --eval-every: name it")
-        if self.eval_questions != Options.eval_questions and not self.eval_every:
-            raise InputError(f"--eval-questions {self.eval_questions}: there is no --eval-every: name it")
         if not self._corrected or not set(self._corrected) <= set(HEADS):
             raise InputError(f"--corrections '{self.corrections}': must be letters of q, k, v, o")
         if self.init:
             of_checkpoint = ("rank", "heads", "corrections", "layers", "alpha", "update", "heads_gain", "start")
             if given := [name for name in of_checkpoint if getattr(self, name)]:
-                option = given[0].replace("_", "-")
-                raise InputError(f"--{option}: with --init the PyTorch checkpoint sets it: leave it out")
+                raise InputError(f"{flag(given[0])}: with --init the PyTorch checkpoint sets it: leave it out")
 
     @property
     def _corrected(self) -> tuple[str, ...]:

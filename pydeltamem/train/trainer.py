@@ -31,7 +31,7 @@ from .conversations import Conversations
 from .heads import start_from_heads
 from .model import load_frozen
 from .objective import Objective
-from .options import SCHEDULES, Options
+from .options import SCHEDULES, Options, flag
 from .recall import NativeRecall
 from .recurrence import chunked_recurrence, fused_recurrence
 from .reference import DeltaMem, DeltaMemConfig, torch_save
@@ -327,7 +327,7 @@ _OPTION_OF = {
 def _settings(config: DeltaMemConfig, options: Options) -> dict[str, Any]:
     """The configuration and the options of a run, as `checkpoint.pt` holds them."""
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-    return {**fields, **{f"--{name.replace('_', '-')}": getattr(options, name) for name in OF_RUN}}
+    return {**fields, **{flag(name): getattr(options, name) for name in OF_RUN}}
 
 
 def _crc32(weight: torch.Tensor, before: int = 0) -> int:
