@@ -114,10 +114,18 @@ def test_an_answer_that_leaves_no_room_for_its_prompt(lm, caplog):
 
 
 def test_a_text_begins_with_a_token_of_the_model(lm):
-    """The harness asks for the token before a text that has none, and names its cache after the tokenizer."""
+    """The harness asks for the token before a text that has none."""
     bos, eos = lm.llm.token_bos(), lm.llm.token_eos()
     assert lm.prefix_token_id == (bos if bos >= 0 else eos) and lm.eot_token_id == eos
-    assert lm.tokenizer_name == lm.llm.fingerprint
+
+
+def test_prompts_are_kept_by_tokenizer_and_chat_template(lm, monkeypatch):
+    before = lm.tokenizer_name
+    assert before == lm.tokenizer_name
+    monkeypatch.setitem(lm.llm.metadata, "tokenizer.chat_template", "{{ messages[0]['content'] }}")
+    other = lm.tokenizer_name
+    monkeypatch.delitem(lm.llm.metadata, "tokenizer.chat_template")
+    assert len({before, other, lm.tokenizer_name}) == 3
 
 
 def test_a_generation_that_fails_names_its_reason(lm, monkeypatch):

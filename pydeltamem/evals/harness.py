@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..llama import DeltaMemLlama
 from ..runtime.generation import Generation
 from ..runtime.history import n_common
+from .items import digest
 from .sampling import cooled_first
 
 try:
@@ -210,7 +211,10 @@ class DeltaMemLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self.llm.fingerprint
+        """The name under which lm-eval keeps the prompts of a task (`--cache_requests`). The same model is published
+        with several chat templates.
+        """
+        return digest(f"{self.llm.fingerprint}\n{self.chat_template(True)}")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self.llm.metadata.get("tokenizer.chat_template") if chat_template else None
@@ -223,7 +227,7 @@ class DeltaMemLM(TemplateLM):
         """
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-        template = self.llm.metadata.get("tokenizer.chat_template")
+        template = self.chat_template(True)
         if template is None:
             raise InputError(f"{self.llm.model_path}: has no chat template: leave out --apply_chat_template")
         bos, eos = (
