@@ -63,6 +63,12 @@ def test_list(sessions, store):
     assert len(rows) == 1 and str(size) in rows[0]
 
 
+def test_the_store_may_stand_behind_the_action(sessions, store, tmp_path, capsys):
+    for before in ([], ["--store", f"sqlite:///{tmp_path / 'other.db'}"]):
+        assert main.main(["sessions", *before, "list", "--store", store.url]) == 0
+        assert capsys.readouterr().out == sessions("list")[1]
+
+
 def test_a_list_has_names_as_they_are(sessions, store):
     """Whatever a terminal's width is taken to be."""
     names = ["a" * 128, "日本-العربية-Zoë"]
