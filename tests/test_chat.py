@@ -539,6 +539,11 @@ def test_each_line_that_is_typed_is_a_turn(turns, llm):
     np.testing.assert_allclose(turns("one\r", "two\r"), expected(llm, "one", "two"), rtol=0, atol=1e-5)
 
 
+def test_ctrl_c_throws_away_what_was_typed(turns, llm):
+    """And does not leave, however often."""
+    np.testing.assert_allclose(turns("two\x03", "three\x03", "one\r"), expected(llm, "one"), rtol=0, atol=1e-5)
+
+
 def test_ctrl_z_is_no_text(turns, llm):
     """It suspends; here nobody could resume, so the system goes on at once."""
     np.testing.assert_allclose(turns("\x1a", "one\r"), expected(llm, "one"), rtol=0, atol=1e-5)

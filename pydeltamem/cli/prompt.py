@@ -37,7 +37,7 @@ def _piped() -> Iterator[str]:
 
 
 def _typed(commands: Mapping[str, str | Sequence[str]]) -> Iterator[str]:
-    """Messages from the terminal. Ctrl-D ends them, or Ctrl-C on two prompts in a row."""
+    """Messages from the terminal. Ctrl-D ends them, or Ctrl-C on two empty prompts in a row."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.output import create_output
     from prompt_toolkit.shortcuts import CompleteStyle
@@ -60,10 +60,12 @@ def _typed(commands: Mapping[str, str | Sequence[str]]) -> Iterator[str]:
         except EOFError:
             return
         except KeyboardInterrupt:
-            if interrupted:
+            is_empty = not session.default_buffer.text  # else it throws away what was typed, as in a shell
+            if interrupted and is_empty:
                 return
-            interrupted = True
-            print("Ctrl-C again, or Ctrl-D, leaves", file=sys.stderr, flush=True)
+            interrupted = is_empty
+            if is_empty:
+                print("Ctrl-C again, or Ctrl-D, leaves", file=sys.stderr, flush=True)
             continue
         interrupted = False
         yield utf8(text.strip("\r\n"), "surrogateescape")
