@@ -281,6 +281,36 @@ def test_saving_keeps_the_permissions(tmp_path, mode):
 
 
 @posix
+def test_saving_keeps_owner_and_group(tmp_path):
+    path = tmp_path / "a"
+    is_root = os.getuid() == 0  # others give files to their own groups only
+    owner, group = (1234, 5678) if is_root else (os.getuid(), [os.getgid(), *os.getgroups()][-1])
+    write_memory_file(path, random_state(), METADATA)
+    os.chown(path, owner, group)
+    path.chmod(0o600)
+    write_memory_file(path, random_state(1), METADATA)
+    status = path.stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (owner, group, 0o600)
+
+
+@posix
+def test_a_lock_that_another_user_left_is_named(tmp_path, monkeypatch):
+    """Root may open all: so the system's answer is given here."""
+    path, lock = tmp_path / "a.memory", tmp_path / ".a.memory.lock"
+    lock.touch()
+    open_file = os.open
+
+    def refuse(name, flags, *args, **options):
+        if name == lock and not flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied")
+        return open_file(name, flags, *args, **options)
+
+    monkeypatch.setattr("os.open", refuse)
+    with refuses(MemoryFileError, path, lock, "Permission denied"):
+        MemoryFileLock(path).acquire()
+
+
+@posix
 def test_nobody_reads_meanwhile_who_may_not_read_the_file(tmp_path):
     path = tmp_path / "a.memory"
     path.write_bytes(b"")

@@ -19,8 +19,9 @@ from .kinds import Kind
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
     """Yields the temporary name to write to. At the end that file replaces `path`, following links, and takes the old
-    file's permissions. After an error, SIGTERM or SIGHUP (`ending_in_order`) it is removed and the old file stays. A
-    device or a pipe is written to instead. Raises OSError, also if `path` is a file of another kind.
+    file's permissions, and its owner and group as far as the system lets us. After an error, SIGTERM or SIGHUP
+    (`ending_in_order`) it is removed and the old file stays. A device or a pipe is written to instead. Raises OSError,
+    also if `path` is a file of another kind.
     """
     target = target_of(path)
     with ending_in_order(), _sent(target) if is_stream(target) else _put(target, kind) as temporary:
@@ -48,7 +49,7 @@ def _put(target: Path, kind: Kind) -> Iterator[Path]:
             os.fsync(file.fileno())
         kind.check(target)  # a file may have appeared meanwhile
         if target.is_file():
-            shutil.copymode(target, temporary)
+            _copy_permissions(target, temporary)
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -63,6 +64,16 @@ def _put(target: Path, kind: Kind) -> Iterator[Path]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _copy_permissions(source: Path, target: Path) -> None:
+    """So that those who may read and write the old file may do so with the new one, whoever writes it."""
+    if hasattr(os, "chown"):
+        status = source.stat()
+        for owner, group in ((-1, status.st_gid), (status.st_uid, -1)):
+            with contextlib.suppress(OSError):
+                os.chown(target, owner, group)
+    shutil.copymode(source, target)
 
 
 def target_of(path: str | os.PathLike[str]) -> Path:

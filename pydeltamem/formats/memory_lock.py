@@ -111,6 +111,8 @@ class MemoryFileLock:
             return os.open(self._lock, flags), False
         except FileNotFoundError:
             return None
+        except PermissionError as error:  # that another user left
+            raise PermissionError(error.errno, f"{self._lock}: {error.strerror}") from error
 
     def _no_lock(self) -> MemoryFileError:
         return MemoryFileError(
