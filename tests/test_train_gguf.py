@@ -306,6 +306,21 @@ def test_documents_and_texts(data, tmp_path):
     assert train.Conversations(open_question, tokenizer, teacher=True)[0].asks[0][2] == []
 
 
+def test_a_text_begins_as_the_model_has_it(tmp_path):
+    """With the token that begins texts, as a prompt does; so does what is shown of its end, where the rest is gone."""
+    path = shutil.copy(MODEL, tmp_path / "begins.gguf")
+    script = [sys.executable, "-m", "gguf.scripts.gguf_set_metadata", "--force"]
+    subprocess.run([*script, str(path), "tokenizer.ggml.add_bos_token", "1"], check=True, capture_output=True)
+    text = "The river runs from the mountain to the sea, and the sea is far from here."
+    file = write(tmp_path / "text.jsonl", [{"text": text}])
+    (plain,), (begun,) = (train.Conversations(file, GgufTokenizer(model)) for model in (MODEL, path))
+    with DeltaMemLlama(path, n_ctx=64, verbose=False) as llm:
+        bos, whole = llm.token_bos(), llm.tokenize(text.encode())
+    assert begun.earlier == [bos, *plain.earlier] == whole[: len(begun.earlier)]
+    assert begun.asks[0].question == [bos, *plain.asks[0].question] and begun.asks[0].answer == plain.asks[0].answer
+    assert begun.continued == plain.continued and len(begun.segments) == len(begun.earlier)
+
+
 def test_a_question_goes_on_where_the_text_stays(data):
     tokenizer = load_frozen(MODEL)[1]
     example = train.Conversations(data, tokenizer)[0]

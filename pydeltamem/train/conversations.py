@@ -164,8 +164,16 @@ class Conversations:
         if len(ids) < TEXT_LEAST:
             raise ValueError(f"the text is too short: it has {len(ids)} tokens")
         n = min(TEXT_ANSWER, len(ids) // 2)
-        earlier, first, answer = ids[:-n][-self.max_tokens :], ids[-n : 1 - n], ids[1 - n :]
-        return Example(earlier, [0] * len(earlier), [Ask(first, [0], answer)], [first])
+        begins = self._begins()
+        earlier = [*begins, *ids[:-n]][-self.max_tokens :]
+        shown, answer = ids[-n : 1 - n], ids[1 - n :]
+        question = [*begins, *shown]  # where the text before it is gone, it begins another
+        return Example(earlier, [0] * len(earlier), [Ask(question, [0] * len(question), answer)], [shown])
+
+    def _begins(self) -> list[int]:
+        """The token that begins texts of this model, if it has one; a chat template writes it itself."""
+        ids: list[int] = self.tokenizer("", add_special_tokens=True)["input_ids"]
+        return [token for token in ids[:1] if token == getattr(self.tokenizer, "bos_token_id", None)]
 
     def _of_messages(self, line: Line) -> Example:
         n_earlier = self._n_earlier(line)

@@ -35,9 +35,10 @@ class GgufTokenizer:
             raise ModelError(f"{self.name_or_path}: its vocabulary cannot be read: {error}") from error
         self.chat_template: str | None = self._vocabulary.metadata.get("tokenizer.chat_template")
         self.eos_token_id: int = self._vocabulary.token_eos()
+        self.bos_token_id: int = self._vocabulary.token_bos()
         tokens, vocab = range(self._vocabulary.n_vocab()), self._vocabulary._model.vocab
         self.ends = frozenset(token for token in tokens if llama_vocab_is_eog(vocab, token))
-        eos, bos = self._text(self.eos_token_id), self._text(self._vocabulary.token_bos())
+        eos, bos = self._text(self.eos_token_id), self._text(self.bos_token_id)
         self._formatters: dict[bool, Any] = {}
         for asked in (False, True) if self.chat_template else ():
             self._formatters[asked] = Jinja2ChatFormatter(str(self.chat_template), eos, bos, asked)
