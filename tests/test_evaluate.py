@@ -494,6 +494,8 @@ def test_bad_options_are_named(in_process, tmp_path):
         (("--distance", "5000", "-n", "1", "--tasks", "distance"), 1, [1024]),
         (("--adapters", "none=x"), 1, ["none"]),
         (("--adapters", "a=x", "a=y"), 1, ["a"]),
+        (("--adapters", "=x"), 1, ["--adapters"]),
+        (("--adapters", "a,b=x"), 1, ["a,b=x"]),
         (("-m", TINY / "base.gguf"), 1, ["--adapters"]),
         (("--json", tmp_path / "none" / "x.json"), 1, [tmp_path / "none" / "x.json"]),
         (("--plot", tmp_path), 1, [tmp_path]),

@@ -34,6 +34,7 @@ from .model_options import (
     add_eval_arguments,
     context_options,
     ended_by_ctrl_c,
+    named_adapters,
     packed_adapter,
     padded,
 )
@@ -245,14 +246,7 @@ def _of_kinds(items: list[Item], kinds: list[str] | None) -> list[Item]:
 
 def _model_and_adapters(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
     """The model, and its adapters by name."""
-    named = [item.partition("=")[::2] for item in args.adapters or ()]
-    named += [("deltamem", args.deltamem)] if args.deltamem else []
-    adapters = dict(named)
-    wrong = [name for name in adapters if not name or set("/+,") & set(name)]
-    if wrong or len(adapters) < len(named) or not all(adapters.values()):
-        raise InputError(
-            "--adapters: give each adapter a name of its own, without / + or ,: --adapters msw=adapter.gguf"
-        )
+    adapters = named_adapters(args, "deltamem")
     if args.model is None:
         model, shipped = default_files()
         return os.fspath(model), adapters or {name: os.fspath(path) for name, path in shipped.items()}

@@ -35,6 +35,7 @@ from .model_options import (
     add_eval_arguments,
     add_unpack,
     ended_by_ctrl_c,
+    named_adapters,
     packed_adapter,
     padded,
 )
@@ -171,14 +172,7 @@ def _options_in_setup(args: argparse.Namespace) -> dict[str, Any]:
 
 def _model_and_adapters(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
     """The model, and its adapters by name."""
-    named = [item.partition("=")[::2] for item in args.adapters or ()]
-    named += [("memory", args.deltamem)] if args.deltamem else []
-    adapters = dict(named)
-    taken = {name for name in adapters if name in PLAIN or "+" in name or "," in name}
-    if taken or len(adapters) < len(named):
-        raise InputError(f"--adapters: two methods would be called {min(taken, default=min(adapters, default=''))}")
-    if not all(adapters.values()):
-        raise InputError("--adapters: name each adapter with its file, as in --adapters msw=adapter.gguf")
+    adapters = named_adapters(args, "memory", PLAIN)
     if args.model is None:
         model, shipped = default_files()
         return os.fspath(model), adapters or {name: os.fspath(path) for name, path in shipped.items()}

@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +134,24 @@ def add_eval_arguments(parser: argparse.ArgumentParser, n_ctx: int) -> None:
         help=f"tokens of the context ({n_ctx}; 0, or the small model: the model's)",
     )
     parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (half of the usable CPUs)")
+
+
+def named_adapters(args: argparse.Namespace, name: str, taken: Collection[str] = ()) -> dict[str, str]:
+    """The adapters of --adapters, by name, and that of --deltamem by this one. Raises InputError.
+
+    taken: names that a table has already.
+    """
+    named = [item.partition("=")[::2] for item in args.adapters or ()]
+    named += [(name, args.deltamem)] if args.deltamem else []
+    adapters = dict(named)
+    wrong = [item for item in adapters if not item or item in taken or set("/+,") & set(item)]
+    if wrong or len(adapters) < len(named) or not all(adapters.values()):
+        other = f"other than {', '.join(taken)}, and " if taken else ""
+        raise InputError(
+            f"--adapters {' '.join(args.adapters)}: give each adapter a name of its own, {other}without / + or ,:"
+            " --adapters msw=adapter.gguf"
+        )
+    return adapters
 
 
 def padded(n_ctx: int) -> int:
