@@ -66,6 +66,11 @@ def convert_base(
         done = subprocess.run(command, stderr=None if verbose else subprocess.PIPE, stdout=subprocess.DEVNULL)
         if done.returncode != 0:
             check_disk(path, temporary)
+            if done.returncode < 0:
+                signal = -done.returncode  # 9 of a system that has no memory left
+                raise ModelError(
+                    f"{directory}: signal {signal} ended llama.cpp's converter: has the machine enough memory?"
+                )
             _check_files(directory)
             raise ModelError(f"{directory}: llama.cpp's converter refuses it{_reason(done.stderr)}")
         _check_whole(directory, temporary)

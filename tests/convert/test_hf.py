@@ -206,6 +206,16 @@ def test_where_it_cannot_be_written(hf, tmp_path):
     assert not list(folder.iterdir())
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
+def test_a_converter_that_the_system_ends_refuses_nothing(hf, tmp_path, monkeypatch):
+    """As it does when there is no memory left."""
+    script = tmp_path / "converter.py"
+    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setattr("pydeltamem.convert.hf.converter", lambda: script)
+    with refuses(ModelError, hf, "signal 9", "memory"):
+        convert_base(hf, tmp_path / "base.gguf")
+
+
 def test_what_the_converter_refuses(hf, tmp_path):
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
