@@ -208,6 +208,17 @@ def test_few_contexts_are_noted(tmp_path):
     check_names(note, ["qa", 1])
 
 
+def test_few_contexts_of_a_kind_are_noted(tmp_path):
+    """Where all questions have enough, and one kind of them has not."""
+    path = answers_of(tmp_path / "x.jsonl", **{str(i): (i % 2, "x") for i in range(48)})
+    setup, *records = map(json.loads, path.read_text().splitlines())
+    for i, record in enumerate(records):
+        record.update(about=str(i // 4), kind="rare" if i < 8 else "often")
+    path.write_text("".join(json.dumps(line) + "\n" for line in (setup, *records)))
+    (note,) = results_of([path]).notes
+    check_names(note, ["rare", 2])
+
+
 def test_benchmarks_are_drawn_apart(tmp_path):
     """Where one is right and the other wrong in the same row, their mean is no surer than where both are right."""
     rights = {"qa": [1, 0] * 20, "locomo": [0, 1] * 20}

@@ -80,8 +80,10 @@ def results_of(folders: Iterable[str | Path]) -> Results:
                 some = {id: answer for id, answer in of.items() if kind in ("", answer["kind"])}
                 for metric in metrics:
                     sample = _sample(benchmark, {method: some}, metric)
-                    if not kind and metric == metrics[0]:
-                        notes += _few_contexts(benchmark, some, sample)
+                    if not kind:
+                        whole = sample
+                    if metric == metrics[0] and (not kind or whole.by_context):
+                        notes += _few_contexts(f"{benchmark}, {kind}" if kind else benchmark, some, sample)
                     rows.append(Row(benchmark, kind, metric, method, sample.n, sample.mean(method)))
         pairs[benchmark] = {}
         for method, over in _compared(by_method):
@@ -120,12 +122,12 @@ def _ratio(benchmark: str, method: str, over: str, n: int, above: Any, below: An
     return [] if found is None else [Ratio(benchmark, method, over, n, found)]
 
 
-def _few_contexts(benchmark: str, answers: Mapping[str, Mapping[str, Any]], sample: Sample) -> list[str]:
-    """A note if questions were drawn where several are about one context."""
+def _few_contexts(title: str, answers: Mapping[str, Mapping[str, Any]], sample: Sample) -> list[str]:
+    """A note if questions were drawn where several are about one context. title: what they are of."""
     contexts = {answer["about"] for answer in answers.values()}
     if sample.by_context or not 1 <= len(contexts - {None}) < sample.n:
         return []
-    return [f"{benchmark}: too few contexts ({len(contexts)}) to draw them: questions were drawn"]
+    return [f"{title}: too few contexts ({len(contexts)}) to draw them: questions were drawn"]
 
 
 def _sample(benchmark: str, by_method: Mapping[str, Mapping[str, Any]], metric: str) -> Sample:
