@@ -81,8 +81,8 @@ def replies(llm: DeltaMemLlama, chats: Sequence[Sequence[str]], n_predict: int, 
 def named(text: str) -> tuple[str, str]:
     """An adapter's name in the table, and its file."""
     name, _, file = text.partition("=")
-    if not name or not file:
-        raise argparse.ArgumentTypeError(f"{text}: is no NAME=FILE, such as msw=adapter.gguf")
+    if not name or not file or name == "frozen":  # which the table calls the model alone
+        raise argparse.ArgumentTypeError(f"{text}: is no NAME=FILE with another name than frozen: msw=adapter.gguf")
     return name, file
 
 
