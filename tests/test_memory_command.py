@@ -12,9 +12,9 @@ import pytest
 
 from pydeltamem import MemorySnapshot
 from pydeltamem.cli import main
-from pydeltamem.formats.memory_lock import MemoryFileLock
 from pydeltamem.formats.memory_numbers import effective_rank
 from refusals import check_names
+from test_memory_file import HOLDER
 
 METADATA = {
     "layers": "2,5",
@@ -206,13 +206,27 @@ def test_copy(memory, run, tmp_path):
     np.testing.assert_array_equal(MemorySnapshot.load(b).state, random_state(1))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="locks as on POSIX")
+def test_copy_where_there_are_no_locks(memory, run, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(0, "no locks here")
+
+    source, target = memory("a.memory"), tmp_path / "b.memory"
+    monkeypatch.setattr("fcntl.flock", fail)
+    assert run("copy", source, target)[0] == 0
+    assert MemorySnapshot.load(target).state.tobytes() == MemorySnapshot.load(source).state.tobytes()
+
+
 def test_copy_to_a_memory_in_use(memory, run):
-    b = memory("b.memory")
-    with MemoryFileLock(b):
-        code, _, err = run("copy", memory("a.memory", random_state(1)), b, "--force")
+    a, b = memory("a.memory"), memory("b.memory", random_state(1))
+    command = [sys.executable, "-c", HOLDER, str(a)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        code, _, err = run("copy", b, a, "--force")
+        holder.communicate(b"")
     assert code == 1
-    check_names(err.rstrip("\n"), [b, "this process"])
-    np.testing.assert_array_equal(MemorySnapshot.load(b).state, random_state())
+    check_names(err.rstrip("\n"), [a, *([holder.pid] if os.name == "posix" else [])])
+    np.testing.assert_array_equal(MemorySnapshot.load(a).state, random_state())
 
 
 def test_export(memory, run, tmp_path):

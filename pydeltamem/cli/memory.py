@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from ..errors import InputError, printable
 from ..formats.memory_file import MemorySnapshot
-from ..formats.memory_lock import MemoryFileLock
+from ..formats.memory_lock import not_kept_elsewhere
 from ..formats.memory_numbers import compare_memories, describe_memory
 from .picture import picture
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             _print_difference(console, difference)
     elif args.action == "copy":
         snapshot = MemorySnapshot.load(args.source)
-        with MemoryFileLock(args.target):  # a process that holds this file would soon replace the copy
+        with not_kept_elsewhere(args.target):  # a process that holds this file would soon replace the copy
             if os.path.exists(args.target) and not args.force:
                 raise InputError(f"{args.target}: exists: name another file, or add --force")
             snapshot.save(args.target)
