@@ -263,10 +263,10 @@ def test_the_first_line_says_which_memory(piped, adapter, base, tmp_path):
 
 
 def test_a_line_of_a_pipe_is_a_turn(piped, llm, tmp_path):
-    """As it stands, also with a backslash at its end."""
+    """As it stands, also with a backslash at its end, or \\r within it; but that is no part of a line's end."""
     path = tmp_path / "a.memory"
-    assert piped(["one\\", "two"], "-n", "0", "--save-memory", path).returncode == 0
-    np.testing.assert_allclose(read_memory_file(path)[0], expected(llm, "one\\", "two"), rtol=0, atol=1e-5)
+    assert piped(["one\\", "10 %\r20 %\r"], "-n", "0", "--save-memory", path).returncode == 0
+    np.testing.assert_allclose(read_memory_file(path)[0], expected(llm, "one\\", "10 %\r20 %"), rtol=0, atol=1e-5)
 
 
 def test_replies_of_the_package_model_begin_with_a_word(capsys):

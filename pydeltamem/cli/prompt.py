@@ -31,7 +31,7 @@ def said(commands: Mapping[str, str | Sequence[str]]) -> Iterator[str]:
 
 def _piped() -> Iterator[str]:
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")  # \r within a line stays
     for line in sys.stdin:
         yield line.rstrip("\r\n")
 
