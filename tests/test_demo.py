@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
 
-from pydeltamem import models
+from pydeltamem import Conversation, models
 from pydeltamem.cli import demo
 from pydeltamem.cli.main import main
 from pydeltamem.cli.picture import picture
@@ -153,6 +154,24 @@ def test_a_line_that_does_not_fit_changes_nothing():
     result = deltamem("demo", "--interactive", "--strategy", "msw", input="word " * 2000 + "\nI live in Oslo.\n")
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     assert result.stdout.count("the memory changed by") == 1
+
+
+@pytest.mark.parametrize("at_terminal", [True, False])
+def test_ctrl_c_ends_the_reply_at_a_terminal_and_the_demo_over_a_pipe(monkeypatch, capsys, at_terminal):
+    say = Conversation.say
+
+    def interrupted(conversation, content):
+        said = say(conversation, content)
+        if content.endswith("?"):
+            raise KeyboardInterrupt
+        return said
+
+    monkeypatch.setattr(Conversation, "say", interrupted)
+    monkeypatch.setattr(demo.prompt, "said", lambda commands: iter(["I live in Oslo.", "Where?", "I live in Lima."]))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: at_terminal, raising=False)
+    assert main(["demo", "--interactive", "--strategy", "msw"]) == (0 if at_terminal else 130)
+    out = capsys.readouterr().out
+    assert out.count("the memory changed by") == 1 + at_terminal and out.count("the memory was read") == at_terminal
 
 
 def test_messages_come_one_by_one_at_a_terminal_only(package, monkeypatch):

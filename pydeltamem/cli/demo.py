@@ -198,13 +198,17 @@ def _converse(console: Console, reader: NativeReader, cast: Cast) -> int:
 
 
 def _say(console: Console, talk: Conversation, line: str) -> None:
-    """One turn. Prints an error if it does not fit; a full text loses its oldest turns."""
+    """One turn, which Ctrl-C ends. Prints an error if it does not fit; a full text loses its oldest turns."""
     before = talk.memory.copy()
     try:
         console.print(talk.say(line).strip(), markup=False)
     except InputError as error:
         console.print(str(error), markup=False)
         return
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        console.print("[stopped]", markup=False)
     if line.endswith("?"):
         talk.memory.restore(before)  # not write = False: adapters are trained with questions that write
     change = float(np.linalg.norm(talk.memory.state - before.state))
