@@ -24,6 +24,7 @@ from .model_options import (
     memory_saved,
     note,
     sampling,
+    tell_of_context,
 )
 from .parser import text
 
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
                 " deltamem generate goes on with a text as it is"
             )
         note(memory_attached(llm, args, conversation.memory.n_written if llm.memory.attached else 0))
+        tell_of_context(args, llm)
         if sys.stdin.isatty():
             note("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
         for said in prompt.said(COMMANDS):

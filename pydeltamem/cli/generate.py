@@ -20,6 +20,7 @@ from .model_options import (
     note,
     read_text,
     sampling,
+    tell_of_context,
 )
 from .parser import text
 
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from ..runtime.completion import Completion
     from ..runtime.interrupt import interruptible
 
+    tell_of_context(args, llm)
     if not llm.memory.attached and not args.no_memory:
         note(memory_attached(llm, args))
     out = sys.stdout

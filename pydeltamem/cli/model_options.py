@@ -234,7 +234,6 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
         read_memory_file(args.load_memory)
     if args.lora and not os.path.isfile(args.lora):
         raise InputError(no_file(args.lora, "LoRA file"))
-    n_ctx = padded(args.ctx_size)
 
     from ..llama import DeltaMemLlama
 
@@ -245,24 +244,14 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
             model,
             deltamem_path=adapter,
             lora_path=args.lora,
-            n_ctx=n_ctx,
+            n_ctx=padded(args.ctx_size),
             **running_options(args),
             use_mlock=args.mlock,
             last_n_tokens_size=args.repeat_last_n,
             verbose=args.verbose,
         )
-    if n_ctx != args.ctx_size:
-        note(f"--ctx-size {args.ctx_size}: the context holds {n_ctx} tokens, because llama.cpp takes multiples of 256")
-    n_trained = llm._model.n_ctx_train()
-    if 0 < n_trained < args.ctx_size:
-        note(
-            f"--ctx-size {args.ctx_size}: the model was trained on texts of {n_trained} tokens; what follows after more"
-            " may make no sense"
-        )
-    if args.no_memory:
-        if llm.memory.attached:
-            llm.memory.detach()
-        return llm
+    if args.no_memory and llm.memory.attached:
+        llm.memory.detach()
     if args.load_memory:
         llm.memory.load(args.load_memory)
     if args.save_memory:
@@ -270,6 +259,18 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
     if args.no_write:
         llm.memory.write = False
     return llm
+
+
+def tell_of_context(args: argparse.Namespace, llm: DeltaMemLlama) -> None:
+    """Prints that the context holds more tokens than were asked for, or that the model was trained on fewer."""
+    asked, n_ctx, n_trained = args.ctx_size, padded(args.ctx_size), llm._model.n_ctx_train()
+    if n_ctx != asked:
+        note(f"--ctx-size {asked}: the context holds {n_ctx} tokens, because llama.cpp takes multiples of 256")
+    if 0 < n_trained < asked:
+        note(
+            f"--ctx-size {asked}: the model was trained on texts of {n_trained} tokens; what follows after more may "
+            "make no sense"
+        )
 
 
 @contextlib.contextmanager
