@@ -49,6 +49,15 @@ OPTIONS = {"n_predict": 12, "temp": 0.0}
 TEXT = " ".join(TALK) + "\n\n"
 
 
+@pytest.fixture(scope="module")
+def memory(asker):
+    """What the text leaves in the memory of msw."""
+    read = asker._read(Shared(TEXT, True))
+    copy = read.memory.copy()
+    read.close()
+    return copy
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("writes", [False, True])
 def test_questions_that_share_a_text_are_answered_as_alone(asker, dropped, writes):
@@ -157,12 +166,9 @@ def test_a_text_that_is_read_twice(asker):
         twice.close()
 
 
-def test_a_memory_to_begin_with(asker):
+def test_a_memory_to_begin_with(asker, memory):
     """Each text begins with a copy of it, and what one question writes does not reach the next."""
     model, adapters = default_files()
-    read = asker._read(Shared(TEXT, True))
-    memory = read.memory.copy()
-    read.close()
     full = Asker(model, threads=1, parallel=4, memory=memory)
     try:
         full.attach(adapters["msw"])
@@ -240,12 +246,10 @@ def test_only_a_memory_without_the_text_reads_twice(whole, tmp_path):
     assert main(command(path, tmp_path)) == 1  # another run is there
 
 
-def test_only_methods_with_a_memory_begin_with_one(whole, tmp_path, asker):
+def test_only_methods_with_a_memory_begin_with_one(whole, tmp_path, memory):
     path, _ = whole
-    read = asker._read(Shared(TEXT, True))
     file = tmp_path / "full.memory"
-    read.memory.save(file)
-    read.close()
+    memory.save(file)
     _, adapters = default_files()
     only = ["--methods", "none,msw/context", "--limit", "4", "--adapters", f"msw={adapters['msw']}"]
     for name, more in ("empty", []), ("full", ["--load-memory", str(file)]):
@@ -261,12 +265,10 @@ def test_only_methods_with_a_memory_begin_with_one(whole, tmp_path, asker):
         results_of([tmp_path / "empty", tmp_path / "full"])
 
 
-def test_a_memory_of_another_adapter_is_refused_at_once(whole, tmp_path, asker, capsys):
+def test_a_memory_of_another_adapter_is_refused_at_once(whole, tmp_path, memory, capsys):
     path, _ = whole
-    read = asker._read(Shared(TEXT, True))
     file = tmp_path / "full.memory"
-    read.memory.save(file)
-    read.close()
+    memory.save(file)
     model, adapters = default_files()
     for wrong in ["--adapters", f"ssw={adapters['ssw']}"], []:
         run = ["eval", "locomo", "--data", str(path), "-o", str(tmp_path / "out"), "-m", str(model), *wrong]
