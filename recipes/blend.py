@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
+import safetensors
 
 from pydeltamem.errors import DeltaMemError, InputError, OutputError
 from pydeltamem.formats import kinds
-from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from pydeltamem.formats.checkpoint import CONFIG, WEIGHTS, Checkpoint, write_weights
 from pydeltamem.formats.outputs import check_target, make_folder, refuse_inputs, writing
 
 OUTPUTS = re.compile(r"delta_[qkvo]_proj$")
@@ -77,9 +77,7 @@ def blend(shares: Sequence[tuple[Path, float]], out: Path, *, outputs: float = 1
         check_target(out / WEIGHTS[1], kinds.WEIGHTS)
         with writing(out / CONFIG, kinds.CONFIG) as temporary:
             temporary.write_bytes((first.directory / CONFIG).read_bytes())
-        with writing(out / WEIGHTS[1], kinds.WEIGHTS) as temporary:
-            # save_file would make a file that only its owner reads
-            temporary.write_bytes(safetensors.numpy.save(halves))
+        write_weights(out, halves)
     except (OSError, safetensors.SafetensorError) as error:
         raise OutputError(f"{out}: cannot be written: {error}") from error
 

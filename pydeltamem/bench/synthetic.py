@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import gguf
 import numpy as np
-import safetensors.numpy
+import safetensors
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType
 
@@ -118,7 +118,7 @@ def write_adapter_checkpoint(
     a tenth of its size. Raises CheckpointError, ModelError or OutputError.
     """
     from ..formats.base_model import Base
-    from ..formats.checkpoint import CONFIG, WEIGHTS, read_config
+    from ..formats.checkpoint import CONFIG, WEIGHTS, read_config, write_weights
 
     directory, model, rng = Path(directory), Base(base), np.random.default_rng(seed)
     try:
@@ -146,9 +146,7 @@ def write_adapter_checkpoint(
             if settings.trainable_delta_scale:
                 layer["delta_scale_raw"] = normal(4 if settings.delta_scale_granularity == "head" else 1, std=1.0)
             tensors.update({f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in layer.items()})
-        with writing(directory / WEIGHTS[1], kinds.WEIGHTS) as temporary:
-            # save_file would make a file that only its owner reads
-            temporary.write_bytes(safetensors.numpy.save(tensors))
+        write_weights(directory, tensors)
     except (OSError, safetensors.SafetensorError) as error:
         raise OutputError(f"{directory}: cannot be written: {error}") from error
 

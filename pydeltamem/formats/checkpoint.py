@@ -1,4 +1,4 @@
-"""Reads a δ-mem checkpoint directory as the publication saves it, and checks every field and tensor."""
+"""Reads a δ-mem checkpoint directory as the publication saves it, and checks every field and tensor. Writes weights."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, named, shown
+from . import kinds
+from .outputs import writing
 from .pointer import POINTER, is_pointer
 from .sha256 import sha256_of
 
@@ -263,6 +265,15 @@ def weights_file(directory: Path) -> Path:
     if len(found) > 1 and importlib.util.find_spec("torch") is None:
         return found[1]  # needs no PyTorch
     return found[0]
+
+
+def write_weights(directory: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes the weights of a checkpoint as safetensors. Raises OSError or SafetensorError."""
+    import safetensors.numpy
+
+    with writing(directory / WEIGHTS[1], kinds.WEIGHTS) as temporary:
+        # save_file would make a file that only its owner reads
+        temporary.write_bytes(safetensors.numpy.save(dict(tensors)))
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
