@@ -21,7 +21,7 @@ from pydeltamem.errors import LibraryError, ModelError, named
 from pydeltamem.formats.kinds import MODEL
 from pydeltamem.formats.model_numbers import check_numbers
 from pydeltamem.formats.outputs import as_text, check_disk, files_of, refuse_inputs, writing
-from pydeltamem.formats.pointer import POINTER, is_pointer
+from pydeltamem.formats.pointer import refuse_pointer
 
 # a draft model uses another model's embeddings; an audio decoder names its layers differently
 OTHERWISE = frozenset({"gemma4-assistant", "wavtokenizer-dec"})
@@ -102,8 +102,8 @@ def _check_parts(directory: Path, there: list[str]) -> None:
 def _check_files(directory: Path) -> None:
     """Raises ModelError if a file is not there as a whole. The converter fails then, but does not name the file."""
     for path in sorted(directory.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".model") and is_pointer(path):
-            raise ModelError(f"{path}: {POINTER}")
+        if path.suffix in (".safetensors", ".bin", ".json", ".model"):
+            refuse_pointer(path, ModelError)
     for path in sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("pytorch_model*.bin")):
         if path.is_file() and not _is_weights(path):
             raise ModelError(f"{path}: is cut off, or in a format that the converter does not read: download it again")

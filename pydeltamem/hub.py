@@ -37,7 +37,7 @@ from .formats.disk_errors import disk_errors
 from .formats.ending import ending_in_order
 from .formats.gguf_header import MAGIC
 from .formats.kinds import MEMORY
-from .formats.pointer import POINTER, is_pointer
+from .formats.pointer import refuse_pointer
 from .formats.sha256 import sha256_of
 from .models import ADAPTERS, shipped_adapter
 from .runtime.children import environment
@@ -108,8 +108,7 @@ def model_file(name: str | os.PathLike[str], also: Sequence[str] = (), **where: 
     path = _as_gguf(path, title)
     if not os.path.isfile(path):
         raise ModelError(no_file(path, "model file") + nearest(path, PACKAGES))
-    if is_pointer(path):
-        raise ModelError(f"{path}: {POINTER}")
+    refuse_pointer(path, ModelError)
     if _is_memory(path):
         raise ModelError(f"{path}: is a memory file, not a model: name the base model")
     if folder := _folder_of_weights(path, "config.json"):
@@ -144,8 +143,7 @@ def adapter_file(name: str | os.PathLike[str], model: str | os.PathLike[str], **
     if not os.path.isfile(path):
         meant = f": this package ships {' and '.join(ADAPTERS)}" if nearest(path, ADAPTERS) else ""
         raise AdapterError(no_file(path, "adapter file") + meant)
-    if is_pointer(path):
-        raise AdapterError(f"{path}: {POINTER}")
+    refuse_pointer(path, AdapterError)
     if _is_memory(path):
         raise AdapterError(f"{path}: is a memory file, not an adapter: name the adapter that wrote it")
     if folder := _folder_of_weights(path, _CONFIG):

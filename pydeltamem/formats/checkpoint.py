@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import CheckpointError, named, shown
 from . import kinds
 from .outputs import writing
-from .pointer import POINTER, is_pointer
+from .pointer import refuse_pointer
 from .sha256 import sha256_of
 
 CONFIG = "delta_mem_config.json"
@@ -277,8 +277,7 @@ def write_weights(directory: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    if is_pointer(path):
-        raise CheckpointError(f"{path}: {POINTER}")
+    refuse_pointer(path, CheckpointError)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:

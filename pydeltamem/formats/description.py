@@ -20,7 +20,7 @@ from ..errors import AdapterError, ModelError, no_file, shown
 from .gguf_header import MAGIC, Header, Tensor
 from .memory_file import MemorySnapshot
 from .packed import OF_ADAPTER
-from .pointer import POINTER, is_pointer
+from .pointer import refuse_pointer
 
 ADAPTER_VERSION = 1
 
@@ -39,8 +39,7 @@ def describe(path: str) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
     common = {"file": str(file), "bytes": file.stat().st_size}
-    if is_pointer(file):
-        raise ModelError(f"{file}: {POINTER}")
+    refuse_pointer(file, ModelError)
     if not start.startswith(MAGIC):
         if start[8:] != b"{":  # a safetensors file begins so, after the length
             raise ModelError(f"{file}: is neither a GGUF file nor a memory file")

@@ -22,7 +22,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from ..errors import ModelError, no_file, shown
-from .pointer import POINTER, is_pointer
+from .pointer import refuse_pointer
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -100,8 +100,7 @@ class Header:
             with open(self.path, "rb") as file:
                 start = file.read(9)
                 if not start.startswith(MAGIC):
-                    if is_pointer(self.path):
-                        raise ModelError(f"{self.path}: {POINTER}")
+                    refuse_pointer(self.path, ModelError)
                     is_safetensors = start[8:] == b"{"  # after the length of its header
                     what = ", but a safetensors file, as memory files are" if is_safetensors else ""
                     raise ModelError(f"{self.path}: is not a GGUF file{what}")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 
+from ..errors import DeltaMemError
+
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
 
-POINTER = "is a pointer of Git LFS, not the file itself: get that with git lfs pull, or download it"
 
-
-def is_pointer(path: str | os.PathLike[str]) -> bool:
-    """Whether the file is one; False if it cannot be read, of which its reader says why."""
+def refuse_pointer(path: str | os.PathLike[str], error: type[DeltaMemError]) -> None:
+    """Raises the error if the file is one. If it cannot be read, its reader says why."""
+    start = b""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.read(len(_BEGINNING)) == _BEGINNING
-    return False
+        start = file.read(len(_BEGINNING))
+    if start == _BEGINNING:
+        raise error(f"{path}: is a pointer of Git LFS, not the file itself: get that with git lfs pull, or download it")
