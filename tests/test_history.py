@@ -346,6 +346,20 @@ def test_what_agrees(read, asked, position):
     assert memory.position.common(position, asked) == n_common(read[position:], asked) == same
 
 
+def test_the_checkpoint_where_a_text_begins_stays():
+    """Also where the first ones have left the text: one that was not to be kept is the first then."""
+    memory = Memory(0, 1)
+    for token in (1, 2, 3):
+        memory.read([token], None, True, 9)
+    memory.position = memory.position.without(0, 2, 1)
+    begun = memory.position.checkpoint
+    for token in (4, 5):
+        memory.read([token], None, True, 9)
+    assert memory.position.checkpoints.positions[0] == memory.position.floor == begun.position
+    back = memory.position.memory_at(begun.position)
+    assert (back.n, back.checkpoint.state.item()) == (begun.position, begun.state.item())
+
+
 def test_one_token_more_copies_nothing():
     """Records share the buffer. A record that goes back and reads something else gets its own, and changes no other."""
     memory = Memory(0, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -146,10 +146,11 @@ class Checkpoints:
     def without(self, start: int, end: int) -> Checkpoints:
         """For a text without its tokens from `start` to `end`. The memory can no longer go back to before `end`."""
 
-        def moved(some: Iterable[Checkpoint]) -> tuple[Checkpoint, ...]:
-            return tuple(c._replace(position=c.position - (end - start)) for c in some if c.position >= end)
-
-        return Checkpoints(moved(self.old), moved(self.last), self.n_bytes, self.n_last)
+        left = [c._replace(position=c.position - (end - start)) for c in self if c.position >= end]
+        if left:
+            left[0] = left[0]._replace(kept=True)  # where the text now begins for the memory
+        n_old = max(0, len(left) - len(self.last))
+        return Checkpoints(tuple(left[:n_old]), tuple(left[n_old:]), self.n_bytes, self.n_last)
 
 
 class Piece(NamedTuple):
