@@ -427,6 +427,9 @@ static bool supports(ggml_backend_dev_t device, ggml_deltamem_params params, int
 }
 
 int ggml_deltamem_composite_width(ggml_backend_dev_t device, ggml_deltamem_params params) {
+    if (params.flags & GGML_DELTAMEM_DEFERRED) {
+        return 0;
+    }
     // only the CPU has a loop over any width; CUDA's and SYCL's backends say that they have, and abort
     if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU && supports(device, params, params.rank)) {
         return params.rank;

@@ -93,5 +93,6 @@ GGML_API ggml_deltamem_composite_result ggml_deltamem_composite(ggml_context * c
                                                                 const ggml_deltamem_composite_inputs & inputs,
                                                                 ggml_deltamem_params params, int width);
 
-// The smallest width with which the device computes all nodes of a composite; 0 if there is none.
+// The smallest width with which the device computes all nodes of a composite; 0 if there is none, as where writes are
+// deferred.
 GGML_API int ggml_deltamem_composite_width(ggml_backend_dev_t device, ggml_deltamem_params params);

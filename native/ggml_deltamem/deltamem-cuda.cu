@@ -106,7 +106,8 @@ bool ggml_cuda_deltamem_supports(const ggml_tensor * node) {
         return node->src[0]->ne[1] <= 65535 && // blocks in y
                !ggml_is_quantized(node->src[1]->type);
     }
-    return ggml_deltamem_get_params(node).n_seqs <= 65535;
+    const ggml_deltamem_params params = ggml_deltamem_get_params(node);
+    return params.n_seqs <= 65535 && !(params.flags & GGML_DELTAMEM_DEFERRED);
 }
 
 bool ggml_cuda_op_deltamem(ggml_backend_cuda_context & ctx, ggml_tensor * node) {

@@ -64,19 +64,22 @@ static bool takes_addition(const struct ggml_tensor * correction, const struct g
            in_place_or_apart(add, added) && apart(add, correction->src[1]) && apart(add, correction->src[2]);
 }
 
-// A read and its correction, of one token. Each thread computes S q of all heads for its own corrections, instead of
+// A read and its correction, of one token. Each thread computes S q (or B q) of all heads for its own corrections, instead of
 // waiting for the thread that has the head; only that one writes the state.
 static constexpr int64_t OWN_HEADS  = 8,
                          OWN_STATES = 1024; // the most heads, and floats of S, for which a thread does so
 
-// a thread's copy of S from before the synchronisation after which it is written
+// a thread's copy of what is read, from before the synchronisation after which it is written
 alignas(64) static thread_local float own_states[OWN_STATES];
 
 static void copy_states(const struct ggml_tensor * read) {
     const struct ggml_deltamem_params p       = ggml_deltamem_get_params(read);
     const int64_t                     n_state = (int64_t) p.rank * p.rank;
     for (int64_t head = 0; head < p.n_head; ++head) {
-        memcpy(own_states + head * n_state, head_args(read, 0, head).record, n_state * sizeof(float));
+        const struct deltamem_head_args args = head_args(read, 0, head);
+        // the token reads B, unless a turn begins with it
+        const bool of_turn = (p.flags & GGML_DELTAMEM_DEFERRED) && !(args.entries[1] & GGML_DELTAMEM_TOKEN_TURN);
+        memcpy(own_states + head * n_state, args.record + (of_turn ? n_state : 0), n_state * sizeof(float));
     }
 }
 
@@ -97,6 +100,7 @@ static void forward_read_correct(const struct ggml_compute_params * params, stru
             memcpy(reads + head * p.rank, args.read + head * p.rank, p.rank * sizeof(float));
             continue;
         }
+        args.params.flags &= ~GGML_DELTAMEM_DEFERRED;
         args.record  = own_states + head * n_state;
         args.read    = reads;
         args.entries = only_read;

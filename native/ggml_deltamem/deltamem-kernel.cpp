@@ -111,10 +111,12 @@ public:
         erase_lambda(args.params.flags & GGML_DELTAMEM_LAMBDA_OUTSIDE),
         normalize(args.params.flags & GGML_DELTAMEM_NORMALIZE_QK),
         segments(args.params.flags & GGML_DELTAMEM_SEGMENTS),
+        deferred(args.params.flags & GGML_DELTAMEM_DEFERRED),
         bias_beta(args.gate_bias + (size_t) args.head * n_gate),
         bias_lambda(bias_beta + (size_t) args.params.n_head * n_gate),
         state(args.record),
         pending(state + rank * rank),
+        base(state + rank * rank),
         sum(pending + rank * rank),
         count(sum + 3 * rank + n_gate * (has_lambda ? 2 : 1)) {}
 
@@ -129,8 +131,18 @@ public:
                 clear_sum();
             }
 
+            // B <- S
+            if (deferred && (run[1] & GGML_DELTAMEM_TOKEN_TURN)) {
+                copy(base, state, r() * r());
+            }
+
             activate(n);
-            recur(state, run, n, args.read + (size_t) args.head * r(), args.read_stride);
+            float * const read = args.read + (size_t) args.head * r();
+            if (deferred) {
+                recur<true>(state, run, n, read, args.read_stride);
+            } else {
+                recur<false>(state, run, n, read, args.read_stride);
+            }
 
             if (segments) {
                 write_segments(run, n);
@@ -149,14 +161,16 @@ private:
     const bool erase_lambda; // erase = λ β
     const bool normalize;
     const bool segments;
+    const bool deferred; // writes
 
     const float * const bias_beta;
     const float * const bias_lambda;
 
-    // the record, see ggml-deltamem.h; without segments it holds the state only
+    // the record, see ggml-deltamem.h: it has the others with segments or with deferred writes only
     float * const state;
     float * const pending;
-    float * const sum; // q, k, v, β, λ
+    float * const base; // B
+    float * const sum;  // q, k, v, β, λ
     float * const count;
 
     chunk<R> c;
@@ -190,13 +204,13 @@ private:
     // activations
     //
 
-    // Gathers a run of entries, between which only token writes change the state: it ends before BEGIN and after
-    // COMMIT. Returns its length.
+    // Gathers a run of entries, between which only token writes change the state: it ends before BEGIN and TURN, and
+    // after COMMIT. Returns its length.
     int gather_run(const int32_t * run, int64_t n_max) {
         int n = 0;
         while (n < chunk<R>::N && n < n_max) {
             const int32_t * entry = run + n * GGML_DELTAMEM_PLAN_TOKEN;
-            if (n > 0 && (entry[1] & GGML_DELTAMEM_TOKEN_BEGIN)) {
+            if (n > 0 && (entry[1] & (GGML_DELTAMEM_TOKEN_BEGIN | GGML_DELTAMEM_TOKEN_TURN))) {
                 break;
             }
             gather(projected(entry), n);
@@ -284,13 +298,14 @@ private:
     // the recurrence
     //
 
-    void recur(float * s, const int32_t * entries, int n, float * read, size_t read_stride) {
+    // DEFERRED: reads are of B.
+    template <bool DEFERRED> void recur(float * s, const int32_t * entries, int n, float * read, size_t read_stride) {
         if constexpr (R == 0) {
-            recur_any<narrow>(s, entries, n, read, read_stride);
+            recur_any<DEFERRED, narrow>(s, entries, n, read, read_stride);
         } else if constexpr (R % wide::width == 0) {
-            recur_fixed<wide>(s, entries, n, read, read_stride);
+            recur_fixed<DEFERRED, wide>(s, entries, n, read, read_stride);
         } else {
-            recur_fixed<narrow>(s, entries, n, read, read_stride);
+            recur_fixed<DEFERRED, narrow>(s, entries, n, read, read_stride);
         }
     }
 
@@ -303,7 +318,7 @@ private:
     };
 
     // Rank R: a block of rows stays in R vectors for the whole chunk.
-    template <typename V>
+    template <bool DEFERRED, typename V>
     void recur_fixed(float * state, const int32_t * entries, int n, float * read, size_t read_stride) {
         static_assert(R % V::width == 0, "rows come in full vectors");
 
@@ -312,13 +327,18 @@ private:
             for (int j = 0; j < R; ++j) {
                 s[j] = V::load(state + j * R + i0);
             }
-            const auto column = [&s](int j) { return s[j]; };
+            const auto column         = [&s](int j) { return s[j]; };
+            const auto column_of_base = [this, i0](int j) { return V::load(base + j * R + i0); };
 
             for (int t = 0; t < n; ++t) {
                 const int32_t * entry = entries + t * GGML_DELTAMEM_PLAN_TOKEN;
 
-                // read = S q
-                state_times<V>(column, c.q + t * R, R).store(read + entry[0] * read_stride + i0);
+                // read = S q, or B q
+                if constexpr (DEFERRED) {
+                    state_times<V>(column_of_base, c.q + t * R, R).store(read + entry[0] * read_stride + i0);
+                } else {
+                    state_times<V>(column, c.q + t * R, R).store(read + entry[0] * read_stride + i0);
+                }
 
                 if (entry[1] & GGML_DELTAMEM_TOKEN_WRITE) {
                     const float * k = c.k + t * R;
@@ -347,26 +367,36 @@ private:
     }
 
     // Any rank: the same on a copy of the state whose columns are padded to full vectors.
-    template <typename V>
+    template <bool DEFERRED, typename V>
     void recur_any(float * state, const int32_t * entries, int n, float * read, size_t read_stride) {
         const int rows = (rank + V::width - 1) / V::width * V::width;
 
         alignas(64) float s[MAX_RANK * MAX_RANK];
+        alignas(64) float b[DEFERRED ? MAX_RANK * MAX_RANK : 1];
         alignas(64) float out[V::width];
 
         for (int j = 0; j < rank; ++j) {
             copy(s + j * rows, state + j * rank, rank);
             zero(s + j * rows + rank, rows - rank);
+            if constexpr (DEFERRED) {
+                copy(b + j * rows, base + j * rank, rank);
+                zero(b + j * rows + rank, rows - rank);
+            }
         }
 
         for (int i0 = 0; i0 < rank; i0 += V::width) {
-            const auto column = [&s, rows, i0](int j) { return V::load(s + j * rows + i0); };
+            const auto column         = [&s, rows, i0](int j) { return V::load(s + j * rows + i0); };
+            const auto column_of_base = [&b, rows, i0](int j) { return V::load(b + j * rows + i0); };
 
             for (int t = 0; t < n; ++t) {
                 const int32_t * entry = entries + t * GGML_DELTAMEM_PLAN_TOKEN;
 
-                // read = S q
-                state_times<V>(column, c.q + t * rank, rank).store(out);
+                // read = S q, or B q
+                if constexpr (DEFERRED) {
+                    state_times<V>(column_of_base, c.q + t * rank, rank).store(out);
+                } else {
+                    state_times<V>(column, c.q + t * rank, rank).store(out);
+                }
                 copy(read + entry[0] * read_stride + i0, out, rank - i0 < V::width ? rank - i0 : V::width);
 
                 if (entry[1] & GGML_DELTAMEM_TOKEN_WRITE) {
@@ -461,7 +491,7 @@ private:
         // pending_i,: <- keep_i pending_i,: + (write_i v_i - erase_i (pending k)_i) kᵀ
         gather(mean, 0);
         activate(1);
-        recur(pending, entry, 1, unused, 0);
+        recur<false>(pending, entry, 1, unused, 0);
         clear_sum();
     }
 };

@@ -31,6 +31,8 @@ static void check_read(const struct ggml_tensor * node) {
     GGML_ASSERT(params.n_seqs >= 1);
     GGML_ASSERT(params.lambda >= GGML_DELTAMEM_LAMBDA_COUPLED && params.lambda <= GGML_DELTAMEM_LAMBDA_NONE);
 
+    GGML_ASSERT(!(params.flags & GGML_DELTAMEM_SEGMENTS) || !(params.flags & GGML_DELTAMEM_DEFERRED));
+
     GGML_ASSERT(node->type == GGML_TYPE_F32);
     GGML_ASSERT(proj->type == GGML_TYPE_F32);
     GGML_ASSERT(gate_bias->type == GGML_TYPE_F32);

@@ -11,6 +11,8 @@
 //     read   = S q                                          the state before this token's write
 //     S_i,: <- keep_i S_i,: + (write_i v_i - erase_i (S k)_i) kᵀ
 //
+// With DEFERRED, read = B q, where B is the state as it was when the token's turn began.
+//
 // No row i of S depends on another, so S is stored column-major (i contiguous): a column is one vector load.
 //
 #pragma once
@@ -35,6 +37,7 @@ enum ggml_deltamem_flags {
     GGML_DELTAMEM_RANKWISE_GATES = 1 << 1, // one gate per row [H, r]; one per head [H] otherwise
     GGML_DELTAMEM_LAMBDA_OUTSIDE = 1 << 2, // erase = λ β; β otherwise
     GGML_DELTAMEM_SEGMENTS       = 1 << 3, // the record has room for segment writes (see below)
+    GGML_DELTAMEM_DEFERRED       = 1 << 4, // writes are read from the next turn on; not with SEGMENTS
 };
 
 struct ggml_deltamem_params {
@@ -46,6 +49,7 @@ struct ggml_deltamem_params {
 };
 
 // What a token of the plan does besides reading. Bits combine. In the order of execution, with the read after BEGIN:
+//     TURN        a turn begins: B <- S
 //     BEGIN       an ingest begins: pending <- S, sum <- 0, count <- 0
 //     WRITE       a token write: S <- the update above with this token's projections
 //     SEGMENT     a new segment begins: write the mean, sum / count, to pending; sum <- 0, count <- 0
@@ -57,6 +61,7 @@ enum ggml_deltamem_token {
     GGML_DELTAMEM_TOKEN_SEGMENT    = 1 << 2,
     GGML_DELTAMEM_TOKEN_ACCUMULATE = 1 << 3,
     GGML_DELTAMEM_TOKEN_COMMIT     = 1 << 4,
+    GGML_DELTAMEM_TOKEN_TURN       = 1 << 5,
 };
 
 // The bits above those: 1 + the slot that S is copied to at the end, a checkpoint; 0 for none. No other sequence of the
@@ -64,11 +69,14 @@ enum ggml_deltamem_token {
 #define GGML_DELTAMEM_TOKEN_CHECKPOINT(slot)      (((slot) + 1) << 8)
 #define GGML_DELTAMEM_TOKEN_CHECKPOINT_SLOT(bits) (((bits) >> 8) - 1)
 
-// The record of one head in one slot, in floats; all but S only with GGML_DELTAMEM_SEGMENTS:
+// The record of one head in one slot, in floats:
 //     S        r*r      S[i, j] at [j*r + i]
+// with GGML_DELTAMEM_SEGMENTS also
 //     pending  r*r      the state that the next ingest reads
 //     sum      3r + g   sum of the projections q, k, v and gates (before their bias) of the segment's tokens
 //     count    1        tokens in the sum
+// with GGML_DELTAMEM_DEFERRED also
+//     B        r*r      the state that the turn reads
 // A slot is H records.
 static inline int64_t ggml_deltamem_n_gates_head(const struct ggml_deltamem_params * p) {
     const int64_t per_gate = (p->flags & GGML_DELTAMEM_RANKWISE_GATES) ? p->rank : 1;
@@ -86,8 +94,10 @@ static inline int64_t ggml_deltamem_n_proj(const struct ggml_deltamem_params * p
 
 static inline int64_t ggml_deltamem_n_record(const struct ggml_deltamem_params * p) {
     const int64_t n_state = (int64_t) p->rank * p->rank;
-    return (p->flags & GGML_DELTAMEM_SEGMENTS) ? 2 * n_state + 3 * p->rank + ggml_deltamem_n_gates_head(p) + 1
-                                               : n_state;
+    if (p->flags & GGML_DELTAMEM_SEGMENTS) {
+        return 2 * n_state + 3 * p->rank + ggml_deltamem_n_gates_head(p) + 1;
+    }
+    return (p->flags & GGML_DELTAMEM_DEFERRED) ? 2 * n_state : n_state;
 }
 
 // The plan: which tokens belong to which sequence, and what each does. I32, in this order:

@@ -493,10 +493,13 @@ ggml_deltamem_params read_params(const reader & file, llama_deltamem_granularity
     params.lambda               = mode == 2                             ? GGML_DELTAMEM_LAMBDA_NONE
                                   : file.flag("deltamem.couple_lambda") ? GGML_DELTAMEM_LAMBDA_COUPLED
                                                                         : GGML_DELTAMEM_LAMBDA_SEPARATE;
-    params.flags                = (file.flag("deltamem.normalize_qk") ? GGML_DELTAMEM_NORMALIZE_QK : 0) |
-                                  (file.flag("deltamem.rankwise_gates") ? GGML_DELTAMEM_RANKWISE_GATES : 0) |
-                                  (mode == 1 ? GGML_DELTAMEM_LAMBDA_OUTSIDE : 0) |
-                                  (granularity != LLAMA_DELTAMEM_TOKEN ? GGML_DELTAMEM_SEGMENTS : 0);
+    params.flags = (file.flag("deltamem.normalize_qk") ? GGML_DELTAMEM_NORMALIZE_QK : 0) |
+                   (file.flag("deltamem.rankwise_gates") ? GGML_DELTAMEM_RANKWISE_GATES : 0) |
+                   (mode == 1 ? GGML_DELTAMEM_LAMBDA_OUTSIDE : 0) |
+                   (granularity == LLAMA_DELTAMEM_MESSAGE_MEAN || granularity == LLAMA_DELTAMEM_SENTENCE_MEAN
+                            ? GGML_DELTAMEM_SEGMENTS
+                            : 0) |
+                   (granularity == LLAMA_DELTAMEM_TOKEN_DEFERRED ? GGML_DELTAMEM_DEFERRED : 0);
     return params;
 }
 
@@ -618,7 +621,7 @@ private:
 } // namespace
 
 llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const std::string & path) : model(model) {
-    static const char * const granularities[] = { "token", "message_mean", "sentence_mean" };
+    static const char * const granularities[] = { "token", "message_mean", "sentence_mean", "token_deferred" };
 
     const reader file(path);
     check_base(file, model);

@@ -244,6 +244,24 @@ static void check_array(const llama_deltamem_context & deltamem, const float * v
     }
 }
 
+static void check_finite(const llama_deltamem_context & deltamem, const float * values, size_t n) {
+    check_array(deltamem, values, n);
+    for (size_t i = 0; i < n; ++i) {
+        if (!std::isfinite(values[i])) {
+            throw std::runtime_error(format("the state has a value that is not finite, at position %zu", i));
+        }
+    }
+}
+
+// as `attached`, for an adapter whose writes are deferred
+static llama_deltamem_context & deferring(const llama_context * ctx, llama_seq_id seq_id) {
+    llama_deltamem_context & deltamem = attached(ctx, seq_id);
+    if (!deltamem.defers()) {
+        throw std::runtime_error("this adapter's writes are read at once: it has no turns");
+    }
+    return deltamem;
+}
+
 int32_t llama_deltamem_state_get(llama_context * ctx, llama_seq_id seq_id, float * dst, size_t n) {
     return guarded([&] {
         const llama_deltamem_context & deltamem = attached(ctx, seq_id);
@@ -281,15 +299,21 @@ int32_t llama_deltamem_take_result(llama_context * ctx, llama_seq_id seq_id, int
 int32_t llama_deltamem_state_set(llama_context * ctx, llama_seq_id seq_id, const float * src, size_t n) {
     return guarded([&] {
         llama_deltamem_context & deltamem = attached(ctx, seq_id);
-        check_array(deltamem, src, n);
-        for (size_t i = 0; i < n; ++i) {
-            if (!std::isfinite(src[i])) {
-                throw std::runtime_error(format("the state has a value that is not finite, at position %zu", i));
-            }
-        }
+        check_finite(deltamem, src, n);
         ctx->synchronize();
         deltamem.state.set(seq_id, src);
         deltamem.renew(seq_id);
+        return 0;
+    });
+}
+
+int32_t llama_deltamem_turn_set(llama_context * ctx, llama_seq_id seq_id, const float * src, size_t n) {
+    return guarded([&] {
+        llama_deltamem_context & deltamem = deferring(ctx, seq_id);
+        check_finite(deltamem, src, n);
+        ctx->synchronize();
+        deltamem.state.set_turn(seq_id, src);
+        deltamem.set_begins_turn(seq_id, false);
         return 0;
     });
 }
@@ -311,6 +335,7 @@ int32_t llama_deltamem_state_copy(llama_context * ctx, llama_seq_id seq_id_src, 
             ctx->synchronize();
             deltamem.state.copy(seq_id_src, seq_id_dst);
             deltamem.renew(seq_id_dst);
+            deltamem.set_begins_turn(seq_id_dst, deltamem.begins_turn(seq_id_src));
         }
         return 0;
     });
@@ -367,6 +392,13 @@ bool llama_deltamem_get_write(const llama_context * ctx, llama_seq_id seq_id) {
         return 0;
     });
     return write;
+}
+
+int32_t llama_deltamem_begin_turn(llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] {
+        deferring(ctx, seq_id).set_begins_turn(seq_id, true);
+        return 0;
+    });
 }
 
 int32_t llama_deltamem_set_segments(llama_context * ctx, const int32_t * segments, const int8_t * ends,

@@ -124,7 +124,7 @@ void llama_deltamem_context::end_batch() {
     failed        = false;
     for (sequence & s : sequences) {
         if (!s.tokens.empty()) {
-            s.torn = s.ingest.torn = false;
+            s.torn = s.ingest.torn = s.begins_turn = false;
         }
     }
 }
@@ -210,6 +210,10 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
                     sq.torn |= sq.ingest.segment >= 0; // an ingest without segments writes nothing
                     sq.ingest = {};
                 }
+            }
+
+            if (sq.begins_turn && sq.n_planned == 1) {
+                bits |= GGML_DELTAMEM_TOKEN_TURN;
             }
 
             if (!current.checkpoints.empty()) {

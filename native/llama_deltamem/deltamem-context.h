@@ -39,15 +39,19 @@ struct llama_deltamem_context {
     int find_layer(int il) const;
 
     uint32_t n_seqs() const { return (uint32_t) sequences.size(); }
-    bool     has_segments() const { return weights->granularity != LLAMA_DELTAMEM_TOKEN; }
+    bool     has_segments() const { return weights->params.flags & GGML_DELTAMEM_SEGMENTS; }
+    bool     defers() const { return weights->params.flags & GGML_DELTAMEM_DEFERRED; }
 
     bool get_write(llama_seq_id seq_id) const { return sequences[seq_id].write; }
     void set_write(llama_seq_id seq_id, bool write) { sequences[seq_id].write = write; }
+    void set_begins_turn(llama_seq_id seq_id, bool begins) { sequences[seq_id].begins_turn = begins; }
+    bool begins_turn(llama_seq_id seq_id) const { return sequences[seq_id].begins_turn; }
     void abandon_ingest(llama_seq_id seq_id) { sequences[seq_id].ingest = {}; }
 
-    // The sequence got a new state: one that a failed batch left incomplete is gone, and so is an unfinished ingest.
+    // The sequence got a new state: one that a failed batch left incomplete is gone, and so is an unfinished ingest. Where
+    // writes are deferred, the turn reads the new state.
     void renew(llama_seq_id seq_id) {
-        sequences[seq_id].torn = false;
+        sequences[seq_id].torn = sequences[seq_id].begins_turn = false;
         abandon_ingest(seq_id);
     }
 
@@ -89,6 +93,7 @@ private:
     struct sequence {
         bool          write = true;
         bool          torn  = false; // a batch that failed, or has not ended, has written the state of some layers
+        bool          begins_turn = false; // with its next token
         struct ingest ingest;
 
         // its tokens in the current batch, and how many of them the micro-batches so far had; these keep their order

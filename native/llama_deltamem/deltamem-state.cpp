@@ -94,10 +94,31 @@ void llama_deltamem_state::set(uint32_t slot, const float * src) {
     for (const auto & d : devices) {
         host.emplace_back(d.tensor->ne[0], 0.0f); // zero also drops an unfinished ingest
     }
-    for_each_head([&](size_t d, size_t at, size_t in) { transpose(host[d].data() + at, src + in, params.rank); });
+    const size_t n_state = (size_t) params.rank * params.rank;
+    for_each_head([&](size_t d, size_t at, size_t in) {
+        transpose(host[d].data() + at, src + in, params.rank);
+        if (params.flags & GGML_DELTAMEM_DEFERRED) { // a turn begins
+            transpose(host[d].data() + at + n_state, src + in, params.rank);
+        }
+    });
     for (size_t i = 0; i < devices.size(); ++i) {
         ggml_tensor * t = devices[i].tensor;
         ggml_backend_tensor_set(t, host[i].data(), slot * t->nb[1], t->nb[1]);
+    }
+}
+
+void llama_deltamem_state::set_turn(uint32_t slot, const float * src) {
+    const size_t n_state = (size_t) params.rank * params.rank;
+    for (size_t i = 0; i < devices.size(); ++i) {
+        ggml_tensor *      t = devices[i].tensor;
+        std::vector<float> host(t->ne[0]);
+        ggml_backend_tensor_get(t, host.data(), slot * t->nb[1], t->nb[1]);
+        for_each_head([&](size_t d, size_t at, size_t in) {
+            if (d == i) {
+                transpose(host.data() + at + n_state, src + in, params.rank);
+            }
+        });
+        ggml_backend_tensor_set(t, host.data(), slot * t->nb[1], t->nb[1]);
     }
 }
 

@@ -21,6 +21,7 @@ public:
 
     void get(uint32_t slot, float * dst) const;
     void set(uint32_t slot, const float * src);
+    void set_turn(uint32_t slot, const float * src); // what the turn reads, where writes are deferred
     void reset(uint32_t slot);
     void copy(uint32_t src, uint32_t dst);
 

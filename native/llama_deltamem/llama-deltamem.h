@@ -25,9 +25,10 @@ extern "C" {
 
 // when a state is written (key deltamem.write_granularity)
 enum llama_deltamem_granularity {
-    LLAMA_DELTAMEM_TOKEN         = 0, // TSW, MSW: every token writes
-    LLAMA_DELTAMEM_MESSAGE_MEAN  = 1, // SSW: one write per segment, of the mean over its tokens
-    LLAMA_DELTAMEM_SENTENCE_MEAN = 2, // SSW, segments are sentences
+    LLAMA_DELTAMEM_TOKEN          = 0, // TSW, MSW: every token writes
+    LLAMA_DELTAMEM_MESSAGE_MEAN   = 1, // SSW: one write per segment, of the mean over its tokens
+    LLAMA_DELTAMEM_SENTENCE_MEAN  = 2, // SSW, segments are sentences
+    LLAMA_DELTAMEM_TOKEN_DEFERRED = 3, // every token writes, and is read from the next turn on
 };
 
 struct llama_deltamem_adapter;
@@ -101,7 +102,8 @@ LLAMA_API int64_t llama_deltamem_n_graphs(const struct llama_context * ctx);
 // states: independent of the text; llama_memory_seq_rm and related functions do not change them
 //
 // Nor do llama_state_get_data and the functions like it save or restore them: keep what llama_deltamem_state_get copies
-// beside the text. To set, reset or copy over a state ends an unfinished ingest of its sequence.
+// beside the text. To set, reset or copy over a state ends an unfinished ingest of its sequence. Where writes are deferred,
+// to set or reset a state begins a turn, which reads it; a copy reads what its source reads.
 //
 // A llama_decode that fails while it computes may have written the states of some layers, or for some tokens, of the
 // sequences in its batch. Such a state is incomplete: llama_deltamem_state_get, llama_deltamem_state_copy from it and
@@ -165,6 +167,15 @@ LLAMA_API bool    llama_deltamem_get_write(const struct llama_context * ctx, lla
 // every token writes by itself. Returns 0, or -1 for an adapter that writes per token.
 LLAMA_API int32_t llama_deltamem_set_segments(struct llama_context * ctx, const int32_t * segments, const int8_t * ends,
                                               int32_t n_tokens);
+
+// For an adapter whose writes are deferred: the next token of the sequence begins a turn. It and all tokens after it read
+// the state as it is before it, until another turn begins. Call it before each message that is to read those before it.
+// Returns 0, or -1 for any other adapter.
+LLAMA_API int32_t llama_deltamem_begin_turn(struct llama_context * ctx, llama_seq_id seq_id);
+
+// What the present turn of a sequence reads, as llama_deltamem_state_set: for a text that goes back into a turn. Returns 0,
+// or -1 for an adapter whose writes are not deferred.
+LLAMA_API int32_t llama_deltamem_turn_set(struct llama_context * ctx, llama_seq_id seq_id, const float * src, size_t n);
 
 // Ends an unfinished ingest of the sequence, or of all if seq_id < 0, without writing: the state is as it was before
 // the ingest. Returns 0 or -1.

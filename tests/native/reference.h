@@ -33,16 +33,21 @@ public:
 
             const std::vector<double> x = rows_of_head(proj + token * proj_stride);
 
-            if (bits & GGML_DELTAMEM_TOKEN_BEGIN) {
+            if (has(GGML_DELTAMEM_SEGMENTS) && (bits & GGML_DELTAMEM_TOKEN_BEGIN)) {
                 std::copy(S, S + r * r, pending);
                 std::fill(sum, count + 1, 0.0);
+            }
+
+            double * const B = S + r * r;
+            if (has(GGML_DELTAMEM_DEFERRED) && (bits & GGML_DELTAMEM_TOKEN_TURN)) {
+                std::copy(S, S + r * r, B);
             }
 
             const std::vector<double> q = normalized(&x[0]);
             for (size_t i = 0; i < r; ++i) {
                 double dot = 0.0;
                 for (size_t j = 0; j < r; ++j) {
-                    dot += S[j * r + i] * q[j];
+                    dot += (has(GGML_DELTAMEM_DEFERRED) ? B : S)[j * r + i] * q[j];
                 }
                 read[token * read_stride + head * r + i] = dot;
             }

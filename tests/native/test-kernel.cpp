@@ -136,7 +136,8 @@ struct problem {
         }
         for (int i = 0; i < p.n_seqs * p.n_head; ++i) {
             std::vector<float> record(ggml_deltamem_n_record(&p), 0.0f);
-            const size_t       n_state = (size_t) p.rank * p.rank * (p.flags & GGML_DELTAMEM_SEGMENTS ? 2 : 1);
+            const bool         has_two = p.flags & (GGML_DELTAMEM_SEGMENTS | GGML_DELTAMEM_DEFERRED);
+            const size_t       n_state = (size_t) p.rank * p.rank * (has_two ? 2 : 1);
             for (size_t k = 0; k < n_state; ++k) {
                 record[k] = d.state(random);
             }
@@ -233,6 +234,7 @@ struct group {
         const size_t r        = a.p.rank;
         const size_t n_sum    = 3 * r + ggml_deltamem_n_gates_head(&a.p);
         const bool   segments = (a.p.flags & GGML_DELTAMEM_SEGMENTS) != 0;
+        const bool   deferred = (a.p.flags & GGML_DELTAMEM_DEFERRED) != 0;
 
         nmse e_reads, e_state, e_pending, e_sum;
         bool counts = true;
@@ -260,10 +262,10 @@ struct group {
                 for (size_t i = 0; i < r * r; ++i) {
                     e_state.add(record[i], ref.record[i]);
                 }
+                for (size_t i = r * r; i < 2 * r * r && (segments || deferred); ++i) {
+                    e_pending.add(record[i], ref.record[i]); // or B
+                }
                 if (segments) {
-                    for (size_t i = r * r; i < 2 * r * r; ++i) {
-                        e_pending.add(record[i], ref.record[i]);
-                    }
                     for (size_t i = 2 * r * r; i < 2 * r * r + n_sum; ++i) {
                         e_sum.add(record[i], ref.record[i]);
                     }
@@ -284,6 +286,9 @@ struct group {
         check(others_untouched, "%s: reads of other tokens were written", shape);
         expect("reads", shape, e_reads, tol, reads);
         expect("state", shape, e_state, tol, state);
+        if (deferred) {
+            expect("the turn's state", shape, e_pending, tol, pending);
+        }
         if (segments) {
             expect("pending state", shape, e_pending, tol, pending);
             expect("running sum", shape, e_sum, tol, sum);
@@ -451,6 +456,46 @@ static void test_segment_writes() {
                 }
             }
         }
+    }
+}
+
+static void test_deferred_writes() {
+    const plan turns = [](random_source & random, int n_tokens) {
+        std::vector<int32_t> bits = mostly_writes(random, n_tokens);
+        for (int32_t & b : bits) {
+            b |= random.chance(0.1f) ? GGML_DELTAMEM_TOKEN_TURN : 0;
+        }
+        return bits;
+    };
+    {
+        group g("deferred writes");
+        for (int rank : RANKS) {
+            for (int mode = 0; mode < N_MODES; ++mode) {
+                // in one call, and with turns over several
+                for (int max_call : { 0, 20 }) {
+                    if (in_turn(quick ? 5 : 1)) {
+                        const ggml_deltamem_params p = make_params(rank, HEADS[mode % 3], mode, GGML_DELTAMEM_DEFERRED);
+                        g.compare(problem(p, 100, turns, usual(p), 450 * rank + mode), tolerance(100), max_call);
+                    }
+                }
+            }
+        }
+    }
+    // a turn of one token each reads as if writes were not deferred
+    for (int rank : { 3, 8, 16 }) {
+        const problem plain(make_params(rank, 2, 9), 40, mostly_writes, usual(make_params(rank, 2, 9)), rank);
+        problem       turned = plain;
+        const size_t  n      = (size_t) rank * rank;
+        turned.p.flags |= GGML_DELTAMEM_DEFERRED;
+        for (std::vector<float> & record : turned.records) {
+            record.resize(2 * n);
+        }
+        for (std::vector<int32_t> & entries : turned.entries) {
+            for (size_t i = 1; i < entries.size(); i += GGML_DELTAMEM_PLAN_TOKEN) {
+                entries[i] |= GGML_DELTAMEM_TOKEN_TURN;
+            }
+        }
+        check(same_bits(run_kernel(plain).reads, run_kernel(turned).reads), "rank %d: turns of one token differ", rank);
     }
 }
 
@@ -1178,6 +1223,9 @@ int main(int argc, char ** argv) {
     test_token_writes();
     test_many_tokens();
     test_segment_writes();
+    if (!is_cuda) {
+        test_deferred_writes();
+    }
     test_special_values();
     test_activations();
     test_same_bits();

@@ -1,15 +1,18 @@
 // The C API from loading to freeing, everything twice in one process, and its answers to bad input. Meant for valgrind and
 // the sanitizers, too: it frees all it makes.
 //
-//     test-lifecycle BASE.gguf ADAPTER.gguf [OTHER.gguf]
+//     test-lifecycle BASE.gguf ADAPTER.gguf [OTHER.gguf | --defer COPY.gguf]
 //
-// OTHER is an adapter of another architecture. A context with three sequences serves.
+// OTHER is an adapter of another architecture. --defer writes COPY, the same adapter with deferred writes, and tests that.
+// A context with three sequences serves.
 
+#include "gguf.h"
 #include "llama-deltamem.h"
 #include "decoding.h"
 #include "testing.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -161,7 +164,7 @@ static void test_adapter(const llama_deltamem_adapter * adapter, int n_model_lay
           "a missing key has a value");
 }
 
-static void test_states(llama_context * ctx, int n_vocab) {
+static void test_states(llama_context * ctx, const llama_deltamem_adapter * adapter, int n_vocab) {
     const std::vector<float> state = get_state(ctx, 0);
     check(is_finite(state) && !is_empty(state), "nothing was written while generating");
     check(is_empty(get_state(ctx, 1)), "a sequence without tokens has a state");
@@ -185,6 +188,9 @@ static void test_states(llama_context * ctx, int n_vocab) {
     check(llama_deltamem_set_write(ctx, -1, true) == 0 && llama_deltamem_get_write(ctx, 0), "writes do not go on");
 
     // the same step from the same state gives the same state
+    if (llama_deltamem_write_granularity(adapter) == LLAMA_DELTAMEM_TOKEN_DEFERRED) {
+        check(llama_deltamem_begin_turn(ctx, 0) == 0, "begin_turn fails"); // as to copy a state over does
+    }
     llama_memory_clear(llama_get_memory(ctx), true);
     check(decode(ctx, prompt(n_vocab, 2), 0, 0), "writing does not decode");
     const std::vector<float> next = get_state(ctx, 0);
@@ -200,12 +206,73 @@ static void test_states(llama_context * ctx, int n_vocab) {
     }
 }
 
+static bool writes_by_token(const llama_deltamem_adapter * adapter) {
+    const llama_deltamem_granularity granularity = llama_deltamem_write_granularity(adapter);
+    return granularity == LLAMA_DELTAMEM_TOKEN || granularity == LLAMA_DELTAMEM_TOKEN_DEFERRED;
+}
+
+// the logits after tokens of a text that begins
+static std::vector<float> logits_after(llama_context * ctx, int n_vocab, const std::vector<llama_token> & tokens,
+                                       llama_seq_id seq_id) {
+    llama_memory_seq_rm(llama_get_memory(ctx), seq_id, -1, -1);
+    check(decode(ctx, tokens, 0, seq_id), "tokens do not decode");
+    const float * logits = llama_get_logits_ith(ctx, -1);
+    return { logits, logits + n_vocab };
+}
+
+// Which state a text reads, by its logits. Batches are of the same shape, so that the same state gives the same bits.
+static void test_turns(llama_context * ctx, const llama_deltamem_adapter * adapter, int n_vocab) {
+    std::vector<float> state = get_state(ctx, 0);
+    if (llama_deltamem_write_granularity(adapter) != LLAMA_DELTAMEM_TOKEN_DEFERRED) {
+        expect_reason(llama_deltamem_begin_turn(ctx, 0) < 0, "a turn of an adapter that has none");
+        expect_reason(llama_deltamem_turn_set(ctx, 0, state.data(), state.size()) < 0, "the same, to be set");
+        return;
+    }
+    const std::vector<llama_token> text = prompt(n_vocab, 5), other = prompt(n_vocab, 6);
+
+    check(llama_deltamem_state_reset(ctx, -1) == 0, "state_reset fails");
+    const std::vector<float> empty = logits_after(ctx, n_vocab, text, 0);
+    check(!is_empty(get_state(ctx, 0)), "a turn writes nothing");
+    check(same_bits(logits_after(ctx, n_vocab, text, 0), empty), "a turn reads what it wrote");
+
+    // what the turns before it wrote is read by the next one, and by no other sequence
+    state = get_state(ctx, 0);
+    check(llama_deltamem_begin_turn(ctx, 0) == 0, "begin_turn fails");
+    const std::vector<float> told = logits_after(ctx, n_vocab, text, 0);
+    check(!same_bits(told, empty), "a turn does not read the turn before it");
+    check(same_bits(logits_after(ctx, n_vocab, text, 0), told), "it begins twice");
+    check(same_bits(logits_after(ctx, n_vocab, text, 1), empty), "a turn of another sequence begins");
+
+    // a copy reads what its source reads; a state that is set is read at once, as is an empty one
+    check(llama_deltamem_state_copy(ctx, 0, 2) == 0, "state_copy fails");
+    check(same_bits(logits_after(ctx, n_vocab, text, 2), told), "a copy reads something else");
+    check(llama_deltamem_state_set(ctx, 2, state.data(), state.size()) == 0, "state_set fails");
+    check(same_bits(logits_after(ctx, n_vocab, text, 2), told), "a state that was set is not read");
+    check(llama_deltamem_state_reset(ctx, 2) == 0, "state_reset fails");
+    check(same_bits(logits_after(ctx, n_vocab, text, 2), empty), "an empty state is not read");
+
+    // what a turn reads can be set alone
+    logits_after(ctx, n_vocab, other, 2);
+    const std::vector<float> after = get_state(ctx, 2);
+    check(llama_deltamem_begin_turn(ctx, 2) == 0, "begin_turn fails");
+    check(llama_deltamem_turn_set(ctx, 2, state.data(), state.size()) == 0, "turn_set fails");
+    check(same_bits(get_state(ctx, 2), after), "turn_set changes the state");
+    check(same_bits(logits_after(ctx, n_vocab, text, 2), told), "what a turn reads is not what was set");
+
+    state[0] = NAN;
+    expect_reason(llama_deltamem_turn_set(ctx, 0, state.data(), state.size()) < 0, "a turn that reads NaN");
+    expect_reason(llama_deltamem_turn_set(ctx, 0, nullptr, state.size()) < 0, "a turn that reads nothing");
+    expect_reason(llama_deltamem_turn_set(ctx, 0, state.data(), state.size() - 1) < 0, "a turn that reads too little");
+    expect_reason(llama_deltamem_begin_turn(ctx, N_SEQ) < 0, "a turn of no sequence");
+    llama_memory_clear(llama_get_memory(ctx), true);
+}
+
 static void test_segments(llama_context * ctx, const llama_deltamem_adapter * adapter, int n_vocab) {
     std::vector<int32_t> segments(N_PROMPT);
     for (int i = 0; i < N_PROMPT; ++i) {
         segments[i] = i % 5 == 0 ? -1 : i / 8;
     }
-    if (llama_deltamem_write_granularity(adapter) == LLAMA_DELTAMEM_TOKEN) {
+    if (writes_by_token(adapter)) {
         expect_reason(llama_deltamem_set_segments(ctx, segments.data(), nullptr, N_PROMPT) < 0,
                       "segments for a token adapter");
         return;
@@ -359,7 +426,7 @@ static void test_failed_decode(llama_context * ctx, int n_vocab) {
 
 // An ingest that fails in the middle has written nothing; what it had gathered is to be dropped.
 static void test_failed_ingest(llama_context * ctx, const llama_deltamem_adapter * adapter, int n_vocab) {
-    if (llama_deltamem_write_granularity(adapter) == LLAMA_DELTAMEM_TOKEN) {
+    if (writes_by_token(adapter)) {
         return;
     }
     const std::vector<llama_token> tokens = prompt(n_vocab, 7);
@@ -552,8 +619,9 @@ static std::vector<llama_token> run(const char * base, const char * adapter_path
 
     const size_t                   n_bytes   = llama_deltamem_state_n_bytes(ctx);
     const std::vector<llama_token> generated = generate(ctx, n_vocab, 0);
-    test_states(ctx, n_vocab);
+    test_states(ctx, adapter, n_vocab);
     test_segments(ctx, adapter, n_vocab);
+    test_turns(ctx, adapter, n_vocab);
     test_failed_decode(ctx, n_vocab);
     test_failed_ingest(ctx, adapter, n_vocab);
     test_bad_calls(ctx, adapter);
@@ -598,14 +666,39 @@ static std::vector<llama_token> run(const char * base, const char * adapter_path
     return generated;
 }
 
+// Copies an adapter file; the copy's writes are deferred.
+static bool write_deferred(const char * path, const char * copy) {
+    ggml_context *         data   = nullptr;
+    const gguf_init_params params = { /*.no_alloc =*/false, /*.ctx =*/&data };
+    gguf_context *         file   = gguf_init_from_file(path, params);
+    if (!file) {
+        return false;
+    }
+    gguf_context * made = gguf_init_empty();
+    gguf_set_kv(made, file);
+    gguf_set_val_str(made, "deltamem.write_granularity", "token_deferred");
+    for (int64_t i = 0; i < gguf_get_n_tensors(file); ++i) {
+        gguf_add_tensor(made, ggml_get_tensor(data, gguf_get_tensor_name(file, i)));
+    }
+    const bool done = gguf_write_to_file(made, copy, /*only_meta =*/false);
+    gguf_free(made);
+    gguf_free(file);
+    ggml_free(data);
+    return done;
+}
+
 int main(int argc, char ** argv) {
     if (argc < 3) {
-        printf("usage: %s BASE.gguf ADAPTER.gguf [OTHER.gguf]\n", argv[0]);
+        printf("usage: %s BASE.gguf ADAPTER.gguf [OTHER.gguf | --defer COPY.gguf]\n", argv[0]);
         return EXIT_SKIPPED;
     }
     llama_log_set(keep_errors, nullptr);
 
-    const char * other = argc > 3 ? argv[3] : nullptr;
+    const char * other = argc == 4 ? argv[3] : nullptr;
+    if (argc > 4 &&
+        check(strcmp(argv[3], "--defer") == 0 && write_deferred(argv[2], argv[4]), "%s is not written", argv[4])) {
+        argv[2] = argv[4];
+    }
 
     printf("first time\n");
     const std::vector<llama_token> first = run(argv[1], argv[2], other);

@@ -29,6 +29,7 @@ struct tested {
     double                   tol; // greatest NMSE of reads and states
     bool takes_float; // a packed projection of up to four tokens takes its activation as it is, not rounded to the weights' type
     bool takes_blocks; // corrections may have weights in Q8_0
+    bool defers;       // writes may be deferred
 };
 
 // A graph that the allocator of llama.cpp's has laid out, which may put a node in the place of a source of its shape. `first`
@@ -159,6 +160,7 @@ private:
 
     void make_inputs() {
         const bool   segments = (p.flags & GGML_DELTAMEM_SEGMENTS) != 0;
+        const bool   deferred = (p.flags & GGML_DELTAMEM_DEFERRED) != 0;
         const size_t n_qk     = 2 * (size_t) p.n_head * p.rank;
         const float  raw      = 1.0f / sqrtf((float) p.rank); // |k| <= 1
 
@@ -174,7 +176,7 @@ private:
             for (int head = 0; head < p.n_head; ++head) {
                 float * record = &state_data[slot * (n_row + PADDING) + head * ggml_deltamem_n_record(&p)];
                 std::fill(record, record + ggml_deltamem_n_record(&p), 0.0f);
-                for (int i = 0; i < p.rank * p.rank * (segments ? 2 : 1); ++i) {
+                for (int i = 0; i < p.rank * p.rank * (segments || deferred ? 2 : 1); ++i) {
                     record[i] = 0.5f * random.normal();
                 }
             }
@@ -200,10 +202,11 @@ private:
         }
         const int ingest = GGML_DELTAMEM_TOKEN_BEGIN | GGML_DELTAMEM_TOKEN_ACCUMULATE | GGML_DELTAMEM_TOKEN_COMMIT;
         for (int column : columns) {
+            const int turn = deferred && random.chance(0.1f) ? GGML_DELTAMEM_TOKEN_TURN : 0;
             plan_data.insert(plan_data.end(), { column, segments && n_tokens == 1 ? ingest
                                                         : segments                ? random.below(32)
-                                                        : random.chance(0.8f)     ? GGML_DELTAMEM_TOKEN_WRITE
-                                                                                  : 0 });
+                                                        : random.chance(0.8f)     ? GGML_DELTAMEM_TOKEN_WRITE | turn
+                                                                                  : turn });
         }
     }
 
@@ -433,15 +436,17 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
         b = random.normal();
     }
     for (int64_t i = 0; i < n_slots * s.n_head; ++i) {
-        for (int j = 0; j < p.rank * p.rank; ++j) {
+        for (int j = 0; j < p.rank * p.rank * (s.flags & GGML_DELTAMEM_DEFERRED ? 2 : 1); ++j) {
             slots[i * n_record + j] = random.normal();
         }
     }
 
     // sequence i has slot i + 1 and token i; nobody has slot 0
     const bool    segments = s.flags & GGML_DELTAMEM_SEGMENTS;
+    const bool    begins   = (s.flags & GGML_DELTAMEM_DEFERRED) && random.chance(0.5f);
     const int32_t bits =
             segments ? GGML_DELTAMEM_TOKEN_BEGIN | GGML_DELTAMEM_TOKEN_ACCUMULATE | GGML_DELTAMEM_TOKEN_COMMIT
+            : begins ? GGML_DELTAMEM_TOKEN_WRITE | GGML_DELTAMEM_TOKEN_TURN
                      : GGML_DELTAMEM_TOKEN_WRITE;
     std::vector<int32_t> plan_data;
     for (int seq = 0; seq < s.n_seqs; ++seq) {
@@ -663,6 +668,11 @@ static void test_malformed(const tested & on, bool fused) {
     with("no sequences", [&] { read->op_params[3] = 0; });
     with("another lambda", [&] { read->op_params[4] = 3; });
     with("segments without room", [&] { read->op_params[5] |= GGML_DELTAMEM_SEGMENTS; });
+    with("deferred writes without room", [&] { read->op_params[5] |= GGML_DELTAMEM_DEFERRED; });
+    with("deferred writes of segments", [&] {
+        read->op_params[5] |= GGML_DELTAMEM_SEGMENTS | GGML_DELTAMEM_DEFERRED;
+        state->ne[0] = 2 * 64 + 3 * 8 + 8 + 1;
+    });
     for (int i = 0; i < 4; ++i) {
         with("a read without a source", [&] { read->src[i] = nullptr; });
         with("a source that is short", [&] { read->src[i]->ne[0] = 3; });
@@ -888,7 +898,7 @@ static void test_read(const tested & on, const shape & s, uint64_t seed) {
 static void test(const tested & on) {
     const int NORMALIZE = GGML_DELTAMEM_NORMALIZE_QK, ROWS = GGML_DELTAMEM_RANKWISE_GATES,
               OUTSIDE  = GGML_DELTAMEM_LAMBDA_OUTSIDE;
-    const int SEGMENTS = GGML_DELTAMEM_SEGMENTS;
+    const int SEGMENTS = GGML_DELTAMEM_SEGMENTS, DEFERRED = GGML_DELTAMEM_DEFERRED;
 
     const shape shapes[] = {
         // rank, heads, sequences, tokens, lambda, flags
@@ -905,11 +915,15 @@ static void test(const tested & on) {
         { 8, 2, 3, 1000, GGML_DELTAMEM_LAMBDA_COUPLED, NORMALIZE | ROWS | SEGMENTS },
         { 24, 3, 2, 90, GGML_DELTAMEM_LAMBDA_SEPARATE, ROWS | OUTSIDE | SEGMENTS },
         { 64, 2, 2, 70, GGML_DELTAMEM_LAMBDA_NONE, NORMALIZE | ROWS | SEGMENTS },
+        { 8, 4, 3, 200, GGML_DELTAMEM_LAMBDA_NONE, NORMALIZE | ROWS | DEFERRED },
+        { 5, 2, 2, 50, GGML_DELTAMEM_LAMBDA_SEPARATE, NORMALIZE | OUTSIDE | DEFERRED },
     };
 
     uint64_t seed = 1;
     for (const shape & s : shapes) {
-        test_read(on, s, seed++);
+        if (on.defers || !(s.flags & DEFERRED)) {
+            test_read(on, s, seed++);
+        }
     }
     for (dependence kind : { CORRECTED_READ, NORMED_ROW, STATE_OF_A_PRODUCT }) {
         test_changed(on);
@@ -933,7 +947,10 @@ static void test(const tested & on) {
                 test_correction(on, type, 576, 64, n_tokens, add, 576);
             }
         }
-        for (int flags : { NORMALIZE | ROWS, NORMALIZE | ROWS | SEGMENTS }) {
+        for (int flags : { NORMALIZE | ROWS, NORMALIZE | ROWS | SEGMENTS, NORMALIZE | ROWS | DEFERRED }) {
+            if ((flags & DEFERRED) && !on.defers) {
+                continue;
+            }
             for (int n_embd : { 2560, ggml_is_quantized(type) ? 96 : 100 }) {
                 for (correction c : { NO_CORRECTION, CORRECTION, CORRECTION_IN_THE_PLACE_OF_THE_PROJECTION,
                                       CORRECTION_OF_A_PRODUCT, NORMED_CORRECTION_OF_A_PRODUCT }) {
@@ -971,7 +988,7 @@ int main(int argc, char ** argv) {
             } else {
                 printf("%s\n", ggml_backend_dev_description(device));
                 // fast-math: denormals are zero, square roots have one more unit of error
-                test({ device, backend, 1, [](int) {}, 1e-10, false, false });
+                test({ device, backend, 1, [](int) {}, 1e-10, false, false, false });
                 n_tested++;
             }
             ggml_backend_free(backend);
@@ -991,7 +1008,8 @@ int main(int argc, char ** argv) {
     const auto     set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
             ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads");
 
-    const tested cpu { device, backend, 4, [&](int n_threads) { set_n_threads(backend, n_threads); }, 1e-11, true, true };
+    const tested cpu { device, backend, 4,    [&](int n_threads) { set_n_threads(backend, n_threads); },
+                       1e-11,  true,    true, true };
 
     // before there are other threads, which no child has
     test_malformed(cpu, false);
