@@ -11,6 +11,7 @@ from ..convert.adapter import OUTTYPES, layers_of, write_adapter
 from ..convert.hf import convert_base
 from ..formats.base_model import Base
 from ..formats.checkpoint import Checkpoint
+from ..formats.description import writes_of
 from ..formats.ending import ending_in_order
 from ..formats.kinds import ADAPTER
 from ..formats.outputs import check_target, files_of, refuse_inputs
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     heads = f"{config.num_state_heads} head{'s' if config.num_state_heads > 1 else ''}"
     print(
         f"{args.outfile}: {base.architecture}, {n_layer} of {base.n_layer} layers, {heads} of rank {config.rank}, "
-        f"corrects {', '.join(config.delta_heads)}, writes per {config.memory_write_granularity.replace('_', ' ')}, "
+        f"corrects {', '.join(config.delta_heads)}, writes {writes_of(config.memory_write_granularity)}, "
         f"{args.outtype}, {os.path.getsize(args.outfile) / 1e6:.2f} MB"
     )
     return 0

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..errors import InputError, printable
 from ..formats.checkpoint import CONFIG
-from ..formats.description import describe
+from ..formats.description import describe, writes_of
 from ..hub import adapter_file, fetch, is_name, model_file
 
 
@@ -105,7 +105,7 @@ def _print_adapter(console: Console, adapter: dict[str, Any]) -> None:
             "gates": adapter["gates"],
             "λ": adapter["lambda"].replace("beta", "β"),
             "keys and queries": "tanh, then l2-normalised" if adapter["normalize_qk"] else "as projected",
-            "writes": f"per {adapter['write_granularity'].replace('_', ' ')}",
+            "writes": writes_of(adapter["write_granularity"]),
             "corrects": ", ".join(adapter["delta_heads"])
             + ("" if epsilon is None else f" (o by RMS norm, ε {epsilon:g})"),
             "converted from": adapter["source"],

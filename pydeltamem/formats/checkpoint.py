@@ -32,7 +32,7 @@ _MAX_FLOAT = float(np.finfo(np.float32).max)
 # Fields that decide what is computed, with the types and values that we compute.
 ANY_OF: dict[str, tuple[str, ...]] = {
     "state_update_mode": ("standard", "lambda_outside", "no_lambda"),
-    "memory_write_granularity": ("token", "message_mean", "sentence_mean"),
+    "memory_write_granularity": ("token", "message_mean", "sentence_mean", "token_deferred"),
     "delta_scale_granularity": ("layer", "head"),
     "delta_scale_parameterization": ("alpha_over_rank",),
 }
@@ -128,6 +128,11 @@ class Config:
     def separate_lambda(self) -> bool:
         """Whether keep has its own projection."""
         return not self.couple_lambda and self.state_update_mode != "no_lambda"
+
+    @property
+    def deferred(self) -> bool:
+        """Whether tokens read what was written before their turn."""
+        return self.memory_write_granularity == "token_deferred"
 
     @property
     def has_o_norm(self) -> bool:

@@ -172,6 +172,13 @@ def _norm(values: np.ndarray) -> float | None:
     return norm if np.isfinite(norm) else None
 
 
+def writes_of(granularity: str) -> str:
+    """When an adapter of this deltamem.write_granularity writes, in words."""
+    if granularity == "token_deferred":
+        return "per token, read from the next turn on"
+    return f"per {granularity.replace('_', ' ')}"
+
+
 def _tensor_types(tensors: Iterable[Tensor]) -> dict[str, dict[str, int]]:
     types: dict[str, dict[str, int]] = {}
     for tensor in tensors:

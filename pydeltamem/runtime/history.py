@@ -34,7 +34,7 @@ class Log:
         tokens: its id.
         wrote: whether it wrote.
         segment: its segment id, -1 for none; TOKEN if it was not read in segments.
-        begins: whether an ingest in segments begins with it.
+        begins: whether an ingest in segments begins with it, or a turn, if writes are deferred.
     """
 
     __slots__ = ("begins", "end", "segment", "tokens", "wrote")
@@ -73,6 +73,7 @@ class Checkpoint(NamedTuple):
     state: State
     n_written: int  # tokens ever written into it
     kept: bool = False  # kept beyond the last ones
+    of_turn: State | None = None  # what the turn reads, if writes are deferred; None: this state
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Piece(NamedTuple):
     tokens: npt.NDArray[np.intc]
     write: bool
     segments: npt.NDArray[np.int32] | None = None
-    begins: bool = False  # whether an ingest in segments begins with it
+    begins: bool = False  # whether an ingest in segments begins with it, or a turn
     ends: bool = False  # whether one ends with it
 
     def split(self, n: int) -> tuple[Piece, Piece]:
@@ -185,6 +186,7 @@ class Position(NamedTuple):
     n_kv: int = 0  # tokens of it that the KV cache holds
     floor: int = 0  # where the text began for the memory, which cannot go back before it
     fresh: int = 0  # where another memory came: no token before counts as written
+    prompted: int = 0  # where the latest prompt ended; what follows was sampled
     n_written: int = 0  # tokens ever written into the memory
     epoch: int = 0  # how often another text or memory began
     adapter: int = 0  # which attached adapter the memory belongs to, as `Slots` counts them
@@ -213,6 +215,13 @@ class Position(NamedTuple):
         begun = np.flatnonzero(self.log.begins[first : position + 1])  # none if its beginning left the text
         return first + (int(begun[-1]) if len(begun) else 0)
 
+    def begins_turn(self, tokens: Tokens) -> bool:
+        """Whether a turn begins with `tokens`, the next of the text: a prompt does, unless it replaces a part of the
+        latest one, as where the text went back for another reply. Sampled tokens go on with their turn.
+        """
+        n = self.n_tokens
+        return len(tokens) > 1 and (n >= self.prompted or bool(self.log.begins[n]))
+
     def known(self, tokens: npt.NDArray[np.intc]) -> npt.NDArray[np.bool_] | None:
         """Which of `tokens`, the next of the text, were written here before the memory's floor. They are not written
         again. None if there are none.
@@ -232,13 +241,14 @@ class Position(NamedTuple):
 
     def begun(self, position: int, checkpoint: Checkpoint | None) -> Position:
         """Another text begins after `position`. The memory cannot go back before it."""
-        one = () if checkpoint is None else (checkpoint._replace(position=position, kept=True),)
+        one = () if checkpoint is None else (checkpoint._replace(position=position, kept=True, of_turn=None),)
         return self._replace(
             n_tokens=position,
             n=position,
             n_kv=min(self.n_kv, position),
             floor=position,
             fresh=min(self.fresh, position),
+            prompted=min(self.prompted, position),
             epoch=self.epoch + 1,
             checkpoints=self.checkpoints.only(*one),
         )
@@ -281,22 +291,24 @@ class Position(NamedTuple):
         segments: npt.NDArray[np.int32] | None,
         known: npt.NDArray[np.bool_] | None,
         write: bool,
+        begins_turn: bool = False,
     ) -> list[Piece]:
         """What to decode, in order, to add `tokens` to the text: first what the KV cache lacks, without writing; then
         what the memory has to read again, as the first time; then the tokens.
 
-        n_kv <= n <= n_tokens. `write`: whether the tokens that are not `known` write.
+        n_kv <= n <= n_tokens. `write`: whether the tokens that are not `known` write. `begins_turn`: whether a turn
+        begins with them.
         """
         n_new, n_past, n_kv = len(tokens), self.n_tokens, self.n_kv
         if n_new and n_past == self.n == n_kv and segments is None and known is None:
-            return [Piece(tokens, write)]
+            return [Piece(tokens, write, begins=begins_turn)]
         if known is None:
             known = np.zeros(n_new, dtype=np.bool_)
         old, log = slice(n_kv, n_past), self.log
         unread = np.arange(n_kv, n_past) >= self.n  # which old tokens the memory has not read
         ids = np.full(n_new, TOKEN, dtype=np.int32) if segments is None else np.where(known, -1, segments)
         begins = np.concatenate([log.begins[old] & unread, np.zeros(n_new, dtype=np.bool_)])
-        if segments is not None and n_new:
+        if (segments is not None or begins_turn) and n_new:
             begins[n_past - n_kv] = True
         return list(
             _runs(
@@ -308,7 +320,7 @@ class Position(NamedTuple):
             )
         )
 
-    def decoded(self, piece: Piece, states: Mapping[int, State] | None = None) -> Position:
+    def decoded(self, piece: Piece, states: Mapping[int, State] | None = None, defers_writes: bool = False) -> Position:
         """The record after a decoded piece of `pieces`; an ingest in segments counts as one piece. `states`: by number
         of its tokens, the state after them; a memory that read the piece has at least the one after all.
         """
@@ -320,14 +332,16 @@ class Position(NamedTuple):
             ids = TOKEN if piece.segments is None else piece.segments[n_old:]
             wrote = piece.write if piece.segments is None else piece.write & (piece.segments[n_old:] >= 0)
             log = log.extended(self.n_tokens, piece.tokens[n_old:], wrote, ids)
-            if piece.begins:
+            if piece.begins and n_old == 0:
                 log.begins[self.n_tokens] = True
         wrote = log.wrote[at : at + n]
         n_written = self.n_written + int(np.count_nonzero(wrote))
-        checkpoints = self.checkpoints
+        checkpoints, before, of_turn = self.checkpoints, self.checkpoint, None
+        if defers_writes and before is not None:
+            of_turn = before.state if piece.begins or before.of_turn is None else before.of_turn
         for i, state in sorted(states.items()) if states else ():
             n_later = int(np.count_nonzero(wrote[i:])) if i < n else 0
-            checkpoints = checkpoints.add(Checkpoint(at + i, state, n_written - n_later, n > 1))
+            checkpoints = checkpoints.add(Checkpoint(at + i, state, n_written - n_later, n > 1, of_turn))
         n_read = at + n
         return self._replace(
             log=log,
@@ -335,6 +349,7 @@ class Position(NamedTuple):
             n=n_read,
             n_kv=n_read,
             n_written=n_written,
+            prompted=max(self.n_tokens, n_read) if n - n_old > 1 else self.prompted,
             checkpoints=checkpoints,
         )
 
@@ -372,9 +387,15 @@ class Position(NamedTuple):
             n=n,
             n_kv=n_kv,
             floor=checkpoints.positions[0] if checkpoints else n,
-            fresh=self.fresh if self.fresh <= start else max(start, self.fresh - (end - start)),
+            fresh=_moved(self.fresh, start, end),
+            prompted=_moved(self.prompted, start, end),
             checkpoints=checkpoints,
         )
+
+
+def _moved(position: int, start: int, end: int) -> int:
+    """Where `position` is in a text without its tokens from `start` to `end`."""
+    return position if position <= start else max(start, position - (end - start))
 
 
 def before_content(
@@ -402,8 +423,8 @@ def _runs(
     begins: npt.NDArray[np.bool_],
     n_read: int,
 ) -> Iterator[Piece]:
-    """Cuts where tokens start or stop writing, where an ingest in segments begins or ends, and after the first `n_read`
-    tokens, which the memory has read already.
+    """Cuts where tokens start or stop writing, where an ingest in segments begins or ends, where a turn begins, and
+    after the first `n_read` tokens, which the memory has read already.
     """
     in_segments = segment != TOKEN
     cuts = (in_segments[1:] != in_segments[:-1]) | begins[1:] | (~in_segments[1:] & (write[1:] != write[:-1]))
@@ -415,4 +436,4 @@ def _runs(
         if in_segments[start]:
             yield Piece(tokens[start:end], bool(write[start:end].any()), segment[start:end], True, True)
         else:
-            yield Piece(tokens[start:end], bool(write[start]))
+            yield Piece(tokens[start:end], bool(write[start]), begins=bool(begins[start]))

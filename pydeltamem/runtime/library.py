@@ -100,6 +100,7 @@ LLAMA_DELTAMEM_VERSION = 1
 LLAMA_DELTAMEM_TOKEN = 0
 LLAMA_DELTAMEM_MESSAGE_MEAN = 1
 LLAMA_DELTAMEM_SENTENCE_MEAN = 2
+LLAMA_DELTAMEM_TOKEN_DEFERRED = 3
 
 float_p = ctypes.POINTER(ctypes.c_float)
 int32_p = ctypes.POINTER(ctypes.c_int32)
@@ -284,6 +285,22 @@ def llama_deltamem_set_segments(
     ends: ctypes._Pointer[ctypes.c_int8],
     n_tokens: int,
     /,
+) -> int: ...
+
+
+# int32_t llama_deltamem_begin_turn(struct llama_context * ctx, llama_seq_id seq_id);
+@ctypes_function("llama_deltamem_begin_turn", [llama_context_p_ctypes, ctypes.c_int32], ctypes.c_int32)
+def llama_deltamem_begin_turn(ctx: llama_context_p, seq_id: int, /) -> int: ...
+
+
+# int32_t llama_deltamem_turn_set(struct llama_context * ctx, llama_seq_id seq_id, const float * src, size_t n);
+@ctypes_function(
+    "llama_deltamem_turn_set",
+    [llama_context_p_ctypes, ctypes.c_int32, float_p, ctypes.c_size_t],
+    ctypes.c_int32,
+)
+def llama_deltamem_turn_set(
+    ctx: llama_context_p, seq_id: int, src: ctypes._Pointer[ctypes.c_float], n: int, /
 ) -> int: ...
 
 

@@ -57,6 +57,7 @@ class Request(Keeping):
         self._gathered: list[Piece] = []  # pieces of an ingest in segments, which writes at its end
         self._planned: Position | None = None  # the record that the pieces follow
         self._known: npt.NDArray[np.bool_] | None = None  # which of the tokens were written before the memory's floor
+        self._begins_turn = self.text.position.begins_turn(tokens)
         if len(tokens) and self.text.n_tokens < self.text.position.n:
             self._known = self.text.position.known(np.asarray(tokens, dtype=np.intc))
         if known is not None and known.any():
@@ -109,7 +110,8 @@ class Request(Keeping):
         known = None if self._known is None else self._known[n_done:]
         before = position if self.before is None else self.before
         try:
-            pieces = text.prepare(self.tokens[n_done:], segments, staying, known)
+            begins_turn = self._begins_turn and n_done == 0 and not self.drafted
+            pieces = text.prepare(self.tokens[n_done:], segments, staying, known, begins_turn)
         finally:
             # back before the memory's floor another memory begins; a failure takes the text back to before that, too
             if before.epoch == position.epoch != text.position.epoch:

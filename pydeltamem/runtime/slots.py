@@ -98,6 +98,7 @@ class Slots:
         self._shares_cells = _llama.llama_n_ctx_seq(context.ctx) == _llama.llama_n_ctx(context.ctx)
         self._shape: tuple[int, int, int, int] | None = None
         self._by_segment = False
+        self._defers = False
         self.adapter_path = ""  # for errors
         self.n_attached = 0
         self.n_decodes = 0
@@ -122,6 +123,7 @@ class Slots:
         self._seq_id = [-1] * n_batch  # as in the batch
         self._writes: list[bool | None] = [None] * self._n_sequences  # as last set; None: unknown
         self._states: list[State | None] = [None] * self._n_sequences  # as the context has them; None: unknown
+        self._turns: list[State | None] = [None] * self._n_sequences  # likewise, what their turns read
         self._records: list[object] = [None] * self._n_sequences  # the record that the slot agrees with; None: none
         self._is_described = False  # whether the native library may still expect a batch that was never decoded
 
@@ -191,6 +193,11 @@ class Slots:
         return self.has_memory and self._by_segment
 
     @property
+    def defers_writes(self) -> bool:
+        """Whether an adapter is attached whose writes are read from the next turn on."""
+        return self.has_memory and self._defers
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """The shape of a state, (L, H, r, r). Raises AdapterError without an adapter."""
         self.require_open()
@@ -207,7 +214,8 @@ class Slots:
         """Attaches an adapter, with an empty state in every slot. Raises AdapterError."""
         check(library.llama_deltamem_attach(self.ctx, adapter))
         granularity = library.llama_deltamem_write_granularity(adapter)
-        self._by_segment = granularity != library.LLAMA_DELTAMEM_TOKEN
+        self._defers = granularity == library.LLAMA_DELTAMEM_TOKEN_DEFERRED
+        self._by_segment = granularity != library.LLAMA_DELTAMEM_TOKEN and not self._defers
         rank = library.llama_deltamem_rank(adapter)
         self._shape = library.llama_deltamem_n_layer(adapter), library.llama_deltamem_n_head(adapter), rank, rank
         self.n_attached += 1
@@ -224,6 +232,7 @@ class Slots:
         """Notes that other code used the context: its settings, states and logits are unknown."""
         self._writes = [None] * self._n_sequences
         self._states = [None] * self._n_sequences
+        self._turns = [None] * self._n_sequences
         self._records = [None] * self._n_sequences
         self._seq_id = [-1] * self.n_batch
         self.n_decodes += 1
@@ -236,12 +245,19 @@ class Slots:
         return state
 
     @holding("lock")
-    def put_state(self, slot: int, state: State) -> None:
-        """Sets the state of a slot. Nobody may change the array afterwards. An unfinished ingest is dropped."""
+    def put_state(self, slot: int, state: State, of_turn: State | None = None) -> None:
+        """Sets the state of a slot. Nobody may change the array afterwards. An unfinished ingest is dropped. `of_turn`:
+        the state that its turn reads, if the adapter defers its writes; None: this one.
+        """
         if self._states[slot] is not state:
-            self._states[slot] = None
+            self._states[slot] = self._turns[slot] = None
             check(library.llama_deltamem_state_set(self.ctx, slot, _floats(np.ascontiguousarray(state)), state.size))
-            self._states[slot] = state
+            self._states[slot] = self._turns[slot] = state
+        reads = state if of_turn is None else of_turn
+        if self._defers and self._turns[slot] is not reads:
+            self._turns[slot] = None
+            check(library.llama_deltamem_turn_set(self.ctx, slot, _floats(np.ascontiguousarray(reads)), reads.size))
+            self._turns[slot] = reads
 
     def holds(self, slot: int, state: State) -> bool:
         """Whether the slot is known to hold this very state."""
@@ -251,11 +267,12 @@ class Slots:
         """Whether the slot agrees with this record of its text: no decode has failed since."""
         return slot is not None and self._records[slot] is record
 
-    def follow(self, slot: int, record: object, state: State | None = None) -> None:
+    def follow(self, slot: int, record: object, state: State | None = None, of_turn: State | None = None) -> None:
         """Notes that the slot agrees with this record. `state`: the one it holds; None: unknown, in the middle of an
-        ingest.
+        ingest. `of_turn`: as `put_state`.
         """
         self._states[slot], self._records[slot] = state, record
+        self._turns[slot] = state if of_turn is None else of_turn
 
     #
     # which text has which slot
@@ -288,7 +305,7 @@ class Slots:
         slot = min(slots, key=worth)
         self.leave(self.text(slot))
         text.lost_kv()
-        self._states[slot] = self._records[slot] = None
+        self._states[slot] = self._turns[slot] = self._records[slot] = None
         self.truncate(slot, 0)
         self._holders[slot] = weakref.ref(text)
         text.slot = slot
@@ -302,7 +319,7 @@ class Slots:
         slot, text.slot = text.slot, None
         self._holders[slot] = None
         text.lost_kv()
-        self._states[slot] = self._records[slot] = None
+        self._states[slot] = self._turns[slot] = self._records[slot] = None
         self.truncate(slot, 0)
 
     @holding("lock")
@@ -381,7 +398,7 @@ class Slots:
             self._describe(jobs, marks)
         meanwhile()
         for job in given:
-            self._states[job.slot] = self._records[job.slot] = None
+            self._states[job.slot] = self._turns[job.slot] = self._records[job.slot] = None
         self.n_decodes += 1
         try:
             with library.decoding():
@@ -533,6 +550,8 @@ class Slots:
             if self._writes[job.slot] != job.piece.write:
                 check(library.llama_deltamem_set_write(self.ctx, job.slot, job.piece.write))
                 self._writes[job.slot] = job.piece.write
+            if job.piece.begins and self._defers:
+                check(library.llama_deltamem_begin_turn(self.ctx, job.slot))
         if any(piece.segments is not None for piece in pieces) or (is_described and self._by_segment):
             # a token without segments writes by itself, as an ingest of one token
             ids = [np.zeros(len(p.tokens), dtype=np.int32) if p.segments is None else p.segments for p in pieces]

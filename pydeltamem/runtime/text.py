@@ -341,12 +341,14 @@ class Text:
         segments: npt.NDArray[np.int32] | None = None,
         staying: Sequence[Holder] = (),
         known: npt.NDArray[np.bool_] | None = None,
+        begins_turn: bool = False,
     ) -> list[Piece] | None:
         """What to decode, in order, to add `tokens` to the text as one ingest.
 
         The text takes a slot, but none of the texts `staying`; None if no slot is left. With `segments`
         (DeltaMemLlama.eval) all tokens read the memory as it was before; then each segment writes. `known`: which of
-        the tokens were written before the memory's floor.
+        the tokens were written before the memory's floor. `begins_turn`: whether a turn begins with them, if the
+        adapter defers its writes.
         """
         self.require_room(self.n_tokens, len(tokens))
         new = np.asarray(tokens, dtype=np.intc)
@@ -367,9 +369,18 @@ class Text:
             self.position = position = position._replace(checkpoints=position.checkpoints.keep_latest())
         checkpoint = position.checkpoint
         if checkpoint is not None:
-            self.slots.put_state(slot, checkpoint.state)
-        self.slots.follow(slot, position, None if checkpoint is None else checkpoint.state)
-        return position.pieces(new, segments, known, self.write)
+            self.slots.put_state(slot, checkpoint.state, checkpoint.of_turn)
+        self._follow(slot)
+        return position.pieces(new, segments, known, self.write, begins_turn and self.slots.defers_writes)
+
+    def _follow(self, slot: int) -> None:
+        """Notes that the slot has memory and turn as the record has them."""
+        position = self.position
+        checkpoint = position.checkpoint
+        if checkpoint is None:
+            self.slots.follow(slot, position)
+        else:
+            self.slots.follow(slot, position, checkpoint.state, checkpoint.of_turn)
 
     def _is_ready(self) -> bool:
         """Whether its slot is as the last decode left it, at the end of the text: another token may follow at once."""
@@ -422,8 +433,7 @@ class Text:
 
     def did_decode(self, piece: Piece, result: Result) -> None:
         """Enters a decoded piece; an ingest in segments comes as one piece."""
-        self.position = position = self.position.decoded(piece, result.states)
-        checkpoint = position.checkpoint
+        self.position = position = self.position.decoded(piece, result.states, self.slots.defers_writes)
         assert self.slot is not None  # it was decoded there
-        self.slots.follow(self.slot, position, None if checkpoint is None else checkpoint.state)
+        self._follow(self.slot)
         self._logits = self.slots.n_decodes, position, result.row

@@ -220,7 +220,7 @@ def packed_text(position: Position) -> bytes:
     """A text as safetensors: its tokens and how they were read, and the memory where it began."""
     n, log = position.n, position.log
     arrays = {"tokens": log.tokens[:n].astype(np.int32), "wrote": log.wrote[:n].astype(np.uint8)}
-    if (log.segment[:n] != TOKEN).any():
+    if (log.segment[:n] != TOKEN).any() or log.begins[:n].any():
         arrays |= {"segment": log.segment[:n], "begins": log.begins[:n].astype(np.uint8)}
     first = next(iter(position.checkpoints), None)
     about = {"floor": position.floor, "fresh": position.fresh}

@@ -46,7 +46,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     p.n_head               = 1 + from.below(3);
     p.n_seqs               = 1 + from.below(3);
     p.lambda               = from.below(3);
-    p.flags                = from.below(16);
+    p.flags                = from.below(32);
+    if (p.flags & GGML_DELTAMEM_SEGMENTS) {
+        p.flags &= ~GGML_DELTAMEM_DEFERRED; // GGML_ASSERT
+    }
 
     const int64_t n_tokens = from.below(70), n_slots = 1 + from.below(6);
     const int64_t n_record = ggml_deltamem_n_record(&p), n_slot = p.n_head * n_record;
