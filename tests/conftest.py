@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from golden_data import lay_out
 from skip_limits import pytest_addoption, pytest_configure  # noqa: F401 - hooks of pytest
 from warm_converter import warm
 
+DEFERRED = "msw4_deferred"
 ROOT = Path(__file__).resolve().parent.parent
 pytest.register_assert_rewrite("page_browser")  # a plugin that tests also import
 
@@ -33,8 +36,26 @@ def golden_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def adapter(golden_dir, tmp_path_factory):
-    """adapter(arch, case, outtype="f32"): that golden checkpoint as adapter GGUF, converted once per session."""
+def checkpoint(golden_dir, tmp_path_factory):
+    """checkpoint(arch, case): the folder of that golden checkpoint; "msw4_deferred": msw4_qo with deferred writes."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def find(arch: str, case: str) -> Path:
+        if case != DEFERRED:
+            return golden_dir / arch / case
+        if not (made := folder / arch).exists():
+            shutil.copytree(golden_dir / arch / "msw4_qo", made, ignore=shutil.ignore_patterns("*.npz"))
+            config = made / "delta_mem_config.json"
+            fields = {**json.loads(config.read_text()), "memory_write_granularity": "token_deferred"}
+            config.write_text(json.dumps(fields))
+        return made
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def adapter(golden_dir, checkpoint, tmp_path_factory):
+    """adapter(arch, case, outtype="f32"): that checkpoint as adapter GGUF, converted once per session."""
     from pydeltamem.convert.adapter import write_adapter
     from pydeltamem.formats.base_model import Base
     from pydeltamem.formats.checkpoint import Checkpoint
@@ -45,7 +66,7 @@ def adapter(golden_dir, tmp_path_factory):
         out = folder / f"{arch}-{case}-{outtype}.gguf"
         if not out.exists():
             base = Base(golden_dir / arch / "base-f32.gguf")
-            write_adapter(Checkpoint(golden_dir / arch / case), base, out, outtype)
+            write_adapter(Checkpoint(checkpoint(arch, case)), base, out, outtype)
         return out
 
     return convert

@@ -550,14 +550,15 @@ async def test_a_text_that_does_not_fit_a_smaller_context_leaves_its_memory(make
         assert answer.committed.tokens_written == before.tokens + len(text_of(service))
 
 
-async def test_a_text_that_was_written_in_segments_comes_back(make_llm, tmp_path):
+@pytest.mark.parametrize("case", ["ssw_message", "msw4_deferred"])
+async def test_a_text_that_was_written_in_segments_or_turns_comes_back(make_llm, tmp_path, case):
     """After a restart the memory is as it would be without one, forwards and backwards."""
 
     async def said(n_servers):
         store, messages = f"sqlite:///{tmp_path / f'{n_servers}.db'}", []
         told = ["hello there", "my name is Ada", "and yours"]
         for i in range(n_servers):
-            async with AsyncDeltaMem(make_llm("ssw_message", **F32), Store(store)) as service:
+            async with AsyncDeltaMem(make_llm(case, **F32), Store(store)) as service:
                 for text in told if n_servers == 1 else told[i : i + 1]:
                     messages.append(user(text))
                     await say(service, messages)

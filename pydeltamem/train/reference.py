@@ -278,7 +278,9 @@ class DeltaMem(nn.Module):
 
         Tokens with id -1 do not write. All tokens read the state as it was before the ingest. At the end of the block
         each segment writes the mean of its tokens once, in the order of the ids. An exception drops the ingest. With
-        token granularity the other tokens write one by one, as without ids.
+        token granularity the other tokens write one by one, as without ids. Where writes are deferred, the ingest is a
+        turn: the other tokens write one by one, and all read the state as it was before; each call without ids is a
+        turn of its own.
 
         Raises InputError if the calls have not as many tokens as there are ids.
         """
@@ -362,6 +364,13 @@ class DeltaMem(nn.Module):
         ids = ingest.take(i, *h.shape[:2]).to(h.device) if ingest else None
         writes = torch.full(h.shape[:2], self.write, device=h.device) if ids is None else (ids >= 0) & self.write
         values = memory.activate(projected, writes)
+        if self.config.deferred:
+            before = self._state_of(i, values[0])
+            if ingest:
+                before = ingest.before.setdefault(i, before)
+            if self.write:
+                self._run(i, values)
+            return torch.einsum("bhij,bthj->bthi", before, values[0]).flatten(2)
         by_segment = ingest is not None and self.config.memory_write_granularity != "token"
         if self.write and not by_segment:
             return self._run(i, values).flatten(2)
@@ -387,7 +396,9 @@ class DeltaMem(nn.Module):
 
 
 class _Ingest:
-    """What segments gather before they write: a sum of projections per layer and segment."""
+    """What segments gather before they write: a sum of projections per layer and segment. Where writes are deferred,
+    the state of each layer before the turn.
+    """
 
     def __init__(self, ids: Tensor, n_layer: int):
         self.ids = ids
@@ -396,6 +407,7 @@ class _Ingest:
         self.index, self.n_segment = index - negative, len(known) - negative  # in the order of the ids
         self.done = [0] * n_layer
         self.sums: list[Tensor | None] = [None] * n_layer
+        self.before: dict[int, Tensor] = {}
 
     def take(self, i: int, n_batch: int, n_token: int) -> Tensor:
         """The segment indices of layer i's next tokens, [B, T]; below 0: no segment."""
