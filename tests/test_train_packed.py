@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -174,6 +175,44 @@ def test_a_text_that_is_rehearsed():
             asked = torch.tensor([question + answer[:-1]])
             expected = model(asked, past_key_values=cache if example.visible else None).logits[0, -len(answer) :]
             torch.testing.assert_close(next(rows), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("by_turn", [False, True])
+def test_deferred_writes(by_turn):
+    """Each turn reads what the turns before it wrote. A text that reads nothing is computed without a gradient."""
+    model, memory = make("llama", memory_write_granularity="token_deferred")
+    given = []
+    for i, example in enumerate(examples((True, False, False))):
+        n = len(example.earlier)
+        cuts = [cut for cut in (1, n // 2) if 0 < cut < n] if by_turn else []
+        given.append(replace(example, turns=tuple(cuts), rehearsed=i == 2))
+    packed = PackedBatch.of(given, deferred=True)
+    assert packed.n_frozen == sum(len(e.earlier) for e in given if not (e.visible or e.turns)) > 0
+    logits = PackedModel(model, memory).logits(packed)
+    expected = []
+    for example in given:
+        for question, _, answer in example.asks:
+            memory.reset()
+            for _ in range(2 if example.rehearsed else 1):
+                cache = None
+                for begin, end in itertools.pairwise([0, *example.turns, len(example.earlier)]):
+                    turn = torch.tensor([example.earlier[begin:end]])
+                    cache = model(turn, past_key_values=cache, use_cache=True).past_key_values
+            asked = torch.tensor([question + answer[:-1]])
+            out = model(asked, past_key_values=cache if example.visible else None)
+            expected.append(out.logits[0, -len(answer) :])
+    expected = torch.cat(expected)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+    above = random(*logits.shape, grad=False)
+    for values in (logits, expected):
+        memory.zero_grad()
+        (values * above).sum().backward()
+        found = gradients(memory)
+        if values is logits:
+            first = {name: gradient.clone() for name, gradient in found.items()}
+    assert first.keys() == found.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(first[name], gradient, rtol=0, atol=2e-4 * gradient.abs().max().item())
 
 
 def test_a_teacher_reads_the_text_and_has_no_memory():
@@ -410,10 +449,11 @@ def test_attention_of_large_scores_in_bfloat16(monkeypatch):
         assert (found - expected).norm() < 0.012 * expected.norm()
 
 
+@pytest.mark.parametrize("source", [None, [-1, 0, 0, 1, 2]], ids=["at once", "deferred"])
 @pytest.mark.parametrize("rank", [1, 8, 16, 5])
-def test_recurrence(monkeypatch, rank):
+def test_recurrence(monkeypatch, rank, source):
     """Runs that start from each other, one of them empty: kernel, plain form and the token-by-token reference."""
-    runs = kernels.Runs([0, 6, 6, 9, 14], [6, 6, 9, 14, 20], [-1, 0, 1, 1, -1])
+    runs = kernels.Runs([0, 6, 6, 9, 14], [6, 6, 9, 14, 20], [-1, 0, 1, 1, -1], source)
     values = [random(20, 3, rank) for _ in range(3)]
     values[0], values[1] = (torch.nn.functional.normalize(x.detach(), dim=-1).requires_grad_() for x in values[:2])
     values += [torch.rand(20, 3, rank).requires_grad_() for _ in range(3)]
@@ -423,10 +463,13 @@ def test_recurrence(monkeypatch, rank):
 
     monkeypatch.setattr(kernels, "FORCE_PLAIN", False)
     reads, last = kernels.recurrence(runs, [x.detach() for x in values]), []
-    for begin, end, parent in zip(runs.begin, runs.end, runs.parent):
+    for j, (begin, end, parent) in enumerate(zip(runs.begin, runs.end, runs.parent)):
         state = torch.zeros(1, 3, rank, rank) if parent < 0 else last[parent]
         if end > begin:
             expected, state = token_by_token(state, *(x.detach()[None, begin:end] for x in values))
+            if source:
+                read = torch.zeros_like(state) if source[j] < 0 else last[source[j]]
+                expected = torch.einsum("bhij,bthj->bthi", read, values[0].detach()[None, begin:end])
             torch.testing.assert_close(reads[begin:end], expected[0], rtol=0, atol=2e-5)
         last.append(state)
 

@@ -37,6 +37,10 @@ def _add_adapter(adapter: argparse._ArgumentGroup) -> None:
         help="what writes: every token (tsw), the mean of a message (ssw), every token to several heads (msw); default:"
         " tsw, or that of --init",
     )  # fmt: skip
+    adapter.add_argument(
+        "--defer", action="store_true",
+        help="a turn, a message with its reply, reads what the turns before it wrote, and nothing of itself",
+    )  # fmt: skip
     adapter.add_argument("--rank", type=positive, metavar="R", help="rank of the state (8)")
     adapter.add_argument("--heads", type=positive, metavar="H", help="state heads (1; 4 for msw)")
     adapter.add_argument("--corrections", metavar="QKVO", help="projections to correct (qo)")
@@ -96,6 +100,11 @@ def _add_conversations(conversations: argparse._ArgumentGroup) -> None:
     conversations.add_argument(
         "--rehearse", type=probability, default=Options.rehearse, metavar="P",
         help="share of the conversations that are rehearsed, so written twice, before their text goes (%(default)s)",
+    )  # fmt: skip
+    conversations.add_argument(
+        "--by-turn", type=probability, default=Options.by_turn, metavar="P",
+        help="for deferred writes: share of the conversations each of whose turns reads the turns before it, as in a"
+        " chat; the others are read as one turn (%(default)s)",
     )  # fmt: skip
     conversations.add_argument(
         "--short-first", type=share, default=Options.short_first, metavar="X",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 import zlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class Example:
     continued: list[list[int]]  # for each ask the question as it follows earlier turns whose text stays
     visible: bool = False  # whether the text stays
     ask_writes: bool = True  # whether questions and answers write
+    turns: tuple[int, ...] = ()  # where turns after the first begin, if writes are deferred: each reads those before it
     rehearsed: bool = False  # whether the text is decoded and written once more before it goes
     keep: bool = False  # whether the answers are the frozen model's, whose distribution is to stay
 
@@ -194,9 +196,10 @@ class Conversations:
             raise ValueError("the chat template makes no token of a question")
         if not all(ask.answer for messages, ask in zip(asks, asked) if messages[-1]["role"] == "assistant"):
             raise ValueError("the chat template makes no token of an answer")
-        return Example(
-            ids[-self.max_tokens :], segments[-self.max_tokens :], asked, continued, line.visible, keep=line.keep
-        )
+        kept, segments = ids[-self.max_tokens :], segments[-self.max_tokens :]
+        users = [i for i, message in enumerate(earlier) if message["role"] == "user"][1:]
+        turns = tuple(sorted({n for i in users if 0 < (n := bisect_left(segments, i)) < len(kept)}))
+        return Example(kept, segments, asked, continued, line.visible, keep=line.keep, turns=turns)
 
     def _segmented(self, messages: Messages, ids: list[int] | None = None) -> tuple[list[int], list[int]]:
         """Tokens, and for each token the message that it belongs to. ids: of messages that others follow."""

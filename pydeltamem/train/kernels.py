@@ -33,18 +33,32 @@ Span = tuple[int, int, "Tensor | None"]  # tokens [begin, end) of one text; who 
 class Runs:
     """Runs of tokens, each of which reads and writes a state. Run j has the tokens [begin[j], end[j]), and starts from
     the state at the end of run parent[j] < j (-1: an empty state). Every token belongs to one run.
+
+    source: for deferred writes. All tokens of run j read the state at the end of run source[j] < j (-1: an empty one).
+    None: each reads what all tokens before it have written.
     """
 
     begin: Sequence[int]
     end: Sequence[int]
     parent: Sequence[int]
+    source: Sequence[int] | None = None
 
 
 def recurrence(runs: Runs, values: Sequence[Tensor]) -> Tensor:
     """The reads [N, H, r] of tokens with q, k, v, keep, erase and write, each float32 [N, H, r]."""
     if _native(*values) and values[0].dtype == torch.float32:
-        return _Recurrence.apply(runs, *values)
+        reads, last = _Recurrence.apply(runs, *values)
+        return reads if runs.source is None else _deferred(runs, values[0], last.mT)
     return recurrence_plain(runs, values)
+
+
+def _deferred(runs: Runs, q: Tensor, last: Tensor) -> Tensor:
+    """The reads [N, H, r] where writes are deferred. last: the states [runs, H, r, r] at the ends of runs."""
+    assert runs.source is not None
+    lengths = torch.tensor([end - begin for begin, end in zip(runs.begin, runs.end)], device=q.device)
+    source = torch.tensor(runs.source, device=q.device).repeat_interleave(lengths)  # of each token
+    read = torch.einsum("nhij,nhj->nhi", last[source.clamp_min(0)], q)
+    return torch.where((source < 0)[:, None, None], 0.0, read)
 
 
 def recurrence_plain(runs: Runs, values: Sequence[Tensor]) -> Tensor:
@@ -75,12 +89,14 @@ def recurrence_plain(runs: Runs, values: Sequence[Tensor]) -> Tensor:
         reads = reads.index_put((token[there],), read[there])
         for row, j in enumerate(here):
             last[j] = after[row]
-    return reads
+    return reads if runs.source is None else _deferred(runs, values[0], torch.stack(last))
 
 
 class _Recurrence(torch.autograd.Function):
+    # The reads, and the states [runs, H, r, r] at the ends of runs, column-major.
+
     @staticmethod
-    def forward(ctx: Any, runs: Runs, *values: Tensor) -> Tensor:
+    def forward(ctx: Any, runs: Runs, *values: Tensor) -> tuple[Tensor, Tensor]:
         values = tuple(x.contiguous() for x in values)
         n_token, n_head, rank = values[0].shape
         ctx.runs, like = _CRuns.of(runs, n_head, rank), values[0]
@@ -89,13 +105,13 @@ class _Recurrence(torch.autograd.Function):
         last = like.new_empty(len(runs.begin), n_head, rank, rank)
         _call("recurrence", ctypes.byref(ctx.runs), *values, reads, states, change, last)
         ctx.save_for_backward(states, change, *values)
-        return reads
+        return reads, last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_reads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_reads: Tensor, d_last: Tensor) -> tuple[Any, ...]:
         states, change, *values = ctx.saved_tensors
-        d_last = states.new_zeros(ctx.runs.n_runs, *states.shape[1:])
+        d_last = d_last.clone(memory_format=torch.contiguous_format)  # it becomes workspace
         found = [torch.zeros_like(x) for x in values]
         _call(
             "recurrence_back", ctypes.byref(ctx.runs), *values, states, change, d_reads.contiguous(), d_last, *found

@@ -42,6 +42,7 @@ class Objective:
         for option, given in (
             ("--form packed", options.form == "packed"), ("--visible", options.visible), ("--teacher", options.teacher),
             ("--gate-weight", options.gate_weight), ("--ask-writes", options.ask_writes < 1),
+            ("--defer without --by-turn 0", self.memory.config.deferred and options.by_turn),
         ):  # fmt: skip
             if given:
                 raise InputError(f"{option}: needs the packed form of a step: {reason or '--form is padded'}")
@@ -99,7 +100,7 @@ class Objective:
         writes.
         """
         if self.packed:
-            packed = PackedBatch.of(examples, self.options.device)
+            packed = PackedBatch.of(examples, self.options.device, deferred=self.memory.config.deferred)
             for begin, end in packed.told if empty else ():
                 packed.writes[begin:end] = False
             return self.packed.logits(packed).float(), packed.targets

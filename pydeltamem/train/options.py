@@ -49,7 +49,7 @@ class Options:
     data: str  # JSON lines
     out: str  # directory of the PyTorch checkpoint
 
-    # the adapter; with --init only strategy and write_bias apply, the rest is as in that PyTorch checkpoint
+    # the adapter; with --init only strategy, defer and write_bias apply, the rest is as in that PyTorch checkpoint
     strategy: str | None = None
     rank: int | None = None
     heads: int | None = None
@@ -58,6 +58,7 @@ class Options:
     alpha: float | None = None
     write_bias: float | None = None
     update: str | None = None
+    defer: bool = False
     heads_gain: float | None = None
     start: str | None = None
     init: str | None = None
@@ -78,6 +79,7 @@ class Options:
     visible: float = 0.0
     ask_writes: float = 1.0
     rehearse: float = 0.0
+    by_turn: float = 1.0
     wording: float = 1.0
     first_told: float = 1.0
     teacher: str | None = None
@@ -106,6 +108,10 @@ class Options:
             value = getattr(self, name)
             if value != getattr(Options, name) and not getattr(self, needed):
                 raise InputError(f"{flag(name)} {value}: there is no {flag(needed)}: name it")
+        if self.defer and self.strategy == "ssw":
+            raise InputError(
+                "--defer: a segment of --strategy ssw writes after its message anyway: leave out one of them"
+            )
         if self.micro_batch and self.micro_batch > self.batch:
             raise InputError(f"--micro-batch {self.micro_batch}: is more than --batch {self.batch}: lower it")
         if self.micro_batch and self.gate_weight:
@@ -126,6 +132,8 @@ class Options:
         from .reference import DeltaMemConfig  # which loads torch
 
         granularity, heads = STRATEGIES[self.strategy or "tsw"]
+        if self.defer:
+            granularity = "token_deferred"
         return DeltaMemConfig(
             rank=self.rank or 8,
             alpha=self.alpha or 16.0,

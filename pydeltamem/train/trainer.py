@@ -93,6 +93,8 @@ class Trainer:
             self.memory = DeltaMem(self.model, config, recurrence=form)
             if options.heads_gain:
                 start_from_heads(self.memory, self.model, options.heads_gain)
+        if options.by_turn < 1 and not self.memory.config.deferred:
+            raise InputError(f"--by-turn {options.by_turn}: only deferred writes know turns: add --defer")
         for layer in self.memory.memories:
             layer.dropout = options.dropout
         self.memory.to(options.device)
@@ -167,6 +169,8 @@ class Trainer:
             examples = [replace(example, ask_writes=draw.random() < options.ask_writes) for example in examples]
         if options.rehearse:
             examples = [replace(example, rehearsed=draw.random() < options.rehearse) for example in examples]
+        if options.by_turn < 1:
+            examples = [e if draw.random() < options.by_turn else replace(e, turns=()) for e in examples]
         self.memory.train()
         found = self.objective.backward(examples)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip).item()
@@ -287,6 +291,7 @@ class Trainer:
                 raise InputError(
                     f"--init {options.init}: has {has} state heads, --strategy {options.strategy} has {wanted}"
                 )
+        if options.strategy or options.defer:
             granularity = config.memory_write_granularity
             self.memory.config = replace(of_checkpoint, memory_write_granularity=granularity)
         for parameters in self.memory.memories:
@@ -312,7 +317,7 @@ class Trainer:
 OF_RUN = (
     "batch", "rate", "clip", "dropout", "short_first", "max_tokens", "tail", "seed", "init", "init_gain", "heads_gain",
     "write_bias", "schedule", "warm_up", "gate_weight", "gate_mean", "visible", "wording", "teacher", "teacher_share",
-    "ask_writes", "first_told", "rehearse", "average",
+    "ask_writes", "first_told", "rehearse", "average", "by_turn",
 )  # fmt: skip
 
 
