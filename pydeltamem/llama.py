@@ -89,6 +89,8 @@ class DeltaMemLlama(Llama):
             (docs/how-to/names.md).
         deltamem_path: an adapter GGUF for that model, a name of one, or a directory as published. None: the adapter of
             a packed model. Without an adapter there is no memory, and `llm.memory` raises AdapterError.
+        defer_replies: replies read what was written before their message, and not what the message and they themselves
+            write (docs/explanation/method.md). For adapters that write per token.
         n_ctx: tokens of a text, which llama.cpp rounds up to a multiple of 256; 0: as many as the model was trained on.
             A batch (n_batch) is no larger than the context.
         n_seq_max: texts that the context holds at once: this object's own, and those of `Conversation`. The context is
@@ -145,6 +147,7 @@ class DeltaMemLlama(Llama):
         model_path: str | os.PathLike[str],
         *,
         deltamem_path: str | os.PathLike[str] | None = None,
+        defer_replies: bool = False,
         n_ctx: int = 512,
         n_seq_max: int = 1,
         rpc_servers: str | None = None,
@@ -167,6 +170,7 @@ class DeltaMemLlama(Llama):
         self._adapter: library.llama_deltamem_adapter_p | None = None
         self._adapters: list[library.llama_deltamem_adapter_p] = []  # the same, to be freed
         self._text = cast(Text, None)  # Llama.__init__ sets n_tokens before there is a text
+        self._defer_replies = defer_replies
         self._n_seq_max = n_seq_max
         self._rpc_servers = rpc_servers
         if n_ctx and "n_batch" in kwargs:  # as llama.cpp does; llama_cpp would first make a row of logits for each
@@ -316,7 +320,12 @@ class DeltaMemLlama(Llama):
     @holding("_engine.lock")
     def _attach(self, path: str) -> None:
         """Replaces the attached adapter. If it raises AdapterError, the attached one stays."""
-        adapter = library.llama_deltamem_adapter_load(self.model, os.fsencode(path))
+        load = (
+            library.llama_deltamem_adapter_load_deferring
+            if self._defer_replies
+            else library.llama_deltamem_adapter_load
+        )
+        adapter = load(self.model, os.fsencode(path))
         if not adapter:
             raise AdapterError(naming(path, library.last_error()))
         try:
@@ -754,6 +763,7 @@ class DeltaMemLlama(Llama):
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.update(
             deltamem_path=self.deltamem_path,
+            defer_replies=self._defer_replies,
             n_ctx=state["n_ctx"] // self._n_seq_max,
             n_seq_max=self._n_seq_max,
             rpc_servers=self._rpc_servers,

@@ -17,7 +17,7 @@ from golden_data import lay_out
 from skip_limits import pytest_addoption, pytest_configure  # noqa: F401 - hooks of pytest
 from warm_converter import warm
 
-DEFERRED = "msw4_deferred"
+DEFERRED = {"msw4_deferred": "token_deferred", "msw4_replies": "reply_deferred"}
 ROOT = Path(__file__).resolve().parent.parent
 pytest.register_assert_rewrite("page_browser")  # a plugin that tests also import
 
@@ -37,17 +37,18 @@ def golden_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(golden_dir, tmp_path_factory):
-    """checkpoint(arch, case): the folder of that golden checkpoint; "msw4_deferred": msw4_qo with deferred writes."""
+    """checkpoint(arch, case): the folder of that golden checkpoint, or of msw4_qo with deferred writes (DEFERRED)."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def find(arch: str, case: str) -> Path:
-        if case != DEFERRED:
+        if case not in DEFERRED:
             return golden_dir / arch / case
-        if not (made := folder / arch).exists():
+        if not (made := folder / f"{arch}-{case}").exists():
             shutil.copytree(golden_dir / arch / "msw4_qo", made, ignore=shutil.ignore_patterns("*.npz"))
             config = made / "delta_mem_config.json"
-            fields = {**json.loads(config.read_text()), "memory_write_granularity": "token_deferred"}
-            config.write_text(json.dumps(fields))
+            config.write_text(
+                json.dumps({**json.loads(config.read_text()), "memory_write_granularity": DEFERRED[case]})
+            )
         return made
 
     return find

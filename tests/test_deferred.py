@@ -1,8 +1,10 @@
-"""Adapters whose writes are deferred: a turn reads what the turns before it wrote, and nothing of itself."""
+"""Adapters whose writes are deferred: a turn, or its reply, reads what the turns before it wrote."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import pickle
 import random
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 
 from native_context import open_context
 from pydeltamem.conversation import Conversation, say_together
-from pydeltamem.errors import InputError
+from pydeltamem.errors import AdapterError, InputError
 from pydeltamem.runtime import library
+from pydeltamem.runtime.history import REPLY
 
 N_LOGITS = N_STATE = 1e-10
 TURNS = [[5, 17, 99, 23, 42, 8, 3], [61, 7, 7, 12], [30, 31, 32, 33, 34, 35, 36, 37, 38]]
@@ -72,6 +75,44 @@ def test_a_turn_reads_nothing_of_itself(open_llm):
     assert nmse(logits_of(llm, TURNS[2]), logits_of(plain, TURNS[2])) > 1e-6
 
 
+def test_a_reply_reads_what_was_there_before_its_message(make):
+    """And its message reads, and all write, as with an adapter that defers nothing."""
+    llm, plain = (make(case, logits_all=True) for case in ("msw4_replies", "msw4_qo"))
+    for told, said in ((TURNS[0], TURNS[1]), (TURNS[2], TURNS[0])):
+        before = plain.memory.state
+        assert nmse(logits_of(llm, told), logits_of(plain, told)) <= N_LOGITS
+        after = plain.memory.state
+        assert nmse(llm.memory.state, after) <= N_STATE
+        plain.memory.state, plain.memory.write = before, False
+        for token in said:
+            assert nmse(logits_of(llm, [token]), logits_of(plain, [token])) <= N_LOGITS
+        assert np.abs(llm.memory.state - after).max() > 0
+        plain.memory.state, plain.memory.write = llm.memory.state, True
+
+
+def test_replies_of_any_adapter_can_be_deferred(make, tmp_path):
+    """Its memory file fits both ways. An adapter that defers all writes stays as it is; segments are refused."""
+    llm, other = make("msw4_qo", defer_replies=True, logits_all=True), make("msw4_replies", logits_all=True)
+    for turn in (*TURNS, [7], [9]):
+        assert nmse(logits_of(llm, turn), logits_of(other, turn)) <= N_LOGITS
+    llm.memory.save(tmp_path / "a.memory")
+    plain = make("msw4_qo")
+    plain.memory.load(tmp_path / "a.memory")
+    np.testing.assert_array_equal(plain.memory.state, llm.memory.state)
+    copy = pickle.loads(pickle.dumps(llm))
+    with contextlib.closing(copy):
+        for one in (copy, llm):
+            one.reset()
+            one.eval(TURNS[0])
+            one.eval([7])
+        assert nmse(copy.scores[copy.n_tokens - 1], llm.scores[llm.n_tokens - 1]) <= N_LOGITS
+    turned, same = make("msw4_deferred", defer_replies=True, logits_all=True), make("msw4_deferred", logits_all=True)
+    for turn in TURNS:
+        assert nmse(logits_of(turned, turn), logits_of(same, turn)) <= N_LOGITS
+    with pytest.raises(AdapterError):
+        make("ssw_message", defer_replies=True)
+
+
 def test_a_state_that_is_set_is_read_at_once(open_llm):
     llm, plain = open_llm(logits_all=True), open_llm(plain=True, logits_all=True)
     llm.eval(TURNS[0])
@@ -104,7 +145,7 @@ def test_only_such_an_adapter_has_turns(make_llm):
     assert library.llama_deltamem_turn_set(llm.ctx, 0, state.ctypes.data_as(library.float_p), state.size) < 0
 
 
-def replayed(context, conversation, seq=0):
+def replayed(context, conversation, case, seq=0):
     """The state after a conversation's text, token by token, by what its record says of turns and writes."""
     context.forget_text(seq)
     assert not library.llama_deltamem_state_reset(context.ctx, seq)
@@ -113,16 +154,19 @@ def replayed(context, conversation, seq=0):
         assert not library.llama_deltamem_set_write(context.ctx, seq, bool(position.log.wrote[i]))
         if position.log.begins[i]:
             assert not library.llama_deltamem_begin_turn(context.ctx, seq)
+        if case == "msw4_replies":
+            assert not library.llama_deltamem_set_replies(context.ctx, seq, bool(position.log.segment[i] == REPLY))
         context.decode([(int(position.log.tokens[i]), seq)])
     return context.state(seq)
 
 
+@pytest.mark.parametrize("case", ["msw4_deferred", "msw4_replies"])
 @pytest.mark.parametrize("n_batch", [16, 512])
-def test_schedules(base, adapter, open_llm, n_batch):
+def test_schedules(base, adapter, make, n_batch, case):
     """Random turns of three conversations: each memory is as if its text had been read once."""
     draw = random.Random(n_batch)
-    llm = open_llm(n_seq_max=5, n_ctx=4096, n_batch=n_batch)
-    with open_context(base(), adapter("qwen3", "msw4_deferred")) as context:
+    llm = make(case, n_seq_max=5, n_ctx=4096, n_batch=n_batch)
+    with open_context(base(), adapter("qwen3", case)) as context:
         for _ in range(6):
             talks = [Conversation(llm, n_predict=4, temp=0.0) for _ in range(3)]
             for _ in range(8):
@@ -148,14 +192,15 @@ def test_schedules(base, adapter, open_llm, n_batch):
                     getattr(talk, operation)()
                 for each in talks:
                     if each.n_tokens:
-                        assert nmse(each.memory.state, replayed(context, each)) <= N_STATE, operation
+                        assert nmse(each.memory.state, replayed(context, each, case)) <= N_STATE, operation
             for talk in talks:
                 talk.close()
 
 
-def test_a_turn_that_is_taken_back_is_read_again_as_before(open_llm):
+@pytest.mark.parametrize("case", ["msw4_deferred", "msw4_replies"])
+def test_a_turn_that_is_taken_back_is_read_again_as_before(make, case):
     """regenerate and edit go back into a turn, which then reads what it read before."""
-    llm = open_llm(n_seq_max=2, n_ctx=1024)
+    llm = make(case, n_seq_max=2, n_ctx=1024)
     with Conversation(llm, n_predict=6, temp=0.0) as one, Conversation(llm, n_predict=6, temp=0.0) as other:
         for words in ("ada lima", "who red"):
             one.say(words)
@@ -178,7 +223,9 @@ def test_turns_of_a_conversation(open_llm):
         for words in ("ada lima", "who red", "tea"):
             n = talk.n_tokens
             talk.say(words)
-            begins = np.flatnonzero(talk._text.position.log.begins[: talk.n_tokens])
+            log = talk._text.position.log
+            begins = np.flatnonzero(log.begins[: talk.n_tokens])
+            assert 0 < (log.segment[begins[-1] : talk.n_tokens] == REPLY).sum() <= 5
             assert n - 5 <= begins[-1] <= n  # a reply may be made of other tokens once it is text
         assert len(begins) == 3
         talk.clear()

@@ -32,7 +32,7 @@ def embedder(make_llm):
     return make
 
 
-@pytest.mark.parametrize("case", [None, "tsw_qo", "ssw_message", "msw4_deferred"])
+@pytest.mark.parametrize("case", [None, "tsw_qo", "ssw_message", "msw4_deferred", "msw4_replies"])
 @pytest.mark.parametrize("pooling", [NONE, MEAN, LAST, CLS])
 @pytest.mark.parametrize("n_batch", [64, 20])
 @pytest.mark.parametrize("normalize", [False, True])

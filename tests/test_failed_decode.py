@@ -36,7 +36,7 @@ TOKENS = [5, 17, 300, 42, 8, 99, 250, 11, 23, 77, 130, 64]
 FAILURES = (RuntimeError, DeltaMemError)
 
 
-@pytest.mark.parametrize("case", ["tsw_qo", "ssw_message", "msw4_deferred"])
+@pytest.mark.parametrize("case", ["tsw_qo", "ssw_message", "msw4_deferred", "msw4_replies"])
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 def test_text_and_memory_are_as_before(make_llm, case, part):
     llm = make_llm(case, n_batch=8, n_ubatch=4)

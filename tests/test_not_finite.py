@@ -142,7 +142,7 @@ def test_one_of_several(load, adapter):
 
 
 @pytest.mark.parametrize("operator", [None, "composite"])
-@pytest.mark.parametrize("case", ["tsw_qo", "ssw_message", "msw4_deferred"])
+@pytest.mark.parametrize("case", ["tsw_qo", "ssw_message", "msw4_deferred", "msw4_replies"])
 @pytest.mark.parametrize("value", [1e30, 3e38])
 def test_the_others_do_not_notice(load, adapter, monkeypatch, operator, case, value):
     """They say and learn what they would alone: one in the same batches, one that waits, and the model's own text.

@@ -550,7 +550,7 @@ async def test_a_text_that_does_not_fit_a_smaller_context_leaves_its_memory(make
         assert answer.committed.tokens_written == before.tokens + len(text_of(service))
 
 
-@pytest.mark.parametrize("case", ["ssw_message", "msw4_deferred"])
+@pytest.mark.parametrize("case", ["ssw_message", "msw4_deferred", "msw4_replies"])
 async def test_a_text_that_was_written_in_segments_or_turns_comes_back(make_llm, tmp_path, case):
     """After a restart the memory is as it would be without one, forwards and backwards."""
 

@@ -186,7 +186,7 @@ def test_deferred_writes(by_turn):
         n = len(example.earlier)
         cuts = [cut for cut in (1, n // 2) if 0 < cut < n] if by_turn else []
         given.append(replace(example, turns=tuple(cuts), rehearsed=i == 2))
-    packed = PackedBatch.of(given, deferred=True)
+    packed = PackedBatch.of(given, granularity="token_deferred")
     assert packed.n_frozen == sum(len(e.earlier) for e in given if not (e.visible or e.turns)) > 0
     logits = PackedModel(model, memory).logits(packed)
     expected = []
@@ -213,6 +213,28 @@ def test_deferred_writes(by_turn):
     assert first.keys() == found.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(first[name], gradient, rtol=0, atol=2e-4 * gradient.abs().max().item())
+
+
+def test_deferred_replies():
+    """An answer reads what was written before its question, which reads the present."""
+    model, memory = make("llama")
+    given = examples((True, False, False))
+    packed = PackedBatch.of(given, granularity="reply_deferred")
+    rows = iter(PackedModel(model, memory).logits(packed).split(packed.asks))
+    with torch.no_grad():
+        for example in given:
+            for question, _, answer in example.asks:
+                memory.reset()
+                memory.write = True
+                cache = model(torch.tensor([example.earlier]), use_cache=True).past_key_values
+                told = memory.state
+                asked = model(torch.tensor([question]), past_key_values=cache if example.visible else None)
+                expected = [asked.logits[0, -1:]]
+                memory.state, memory.write = told, False
+                if answer[:-1]:
+                    replied = model(torch.tensor([answer[:-1]]), past_key_values=asked.past_key_values)
+                    expected.append(replied.logits[0])
+                torch.testing.assert_close(next(rows), torch.cat(expected), rtol=0, atol=2e-5)
 
 
 def test_a_teacher_reads_the_text_and_has_no_memory():
@@ -449,7 +471,7 @@ def test_attention_of_large_scores_in_bfloat16(monkeypatch):
         assert (found - expected).norm() < 0.012 * expected.norm()
 
 
-@pytest.mark.parametrize("source", [None, [-1, 0, 0, 1, 2]], ids=["at once", "deferred"])
+@pytest.mark.parametrize("source", [None, [-1, 0, 0, -2, 2]], ids=["at once", "deferred"])
 @pytest.mark.parametrize("rank", [1, 8, 16, 5])
 def test_recurrence(monkeypatch, rank, source):
     """Runs that start from each other, one of them empty: kernel, plain form and the token-by-token reference."""
@@ -467,7 +489,7 @@ def test_recurrence(monkeypatch, rank, source):
         state = torch.zeros(1, 3, rank, rank) if parent < 0 else last[parent]
         if end > begin:
             expected, state = token_by_token(state, *(x.detach()[None, begin:end] for x in values))
-            if source:
+            if source and source[j] != kernels.PRESENT:
                 read = torch.zeros_like(state) if source[j] < 0 else last[source[j]]
                 expected = torch.einsum("bhij,bthj->bthi", read, values[0].detach()[None, begin:end])
             torch.testing.assert_close(reads[begin:end], expected[0], rtol=0, atol=2e-5)

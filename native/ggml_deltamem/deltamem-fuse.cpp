@@ -77,8 +77,9 @@ static void copy_states(const struct ggml_tensor * read) {
     const int64_t                     n_state = (int64_t) p.rank * p.rank;
     for (int64_t head = 0; head < p.n_head; ++head) {
         const struct deltamem_head_args args = head_args(read, 0, head);
-        // the token reads B, unless a turn begins with it
-        const bool of_turn = (p.flags & GGML_DELTAMEM_DEFERRED) && !(args.entries[1] & GGML_DELTAMEM_TOKEN_TURN);
+        // the token reads B, unless it reads the present, or a turn begins with it, which is the same
+        const int  present = GGML_DELTAMEM_TOKEN_PRESENT | GGML_DELTAMEM_TOKEN_TURN;
+        const bool of_turn = (p.flags & GGML_DELTAMEM_DEFERRED) && !(args.entries[1] & present);
         memcpy(own_states + head * n_state, args.record + (of_turn ? n_state : 0), n_state * sizeof(float));
     }
 }

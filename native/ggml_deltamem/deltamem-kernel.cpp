@@ -298,7 +298,7 @@ private:
     // the recurrence
     //
 
-    // DEFERRED: reads are of B.
+    // DEFERRED: reads are of B, but those of PRESENT.
     template <bool DEFERRED> void recur(float * s, const int32_t * entries, int n, float * read, size_t read_stride) {
         if constexpr (R == 0) {
             recur_any<DEFERRED, narrow>(s, entries, n, read, read_stride);
@@ -334,7 +334,7 @@ private:
                 const int32_t * entry = entries + t * GGML_DELTAMEM_PLAN_TOKEN;
 
                 // read = S q, or B q
-                if constexpr (DEFERRED) {
+                if (DEFERRED && !(entry[1] & GGML_DELTAMEM_TOKEN_PRESENT)) {
                     state_times<V>(column_of_base, c.q + t * R, R).store(read + entry[0] * read_stride + i0);
                 } else {
                     state_times<V>(column, c.q + t * R, R).store(read + entry[0] * read_stride + i0);
@@ -392,7 +392,7 @@ private:
                 const int32_t * entry = entries + t * GGML_DELTAMEM_PLAN_TOKEN;
 
                 // read = S q, or B q
-                if constexpr (DEFERRED) {
+                if (DEFERRED && !(entry[1] & GGML_DELTAMEM_TOKEN_PRESENT)) {
                     state_times<V>(column_of_base, c.q + t * rank, rank).store(out);
                 } else {
                     state_times<V>(column, c.q + t * rank, rank).store(out);

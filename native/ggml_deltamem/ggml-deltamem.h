@@ -11,7 +11,8 @@
 //     read   = S q                                          the state before this token's write
 //     S_i,: <- keep_i S_i,: + (write_i v_i - erase_i (S k)_i) kᵀ
 //
-// With DEFERRED, read = B q, where B is the state as it was when the token's turn began.
+// With DEFERRED, read = B q, where B is the state as it was when the token's turn began; but of tokens that read the
+// PRESENT, as above.
 //
 // No row i of S depends on another, so S is stored column-major (i contiguous): a column is one vector load.
 //
@@ -37,7 +38,7 @@ enum ggml_deltamem_flags {
     GGML_DELTAMEM_RANKWISE_GATES = 1 << 1, // one gate per row [H, r]; one per head [H] otherwise
     GGML_DELTAMEM_LAMBDA_OUTSIDE = 1 << 2, // erase = λ β; β otherwise
     GGML_DELTAMEM_SEGMENTS       = 1 << 3, // the record has room for segment writes (see below)
-    GGML_DELTAMEM_DEFERRED       = 1 << 4, // writes are read from the next turn on; not with SEGMENTS
+    GGML_DELTAMEM_DEFERRED       = 1 << 4, // the record has room for what a turn reads; not with SEGMENTS
 };
 
 struct ggml_deltamem_params {
@@ -50,6 +51,7 @@ struct ggml_deltamem_params {
 
 // What a token of the plan does besides reading. Bits combine. In the order of execution, with the read after BEGIN:
 //     TURN        a turn begins: B <- S
+//     PRESENT     the read is S q, not B q
 //     BEGIN       an ingest begins: pending <- S, sum <- 0, count <- 0
 //     WRITE       a token write: S <- the update above with this token's projections
 //     SEGMENT     a new segment begins: write the mean, sum / count, to pending; sum <- 0, count <- 0
@@ -62,6 +64,7 @@ enum ggml_deltamem_token {
     GGML_DELTAMEM_TOKEN_ACCUMULATE = 1 << 3,
     GGML_DELTAMEM_TOKEN_COMMIT     = 1 << 4,
     GGML_DELTAMEM_TOKEN_TURN       = 1 << 5,
+    GGML_DELTAMEM_TOKEN_PRESENT    = 1 << 6,
 };
 
 // The bits above those: 1 + the slot that S is copied to at the end, a checkpoint; 0 for none. No other sequence of the

@@ -499,7 +499,9 @@ ggml_deltamem_params read_params(const reader & file, llama_deltamem_granularity
                    (granularity == LLAMA_DELTAMEM_MESSAGE_MEAN || granularity == LLAMA_DELTAMEM_SENTENCE_MEAN
                             ? GGML_DELTAMEM_SEGMENTS
                             : 0) |
-                   (granularity == LLAMA_DELTAMEM_TOKEN_DEFERRED ? GGML_DELTAMEM_DEFERRED : 0);
+                   (granularity == LLAMA_DELTAMEM_TOKEN_DEFERRED || granularity == LLAMA_DELTAMEM_REPLY_DEFERRED
+                            ? GGML_DELTAMEM_DEFERRED
+                            : 0);
     return params;
 }
 
@@ -620,14 +622,23 @@ private:
 
 } // namespace
 
-llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const std::string & path) : model(model) {
-    static const char * const granularities[] = { "token", "message_mean", "sentence_mean", "token_deferred" };
+llama_deltamem_weights::llama_deltamem_weights(const llama_model & model, const std::string & path,
+                                               bool defers_replies) :
+    model(model) {
+    static const char * const granularities[] = { "token", "message_mean", "sentence_mean", "token_deferred",
+                                                  "reply_deferred" };
 
     const reader file(path);
     check_base(file, model);
     granularity = (llama_deltamem_granularity) file.choice("deltamem.write_granularity", granularities);
-    params      = read_params(file, granularity);
-    meta        = file.meta();
+    if (defers_replies && granularity == LLAMA_DELTAMEM_TOKEN) {
+        granularity = LLAMA_DELTAMEM_REPLY_DEFERRED;
+    }
+    if (defers_replies && granularity < LLAMA_DELTAMEM_TOKEN_DEFERRED) {
+        file.fail("writes per segment: only of an adapter that writes per token can replies be deferred");
+    }
+    params = read_params(file, granularity);
+    meta   = file.meta();
 
     const corrected_heads heads(file);
     const bool            has_o_norm = heads.o && file.has("deltamem.o_norm_epsilon");

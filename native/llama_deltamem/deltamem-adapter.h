@@ -48,7 +48,7 @@ struct llama_deltamem_weights {
     std::vector<ggml_backend_buffer_ptr> bufs;
 
     // Throws std::runtime_error with a sentence that names the file.
-    llama_deltamem_weights(const llama_model & model, const std::string & path);
+    llama_deltamem_weights(const llama_model & model, const std::string & path, bool defers_replies);
 
     size_t n_bytes() const;
 };

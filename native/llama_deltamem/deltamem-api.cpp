@@ -77,15 +77,23 @@ template <typename F> static int32_t for_sequences(const llama_context * ctx, ll
 // adapters
 //
 
-llama_deltamem_adapter * llama_deltamem_adapter_load(const llama_model * model, const char * path) {
+static llama_deltamem_adapter * load_adapter(const llama_model * model, const char * path, bool defers_replies) {
     llama_deltamem_adapter * adapter = nullptr;
     guarded([&] {
         check_given(model, "the model to load an adapter for");
         check_given(path, "the path of the adapter to load");
-        adapter = new llama_deltamem_adapter { std::make_shared<llama_deltamem_weights>(*model, path) };
+        adapter = new llama_deltamem_adapter { std::make_shared<llama_deltamem_weights>(*model, path, defers_replies) };
         return 0;
     });
     return adapter;
+}
+
+llama_deltamem_adapter * llama_deltamem_adapter_load(const llama_model * model, const char * path) {
+    return load_adapter(model, path, false);
+}
+
+llama_deltamem_adapter * llama_deltamem_adapter_load_deferring(const llama_model * model, const char * path) {
+    return load_adapter(model, path, true);
 }
 
 void llama_deltamem_adapter_free(llama_deltamem_adapter * adapter) {
@@ -392,6 +400,17 @@ bool llama_deltamem_get_write(const llama_context * ctx, llama_seq_id seq_id) {
         return 0;
     });
     return write;
+}
+
+int32_t llama_deltamem_set_replies(llama_context * ctx, llama_seq_id seq_id, bool replies) {
+    return guarded([&] {
+        llama_deltamem_context & deltamem = attached(ctx, seq_id);
+        if (!deltamem.defers_replies()) {
+            throw std::runtime_error("this adapter's replies read as its messages do");
+        }
+        deltamem.set_replies(seq_id, replies);
+        return 0;
+    });
 }
 
 int32_t llama_deltamem_begin_turn(llama_context * ctx, llama_seq_id seq_id) {

@@ -215,6 +215,9 @@ void llama_deltamem_context::make_plan(const llama_ubatch & ubatch, std::vector<
             if (sq.begins_turn && sq.n_planned == 1) {
                 bits |= GGML_DELTAMEM_TOKEN_TURN;
             }
+            if (defers_replies() && !sq.replies) {
+                bits |= GGML_DELTAMEM_TOKEN_PRESENT;
+            }
 
             if (!current.checkpoints.empty()) {
                 const auto & marks = current.checkpoints;

@@ -44,6 +44,8 @@ struct llama_deltamem_context {
 
     bool get_write(llama_seq_id seq_id) const { return sequences[seq_id].write; }
     void set_write(llama_seq_id seq_id, bool write) { sequences[seq_id].write = write; }
+    bool defers_replies() const { return weights->granularity == LLAMA_DELTAMEM_REPLY_DEFERRED; }
+    void set_replies(llama_seq_id seq_id, bool replies) { sequences[seq_id].replies = replies; }
     void set_begins_turn(llama_seq_id seq_id, bool begins) { sequences[seq_id].begins_turn = begins; }
     bool begins_turn(llama_seq_id seq_id) const { return sequences[seq_id].begins_turn; }
     void abandon_ingest(llama_seq_id seq_id) { sequences[seq_id].ingest = {}; }
@@ -94,6 +96,7 @@ private:
         bool          write = true;
         bool          torn  = false; // a batch that failed, or has not ended, has written the state of some layers
         bool          begins_turn = false; // with its next token
+        bool          replies     = false; // whether its tokens are of a reply
         struct ingest ingest;
 
         // its tokens in the current batch, and how many of them the micro-batches so far had; these keep their order

@@ -29,6 +29,7 @@ enum llama_deltamem_granularity {
     LLAMA_DELTAMEM_MESSAGE_MEAN   = 1, // SSW: one write per segment, of the mean over its tokens
     LLAMA_DELTAMEM_SENTENCE_MEAN  = 2, // SSW, segments are sentences
     LLAMA_DELTAMEM_TOKEN_DEFERRED = 3, // every token writes, and is read from the next turn on
+    LLAMA_DELTAMEM_REPLY_DEFERRED = 4, // every token writes; a reply reads what was written before its turn
 };
 
 struct llama_deltamem_adapter;
@@ -45,6 +46,11 @@ LLAMA_API const char * llama_deltamem_last_error(void);
 // The model must outlive the adapter.
 LLAMA_API struct llama_deltamem_adapter * llama_deltamem_adapter_load(const struct llama_model * model,
                                                                       const char *               path);
+
+// As llama_deltamem_adapter_load; replies read what was written before their turn (LLAMA_DELTAMEM_REPLY_DEFERRED). Fails for an
+// adapter that writes per segment, and changes nothing where all writes are deferred.
+LLAMA_API struct llama_deltamem_adapter * llama_deltamem_adapter_load_deferring(const struct llama_model * model,
+                                                                                const char *               path);
 
 // Frees the handle, if it is not NULL. Contexts that the adapter is attached to keep its weights.
 LLAMA_API void llama_deltamem_adapter_free(struct llama_deltamem_adapter * adapter);
@@ -168,10 +174,14 @@ LLAMA_API bool    llama_deltamem_get_write(const struct llama_context * ctx, lla
 LLAMA_API int32_t llama_deltamem_set_segments(struct llama_context * ctx, const int32_t * segments, const int8_t * ends,
                                               int32_t n_tokens);
 
-// For an adapter whose writes are deferred: the next token of the sequence begins a turn. It and all tokens after it read
-// the state as it is before it, until another turn begins. Call it before each message that is to read those before it.
-// Returns 0, or -1 for any other adapter.
+// For an adapter whose writes are deferred: the next token of the sequence begins a turn. Tokens that read the turn's state
+// read the state as it is before that one, until another turn begins. Call it before each message that is to read those
+// before it. Returns 0, or -1 for any other adapter.
 LLAMA_API int32_t llama_deltamem_begin_turn(struct llama_context * ctx, llama_seq_id seq_id);
+
+// For LLAMA_DELTAMEM_REPLY_DEFERRED: whether tokens of the sequence read the turn's state, as those of a reply, or the present
+// one, as those of a message (the default). Returns 0, or -1 for any other adapter.
+LLAMA_API int32_t llama_deltamem_set_replies(struct llama_context * ctx, llama_seq_id seq_id, bool replies);
 
 // What the present turn of a sequence reads, as llama_deltamem_state_set: for a text that goes back into a turn. Returns 0,
 // or -1 for an adapter whose writes are not deferred.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from ..convert.adapter import OUTTYPES, layers_of, write_adapter
 from ..convert.hf import convert_base
+from ..errors import InputError
 from ..formats.base_model import Base
 from ..formats.checkpoint import Checkpoint
 from ..formats.description import writes_of
@@ -30,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the adapter to write")
     parser.add_argument("--outtype", choices=sorted(OUTTYPES), default="f32", help="type of the weights (default: f32)")
+    parser.add_argument(
+        "--defer-replies",
+        action="store_true",
+        help="a reply reads what was written before its message, not what the message and the reply itself write",
+    )
     parser.add_argument("--name", help="name to record in the file (default: that of the directory)")
 
 
@@ -54,6 +61,13 @@ def run(args: argparse.Namespace) -> int:
         name = name or repository(args.checkpoint).rpartition("/")[2]
         args.checkpoint = fetch(args.checkpoint)
     checkpoint, base = Checkpoint(args.checkpoint), _base(args.base, args.outfile)
+    if args.defer_replies:
+        if checkpoint.config.memory_write_granularity not in ("token", "reply_deferred"):
+            raise InputError(
+                f"--defer-replies: {checkpoint.directory} writes "
+                f"{writes_of(checkpoint.config.memory_write_granularity)}: leave it out"
+            )
+        checkpoint.config = replace(checkpoint.config, memory_write_granularity="reply_deferred")
     write_adapter(checkpoint, base, args.outfile, args.outtype, name)
 
     config, n_layer = checkpoint.config, len(layers_of(checkpoint, base))

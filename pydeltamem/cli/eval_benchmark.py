@@ -29,6 +29,7 @@ from ..runtime.devices import gpu_names
 from ..version import __version__
 from .model_options import (
     ADAPTER_HELP,
+    DEFER_HELP,
     MODEL_HELP,
     add_context_arguments,
     add_eval_arguments,
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answer-writes", choices=tuple(WRITES), default="published",
         help="whether question and answer write (%(default)s: on in context, off in memory)",
     )  # fmt: skip
+    parser.add_argument("--defer-replies", action="store_true", help=DEFER_HELP)
     parser.add_argument(
         "--rehearse", action="store_true",
         help="protocol memory: the text is decoded and written twice before it is dropped",
@@ -185,6 +187,7 @@ def _options_in_setup(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "answer_writes": args.answer_writes,
         "rehearse": args.rehearse,
+        "defer_replies": args.defer_replies,
         "kinds": args.kinds and ",".join(args.kinds),
         "limit": args.limit,
         "shard": "/".join(map(str, args.shard)),
@@ -210,7 +213,7 @@ def _opening(
         with ended_by_ctrl_c():
             asker = Asker(
                 model, lora=args.lora if lora else None, n_ctx=n_ctx, threads=args.threads, parallel=args.parallel,
-                shares=not args.no_sharing, memory=memory, **context_options(args),
+                shares=not args.no_sharing, memory=memory, defer_replies=args.defer_replies, **context_options(args),
             )  # fmt: skip
         bar.start()
         return asker

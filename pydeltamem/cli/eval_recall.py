@@ -31,6 +31,7 @@ from ..runtime.cpus import cpu_name
 from ..version import __version__
 from .model_options import (
     ADAPTER_HELP,
+    DEFER_HELP,
     MODEL_HELP,
     add_eval_arguments,
     add_unpack,
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answer-writes", choices=("on", "off"), default="on",
         help="whether a question and its answer write their copy of the memory, as in a chat (%(default)s)",
     )  # fmt: skip
+    parser.add_argument("--defer-replies", action="store_true", help=DEFER_HELP)
     parser.add_argument(
         "--rehearse", action="store_true", help="decode and write each conversation twice before its text goes"
     )
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         with ended_by_ctrl_c():
             reader = NativeReader(
                 path, n_ctx=n_ctx, threads=args.threads, answer_writes=args.answer_writes == "on",
-                rehearses=args.rehearse, unpack=args.unpack,
+                rehearses=args.rehearse, unpack=args.unpack, defer_replies=args.defer_replies,
             )  # fmt: skip
         try:
             n_ctx = reader.n_ctx
@@ -166,7 +168,7 @@ def _ask(
 
 def _options_in_setup(args: argparse.Namespace) -> dict[str, Any]:
     """What answers depend on and the options say as they are."""
-    names = ("distance", "n", "window", "seed", "answer_writes", "rehearse", "unpack")
+    names = ("distance", "n", "window", "seed", "answer_writes", "rehearse", "defer_replies", "unpack")
     return {**{name: getattr(args, name) for name in names}, "processor": [cpu_name()]}
 
 

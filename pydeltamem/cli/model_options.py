@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..llama import DeltaMemLlama
     from ..memory import Memory
 
+DEFER_HELP = "replies read what was written before their message, not what the message and they themselves write"
 MODEL_HELP = "model: GGUF, plain or packed, Hugging Face directory or name (deltamem pull)"
 ADAPTER_HELP = "adapter: GGUF, PyTorch directory or name (not needed for a packed model)"
 
@@ -188,6 +189,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     """Adapter and memory. Returns the group."""
     group = parser.add_argument_group("memory")
     group.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
+    group.add_argument("--defer-replies", action="store_true", help=DEFER_HELP)
     group.add_argument("--no-memory", action="store_true", help="run the plain model")
     group.add_argument("--no-write", action="store_true", help="tokens read the memory and do not write it")
     group.add_argument("--load-memory", metavar="FILE", help="start from this memory")
@@ -243,6 +245,7 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
         llm = DeltaMemLlama(
             model,
             deltamem_path=adapter,
+            defer_replies=args.defer_replies,
             lora_path=args.lora,
             n_ctx=padded(args.ctx_size),
             **running_options(args),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ..errors import InputError, RpcServerAway
-from .model_options import ADAPTER_HELP, MODEL_HELP, add_running_arguments, note, running_options
+from .model_options import ADAPTER_HELP, DEFER_HELP, MODEL_HELP, add_running_arguments, note, running_options
 from .parser import at_least, count, positive, positive_number
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("-m", "--model", required=True, metavar="FILE", help=MODEL_HELP)
     group.add_argument("--deltamem", metavar="FILE", help=ADAPTER_HELP)
+    group.add_argument("--defer-replies", action="store_true", help=DEFER_HELP)
     group.add_argument("--lora", metavar="FILE", help="LoRA adapter GGUF")
     group.add_argument(
         "-c", "--ctx-size", type=count, default=4096, metavar="TOKENS",
@@ -184,6 +185,7 @@ def _service(args: argparse.Namespace, model: str, adapter: str | None, store: S
     llm = DeltaMemLlama(
         model,
         deltamem_path=adapter,
+        defer_replies=args.defer_replies,
         lora_path=args.lora,
         n_ctx=args.ctx_size,
         n_seq_max=args.parallel,

@@ -182,7 +182,7 @@ def _check_setup(setup: Mapping[str, Any]) -> None:
     if not all(text is None or isinstance(text, str) for text in (*listed, *inner.values())):
         raise TypeError("other types")
     for name in ("version", "shard", "kinds", "limit", "seed", "n_ctx", "flash_attn", "unpack", "window", "lora",
-                 "answer_writes", "rehearse", "load_memory"):  # fmt: skip
+                 "answer_writes", "rehearse", "defer_replies", "load_memory"):  # fmt: skip
         hash(setup.get(name))
 
 

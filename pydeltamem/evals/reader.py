@@ -75,6 +75,7 @@ class NativeReader:
             training.
         rehearses: whether the memory reads each conversation twice (`Memory.rehearse`).
         unpack: which weights are multiplied in BF16, as `DeltaMemLlama` takes it.
+        defer_replies: as `DeltaMemLlama` takes it.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class NativeReader:
         answer_writes: bool = True,
         rehearses: bool = False,
         unpack: str = "none",
+        defer_replies: bool = False,
     ):
-        self.llm = opened(model, n_ctx, threads, parallel, deltamem_path=adapter, unpack=unpack)
+        options = {"deltamem_path": adapter, "defer_replies": defer_replies, "unpack": unpack}
+        self.llm = opened(model, n_ctx, threads, parallel, **options)
         self._parallel = parallel
         self._answer_writes, self.rehearses = answer_writes, rehearses
         self._opening = len(self.prompt([], ""))

@@ -252,6 +252,7 @@ def _conditions(setup: Mapping[str, Any], method: str) -> dict[str, Any]:
         "window": setup.get("window") if searches else None,
         "answer_writes": setup.get("answer_writes") if protocol else None,
         "rehearse": bool(setup.get("rehearse")) if protocol.startswith("memory") else None,
+        "defer_replies": bool(setup.get("defer_replies")) if protocol else None,
         "adapter": {**adapters, **(digests.get("adapters") or {})}.get(adapter) if protocol else None,
         "load_memory": (digests.get("load_memory") or setup.get("load_memory") or "none") if protocol else None,
         "LoRA adapter": (digests.get("lora") or setup.get("lora")) if method == LORA else None,

@@ -32,7 +32,7 @@ _MAX_FLOAT = float(np.finfo(np.float32).max)
 # Fields that decide what is computed, with the types and values that we compute.
 ANY_OF: dict[str, tuple[str, ...]] = {
     "state_update_mode": ("standard", "lambda_outside", "no_lambda"),
-    "memory_write_granularity": ("token", "message_mean", "sentence_mean", "token_deferred"),
+    "memory_write_granularity": ("token", "message_mean", "sentence_mean", "token_deferred", "reply_deferred"),
     "delta_scale_granularity": ("layer", "head"),
     "delta_scale_parameterization": ("alpha_over_rank",),
 }
@@ -131,7 +131,7 @@ class Config:
 
     @property
     def deferred(self) -> bool:
-        """Whether tokens read what was written before their turn."""
+        """Whether all tokens read what was written before their turn."""
         return self.memory_write_granularity == "token_deferred"
 
     @property

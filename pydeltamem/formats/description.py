@@ -176,6 +176,8 @@ def writes_of(granularity: str) -> str:
     """When an adapter of this deltamem.write_granularity writes, in words."""
     if granularity == "token_deferred":
         return "per token, read from the next turn on"
+    if granularity == "reply_deferred":
+        return "per token, read by replies from the next turn on"
     return f"per {granularity.replace('_', ' ')}"
 
 

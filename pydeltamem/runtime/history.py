@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 _N_OLD = 8  # older checkpoints that are kept however large a state is
 TOKEN = -2  # in place of a segment id: the token writes by itself, if it writes
+REPLY = -3  # likewise, and it is of a reply, to an adapter that defers writes
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]  # ids
 State = npt.NDArray[np.float32]  # [L, H, r, r], never changed once it is in a record
@@ -33,7 +34,7 @@ class Log:
     Attributes, of each token:
         tokens: its id.
         wrote: whether it wrote.
-        segment: its segment id, -1 for none; TOKEN if it was not read in segments.
+        segment: its segment id, -1 for none; TOKEN or REPLY if it was not read in segments.
         begins: whether an ingest in segments begins with it, or a turn, if writes are deferred.
     """
 
@@ -162,13 +163,14 @@ class Piece(NamedTuple):
     segments: npt.NDArray[np.int32] | None = None
     begins: bool = False  # whether an ingest in segments begins with it, or a turn
     ends: bool = False  # whether one ends with it
+    reply: bool = False  # whether it is of a reply, if writes are deferred
 
     def split(self, n: int) -> tuple[Piece, Piece]:
         """Its first n tokens, and the rest."""
         ids = self.segments
         return (
-            Piece(self.tokens[:n], self.write, None if ids is None else ids[:n], self.begins, False),
-            Piece(self.tokens[n:], self.write, None if ids is None else ids[n:], False, self.ends),
+            Piece(self.tokens[:n], self.write, None if ids is None else ids[:n], self.begins, False, self.reply),
+            Piece(self.tokens[n:], self.write, None if ids is None else ids[n:], False, self.ends, self.reply),
         )
 
 
@@ -208,7 +210,7 @@ class Position(NamedTuple):
 
     def ingest(self, position: int) -> int:
         """Where the ingest in segments began to which the token at `position` belongs; `position` if to none."""
-        others = np.flatnonzero(self.log.segment[: position + 1] == TOKEN)
+        others = np.flatnonzero(self.log.segment[: position + 1] <= TOKEN)
         first = int(others[-1]) + 1 if len(others) else 0
         if first > position:
             return position
@@ -221,6 +223,11 @@ class Position(NamedTuple):
         """
         n = self.n_tokens
         return len(tokens) > 1 and (n >= self.prompted or bool(self.log.begins[n]))
+
+    @property
+    def replies(self) -> bool:
+        """Whether the next token, if no turn begins with it, is of a reply: all of the latest prompt is read."""
+        return self.n_tokens >= self.prompted > 0
 
     def known(self, tokens: npt.NDArray[np.intc]) -> npt.NDArray[np.bool_] | None:
         """Which of `tokens`, the next of the text, were written here before the memory's floor. They are not written
@@ -292,21 +299,23 @@ class Position(NamedTuple):
         known: npt.NDArray[np.bool_] | None,
         write: bool,
         begins_turn: bool = False,
+        reply: bool = False,
     ) -> list[Piece]:
         """What to decode, in order, to add `tokens` to the text: first what the KV cache lacks, without writing; then
         what the memory has to read again, as the first time; then the tokens.
 
         n_kv <= n <= n_tokens. `write`: whether the tokens that are not `known` write. `begins_turn`: whether a turn
-        begins with them.
+        begins with them. `reply`: whether they are of a reply.
         """
         n_new, n_past, n_kv = len(tokens), self.n_tokens, self.n_kv
         if n_new and n_past == self.n == n_kv and segments is None and known is None:
-            return [Piece(tokens, write, begins=begins_turn)]
+            return [Piece(tokens, write, begins=begins_turn, reply=reply)]
         if known is None:
             known = np.zeros(n_new, dtype=np.bool_)
         old, log = slice(n_kv, n_past), self.log
         unread = np.arange(n_kv, n_past) >= self.n  # which old tokens the memory has not read
-        ids = np.full(n_new, TOKEN, dtype=np.int32) if segments is None else np.where(known, -1, segments)
+        alone = np.full(n_new, REPLY if reply else TOKEN, dtype=np.int32)
+        ids = alone if segments is None else np.where(known, -1, segments)
         begins = np.concatenate([log.begins[old] & unread, np.zeros(n_new, dtype=np.bool_)])
         if (segments is not None or begins_turn) and n_new:
             begins[n_past - n_kv] = True
@@ -329,7 +338,8 @@ class Position(NamedTuple):
             return self._replace(n_kv=at + n)
         log, n_old = self.log, min(n, self.n_tokens - at)
         if n_old < n:
-            ids = TOKEN if piece.segments is None else piece.segments[n_old:]
+            alone = REPLY if piece.reply else TOKEN
+            ids = alone if piece.segments is None else piece.segments[n_old:]
             wrote = piece.write if piece.segments is None else piece.write & (piece.segments[n_old:] >= 0)
             log = log.extended(self.n_tokens, piece.tokens[n_old:], wrote, ids)
             if piece.begins and n_old == 0:
@@ -349,7 +359,7 @@ class Position(NamedTuple):
             n=n_read,
             n_kv=n_read,
             n_written=n_written,
-            prompted=max(self.n_tokens, n_read) if n - n_old > 1 else self.prompted,
+            prompted=self.prompted if piece.reply or n_old == n else n_read,
             checkpoints=checkpoints,
         )
 
@@ -426,8 +436,9 @@ def _runs(
     """Cuts where tokens start or stop writing, where an ingest in segments begins or ends, where a turn begins, and
     after the first `n_read` tokens, which the memory has read already.
     """
-    in_segments = segment != TOKEN
+    in_segments, reply = segment > TOKEN, segment == REPLY
     cuts = (in_segments[1:] != in_segments[:-1]) | begins[1:] | (~in_segments[1:] & (write[1:] != write[:-1]))
+    cuts |= reply[1:] != reply[:-1]
     cuts[n_read - 1 : n_read] = True
     bounds = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(tokens)]
     for start, end in itertools.pairwise(bounds):
@@ -436,4 +447,4 @@ def _runs(
         if in_segments[start]:
             yield Piece(tokens[start:end], bool(write[start:end].any()), segment[start:end], True, True)
         else:
-            yield Piece(tokens[start:end], bool(write[start]), begins=bool(begins[start]))
+            yield Piece(tokens[start:end], bool(write[start]), begins=bool(begins[start]), reply=bool(reply[start]))

@@ -101,6 +101,7 @@ LLAMA_DELTAMEM_TOKEN = 0
 LLAMA_DELTAMEM_MESSAGE_MEAN = 1
 LLAMA_DELTAMEM_SENTENCE_MEAN = 2
 LLAMA_DELTAMEM_TOKEN_DEFERRED = 3
+LLAMA_DELTAMEM_REPLY_DEFERRED = 4
 
 float_p = ctypes.POINTER(ctypes.c_float)
 int32_p = ctypes.POINTER(ctypes.c_int32)
@@ -117,6 +118,14 @@ def llama_deltamem_last_error() -> bytes: ...
     "llama_deltamem_adapter_load", [llama_model_p_ctypes, ctypes.c_char_p], llama_deltamem_adapter_p_ctypes
 )
 def llama_deltamem_adapter_load(model: llama_model_p, path: bytes, /) -> llama_deltamem_adapter_p | None: ...
+
+
+# struct llama_deltamem_adapter * llama_deltamem_adapter_load_deferring(
+#     const struct llama_model * model, const char * path);
+@ctypes_function(
+    "llama_deltamem_adapter_load_deferring", [llama_model_p_ctypes, ctypes.c_char_p], llama_deltamem_adapter_p_ctypes
+)
+def llama_deltamem_adapter_load_deferring(model: llama_model_p, path: bytes, /) -> llama_deltamem_adapter_p | None: ...
 
 
 # void llama_deltamem_adapter_free(struct llama_deltamem_adapter * adapter);
@@ -291,6 +300,11 @@ def llama_deltamem_set_segments(
 # int32_t llama_deltamem_begin_turn(struct llama_context * ctx, llama_seq_id seq_id);
 @ctypes_function("llama_deltamem_begin_turn", [llama_context_p_ctypes, ctypes.c_int32], ctypes.c_int32)
 def llama_deltamem_begin_turn(ctx: llama_context_p, seq_id: int, /) -> int: ...
+
+
+# int32_t llama_deltamem_set_replies(struct llama_context * ctx, llama_seq_id seq_id, bool replies);
+@ctypes_function("llama_deltamem_set_replies", [llama_context_p_ctypes, ctypes.c_int32, ctypes.c_bool], ctypes.c_int32)
+def llama_deltamem_set_replies(ctx: llama_context_p, seq_id: int, replies: bool, /) -> int: ...
 
 
 # int32_t llama_deltamem_turn_set(struct llama_context * ctx, llama_seq_id seq_id, const float * src, size_t n);

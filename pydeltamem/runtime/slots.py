@@ -98,7 +98,7 @@ class Slots:
         self._shares_cells = _llama.llama_n_ctx_seq(context.ctx) == _llama.llama_n_ctx(context.ctx)
         self._shape: tuple[int, int, int, int] | None = None
         self._by_segment = False
-        self._defers = False
+        self._defers = self._defers_replies = False
         self.adapter_path = ""  # for errors
         self.n_attached = 0
         self.n_decodes = 0
@@ -122,6 +122,7 @@ class Slots:
         np.ctypeslib.as_array(fields.n_seq_id, (n_batch,))[:] = 1
         self._seq_id = [-1] * n_batch  # as in the batch
         self._writes: list[bool | None] = [None] * self._n_sequences  # as last set; None: unknown
+        self._replies: list[bool | None] = [None] * self._n_sequences  # likewise, whether tokens are of a reply
         self._states: list[State | None] = [None] * self._n_sequences  # as the context has them; None: unknown
         self._turns: list[State | None] = [None] * self._n_sequences  # likewise, what their turns read
         self._records: list[object] = [None] * self._n_sequences  # the record that the slot agrees with; None: none
@@ -194,7 +195,7 @@ class Slots:
 
     @property
     def defers_writes(self) -> bool:
-        """Whether an adapter is attached whose writes are read from the next turn on."""
+        """Whether an adapter is attached whose turns, or replies, read what was written before their turn."""
         return self.has_memory and self._defers
 
     @property
@@ -214,7 +215,8 @@ class Slots:
         """Attaches an adapter, with an empty state in every slot. Raises AdapterError."""
         check(library.llama_deltamem_attach(self.ctx, adapter))
         granularity = library.llama_deltamem_write_granularity(adapter)
-        self._defers = granularity == library.LLAMA_DELTAMEM_TOKEN_DEFERRED
+        self._defers_replies = granularity == library.LLAMA_DELTAMEM_REPLY_DEFERRED
+        self._defers = self._defers_replies or granularity == library.LLAMA_DELTAMEM_TOKEN_DEFERRED
         self._by_segment = granularity != library.LLAMA_DELTAMEM_TOKEN and not self._defers
         rank = library.llama_deltamem_rank(adapter)
         self._shape = library.llama_deltamem_n_layer(adapter), library.llama_deltamem_n_head(adapter), rank, rank
@@ -231,6 +233,7 @@ class Slots:
     def _forget(self) -> None:
         """Notes that other code used the context: its settings, states and logits are unknown."""
         self._writes = [None] * self._n_sequences
+        self._replies = [None] * self._n_sequences
         self._states = [None] * self._n_sequences
         self._turns = [None] * self._n_sequences
         self._records = [None] * self._n_sequences
@@ -552,6 +555,9 @@ class Slots:
                 self._writes[job.slot] = job.piece.write
             if job.piece.begins and self._defers:
                 check(library.llama_deltamem_begin_turn(self.ctx, job.slot))
+            if self._defers_replies and self._replies[job.slot] != job.piece.reply:
+                check(library.llama_deltamem_set_replies(self.ctx, job.slot, job.piece.reply))
+                self._replies[job.slot] = job.piece.reply
         if any(piece.segments is not None for piece in pieces) or (is_described and self._by_segment):
             # a token without segments writes by itself, as an ingest of one token
             ids = [np.zeros(len(p.tokens), dtype=np.int32) if p.segments is None else p.segments for p in pieces]

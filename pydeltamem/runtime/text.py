@@ -342,18 +342,20 @@ class Text:
         staying: Sequence[Holder] = (),
         known: npt.NDArray[np.bool_] | None = None,
         begins_turn: bool = False,
+        reply: bool = False,
     ) -> list[Piece] | None:
         """What to decode, in order, to add `tokens` to the text as one ingest.
 
         The text takes a slot, but none of the texts `staying`; None if no slot is left. With `segments`
         (DeltaMemLlama.eval) all tokens read the memory as it was before; then each segment writes. `known`: which of
-        the tokens were written before the memory's floor. `begins_turn`: whether a turn begins with them, if the
-        adapter defers its writes.
+        the tokens were written before the memory's floor. `begins_turn`: whether a turn begins with them, and
+        `reply` whether they are of a reply, if the adapter defers its writes.
         """
         self.require_room(self.n_tokens, len(tokens))
         new = np.asarray(tokens, dtype=np.intc)
+        begins_turn, reply = begins_turn and self.slots.defers_writes, reply and self.slots.defers_writes
         if len(new) == 1 and segments is None and known is None and self._is_ready():
-            return [Piece(new, self.write)]
+            return [Piece(new, self.write, reply=reply)]
         self.renew()
         if segments is not None and not self.slots.writes_by_segment:
             raise InputError("the adapter writes per token and takes no segments")
@@ -371,7 +373,7 @@ class Text:
         if checkpoint is not None:
             self.slots.put_state(slot, checkpoint.state, checkpoint.of_turn)
         self._follow(slot)
-        return position.pieces(new, segments, known, self.write, begins_turn and self.slots.defers_writes)
+        return position.pieces(new, segments, known, self.write, begins_turn, reply)
 
     def _follow(self, slot: int) -> None:
         """Notes that the slot has memory and turn as the record has them."""

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from .recurrence import chunked_recurrence
 
 FORCE_PLAIN = False
+PRESENT = -2
 
 LIB_DIR = Path(__file__).resolve().parent.parent / "lib"
 
@@ -34,8 +35,8 @@ class Runs:
     """Runs of tokens, each of which reads and writes a state. Run j has the tokens [begin[j], end[j]), and starts from
     the state at the end of run parent[j] < j (-1: an empty state). Every token belongs to one run.
 
-    source: for deferred writes. All tokens of run j read the state at the end of run source[j] < j (-1: an empty one).
-    None: each reads what all tokens before it have written.
+    source: for deferred writes. All tokens of run j read the state at the end of run source[j] < j (-1: an empty one;
+    PRESENT: each reads what all tokens before it have written). None: all read the present.
     """
 
     begin: Sequence[int]
@@ -48,17 +49,20 @@ def recurrence(runs: Runs, values: Sequence[Tensor]) -> Tensor:
     """The reads [N, H, r] of tokens with q, k, v, keep, erase and write, each float32 [N, H, r]."""
     if _native(*values) and values[0].dtype == torch.float32:
         reads, last = _Recurrence.apply(runs, *values)
-        return reads if runs.source is None else _deferred(runs, values[0], last.mT)
+        return reads if runs.source is None else _deferred(runs, values[0], last.mT, reads)
     return recurrence_plain(runs, values)
 
 
-def _deferred(runs: Runs, q: Tensor, last: Tensor) -> Tensor:
-    """The reads [N, H, r] where writes are deferred. last: the states [runs, H, r, r] at the ends of runs."""
+def _deferred(runs: Runs, q: Tensor, last: Tensor, present: Tensor) -> Tensor:
+    """The reads [N, H, r] where writes are deferred. last: the states [runs, H, r, r] at the ends of runs. present: the
+    reads of what was just written.
+    """
     assert runs.source is not None
     lengths = torch.tensor([end - begin for begin, end in zip(runs.begin, runs.end)], device=q.device)
     source = torch.tensor(runs.source, device=q.device).repeat_interleave(lengths)  # of each token
     read = torch.einsum("nhij,nhj->nhi", last[source.clamp_min(0)], q)
-    return torch.where((source < 0)[:, None, None], 0.0, read)
+    read = torch.where((source < 0)[:, None, None], 0.0, read)
+    return torch.where((source == PRESENT)[:, None, None], present, read)
 
 
 def recurrence_plain(runs: Runs, values: Sequence[Tensor]) -> Tensor:
@@ -89,7 +93,7 @@ def recurrence_plain(runs: Runs, values: Sequence[Tensor]) -> Tensor:
         reads = reads.index_put((token[there],), read[there])
         for row, j in enumerate(here):
             last[j] = after[row]
-    return reads if runs.source is None else _deferred(runs, values[0], torch.stack(last))
+    return reads if runs.source is None else _deferred(runs, values[0], torch.stack(last), reads)
 
 
 class _Recurrence(torch.autograd.Function):

@@ -43,6 +43,7 @@ class Objective:
             ("--form packed", options.form == "packed"), ("--visible", options.visible), ("--teacher", options.teacher),
             ("--gate-weight", options.gate_weight), ("--ask-writes", options.ask_writes < 1),
             ("--defer without --by-turn 0", self.memory.config.deferred and options.by_turn),
+            ("deferred replies", self.memory.config.memory_write_granularity == "reply_deferred"),
         ):  # fmt: skip
             if given:
                 raise InputError(f"{option}: needs the packed form of a step: {reason or '--form is padded'}")
@@ -100,7 +101,9 @@ class Objective:
         writes.
         """
         if self.packed:
-            packed = PackedBatch.of(examples, self.options.device, deferred=self.memory.config.deferred)
+            packed = PackedBatch.of(
+                examples, self.options.device, granularity=self.memory.config.memory_write_granularity
+            )
             for begin, end in packed.told if empty else ():
                 packed.writes[begin:end] = False
             return self.packed.logits(packed).float(), packed.targets

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .conversations import Example, n_shared
-from .kernels import Runs, Span, attention, recurrence, rms_norm, rotate, swiglu
+from .kernels import PRESENT, Runs, Span, attention, recurrence, rms_norm, rotate, swiglu
 from .reference import DeltaMem, LayerMemory
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -48,11 +48,12 @@ class PackedBatch:
 
     @classmethod
     def of(
-        cls, examples: Sequence[Example], device: str = "cpu", memory: bool = True, deferred: bool = False
+        cls, examples: Sequence[Example], device: str = "cpu", memory: bool = True, granularity: str = "token"
     ) -> PackedBatch:
         """The examples as one batch. memory False: the text stays before every question, for a teacher without an
-        adapter. deferred: tokens read what was written before their turn.
+        adapter. granularity: when tokens are read that write.
         """
+        deferred, replies = granularity == "token_deferred", granularity == "reply_deferred"
         ids: list[int] = []
         positions: list[int] = []
         begin: list[int] = []
@@ -67,13 +68,13 @@ class PackedBatch:
         lengths: list[int] = []
         reading: list[tuple[int, int]] = []  # runs that do not write
 
-        def run(tokens: Sequence[int], position: int, after: int, reads: int) -> int:
+        def run(tokens: Sequence[int], position: int, after: int, reads: int, reply: bool = False) -> int:
             begin.append(len(ids))
             ids.extend(tokens)
             positions.extend(range(position, position + len(tokens)))
             end.append(len(ids))
             parent.append(after)
-            source.append(reads)
+            source.append(PRESENT if replies and not reply else reads)
             return len(begin) - 1
 
         read = []  # for each example the run of its frozen text, -1: it has none
@@ -103,21 +104,22 @@ class PackedBatch:
             position += shared
             own = []
             for question, ask in zip(questions, example.asks):
-                own.append(run(question[shared:] + ask.answer[:-1], position, beginning, earlier))
-                first = begin[own[-1]] + len(question) - shared - 1
-                kept += range(first, first + len(ask.answer))
+                asked = run(question[shared:], position, beginning, earlier)
+                replied = run(ask.answer[:-1], position + len(question) - shared, asked, earlier, reply=True)
+                own.append((begin[asked], end[replied]))
+                kept += range(end[asked] - 1, end[replied])
                 targets += ask.answer
                 lengths.append(len(ask.answer))
             if not example.ask_writes:
                 reading.append((begin[beginning], len(ids)))
-            seen = _visible(origin, len(ids), [(begin[j], end[j]) for j in own], device)
+            seen = _visible(origin, len(ids), own, device)
             spans.append((origin - n_frozen, len(ids) - n_frozen, seen))
         numbers = (torch.tensor(x, device=device) for x in (ids, positions, kept, targets))
         ids_, positions_, kept_, targets_ = numbers
         writes = torch.full_like(ids_, memory, dtype=torch.bool)
         for start, stop in reading:
             writes[start:stop] = False
-        runs = Runs(begin, end, parent, source if deferred else None)
+        runs = Runs(begin, end, parent, source if deferred or replies else None)
         return cls(ids_, positions_, writes, runs, n_frozen, frozen, spans, told, kept_, targets_, lengths)
 
 
@@ -162,7 +164,7 @@ class PackedModel:
         rope = str(model.model.rotary_emb.rope_type)
         if "dynamic" in rope or rope == "longrope":  # here it would be the length of the longest one
             return f"the packed form knows no RoPE by the length of a text, which is {rope}"
-        if memory.config.memory_write_granularity not in ("token", "token_deferred"):
+        if memory.config.memory_write_granularity not in ("token", "token_deferred", "reply_deferred"):
             return "the packed form writes per token only"
         if getattr(config, "hidden_act", "silu") != "silu":
             return f"the packed form knows silu, not {config.hidden_act}"

@@ -254,3 +254,20 @@ def test_any_base_will_do(golden_dir, adapter, tmp_path):
     assert fields(b) == {**fields(a), "general.name": "mine"}
     for name, tensor in values(a).items():
         np.testing.assert_array_equal(values(b)[name], tensor, err_msg=name)
+
+
+def test_replies_that_are_deferred(golden_dir, adapter, checkpoint, tmp_path, capsys):
+    """Only the key changes. What defers its writes already, or has segments, is refused and leaves no file."""
+    out, arguments = tmp_path / "out.gguf", ["--base", str(golden_dir / "qwen3" / "base-f32.gguf"), "--defer-replies"]
+    assert main(["convert", str(golden_dir / "qwen3" / "msw4_qo"), *arguments, "-o", str(out)]) == 0
+    a, b = gguf.GGUFReader(adapter("qwen3", "msw4_qo")), gguf.GGUFReader(out)
+    assert fields(b) == {**fields(a), "deltamem.write_granularity": "reply_deferred"}
+    for name, tensor in values(a).items():
+        np.testing.assert_array_equal(values(b)[name], tensor, err_msg=name)
+    for case in ("ssw_message", "msw4_deferred"):
+        capsys.readouterr()
+        folder = checkpoint("qwen3", case)
+        assert main(["convert", str(folder), *arguments, "-o", str(tmp_path / "none.gguf")]) == 1
+        sentence = capsys.readouterr().err
+        assert "--defer-replies" in sentence and str(folder) in sentence
+        assert not (tmp_path / "none.gguf").exists()

@@ -43,11 +43,13 @@ public:
                 std::copy(S, S + r * r, B);
             }
 
+            const bool of_turn = has(GGML_DELTAMEM_DEFERRED) && !(bits & GGML_DELTAMEM_TOKEN_PRESENT);
+
             const std::vector<double> q = normalized(&x[0]);
             for (size_t i = 0; i < r; ++i) {
                 double dot = 0.0;
                 for (size_t j = 0; j < r; ++j) {
-                    dot += (has(GGML_DELTAMEM_DEFERRED) ? B : S)[j * r + i] * q[j];
+                    dot += (of_turn ? B : S)[j * r + i] * q[j];
                 }
                 read[token * read_stride + head * r + i] = dot;
             }

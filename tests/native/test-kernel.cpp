@@ -464,6 +464,7 @@ static void test_deferred_writes() {
         std::vector<int32_t> bits = mostly_writes(random, n_tokens);
         for (int32_t & b : bits) {
             b |= random.chance(0.1f) ? GGML_DELTAMEM_TOKEN_TURN : 0;
+            b |= random.chance(0.3f) ? GGML_DELTAMEM_TOKEN_PRESENT : 0;
         }
         return bits;
     };
@@ -481,8 +482,10 @@ static void test_deferred_writes() {
             }
         }
     }
-    // a turn of one token each reads as if writes were not deferred
-    for (int rank : { 3, 8, 16 }) {
+    // tokens that read the present, or have a turn each, read as if writes were not deferred
+    for (int i = 0; i < 6; ++i) {
+        const int     rank = i % 3 == 0 ? 3 : i % 3 * 8,
+                      bit  = i < 3 ? GGML_DELTAMEM_TOKEN_TURN : GGML_DELTAMEM_TOKEN_PRESENT;
         const problem plain(make_params(rank, 2, 9), 40, mostly_writes, usual(make_params(rank, 2, 9)), rank);
         problem       turned = plain;
         const size_t  n      = (size_t) rank * rank;
@@ -492,10 +495,11 @@ static void test_deferred_writes() {
         }
         for (std::vector<int32_t> & entries : turned.entries) {
             for (size_t i = 1; i < entries.size(); i += GGML_DELTAMEM_PLAN_TOKEN) {
-                entries[i] |= GGML_DELTAMEM_TOKEN_TURN;
+                entries[i] |= bit;
             }
         }
-        check(same_bits(run_kernel(plain).reads, run_kernel(turned).reads), "rank %d: turns of one token differ", rank);
+        check(same_bits(run_kernel(plain).reads, run_kernel(turned).reads), "rank %d: reads of the present differ",
+              rank);
     }
 }
 

@@ -1,10 +1,10 @@
 // The C API from loading to freeing, everything twice in one process, and its answers to bad input. Meant for valgrind and
 // the sanitizers, too: it frees all it makes.
 //
-//     test-lifecycle BASE.gguf ADAPTER.gguf [OTHER.gguf | --defer COPY.gguf]
+//     test-lifecycle BASE.gguf ADAPTER.gguf [OTHER.gguf | GRANULARITY COPY.gguf]
 //
-// OTHER is an adapter of another architecture. --defer writes COPY, the same adapter with deferred writes, and tests that.
-// A context with three sequences serves.
+// OTHER is an adapter of another architecture. GRANULARITY, token_deferred or reply_deferred: writes COPY, the same adapter
+// with that, and tests it. A context with three sequences serves.
 
 #include "gguf.h"
 #include "llama-deltamem.h"
@@ -188,7 +188,7 @@ static void test_states(llama_context * ctx, const llama_deltamem_adapter * adap
     check(llama_deltamem_set_write(ctx, -1, true) == 0 && llama_deltamem_get_write(ctx, 0), "writes do not go on");
 
     // the same step from the same state gives the same state
-    if (llama_deltamem_write_granularity(adapter) == LLAMA_DELTAMEM_TOKEN_DEFERRED) {
+    if (llama_deltamem_write_granularity(adapter) >= LLAMA_DELTAMEM_TOKEN_DEFERRED) {
         check(llama_deltamem_begin_turn(ctx, 0) == 0, "begin_turn fails"); // as to copy a state over does
     }
     llama_memory_clear(llama_get_memory(ctx), true);
@@ -208,7 +208,7 @@ static void test_states(llama_context * ctx, const llama_deltamem_adapter * adap
 
 static bool writes_by_token(const llama_deltamem_adapter * adapter) {
     const llama_deltamem_granularity granularity = llama_deltamem_write_granularity(adapter);
-    return granularity == LLAMA_DELTAMEM_TOKEN || granularity == LLAMA_DELTAMEM_TOKEN_DEFERRED;
+    return granularity != LLAMA_DELTAMEM_MESSAGE_MEAN && granularity != LLAMA_DELTAMEM_SENTENCE_MEAN;
 }
 
 // the logits after tokens of a text that begins
@@ -222,8 +222,18 @@ static std::vector<float> logits_after(llama_context * ctx, int n_vocab, const s
 
 // Which state a text reads, by its logits. Batches are of the same shape, so that the same state gives the same bits.
 static void test_turns(llama_context * ctx, const llama_deltamem_adapter * adapter, int n_vocab) {
-    std::vector<float> state = get_state(ctx, 0);
-    if (llama_deltamem_write_granularity(adapter) != LLAMA_DELTAMEM_TOKEN_DEFERRED) {
+    std::vector<float>               state       = get_state(ctx, 0);
+    const llama_deltamem_granularity granularity = llama_deltamem_write_granularity(adapter);
+    if (granularity != LLAMA_DELTAMEM_REPLY_DEFERRED) {
+        expect_reason(llama_deltamem_set_replies(ctx, 0, true) < 0, "replies of an adapter that has none");
+    } else {
+        check(llama_deltamem_set_replies(ctx, N_SEQ, true) < 0, "replies of no sequence");
+        logged_errors.clear();
+        for (llama_seq_id seq_id = 0; seq_id < N_SEQ; ++seq_id) {
+            check(llama_deltamem_set_replies(ctx, seq_id, true) == 0, "set_replies fails");
+        }
+    }
+    if (granularity != LLAMA_DELTAMEM_TOKEN_DEFERRED && granularity != LLAMA_DELTAMEM_REPLY_DEFERRED) {
         expect_reason(llama_deltamem_begin_turn(ctx, 0) < 0, "a turn of an adapter that has none");
         expect_reason(llama_deltamem_turn_set(ctx, 0, state.data(), state.size()) < 0, "the same, to be set");
         return;
@@ -264,6 +274,17 @@ static void test_turns(llama_context * ctx, const llama_deltamem_adapter * adapt
     expect_reason(llama_deltamem_turn_set(ctx, 0, nullptr, state.size()) < 0, "a turn that reads nothing");
     expect_reason(llama_deltamem_turn_set(ctx, 0, state.data(), state.size() - 1) < 0, "a turn that reads too little");
     expect_reason(llama_deltamem_begin_turn(ctx, N_SEQ) < 0, "a turn of no sequence");
+
+    // a message reads the present, its reply what the turn reads
+    if (granularity == LLAMA_DELTAMEM_REPLY_DEFERRED) {
+        check(llama_deltamem_state_reset(ctx, 1) == 0, "state_reset fails");
+        check(same_bits(logits_after(ctx, n_vocab, text, 1), empty), "a reply reads itself");
+        check(llama_deltamem_set_replies(ctx, 1, false) == 0, "set_replies fails");
+        check(!same_bits(logits_after(ctx, n_vocab, text, 1), empty), "a message does not read the present");
+        for (llama_seq_id seq_id = 0; seq_id < N_SEQ; ++seq_id) {
+            check(llama_deltamem_set_replies(ctx, seq_id, false) == 0, "set_replies fails");
+        }
+    }
     llama_memory_clear(llama_get_memory(ctx), true);
 }
 
@@ -666,8 +687,8 @@ static std::vector<llama_token> run(const char * base, const char * adapter_path
     return generated;
 }
 
-// Copies an adapter file; the copy's writes are deferred.
-static bool write_deferred(const char * path, const char * copy) {
+// Copies an adapter file; the copy writes and reads otherwise.
+static bool write_copy(const char * path, const char * granularity, const char * copy) {
     ggml_context *         data   = nullptr;
     const gguf_init_params params = { /*.no_alloc =*/false, /*.ctx =*/&data };
     gguf_context *         file   = gguf_init_from_file(path, params);
@@ -676,7 +697,7 @@ static bool write_deferred(const char * path, const char * copy) {
     }
     gguf_context * made = gguf_init_empty();
     gguf_set_kv(made, file);
-    gguf_set_val_str(made, "deltamem.write_granularity", "token_deferred");
+    gguf_set_val_str(made, "deltamem.write_granularity", granularity);
     for (int64_t i = 0; i < gguf_get_n_tensors(file); ++i) {
         gguf_add_tensor(made, ggml_get_tensor(data, gguf_get_tensor_name(file, i)));
     }
@@ -689,14 +710,13 @@ static bool write_deferred(const char * path, const char * copy) {
 
 int main(int argc, char ** argv) {
     if (argc < 3) {
-        printf("usage: %s BASE.gguf ADAPTER.gguf [OTHER.gguf | --defer COPY.gguf]\n", argv[0]);
+        printf("usage: %s BASE.gguf ADAPTER.gguf [OTHER.gguf | GRANULARITY COPY.gguf]\n", argv[0]);
         return EXIT_SKIPPED;
     }
     llama_log_set(keep_errors, nullptr);
 
     const char * other = argc == 4 ? argv[3] : nullptr;
-    if (argc > 4 &&
-        check(strcmp(argv[3], "--defer") == 0 && write_deferred(argv[2], argv[4]), "%s is not written", argv[4])) {
+    if (argc > 4 && check(write_copy(argv[2], argv[3], argv[4]), "%s is not written", argv[4])) {
         argv[2] = argv[4];
     }
 

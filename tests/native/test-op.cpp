@@ -202,7 +202,10 @@ private:
         }
         const int ingest = GGML_DELTAMEM_TOKEN_BEGIN | GGML_DELTAMEM_TOKEN_ACCUMULATE | GGML_DELTAMEM_TOKEN_COMMIT;
         for (int column : columns) {
-            const int turn = deferred && random.chance(0.1f) ? GGML_DELTAMEM_TOKEN_TURN : 0;
+            const int turn = !deferred             ? 0
+                             : random.chance(0.1f) ? GGML_DELTAMEM_TOKEN_TURN
+                             : random.chance(0.3f) ? GGML_DELTAMEM_TOKEN_PRESENT
+                                                   : 0;
             plan_data.insert(plan_data.end(), { column, segments && n_tokens == 1 ? ingest
                                                         : segments                ? random.below(32)
                                                         : random.chance(0.8f)     ? GGML_DELTAMEM_TOKEN_WRITE | turn
@@ -446,7 +449,8 @@ static void test_projected_read(const tested & on, ggml_type type, int n_embd, c
     const bool    begins   = (s.flags & GGML_DELTAMEM_DEFERRED) && random.chance(0.5f);
     const int32_t bits =
             segments ? GGML_DELTAMEM_TOKEN_BEGIN | GGML_DELTAMEM_TOKEN_ACCUMULATE | GGML_DELTAMEM_TOKEN_COMMIT
-            : begins ? GGML_DELTAMEM_TOKEN_WRITE | GGML_DELTAMEM_TOKEN_TURN
+            : begins ? GGML_DELTAMEM_TOKEN_WRITE |
+                               (random.chance(0.5f) ? GGML_DELTAMEM_TOKEN_TURN : GGML_DELTAMEM_TOKEN_PRESENT)
                      : GGML_DELTAMEM_TOKEN_WRITE;
     std::vector<int32_t> plan_data;
     for (int seq = 0; seq < s.n_seqs; ++seq) {
