@@ -704,7 +704,7 @@ class DeltaMemLlama(Llama):
             llama_state=data,
             llama_state_size=len(data),
             seed=self._seed,
-            position=position._replace(log=position.log.without(n_log, n_log, n_log)),
+            position=position.ended()._replace(log=position.log.without(n_log, n_log, n_log)),
             memory=self.memory.copy() if self.memory.attached else None,
             write=text.write,
             messages=self._messages,

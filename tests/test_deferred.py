@@ -231,3 +231,109 @@ def test_turns_of_a_conversation(open_llm):
         talk.clear()
         talk.say("sun")
         assert list(itertools.islice(np.flatnonzero(talk._text.position.log.begins[: talk.n_tokens]), 2))[-1] > 0
+
+
+def begins(llm):
+    return np.flatnonzero(llm._text.position.log.begins[: llm.n_tokens]).tolist()
+
+
+def test_a_prompt_begins_a_turn_beside_a_draft_model(make):
+    """And guesses, of a draft model or sent, do not."""
+    n = [len(turn) for turn in TURNS]
+    drafts = {"logits_all": True, "draft_model": lambda ids, **_: np.array([9, 9], np.intc)}
+    drafted, plain, sent = (
+        make("msw4_deferred", **drafts),
+        make("msw4_deferred"),
+        make("msw4_deferred", logits_all=True),
+    )
+    for turn in TURNS:
+        drafted.eval(turn)
+        plain.eval(turn)
+    assert begins(drafted) == begins(plain) == [0, n[0], n[0] + n[1]]
+    assert nmse(drafted.memory.state, plain.memory.state) <= N_STATE
+    said = []
+    for llm in (plain, drafted, sent):
+        llm.reset()
+        llm.memory.reset()
+        reply = llm.generate([*TURNS[0], *TURNS[1]], temp=0.0)
+        tokens = [next(reply)]
+        if llm is sent:
+            tokens += [reply.send([9, 9])]
+        said.append([*tokens, *itertools.islice(reply, 8 - len(tokens))])
+        assert begins(llm) == [0]
+    assert said[1] == said[2] == said[0]
+
+
+@pytest.mark.parametrize("case", ["msw4_deferred", "msw4_replies"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_going_back_into_a_reply(make, case, saved):
+    """What follows is a turn of its own if it is a prompt, else it is of the reply; also where the state was saved."""
+    llm, once = make(case, logits_all=True), make(case, logits_all=True)
+    for back in (len(TURNS[0]) + 2, len(TURNS[0]), len(TURNS[0]) + 4):
+        for follows in ([TURNS[2]], [[70], [71]]):
+            llm.reset()
+            llm.memory.reset()
+            once.reset()
+            once.memory.reset()
+            for tokens in (TURNS[0], [50], [51], [52], [53], TURNS[1], [54]):
+                llm.eval(tokens)
+            llm.n_tokens = back
+            if saved:
+                llm.load_state(llm.save_state())
+            for tokens in (TURNS[0], [50], [51], [52], [53]):
+                if once.n_tokens < back:
+                    once.eval(tokens)
+            for tokens in follows:
+                if back == len(TURNS[0]) + 4 and len(tokens) == 1:
+                    break  # a single token where a turn began is of its message
+                llm.eval(tokens)
+                once.eval(tokens)
+            else:
+                assert begins(llm) == begins(once)
+                assert nmse(llm.memory.state, once.memory.state) <= N_STATE
+
+
+def test_a_rehearsal_keeps_the_turns(make):
+    llm = make("msw4_deferred", n_seq_max=2, n_ctx=1024)
+    with Conversation(llm, n_predict=4, temp=0.0) as talk:
+        talk.say("ada lima")
+        talk.say("who red")
+        talk.memory.rehearse()
+        before = np.flatnonzero(talk._text.position.log.begins[: talk.n_tokens]).tolist()
+        talk.edit("tea sun")
+        assert np.flatnonzero(talk._text.position.log.begins[: talk.n_tokens]).tolist() == before
+
+
+def test_a_turn_that_was_never_decoded(make, monkeypatch):
+    """A failure after the native library was told of a turn: the next token goes on with the one before."""
+    llm, plain = make("msw4_deferred"), make("msw4_deferred")
+    for one in (llm, plain):
+        one.eval(TURNS[0])
+        one.eval([50])
+    describe = llm._slots._describe
+
+    def fail(*args):
+        describe(*args)
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(llm._slots, "_describe", fail)
+        llm.eval(TURNS[1])
+    for one in (llm, plain):
+        one.eval([51])
+        one.eval([52])
+    assert nmse(llm.memory.state, plain.memory.state) <= N_STATE
+
+
+def test_a_question_after_a_shared_text_is_of_its_message(make):
+    """Where an evaluation decodes the beginning of a message once for several questions."""
+    from pydeltamem.evals.asker import Asker, Shared
+
+    llm = make("msw4_deferred", n_seq_max=3, n_ctx=1536)
+    asker = object.__new__(Asker)
+    asker.llm, asker.parallel, asker.shares, asker._memory, asker._kept = llm, 3, True, None, None
+    for question in ("Who tea", "why"):
+        with asker._read(Shared("ada lima red\n\n")) as read, Conversation(llm, n_predict=3, temp=0.0) as talk:
+            read.options.update(n_predict=3, temp=0.0)
+            assert read.say(f"ada lima red\n\n{question}") == talk.say(f"ada lima red\n\n{question}")
+            assert nmse(read.memory.state, talk.memory.state) <= N_STATE

@@ -554,21 +554,22 @@ async def test_a_text_that_does_not_fit_a_smaller_context_leaves_its_memory(make
 async def test_a_text_that_was_written_in_segments_or_turns_comes_back(make_llm, tmp_path, case):
     """After a restart the memory is as it would be without one, forwards and backwards."""
 
-    async def said(n_servers):
-        store, messages = f"sqlite:///{tmp_path / f'{n_servers}.db'}", []
-        told = ["hello there", "my name is Ada", "and yours"]
-        for i in range(n_servers):
-            async with AsyncDeltaMem(make_llm(case, **F32), Store(store)) as service:
-                for text in told if n_servers == 1 else told[i : i + 1]:
-                    messages.append(user(text))
+    async def said(name, *servers):
+        messages = []
+        for told in servers:
+            async with AsyncDeltaMem(make_llm(case, **F32), Store(f"sqlite:///{tmp_path / name}.db")) as service:
+                for text in told:
+                    messages = [*messages[: 1 if text is edited else None], user(text)]
                     await say(service, messages)
-                if i + 1 == n_servers:
-                    await say(service, [*messages[:2], user("something else")])
-                    return await state_of(service), text_of(service)
+                end = await state_of(service), text_of(service)
+        return end
 
-    (one, text), (three, other) = await said(1), await said(3)
-    assert text == other
-    np.testing.assert_allclose(three, one, **SAME)
+    told, edited = ["hello there", "my name is Ada", "and yours"], "something else, you know"
+    one, text = await said("one", [*told, edited])
+    for servers in ([[word] for word in told[:2]] + [[told[2], edited]], [[word] for word in (*told, edited)]):
+        other, its_text = await said(str(len(servers)), *servers)
+        assert its_text == text
+        np.testing.assert_allclose(other, one, **SAME)
 
 
 async def test_a_forgotten_text_leaves_the_memory(serving):

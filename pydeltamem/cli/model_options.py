@@ -228,7 +228,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> DeltaMemLlama:
     """Loads the model with its adapter and memory. First checks everything that needs no model."""
-    if args.no_memory and (args.load_memory or args.save_memory or args.no_write):
+    if args.no_memory and (args.load_memory or args.save_memory or args.no_write or args.defer_replies):
         raise InputError("--no-memory leaves no memory to load, save or read: drop it, or the memory options")
     if args.save_memory:
         check_writable(args.save_memory)
@@ -257,7 +257,7 @@ def load(args: argparse.Namespace) -> DeltaMemLlama:
         llm.memory.detach()
     if args.load_memory:
         llm.memory.load(args.load_memory)
-    if args.save_memory:
+    if args.save_memory or args.defer_replies:
         _ = llm.memory.state  # raises now if there is none
     if args.no_write:
         llm.memory.write = False

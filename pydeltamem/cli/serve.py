@@ -191,6 +191,8 @@ def _service(args: argparse.Namespace, model: str, adapter: str | None, store: S
         n_seq_max=args.parallel,
         **{**running_options(args), "n_batch": max(args.batch_size, args.parallel)},
     )
+    if args.defer_replies:
+        _ = llm.memory.state  # raises if there is no adapter
     if args.rpc:
         watch_connections(args.rpc)
     return AsyncDeltaMem(llm, store, n_queue=args.queue, n_sessions=args.max_sessions, turn_timeout=args.turn_timeout)

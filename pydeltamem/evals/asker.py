@@ -153,6 +153,8 @@ class Asker:
             tokens = self._begun(shared.text)
             segments = np.zeros(len(tokens), dtype=np.int32) if self.llm.memory.by_segment else None
             conversation._text.eval(tokens, segments)
+            if not shared.is_dropped:  # the question is of the same message
+                conversation._text.goes_on()
             if shared.is_rehearsed:
                 conversation.memory.rehearse()
             if shared.is_dropped:

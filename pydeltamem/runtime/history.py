@@ -188,7 +188,7 @@ class Position(NamedTuple):
     n_kv: int = 0  # tokens of it that the KV cache holds
     floor: int = 0  # where the text began for the memory, which cannot go back before it
     fresh: int = 0  # where another memory came: no token before counts as written
-    prompted: int = 0  # where the latest prompt ended; what follows was sampled
+    prompted: int = 0  # where the latest prompt ended, also while the text has gone back into it
     n_written: int = 0  # tokens ever written into the memory
     epoch: int = 0  # how often another text or memory began
     adapter: int = 0  # which attached adapter the memory belongs to, as `Slots` counts them
@@ -218,16 +218,33 @@ class Position(NamedTuple):
         return first + (int(begun[-1]) if len(begun) else 0)
 
     def begins_turn(self, tokens: Tokens) -> bool:
-        """Whether a turn begins with `tokens`, the next of the text: a prompt does, unless it replaces a part of the
-        latest one, as where the text went back for another reply. Sampled tokens go on with their turn.
+        """Whether a turn begins with `tokens`, the next of the text: a prompt does, unless it replaces a part of an
+        earlier one, as where the text went back for another reply. Sampled tokens go on with their turn.
         """
-        n = self.n_tokens
-        return len(tokens) > 1 and (n >= self.prompted or bool(self.log.begins[n]))
+        return len(tokens) > 1 and not self._is_in_prompt
 
     @property
     def replies(self) -> bool:
-        """Whether the next token, if no turn begins with it, is of a reply: all of the latest prompt is read."""
-        return self.n_tokens >= self.prompted > 0
+        """Whether the next token, if no turn begins with it, is of a reply: it follows a whole prompt."""
+        return self.prompted > 0 and not (self._is_in_prompt or (self._went_back and self.log.begins[self.n_tokens]))
+
+    @property
+    def _is_in_prompt(self) -> bool:
+        """Whether the text went back into a prompt, and not to where it began."""
+        n, log = self.n_tokens, self.log
+        return self._went_back and not log.begins[n] and bool(log.segment[n] != REPLY)
+
+    @property
+    def _went_back(self) -> bool:
+        return self.n_tokens < min(self.prompted, len(self.log.tokens))
+
+    def ended(self) -> Position:
+        """For a log that will have no token after this text: what it knows of the next one."""
+        return self if self._is_in_prompt else self._replace(prompted=min(self.prompted, self.n_tokens))
+
+    def goes_on(self) -> Position:
+        """What was read is the beginning of a message: what follows goes on with its turn."""
+        return self._replace(prompted=self.n_tokens + 1)
 
     def known(self, tokens: npt.NDArray[np.intc]) -> npt.NDArray[np.bool_] | None:
         """Which of `tokens`, the next of the text, were written here before the memory's floor. They are not written
@@ -246,9 +263,11 @@ class Position(NamedTuple):
     # another text, or another memory
     #
 
-    def begun(self, position: int, checkpoint: Checkpoint | None) -> Position:
-        """Another text begins after `position`. The memory cannot go back before it."""
-        one = () if checkpoint is None else (checkpoint._replace(position=position, kept=True, of_turn=None),)
+    def begun(self, position: int, checkpoint: Checkpoint | None, of_turn: State | None = None) -> Position:
+        """Another text begins after `position`. The memory cannot go back before it. `of_turn`: what its turn reads;
+        None: the memory as it is.
+        """
+        one = () if checkpoint is None else (checkpoint._replace(position=position, kept=True, of_turn=of_turn),)
         return self._replace(
             n_tokens=position,
             n=position,
@@ -267,7 +286,7 @@ class Position(NamedTuple):
 
     def rehearsed(self) -> Position:
         """The memory has to read the whole text again, each token as the first time. It cannot go back before that."""
-        return self.begun(0, self.checkpoint)._replace(n_tokens=self.n_tokens)
+        return self.begun(0, self.checkpoint)._replace(n_tokens=self.n_tokens, prompted=self.prompted)
 
     def by_token(self) -> Position:
         """For an adapter that writes per token: no token is read in segments any more."""
@@ -285,7 +304,9 @@ class Position(NamedTuple):
     def with_text(self, tokens: Tokens, n_kv: int) -> Position:
         """Replaces the text by these tokens. All count as read and written; the KV cache holds the first n_kv."""
         log = Log(len(self.log.tokens)).extended(0, tokens, True, TOKEN)
-        begun = self._replace(log=log, fresh=0).begun(len(tokens), self.checkpoint)
+        checkpoint = self.checkpoint
+        of_turn = None if checkpoint is None else checkpoint.of_turn  # a reply may be in progress
+        begun = self._replace(log=log, fresh=0).begun(len(tokens), checkpoint, of_turn)
         return begun._replace(n_kv=min(n_kv, len(tokens)))
 
     #
@@ -359,7 +380,7 @@ class Position(NamedTuple):
             n=n_read,
             n_kv=n_read,
             n_written=n_written,
-            prompted=self.prompted if piece.reply or n_old == n else n_read,
+            prompted=self.prompted if n_old == n else min(self.prompted, self.n_tokens) if piece.reply else n_read,
             checkpoints=checkpoints,
         )
 

@@ -58,7 +58,7 @@ class Request(Keeping):
         self._planned: Position | None = None  # the record that the pieces follow
         self._known: npt.NDArray[np.bool_] | None = None  # which of the tokens were written before the memory's floor
         position = self.text.position
-        self._begins_turn, self._replies = position.begins_turn(tokens), position.replies
+        self._begins_turn, self._replies = position.begins_turn(tokens) and not self.generates, position.replies
         if len(tokens) and self.text.n_tokens < self.text.position.n:
             self._known = self.text.position.known(np.asarray(tokens, dtype=np.intc))
         if known is not None and known.any():
@@ -111,9 +111,8 @@ class Request(Keeping):
         known = None if self._known is None else self._known[n_done:]
         before = position if self.before is None else self.before
         try:
-            begins_turn = self._begins_turn and not self.drafted
-            reply = self._replies and not begins_turn
-            pieces = text.prepare(self.tokens[n_done:], segments, staying, known, begins_turn and n_done == 0, reply)
+            begins_turn, reply = self._begins_turn and n_done == 0, self._replies and not self._begins_turn
+            pieces = text.prepare(self.tokens[n_done:], segments, staying, known, begins_turn, reply)
         finally:
             # back before the memory's floor another memory begins; a failure takes the text back to before that, too
             if before.epoch == position.epoch != text.position.epoch:

@@ -554,6 +554,8 @@ class Slots:
                 check(library.llama_deltamem_set_write(self.ctx, job.slot, job.piece.write))
                 self._writes[job.slot] = job.piece.write
             if job.piece.begins and self._defers:
+                # it begins one even if this batch is never decoded
+                self._states[job.slot] = self._turns[job.slot] = self._records[job.slot] = None
                 check(library.llama_deltamem_begin_turn(self.ctx, job.slot))
             if self._defers_replies and self._replies[job.slot] != job.piece.reply:
                 check(library.llama_deltamem_set_replies(self.ctx, job.slot, job.piece.reply))

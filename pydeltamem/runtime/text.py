@@ -228,6 +228,11 @@ class Text:
                 self.lost_kv(by_failure=True)
             raise
 
+    @holding("lock")
+    def goes_on(self) -> None:
+        """What was read last is the beginning of a message: what follows goes on with its turn."""
+        self.position = self.position.goes_on()
+
     def finish(self) -> None:
         """Lets the memory read the rest of the text, if that was interrupted after going back."""
         if self.slots.has_memory and self.position.n_tokens > self.position.n:

@@ -20,7 +20,7 @@ from ..errors import InputError, MemoryFileError
 from ..formats.memory_file import MemorySnapshot
 from ..llama import DeltaMemLlama
 from ..memory import Memory
-from ..runtime.history import TOKEN, Checkpoint, Checkpoints, Log, Position, n_common
+from ..runtime.history import REPLY, TOKEN, Checkpoint, Checkpoints, Log, Position, n_common
 from ..runtime.text import Text
 from . import history
 from .history import Message
@@ -293,6 +293,7 @@ def _position(text: Text, arrays: dict[str, Any], about: dict[str, str], state: 
     if "first" in arrays and int(about["first_position"]) < n:
         first = (Checkpoint(int(about["first_position"]), arrays["first"], int(about["first_written"]), True),)
     checkpoints = Checkpoints(first, (Checkpoint(n, state, record.tokens, True),), N_BYTES, N_LAST)
+    of_prompts = np.flatnonzero(log.segment[:n] != REPLY)
     return Position(
         log,
         about["since"],
@@ -301,6 +302,7 @@ def _position(text: Text, arrays: dict[str, Any], about: dict[str, str], state: 
         n_kv=0,
         floor=min(int(about["floor"]), n),
         fresh=int(about["fresh"]),
+        prompted=int(of_prompts[-1]) + 1 if len(of_prompts) else 0,
         n_written=record.tokens,
         epoch=text.position.epoch + 1,
         adapter=text.slots.n_attached,
