@@ -52,7 +52,7 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
             }
             std::ifstream in(path, std::ios::binary);
             whole.emplace_back(std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>());
-            llama_deltamem_weights(*models[i], path); // or this would find nothing
+            llama_deltamem_weights(*models[i], path, false); // or this would find nothing
         }
     }
     return 0;
@@ -81,7 +81,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     }
     for (const llama_model * model : models) {
         try {
-            const llama_deltamem_weights weights(*model, path);
+            const llama_deltamem_weights weights(*model, path, size % 2 == 1);
             if (weights.layers.empty() || weights.n_bytes() == 0) {
                 fail("an adapter without weights was loaded");
             }
