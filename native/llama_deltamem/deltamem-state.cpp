@@ -80,12 +80,24 @@ static void transpose(float * dst, const float * src, int r) {
     }
 }
 
-void llama_deltamem_state::get(uint32_t slot, float * dst) const {
+std::vector<std::vector<float>> llama_deltamem_state::read(uint32_t slot) const {
     std::vector<std::vector<float>> host;
     for (const auto & d : devices) {
         host.emplace_back(d.tensor->ne[0]);
         ggml_backend_tensor_get(d.tensor, host.back().data(), slot * d.tensor->nb[1], d.tensor->nb[1]);
     }
+    return host;
+}
+
+void llama_deltamem_state::write(uint32_t slot, const std::vector<std::vector<float>> & host) {
+    for (size_t i = 0; i < devices.size(); ++i) {
+        ggml_tensor * t = devices[i].tensor;
+        ggml_backend_tensor_set(t, host[i].data(), slot * t->nb[1], t->nb[1]);
+    }
+}
+
+void llama_deltamem_state::get(uint32_t slot, float * dst) const {
+    const auto host = read(slot);
     for_each_head([&](size_t d, size_t at, size_t out) { transpose(dst + out, host[d].data() + at, params.rank); });
 }
 
@@ -101,25 +113,15 @@ void llama_deltamem_state::set(uint32_t slot, const float * src) {
             transpose(host[d].data() + at + n_state, src + in, params.rank);
         }
     });
-    for (size_t i = 0; i < devices.size(); ++i) {
-        ggml_tensor * t = devices[i].tensor;
-        ggml_backend_tensor_set(t, host[i].data(), slot * t->nb[1], t->nb[1]);
-    }
+    write(slot, host);
 }
 
 void llama_deltamem_state::set_turn(uint32_t slot, const float * src) {
     const size_t n_state = (size_t) params.rank * params.rank;
-    for (size_t i = 0; i < devices.size(); ++i) {
-        ggml_tensor *      t = devices[i].tensor;
-        std::vector<float> host(t->ne[0]);
-        ggml_backend_tensor_get(t, host.data(), slot * t->nb[1], t->nb[1]);
-        for_each_head([&](size_t d, size_t at, size_t in) {
-            if (d == i) {
-                transpose(host.data() + at + n_state, src + in, params.rank);
-            }
-        });
-        ggml_backend_tensor_set(t, host.data(), slot * t->nb[1], t->nb[1]);
-    }
+    auto         host    = read(slot);
+    for_each_head(
+            [&](size_t d, size_t at, size_t in) { transpose(host[d].data() + at + n_state, src + in, params.rank); });
+    write(slot, host);
 }
 
 void llama_deltamem_state::reset(uint32_t slot) {

@@ -48,4 +48,8 @@ private:
     std::vector<records> devices;
 
     template <typename F> void for_each_head(F visit) const;
+
+    // a slot's records, by device
+    std::vector<std::vector<float>> read(uint32_t slot) const;
+    void                            write(uint32_t slot, const std::vector<std::vector<float>> & host);
 };

@@ -18,6 +18,7 @@ from ..formats.ending import ending_in_order
 from ..formats.kinds import ADAPTER
 from ..formats.outputs import check_target, files_of, refuse_inputs
 from ..hub import fetch, is_name, model_path, repository
+from .model_options import DEFER_HELP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,11 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--outfile", metavar="FILE", required=True, help="the adapter to write")
     parser.add_argument("--outtype", choices=sorted(OUTTYPES), default="f32", help="type of the weights (default: f32)")
-    parser.add_argument(
-        "--defer-replies",
-        action="store_true",
-        help="a reply reads what was written before its message, not what the message and the reply itself write",
-    )
+    parser.add_argument("--defer-replies", action="store_true", help=DEFER_HELP)
     parser.add_argument("--name", help="name to record in the file (default: that of the directory)")
 
 

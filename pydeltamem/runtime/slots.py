@@ -397,11 +397,11 @@ class Slots:
         unused = {job.slot for job in between}
         jobs = sorted([*jobs, *between], key=lambda job: job.slot)
         marks, ends = self._fill_batch(jobs, unused)
+        for job in given:  # before they are described: a turn begins even if the batch is never decoded
+            self._states[job.slot] = self._turns[job.slot] = self._records[job.slot] = None
         if self.has_memory:
             self._describe(jobs, marks)
         meanwhile()
-        for job in given:
-            self._states[job.slot] = self._turns[job.slot] = self._records[job.slot] = None
         self.n_decodes += 1
         try:
             with library.decoding():
@@ -554,8 +554,6 @@ class Slots:
                 check(library.llama_deltamem_set_write(self.ctx, job.slot, job.piece.write))
                 self._writes[job.slot] = job.piece.write
             if job.piece.begins and self._defers:
-                # it begins one even if this batch is never decoded
-                self._states[job.slot] = self._turns[job.slot] = self._records[job.slot] = None
                 check(library.llama_deltamem_begin_turn(self.ctx, job.slot))
             if self._defers_replies and self._replies[job.slot] != job.piece.reply:
                 check(library.llama_deltamem_set_replies(self.ctx, job.slot, job.piece.reply))
